@@ -40,7 +40,9 @@ class Fact:
         if not self.subject.strip():
             raise FactError(f"fact {self.id!r}: the subject is empty; give the words that the prompt is about")
         if not self.target_true.strip():
-            raise FactError(f"fact {self.id!r}: target_true is empty; give the answer the prompt should be completed with")
+            raise FactError(
+                f"fact {self.id!r}: target_true is empty; give the answer the prompt should be completed with"
+            )
 
     @property
     def text(self) -> str:
@@ -52,3 +54,83 @@ class Fact:
         """The half-open character range of the subject in ``text``."""
         start = self.prompt.index("{}")
         return start, start + len(self.subject)
+
+
+@dataclass(frozen=True)
+class EncodedFact:
+    """A fact as token ids.
+
+    prompt: ids of the filled prompt, special tokens included; span: half-open token range of the subject;
+    target: ids of the target, empty where the clean run's own most likely token is the target.
+    """
+
+    fact: Fact
+    prompt: tuple[int, ...]
+    span: tuple[int, int]
+    target: tuple[int, ...]
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """What runs through the model: the prompt and all target tokens but the last."""
+        return self.prompt + self.target[:-1]
+
+
+def encode(fact: Fact, tokenizer: Any, target: str, vocabulary: int, positions: int) -> EncodedFact:
+    """Tokenize a fact as METHODS 1 defines; ``target`` is ``"label"`` or ``"argmax"``.
+
+    Raises ``FactError`` where the subject overlaps no token, a token id is outside the model's ``vocabulary``, or
+    prompt and target need more than ``positions``.
+    """
+    encoding = tokenizer(fact.text, return_offsets_mapping=True)
+    prompt = tuple(encoding["input_ids"])
+    start, end = fact.subject_characters
+    covered = [i for i, (a, b) in enumerate(encoding["offset_mapping"]) if a < b and a < end and b > start]
+    if not covered:
+        raise FactError(f"fact {fact.id!r}: the subject {fact.subject!r} overlaps no token of its prompt {fact.text!r}")
+    ids = target_ids(fact.target_true, tokenizer) if target == "label" else ()
+    if target == "label" and not ids:
+        raise FactError(f"fact {fact.id!r}: the target {fact.target_true!r} has no tokens; give a visible word")
+    encoded = EncodedFact(fact, prompt, (covered[0], covered[-1] + 1), ids)
+    if len(encoded.tokens) > positions:
+        raise FactError(
+            f"fact {fact.id!r}: prompt and target need {len(encoded.tokens)} positions, the model has {positions}; "
+            "shorten the prompt"
+        )
+    if max(prompt + ids) >= vocabulary:
+        raise FactError(
+            f"fact {fact.id!r}: token id {max(prompt + ids)} is outside the model's vocabulary of {vocabulary}; "
+            "use the model's own tokenizer"
+        )
+    return encoded
+
+
+def target_ids(target: str, tokenizer: Any) -> tuple[int, ...]:
+    """Token ids of a target: with one leading space, where the tokenizer has such a notion, and tokenized alone."""
+    if not target.startswith(" ") and not _adds_leading_space(tokenizer):
+        target = " " + target
+    return tuple(tokenizer(target, add_special_tokens=False)["input_ids"])
+
+
+def _adds_leading_space(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts the word-start mark before a bare word by itself, as Llama's does."""
+    tokens = tokenizer.tokenize("a")
+    return bool(tokens) and tokens[0].startswith("▁")
+
+
+def subject_ids(fact: Fact, tokenizer: Any) -> tuple[int, ...]:
+    """Token ids of the subject alone: no leading space, default special tokens (for the noise level, METHODS 2)."""
+    return tuple(tokenizer(fact.subject)["input_ids"])
+
+
+def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """The text of each token by itself."""
+    return [tokenizer.decode([i]) for i in ids]
+
+
+def check_unique(facts: Iterable[Fact]) -> None:
+    """Raise ``FactError`` naming the first id that two facts share."""
+    seen = set()
+    for fact in facts:
+        if fact.id in seen:
+            raise FactError(f"two facts have the id {fact.id!r}; ids must be unique")
+        seen.add(fact.id)

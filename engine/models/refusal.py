@@ -1,0 +1,64 @@
+"""Refuses models whose parameters, read directly, would not give what the model's own forward computes."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from causalcone.engine.errors import ModelError
+
+
+def refuse_unreadable(model: Any, modules: dict[str, type]) -> None:
+    """Raise ``ModelError`` naming what is in the way: quantization, offloading, adapters, hooks, custom code, or
+    parameters that are not finite. ``modules`` gives the exact class of modules by name ('*' is any number)."""
+    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
+        raise ModelError("the model is quantized; load it with full-precision weights (no quantization_config)")
+    _refuse_custom_code(model, modules)
+    for name, module in model.named_modules():
+        if _hooks(module):
+            raise ModelError(f"{_named(name)} has forward hooks, which would be passed by; remove them first")
+        if "forward" in vars(module):
+            raise ModelError(f"{_named(name)} has a replaced forward, which would be passed by; load the model afresh")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ModelError(f"the parameter {name} is offloaded (on the meta device); load the model onto a device")
+
+
+def refuse_unfinite(model: Any) -> None:
+    """Raise ``ModelError`` naming the first parameter that holds NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and not torch.isfinite(torch.stack(torch.aminmax(parameter.detach()))).all():
+            raise ModelError(f"the parameter {name} holds NaN or infinity; the weights are damaged, load them again")
+
+
+def _hooks(module: torch.nn.Module) -> bool:
+    """Whether anything but transformers' own recorder of outputs is hooked onto the module."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return hasattr(module, "_hf_hook") or any(
+        getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks
+    )
+
+
+def _refuse_custom_code(model: Any, modules: dict[str, type]) -> None:
+    expected = [
+        (re.compile(name.replace(".", r"\.").replace("*", r"\d+") + r"\Z"), cls) for name, cls in modules.items()
+    ]
+    found = set()
+    for name, module in model.named_modules():
+        for pattern, cls in expected:
+            if pattern.match(name):
+                found.add(pattern)
+                if type(module) is not cls:
+                    raise ModelError(
+                        f"{_named(name)} is a {type(module).__name__} where {cls.__name__} is expected; wrapped models "
+                        "(LoRA, quantization) and custom code are not supported: merge adapters, or load the plain model"
+                    )
+    for pattern, cls in expected:
+        if pattern not in found:
+            raise ModelError(f"the model has no {cls.__name__} where one is expected ({pattern.pattern})")
+
+
+def _named(name: str) -> str:
+    return f"the module {name}" if name else "the model"

@@ -1,0 +1,154 @@
+"""Groups facts into passes that fit a memory budget, and splits what does not fit."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from causalcone.engine.cost import bytes_by_phase, fixed_bytes
+from causalcone.engine.errors import MemoryBudgetError
+from causalcone.engine.models.base import Sizes
+from causalcone.engine.plan import Plan, plan_bytes
+from causalcone.engine.wave import Tiles
+
+MAX_ROWS_CPU = 65_536
+"""Rows of a pass's widest layer beyond which a CPU gains nothing; smaller passes report and stop sooner."""
+
+_SMALLEST = Tiles(rows=64, keys=64, readout_rows=64, vocabulary=1024)
+_PLAN_CACHE_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some samples and branches of one fact; most facts are one part.
+
+    fact: its index in the run; samples, branches: what of its noise samples and branch runs this part computes.
+    """
+
+    fact: int
+    samples: range
+    branches: range
+
+    def halves(self) -> tuple[Part, Part] | None:
+        """Two smaller parts, by samples first (they share only the clean run); None if it cannot be split."""
+        for name in ("samples", "branches"):
+            whole: range = getattr(self, name)
+            if len(whole) > 1:
+                middle = len(whole) // 2
+                return replace(self, **{name: whole[:middle]}), replace(self, **{name: whole[middle:]})
+        return None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes for a pass: ``fixed`` for tiles and weights, the rest for rows; at most ``max_rows`` at any layer."""
+
+    total: int
+    fixed: int
+    max_rows: float
+    tiles: Tiles
+
+    @property
+    def for_rows(self) -> int:
+        return self.total - self.fixed
+
+
+def plan_budget(total: int, sizes: Sizes, dtype: torch.dtype, device: torch.device, shared: bool) -> Budget:
+    """Choose tiles that leave at least half of the budget to rows, down to the smallest."""
+    tiles = Tiles() if device.type == "cpu" else Tiles(rows=65_536, keys=262_144, readout_rows=8192, vocabulary=8192)
+    fixed = fixed_bytes(sizes, tiles, dtype, device, shared)
+    while fixed > total // 2 and tiles != _SMALLEST:
+        tiles = Tiles(*(max(low, size // 2) for low, size in zip(_fields(_SMALLEST), _fields(tiles), strict=True)))
+        fixed = fixed_bytes(sizes, tiles, dtype, device, shared)
+    return Budget(total, fixed, MAX_ROWS_CPU if device.type == "cpu" else float("inf"), tiles)
+
+
+def _fields(tiles: Tiles) -> tuple[int, int, int, int]:
+    return tiles.rows, tiles.keys, tiles.readout_rows, tiles.vocabulary
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a plan's rows weigh in each phase, per fact and per fact and sample, and its widest layer's rows."""
+
+    shared: np.ndarray
+    varying: np.ndarray
+    rows: tuple[int, int]
+
+    @classmethod
+    def of(cls, plan: Plan, sizes: Sizes, itemsize: int) -> Footprint:
+        widest = max((layer.mid_input.rows for layer in plan.layers), key=lambda rows: rows.varying)
+        return cls(*bytes_by_phase(plan, sizes, itemsize), (widest.shared, widest.varying))
+
+    def bytes(self, samples: int) -> np.ndarray:
+        return self.shared + samples * self.varying
+
+    def row_count(self, samples: int) -> int:
+        return self.rows[0] + samples * self.rows[1]
+
+
+def assemble(
+    parts: Iterable[Part], footprint: Callable[[Part], Footprint], budget: Budget, name: Callable[[int], str]
+) -> Iterator[tuple[list[Part], int]]:
+    """Passes of consecutive parts that fit the budget, and the bytes each will need at its peak.
+
+    Raises ``MemoryBudgetError`` where not even one sample of one branch of a fact fits; ``name`` names a fact.
+    """
+    queue = list(parts)[::-1]
+    current: list[Part] = []
+    held: np.ndarray | int = 0
+    rows = 0
+    while queue:
+        part = queue.pop()
+        own = footprint(part)
+        weight, own_rows = own.bytes(len(part.samples)), own.row_count(len(part.samples))
+        fits_alone = weight.max() <= budget.for_rows and own_rows <= budget.max_rows
+        halves = None if fits_alone else part.halves()
+        if halves:
+            queue += halves[::-1]
+            continue
+        if weight.max() > budget.for_rows:
+            needed = int(weight.max()) + budget.fixed
+            raise MemoryBudgetError(
+                f"fact {name(part.fact)!r} needs at least {needed / 2**20:.0f} MiB even one restoration at a time, the "
+                f"budget is {budget.total / 2**20:.0f} MiB; give more memory"
+            )
+        if current and (np.max(held + weight) > budget.for_rows or rows + own_rows > budget.max_rows):
+            yield current, int(np.max(held)) + budget.fixed
+            current, held, rows = [], 0, 0
+        current.append(part)
+        held = held + weight
+        rows += own_rows
+    if current:
+        yield current, int(np.max(held)) + budget.fixed
+
+
+def split(parts: Sequence[Part]) -> list[list[Part]] | None:
+    """A pass that ran out of memory as two smaller ones, or None if it cannot be smaller."""
+    if len(parts) > 1:
+        middle = len(parts) // 2
+        return [list(parts[:middle]), list(parts[middle:])]
+    halves = parts[0].halves()
+    return halves and [[half] for half in halves]  # type: ignore[return-value]
+
+
+class PlanCache:
+    """Plans and footprints by what they depend on; the longest unused are dropped beyond a fixed size."""
+
+    def __init__(self, limit: int = _PLAN_CACHE_BYTES) -> None:
+        self.limit, self.held = limit, 0
+        self.entries: OrderedDict[Hashable, tuple[Plan, Footprint]] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], tuple[Plan, Footprint]]) -> tuple[Plan, Footprint]:
+        if key in self.entries:
+            self.entries.move_to_end(key)
+        else:
+            self.entries[key] = make()
+            self.held += plan_bytes(self.entries[key][0])
+            while self.held > self.limit and len(self.entries) > 1:
+                self.held -= plan_bytes(self.entries.popitem(last=False)[1][0])
+        return self.entries[key]

@@ -1,0 +1,62 @@
+"""Checks, before results are trusted, that the engine computes what the model's own forward computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from causalcone.engine.cone import Shape
+from causalcone.engine.errors import ModelError
+from causalcone.engine.interventions import CLEAN, restorations
+from causalcone.engine.layout import Group
+from causalcone.engine.models.base import Architecture
+from causalcone.engine.models.refusal import refuse_unfinite, refuse_unreadable
+from causalcone.engine.plan import compile_plan
+from causalcone.engine.wave import Tiles, run_pass
+
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
+_TOLERANCE_HALF = 0.5
+
+
+def verify_model(architecture: Architecture, tokens: tuple[int, ...], tiles: Tiles) -> None:
+    """Raise ``ModelError`` if the model has become unreadable, if its weights are not finite, or if the engine's
+    log-probabilities of a prompt's own tokens differ from those of ``model.forward``.
+
+    Both run in the model's own dtype and on its device; the tolerance allows for rounding in that dtype.
+    """
+    model = architecture.model
+    refuse_unreadable(model, architecture.modules)
+    refuse_unfinite(model)
+    ids = torch.tensor(tokens if len(tokens) > 1 else tokens * 2)
+    weight = architecture.unembedding()[0]
+    shape = Shape(len(ids), (0, 0), (0, len(ids)))
+    plan = compile_plan(shape, restorations(np.empty((0, 4), dtype=np.int64)), architecture.sizes.depth)
+    group = Group(
+        plan, ids[None], ids.roll(-1)[None], torch.zeros(1, 0, architecture.sizes.hidden, dtype=torch.float64)
+    )
+    ours = run_pass(architecture, [group], tiles, weight.dtype, weight.device)[0][0, 0, CLEAN].cpu()
+    logits = _forward(model, ids[None].to(weight.device))[0].double().cpu()
+    theirs = logits.log_softmax(-1).gather(-1, ids.roll(-1)[:, None])[:, 0]
+    difference = (ours - theirs).abs().max().item()
+    allowed = _TOLERANCE.get(weight.dtype, _TOLERANCE_HALF) * max(1.0, theirs.abs().max().item() / 10)
+    if not difference <= allowed:
+        raise ModelError(
+            f"this model's forward gives log-probabilities that differ by {difference:.2g} from those computed from its "
+            "parameters; it computes something that this version does not know (a changed forward, an unusual option), "
+            "so it is refused"
+        )
+
+
+@torch.no_grad()
+def _forward(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """The model's logits without dropout, its training mode left as it was."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        return model(ids, use_cache=False, output_hidden_states=False, output_attentions=False, return_dict=True).logits
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,63 @@
+"""Log-probabilities of target tokens, without ever holding the logits of more than a tile of rows and vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from causalcone.kernels.linear import Linear
+
+
+@dataclass(frozen=True)
+class Readout:
+    """The output projection: ``weight`` (V, D), ``bias`` (V,) or None, walked in tiles of ``rows`` x ``vocabulary``."""
+
+    weight: Tensor
+    bias: Tensor | None
+    rows: int = 512
+    vocabulary: int = 8192
+
+    def target_log_probabilities(self, states: Tensor, targets: Tensor) -> Tensor:
+        """log p(target) of each row, float32 (float64 for float64 states).
+
+        states (R, D): final, normed; targets (R,) token ids. Logits are rounded to the states' dtype only inside the
+        log-sum-exp; the target's own logit is accumulated in full.
+        """
+        wide = torch.promote_types(states.dtype, torch.float32)
+        total = torch.full((len(states),), float("-inf"), dtype=wide, device=states.device)
+        for _, product in self._products(states):
+            for tile in self._row_tiles(states):
+                part = product(states[tile]).to(wide).logsumexp(-1)
+                total[tile] = torch.logaddexp(total[tile], part)
+        logit = torch.empty_like(total)
+        for tile in self._row_tiles(states):
+            weight = self.weight[targets[tile].to(self.weight.device)].to(states.device, wide)
+            logit[tile] = (states[tile].to(wide) * weight).sum(-1)
+        if self.bias is not None:
+            logit += self.bias[targets.to(self.bias.device)].to(logit)
+        return logit - total
+
+    def most_likely(self, states: Tensor) -> Tensor:
+        """The most likely next token of each row (R, D): ids (R,); the lowest where several are equally likely."""
+        best = torch.full((len(states),), float("-inf"), dtype=states.dtype, device=states.device)
+        token = torch.zeros(len(states), dtype=torch.int64, device=states.device)
+        for start, product in self._products(states):
+            for tile in self._row_tiles(states):
+                value, index = product(states[tile]).max(-1)
+                better = value > best[tile]
+                token[tile] = torch.where(better, index + start, token[tile])
+                best[tile] = torch.where(better, value, best[tile])
+        return token
+
+    def _products(self, states: Tensor) -> Iterator[tuple[int, Linear]]:
+        for start in range(0, len(self.weight), self.vocabulary):
+            part = slice(start, start + self.vocabulary)
+            bias = None if self.bias is None else self.bias[part].to(states)
+            yield start, Linear(self.weight[part].to(states), bias)
+
+    def _row_tiles(self, states: Tensor) -> Iterator[slice]:
+        for start in range(0, len(states), self.rows):
+            yield slice(start, min(start + self.rows, len(states)))
