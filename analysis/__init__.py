@@ -1,0 +1,44 @@
+"""What traces say: tables, token roles, effects and figures. Reads tables only and needs no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from causalcone.analysis.effects import (
+    average_indirect_effect,
+    concentrated_facts,
+    flagged_facts,
+    peak_layers,
+    restore_effects,
+    tracing_effects,
+    zeroing_effects,
+)
+from causalcone.analysis.roles import ROLES, with_roles
+from causalcone.analysis.tables import TRACE_SCHEMA, TableError, read_traces
+
+if TYPE_CHECKING:
+    from causalcone.analysis import plot
+
+__all__ = [
+    "ROLES",
+    "TRACE_SCHEMA",
+    "TableError",
+    "average_indirect_effect",
+    "concentrated_facts",
+    "flagged_facts",
+    "peak_layers",
+    "plot",
+    "read_traces",
+    "restore_effects",
+    "tracing_effects",
+    "with_roles",
+    "zeroing_effects",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "plot":  # matplotlib is loaded only by those who plot
+        import importlib
+
+        return importlib.import_module("causalcone.analysis.plot")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

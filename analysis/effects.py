@@ -1,0 +1,137 @@
+"""Effects derived from traces: per state, per layer, and averaged by token role (METHODS 3)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import polars as pl
+
+from causalcone.analysis.roles import with_roles
+from causalcone.analysis.tables import IDENTITY, STATE, TraceSource, as_traces
+
+Denominator = Literal["p_high", "p_clean"]
+
+
+def restore_effects(table: TraceSource, denominator: Denominator = "p_high") -> pl.DataFrame:
+    """Per fact and restored state, how much of the answer's probability came back (METHODS 3, Hase et al. 2023).
+
+    Adds to the rows of a traces table (those of method "zero" are left out):
+
+    - ``p_high``: max of p_clean and the largest p_patched of this fact, method, kind and window in the table
+    - ``restore_effect``: p_patched - p_corrupted
+    - ``relative_effect``: restore_effect / |d - p_corrupted|, d being ``p_high`` or p_clean as ``denominator`` says;
+      null where that is 0
+    - ``fraction_restored``: max(0, relative_effect), also 0 where nothing was restored of nothing; with ``p_high``,
+      the published denominator, it lies in [0, 1]; with ``p_clean`` it can exceed 1
+    - ``flagged``: whether p_clean <= p_corrupted, so that there was nothing to restore
+    """
+    traces = as_traces(table).filter(pl.col("method") != "zero")
+    effect, size = pl.col("restore_effect"), (pl.col(denominator) - pl.col("p_corrupted")).abs()
+    return (
+        traces.with_columns(
+            p_high=pl.max_horizontal("p_clean", pl.max("p_patched").over("fact_id", *STATE)),
+            restore_effect=pl.col("p_patched") - pl.col("p_corrupted"),
+        )
+        .with_columns(relative_effect=pl.when(size > 0).then(effect / size))
+        .with_columns(
+            fraction_restored=pl.when(effect <= 0).then(0.0).otherwise(pl.col("relative_effect")),
+            flagged=pl.col("p_clean") <= pl.col("p_corrupted"),
+        )
+    )
+
+
+def tracing_effects(
+    table: TraceSource, at: Literal["max", "subject_last"] = "max", denominator: Denominator = "p_high"
+) -> pl.DataFrame:
+    """The tracing effect of each layer: one row per fact, method, kind, window and layer (METHODS 3, Hase et al. 2023).
+
+    ``effect`` is the largest fraction_restored over the prompt tokens (``at="max"``; the first of equals), or the
+    relative_effect, not clipped, at the last subject token (``at="subject_last"``); see ``restore_effects``.
+    Columns: fact_id, method, kind, window, layer, token, p_clean, p_corrupted, effect, flagged.
+    """
+    effects = restore_effects(table, denominator)
+    layer = ["fact_id", *STATE, "layer"]
+    if at == "max":
+        order = effects.sort("fraction_restored", "token", descending=[True, False], nulls_last=True)
+        chosen = order.unique(layer, keep="first").with_columns(effect="fraction_restored")
+    else:
+        lookup = effects.filter(pl.col("token") == pl.col("subject_end") - 1)
+        chosen = lookup.with_columns(effect="relative_effect")
+    return chosen.select(*IDENTITY, "p_clean", "p_corrupted", "effect", "flagged").sort(layer)
+
+
+def zeroing_effects(table: TraceSource) -> pl.DataFrame:
+    """The effect of zeroing: clip((p_clean - p_zeroed) / p_clean, 0, 1) for the rows of method "zero" (METHODS 3).
+
+    Columns: fact_id, method, kind, window, layer, p_clean, p_zeroed, effect; effect is null where p_clean is 0.
+    """
+    p_clean, p_zeroed = pl.col("p_clean"), pl.col("p_zeroed")
+    zeroed = as_traces(table).filter(pl.col("method") == "zero").rename({"p_patched": "p_zeroed"})
+    effect = pl.when(p_clean > 0).then(((p_clean - p_zeroed) / p_clean).clip(0, 1))
+    layer = ["fact_id", *STATE, "layer"]
+    return zeroed.select(*layer, "p_clean", "p_zeroed", effect=effect).sort(layer)
+
+
+def flagged_facts(table: TraceSource) -> pl.DataFrame:
+    """The facts whose clean run is not more probable than the corrupted one: fact_id, p_clean, p_corrupted."""
+    facts = as_traces(table).select("fact_id", "p_clean", "p_corrupted").unique(maintain_order=True)
+    return facts.filter(pl.col("p_clean") <= pl.col("p_corrupted"))
+
+
+def average_indirect_effect(table: TraceSource, clip: bool = False) -> pl.DataFrame:
+    """Average indirect effect by token role: one row per method, kind, window, role and layer (METHODS 3).
+
+    ``effect`` is the mean p_patched of the role's tokens minus the mean p_corrupted of all facts, each fact counted
+    once (Meng et al. 2022, Fig. 15). Middle and further tokens are pooled over facts. ``clip`` raises negative effects
+    to 0, as the published heat maps do. ``standard_error`` is that of the mean p_patched; facts, not tokens, are taken
+    as independent, which with one token per fact is the usual sd / sqrt(n); null for one fact.
+    Columns: method, kind, window, role, layer, mean_patched, mean_corrupted, effect, standard_error, count (tokens),
+    facts.
+    """
+    traces = as_traces(table).filter(pl.col("method") != "zero")
+    cell = [*STATE, "role", "layer"]
+    per_fact = with_roles(traces).group_by(*cell, "fact_id").agg(total=pl.sum("p_patched"), tokens=pl.len())
+
+    total, tokens, count, facts = pl.col("total"), pl.col("tokens"), pl.sum("tokens"), pl.len()
+    deviation = total - tokens * (total.sum() / count)
+    variance = (deviation**2).sum() * facts / (facts - 1) / count**2
+    per_cell = per_fact.group_by(cell).agg(
+        mean_patched=total.sum() / count,
+        standard_error=pl.when(facts > 1).then(variance.sqrt()),
+        count=count,
+        facts=facts,
+    )
+
+    corrupted = traces.unique(["fact_id", *STATE]).group_by(STATE).agg(mean_corrupted=pl.mean("p_corrupted"))
+    effect = pl.col("mean_patched") - pl.col("mean_corrupted")
+    averages = per_cell.join(corrupted, on=STATE).with_columns(effect=effect.clip(0) if clip else effect)
+    columns = [*cell, "mean_patched", "mean_corrupted", "effect", "standard_error", "count", "facts"]
+    return averages.select(columns).sort(cell)
+
+
+def peak_layers(averages: pl.DataFrame) -> pl.DataFrame:
+    """Of ``average_indirect_effect``'s rows, for each method, kind, window and role that of the layer with the largest
+    effect (the lowest of equals)."""
+    group = [*STATE, "role"]
+    return averages.sort("effect", "layer", descending=[True, False]).unique(group, keep="first").sort(group)
+
+
+def concentrated_facts(layer_effects: pl.DataFrame, others: int = 3, share: float = 0.5) -> pl.DataFrame:
+    """Which facts have their effect in few layers (METHODS 3; Hase et al. 2023, appendix D).
+
+    ``layer_effects`` is ``tracing_effects``'s result. A fact is ``concentrated`` if, besides the layer of its largest
+    effect, at most ``others`` layers have at least ``share`` of it. One row per fact, method, kind and window:
+    ``peak_layer`` (the lowest of equals), ``peak_effect``, ``other_layers``, ``concentrated``.
+    """
+    effect = pl.col("effect")
+    return (
+        layer_effects.sort("layer")
+        .group_by("fact_id", *STATE, maintain_order=True)
+        .agg(
+            peak_layer=pl.col("layer").get(effect.arg_max()),
+            peak_effect=effect.max(),
+            other_layers=(effect.clip(0) >= share * effect.max().clip(0)).sum().cast(pl.Int64) - 1,
+        )
+        .with_columns(concentrated=pl.col("other_layers") <= others)
+        .sort("fact_id", *STATE)
+    )

@@ -1,0 +1,95 @@
+"""Traces tables as polars frames, wherever they come from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TypeAlias
+
+import polars as pl
+import pyarrow as pa
+
+from causalcone.engine.errors import CausalconeError
+
+TRACE_SCHEMA: dict[str, type[pl.DataType]] = {
+    "fact_id": pl.String,
+    "method": pl.String,
+    "kind": pl.String,
+    "window": pl.Int64,
+    "layer": pl.Int64,
+    "token": pl.Int64,
+    "token_text": pl.String,
+    "subject_start": pl.Int64,
+    "subject_end": pl.Int64,
+    "prompt_tokens": pl.Int64,
+    "p_clean": pl.Float64,
+    "p_corrupted": pl.Float64,
+    "p_patched": pl.Float64,
+    "p_patched_sd": pl.Float64,
+}
+STATE = ["method", "kind", "window"]
+IDENTITY = ["fact_id", *STATE, "layer", "token"]
+
+TraceSource: TypeAlias = pl.DataFrame | pl.LazyFrame | pa.Table | pa.RecordBatch | str | os.PathLike[str]
+
+
+class TableError(CausalconeError):
+    """A table that lacks columns or rows, or holds what it should not."""
+
+
+def read_traces(source: TraceSource) -> pl.DataFrame:
+    """A traces table as a polars frame with the columns of ``TRACE_SCHEMA`` (further ones are kept).
+
+    ``source`` is an Arrow table or record batch, a polars frame, a Parquet file, or a folder of Parquet files
+    (searched in depth, read in the order of their names). One row is one restored state of one fact; probabilities
+    are in [0, 1], layers and tokens count from 0, the subject is the half-open token range ``subject_start`` to
+    ``subject_end``. Raises ``TableError`` for files that cannot be read, missing columns, and states that occur twice.
+    """
+    frame = as_traces(source)
+    repeated = frame.filter(frame.select(IDENTITY).is_duplicated())
+    if repeated.height:
+        first = ", ".join(f"{name} {value}" for name, value in repeated.select(IDENTITY).row(0, named=True).items())
+        raise TableError(f"{repeated.height} rows are of states that occur more than once, the first: {first}")
+    return frame
+
+
+def as_traces(source: TraceSource) -> pl.DataFrame:
+    """``read_traces`` without the search for repeated states."""
+    if isinstance(source, str | os.PathLike):
+        files = _parquet_files(Path(source))
+        return pl.concat([_conform(_read_parquet(file), str(file)) for file in files], how="diagonal")
+    if isinstance(source, pl.LazyFrame):
+        source = source.collect()
+    if isinstance(source, pa.Table | pa.RecordBatch):
+        source = pl.DataFrame(source)
+    if not isinstance(source, pl.DataFrame):
+        raise TableError(f"a traces table cannot be a {type(source).__name__}; give an Arrow or polars table or a path")
+    return _conform(source, "the table")
+
+
+def _conform(frame: pl.DataFrame, name: str) -> pl.DataFrame:
+    missing = [column for column in TRACE_SCHEMA if column not in frame.columns]
+    if missing:
+        raise TableError(f"{name} is no traces table: it lacks {', '.join(missing)}")
+    try:
+        return frame.cast(TRACE_SCHEMA)  # type: ignore[arg-type]
+    except pl.exceptions.PolarsError as error:
+        raise TableError(f"{name} is no traces table: {error}") from error
+
+
+def _read_parquet(file: Path) -> pl.DataFrame:
+    try:
+        return pl.read_parquet(file)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise TableError(f"{file} is no Parquet file that can be read: {error}") from error
+
+
+def _parquet_files(path: Path) -> list[Path]:
+    if path.is_dir():
+        files = sorted(path.rglob("*.parquet"))
+        if not files:
+            raise TableError(f"the folder {path} holds no .parquet file")
+        return files
+    if not path.exists():
+        raise TableError(f"{path} does not exist")
+    return [path]
