@@ -69,9 +69,7 @@ def check_tokens(tokens: str | Sequence[int]) -> str | tuple[int, ...]:
     """The choice of tokens, or an error that names what can be chosen."""
     if isinstance(tokens, str):
         if tokens not in TOKEN_CHOICES:
-            raise ExperimentError(
-                f"unknown choice of tokens {tokens!r}; choose from {', '.join(TOKEN_CHOICES)}, or indices"
-            )
+            raise ExperimentError(f"unknown tokens {tokens!r}; choose from {', '.join(TOKEN_CHOICES)}, or give indices")
         return tokens
     indices = tuple(tokens)
     if not indices or not all(isinstance(index, int) and not isinstance(index, bool) for index in indices):

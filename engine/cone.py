@@ -83,8 +83,7 @@ def find_cone(shape: Shape, experiment: Experiment, depth: int) -> Cone:
 def _number_layer(
     state: np.ndarray, varies: np.ndarray, experiment: Experiment, row_of: np.ndarray, layer: int
 ) -> tuple[LayerValues, np.ndarray, np.ndarray]:
-    runs, T = state.shape
-
+    T = state.shape[1]
     prefix, first = _number_prefixes(state)
     attn_run, attn_token = np.divmod(first, T)
     attn_varies = np.logical_or.accumulate(varies[state], axis=1)[attn_run, attn_token]

@@ -40,9 +40,7 @@ class Fact:
         if not self.subject.strip():
             raise FactError(f"fact {self.id!r}: the subject is empty; give the words that the prompt is about")
         if not self.target_true.strip():
-            raise FactError(
-                f"fact {self.id!r}: target_true is empty; give the answer the prompt should be completed with"
-            )
+            raise FactError(f"fact {self.id!r}: target_true is empty; give the answer that completes the prompt")
 
     @property
     def text(self) -> str:

@@ -28,9 +28,7 @@ class State:
         if self.kind not in SITES:
             raise ExperimentError(f"unknown kind {self.kind!r}; choose from hidden, mlp, attn")
         if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
-            raise ExperimentError(
-                f"the window of {self.kind} is {self.window!r}; give a whole number of layers from 1 up"
-            )
+            raise ExperimentError(f"the window of {self.kind} is {self.window!r}; give a number of layers from 1 up")
 
     def layers(self, centre: int, depth: int) -> tuple[int, int]:
         """The half-open range of layers of the window centred on a layer, clipped to the model (METHODS 3)."""

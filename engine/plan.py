@@ -198,15 +198,6 @@ def plan_bytes(plan: Plan) -> int:
     """Bytes of a plan's own index arrays."""
     total = plan.input_token.nbytes + plan.read_token.nbytes + plan.read.nbytes
     for layer in plan.layers:
-        gathers = (
-            layer.keys_values,
-            layer.queries,
-            layer.mid_input,
-            layer.mid_attn,
-            layer.mlp,
-            layer.out_mid,
-            layer.out_mlp,
-        )
-        total += sum(gather.source.nbytes for gather in gathers)
+        total += sum(value.source.nbytes for value in vars(layer).values() if isinstance(value, Gather))
         total += sum(segment.queries.nbytes + segment.keys.nbytes for segment in layer.segments)
     return total

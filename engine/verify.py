@@ -43,9 +43,8 @@ def verify_model(architecture: Architecture, tokens: tuple[int, ...], tiles: Til
     allowed = _TOLERANCE.get(weight.dtype, _TOLERANCE_HALF) * max(1.0, theirs.abs().max().item() / 10)
     if not difference <= allowed:
         raise ModelError(
-            f"this model's forward gives log-probabilities that differ by {difference:.2g} from those computed from its "
-            "parameters; it computes something that this version does not know (a changed forward, an unusual option), "
-            "so it is refused"
+            f"this model's forward gives log-probabilities that differ by {difference:.2g} from those computed from "
+            "its parameters: it does something unknown here (a changed forward, an unusual option), so it is refused"
         )
 
 

@@ -65,18 +65,18 @@ def _run_layer(
 ) -> Tensor:
     """One layer: input rows (R, hidden) to output rows. Overwritten values are rows gathered from another run."""
     attn, attn_stage = _attention(rows, stage, block, groups, plans, tiles)
-    mid = rows[gather_rows([plan.mid_input for plan in plans], stage)]
+    mid = rows.index_select(0, gather_rows([plan.mid_input for plan in plans], stage))
     del rows
-    mid += attn[gather_rows([plan.mid_attn for plan in plans], attn_stage)]
+    mid += attn.index_select(0, gather_rows([plan.mid_attn for plan in plans], attn_stage))
     del attn
 
     device = mid.device
     mid_stage = place(groups, [plan.mid_input.rows for plan in plans], device)
     mlp = _project(block.mlp, mid, gather_rows([plan.mlp for plan in plans], mid_stage), tiles.rows)
     mlp_stage = place(groups, [plan.mlp.rows for plan in plans], device)
-    out = mid[gather_rows([plan.out_mid for plan in plans], mid_stage)]
+    out = mid.index_select(0, gather_rows([plan.out_mid for plan in plans], mid_stage))
     del mid
-    out += mlp[gather_rows([plan.out_mlp for plan in plans], mlp_stage)]
+    out += mlp.index_select(0, gather_rows([plan.out_mlp for plan in plans], mlp_stage))
     return out
 
 
@@ -103,8 +103,8 @@ def _attention(
             visible = torch.arange(K, device=device) <= torch.tensor(segment.tokens, device=device)[:, None]
             runs = max(1, tiles.keys // K)
             for q, k in zip(query_rows.view(-1, m).split(runs), key_rows.view(-1, K).split(runs), strict=True):
-                key, value = keys_values[k.flatten()].view(len(k), K, 2, -1, block.head_dim).unbind(2)
-                query = queries[q.flatten()].view(len(q), m, -1, block.head_dim)
+                key, value = keys_values.index_select(0, k.flatten()).view(len(k), K, 2, -1, block.head_dim).unbind(2)
+                query = queries.index_select(0, q.flatten()).view(len(q), m, -1, block.head_dim)
                 heads[first : first + q.numel()] = (
                     attend(query, key, value, visible, block.scale).flatten(2).flatten(0, 1)
                 )
@@ -118,7 +118,7 @@ def _project(function: Callable[[Tensor], Tensor], rows: Tensor, index: Tensor |
     count = len(rows) if index is None else len(index)
     out: Tensor | None = None
     for part in _pieces(count, tile):
-        result = function(rows[part] if index is None else rows[index[part]])
+        result = function(rows[part] if index is None else rows.index_select(0, index[part]))
         if out is None:
             out = result.new_empty(count, result.shape[1])
         out[part] = result

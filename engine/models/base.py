@@ -81,4 +81,4 @@ class Architecture(ABC):
 
     @abstractmethod
     def unembedding(self) -> tuple[Tensor, Tensor | None]:
-        """Weight (vocabulary, hidden) and bias (vocabulary,) or None of the output projection, as the model has them."""
+        """Weight (vocabulary, hidden) and bias (vocabulary,) or None of the output projection, the model's own."""

@@ -52,8 +52,8 @@ def _refuse_custom_code(model: Any, modules: dict[str, type]) -> None:
                 found.add(pattern)
                 if type(module) is not cls:
                     raise ModelError(
-                        f"{_named(name)} is a {type(module).__name__} where {cls.__name__} is expected; wrapped models "
-                        "(LoRA, quantization) and custom code are not supported: merge adapters, or load the plain model"
+                        f"{_named(name)} is a {type(module).__name__} where {cls.__name__} is expected; wrapped "
+                        "models (LoRA, quantization) and custom code are not supported: load the plain, merged model"
                     )
     for pattern, cls in expected:
         if pattern not in found:
