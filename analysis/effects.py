@@ -7,9 +7,11 @@ from typing import Literal
 import polars as pl
 
 from causalcone.analysis.roles import with_roles
-from causalcone.analysis.tables import IDENTITY, STATE, TraceSource, as_traces
+from causalcone.analysis.tables import IDENTITY, STATE, TraceSource, as_traces, trace_parts
 
 Denominator = Literal["p_high", "p_clean"]
+
+_CELL = [*STATE, "role", "layer"]
 
 
 def restore_effects(table: TraceSource, denominator: Denominator = "p_high") -> pl.DataFrame:
@@ -85,28 +87,44 @@ def average_indirect_effect(table: TraceSource, clip: bool = False) -> pl.DataFr
     once (Meng et al. 2022, Fig. 15). Middle and further tokens are pooled over facts. ``clip`` raises negative effects
     to 0, as the published heat maps do. ``standard_error`` is that of the mean p_patched; facts, not tokens, are taken
     as independent, which with one token per fact is the usual sd / sqrt(n); null for one fact.
+    A folder is read file by file, each holding whole facts, so any number of facts fits in memory.
     Columns: method, kind, window, role, layer, mean_patched, mean_corrupted, effect, standard_error, count (tokens),
     facts.
     """
-    traces = as_traces(table).filter(pl.col("method") != "zero")
-    cell = [*STATE, "role", "layer"]
-    per_fact = with_roles(traces).group_by(*cell, "fact_id").agg(total=pl.sum("p_patched"), tokens=pl.len())
-
-    total, tokens, count, facts = pl.col("total"), pl.col("tokens"), pl.sum("tokens"), pl.len()
-    deviation = total - tokens * (total.sum() / count)
-    variance = (deviation**2).sum() * facts / (facts - 1) / count**2
-    per_cell = per_fact.group_by(cell).agg(
-        mean_patched=total.sum() / count,
+    roles, corrupted = zip(*(_sums(part) for part in trace_parts(table)), strict=True)
+    cells = pl.concat(roles).group_by(_CELL).agg(pl.all().sum())
+    states = pl.concat(corrupted).group_by(STATE).agg(pl.all().sum())
+    total, count, facts = pl.col("patched"), pl.col("count"), pl.col("facts")
+    mean = total / count
+    squares = pl.col("patched_squared") - 2 * mean * pl.col("patched_times_tokens") + mean**2 * pl.col("tokens_squared")
+    variance = squares.clip(0) * facts / (facts - 1) / count**2
+    averages = cells.join(states, on=STATE).with_columns(
+        mean_patched=mean,
+        mean_corrupted=pl.col("corrupted") / pl.col("corrupted_facts"),
         standard_error=pl.when(facts > 1).then(variance.sqrt()),
-        count=count,
-        facts=facts,
     )
-
-    corrupted = traces.unique(["fact_id", *STATE]).group_by(STATE).agg(mean_corrupted=pl.mean("p_corrupted"))
     effect = pl.col("mean_patched") - pl.col("mean_corrupted")
-    averages = per_cell.join(corrupted, on=STATE).with_columns(effect=effect.clip(0) if clip else effect)
-    columns = [*cell, "mean_patched", "mean_corrupted", "effect", "standard_error", "count", "facts"]
-    return averages.select(columns).sort(cell)
+    averages = averages.with_columns(effect=effect.clip(0) if clip else effect)
+    columns = [*_CELL, "mean_patched", "mean_corrupted", "effect", "standard_error", "count", "facts"]
+    return averages.select(columns).sort(_CELL)
+
+
+def _sums(part: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """What the averages need of some whole facts, per role and layer and per state: sums, so that any number of facts
+    can pass through."""
+    traces = part.filter(pl.col("method") != "zero")
+    per_fact = with_roles(traces).group_by(*_CELL, "fact_id").agg(total=pl.sum("p_patched"), tokens=pl.len())
+    total, tokens = pl.col("total"), pl.col("tokens").cast(pl.Float64)
+    cells = per_fact.group_by(_CELL).agg(
+        patched=total.sum(),
+        patched_squared=(total**2).sum(),
+        patched_times_tokens=(total * tokens).sum(),
+        tokens_squared=(tokens**2).sum(),
+        count=pl.sum("tokens"),
+        facts=pl.len(),
+    )
+    facts = traces.unique(["fact_id", *STATE]).group_by(STATE)
+    return cells, facts.agg(corrupted=pl.sum("p_corrupted"), corrupted_facts=pl.len())
 
 
 def peak_layers(averages: pl.DataFrame) -> pl.DataFrame:

@@ -22,7 +22,7 @@ from causalcone.analysis.figure_parts import (
     states_of,
 )
 from causalcone.analysis.roles import ROLES
-from causalcone.analysis.tables import TableError, TraceSource, as_traces
+from causalcone.analysis.tables import TableError, TraceSource
 
 ROLE_NAMES = {role: role.replace("_", " ") + " token" for role in ROLES} | {
     "middle_subject": "middle subject tokens",
@@ -46,8 +46,7 @@ def indirect_effect(table: TraceSource, path: str | os.PathLike[str] | None = No
     same means as a role-by-layer heat map. The scales are common to all columns. Raises ``TableError`` where the
     table holds no restored state.
     """
-    traces = as_traces(table)
-    averages = average_indirect_effect(traces)
+    averages = average_indirect_effect(table)
     if averages.is_empty():
         raise TableError("the table holds no restored state of a token with a role")
     states = states_of(averages)
@@ -78,7 +77,7 @@ def indirect_effect(table: TraceSource, path: str | os.PathLike[str] | None = No
         for axes in grid[2 * (place // columns) : 2 * (place // columns) + 2, place % columns]:
             axes.set_visible(False)
 
-    facts = traces.filter(pl.col("method") != "zero")["fact_id"].n_unique()
+    facts = averages["facts"].max()
     of = "of one fact" if facts == 1 else f"over {facts} facts, with 95 % intervals"
     figure.suptitle(f"Average indirect effect {of}", fontsize=11, fontweight="bold")
     handles, labels = grid[0, 0].get_legend_handles_labels()

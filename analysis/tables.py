@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeAlias
 
@@ -56,8 +57,7 @@ def read_traces(source: TraceSource) -> pl.DataFrame:
 def as_traces(source: TraceSource) -> pl.DataFrame:
     """``read_traces`` without the search for repeated states."""
     if isinstance(source, str | os.PathLike):
-        files = _parquet_files(Path(source))
-        return pl.concat([_conform(_read_parquet(file), str(file)) for file in files], how="diagonal")
+        return pl.concat(trace_parts(source), how="diagonal")
     if isinstance(source, pl.LazyFrame):
         source = source.collect()
     if isinstance(source, pa.Table | pa.RecordBatch):
@@ -65,6 +65,15 @@ def as_traces(source: TraceSource) -> pl.DataFrame:
     if not isinstance(source, pl.DataFrame):
         raise TableError(f"a traces table cannot be a {type(source).__name__}; give an Arrow or polars table or a path")
     return _conform(source, "the table")
+
+
+def trace_parts(source: TraceSource) -> Iterator[pl.DataFrame]:
+    """A traces table piece by piece: the files of a folder one by one, anything else whole."""
+    if isinstance(source, str | os.PathLike):
+        for file in _parquet_files(Path(source)):
+            yield _conform(_read_parquet(file), str(file))
+    else:
+        yield as_traces(source)
 
 
 def _conform(frame: pl.DataFrame, name: str) -> pl.DataFrame:
