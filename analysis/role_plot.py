@@ -77,7 +77,7 @@ def indirect_effect(table: TraceSource, path: str | os.PathLike[str] | None = No
         for axes in grid[2 * (place // columns) : 2 * (place // columns) + 2, place % columns]:
             axes.set_visible(False)
 
-    facts = averages["facts"].max()
+    facts = int(averages["facts"].to_numpy().max())
     of = "of one fact" if facts == 1 else f"over {facts} facts, with 95 % intervals"
     figure.suptitle(f"Average indirect effect {of}", fontsize=11, fontweight="bold")
     handles, labels = grid[0, 0].get_legend_handles_labels()

@@ -55,15 +55,10 @@ def _as_state(state: State | str | tuple[str, int]) -> State:
     if isinstance(state, State):
         return state
     if isinstance(state, str):
-        kind, _, window = state.partition(":")
-        if not window:
-            return State(kind)
-        try:
-            return State(kind, int(window))
-        except ValueError as error:
-            if isinstance(error, ExperimentError):
-                raise
-            raise ExperimentError(f"the state {state!r} is not KIND:WINDOW, such as mlp:10") from None
+        name, _, size = state.partition(":")
+        if not size.isascii() or not size.lstrip("-").isdigit():
+            raise ExperimentError(f"the state {state!r} is not KIND:WINDOW, such as mlp:10")
+        return State(name, int(size))
     try:
         kind, window = state
     except (TypeError, ValueError):

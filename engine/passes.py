@@ -35,11 +35,12 @@ class Part:
 
     def halves(self) -> tuple[Part, Part] | None:
         """Two smaller parts, by samples first (they share only the clean run); None if it cannot be split."""
-        for name in ("samples", "branches"):
-            whole: range = getattr(self, name)
-            if len(whole) > 1:
-                middle = len(whole) // 2
-                return replace(self, **{name: whole[:middle]}), replace(self, **{name: whole[middle:]})
+        if len(self.samples) > 1:
+            middle = len(self.samples) // 2
+            return replace(self, samples=self.samples[:middle]), replace(self, samples=self.samples[middle:])
+        if len(self.branches) > 1:
+            middle = len(self.branches) // 2
+            return replace(self, branches=self.branches[:middle]), replace(self, branches=self.branches[middle:])
         return None
 
 
@@ -133,7 +134,7 @@ def split(parts: Sequence[Part]) -> list[list[Part]] | None:
         middle = len(parts) // 2
         return [list(parts[:middle]), list(parts[middle:])]
     halves = parts[0].halves()
-    return halves and [[half] for half in halves]  # type: ignore[return-value]
+    return [[half] for half in halves] if halves else None
 
 
 class PlanCache:

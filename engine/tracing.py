@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -92,12 +93,16 @@ class Tracer:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         wanted = None if dtype is None else as_dtype(dtype)
+        if path.startswith((".", "/", "~")) and not Path(path).is_dir():
+            raise ModelError(f"the model folder {path} does not exist")
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
             model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted or "auto")
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(f"no model can be loaded from {path!r}: {error}") from error
-        return cls(model.to(device) if device is not None else model, tokenizer, memory=memory)
+        if device is not None:
+            model = model.to(torch.device(device))  # type: ignore[arg-type]
+        return cls(model, tokenizer, memory=memory)
 
     def trace(
         self,
@@ -260,6 +265,6 @@ class Tracer:
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """A floating-point dtype of torch from itself or its name."""
     named = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if named not in DTYPES.values():
+    if named is None or named not in DTYPES.values():
         raise ExperimentError(f"dtype {dtype!r} is not supported; choose from {', '.join(DTYPES)}")
     return named

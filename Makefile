@@ -1,0 +1,31 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint types bench
+
+demo: $(READY)
+	$(BIN)/causalcone demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy sees the package as users get it: from a wheel, with the folders under their installed names
+types: $(READY)
+	rm -rf build/types
+	$(BIN)/pip wheel -q --no-deps -w build/types .
+	$(BIN)/pip install -q --no-deps --target build/types/site build/types/*.whl
+	cd build/types && MYPYPATH=site ../../$(BIN)/mypy --config-file ../../pyproject.toml -p causalcone
+
+bench: $(READY)
+	$(BIN)/python bench/trace.py
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
+	touch $(READY)

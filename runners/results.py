@@ -1,0 +1,119 @@
+"""A folder of results: what was asked for in ``run.json``, tables as Parquet parts that can be read while they grow."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from causalcone.engine.errors import CausalconeError
+
+PART_ROWS = 50_000
+PART_SECONDS = 5.0
+_OWN = ("run.json", "traces", "plots")
+
+
+class ResultError(CausalconeError):
+    """An output folder that cannot be written or holds another run."""
+
+
+class ResultFolder:
+    """``path`` made ready for a run described by ``configuration``; refuses a folder that holds one already."""
+
+    def __init__(self, path: str | os.PathLike[str], configuration: Mapping[str, Any], overwrite: bool = False) -> None:
+        self.path = Path(path)
+        self.configuration = {**configuration, "versions": versions()}
+        if self.path.exists() and not self.path.is_dir():
+            raise ResultError(f"{self.path} is a file; name a folder to write results to")
+        if any((self.path / name).exists() for name in _OWN):
+            if not overwrite:
+                raise ResultError(f"{self.path} already holds a run; choose another folder, or give --overwrite")
+            self._clear()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._write_run("running")
+        except OSError as error:
+            raise ResultError(f"cannot write to {self.path}: {error.strerror or error}") from error
+
+    def table(self, name: str, schema: pa.Schema) -> TableWriter:
+        """A writer for the table ``name``, whose parts carry the run's configuration as metadata."""
+        return TableWriter(self.path / name, schema.with_metadata({"causalcone": json.dumps(self.configuration)}))
+
+    def finish(self, **results: Any) -> None:
+        """Record that everything asked for is there."""
+        self._write_run("complete", **results)
+
+    def _write_run(self, status: str, **results: Any) -> None:
+        text = json.dumps({**self.configuration, "status": status, **results}, indent=1)
+        temporary = self.path / "run.json.tmp"
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(self.path / "run.json")
+
+    def _clear(self) -> None:
+        for name in _OWN:
+            entry = self.path / name
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink(missing_ok=True)
+
+
+class TableWriter:
+    """Appends record batches to ``folder`` as files ``part-00000.parquet`` and so on, each written whole or not at all.
+
+    A part is closed every ``PART_ROWS`` rows or ``PART_SECONDS`` seconds, and at the end whatever ended it, so what was
+    finished stays readable.
+    """
+
+    def __init__(self, folder: Path, schema: pa.Schema) -> None:
+        self.folder, self.schema = folder, schema
+        self.parts = self.rows = 0
+        self._held: list[pa.RecordBatch] = []
+        self._since = time.monotonic()
+
+    def __enter__(self) -> TableWriter:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.flush()
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        self._held.append(batch)
+        if sum(len(held) for held in self._held) >= PART_ROWS or time.monotonic() - self._since >= PART_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        self._since = time.monotonic()
+        if not self._held:
+            return
+        table = pa.Table.from_batches(self._held).cast(self.schema)
+        path = self.folder / f"part-{self.parts:05}.parquet"
+        temporary = path.with_suffix(".tmp")
+        try:
+            pq.write_table(table, temporary, compression="zstd")
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise ResultError(f"cannot write {path}: {error.strerror or error}; finished parts are kept") from error
+        self._held.clear()
+        self.parts += 1
+        self.rows += len(table)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what results depend on."""
+    names = ("causalcone", "torch", "transformers", "tokenizers", "numpy", "pyarrow")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
