@@ -1,0 +1,155 @@
+"""Times causal tracing on a GPU in the shapes of GPT2-XL and GPT-J-6B with random weights: ``python bench/gpu.py``.
+
+No files are needed: weights are made on the device, prompts are random tokens with the lengths of CounterFact's. The
+GPT-J shape has GPT-J-6B's sizes in GPT-2's architecture. How many facts are traced follows from ``--seconds`` and the
+device's speed. The naive way is timed on a sample of its restorations and scaled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import EFFICIENCY, NAIVE, Study, Values, deviation, measure_both, naive_seconds, say
+from report import RESULTS, device_name, environment, markdown, record, write_json
+from workload import LENGTHS, SHAPES, describe_prompts, generated, random_model
+
+from causalcone import Tracer
+from causalcone.engine.memory import free_bytes
+
+MODELS = ("GPT2-XL", "GPT-J-6B sizes")
+NOTE = (
+    "GPT-J-6B sizes: its depth, width, heads and vocabulary in GPT-2's architecture (sequential blocks, learned "
+    "positions, tied embeddings); the matrix products have GPT-J's sizes"
+)
+TOY = {
+    "GPT2-XL": {"n_layer": 3, "n_embd": 20, "n_head": 5, "vocab_size": 211},
+    "GPT-J-6B sizes": {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 223},
+}
+SOURCE = "random tokens with the lengths of CounterFact's first 20"
+FEW = 2
+"""Facts traced to warm up and to learn the device's speed."""
+
+
+def main() -> None:
+    options = parse()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    results = []
+    for name in options.models:
+        say(f"{name} on {device_name(device)}")
+        results += measure_model(name, device, options)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    facts, tokenizer = generated(len(LENGTHS), vocabulary=1000)
+    report = {
+        "title": f"Causal tracing in the shapes of large models, {device_name(device)}{', toy' * options.toy}",
+        **environment(device),
+        "note": NOTE,
+        "shapes": {name: shape_of(name, options.toy) for name in options.models},
+        "prompts": describe_prompts(facts, tokenizer, SOURCE),
+        "states": Study.states,
+        "samples": options.samples,
+        "naive": NAIVE,
+        "efficiency": EFFICIENCY,
+        "results": results,
+    }
+    text = f"{markdown(report)}\n{NOTE}.\n"
+    print(text)
+    slug = re.sub(r"\W+", "-", device_name(device)).lower()
+    say(f"written to {write_json(report, options.out, f'gpu-{slug}' + '-toy' * options.toy)}")
+    if options.record:
+        record(text, f"gpu {slug}")
+
+
+def measure_model(name: str, device: torch.device, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A result per dtype. Bfloat16 weights are the float32 weights rounded, where the device has room for those."""
+    shape = shape_of(name, options.toy)
+    facts, tokenizer = generated(options.facts, shape["vocab_size"])
+    row_counts = (64, 256) if options.toy else (1024, 2048, 4096, 8192, 16384)
+    results: list[dict[str, Any]] = []
+    model, sigma, exact = None, 0.0, None
+    for dtype in (torch.float32, torch.bfloat16):
+        needed, free = dtype.itemsize * parameters(shape), free_bytes(device)
+        if model is None and 1.3 * needed > free:
+            reason = f"its weights take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"
+            results.append({"model": name, "dtype": str(dtype).removeprefix("torch."), "skipped": reason})
+            continue
+        model = random_model(shape, dtype, device) if model is None else model.to(dtype)
+        sigma = sigma or Tracer(model, tokenizer).noise_level(facts)
+        few = Study(facts[:FEW], sigma, samples=options.samples)
+        count = facts_within(options.seconds, model, tokenizer, few, options.memory)
+        study = Study(facts[:count], sigma, samples=options.samples)
+        naive = naive_seconds(options.naive_seconds)
+        result, values = measure_both(
+            model, tokenizer, study, naive, row_counts=row_counts, warm_up=few, memory=options.memory
+        )
+        exact = exact or ((result, values) if dtype == torch.float32 else None)
+        compare(result, values, exact)
+        prompts = describe_prompts(study.facts, tokenizer, SOURCE)
+        results.append({"model": name, "prompts": prompts, "sigma": sigma, **result})
+    return results
+
+
+def facts_within(seconds: float, model: Any, tokenizer: Any, few: Study, memory: str | None) -> int:
+    """How many facts can be traced in about that time, judged by a few: if possible whole rounds of ``LENGTHS``."""
+    for _ in range(2):  # the first warms up
+        began = time.perf_counter()
+        Tracer(model, tokenizer, memory=memory).trace(**few.arguments)
+        took = time.perf_counter() - began
+    count = len(few.facts) * seconds / took
+    return len(LENGTHS) * round(count / len(LENGTHS)) or max(FEW, int(count))
+
+
+def compare(result: dict[str, Any], values: Values, exact: tuple[dict[str, Any], Values] | None) -> None:
+    """Put a result beside that in float32. That may be of fewer facts; the naive way takes as long per FLOP."""
+    if exact is None:
+        return
+    reference, exact_values = exact
+    seconds = reference["naive"]["seconds"] * result["naive_flops"] / reference["naive_flops"]
+    result["ratio_to_naive_float32"] = seconds / result["seconds"]
+    if result is not reference:
+        result["deviation_from_float32"] = deviation(values, exact_values)
+
+
+def shape_of(name: str, toy: bool) -> dict[str, int]:
+    return TOY[name] if toy else SHAPES[name]
+
+
+def parameters(shape: dict[str, int]) -> int:
+    """Weights of the matrices and the embeddings, which is all that takes room."""
+    width = shape["n_embd"]
+    return shape["n_layer"] * 12 * width**2 + shape["vocab_size"] * width
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="a torch device (cuda)")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--facts", type=int, default=400, help="the most facts to trace (400)")
+    parser.add_argument("--samples", type=int, default=10, help="noise samples (10)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for the engine, per model and dtype (60)")
+    parser.add_argument("--naive-seconds", type=float, default=10.0, help="for the naive way, per model and dtype (10)")
+    parser.add_argument("--threads", type=int, help="CPU threads (torch's default)")
+    parser.add_argument("--memory", help="memory for a pass, such as 20GiB (half of what is free)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON (bench/results)")
+    parser.add_argument("--record", action="store_true", help="put the table into bench/RESULTS.md")
+    parser.add_argument("--toy", action="store_true", help="tiny models, to try the script: --device cpu --toy")
+    options = parser.parse_args()
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here; try the script with --device cpu --toy")
+    if min(options.facts, options.samples) < 1:
+        parser.error("--facts and --samples are whole numbers from 1 up")
+    return options
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""What the benchmarks run on: random models in the shapes of known ones, and prompts of known lengths."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2TokenizerFast, PreTrainedTokenizerFast
+
+from causalcone import Fact, load_facts
+
+SHAPES = {
+    "GPT-2 small": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257},
+    "GPT2-XL": {"n_layer": 48, "n_embd": 1600, "n_head": 25, "vocab_size": 50257},
+    "GPT-J-6B sizes": {"n_layer": 28, "n_embd": 4096, "n_head": 16, "vocab_size": 50400, "n_positions": 2048},
+}
+"""All are built as GPT-2: for GPT-J that means sequential blocks, learned positions and tied embeddings."""
+
+LENGTHS = (
+    *((4, 4, 1), (4, 5, 1), (0, 4, 2), (0, 5, 5), (6, 1, 3), (4, 9, 1), (0, 6, 5), (0, 3, 3), (6, 1, 3), (0, 6, 3)),
+    *((0, 2, 2), (0, 6, 4), (0, 4, 3), (0, 5, 3), (4, 7, 1), (0, 3, 2), (0, 2, 5), (4, 3, 1), (0, 3, 3), (0, 4, 2)),
+)
+"""Tokens before, in and after the subject of the first 20 CounterFact prompts; their targets are one token each."""
+
+
+def random_model(shape: dict[str, int], dtype: torch.dtype, device: torch.device) -> Any:
+    """A GPT-2 with transformers' random initialisation, made on the device and in the dtype."""
+    torch.manual_seed(0)
+    config = GPT2Config(**shape, bos_token_id=0, eos_token_id=0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def counterfact(folder: Path, count: int) -> tuple[list[Fact], Any]:
+    """The first CounterFact prompts and GPT-2's tokenizer."""
+    files = folder / "gpt2-tokenizer"
+    tokenizer = GPT2TokenizerFast(vocab=str(files / "vocab.json"), merges=str(files / "merges.txt"))
+    return load_facts(folder / "counterfact_prompts.json", limit=count), tokenizer
+
+
+def generated(count: int, vocabulary: int) -> tuple[list[Fact], Any]:
+    """Prompts of random words, one token each, and their tokenizer.
+
+    The first 20 have the lengths of ``LENGTHS``. Every further 20 pair those texts with other of those subjects, so
+    that the means stay and up to 400 pairs of lengths occur.
+    """
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    draw = random.Random(0)
+
+    def text(tokens: int) -> str:
+        return " ".join(f"w{draw.randrange(vocabulary)}" for _ in range(tokens))
+
+    facts = []
+    for index in range(count):
+        turn, place = divmod(index, len(LENGTHS))
+        before, _, after = LENGTHS[place]
+        _, subject, _ = LENGTHS[(place + turn) % len(LENGTHS)]
+        prompt = f"{text(before)} {{}} {text(after)}".strip()
+        facts.append(Fact(str(index), prompt, text(subject), text(1)))
+    return facts, PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+
+
+def describe_prompts(facts: Sequence[Fact], tokenizer: Any, source: str) -> dict[str, Any]:
+    """Where prompts come from and how long they are; the subject's tokens are counted in its prompt."""
+    tokens, subjects, starts = [], [], []
+    for fact in facts:
+        first, last = fact.subject_characters
+        offsets = tokenizer(fact.text, return_offsets_mapping=True)["offset_mapping"]
+        covered = [i for i, (begin, end) in enumerate(offsets) if begin < last and end > first]
+        tokens.append(len(offsets))
+        subjects.append(len(covered))
+        starts.append(covered[0])
+
+    def mean(values: list[int]) -> float:
+        return sum(values) / len(values)
+
+    means = {"mean_tokens": mean(tokens), "mean_subject_tokens": mean(subjects), "mean_subject_start": mean(starts)}
+    return {"source": source, "count": len(facts), **means}
