@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from causalcone.runners.training import Recipe, trained
 from causalcone.runners.training_text import texts
@@ -46,7 +46,8 @@ def demo_world(size: str = "demo") -> World:
 def demo_model(progress: bool = True, size: str = "demo") -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast]:
     """The demo model and its tokenizer, trained now if that has not been done before."""
     folder = demo_folder(progress, size)
-    model = GPT2LMHeadModel.from_pretrained(folder)
+    with _no_transformers_bars():
+        model = GPT2LMHeadModel.from_pretrained(folder)
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder)
 
 
@@ -68,12 +69,14 @@ def _train_into(folder: Path, world: World, recipe: Recipe, progress: bool) -> N
     """Train beside ``folder`` and move the result there, so that what is killed on the way leaves no half model."""
     for left_over in folder.parent.glob(f"{folder.name}.partial-*"):
         shutil.rmtree(left_over, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.partial-"))
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial.mkdir()
     try:
         tokenizer = train_tokenizer(world)
         with _reporting(recipe.steps, progress) as report:
             model = trained(world, tokenizer, recipe, report)
-        model.save_pretrained(partial)
+        with _no_transformers_bars():
+            model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         partial.rename(folder)
     finally:
@@ -102,6 +105,18 @@ def _fingerprint(recipe: Recipe, world: World) -> str:
     for text in texts(world):
         digest.update(text.encode())
     return digest.hexdigest()[:12]
+
+
+@contextmanager
+def _no_transformers_bars() -> Iterator[None]:
+    """Without the library's own bars for files of a few megabytes; its setting is put back."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextmanager

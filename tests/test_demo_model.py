@@ -198,8 +198,7 @@ def test_what_stands_before_the_prompt_does_not_matter(trained, world):
 
 @pytest.mark.slow
 def test_demo_model_has_an_early_and_a_late_site(trained, world):
-    table = Tracer(*trained).trace(world.facts[::12], states=(("hidden", 1), ("mlp", 3)), samples=4)
-    rows = table.to_pandas() if hasattr(table, "to_pandas") else table
+    rows = Tracer(*trained).trace(world.facts[::12], states=(("hidden", 1), ("mlp", 3)), samples=4).to_pandas()
     rows["effect"] = rows["p_patched"] - rows["p_corrupted"]
     rows["site"] = np.select(
         [rows["token"] == rows["subject_end"] - 1, rows["token"] == rows["prompt_tokens"] - 1], ["subject", "last"], ""
