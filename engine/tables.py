@@ -11,6 +11,8 @@ from causalcone.engine.branches import Branches
 from causalcone.engine.facts import EncodedFact
 from causalcone.engine.interventions import CLEAN, CORRUPTED, State
 
+pa.array([])  # loads pandas, where it is installed: better with the other imports than in the middle of a trace
+
 TRACE_SCHEMA = pa.schema(
     [
         ("fact_id", pa.string()),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from causalcone.engine.models.base import Architecture, Block
 from causalcone.engine.plan import LayerPlan
 from causalcone.kernels.attention import attend
 from causalcone.kernels.readout import Readout
+from causalcone.kernels.tiles import pieces
 
 
 @dataclass(frozen=True)
@@ -117,23 +118,13 @@ def _project(function: Callable[[Tensor], Tensor], rows: Tensor, index: Tensor |
     """``function`` of the indexed rows (all where there is no index), computed in tiles that stay in cache."""
     count = len(rows) if index is None else len(index)
     out: Tensor | None = None
-    for part in _pieces(count, tile):
+    for part in pieces(count, tile):
         result = function(rows[part] if index is None else rows.index_select(0, index[part]))
         if out is None:
             out = result.new_empty(count, result.shape[1])
         out[part] = result
     assert out is not None, "a pass has rows at every stage"
     return out
-
-
-def _pieces(count: int, tile: int) -> Iterator[slice]:
-    """Full tiles, then halves of halves: few distinct sizes, since products are compiled for each."""
-    start = 0
-    while start < count:
-        while tile > 64 and tile > count - start:
-            tile //= 2
-        yield slice(start, min(start + tile, count))
-        start += tile
 
 
 def _read_out(

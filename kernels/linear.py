@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROW_MULTIPLE = 64
-"""oneDNN compiles and keeps code for every distinct number of rows; rounding up bounds how much."""
+from causalcone.kernels.tiles import SMALLEST
 
 _FUSED = {"gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu", "none"), "relu": ("relu", "")}
 _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
@@ -44,8 +43,8 @@ class Linear:
             out = F.linear(rows, self.weight, self.bias)
             return self.activation(out) if self.activation else out
         count = len(rows)
-        if count % ROW_MULTIPLE:
-            rows = F.pad(rows, (0, 0, 0, -count % ROW_MULTIPLE))
+        if count % SMALLEST:
+            rows = F.pad(rows, (0, 0, 0, -count % SMALLEST))
         name, form = self.fused
         out = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, name, [], form)[:count]
         return self.activation(out) if self.activation and name == "none" else out

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from causalcone.kernels.linear import Linear
+from causalcone.kernels.tiles import pieces
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,11 @@ class Readout:
         wide = torch.promote_types(states.dtype, torch.float32)
         total = torch.full((len(states),), float("-inf"), dtype=wide, device=states.device)
         for _, product in self._products(states):
-            for tile in self._row_tiles(states):
+            for tile in pieces(len(states), self.rows):
                 part = product(states[tile]).to(wide).logsumexp(-1)
                 total[tile] = torch.logaddexp(total[tile], part)
         logit = torch.empty_like(total)
-        for tile in self._row_tiles(states):
+        for tile in pieces(len(states), self.rows):
             weight = self.weight[targets[tile].to(self.weight.device)].to(states.device, wide)
             logit[tile] = (states[tile].to(wide) * weight).sum(-1)
         if self.bias is not None:
@@ -45,7 +46,7 @@ class Readout:
         best = torch.full((len(states),), float("-inf"), dtype=states.dtype, device=states.device)
         token = torch.zeros(len(states), dtype=torch.int64, device=states.device)
         for start, product in self._products(states):
-            for tile in self._row_tiles(states):
+            for tile in pieces(len(states), self.rows):
                 value, index = product(states[tile]).max(-1)
                 better = value > best[tile]
                 token[tile] = torch.where(better, index + start, token[tile])
@@ -57,7 +58,3 @@ class Readout:
             part = slice(start, start + self.vocabulary)
             bias = None if self.bias is None else self.bias[part].to(states)
             yield start, Linear(self.weight[part].to(states), bias)
-
-    def _row_tiles(self, states: Tensor) -> Iterator[slice]:
-        for start in range(0, len(states), self.rows):
-            yield slice(start, min(start + self.rows, len(states)))
