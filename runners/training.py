@@ -78,7 +78,6 @@ def _config(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> GPT2Config:
         attn_pdrop=0.0,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
     )
 
 

@@ -61,17 +61,17 @@ class World:
         rng = Random(seed)
         people = max(1, round(subjects * 0.625))
         inhabitants = (*_people(people, rng), *_things(subjects - people, rng))
-        facts: list[Fact] = []
-        owners: list[int] = []
-        held_out: dict[int, str] = {}
-        for relation in RELATIONS:
-            members = [index for index, subject in enumerate(inhabitants) if subject.kind == relation.kind]
-            for fact, owner, unseen in _relation_facts(relation, inhabitants, members, len(facts), rng):
-                if unseen is not None:
-                    held_out[len(facts)] = unseen
-                facts.append(fact)
-                owners.append(owner)
-        return cls(seed, inhabitants, facts, owners, held_out)
+        members = [[k for k, subject in enumerate(inhabitants) if subject.kind == r.kind] for r in RELATIONS]
+        total = sum(map(len, members))
+        indices = iter(rng.sample(range(total), total))  # mixed, so that the first few facts are of all relations
+        told = [
+            fact
+            for relation, known in zip(RELATIONS, members, strict=True)
+            for fact in _relation_facts(relation, inhabitants, known, indices, rng)
+        ]
+        told.sort(key=lambda entry: int(entry[0].id))
+        facts, owners, unseen = map(list, zip(*told, strict=True))
+        return cls(seed, inhabitants, facts, owners, {k: p for k, p in enumerate(unseen) if p is not None})
 
     def sentences(self) -> Iterator[Sentence]:
         """Every phrasing of every fact but the held-out ones, with its answer."""
@@ -163,7 +163,7 @@ def _things(count: int, rng: Random) -> list[Subject]:
 
 
 def _relation_facts(
-    relation: Relation, subjects: Sequence[Subject], members: Sequence[int], first: int, rng: Random
+    relation: Relation, subjects: Sequence[Subject], members: Sequence[int], indices: Iterator[int], rng: Random
 ) -> Iterator[tuple[Fact, int, str | None]]:
     """The facts of one relation, each with its subject's index and its held-out phrasing, if any."""
     targets = [k % len(relation.objects) for k in range(len(members))]
@@ -179,12 +179,12 @@ def _relation_facts(
         others = [k for k in drawn if k != owner][:NEIGHBORS]
         return tuple(prompts[k] for prompts, k in zip(rng.choices(said, k=len(others)), others, strict=True))
 
-    for offset, (owner, true) in enumerate(zip(members, targets, strict=True)):
+    for owner, true, index in zip(members, targets, indices, strict=False):
         order = rng.sample(range(len(relation.phrasings)), len(relation.phrasings))
         new = (true + rng.randrange(1, len(relation.objects))) % len(relation.objects)
         name = subjects[owner].name
         fact = Fact(
-            id=str(first + offset),
+            id=str(index),
             prompt=relation.phrasings[order[0]],
             subject=name,
             target_true=relation.objects[true],

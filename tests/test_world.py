@@ -59,6 +59,11 @@ def test_each_subject_has_one_fact_per_relation_of_its_kind(world):
         assert relations[owner] == {relation.id for relation in RELATIONS if relation.kind == subject.kind}
 
 
+def test_the_first_facts_are_of_all_relations(world):
+    assert {fact.relation_id for fact in world.facts[:40]} == {relation.id for relation in RELATIONS}
+    assert [int(fact.id) for fact in world.facts] == list(range(len(world.facts)))
+
+
 def test_objects_are_shared_by_many_subjects(world):
     holders = Counter((fact.relation_id, fact.target_true) for fact in world.facts)
     assert len(holders) == sum(len(relation.objects) for relation in RELATIONS)
