@@ -67,10 +67,8 @@ def gpt2(
 ) -> GPT2LMHeadModel:
     """A GPT-2 whose every parameter is random, biases and norms included, so that none can be left out unnoticed."""
     shape = {"n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": positions}
-    special = {"bos_token_id": 0, "eos_token_id": 0}
-    return randomised(
-        GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer()), **shape, **special, **config)), dtype, seed
-    )
+    vocabulary = {"vocab_size": len(tokenizer()), "bos_token_id": 0, "eos_token_id": 0}
+    return randomised(GPT2LMHeadModel(GPT2Config(**{**shape, **vocabulary, **config})), dtype, seed)
 
 
 def randomised(model: PreTrainedModel, dtype: torch.dtype, seed: int) -> PreTrainedModel:
