@@ -24,9 +24,10 @@ class Cost:
     rows: int
 
 
-def cost(plan: Plan, sizes: Sizes, facts: int, samples: int) -> Cost:
+def cost(plan: Plan, sizes: Sizes, facts: int, samples: int, argmax: bool) -> Cost:
     """FLOPs of all projections and the unembedding as the pass executes them, FLOPs of attention products, and the
-    rows that go through the layers (counted at each layer's output)."""
+    rows that go through the layers (counted at each layer's output). ``argmax`` says that the target is looked up in
+    the clean run's logits first."""
     heads, kv = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim
     weights = attention = rows = 0
     for layer in plan.layers:
@@ -38,7 +39,8 @@ def cost(plan: Plan, sizes: Sizes, facts: int, samples: int) -> Cost:
             batches = facts * (samples if segment.varying else 1)
             attention += 2 * batches * segment.queries.size * segment.keys.shape[1] * heads
         rows += layer.out_mid.rows.count(facts, samples)
-    weights += plan.outputs.count(facts, samples) * sizes.hidden * sizes.vocabulary
+    read = plan.outputs.count(facts, samples) + argmax * facts
+    weights += read * sizes.hidden * sizes.vocabulary
     return Cost(2 * weights, 2 * attention, rows)
 
 
@@ -86,8 +88,9 @@ def fixed_bytes(sizes: Sizes, tiles: Tiles, dtype: torch.dtype, device: torch.de
     heads, kv = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim
     copied = packs(torch.empty(0, dtype=dtype, device=device)) + (not shared)
     layer = copied * itemsize * (sizes.hidden * (2 * heads + kv) + sizes.mlp_weights)
-    unembedding = copied * itemsize * tiles.vocabulary * sizes.hidden
+    vocabulary = min(tiles.vocabulary, sizes.vocabulary)
+    unembedding = copied * itemsize * vocabulary * sizes.hidden
     product = itemsize * tiles.rows * (3 * sizes.hidden + max(2 * sizes.inner, kv, heads))
     attention = itemsize * tiles.keys * (2 * kv + 2 * heads)
-    logits = tiles.readout_rows * tiles.vocabulary * (itemsize + 2 * max(4, itemsize))
+    logits = tiles.readout_rows * vocabulary * (itemsize + 2 * max(4, itemsize))
     return max(layer + product + attention, unembedding + logits)

@@ -170,4 +170,7 @@ class _Collected:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error)
+    """CPU allocators raise a plain RuntimeError; the words differ by platform."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "not enough memory"))

@@ -115,8 +115,8 @@ def assemble(
         if weight.max() > budget.for_rows:
             needed = int(weight.max()) + budget.fixed
             raise MemoryBudgetError(
-                f"fact {name(part.fact)!r} needs at least {needed / 2**20:.0f} MiB even one restoration at a time, the "
-                f"budget is {budget.total / 2**20:.0f} MiB; give more memory"
+                f"fact {name(part.fact)!r} needs at least {needed / 2**20:.1f} MiB even one restoration at a time, the "
+                f"budget is {budget.total / 2**20:.1f} MiB; give more memory"
             )
         if current and (np.max(held + weight) > budget.for_rows or rows + own_rows > budget.max_rows):
             yield current, int(np.max(held)) + budget.fixed

@@ -19,6 +19,7 @@ from causalcone.engine.interventions import State, as_states
 from causalcone.engine.job import TraceJob, TraceSpec
 from causalcone.engine.memory import default_budget, parse_bytes
 from causalcone.engine.models import read_architecture
+from causalcone.engine.models.refusal import refuse_unreadable
 from causalcone.engine.noise import parse_sigma, subject_deviation
 from causalcone.engine.passes import Budget, PlanCache, plan_budget
 from causalcone.engine.tables import TRACE_SCHEMA, trace_batch
@@ -169,7 +170,7 @@ class Tracer:
             passes += 1
             peak = max(peak, bytes_needed)
             for part in parts:
-                own = cost(job.plan(part)[0], sizes, 1, len(part.samples))
+                own = cost(job.plan(part)[0], sizes, 1, len(part.samples), target == "argmax")
                 rows += own.rows
                 flops += own.flops
                 attention_flops += own.attention_flops
@@ -255,7 +256,8 @@ class Tracer:
         )
 
     def _verify(self, fact: EncodedFact, budget: Budget) -> None:
-        """Compare with the model's own forward, once for every state of its weights."""
+        """Refuse what cannot be read, and compare with the model's own forward once for every state of its weights."""
+        refuse_unreadable(self.model, self.architecture.modules)
         versions = tuple((id(parameter), parameter._version) for parameter in self.model.parameters())
         if versions != self._verified:
             verify_model(self.architecture, fact.tokens, budget.tiles)

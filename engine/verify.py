@@ -12,7 +12,7 @@ from causalcone.engine.errors import ModelError
 from causalcone.engine.interventions import CLEAN, restorations
 from causalcone.engine.layout import Group
 from causalcone.engine.models.base import Architecture
-from causalcone.engine.models.refusal import refuse_unfinite, refuse_unreadable
+from causalcone.engine.models.refusal import refuse_unfinite
 from causalcone.engine.plan import compile_plan
 from causalcone.engine.wave import Tiles, run_pass
 
@@ -21,13 +21,12 @@ _TOLERANCE_HALF = 0.5
 
 
 def verify_model(architecture: Architecture, tokens: tuple[int, ...], tiles: Tiles) -> None:
-    """Raise ``ModelError`` if the model has become unreadable, if its weights are not finite, or if the engine's
-    log-probabilities of a prompt's own tokens differ from those of ``model.forward``.
+    """Raise ``ModelError`` if the model's weights are not finite, or if the engine's log-probabilities of a prompt's
+    own tokens differ from those of ``model.forward``.
 
     Both run in the model's own dtype and on its device; the tolerance allows for rounding in that dtype.
     """
     model = architecture.model
-    refuse_unreadable(model, architecture.modules)
     refuse_unfinite(model)
     ids = torch.tensor(tokens if len(tokens) > 1 else tokens * 2)
     weight = architecture.unembedding()[0]

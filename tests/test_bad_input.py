@@ -203,7 +203,6 @@ def test_hooked_models(tokenizer):
         refuse(model, tokenizer, r"transformer\.h\.1\.mlp.*hook")
 
 
-@pytest.mark.xfail(strict=True, reason="hooks are only looked for when the tracer is made")
 def test_models_hooked_later(tokenizer):
     model = gpt2(2)
     tracer = cc.Tracer(model, tokenizer)

@@ -1,5 +1,6 @@
 """The memory a trace takes, looked at from outside: within the budget, whatever the number of facts."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,14 @@ SCRIPT = Path(__file__).with_name("memory_growth.py")
 MIB = 2**20
 
 
-def growth(facts, budget_mib):
+def growth(facts, budget_mib, **environment):
     """Growth of the resident set over that after loading the model, in MiB."""
     done = subprocess.run(
-        [sys.executable, SCRIPT, str(facts), str(budget_mib)], capture_output=True, text=True, check=True
+        [sys.executable, SCRIPT, str(facts), str(budget_mib)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **environment},
     )
     traced, grown = done.stdout.split()
     assert int(traced) == facts
@@ -26,10 +31,15 @@ def growth(facts, budget_mib):
 
 
 @pytest.mark.slow
-def test_growth_stays_within_the_budget_however_many_facts():
-    few, many = growth(100, 64), growth(1000, 64)
-    assert max(few, many) <= 64 * 1.15 + 64
-    assert many - few <= 32
+def test_growth_stays_within_the_budget():
+    assert growth(300, 32) <= 32 * 1.15 + 64
+
+
+@pytest.mark.slow
+def test_growth_does_not_follow_the_number_of_facts():
+    # freed blocks go back to the system at once, so that what is seen is what is held; plans of new shapes are kept
+    few, many = (growth(facts, 32, MALLOC_MMAP_THRESHOLD_=str(MIB // 8)) for facts in (100, 1000))
+    assert many - few <= 24
 
 
 @pytest.mark.parametrize(

@@ -46,16 +46,7 @@ def tracer(model, tokenizer):
     return tracer
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        "label",
-        pytest.param(
-            "argmax",
-            marks=pytest.mark.xfail(strict=True, reason="the search for the most likely token is not counted"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("target", ["label", "argmax"])
 @pytest.mark.parametrize("tokens", ["all", "subject_last"])
 @pytest.mark.parametrize(
     "states",

@@ -105,10 +105,7 @@ ERRORS = [
     CUDA_ERROR,
     MemoryError(),
     RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory: you tried to allocate 8"),
-    pytest.param(
-        allocator_error(),
-        marks=pytest.mark.xfail(strict=True, reason="the engine does not know the allocator's wording on Linux"),
-    ),
+    allocator_error(),
 ]
 
 
