@@ -20,6 +20,7 @@ from causalcone.engine.errors import CausalconeError
 
 PART_ROWS = 50_000
 PART_SECONDS = 5.0
+PART_SHARE = 0.05
 _OWN = ("run.json", "traces", "plots")
 
 
@@ -71,15 +72,15 @@ class ResultFolder:
 class TableWriter:
     """Appends record batches to ``folder`` as files ``part-00000.parquet`` and so on, each written whole or not at all.
 
-    A part is closed every ``PART_ROWS`` rows or ``PART_SECONDS`` seconds, and at the end whatever ended it, so what was
-    finished stays readable.
+    A part is closed every ``PART_ROWS`` rows or ``PART_SECONDS`` seconds (later ``PART_SHARE`` of the time so far, so
+    that long runs do not leave thousands of files), and at the end whatever ended it: what was finished stays readable.
     """
 
     def __init__(self, folder: Path, schema: pa.Schema) -> None:
         self.folder, self.schema = folder, schema
         self.parts = self.rows = 0
         self._held: list[pa.RecordBatch] = []
-        self._since = time.monotonic()
+        self._started = self._since = time.monotonic()
 
     def __enter__(self) -> TableWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +93,9 @@ class TableWriter:
 
     def write(self, batch: pa.RecordBatch) -> None:
         self._held.append(batch)
-        if sum(len(held) for held in self._held) >= PART_ROWS or time.monotonic() - self._since >= PART_SECONDS:
+        now = time.monotonic()
+        waited = now - self._since >= max(PART_SECONDS, PART_SHARE * (now - self._started))
+        if waited or sum(len(held) for held in self._held) >= PART_ROWS:
             self.flush()
 
     def flush(self) -> None:

@@ -1,0 +1,42 @@
+"""What the README shows does what it says, with the demo model in place of a downloaded one."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from causalcone.runners.cli import app
+from causalcone.runners.demo_model import demo_folder
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks("python")
+    assert len(example.splitlines()) <= 11
+    names = {}
+    exec(example.replace('"gpt2"', repr(str(demo_folder(progress=False)))), names)
+    assert names["table"].num_rows > 0
+    assert "p_patched" in capsys.readouterr().out
+    assert (tmp_path / "heatmap.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_the_command_lines_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("causalcone")]
+    assert len(lines) >= 2
+    for line in lines:
+        arguments = shlex.split(line, comments=True)[1:]
+        swapped = ["demo" if word in ("gpt2-xl", "counterfact.json") else word for word in arguments]
+        result = CliRunner().invoke(app, [*swapped, "--limit", "2"])
+        assert result.exit_code == 0, result.output
+    assert list((tmp_path / "traces" / "traces").glob("*.parquet"))
