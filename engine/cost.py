@@ -10,6 +10,7 @@ import torch
 from causalcone.engine.models.base import Sizes
 from causalcone.engine.plan import Plan, Rows
 from causalcone.engine.wave import Tiles
+from causalcone.engine.workspace import SLOTS, slot_uses
 from causalcone.kernels.linear import packs
 
 INDEX_BYTES = 8
@@ -53,32 +54,35 @@ def naive_flops(sizes: Sizes, tokens: int, samples: int, restorations: int) -> i
     return 2 * (1 + restorations) * (1 + samples) * forward
 
 
-def bytes_by_phase(plan: Plan, sizes: Sizes, itemsize: int) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes of live tensors in each phase of each layer, per fact and per fact and sample: two arrays (phases,).
+def bytes_by_use(plan: Plan, sizes: Sizes, itemsize: int) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes of everything a pass holds, per fact and per fact and sample: two arrays (kinds of memory, uses).
 
-    A pass peaks at the largest sum over its facts of one phase, since all facts go through the layers together.
+    The kinds are the workspace's slots, index arrays, and what the first and last step need besides. Uses of one kind
+    follow each other, so a pass takes the largest sum over its facts of one use, added up over the kinds.
     """
-    D, heads = sizes.hidden * itemsize, sizes.heads * sizes.head_dim * itemsize
-    kv = 2 * sizes.kv_heads * sizes.head_dim * itemsize
-    phases: list[list[tuple[Rows, int]]] = [[(plan.layers[0].inputs, 3 * D + 8 * sizes.hidden)]]
+    slots = slot_uses(plan, sizes)
+    kinds = [[[(rows, width * itemsize)] for rows, width in slots[slot]] for slot in SLOTS]
+    indices: list[list[tuple[Rows, int]]] = []
     for layer in plan.layers:
-        mid, out = layer.mid_input.rows, layer.out_mid.rows
-        inputs = [(layer.inputs, D)]
-        keys = [(layer.keys_values.rows, kv + INDEX_BYTES), (layer.queries.rows, heads + INDEX_BYTES)]
         widest = max((segment.queries.size + segment.keys.size for segment in layer.segments), default=0)
-        phases += [
-            [*inputs, *keys, (layer.attn, heads), (Rows(0, widest), INDEX_BYTES)],
-            [*inputs, (layer.attn, heads + D)],
-            [*inputs, (layer.attn, D), (mid, 2 * D + 2 * INDEX_BYTES)],
-            [(mid, D), (layer.mlp.rows, D + INDEX_BYTES), (out, 2 * D + 2 * INDEX_BYTES)],
+        indices += [
+            [(Rows(0, widest), 2 * INDEX_BYTES), (layer.attn, 3 * INDEX_BYTES)],
+            [(layer.keys_values.rows, 2 * INDEX_BYTES), (layer.queries.rows, 2 * INDEX_BYTES)],
+            [(layer.mid_input.rows, 4 * INDEX_BYTES), (layer.out_mid.rows, 2 * INDEX_BYTES)],
         ]
-    runs = Rows(0, plan.read.size)
-    phases.append([(plan.outputs, 2 * D + 6 * INDEX_BYTES), (runs, 4 * INDEX_BYTES)])
-    shared, varying = (
-        np.array([sum(getattr(rows, part) * size for rows, size in phase) for phase in phases], dtype=np.int64)
-        for part in ("shared", "varying")
-    )
-    return shared, varying
+    ends = [
+        [(plan.layers[0].inputs, 3 * sizes.hidden * itemsize + 8 * sizes.hidden)],
+        [(plan.outputs, 2 * sizes.hidden * itemsize + 6 * INDEX_BYTES), (Rows(0, plan.read.size), 4 * INDEX_BYTES)],
+    ]
+    kinds += [indices, ends]
+    bytes_of = np.zeros((2, len(kinds), max(map(len, kinds))), dtype=np.int64)
+    for number, uses in enumerate(kinds):
+        for place, use in enumerate(uses):
+            bytes_of[:, number, place] = [
+                sum(rows.shared * size for rows, size in use),
+                sum(rows.varying * size for rows, size in use),
+            ]
+    return bytes_of[0], bytes_of[1]
 
 
 def fixed_bytes(sizes: Sizes, tiles: Tiles, dtype: torch.dtype, device: torch.device, shared: bool) -> int:
@@ -91,6 +95,6 @@ def fixed_bytes(sizes: Sizes, tiles: Tiles, dtype: torch.dtype, device: torch.de
     vocabulary = min(tiles.vocabulary, sizes.vocabulary)
     unembedding = copied * itemsize * vocabulary * sizes.hidden
     product = itemsize * tiles.rows * (3 * sizes.hidden + max(2 * sizes.inner, kv, heads))
-    attention = itemsize * tiles.keys * (2 * kv + 2 * heads)
+    attention = (itemsize + max(4, itemsize)) * tiles.keys * (kv + 2 * heads)
     logits = tiles.readout_rows * vocabulary * (itemsize + 2 * max(4, itemsize))
     return max(layer + product + attention, unembedding + logits)

@@ -33,6 +33,9 @@ class Fact:
     target_new_id: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("id", "prompt", "subject", "target_true"):
+            if not isinstance(getattr(self, name), str):
+                raise FactError(f"fact {self.id!r}: {name} is {getattr(self, name)!r}; give a text")
         if self.prompt.count("{}") != 1:
             raise FactError(
                 f"fact {self.id!r}: the prompt {self.prompt!r} must hold exactly one '{{}}' where the subject goes"
@@ -79,8 +82,10 @@ def encode(fact: Fact, tokenizer: Any, target: str, vocabulary: int, positions: 
     Raises ``FactError`` where the subject overlaps no token, a token id is outside the model's ``vocabulary``, or
     prompt and target need more than ``positions``.
     """
-    encoding = tokenizer(fact.text, return_offsets_mapping=True)
-    prompt = tuple(encoding["input_ids"])
+    encoding = tokenizer(fact.text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    end_of_text = encoding["special_tokens_mask"][::-1]
+    appended = end_of_text.index(0) if 0 in end_of_text else 0  # special tokens never stand before the target
+    prompt = tuple(encoding["input_ids"][: len(end_of_text) - appended])
     start, end = fact.subject_characters
     covered = [i for i, (a, b) in enumerate(encoding["offset_mapping"]) if a < b and a < end and b > start]
     if not covered:

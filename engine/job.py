@@ -19,8 +19,10 @@ from causalcone.engine.noise import standard_noise
 from causalcone.engine.passes import Budget, Footprint, Part, PlanCache, assemble, split
 from causalcone.engine.plan import Plan, compile_plan
 from causalcone.engine.wave import run_pass
+from causalcone.engine.workspace import Workspace
 
 BASE_RUNS = 2
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class TraceJob:
     def plan(self, part: Part) -> tuple[Plan, Footprint]:
         fact = self.facts[part.fact]
         prompt = len(fact.prompt)
-        shape = Shape(len(fact.tokens), fact.span, (prompt - 1, max(prompt, len(fact.tokens))))
+        shape = Shape(len(fact.tokens), fact.span, (prompt - 1, len(fact.tokens)))
         tokens = choose_tokens(self.spec.tokens, prompt, fact.span)
         sizes = self.architecture.sizes
 
@@ -81,22 +83,23 @@ class TraceJob:
     def results(self, budget: Budget) -> Iterator[tuple[EncodedFact, Branches, np.ndarray]]:
         """Each fact in order, with its branches and the target's log-probability (samples, runs) float64."""
         collected = _Collected(self)
+        space = Workspace(self.dtype, self.device)
         for parts, _ in self.passes(budget):
-            for done, log_p in self._run(parts, budget):
+            for done, log_p in self._run(parts, budget, space):
                 collected.add(done, log_p)
             yield from collected.complete()
 
-    def _run(self, parts: list[Part], budget: Budget) -> Iterator[tuple[Part, np.ndarray]]:
+    def _run(self, parts: list[Part], budget: Budget, space: Workspace) -> Iterator[tuple[Part, np.ndarray]]:
         """Run a pass; where memory runs out after all, run it as two smaller ones."""
         pending = [parts]
         while pending:
             current = pending.pop()
             try:
-                done = self._run_once(current, budget)
+                done = self._run_once(current, budget, space)
             except (RuntimeError, MemoryError) as error:
                 if not _out_of_memory(error):
                     raise
-                halves = split(current)
+                done, halves = [], split(current)
                 if halves is None:
                     name = self.facts[current[0].fact].fact.id
                     raise MemoryBudgetError(
@@ -104,32 +107,33 @@ class TraceJob:
                         "smaller dtype"
                     ) from error
                 pending += reversed(halves)
+            if not done:  # the error and the tensors that it held are gone by now
+                space.clear()
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
-                continue
             yield from done
 
-    def _run_once(self, parts: list[Part], budget: Budget) -> list[tuple[Part, np.ndarray]]:
-        members: dict[tuple, list[Part]] = {}
-        for part in parts:
-            plan, _ = self.plan(part)
-            members.setdefault((id(plan), part.samples), []).append(part)
-        groups = [self._group(group) for group in members.values()]
-        log_p = run_pass(self.architecture, groups, budget.tiles, self.dtype, self.device)
+    def _run_once(self, parts: list[Part], budget: Budget, space: Workspace) -> list[tuple[Part, np.ndarray]]:
+        plans = [self.plan(part)[0] for part in parts]  # held, since the cache may drop them at any time
+        members: dict[tuple[int, range], list[int]] = {}
+        for index, (part, plan) in enumerate(zip(parts, plans, strict=True)):
+            members.setdefault((id(plan), part.samples), []).append(index)
+        groups = [self._group(plans[group[0]], [parts[index] for index in group]) for group in members.values()]
+        log_p = run_pass(self.architecture, groups, budget.tiles, space)
         return [
-            (part, values)
+            (parts[index], values)
             for group, of_facts in zip(members.values(), log_p, strict=True)
-            for part, values in zip(group, of_facts.sum(-1).cpu().numpy(), strict=True)
+            for index, values in zip(group, of_facts.sum(-1).cpu().numpy(), strict=True)
         ]
 
-    def _group(self, parts: list[Part]) -> Group:
+    def _group(self, plan: Plan, parts: list[Part]) -> Group:
         facts = [self.facts[part.fact] for part in parts]
         start, end = facts[0].span
         spec, hidden = self.spec, self.architecture.sizes.hidden
         samples = parts[0].samples
         noise = standard_noise(spec.seed, spec.samples, end - start, hidden)[samples.start : samples.stop]
         return Group(
-            plan=self.plan(parts[0])[0],
+            plan=plan,
             tokens=torch.tensor([fact.tokens for fact in facts]),
             targets=torch.tensor([fact.target for fact in facts]) if facts[0].target else None,
             noise=torch.from_numpy(spec.sigma * noise),
@@ -173,4 +177,4 @@ def _out_of_memory(error: BaseException) -> bool:
     """CPU allocators raise a plain RuntimeError; the words differ by platform."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
+    return any(words in str(error) for words in _OUT_OF_MEMORY)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -31,7 +31,7 @@ def parse_sigma(sigma: float | str) -> tuple[float, bool]:
     return value, in_deviations
 
 
-def subject_deviation(subjects: Sequence[Sequence[int]], embed: torch.nn.Module | object) -> float:
+def subject_deviation(subjects: Sequence[Sequence[int]], embed: Callable[[Tensor], Tensor]) -> float:
     """Unbiased standard deviation of all elements of the embedding outputs of subjects' token ids, repeats kept.
 
     ``embed`` maps token ids (R,) to embeddings (R, hidden). Two passes in float64 over the distinct tokens.
@@ -40,13 +40,11 @@ def subject_deviation(subjects: Sequence[Sequence[int]], embed: torch.nn.Module 
     tokens = torch.tensor(sorted(counts))
     weights = torch.tensor([counts[int(token)] for token in tokens], dtype=torch.float64)
 
-    def rows() -> list[tuple[Tensor, Tensor]]:
-        return [
-            (embed(tokens[i : i + 4096]).to("cpu", torch.float64), weights[i : i + 4096, None])  # type: ignore[operator]
-            for i in range(0, len(tokens), 4096)
-        ]
+    def rows() -> Iterator[tuple[Tensor, Tensor]]:
+        for i in range(0, len(tokens), 1024):
+            yield embed(tokens[i : i + 1024]).to("cpu", torch.float64), weights[i : i + 1024, None]
 
-    total = weights.sum().item() * rows()[0][0].shape[1]
+    total = weights.sum().item() * embed(tokens[:1]).shape[1]
     mean = sum((part * weight).sum().item() for part, weight in rows()) / total
     squares = sum(((part - mean).square() * weight).sum().item() for part, weight in rows())
     return (squares / (total - 1)) ** 0.5

@@ -9,17 +9,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from causalcone.engine.cost import bytes_by_phase, fixed_bytes
+from causalcone.engine.cost import bytes_by_use, fixed_bytes
 from causalcone.engine.errors import MemoryBudgetError
 from causalcone.engine.models.base import Sizes
 from causalcone.engine.plan import Plan, plan_bytes
 from causalcone.engine.wave import Tiles
 
-MAX_ROWS_CPU = 65_536
+MAX_ROWS_CPU = 131_072
 """Rows of a pass's widest layer beyond which a CPU gains nothing; smaller passes report and stop sooner."""
 
 _SMALLEST = Tiles(rows=64, keys=64, readout_rows=64, vocabulary=1024)
-_PLAN_CACHE_BYTES = 32 * 2**20
+_PLAN_CACHE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ def _fields(tiles: Tiles) -> tuple[int, int, int, int]:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a plan's rows weigh in each phase, per fact and per fact and sample, and its widest layer's rows."""
+    """What a plan's rows weigh in each use of each kind of memory (``bytes_by_use``), per fact and per fact and sample,
+    and its widest layer's rows."""
 
     shared: np.ndarray
     varying: np.ndarray
@@ -83,13 +84,18 @@ class Footprint:
     @classmethod
     def of(cls, plan: Plan, sizes: Sizes, itemsize: int) -> Footprint:
         widest = max((layer.mid_input.rows for layer in plan.layers), key=lambda rows: rows.varying)
-        return cls(*bytes_by_phase(plan, sizes, itemsize), (widest.shared, widest.varying))
+        return cls(*bytes_by_use(plan, sizes, itemsize), (widest.shared, widest.varying))
 
     def bytes(self, samples: int) -> np.ndarray:
         return self.shared + samples * self.varying
 
     def row_count(self, samples: int) -> int:
         return self.rows[0] + samples * self.rows[1]
+
+
+def peak_bytes(held: np.ndarray | int) -> int:
+    """Bytes of the largest use of each kind of memory together."""
+    return int(np.max(held, axis=1).sum()) if isinstance(held, np.ndarray) else 0
 
 
 def assemble(
@@ -107,25 +113,25 @@ def assemble(
         part = queue.pop()
         own = footprint(part)
         weight, own_rows = own.bytes(len(part.samples)), own.row_count(len(part.samples))
-        fits_alone = weight.max() <= budget.for_rows and own_rows <= budget.max_rows
+        fits_alone = peak_bytes(weight) <= budget.for_rows and own_rows <= budget.max_rows
         halves = None if fits_alone else part.halves()
         if halves:
             queue += halves[::-1]
             continue
-        if weight.max() > budget.for_rows:
-            needed = int(weight.max()) + budget.fixed
+        if peak_bytes(weight) > budget.for_rows:
+            needed = peak_bytes(weight) + budget.fixed
             raise MemoryBudgetError(
                 f"fact {name(part.fact)!r} needs at least {needed / 2**20:.1f} MiB even one restoration at a time, the "
                 f"budget is {budget.total / 2**20:.1f} MiB; give more memory"
             )
-        if current and (np.max(held + weight) > budget.for_rows or rows + own_rows > budget.max_rows):
-            yield current, int(np.max(held)) + budget.fixed
+        if current and (peak_bytes(held + weight) > budget.for_rows or rows + own_rows > budget.max_rows):
+            yield current, peak_bytes(held) + budget.fixed
             current, held, rows = [], 0, 0
         current.append(part)
         held = held + weight
         rows += own_rows
     if current:
-        yield current, int(np.max(held)) + budget.fixed
+        yield current, peak_bytes(held) + budget.fixed
 
 
 def split(parts: Sequence[Part]) -> list[list[Part]] | None:

@@ -18,7 +18,7 @@ from causalcone.engine.facts import EncodedFact, Fact, check_unique, encode, sub
 from causalcone.engine.interventions import State, as_states
 from causalcone.engine.job import TraceJob, TraceSpec
 from causalcone.engine.memory import default_budget, parse_bytes
-from causalcone.engine.models import read_architecture
+from causalcone.engine.models import check_supported, read_architecture
 from causalcone.engine.models.refusal import refuse_unreadable
 from causalcone.engine.noise import parse_sigma, subject_deviation
 from causalcone.engine.passes import Budget, PlanCache, plan_budget
@@ -77,10 +77,10 @@ class Tracer:
         self.model, self.tokenizer = model, tokenizer
         weight = self.architecture.unembedding()[0]
         self.dtype = weight.dtype if dtype is None else as_dtype(dtype)
-        self.device = weight.device if device is None else torch.device(device)
+        self.device = weight.device if device is None else as_device(device)
         self._memory = None if memory is None else parse_bytes(memory)
         self._plans = PlanCache()
-        self._verified: tuple[tuple[int, int], ...] | None = None
+        self._verified: tuple[tuple[int, int | None], ...] | None = None
 
     @classmethod
     def from_pretrained(
@@ -91,24 +91,32 @@ class Tracer:
         memory: int | str | None = None,
     ) -> Tracer:
         """A tracer for a model folder or hub id; its weights are kept in ``dtype``, as saved by default."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from safetensors import SafetensorError
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         wanted = None if dtype is None else as_dtype(dtype)
-        if path.startswith((".", "/", "~")) and not Path(path).is_dir():
-            raise ModelError(f"the model folder {path} does not exist")
+        if path.startswith((".", "/", "~")):
+            path = str(Path(path).expanduser())
+            if not Path(path).is_dir():
+                raise ModelError(f"the model folder {path} does not exist")
         try:
+            kind = AutoConfig.from_pretrained(path).model_type
+            check_supported(kind)
             tokenizer = AutoTokenizer.from_pretrained(path)
             model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted or "auto")
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, CausalconeError):
+                raise
             raise ModelError(f"no model can be loaded from {path!r}: {error}") from error
         if device is not None:
-            model = model.to(torch.device(device))  # type: ignore[arg-type]
+            model = model.to(as_device(device))  # type: ignore[arg-type]
         return cls(model, tokenizer, memory=memory)
 
     def trace(
         self,
         facts: Iterable[Fact],
         states: States = DEFAULT_STATES,
+        *,
         samples: int = 10,
         sigma: float | str = "3sd",
         seed: int = 1,
@@ -132,13 +140,24 @@ class Tracer:
         anything is computed. Raises ``FactError``, ``ExperimentError``, ``ModelError`` or ``MemoryBudgetError``, each
         naming the item and the mend.
         """
-        batches = self.stream(facts, states, samples, sigma, seed, target, tokens, on_error, progress)
+        batches = self.stream(
+            facts,
+            states,
+            samples=samples,
+            sigma=sigma,
+            seed=seed,
+            target=target,
+            tokens=tokens,
+            on_error=on_error,
+            progress=progress,
+        )
         return pa.Table.from_batches(list(batches), schema=TRACE_SCHEMA)
 
     def stream(
         self,
         facts: Iterable[Fact],
         states: States = DEFAULT_STATES,
+        *,
         samples: int = 10,
         sigma: float | str = "3sd",
         seed: int = 1,
@@ -155,6 +174,7 @@ class Tracer:
         self,
         facts: Iterable[Fact],
         states: States = DEFAULT_STATES,
+        *,
         samples: int = 10,
         sigma: float | str = "3sd",
         seed: int = 1,
@@ -177,14 +197,20 @@ class Tracer:
         naive = sum(naive_flops(sizes, len(fact.tokens), samples, len(job.branches(fact).run)) for fact in job.facts)
         return TracePlan(len(job.facts), passes, rows, flops, attention_flops, naive, peak)
 
-    def noise_level(self, facts: Iterable[Fact], sigma: float | str = "3sd") -> float:
-        """The noise level as a number; ``"<k>sd"`` is k standard deviations of these facts' subject embeddings."""
+    def noise_level(self, facts: Iterable[Fact], sigma: float | str = "3sd", on_error: str = "raise") -> float:
+        """The noise level as a number; ``"<k>sd"`` is k standard deviations of these facts' subject embeddings.
+
+        With ``on_error="skip"``, of those facts among them that can be traced.
+        """
         value, in_deviations = parse_sigma(sigma)
         if not in_deviations:
             return value
-        subjects = [subject_ids(fact, self.tokenizer) for fact in facts]
+        traceable = self._encode(list(facts), "label", "all", on_error)
+        subjects = [subject_ids(each.fact, self.tokenizer) for each in traceable]
         if not any(subjects):
             raise ExperimentError(f"sigma {sigma!r} needs at least one fact whose subject has tokens")
+        if max(map(max, filter(None, subjects))) >= self.architecture.sizes.vocabulary:
+            raise ExperimentError("a subject has tokens outside the model's vocabulary; use the model's own tokenizer")
         with torch.inference_mode():
             return value * subject_deviation(subjects, self.architecture.embed)
 
@@ -258,7 +284,10 @@ class Tracer:
     def _verify(self, fact: EncodedFact, budget: Budget) -> None:
         """Refuse what cannot be read, and compare with the model's own forward once for every state of its weights."""
         refuse_unreadable(self.model, self.architecture.modules)
-        versions = tuple((id(parameter), parameter._version) for parameter in self.model.parameters())
+        versions = tuple(
+            (id(parameter), None if parameter.is_inference() else parameter._version)
+            for parameter in self.model.parameters()
+        )
         if versions != self._verified:
             verify_model(self.architecture, fact.tokens, budget.tiles)
             self._verified = versions
@@ -270,3 +299,14 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     if named is None or named not in DTYPES.values():
         raise ExperimentError(f"dtype {dtype!r} is not supported; choose from {', '.join(DTYPES)}")
     return named
+
+
+def as_device(device: torch.device | str) -> torch.device:
+    """A device of torch that is there."""
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ExperimentError(f"unknown device {device!r}; choose cpu, cuda, or cuda:N") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ExperimentError(f"there is no device {device}; this machine has {torch.cuda.device_count()} CUDA devices")
+    return chosen

@@ -15,9 +15,10 @@ from causalcone.engine.models.base import Architecture
 from causalcone.engine.models.refusal import refuse_unfinite
 from causalcone.engine.plan import compile_plan
 from causalcone.engine.wave import Tiles, run_pass
+from causalcone.engine.workspace import Workspace
 
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
-_TOLERANCE_HALF = 0.5
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
+_ROUNDING_HALF = 0.02
 
 
 def verify_model(architecture: Architecture, tokens: tuple[int, ...], tiles: Tiles) -> None:
@@ -35,11 +36,11 @@ def verify_model(architecture: Architecture, tokens: tuple[int, ...], tiles: Til
     group = Group(
         plan, ids[None], ids.roll(-1)[None], torch.zeros(1, 0, architecture.sizes.hidden, dtype=torch.float64)
     )
-    ours = run_pass(architecture, [group], tiles, weight.dtype, weight.device)[0][0, 0, CLEAN].cpu()
+    ours = run_pass(architecture, [group], tiles, Workspace(weight.dtype, weight.device))[0][0, 0, CLEAN].cpu()
     logits = _forward(model, ids[None].to(weight.device))[0].double().cpu()
     theirs = logits.log_softmax(-1).gather(-1, ids.roll(-1)[:, None])[:, 0]
     difference = (ours - theirs).abs().max().item()
-    allowed = _TOLERANCE.get(weight.dtype, _TOLERANCE_HALF) * max(1.0, theirs.abs().max().item() / 10)
+    allowed = _ROUNDING.get(weight.dtype, _ROUNDING_HALF) * max(1.0, logits.abs().max().item())
     if not difference <= allowed:
         raise ModelError(
             f"this model's forward gives log-probabilities that differ by {difference:.2g} from those computed from "

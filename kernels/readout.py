@@ -22,23 +22,24 @@ class Readout:
     vocabulary: int = 8192
 
     def target_log_probabilities(self, states: Tensor, targets: Tensor) -> Tensor:
-        """log p(target) of each row, float32 (float64 for float64 states).
+        """log p(target) of each row, float64.
 
-        states (R, D): final, normed; targets (R,) token ids. Logits are rounded to the states' dtype only inside the
-        log-sum-exp; the target's own logit is accumulated in full.
+        states (R, D): final, normed; targets (R,) token ids. Logits have the states' dtype; everything after them is
+        float32 inside a tile and float64 across tiles, so that large logits cost no precision and p stays below 1.
         """
         wide = torch.promote_types(states.dtype, torch.float32)
-        total = torch.full((len(states),), float("-inf"), dtype=wide, device=states.device)
-        for _, product in self._products(states):
+        total = torch.full((len(states),), float("-inf"), dtype=torch.float64, device=states.device)
+        logit = torch.zeros_like(total)
+        for start, product in self._products(states):
             for tile in pieces(len(states), self.rows):
-                part = product(states[tile]).to(wide).logsumexp(-1)
-                total[tile] = torch.logaddexp(total[tile], part)
-        logit = torch.empty_like(total)
-        for tile in pieces(len(states), self.rows):
-            weight = self.weight[targets[tile].to(self.weight.device)].to(states.device, wide)
-            logit[tile] = (states[tile].to(wide) * weight).sum(-1)
-        if self.bias is not None:
-            logit += self.bias[targets.to(self.bias.device)].to(logit)
+                logits = product(states[tile]).to(wide)
+                place = targets[tile] - start
+                here = (place >= 0) & (place < logits.shape[1])
+                own = logits.gather(1, place.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+                logit[tile] = torch.where(here, own.double(), logit[tile])
+                top = logits.amax(-1, keepdim=True)
+                sums = logits.sub_(top).exp_().sum(-1)
+                total[tile] = torch.logaddexp(total[tile], top[:, 0].double() + sums.double().log())
         return logit - total
 
     def most_likely(self, states: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from causalcone.engine.errors import CausalconeError
+from causalcone.engine.errors import CausalconeError, FactError
 
 app = typer.Typer(
     name="causalcone",
@@ -22,6 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _OWN_MODEL = "demo"
+_shown: set[str] = set()
 
 Model = Annotated[str, typer.Option(help="Model folder or hub id; 'demo' is the embedded demo model.")]
 Facts = Annotated[
@@ -104,7 +106,8 @@ def trace(
     tracer, chosen, options = _prepare(
         model, facts, state, samples, sigma, seed, target, tokens, dtype, device, memory, limit, skip_bad_facts
     )
-    tracer.plan(chosen, **vars(options))  # all facts are checked before the folder is made
+    if not tracer.plan(chosen, **vars(options)).facts:  # all facts are checked before the folder is made
+        raise FactError(f"none of the facts of {facts} can be traced")
     configuration = {
         "command": "trace",
         "model": model,
@@ -119,6 +122,7 @@ def trace(
     try:
         result = run_trace(tracer, chosen, options, folder, console, plot, quiet)
     except BaseException:
+        folder.stop()
         console.print(f"stopped; the facts finished by now are in {out / 'traces'}", highlight=False)
         raise
     if not quiet:
@@ -193,7 +197,7 @@ def _prepare(
     every = _demo_facts() if _is_demo(facts) else load_facts(facts, on_error=on_error)
     tracer = _tracer(model, dtype, device, memory)
     options = TraceOptions(
-        states, samples, tracer.noise_level(every, sigma), seed, target, _parse_tokens(tokens), on_error
+        states, samples, tracer.noise_level(every, sigma, on_error), seed, target, _parse_tokens(tokens), on_error
     )
     return tracer, every[:limit], options
 
@@ -233,7 +237,10 @@ def _parse_tokens(tokens: str) -> str | tuple[int, ...]:
 
 def main() -> None:
     """Run the command line; bad input ends with a message and exit code 2, an interruption with 130."""
+    _shown.clear()
+    warnings.simplefilter("always", UserWarning)
     warnings.showwarning = _show_warning  # type: ignore[assignment]
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app(standalone_mode=True)
     except CausalconeError as error:
@@ -244,5 +251,12 @@ def main() -> None:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
-    if issubclass(category, UserWarning):
+    """Print a warning meant for users, once."""
+    if issubclass(category, UserWarning) and str(message) not in _shown:
+        _shown.add(str(message))
         print(f"causalcone: {message}", file=sys.stderr)
+
+
+def _terminate(*_: Any) -> None:
+    """End as after an interruption, with what was finished written."""
+    sys.exit(143)

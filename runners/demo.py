@@ -26,7 +26,7 @@ def run_demo(out: Path, count: int, console: Console) -> None:
     model, tokenizer = demo_model()
     tracer = Tracer(model, tokenizer)
     facts = demo_facts(count)
-    options = TraceOptions(STATES, 10, tracer.noise_level(facts, "3sd"), 1, "label", "all")
+    options = TraceOptions(STATES, 10, tracer.noise_level(demo_world().facts, "3sd"), 1, "label", "all")
     configuration = {"command": "demo", "model": demo_folder().name, "facts": len(facts), **options.configuration()}
     if not _holds(out, configuration):
         folder = ResultFolder(out, configuration, overwrite=_is_demo_run(out))
@@ -57,9 +57,9 @@ def show(out: Path, console: Console) -> None:
 def _holds(out: Path, configuration: dict[str, Any]) -> bool:
     """Whether the folder holds the finished run of exactly this configuration."""
     run = _read_run(out)
-    wanted = {**configuration, "versions": versions()}
-    same = all(run.get(name) == json.loads(json.dumps(value)) for name, value in wanted.items() if name != "facts")
-    return same and run.get("status") == "complete" and run.get("facts") == configuration["facts"]
+    wanted = {**configuration, "versions": versions(), "status": "complete"}
+    same = all(run.get(name) == json.loads(json.dumps(value)) for name, value in wanted.items())
+    return same and any((out / "traces").glob("*.parquet"))
 
 
 def _is_demo_run(out: Path) -> bool:

@@ -39,6 +39,8 @@ class ResultFolder:
         if any((self.path / name).exists() for name in _OWN):
             if not overwrite:
                 raise ResultError(f"{self.path} already holds a run; choose another folder, or give --overwrite")
+            if not (self.path / "run.json").exists():
+                raise ResultError(f"{self.path} holds files of another origin; choose another folder")
             self._clear()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -52,7 +54,11 @@ class ResultFolder:
 
     def finish(self, **results: Any) -> None:
         """Record that everything asked for is there."""
-        self._write_run("complete", **results)
+        self._write_run("complete", results=results)
+
+    def stop(self) -> None:
+        """Record that the run ended early."""
+        self._write_run("stopped")
 
     def _write_run(self, status: str, **results: Any) -> None:
         text = json.dumps({**self.configuration, "status": status, **results}, indent=1)

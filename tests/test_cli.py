@@ -236,7 +236,7 @@ def test_what_was_finished_stays_readable(failure, folder, tmp_path, monkeypatch
         monkeypatch.setattr(sys, "argv", ["causalcone", *map(str, arguments)])
         with pytest.raises(RuntimeError, match="fire"):
             main()
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "running"
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "stopped"
 
 
 def test_parts_can_be_read_while_the_table_grows(tmp_path, monkeypatch, model, tokenizer):

@@ -1,5 +1,6 @@
 """Which tokens are the subject, which the target, and what a token's text is."""
 
+import copy
 from pathlib import Path
 
 import oracle
@@ -7,6 +8,7 @@ import pytest
 from compare import assert_same
 from models import FACTS, gpt2
 from models import tokenizer as make_tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Tokenizer
 
 import causalcone as cc
@@ -99,6 +101,16 @@ def test_no_special_token_comes_between_prompt_and_target(shallow):
     assert case.prompt + case.target == tokenizer(fact.text + " " + fact.target_true)["input_ids"]
     table = cc.Tracer(shallow, tokenizer).trace([fact], **OPTIONS)
     assert_same(table, oracle.trace(shallow, tokenizer, [fact], **OPTIONS))
+
+
+def test_an_end_of_text_token_does_not_stand_before_the_target(shallow, tokenizer):
+    ending = copy.deepcopy(tokenizer)
+    end = ending.eos_token
+    template = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, ending.eos_token_id)])
+    ending.backend_tokenizer.post_processor = template
+    assert ending("Rome is")["input_ids"][-1] == ending.eos_token_id
+    table = cc.Tracer(shallow, ending).trace(FACTS, **OPTIONS)
+    assert table.equals(cc.Tracer(shallow, tokenizer).trace(FACTS, **OPTIONS))
 
 
 def test_the_target_is_tokenized_alone(shallow, tokenizer):

@@ -58,10 +58,10 @@ def test_the_default_is_a_share_of_what_is_free():
 @pytest.mark.parametrize(
     ("line", "folder", "files"),
     [
-        ("0::/work/job", "work/job", ("memory.max", "memory.current", "inactive_file")),
+        ("0::/jobs/one", "jobs/one", ("memory.max", "memory.current", "inactive_file")),
         (
-            "4:memory:/work/job",
-            "memory/work/job",
+            "4:memory:/jobs/one",
+            "memory/jobs/one",
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         ),
     ],

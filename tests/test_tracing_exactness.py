@@ -129,6 +129,28 @@ def test_gpt2_configurations(config, tokenizer):
     assert_exact(gpt2(3, **config), tokenizer, SHORT)
 
 
+def test_an_activation_of_ones_own_in_one_layer(tokenizer):
+    model = gpt2(3)
+    model.transformer.h[1].mlp.act = torch.nn.Tanh()
+    assert_exact(model, tokenizer)
+
+
+def test_large_logits_cost_no_precision(tokenizer):
+    """Logits far from zero, as those of GPT-2 are: their common part cancels in the probabilities."""
+    model = gpt2(dtype=torch.float32)
+    with torch.no_grad():
+        model.transformer.ln_f.bias += 100 * model.lm_head.weight.mean(0) / model.lm_head.weight.mean(0).norm() ** 2
+    exact = gpt2(dtype=torch.float64)
+    exact.load_state_dict(model.state_dict())
+    options = {"states": (("hidden", 1), ("mlp", 2)), "samples": 3, "sigma": 0.5}
+    p, expected = (
+        cc.Tracer(each, tokenizer).trace(FACTS, **options)["p_patched"].to_numpy() for each in (model, exact)
+    )
+    assert abs(p - expected).max() < 2e-5
+    narrow = cc.Tracer(model, tokenizer, dtype="bfloat16").trace(FACTS, **options)["p_patched"].to_numpy()
+    assert narrow.max() <= 1
+
+
 def test_a_tokenizer_that_adds_special_tokens(model):
     rows = assert_exact(model, make_tokenizer(bos=True), FEW, sigma="3sd")
     assert {row["subject_start"] for row in rows if row["fact_id"] == "start"} == {1}

@@ -18,9 +18,14 @@ def read_architecture(model: Any) -> Architecture:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind is None:
         raise ModelError(f"{type(model).__name__} is not a transformers model; load one with AutoModelForCausalLM")
-    if kind not in ARCHITECTURES:
-        supported = ", ".join(sorted(ARCHITECTURES))
-        raise ModelError(f"the architecture {kind!r} is not supported; supported are: {supported}")
+    check_supported(kind)
     architecture = ARCHITECTURES[kind]
     refuse_unreadable(model, architecture.modules)
     return architecture(model)
+
+
+def check_supported(kind: str) -> None:
+    """Raise ``ModelError`` naming an architecture that is not supported, and those that are."""
+    if kind not in ARCHITECTURES:
+        supported = ", ".join(sorted(ARCHITECTURES))
+        raise ModelError(f"the architecture {kind!r} is not supported; supported are: {supported}")

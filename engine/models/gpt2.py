@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.activations import ACT2FN
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block, GPT2LMHeadModel, GPT2Model
 from transformers.pytorch_utils import Conv1D
 
@@ -18,11 +16,10 @@ from causalcone.engine.models.base import Architecture, Block, Sizes
 from causalcone.kernels.linear import Linear
 
 _FUSED_ACTIVATIONS = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_accurate": "gelu_tanh",
-    "gelu": "gelu",
-    "relu": "relu",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "GELUActivation": "gelu",
+    "ReLU": "relu",
 }
 
 
@@ -99,8 +96,6 @@ class GPT2(Architecture):
             vocabulary=config.vocab_size,
             positions=config.max_position_embeddings,
         )
-        name = config.activation_function
-        self.activation: str | Callable[[Tensor], Tensor] = _FUSED_ACTIVATIONS.get(name) or ACT2FN[name]
 
     def embed(self, tokens: Tensor) -> Tensor:
         return self.model.transformer.wte.weight[tokens.to(self.model.transformer.wte.weight.device)]
@@ -112,6 +107,7 @@ class GPT2(Architecture):
     def block(self, layer: int, dtype: torch.dtype, device: torch.device) -> Block:
         module = self.model.transformer.h[layer]
         D = self.sizes.hidden
+        activation = _FUSED_ACTIVATIONS.get(type(module.mlp.act).__name__, module.mlp.act)
 
         def of(parameter: Tensor) -> Tensor:
             return parameter.to(device, dtype)
@@ -130,7 +126,7 @@ class GPT2(Architecture):
             query=linear(module.attn.c_attn, slice(0, D)),
             output=linear(module.attn.c_proj),
             mlp_norm=norm(module.ln_2),
-            up=linear(module.mlp.c_fc, activation=self.activation),
+            up=linear(module.mlp.c_fc, activation=activation),
             down=linear(module.mlp.c_proj),
         )
 
