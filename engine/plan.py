@@ -1,7 +1,7 @@
-"""Compiles an experiment on facts of one shape into the index arrays of a pass, and counts what they cost.
+"""Compiles an experiment on facts of one shape into the index arrays of a pass.
 
 A plan holds, for one fact and one noise sample, which rows each layer computes and from which rows. Row numbers are
-local: first the shared rows (one per fact), then the varying rows (one per fact and sample); ``engine/wave.py`` lays
+local: first the shared rows (one per fact), then the varying rows (one per fact and sample); ``engine/layout.py`` lays
 them out for many facts and samples.
 """
 

@@ -11,8 +11,8 @@ from causalcone.engine.errors import ModelError
 
 
 def refuse_unreadable(model: Any, modules: dict[str, type]) -> None:
-    """Raise ``ModelError`` naming what is in the way: quantization, offloading, adapters, hooks, custom code, or
-    parameters that are not finite. ``modules`` gives the exact class of modules by name ('*' is any number)."""
+    """Raise ``ModelError`` naming what is in the way: quantization, offloading, adapters, hooks, or custom code.
+    ``modules`` gives the exact class of modules by name ('*' is any number)."""
     if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
         raise ModelError("the model is quantized; load it with full-precision weights (no quantization_config)")
     _refuse_custom_code(model, modules)
