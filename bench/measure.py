@@ -21,8 +21,8 @@ from naive import measure as naive_run
 from causalcone import Fact, Tracer
 from causalcone.engine.models import read_architecture
 from causalcone.engine.models.base import Sizes
-from causalcone.engine.wave import Tiles
 from causalcone.kernels.linear import Linear
+from causalcone.kernels.tiles import Tiles
 
 NAIVE = (
     "for every state, layer and prompt token one forward of the clean and all corrupted sequences, with hooks, "

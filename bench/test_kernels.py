@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from causalcone.engine.branches import restoration_branches
+from causalcone.engine.compiling import compile_plan
 from causalcone.engine.cone import Shape
-from causalcone.engine.interventions import as_states, restorations
-from causalcone.engine.plan import compile_plan
-from causalcone.engine.tracing import DEFAULT_STATES
+from causalcone.engine.interventions import CLEAN_AND_CORRUPTED
+from causalcone.engine.options import DEFAULT_STATES
+from causalcone.engine.states import as_states
 from causalcone.kernels.attention import attend
 from causalcone.kernels.linear import Linear
 from causalcone.kernels.readout import Readout
@@ -52,10 +53,10 @@ def test_readout(benchmark, dtype):
 
 def test_plan_compilation(benchmark):
     """A prompt of eight tokens whose subject is the first four: every default state, layer and token."""
-    states = as_states(DEFAULT_STATES)
+    states = as_states(DEFAULT_STATES, HEADS)
 
     def compile_one():
-        branches = restoration_branches(states, DEPTH, 0, tuple(range(8)))
-        return compile_plan(Shape(8, (0, 4), (7, 8)), restorations(branches.windows), DEPTH)
+        branches = restoration_branches(states, DEPTH, 0, tuple(range(8)), CLEAN_AND_CORRUPTED)
+        return compile_plan(Shape(8, (0, 4), ((7,),)), branches.experiment, DEPTH)
 
     benchmark(compile_one)

@@ -16,7 +16,7 @@ from report import RESULTS, environment, markdown, record, write_json
 from workload import SHAPES, counterfact, describe_prompts, generated, random_model
 
 from causalcone import Tracer
-from causalcone.engine.tracing import as_dtype
+from causalcone.engine.session import as_dtype
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TOY = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 50257}

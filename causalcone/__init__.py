@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from causalcone.analysis import plot
     from causalcone.engine.errors import CausalconeError
     from causalcone.engine.facts import Fact
-    from causalcone.engine.interventions import State
-    from causalcone.engine.tracing import SkippedFacts, TracePlan, Tracer
+    from causalcone.engine.noise import Noise
+    from causalcone.engine.session import SkippedFacts
+    from causalcone.engine.states import State
+    from causalcone.engine.tracing import TracePlan, Tracer
     from causalcone.runners.fact_files import load_facts, save_facts
 
 __version__ = "0.1.0"
@@ -21,8 +23,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "CausalconeError": "causalcone.engine.errors",
     "Fact": "causalcone.engine.facts",
-    "SkippedFacts": "causalcone.engine.tracing",
-    "State": "causalcone.engine.interventions",
+    "Noise": "causalcone.engine.noise",
+    "SkippedFacts": "causalcone.engine.session",
+    "State": "causalcone.engine.states",
     "TracePlan": "causalcone.engine.tracing",
     "Tracer": "causalcone.engine.tracing",
     "load_facts": "causalcone.runners.fact_files",
@@ -32,6 +35,7 @@ _HOMES = {
 __all__ = [
     "CausalconeError",
     "Fact",
+    "Noise",
     "SkippedFacts",
     "State",
     "TracePlan",

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from causalcone.engine.models.base import Sizes
-from causalcone.engine.plan import Plan, Rows
-from causalcone.engine.wave import Tiles
+from causalcone.engine.plan import Plan, Rows, together
 from causalcone.engine.workspace import SLOTS, slot_uses
 from causalcone.kernels.linear import packs
+from causalcone.kernels.tiles import Tiles
 
 INDEX_BYTES = 8
 
@@ -29,29 +29,28 @@ def cost(plan: Plan, sizes: Sizes, facts: int, samples: int, argmax: bool) -> Co
     """FLOPs of all projections and the unembedding as the pass executes them, FLOPs of attention products, and the
     rows that go through the layers (counted at each layer's output). ``argmax`` says that the target is looked up in
     the clean run's logits first."""
-    heads, kv = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim
     weights = attention = rows = 0
     for layer in plan.layers:
-        weights += layer.keys_values.rows.count(facts, samples) * sizes.hidden * kv
-        weights += layer.queries.rows.count(facts, samples) * sizes.hidden * heads
-        weights += layer.attn.count(facts, samples) * heads * sizes.hidden
+        projected = together(layer.attn, layer.mix.base.rows)
+        weights += layer.keys_values.rows.count(facts, samples) * sizes.key_value_weights
+        weights += layer.queries.rows.count(facts, samples) * sizes.query_weights
+        weights += projected.count(facts, samples) * sizes.query_weights
         weights += layer.mlp.rows.count(facts, samples) * sizes.mlp_weights
         for segment in layer.segments:
             batches = facts * (samples if segment.varying else 1)
-            attention += 2 * batches * segment.queries.size * segment.keys.shape[1] * heads
-        rows += layer.out_mid.rows.count(facts, samples)
-    read = plan.outputs.count(facts, samples) + argmax * facts
+            products = segment.queries.size * segment.keys.shape[1] * sizes.heads * sizes.head_dim
+            attention += 2 * batches * products
+        rows += together(layer.out_mid.rows, layer.out_given.rows).count(facts, samples)
+    read = plan.read_rows.rows.count(facts, samples) + argmax * facts
+    read += len(plan.logits) * facts * samples
     weights += read * sizes.hidden * sizes.vocabulary
     return Cost(2 * weights, 2 * attention, rows)
 
 
-def naive_flops(sizes: Sizes, tokens: int, samples: int, restorations: int) -> int:
-    """FLOPs of published code: for every restoration, one forward of the clean and all corrupted sequences with all
-    logits; the base runs once. Attention products are left out, as in ``cost``."""
-    heads, kv = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim
-    layer = sizes.hidden * (kv + 2 * heads) + sizes.mlp_weights
-    forward = tokens * (sizes.depth * layer + sizes.hidden * sizes.vocabulary)
-    return 2 * (1 + restorations) * (1 + samples) * forward
+def forward_flops(sizes: Sizes, tokens: int) -> int:
+    """FLOPs of one whole forward of a sequence with all its logits; attention products are left out, as in ``cost``."""
+    layer = sizes.key_value_weights + 2 * sizes.query_weights + sizes.mlp_weights
+    return 2 * tokens * (sizes.depth * layer + sizes.hidden * sizes.vocabulary)
 
 
 def bytes_by_use(plan: Plan, sizes: Sizes, itemsize: int) -> tuple[np.ndarray, np.ndarray]:
@@ -67,13 +66,18 @@ def bytes_by_use(plan: Plan, sizes: Sizes, itemsize: int) -> tuple[np.ndarray, n
         widest = max((segment.queries.size + segment.keys.size for segment in layer.segments), default=0)
         indices += [
             [(Rows(0, widest), 2 * INDEX_BYTES), (layer.attn, 3 * INDEX_BYTES)],
-            [(layer.keys_values.rows, 2 * INDEX_BYTES), (layer.queries.rows, 2 * INDEX_BYTES)],
+            [(layer.keys_values.rows, 3 * INDEX_BYTES), (layer.queries.rows, 3 * INDEX_BYTES)],
             [(layer.mid_input.rows, 4 * INDEX_BYTES), (layer.out_mid.rows, 2 * INDEX_BYTES)],
         ]
-    ends = [
-        [(plan.layers[0].inputs, 3 * sizes.hidden * itemsize + 8 * sizes.hidden)],
-        [(plan.outputs, 2 * sizes.hidden * itemsize + 6 * INDEX_BYTES), (Rows(0, plan.read.size), 4 * INDEX_BYTES)],
+    wide = max(4, itemsize)
+    read = [
+        (plan.read_rows.rows, 2 * sizes.hidden * itemsize + 6 * INDEX_BYTES),
+        (Rows(0, plan.read.size), 4 * INDEX_BYTES),
+        (Rows(0, plan.captures), sizes.hidden * itemsize),
+        (Rows(0, len(plan.logits)), sizes.vocabulary * 2 * wide),
     ]
+    entered = 3 * sizes.hidden * itemsize + 8 * sizes.hidden
+    ends = [[(plan.layers[0].inputs, entered), (Rows(0, plan.captures), sizes.hidden * itemsize)], read]
     kinds += [indices, ends]
     bytes_of = np.zeros((2, len(kinds), max(map(len, kinds))), dtype=np.int64)
     for number, uses in enumerate(kinds):
@@ -91,10 +95,61 @@ def fixed_bytes(sizes: Sizes, tiles: Tiles, dtype: torch.dtype, device: torch.de
     itemsize = dtype.itemsize
     heads, kv = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim
     copied = packs(torch.empty(0, dtype=dtype, device=device)) + (not shared)
-    layer = copied * itemsize * (sizes.hidden * (2 * heads + kv) + sizes.mlp_weights)
+    layer = copied * itemsize * (sizes.key_value_weights + 2 * sizes.query_weights + sizes.mlp_weights)
     vocabulary = min(tiles.vocabulary, sizes.vocabulary)
     unembedding = copied * itemsize * vocabulary * sizes.hidden
     product = itemsize * tiles.rows * (3 * sizes.hidden + max(2 * sizes.inner, kv, heads))
     attention = (itemsize + max(4, itemsize)) * tiles.keys * (kv + 2 * heads)
     logits = tiles.readout_rows * vocabulary * (itemsize + 2 * max(4, itemsize))
     return max(layer + product + attention, unembedding + logits)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a plan's rows weigh in each use of each kind of memory (``bytes_by_use``), per fact and per fact and sample,
+    and its widest layer's rows."""
+
+    shared: np.ndarray
+    varying: np.ndarray
+    rows: tuple[int, int]
+
+    @classmethod
+    def of(cls, plan: Plan, sizes: Sizes, itemsize: int) -> Footprint:
+        widest = max((layer.mid_input.rows for layer in plan.layers), key=lambda rows: rows.varying)
+        return cls(*bytes_by_use(plan, sizes, itemsize), (widest.shared, widest.varying))
+
+    @classmethod
+    def of_gradient(cls, plan: Plan, sizes: Sizes, itemsize: int) -> Footprint:
+        """What a plan's rows weigh in a pass under autograd: what all layers save for the way back, and what the widest
+        works with."""
+        own, kv, hidden = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim, sizes.hidden
+        inner = sizes.mlp_weights // hidden
+        saved, working = [], []
+        for layer in plan.layers:
+            segments = [segment for segment in layer.segments if segment.varying]
+            queried, seen = sum(s.queries.size for s in segments), sum(s.keys.size for s in segments)
+            saved += [
+                (layer.keys_values.rows, 3 * hidden + kv),
+                (layer.queries.rows, 3 * hidden + own),
+                (Rows(0, queried), 2 * own),
+                (Rows(0, seen), kv),
+                (layer.mlp.rows, 3 * hidden + inner),
+            ]
+            rows = layer.keys_values.rows.varying + layer.queries.rows.varying + layer.mlp.rows.varying
+            working.append(rows * 2 * (hidden + own + kv) + layer.mlp.rows.varying * inner + 2 * seen * kv)
+        saved += [(plan.read_rows.rows, 3 * hidden), (Rows(0, plan.read.size), 8)]
+        shared = sum(rows.shared * width for rows, width in saved) * itemsize
+        varying = (sum(rows.varying * width for rows, width in saved) + max(working)) * itemsize
+        widest = max((layer.mid_input.rows for layer in plan.layers), key=lambda rows: rows.varying)
+        return cls(np.array([[shared]]), np.array([[varying]]), (widest.shared, widest.varying))
+
+    def bytes(self, samples: int) -> np.ndarray:
+        return self.shared + samples * self.varying
+
+    def row_count(self, samples: int) -> int:
+        return self.rows[0] + samples * self.rows[1]
+
+
+def peak_bytes(held: np.ndarray | int) -> int:
+    """Bytes of the largest use of each kind of memory together."""
+    return int(np.max(held, axis=1).sum()) if isinstance(held, np.ndarray) else 0

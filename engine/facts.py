@@ -108,10 +108,10 @@ def encode(fact: Fact, tokenizer: Any, target: str, vocabulary: int, positions: 
 
 
 def target_ids(target: str, tokenizer: Any) -> tuple[int, ...]:
-    """Token ids of a target: with one leading space, where the tokenizer has such a notion, and tokenized alone."""
-    if not target.startswith(" ") and not _adds_leading_space(tokenizer):
-        target = " " + target
-    return tuple(tokenizer(target, add_special_tokens=False)["input_ids"])
+    """Token ids of a target, tokenized alone: with one leading space, be it the text's own or the tokenizer's."""
+    word = target.removeprefix(" ")
+    text = word if _adds_leading_space(tokenizer) else " " + word
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _adds_leading_space(tokenizer: Any) -> bool:
@@ -126,8 +126,13 @@ def subject_ids(fact: Fact, tokenizer: Any) -> tuple[int, ...]:
 
 
 def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
-    """The text of each token by itself."""
-    return [tokenizer.decode([i]) for i in ids]
+    """The text of each token by itself, a leading space included; bytes that are no whole character show as U+FFFD.
+
+    Decoders may take away the space that begins a text, so every token is decoded behind a letter.
+    """
+    letter = tokenizer("a", add_special_tokens=False)["input_ids"]
+    start = len(tokenizer.decode(letter, clean_up_tokenization_spaces=False))
+    return [tokenizer.decode([*letter, i], clean_up_tokenization_spaces=False)[start:] for i in ids]
 
 
 def check_unique(facts: Iterable[Fact]) -> None:

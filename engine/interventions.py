@@ -1,77 +1,54 @@
-"""The vocabulary of experiments: sites, states, windows, and the runs that interventions make."""
+"""The vocabulary of experiments: base runs, and the runs that overwriting their values forks from them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 import numpy as np
 
-from causalcone.engine.errors import ExperimentError
-
-SITES = ("attn", "mlp", "hidden")
-"""Where a layer's value can be overwritten, in the order in which a layer computes them."""
+SITES = ("head", "attn", "mlp", "hidden")
+"""Where a layer's value can be overwritten: the heads' outputs before the output projection, what attention and MLP
+add to the residual stream, and the layer's output."""
 
 CLEAN, CORRUPTED = 0, 1
-"""The base runs of every fact; branch runs are numbered from 2."""
+"""The base runs of a fact whose subject is corrupted."""
+
+ZERO = -1
+"""As a source: the value is zero. ``given(i)`` is the i-th vector given with a fact."""
+
+
+def given(vector: int) -> int:
+    """The source number of a given vector, and the vector's number of such a source."""
+    return -2 - vector
+
+
+def _none() -> np.ndarray:
+    return np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
-class State:
-    """What is restored: a kind of value (``hidden``, ``mlp`` or ``attn``) over a window of so many layers."""
+class Base:
+    """A run that starts from embeddings: those of a fact's ``prompt`` (the first is its own), with the noise of a
+    ``draw`` added to the noised tokens, or put in their place."""
 
-    kind: str
-    window: int = 1
-
-    def __post_init__(self) -> None:
-        if self.kind not in SITES:
-            raise ExperimentError(f"unknown kind {self.kind!r}; choose from hidden, mlp, attn")
-        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
-            raise ExperimentError(f"the window of {self.kind} is {self.window!r}; give a number of layers from 1 up")
-
-    def layers(self, centre: int, depth: int) -> tuple[int, int]:
-        """The half-open range of layers of the window centred on a layer, clipped to the model (METHODS 3)."""
-        return max(0, centre - self.window // 2), min(depth, centre - (-self.window // 2))
-
-    def __str__(self) -> str:
-        return f"{self.kind}:{self.window}"
+    prompt: int = 0
+    draw: int | None = None
+    replace: bool = False
 
 
-def as_states(states: Iterable[State | str | tuple[str, int]]) -> tuple[State, ...]:
-    """States from ``State``, ``("mlp", 10)`` or ``"mlp:10"``; an error names the one that makes no sense."""
-    if isinstance(states, str):
-        states = [states]
-    parsed = tuple(_as_state(state) for state in states)
-    if not parsed:
-        raise ExperimentError("no states to restore; give at least one, such as ('hidden', 1)")
-    if len(set(parsed)) < len(parsed):
-        twice = next(state for state in parsed if parsed.count(state) > 1)
-        raise ExperimentError(f"the state {twice} is given twice; give each once")
-    return parsed
-
-
-def _as_state(state: State | str | tuple[str, int]) -> State:
-    if isinstance(state, State):
-        return state
-    if isinstance(state, str):
-        name, _, size = state.partition(":")
-        if not size.isascii() or not size.lstrip("-").isdigit():
-            raise ExperimentError(f"the state {state!r} is not KIND:WINDOW, such as mlp:10")
-        return State(name, int(size))
-    try:
-        kind, window = state
-    except (TypeError, ValueError):
-        raise ExperimentError(f"the state {state!r} is not a pair of kind and window, such as ('mlp', 10)") from None
-    return State(kind, window)
+CLEAN_AND_CORRUPTED = (Base(), Base(draw=0))
 
 
 @dataclass(frozen=True)
 class Overwrites:
     """Interventions as columns: at ``site`` of layers ``start`` to ``end`` (half-open), ``token`` of ``run`` takes the
-    value that the run ``source`` has there. One row is one intervention; a run may have several.
+    value that the base run ``source`` has there at ``source_token``, or a given one (``ZERO``, ``given``). One row is one intervention; a run may
+    have several, of which later rows win.
 
-    Fields are int arrays of one length (M,); ``site`` indexes ``SITES``.
+    Fields are int arrays of one length (M,); ``site`` indexes ``SITES``; ``head`` is the head's number at the site
+    ``head`` and -1 elsewhere.
     """
 
     site: np.ndarray
@@ -80,37 +57,114 @@ class Overwrites:
     run: np.ndarray
     token: np.ndarray
     source: np.ndarray
+    source_token: np.ndarray
+    head: np.ndarray
+
+    def __getitem__(self, rows: np.ndarray) -> Overwrites:
+        return Overwrites(*(getattr(self, column.name)[rows] for column in fields(self)))
+
+    def __len__(self) -> int:
+        return len(self.site)
+
+    @classmethod
+    def of(
+        cls,
+        site: np.ndarray,
+        start: np.ndarray,
+        end: np.ndarray,
+        run: np.ndarray,
+        token: np.ndarray,
+        source: int | np.ndarray,
+        source_token: np.ndarray | None = None,
+        head: int | np.ndarray = -1,
+    ) -> Overwrites:
+        """Columns from arrays (M,) and numbers that hold for every row; values come from the same token by default."""
+        columns = (site, start, end, run, token, source, token if source_token is None else source_token, head)
+        return cls(*(np.array(column, dtype=np.int64) for column in np.broadcast_arrays(*columns)))
+
+    @classmethod
+    def none(cls) -> Overwrites:
+        return cls(*(_none() for _ in fields(cls)))
+
+    @classmethod
+    def joined(cls, *parts: Overwrites) -> Overwrites:
+        return cls(*(np.concatenate([getattr(part, column.name) for part in parts]) for column in fields(cls)))
+
+
+@dataclass(frozen=True)
+class Captures:
+    """Values to hand out, as columns (n,): what ``run`` has at ``site`` of ``layer`` at ``token``."""
+
+    site: np.ndarray = field(default_factory=_none)
+    layer: np.ndarray = field(default_factory=_none)
+    run: np.ndarray = field(default_factory=_none)
+    token: np.ndarray = field(default_factory=_none)
+
+    def __len__(self) -> int:
+        return len(self.site)
 
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
-    """The runs of one fact: the two base runs and the branch runs that overwrites fork from them.
+    """The runs of one fact: base runs, and branch runs that overwrites fork from them.
 
-    ``base`` (R,) names for each run the run whose embeddings it starts from (its own number for base runs).
+    bases: what each base run reads; run b is ``bases[b]``. branch_base (B,): the base run of each branch; branch i is
+    run ``len(bases) + i``. varying_vectors: for each given vector, whether every sample has its own. logits (n, 2):
+    run and token of every row whose logits are handed out.
     """
 
-    base: np.ndarray
+    bases: tuple[Base, ...]
+    branch_base: np.ndarray
     overwrites: Overwrites
+    varying_vectors: tuple[bool, ...] = ()
+    captures: Captures = field(default_factory=Captures)
+    logits: np.ndarray = field(default_factory=lambda: np.empty((0, 2), dtype=np.int64))
 
     @property
-    def runs(self) -> int:
-        return len(self.base)
+    def branches(self) -> int:
+        return len(self.branch_base)
+
+    @cached_property
+    def base(self) -> np.ndarray:
+        """(R,) the base run of each run."""
+        return np.concatenate([np.arange(len(self.bases)), self.branch_base])
 
     @cached_property
     def forks(self) -> np.ndarray:
         """(R,) the first layer at which each run is overwritten; beyond every layer for base runs."""
-        first = np.full(self.runs, np.iinfo(np.int64).max)
+        first = np.full(len(self.base), np.iinfo(np.int64).max)
         np.minimum.at(first, self.overwrites.run, self.overwrites.start)
         return first
 
+    @cached_property
+    def digest(self) -> bytes:
+        """What plans of equal experiments are found by."""
+        captures, overwrites = vars(self.captures).values(), vars(self.overwrites).values()
+        content = hashlib.blake2b(repr((self.bases, self.varying_vectors)).encode())
+        for column in (self.branch_base, *overwrites, *captures, self.logits):
+            content.update(column.tobytes() + b"|")
+        return content.digest()
 
-def restorations(windows: np.ndarray) -> Experiment:
-    """Corrupted runs with one window restored to its clean value (causal tracing, METHODS 3).
+    def kept(self, branches: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What of the whole the experiment on some of the branches holds: its runs, captures and logits."""
+        first = len(self.bases)
+        runs = np.concatenate([np.arange(first), first + np.arange(branches.start, branches.stop)])
+        captured, logits = (np.flatnonzero(np.isin(of, runs)) for of in (self.captures.run, self.logits[:, 0]))
+        return runs, captured, logits
 
-    ``windows`` (B, 4) holds a row (site, start, end, token) per branch; branch i is run ``2 + i``.
-    """
-    branches = np.arange(len(windows)) + 2
-    site, start, end, token = windows.T
-    source = np.full(len(windows), CLEAN)
-    base = np.concatenate([[CLEAN, CORRUPTED], np.full(len(windows), CORRUPTED)])
-    return Experiment(base, Overwrites(site, start, end, branches, token, source))
+    def part(self, branches: range) -> Experiment:
+        """The experiment on some of the branches, numbered anew."""
+        if len(branches) == self.branches:
+            return self
+        runs, captured, logits = self.kept(branches)
+        renumbered = np.full(len(self.base), -1)
+        renumbered[runs] = np.arange(len(runs))
+        kept = self.overwrites[renumbered[self.overwrites.run] >= 0]
+        c = self.captures
+        return replace(
+            self,
+            branch_base=self.branch_base[branches.start : branches.stop],
+            overwrites=replace(kept, run=renumbered[kept.run]),  # sources are base runs or given: their numbers stay
+            captures=Captures(c.site[captured], c.layer[captured], renumbered[c.run[captured]], c.token[captured]),
+            logits=np.stack([renumbered[self.logits[logits, 0]], self.logits[logits, 1]], axis=1),
+        )

@@ -1,95 +1,120 @@
-"""One trace of many facts: plans its passes, runs them, and hands out each fact's results when they are complete."""
+"""Experiments on many facts: plans their passes, runs them, and hands out each fact's results when they are complete."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from causalcone.engine.branches import Branches, choose_tokens, restoration_branches
+from causalcone.engine.compiling import compile_plan
 from causalcone.engine.cone import Shape
+from causalcone.engine.cost import Footprint
 from causalcone.engine.errors import MemoryBudgetError, ModelError
-from causalcone.engine.facts import EncodedFact
-from causalcone.engine.interventions import State, restorations
+from causalcone.engine.gradient_wave import run_gradient_pass
+from causalcone.engine.interventions import Experiment
 from causalcone.engine.layout import Group
 from causalcone.engine.models.base import Architecture
-from causalcone.engine.noise import standard_noise
-from causalcone.engine.passes import Budget, Footprint, Part, PlanCache, assemble, split
-from causalcone.engine.plan import Plan, compile_plan
+from causalcone.engine.passes import Budget, Part, PlanCache, assemble, split
+from causalcone.engine.plan import Plan
 from causalcone.engine.wave import run_pass
 from causalcone.engine.workspace import Workspace
 
-BASE_RUNS = 2
+MAX_CELLS = 2**18
+"""Runs x tokens of what is compiled at once; a fact with more is split before."""
+
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "ALLOC_FAILED")
 
 
-@dataclass(frozen=True)
-class TraceSpec:
-    """The checked arguments of a trace, with the noise level as a number."""
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One fact and the experiment on it.
 
-    states: tuple[State, ...]
-    samples: int
-    sigma: float
-    seed: int
-    target: str
-    tokens: str | tuple[int, ...]
+    name: for messages; prompts: the token ids that run through the model, prompt by prompt; targets: ids of the target,
+    none where it is the clean run's most likely token; vectors: the given ones, each (width,), or (samples, width).
+    """
+
+    name: str
+    prompts: tuple[tuple[int, ...], ...]
+    targets: tuple[int, ...]
+    shape: Shape
+    experiment: Experiment
+    vectors: tuple[Tensor, ...] = ()
+
+    @property
+    def padded(self) -> list[list[int]]:
+        """The prompts at one length; what is added is never read."""
+        return [[*prompt, *[0] * (self.shape.tokens - len(prompt))] for prompt in self.prompts]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an experiment gave for one fact.
+
+    log_p (J, R) float64: the target's log-probability in each sample of each run; states (J, captures, hidden): the
+    captured values; logits (J, n, vocabulary); gradients: of the sum of p over all runs, by each of the given vectors,
+    (J, width); none unless asked for.
+    """
+
+    log_p: np.ndarray
+    states: Tensor
+    logits: Tensor
+    gradients: dict[int, Tensor]
 
 
 @dataclass
-class TraceJob:
-    """Traces ``facts`` as ``spec`` says, in ``dtype`` on ``device``; ``plans`` may be kept from job to job."""
+class Job:
+    """Runs ``cases`` with ``samples`` noise samples in ``dtype`` on ``device``.
+
+    noise: the noise of a span of so many tokens, for a range of samples (``NoiseStream``). plans: may be kept from job
+    to job.
+    """
 
     architecture: Architecture
-    facts: list[EncodedFact]
-    spec: TraceSpec
+    cases: Sequence[Case]
+    samples: int
+    noise: Callable[[int, range], np.ndarray]
     dtype: torch.dtype
     device: torch.device
     plans: PlanCache
-    _branches: dict[tuple, Branches] = field(default_factory=dict)
-
-    def branches(self, fact: EncodedFact) -> Branches:
-        """The fact's branch runs and table rows; facts of one shape share them."""
-        tokens = choose_tokens(self.spec.tokens, len(fact.prompt), fact.span)
-        key = (tokens, fact.span[0])
-        if key not in self._branches:
-            depth = self.architecture.sizes.depth
-            self._branches[key] = restoration_branches(self.spec.states, depth, fact.span[0], tokens)
-        return self._branches[key]
+    gradient: bool = False
 
     def plan(self, part: Part) -> tuple[Plan, Footprint]:
-        fact = self.facts[part.fact]
-        prompt = len(fact.prompt)
-        shape = Shape(len(fact.tokens), fact.span, (prompt - 1, len(fact.tokens)))
-        tokens = choose_tokens(self.spec.tokens, prompt, fact.span)
-        sizes = self.architecture.sizes
+        case, architecture = self.cases[part.fact], self.architecture
 
         def make() -> tuple[Plan, Footprint]:
-            windows = self.branches(fact).windows[part.branches.start : part.branches.stop]
-            plan = compile_plan(shape, restorations(windows), sizes.depth)
-            return plan, Footprint.of(plan, sizes, self.dtype.itemsize)
+            experiment = case.experiment.part(part.branches)
+            plan = compile_plan(case.shape, experiment, architecture.sizes.depth, architecture.parallel)
+            footprint = Footprint.of_gradient if self.gradient else Footprint.of
+            return plan, footprint(plan, architecture.sizes, self.dtype.itemsize)
 
-        return self.plans.get((shape, self.spec.states, tokens, part.branches), make)
+        return self.plans.get((case.shape, case.experiment.digest, part.branches), make)
+
+    def parts(self) -> Iterator[Part]:
+        """Each fact whole, but for those too large to be compiled at once."""
+        for index, case in enumerate(self.cases):
+            branches = case.experiment.branches
+            step = max(1, MAX_CELLS // case.shape.tokens)
+            for first in range(0, max(1, branches), step):
+                yield Part(index, range(self.samples), range(first, min(first + step, branches)))
 
     def passes(self, budget: Budget) -> Iterator[tuple[list[Part], int]]:
         """Passes of consecutive facts, or of parts of large ones, each with its predicted peak of bytes."""
-        whole = (
-            Part(index, range(self.spec.samples), range(len(self.branches(fact).windows)))
-            for index, fact in enumerate(self.facts)
-        )
-        return assemble(whole, lambda part: self.plan(part)[1], budget, lambda index: self.facts[index].fact.id)
+        return assemble(self.parts(), lambda part: self.plan(part)[1], budget, lambda index: self.cases[index].name)
 
-    def results(self, budget: Budget) -> Iterator[tuple[EncodedFact, Branches, np.ndarray]]:
-        """Each fact in order, with its branches and the target's log-probability (samples, runs) float64."""
+    def results(self, budget: Budget) -> Iterator[tuple[int, Result]]:
+        """The number of each case in order, with its result."""
         collected = _Collected(self)
         space = Workspace(self.dtype, self.device)
         for parts, _ in self.passes(budget):
-            for done, log_p in self._run(parts, budget, space):
-                collected.add(done, log_p)
+            for done, outcome in self._run(parts, budget, space):
+                collected.add(done, outcome)
             yield from collected.complete()
 
-    def _run(self, parts: list[Part], budget: Budget, space: Workspace) -> Iterator[tuple[Part, np.ndarray]]:
+    def _run(self, parts: list[Part], budget: Budget, space: Workspace) -> Iterator[tuple[Part, Result]]:
         """Run a pass; where memory runs out after all, run it as two smaller ones."""
         pending = [parts]
         while pending:
@@ -101,7 +126,7 @@ class TraceJob:
                     raise
                 done, halves = [], split(current)
                 if halves is None:
-                    name = self.facts[current[0].fact].fact.id
+                    name = self.cases[current[0].fact].name
                     raise MemoryBudgetError(
                         f"memory ran out on fact {name!r} even one restoration at a time; free some memory, or use a "
                         "smaller dtype"
@@ -113,63 +138,97 @@ class TraceJob:
                     torch.cuda.empty_cache()
             yield from done
 
-    def _run_once(self, parts: list[Part], budget: Budget, space: Workspace) -> list[tuple[Part, np.ndarray]]:
+    def _run_once(self, parts: list[Part], budget: Budget, space: Workspace) -> list[tuple[Part, Result]]:
         plans = [self.plan(part)[0] for part in parts]  # held, since the cache may drop them at any time
         members: dict[tuple[int, range], list[int]] = {}
         for index, (part, plan) in enumerate(zip(parts, plans, strict=True)):
             members.setdefault((id(plan), part.samples), []).append(index)
         groups = [self._group(plans[group[0]], [parts[index] for index in group]) for group in members.values()]
-        log_p = run_pass(self.architecture, groups, budget.tiles, space)
-        return [
-            (parts[index], values)
-            for group, of_facts in zip(members.values(), log_p, strict=True)
-            for index, values in zip(group, of_facts.sum(-1).cpu().numpy(), strict=True)
+        if self.gradient:
+            return self._differentiate(parts, list(members.values()), groups, budget)
+        outcomes = run_pass(self.architecture, groups, budget.tiles, space)
+        done = []
+        for group, outcome in zip(members.values(), outcomes, strict=True):
+            log_p, states, logits = outcome.log_p.sum(-1).cpu().numpy(), outcome.states.cpu(), outcome.logits.cpu()
+            done += [(parts[index], Result(log_p[i], states[i], logits[i], {})) for i, index in enumerate(group)]
+        return done
+
+    def _differentiate(
+        self, parts: list[Part], members: list[list[int]], groups: list[Group], budget: Budget
+    ) -> list[tuple[Part, Result]]:
+        groups = [
+            replace(group, vectors=tuple(tuple(v.detach().requires_grad_() for v in own) for own in group.vectors))
+            for group in groups
         ]
+        by_group = run_gradient_pass(self.architecture, groups, budget.tiles, self.dtype, self.device)
+        log_p = [values.sum(-1) for values in by_group]
+        leaves = [vector for group in groups for own in group.vectors for vector in own]
+        total = torch.stack([values.exp().sum() for values in log_p]).sum()
+        gradients = iter(torch.autograd.grad(total, leaves, allow_unused=True))
+        done = []
+        for group, indices, values in zip(groups, members, log_p, strict=True):
+            nothing = torch.empty(group.samples, 0, 0)
+            for index, own, of_fact in zip(indices, group.vectors, values, strict=True):
+                of_vectors = enumerate(islice(gradients, len(own)))
+                used = {number: gradient.cpu() for number, gradient in of_vectors if gradient is not None}
+                done.append((parts[index], Result(of_fact.detach().cpu().numpy(), nothing, nothing, used)))
+        return done
 
     def _group(self, plan: Plan, parts: list[Part]) -> Group:
-        facts = [self.facts[part.fact] for part in parts]
-        start, end = facts[0].span
-        spec, hidden = self.spec, self.architecture.sizes.hidden
+        cases = [self.cases[part.fact] for part in parts]
         samples = parts[0].samples
-        noise = standard_noise(spec.seed, spec.samples, end - start, hidden)[samples.start : samples.stop]
+        start, end = cases[0].shape.noised
         return Group(
             plan=plan,
-            tokens=torch.tensor([fact.tokens for fact in facts]),
-            targets=torch.tensor([fact.target for fact in facts]) if facts[0].target else None,
-            noise=torch.from_numpy(spec.sigma * noise),
+            tokens=torch.tensor([case.padded for case in cases]),
+            targets=torch.tensor([case.targets for case in cases]) if cases[0].targets else None,
+            noise=torch.from_numpy(self.noise(end - start, samples)),
+            vectors=tuple(
+                tuple(each[samples.start : samples.stop] if each.dim() == 2 else each for each in case.vectors)
+                for case in cases
+            ),
         )
 
 
 class _Collected:
     """Results of parts, put together per fact and handed out in the facts' order."""
 
-    def __init__(self, job: TraceJob) -> None:
+    def __init__(self, job: Job) -> None:
         self.job = job
         self.next = 0
-        self.log_p: dict[int, np.ndarray] = {}
+        self.results: dict[int, Result] = {}
         self.missing: dict[int, int] = {}
 
-    def add(self, part: Part, log_p: np.ndarray) -> None:
-        branches = len(self.job.branches(self.job.facts[part.fact]).windows)
-        if part.fact not in self.log_p:
-            self.log_p[part.fact] = np.empty((self.job.spec.samples, BASE_RUNS + branches))
-            self.missing[part.fact] = self.job.spec.samples * max(1, branches)
-        if not np.isfinite(log_p).all():
+    def add(self, part: Part, own: Result) -> None:
+        case = self.job.cases[part.fact]
+        experiment, samples = case.experiment, slice(part.samples.start, part.samples.stop)
+        if not np.isfinite(own.log_p).all():
             raise ModelError(
-                f"fact {self.job.facts[part.fact].fact.id!r}: probabilities are not finite in {self.job.dtype}; "
-                "compute in float32 or bfloat16"
+                f"fact {case.name!r}: probabilities are not finite in {self.job.dtype}; compute in float32 or bfloat16"
             )
-        whole = self.log_p[part.fact]
-        samples = slice(part.samples.start, part.samples.stop)
-        whole[samples, :BASE_RUNS] = log_p[:, :BASE_RUNS]
-        whole[samples, BASE_RUNS + part.branches.start : BASE_RUNS + part.branches.stop] = log_p[:, BASE_RUNS:]
+        if part.fact not in self.results:
+            self.results[part.fact] = self._empty(experiment, own)
+            self.missing[part.fact] = self.job.samples * max(1, experiment.branches)
+        whole = self.results[part.fact]
+        runs, captures, logits = experiment.kept(part.branches)
+        whole.log_p[samples, runs] = own.log_p
+        whole.states[samples, captures] = own.states
+        whole.logits[samples, logits] = own.logits
+        for number, gradient in own.gradients.items():
+            empty = gradient.new_empty(self.job.samples, gradient.shape[1])
+            whole.gradients.setdefault(number, empty)[samples] = gradient
         self.missing[part.fact] -= len(part.samples) * max(1, len(part.branches))
 
-    def complete(self) -> Iterator[tuple[EncodedFact, Branches, np.ndarray]]:
+    def _empty(self, experiment: Experiment, part: Result) -> Result:
+        J = self.job.samples
+        states = part.states.new_empty(J, len(experiment.captures), part.states.shape[-1])
+        logits = part.logits.new_empty(J, len(experiment.logits), part.logits.shape[-1])
+        return Result(np.empty((J, len(experiment.base))), states, logits, {})
+
+    def complete(self) -> Iterator[tuple[int, Result]]:
         while self.missing.get(self.next) == 0:
-            fact = self.job.facts[self.next]
             del self.missing[self.next]
-            yield fact, self.job.branches(fact), self.log_p.pop(self.next)
+            yield self.next, self.results.pop(self.next)
             self.next += 1
 
 

@@ -5,24 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from causalcone.engine.plan import Gather, LayerPlan, Plan, Rows
+from causalcone.engine.interventions import ZERO, given
+from causalcone.engine.plan import Gather, Given, LayerPlan, Plan, Rows
 
 
 @dataclass(frozen=True)
 class Group:
     """Facts of one plan in a pass.
 
-    tokens (F, T): token ids; targets (F, k): ids of the target, or None for the clean run's most likely token;
-    noise (J, span, hidden) float64: what is added to the subject's embeddings in each sample.
+    tokens (F, P, T): token ids of each fact's prompts; targets (F, k): ids of the target, or None for the clean run's
+    most likely token; noise (J, draws, span, hidden) float64: what the noised tokens carry in each sample; vectors:
+    each fact's given ones, (width,) each, or (J, width) where every sample has its own.
     """
 
     plan: Plan
     tokens: Tensor
     targets: Tensor | None
     noise: Tensor
+    vectors: tuple[tuple[Tensor, ...], ...] = ()
 
     @property
     def facts(self) -> int:
@@ -31,6 +35,21 @@ class Group:
     @property
     def samples(self) -> int:
         return len(self.noise)
+
+    def vector(self, source: int, width: int, device: torch.device) -> Tensor:
+        """A given value for each fact, (F, width), or for each fact and sample, (F, J, width)."""
+        if source == ZERO:
+            return torch.zeros(self.facts, width, device=device)
+        number = given(source)
+        return torch.stack([own[number].to(device) for own in self.vectors])
+
+    def given_rows(self, stage: Given, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The rows of a stage that are given: (n, width) by fact, and (n, width) by fact and sample."""
+        vectors = [self.vector(source, width, device) for source in stage.source.tolist()]
+        parts = (vectors[: stage.rows.shared], vectors[stage.rows.shared :])
+        none = torch.empty(0, width, device=device)
+        shared, varying = (torch.stack(part, dim=-2).flatten(0, -2) if part else none for part in parts)
+        return shared, varying
 
 
 @dataclass(frozen=True)
@@ -42,6 +61,11 @@ class Placement:
     start: Tensor
     per_fact: Tensor
     per_sample: Tensor
+
+    @property
+    def varying(self) -> Tensor:
+        """Which local rows differ from sample to sample."""
+        return self.per_sample > 0
 
     def flat(self, ids: Tensor, varying: bool) -> Tensor:
         """Packed rows of local rows ``ids`` (...) for all facts and samples, (F, J, ...) or (F, 1, ...)."""
@@ -56,50 +80,85 @@ class Placement:
 
 @dataclass(frozen=True)
 class Stage:
-    """A packed stage: how many rows, and each group's placement in it."""
+    """A packed stage: how many rows are computed, mixed and given, in this order, and each group's placement."""
 
+    computed: int
+    mixed: int
     rows: int
     placements: tuple[Placement, ...]
 
 
-def place(groups: Sequence[Group], rows: Sequence[Rows], device: torch.device) -> Stage:
-    """Each group's shared rows by fact, then its varying rows by fact and sample."""
-    placements = []
+def place(groups: Sequence[Group], rows: Sequence[Rows], device: torch.device, givens: Sequence[Given] = ()) -> Stage:
+    """Each group's shared rows by fact, then its varying rows by fact and sample; behind all groups' the given ones."""
+    parts = []
     first = 0
     for group, own in zip(groups, rows, strict=True):
-        F, J = group.facts, group.samples
-        shared = torch.arange(own.total, device=device) < own.shared
-        number = torch.arange(own.total, device=device)
-        start = torch.where(shared, first + number, first + (F - 1) * own.shared + number)
-        per_sample = torch.where(shared, 0, own.varying)
-        placements.append(Placement(group, start, torch.where(shared, own.shared, J * own.varying), per_sample))
-        first += own.count(F, J)
-    return Stage(first, tuple(placements))
+        parts.append([_placed(group, own, first, device)])
+        first += own.count(group.facts, group.samples)
+    return _stage(groups, parts, first, first, [given.rows for given in givens], device)
 
 
 def place_attention(groups: Sequence[Group], plans: Sequence[LayerPlan], device: torch.device) -> Stage:
-    """Attention rows lie segment by segment, so that each segment's output is one slice."""
-    placements = []
+    """Attention rows lie segment by segment, so that each segment's output is one slice; then mixes and given rows."""
+    parts = []
     first = 0
     for group, plan in zip(groups, plans, strict=True):
-        start, per_fact, per_sample = (torch.zeros(plan.attn.total, dtype=torch.int64, device=device) for _ in range(3))
+        columns = torch.zeros(3, plan.attn.total, dtype=torch.int64, device=device)
         for segment in plan.segments:
             size = segment.queries.size
             samples = group.samples if segment.varying else 1
             part = slice(segment.first, segment.first + size)
-            start[part] = first + torch.arange(size, device=device)
-            per_fact[part] = samples * size
-            per_sample[part] = size if segment.varying else 0
+            columns[0, part] = first + torch.arange(size, device=device)
+            columns[1, part] = samples * size
+            columns[2, part] = size if segment.varying else 0
             first += group.facts * samples * size
-        placements.append(Placement(group, start, per_fact, per_sample))
-    return Stage(first, tuple(placements))
+        parts.append([columns])
+    computed = first
+    for group, plan, part in zip(groups, plans, parts, strict=True):
+        part.append(_placed(group, plan.mix.base.rows, first, device))
+        first += plan.mix.base.rows.count(group.facts, group.samples)
+    return _stage(groups, parts, computed, first, [plan.attn_given.rows for plan in plans], device)
+
+
+def _stage(
+    groups: Sequence[Group],
+    parts: list[list[Tensor]],
+    computed: int,
+    first: int,
+    givens: Sequence[Rows],
+    device: torch.device,
+) -> Stage:
+    mixed = first - computed
+    for group, part, own in zip(groups, parts, givens, strict=False):
+        part.append(_placed(group, own, first, device))
+        first += own.count(group.facts, group.samples)
+    placements = (Placement(group, *torch.cat(part, dim=1)) for group, part in zip(groups, parts, strict=True))
+    return Stage(computed, mixed, first, tuple(placements))
+
+
+def _placed(group: Group, own: Rows, first: int, device: torch.device) -> Tensor:
+    """Start, step per fact and step per sample (3, rows) of shared rows by fact and varying rows by fact and sample."""
+    number = torch.arange(own.total, device=device)
+    shared = number < own.shared
+    start = torch.where(shared, first + number, first + (group.facts - 1) * own.shared + number)
+    per_fact = torch.where(shared, own.shared, group.samples * own.varying)
+    return torch.stack([start, per_fact, torch.where(shared, 0, own.varying)])
 
 
 def gather_rows(gathers: Sequence[Gather], source: Stage) -> Tensor:
-    """(R,) for each packed row of a stage, the packed row of ``source`` that it reads."""
+    """(R,) for each packed row that a stage computes, the packed row of ``source`` that it reads."""
     parts = []
     for gather, placement in zip(gathers, source.placements, strict=True):
         ids = torch.from_numpy(gather.source).to(placement.start.device)
         parts.append(placement.flat(ids[: gather.rows.shared], varying=False).flatten())
         parts.append(placement.flat(ids[gather.rows.shared :], varying=True).flatten())
+    return torch.cat(parts)
+
+
+def spread(values: Sequence[np.ndarray], rows: Sequence[Rows], groups: Sequence[Group], device: torch.device) -> Tensor:
+    """(R,) what each group's local rows have, such as their token, for each packed row."""
+    parts = []
+    for value, own, group in zip(values, rows, groups, strict=True):
+        local = torch.from_numpy(value).to(device)
+        parts += [local[: own.shared].repeat(group.facts), local[own.shared :].repeat(group.facts * group.samples)]
     return torch.cat(parts)

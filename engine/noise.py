@@ -1,10 +1,11 @@
-"""Corruption of the subject: the published noise stream and its level (METHODS 2)."""
+"""Corruption of the subject: kinds of noise, the published noise stream, and its level (METHODS 2)."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +13,99 @@ from torch import Tensor
 
 from causalcone.engine.errors import ExperimentError
 
+NOISES = ("gaussian", "uniform", "multivariate", "t", "counterfactual")
+SCALED_NOISES = ("gaussian", "uniform")
 
-@lru_cache(maxsize=16)
-def standard_noise(seed: int, samples: int, span: int, hidden: int) -> np.ndarray:
-    """eps (samples, span, hidden) float64 from a fresh ``RandomState(seed)``, the same for every fact of a span."""
-    return np.random.RandomState(seed).randn(samples, span, hidden)
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """How the subject is corrupted.
+
+    kind: ``gaussian`` (sigma * N(0, 1)), ``uniform`` (sigma * U(-1, 1)), ``multivariate`` (normal with ``mean`` (D,)
+    and ``covariance`` (D, D) of embeddings), ``t`` (that, times sqrt((dof - 2) / chi2(dof)) per sample and token), or
+    ``counterfactual``: no noise, but the fact's prompt about its ``counterfactual_subject``.
+    replace: the noise takes the place of the embedding instead of being added to it.
+    """
+
+    kind: str = "gaussian"
+    replace: bool = False
+    dof: float | None = None
+    mean: Any = None
+    covariance: Any = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in NOISES:
+            raise ExperimentError(f"unknown noise {self.kind!r}; choose from {', '.join(NOISES)}")
+        shaped = self.kind in ("multivariate", "t")
+        for name in ("mean", "covariance"):
+            value = getattr(self, name)
+            if shaped == (value is None):
+                raise ExperimentError(f"the noise {self.kind!r} {'needs' if shaped else 'has no'} {name}")
+            if value is not None:
+                object.__setattr__(self, name, np.asarray(value, dtype=np.float64))
+        if shaped and self.covariance.shape != (len(self.mean), len(self.mean)):
+            raise ExperimentError(
+                f"the noise's covariance is {self.covariance.shape} and its mean {self.mean.shape}; give (D, D) and (D,)"
+            )
+        if (self.kind == "t") != (self.dof is not None):
+            raise ExperimentError(f"dof goes with the noise 't' and only with it; the noise is {self.kind!r}")
+        if self.dof is not None and not self.dof > 2:
+            raise ExperimentError(
+                f"dof is {self.dof!r}; give more than 2 degrees of freedom, so that a variance exists"
+            )
+        if self.replace and self.kind == "counterfactual":
+            raise ExperimentError("a counterfactual prompt has no noise that could replace embeddings; drop replace")
+
+    @classmethod
+    def from_embeddings(cls, embeddings: Any, dof: float | None = None, replace: bool = False) -> Noise:
+        """Multivariate noise, or t noise with ``dof``, like the given embeddings (N, D) of running text."""
+        rows = np.asarray(embeddings, dtype=np.float64)
+        mean, covariance = rows.mean(0), np.cov(rows, rowvar=False)
+        return cls("multivariate" if dof is None else "t", replace, dof, mean, covariance)
+
+
+@dataclass
+class NoiseStream:
+    """The noise of a run: what every fact's corrupted tokens carry, the same for every fact with a span of one length.
+
+    draws: how many draws follow each other in the stream; one, but for published severed tracing.
+    """
+
+    noise: Noise
+    sigma: float
+    seed: int
+    samples: int
+    hidden: int
+    draws: int = 1
+    _drawn: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def __call__(self, span: int, samples: range) -> np.ndarray:
+        """(samples, draws, span, hidden) float64, from a fresh ``RandomState(seed)``."""
+        if span not in self._drawn:
+            if len(self._drawn) >= 16:
+                self._drawn.clear()
+            self._drawn[span] = self._draw(span)
+        return self._drawn[span][samples.start : samples.stop]
+
+    def _draw(self, span: int) -> np.ndarray:
+        shape = (self.samples, span, self.hidden)
+        if self.noise.kind == "counterfactual" or not span:
+            return np.zeros((self.samples, self.draws, span, self.hidden))
+        stream = np.random.RandomState(self.seed)
+        if self.noise.kind == "uniform":
+            draws = [self.sigma * stream.uniform(-1, 1, shape) for _ in range(self.draws)]
+        elif self.noise.kind == "gaussian":
+            draws = [self.sigma * stream.randn(*shape) for _ in range(self.draws)]
+        else:
+            _, sizes, axes = np.linalg.svd(self.noise.covariance)
+            turn = np.sqrt(sizes)[:, None] * axes
+            draws = [self.noise.mean + stream.randn(*shape) @ turn for _ in range(self.draws)]
+        if self.noise.kind == "t":
+            dof = self.noise.dof
+            spread = np.random.RandomState(self.seed + 1).chisquare(dof, self.samples * span)
+            factor = np.sqrt((dof - 2) / spread).reshape(self.samples, span, 1)
+            draws = [factor * draw for draw in draws]
+        return np.stack(draws, axis=1)
 
 
 def parse_sigma(sigma: float | str) -> tuple[float, bool]:

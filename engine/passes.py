@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from causalcone.engine.cost import bytes_by_use, fixed_bytes
+from causalcone.engine.cost import Footprint, fixed_bytes, peak_bytes
 from causalcone.engine.errors import MemoryBudgetError
 from causalcone.engine.models.base import Sizes
 from causalcone.engine.plan import Plan, plan_bytes
-from causalcone.engine.wave import Tiles
+from causalcone.kernels.tiles import Tiles
 
 MAX_ROWS_CPU = 131_072
 """Rows of a pass's widest layer beyond which a CPU gains nothing; smaller passes report and stop sooner."""
@@ -70,32 +70,6 @@ def plan_budget(total: int, sizes: Sizes, dtype: torch.dtype, device: torch.devi
 
 def _fields(tiles: Tiles) -> tuple[int, int, int, int]:
     return tiles.rows, tiles.keys, tiles.readout_rows, tiles.vocabulary
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """What a plan's rows weigh in each use of each kind of memory (``bytes_by_use``), per fact and per fact and sample,
-    and its widest layer's rows."""
-
-    shared: np.ndarray
-    varying: np.ndarray
-    rows: tuple[int, int]
-
-    @classmethod
-    def of(cls, plan: Plan, sizes: Sizes, itemsize: int) -> Footprint:
-        widest = max((layer.mid_input.rows for layer in plan.layers), key=lambda rows: rows.varying)
-        return cls(*bytes_by_use(plan, sizes, itemsize), (widest.shared, widest.varying))
-
-    def bytes(self, samples: int) -> np.ndarray:
-        return self.shared + samples * self.varying
-
-    def row_count(self, samples: int) -> int:
-        return self.rows[0] + samples * self.rows[1]
-
-
-def peak_bytes(held: np.ndarray | int) -> int:
-    """Bytes of the largest use of each kind of memory together."""
-    return int(np.max(held, axis=1).sum()) if isinstance(held, np.ndarray) else 0
 
 
 def assemble(

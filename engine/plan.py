@@ -1,23 +1,22 @@
-"""Compiles an experiment on facts of one shape into the index arrays of a pass.
+"""What a pass computes, as index arrays: compiled from an experiment on facts of one shape by ``engine/compiling.py``.
 
 A plan holds, for one fact and one noise sample, which rows each layer computes and from which rows. Row numbers are
-local: first the shared rows (one per fact), then the varying rows (one per fact and sample); ``engine/layout.py`` lays
-them out for many facts and samples.
+local to a stage: the shared rows (one per fact), the varying rows (one per fact and sample), then the given rows.
+``engine/layout.py`` lays them out for many facts and samples.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 
 import numpy as np
 
-from causalcone.engine.cone import LayerValues, Shape, find_cone
-from causalcone.engine.interventions import Experiment
+from causalcone.engine.cone import Entries, Shape
 
 
 @dataclass(frozen=True)
 class Rows:
-    """How many rows a stage has: per fact, and per fact and sample."""
+    """How many rows a stage computes: per fact, and per fact and sample."""
 
     shared: int
     varying: int
@@ -30,9 +29,25 @@ class Rows:
         return facts * (self.shared + samples * self.varying)
 
 
+def together(*parts: Rows) -> Rows:
+    """The rows of several stages as one."""
+    return Rows(sum(part.shared for part in parts), sum(part.varying for part in parts))
+
+
+@dataclass(frozen=True)
+class Given:
+    """Rows of a stage whose values are given, behind those it computes: shared ones first, then varying ones.
+
+    source: for each row ``ZERO`` or the number of a given vector, as ``interventions.given`` counts them.
+    """
+
+    rows: Rows
+    source: np.ndarray
+
+
 @dataclass(frozen=True)
 class Gather:
-    """For each row of a stage, shared rows first, the row of an earlier stage that it reads."""
+    """For each row that a stage computes, shared rows first, the row of an earlier stage that it reads."""
 
     rows: Rows
     source: np.ndarray
@@ -54,150 +69,82 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Mix:
+    """Heads' outputs put together from attention rows: each from ``base``, and then, patch by patch, ``head`` of
+    ``row`` (numbered within the mixes) from the attention row ``source``, or given (negative sources)."""
+
+    base: Gather
+    row: np.ndarray
+    head: np.ndarray
+    source: np.ndarray
+
+
+@dataclass(frozen=True)
+class Captured:
+    """Rows of a stage that are handed out: ``number`` of each capture, and its row."""
+
+    number: np.ndarray
+    row: np.ndarray
+
+
+@dataclass(frozen=True)
 class LayerPlan:
-    """One layer: inputs -> keys/values and queries -> attention -> residual after it -> MLP -> outputs."""
+    """One layer: inputs -> keys/values and queries -> attention -> residual after it -> MLP -> outputs.
+
+    The rows of attention are ``attn`` that it computes, segment by segment, then ``mix``, then ``attn_given``.
+    """
 
     inputs: Rows
     keys_values: Gather  # of input rows
+    key_tokens: np.ndarray
     queries: Gather  # of input rows
+    query_tokens: np.ndarray
     attn: Rows
     segments: tuple[Segment, ...]
+    mix: Mix
+    attn_given: Given
     mid_input: Gather  # mid = input + attention output
     mid_attn: Gather
-    mlp: Gather  # of mid rows
+    mlp: Gather  # of mid rows, or of input rows where attention and MLP are parallel
+    mlp_given: Given
     out_mid: Gather  # output = mid + MLP output
     out_mlp: Gather
+    out_given: Given
+    captured: dict[str, Captured]
 
 
 @dataclass(frozen=True)
 class Plan:
     """The layers of an experiment on a shape, and where its runs are read out.
 
-    input_token (inputs of layer 0,): the token of each embedded row.
-    read_token (outputs of the last layer,): the token of each row that is read out.
-    read (R, k): for each run and read token, the output row that predicts the next token.
+    entries: the embeddings that are the first layer's input rows.
+    read_rows: of the last layer's outputs, those that are normed and read; read_place (readouts,): for each of its
+    rows, which of the target's tokens it predicts, -1 where only its logits are wanted.
+    read (R, k): for each run and target token, the readout row that predicts it; logits (n,): readout rows.
+    captures: how many values are handed out.
     """
 
     shape: Shape
-    input_token: np.ndarray
+    parallel: bool
+    entries: Entries
     layers: tuple[LayerPlan, ...]
-    outputs: Rows
-    read_token: np.ndarray
+    read_rows: Gather
+    read_place: np.ndarray
     read: np.ndarray
-
-
-def compile_plan(shape: Shape, experiment: Experiment, depth: int) -> Plan:
-    """Find the cone of an experiment and keep of it what the read-out rows depend on, last layer first."""
-    cone = find_cone(shape, experiment, depth)
-    read_first, read_end = shape.read
-    final = cone.final[:, read_first:read_end]
-    last_varies = cone.layers[-1].out_varies
-    outputs = _Stage(_marked(len(last_varies), final), last_varies)
-    read = outputs.local[final]
-    read_token = np.empty(outputs.rows.total, dtype=np.int64)
-    read_token[read] = np.arange(read_first, read_end)
-
-    layers: list[LayerPlan] = []
-    stage = outputs
-    for values in reversed(cone.layers):
-        plan, stage = _compile_layer(values, stage)
-        layers.append(plan)
-    return Plan(shape, cone.input_token[stage.kept], tuple(reversed(layers)), outputs.rows, read_token, read)
-
-
-class _Stage:
-    """The values of a stage that are needed, in row order: shared first, then varying."""
-
-    def __init__(self, needed: np.ndarray, varies: np.ndarray) -> None:
-        shared, varying = np.flatnonzero(needed & ~varies), np.flatnonzero(needed & varies)
-        self.kept = np.concatenate([shared, varying])
-        self.rows = Rows(len(shared), len(varying))
-        self.local = np.full(len(needed), -1)
-        self.local[self.kept] = np.arange(len(self.kept))
-
-    def gather(self, source: _Stage, value: np.ndarray) -> Gather:
-        """Where each row of this stage finds its ``value`` among the source's rows."""
-        return Gather(self.rows, source.local[value[self.kept]])
-
-
-def _marked(size: int, *numbers: np.ndarray) -> np.ndarray:
-    mask = np.zeros(size, dtype=bool)
-    for number in numbers:
-        mask[number] = True
-    return mask
-
-
-def _compile_layer(values: LayerValues, outputs: _Stage) -> tuple[LayerPlan, _Stage]:
-    mids, inputs = len(values.mid_varies), len(values.input_varies)
-    out_mlp = values.out_mlp[outputs.kept]
-    mlp = _Stage(_marked(mids, out_mlp), values.mid_varies)
-    mid = _Stage(_marked(mids, values.out_mid[outputs.kept], out_mlp), values.mid_varies)
-
-    attn = _marked(len(values.attn_varies), values.mid_attn[mid.kept])
-    query_of = values.state[values.attn_run, values.attn_token]
-    queries = _Stage(_marked(inputs, query_of[attn]), values.input_varies)
-    keys = _Stage(_marked(inputs, *_keys(values, attn)), values.input_varies)
-    needed = _marked(inputs, values.mid_input[mid.kept], queries.kept, keys.kept)
-    stage = _Stage(needed, values.input_varies)
-
-    segments, attn_local = _segments(values, attn, query_of, queries, keys)
-    identity = np.arange(mids)
-    plan = LayerPlan(
-        inputs=stage.rows,
-        keys_values=keys.gather(stage, np.arange(inputs)),
-        queries=queries.gather(stage, np.arange(inputs)),
-        attn=Rows(*(int((attn & (values.attn_varies == varies)).sum()) for varies in (False, True))),
-        segments=segments,
-        mid_input=mid.gather(stage, values.mid_input),
-        mid_attn=Gather(mid.rows, attn_local[values.mid_attn[mid.kept]]),
-        mlp=mlp.gather(mid, identity),
-        out_mid=outputs.gather(mid, values.out_mid),
-        out_mlp=outputs.gather(mlp, values.out_mlp),
-    )
-    return plan, stage
-
-
-def _querying(values: LayerValues, attn: np.ndarray) -> np.ndarray:
-    """(A, T) which of each run's tokens stand for a needed attention output, and which output that is (else -1)."""
-    output = np.full(values.state.shape, -1)
-    output[values.attn_run[attn], values.attn_token[attn]] = np.flatnonzero(attn)
-    return output
-
-
-def _keys(values: LayerValues, attn: np.ndarray) -> list[np.ndarray]:
-    """The input rows whose keys and values the needed attention outputs see: all of a run's up to its last query."""
-    querying = _querying(values, attn) >= 0
-    seen = np.logical_or.accumulate(querying[:, ::-1], axis=1)[:, ::-1]
-    return [values.state[seen]]
-
-
-def _segments(
-    values: LayerValues, attn: np.ndarray, query_of: np.ndarray, queries: _Stage, keys: _Stage
-) -> tuple[tuple[Segment, ...], np.ndarray]:
-    """Batch runs that query for the same tokens; number the attention rows in the batches' order."""
-    local = np.full(len(attn), -1)
-    segments: list[Segment] = []
-    first = 0
-    for varying in (False, True):
-        output = _querying(values, attn & (values.attn_varies == varying))
-        patterns, which = np.unique(output >= 0, axis=0, return_inverse=True)
-        for index, pattern in enumerate(patterns):
-            tokens = np.flatnonzero(pattern)
-            if not len(tokens):
-                continue
-            runs = np.flatnonzero(which.ravel() == index)
-            outputs = output[np.ix_(runs, tokens)]
-            local[outputs] = first + np.arange(outputs.size).reshape(outputs.shape)
-            key_rows = keys.local[values.state[runs, : tokens[-1] + 1]]
-            segments.append(Segment(varying, first, tuple(tokens.tolist()), queries.local[query_of[outputs]], key_rows))
-            first += outputs.size
-    return tuple(segments), local
+    logits: np.ndarray
+    captures: int
 
 
 def plan_bytes(plan: Plan) -> int:
     """Bytes of a plan's own index arrays."""
-    total = plan.input_token.nbytes + plan.read_token.nbytes + plan.read.nbytes
-    for layer in plan.layers:
-        total += sum(value.source.nbytes for value in vars(layer).values() if isinstance(value, Gather))
-        total += sum(segment.queries.nbytes + segment.keys.nbytes for segment in layer.segments)
-    return total
+    return _array_bytes(plan)
+
+
+def _array_bytes(part: object) -> int:
+    if isinstance(part, np.ndarray):
+        return part.nbytes
+    if isinstance(part, tuple | list):
+        return sum(map(_array_bytes, part))
+    if isinstance(part, dict):
+        return sum(map(_array_bytes, part.values()))
+    return sum(map(_array_bytes, vars(part).values())) if is_dataclass(part) else 0

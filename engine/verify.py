@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from causalcone.engine.compiling import compile_plan
 from causalcone.engine.cone import Shape
 from causalcone.engine.errors import ModelError
-from causalcone.engine.interventions import CLEAN, restorations
+from causalcone.engine.interventions import CLEAN, Base, Experiment, Overwrites
 from causalcone.engine.layout import Group
 from causalcone.engine.models.base import Architecture
 from causalcone.engine.models.refusal import refuse_unfinite
-from causalcone.engine.plan import compile_plan
-from causalcone.engine.wave import Tiles, run_pass
+from causalcone.engine.wave import run_pass
 from causalcone.engine.workspace import Workspace
+from causalcone.kernels.tiles import Tiles
 
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
 _ROUNDING_HALF = 0.02
@@ -31,12 +32,11 @@ def verify_model(architecture: Architecture, tokens: tuple[int, ...], tiles: Til
     refuse_unfinite(model)
     ids = torch.tensor(tokens if len(tokens) > 1 else tokens * 2)
     weight = architecture.unembedding()[0]
-    shape = Shape(len(ids), (0, 0), (0, len(ids)))
-    plan = compile_plan(shape, restorations(np.empty((0, 4), dtype=np.int64)), architecture.sizes.depth)
-    group = Group(
-        plan, ids[None], ids.roll(-1)[None], torch.zeros(1, 0, architecture.sizes.hidden, dtype=torch.float64)
-    )
-    ours = run_pass(architecture, [group], tiles, Workspace(weight.dtype, weight.device))[0][0, 0, CLEAN].cpu()
+    shape = Shape(len(ids), (0, 0), (tuple(range(len(ids))),))
+    clean_only = Experiment((Base(),), np.empty(0, dtype=np.int64), Overwrites.none())
+    plan = compile_plan(shape, clean_only, architecture.sizes.depth, architecture.parallel)
+    group = Group(plan, ids[None, None], ids.roll(-1)[None], torch.zeros(1, 1, 0, architecture.sizes.hidden))
+    ours = run_pass(architecture, [group], tiles, Workspace(weight.dtype, weight.device))[0].log_p[0, 0, CLEAN].cpu()
     logits = _forward(model, ids[None].to(weight.device))[0].double().cpu()
     theirs = logits.log_softmax(-1).gather(-1, ids.roll(-1)[:, None])[:, 0]
     difference = (ours - theirs).abs().max().item()

@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from causalcone.engine.interventions import CLEAN
-from causalcone.engine.layout import Group, Stage, gather_rows, place, place_attention
+from causalcone.engine.layout import Group, Placement, Stage, gather_rows, place, place_attention, spread
+from causalcone.engine.mixing import mix_heads
 from causalcone.engine.models.base import Architecture, Block
-from causalcone.engine.plan import LayerPlan
+from causalcone.engine.plan import Captured, Given, LayerPlan, Segment
 from causalcone.engine.workspace import Workspace, slot_elements, slot_uses
 from causalcone.kernels.attention import attend
 from causalcone.kernels.readout import Readout
-from causalcone.kernels.tiles import pieces
+from causalcone.kernels.tiles import Tiles, pieces
 
 MAX_RUNS = 16_384
 """Runs in one batch of attention; CUDA grids end at 65,535 blocks in some directions."""
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """How large the pieces are in which a pass walks its stages: rows of a matrix product, key rows gathered for
-    attention, and rows x vocabulary of the readout."""
+class Outcome:
+    """What a pass gives for a group's facts (F) and samples (J), on its device.
 
-    rows: int = 1024
-    keys: int = 4096
-    readout_rows: int = 512
-    vocabulary: int = 8192
+    log_p (F, J, R, k) float64: log-probability of each target token in each run; states (F, J, captures, hidden): the
+    values captured; logits (F, J, n, vocabulary), as the pass computes them.
+    """
+
+    log_p: Tensor
+    states: Tensor
+    logits: Tensor
 
 
 @torch.inference_mode()
-def run_pass(architecture: Architecture, groups: Sequence[Group], tiles: Tiles, space: Workspace) -> list[Tensor]:
-    """Log-probabilities of the target tokens in all runs of all groups' facts, computed in the space's dtype.
-
-    Returns for each group a float64 tensor (F, J, R, k): fact, sample, run of its plan, target token.
-    """
+def run_pass(architecture: Architecture, groups: Sequence[Group], tiles: Tiles, space: Workspace) -> list[Outcome]:
+    """What the plans of all groups read out, computed in the space's dtype."""
     return _Wave(architecture, groups, tiles, space).run()
 
 
@@ -47,69 +47,77 @@ class _Wave:
     def __init__(self, architecture: Architecture, groups: Sequence[Group], tiles: Tiles, space: Workspace) -> None:
         self.architecture, self.groups, self.tiles, self.space = architecture, groups, tiles, space
         self.dtype, self.device = space.dtype, space.device
+        hidden = architecture.sizes.hidden
+        self.states = [
+            torch.empty(group.facts, group.samples, group.plan.captures, hidden, dtype=self.dtype, device=self.device)
+            for group in groups
+        ]
 
-    def run(self) -> list[Tensor]:
+    def run(self) -> list[Outcome]:
         uses = [slot_uses(group.plan, self.architecture.sizes) for group in self.groups]
         self.space.reserve(slot_elements(uses, [(group.facts, group.samples) for group in self.groups]))
         stage = place(self.groups, [group.plan.layers[0].inputs for group in self.groups], self.device)
-        rows = self._embed()
+        rows = enter(self.architecture, self.groups, self.dtype, self.device)
         for layer in range(self.architecture.sizes.depth):
             block = self.architecture.block(layer, self.dtype, self.device)
             plans = [group.plan.layers[layer] for group in self.groups]
             rows, stage = self._layer(rows, stage, block, plans)
         return self._read_out(rows, stage)
 
-    def _embed(self) -> Tensor:
-        """Input rows of the first layer: clean embeddings, and those of the noised tokens in every sample."""
-        embedded, positions = [], []
-        for group in self.groups:
-            plan, shared = group.plan, group.plan.layers[0].inputs.shared
-            embeddings = self.architecture.embed(group.tokens.flatten()).to(self.device, self.dtype)
-            embeddings = embeddings.unflatten(0, group.tokens.shape)
-            token = torch.from_numpy(plan.input_token).to(self.device)
-            noised = token[shared:]
-            noise = group.noise.to(self.device)[:, noised - plan.shape.noised[0]]
-            corrupted = (embeddings[:, None, noised] + noise).to(self.dtype)
-            embedded += [embeddings[:, token[:shared]].flatten(0, 1), corrupted.flatten(0, 2)]
-            positions += [token[:shared].repeat(group.facts), noised.repeat(group.facts * group.samples)]
-        return self.architecture.enter(torch.cat(embedded), torch.cat(positions))
-
     def _layer(self, rows: Tensor, stage: Stage, block: Block, plans: Sequence[LayerPlan]) -> tuple[Tensor, Stage]:
         """One layer: input rows to output rows. An overwritten value is a row gathered from another run."""
         hidden = self.architecture.sizes.hidden
         attn, attn_stage = self._attention(rows, stage, block, plans)
+        self._give(attn, attn_stage, [plan.attn_given for plan in plans])
+        self._capture("attn", attn, attn_stage, plans)
 
         mid_stage = place(self.groups, [plan.mid_input.rows for plan in plans], self.device)
         mid = self.space.take("heads", mid_stage.rows, hidden)
         inputs = gather_rows([plan.mid_input for plan in plans], stage)
         self._add(rows, inputs, attn, gather_rows([plan.mid_attn for plan in plans], attn_stage), mid)
 
-        mlp_stage = place(self.groups, [plan.mlp.rows for plan in plans], self.device)
+        given = [plan.mlp_given for plan in plans]
+        mlp_stage = place(self.groups, [plan.mlp.rows for plan in plans], self.device, given)
         mlp = self.space.take("keys", mlp_stage.rows, hidden)
-        self._project(block.mlp, mid, gather_rows([plan.mlp for plan in plans], mid_stage), mlp)
+        read, read_stage = (rows, stage) if self.architecture.parallel else (mid, mid_stage)
+        index = gather_rows([plan.mlp for plan in plans], read_stage)
+        self._project(block.mlp, read, index, mlp[: mlp_stage.computed])
+        self._give(mlp, mlp_stage, given)
+        self._capture("mlp", mlp, mlp_stage, plans)
 
-        out_stage = place(self.groups, [plan.out_mid.rows for plan in plans], self.device)
+        given = [plan.out_given for plan in plans]
+        out_stage = place(self.groups, [plan.out_mid.rows for plan in plans], self.device, given)
         out = self.space.take("stream", out_stage.rows, hidden)
         mids = gather_rows([plan.out_mid for plan in plans], mid_stage)
-        self._add(mid, mids, mlp, gather_rows([plan.out_mlp for plan in plans], mlp_stage), out)
+        mlps = gather_rows([plan.out_mlp for plan in plans], mlp_stage)
+        self._add(mid, mids, mlp, mlps, out[: out_stage.computed])
+        self._give(out, out_stage, given)
+        self._capture("hidden", out, out_stage, plans)
         return out, out_stage
 
     def _attention(self, rows: Tensor, stage: Stage, block: Block, plans: Sequence[LayerPlan]) -> tuple[Tensor, Stage]:
         """What attention adds to the residual stream, and where its rows lie."""
-        sizes = self.architecture.sizes
-        key_stage = place(self.groups, [plan.keys_values.rows for plan in plans], self.device)
+        sizes, groups = self.architecture.sizes, self.groups
+        key_rows, query_rows = [plan.keys_values.rows for plan in plans], [plan.queries.rows for plan in plans]
+        key_stage = place(groups, key_rows, self.device)
         keys_values = self.space.take("keys", key_stage.rows, 2 * sizes.kv_heads * sizes.head_dim)
-        self._project(block.keys_values, rows, gather_rows([plan.keys_values for plan in plans], stage), keys_values)
+        index = gather_rows([plan.keys_values for plan in plans], stage)
+        positions = spread([plan.key_tokens for plan in plans], key_rows, groups, self.device)
+        self._project(block.keys_values, rows, index, keys_values, positions)
 
-        query_stage = place(self.groups, [plan.queries.rows for plan in plans], self.device)
+        query_stage = place(groups, query_rows, self.device)
         queries = self.space.take("queries", query_stage.rows, sizes.heads * sizes.head_dim)
-        self._project(block.queries, rows, gather_rows([plan.queries for plan in plans], stage), queries)
+        index = gather_rows([plan.queries for plan in plans], stage)
+        positions = spread([plan.query_tokens for plan in plans], query_rows, groups, self.device)
+        self._project(block.queries, rows, index, queries, positions)
 
-        attn_stage = place_attention(self.groups, plans, self.device)
-        heads = self.space.take("heads", attn_stage.rows, sizes.heads * sizes.head_dim)
+        attn_stage = place_attention(groups, plans, self.device)
+        heads = self.space.take("heads", attn_stage.computed + attn_stage.mixed, sizes.heads * sizes.head_dim)
         self._attend(queries, query_stage, keys_values, key_stage, block, plans, heads)
+        if attn_stage.mixed:
+            mix_heads(heads, attn_stage, groups, plans, sizes.head_dim)
         attn = self.space.take("queries", attn_stage.rows, sizes.hidden)
-        self._project(block.attention_output, heads, None, attn)
+        self._project(block.attention_output, heads, None, attn[: len(heads)])
         return attn, attn_stage
 
     def _attend(
@@ -126,45 +134,123 @@ class _Wave:
         first = 0
         for plan, keys, queried in zip(plans, key_stage.placements, query_stage.placements, strict=True):
             for segment in plan.segments:
-                query_rows = queried.flat(torch.from_numpy(segment.queries).to(self.device), segment.varying)
-                key_rows = keys.flat(torch.from_numpy(segment.keys).to(self.device), segment.varying)
-                m, K = segment.queries.shape[1], segment.keys.shape[1]
-                tokens = torch.tensor(segment.tokens, device=self.device)
-                visible = torch.arange(K, device=self.device) <= tokens[:, None]
-                runs = min(max(1, self.tiles.keys // K), MAX_RUNS)
-                for q, k in zip(query_rows.view(-1, m).split(runs), key_rows.view(-1, K).split(runs), strict=True):
-                    gathered = keys_values.index_select(0, k.flatten()).view(len(k), K, 2, -1, block.head_dim)
-                    query = queries.index_select(0, q.flatten()).view(len(q), m, -1, block.head_dim)
-                    attended = attend(query, gathered[:, :, 0], gathered[:, :, 1], visible, block.scale)
+                visible = visible_keys(segment, block.window, self.device)
+                for q, k in batches(segment, queried, keys, self.tiles.keys):
+                    gathered = keys_values.index_select(0, k.flatten()).view(*k.shape, 2, -1, block.head_dim)
+                    query = queries.index_select(0, q.flatten()).view(*q.shape, -1, block.head_dim)
+                    attended = attend(query, gathered[:, :, 0], gathered[:, :, 1], visible, block.scale, block.softcap)
                     out[first : first + q.numel()] = attended.flatten(2).flatten(0, 1)
                     first += q.numel()
 
-    def _project(self, function: Callable[[Tensor], Tensor], rows: Tensor, index: Tensor | None, out: Tensor) -> None:
+    def _project(
+        self,
+        function: Callable[..., Tensor],
+        rows: Tensor,
+        index: Tensor | None,
+        out: Tensor,
+        positions: Tensor | None = None,
+    ) -> None:
         """``out`` = ``function`` of the indexed rows (all where there is no index), in tiles that stay in cache."""
         for part in pieces(len(out), self.tiles.rows):
-            out[part] = function(rows[part] if index is None else rows.index_select(0, index[part]))
+            source = rows[part] if index is None else rows.index_select(0, index[part])
+            out[part] = function(source) if positions is None else function(source, positions[part])
 
     def _add(self, left: Tensor, left_index: Tensor, right: Tensor, right_index: Tensor, out: Tensor) -> None:
         """``out`` = indexed rows of ``left`` + indexed rows of ``right``."""
         for part in pieces(len(out), self.tiles.rows):
             torch.add(left.index_select(0, left_index[part]), right.index_select(0, right_index[part]), out=out[part])
 
-    def _read_out(self, rows: Tensor, stage: Stage) -> list[Tensor]:
-        states = torch.empty_like(rows)
-        self._project(self.architecture.final_norm, rows, None, states)
-        readout = Readout(*self.architecture.unembedding(), self.tiles.readout_rows, self.tiles.vocabulary)
-        read = [torch.from_numpy(group.plan.read).to(self.device) for group in self.groups]
+    def _give(self, out: Tensor, stage: Stage, givens: Sequence[Given]) -> None:
+        """Fill the rows of a stage that are given, which lie behind those that it computes."""
+        first = stage.computed + stage.mixed
+        for group, given in zip(self.groups, givens, strict=True):
+            count = given.rows.count(group.facts, group.samples)
+            if count:
+                out[first : first + count] = torch.cat(group.given_rows(given, out.shape[1], out.device))
+            first += count
 
-        wanted = []
-        for group, placement, ids in zip(self.groups, stage.placements, read, strict=True):
-            targets = group.targets
-            if targets is None:
-                clean = placement.flat(ids[CLEAN], varying=False).flatten(0, 1)
-                targets = readout.most_likely(states[clean.flatten()]).view(clean.shape)
-            token = torch.from_numpy(group.plan.read_token).to(self.device) - group.plan.shape.read[0]
-            shared = group.plan.outputs.shared
-            of_rows = targets.to(self.device)[:, token]
-            wanted += [of_rows[:, :shared].flatten(), of_rows[:, None, shared:].expand(-1, group.samples, -1).flatten()]
+    def _capture(self, site: str, rows: Tensor, stage: Stage, plans: Sequence[LayerPlan]) -> None:
+        """Keep the rows of a stage that are handed out."""
+        for states, plan, placement in zip(self.states, plans, stage.placements, strict=True):
+            if site in plan.captured:
+                _copy_captured(states, rows, plan.captured[site], placement)
 
-        log_p = readout.target_log_probabilities(states, torch.cat(wanted))
-        return [log_p[placement.flat(ids, varying=True)] for placement, ids in zip(stage.placements, read, strict=True)]
+    def _read_out(self, rows: Tensor, stage: Stage) -> list[Outcome]:
+        plans = [group.plan for group in self.groups]
+        read_stage = place(self.groups, [plan.read_rows.rows for plan in plans], self.device)
+        states = rows.new_empty(read_stage.rows, rows.shape[1])
+        self._project(
+            self.architecture.final_norm, rows, gather_rows([plan.read_rows for plan in plans], stage), states
+        )
+        return read_logits(self.architecture, states, read_stage, self.groups, self.tiles, self.states)
+
+
+def enter(architecture: Architecture, groups: Sequence[Group], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Input rows of the first layer: embeddings of the prompts' tokens, and those that carry noise in every sample."""
+    embedded, positions = [], []
+    for group in groups:
+        entries, shared = group.plan.entries, group.plan.layers[0].inputs.shared
+        prompt, token, draw, replaced = (torch.from_numpy(column).to(device) for column in vars(entries).values())
+        embeddings = architecture.embed(group.tokens.flatten()).to(device, dtype).unflatten(0, group.tokens.shape)
+        carried = group.noise.to(device)[:, draw[shared:], token[shared:] - group.plan.shape.noised[0]]
+        clean = embeddings[:, None, prompt[shared:], token[shared:]]
+        corrupted = (clean.where(~replaced[shared:, None], 0) + carried).to(dtype)
+        embedded += [embeddings[:, prompt[:shared], token[:shared]].flatten(0, 1), corrupted.flatten(0, 2)]
+        positions += [token[:shared].repeat(group.facts), token[shared:].repeat(group.facts * group.samples)]
+    return architecture.enter(torch.cat(embedded), torch.cat(positions))
+
+
+def visible_keys(segment: Segment, window: int | None, device: torch.device) -> Tensor:
+    """(m, K) which keys each querying token of a segment sees."""
+    tokens = torch.tensor(segment.tokens, device=device)[:, None]
+    keys = torch.arange(segment.keys.shape[1], device=device)
+    return (keys <= tokens) if window is None else (keys <= tokens) & (keys > tokens - window)
+
+
+def batches(segment: Segment, queried: Placement, keys: Placement, tile: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Query rows (B, m) and key rows (B, K) of a segment, in batches of about ``tile`` keys."""
+    device = keys.start.device
+    query_rows = queried.flat(torch.from_numpy(segment.queries).to(device), segment.varying)
+    key_rows = keys.flat(torch.from_numpy(segment.keys).to(device), segment.varying)
+    m, K = segment.queries.shape[1], segment.keys.shape[1]
+    runs = min(max(1, tile // K), MAX_RUNS)
+    return zip(query_rows.view(-1, m).split(runs), key_rows.view(-1, K).split(runs), strict=True)
+
+
+def _copy_captured(states: Tensor, rows: Tensor, captured: Captured, placement: Placement) -> None:
+    device = rows.device
+    number, local = (torch.from_numpy(column).to(device) for column in (captured.number, captured.row))
+    flat = placement.flat(local, varying=True)
+    states[:, :, number] = rows.index_select(0, flat.flatten()).view(*flat.shape, -1).to(states.dtype)
+
+
+def read_logits(
+    architecture: Architecture,
+    states: Tensor,
+    stage: Stage,
+    groups: Sequence[Group],
+    tiles: Tiles,
+    captured: Sequence[Tensor],
+) -> list[Outcome]:
+    """The outcome of normed final rows ``states`` (R, hidden)."""
+    device = states.device
+    readout = Readout(*architecture.unembedding(), tiles.readout_rows, tiles.vocabulary, architecture.logit_softcap)
+    read = [torch.from_numpy(group.plan.read).to(device) for group in groups]
+    wanted = []
+    for group, placement, ids in zip(groups, stage.placements, read, strict=True):
+        targets = group.targets
+        if targets is None:
+            clean = placement.flat(ids[CLEAN], varying=False).flatten(0, 1)
+            targets = readout.most_likely(states[clean.flatten()]).view(clean.shape)
+        place = torch.from_numpy(group.plan.read_place).to(device)
+        shared = group.plan.read_rows.rows.shared
+        of_rows = targets.to(device)[:, place]
+        wanted += [of_rows[:, :shared].flatten(), of_rows[:, None, shared:].expand(-1, group.samples, -1).flatten()]
+
+    log_p = readout.target_log_probabilities(states, torch.cat(wanted))
+    outcomes = []
+    for group, placement, ids, values in zip(groups, stage.placements, read, captured, strict=True):
+        rows = placement.flat(torch.from_numpy(group.plan.logits).to(device), varying=True)
+        logits = readout.logits(states[rows.flatten()]).unflatten(0, rows.shape)
+        outcomes.append(Outcome(log_p[placement.flat(ids, varying=True)], values, logits))
+    return outcomes

@@ -8,6 +8,8 @@ uses it, and applies the activation while the result is still in cache.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +17,19 @@ from torch import Tensor
 
 from causalcone.kernels.tiles import SMALLEST
 
-_FUSED = {"gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu", "none"), "relu": ("relu", "")}
+_FUSED = {"gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu", "none"), "relu": ("relu", ""), "silu": ("swish", "")}
+_PLAIN_PRODUCT = ("none", "")
 _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "gelu": F.gelu,
     "relu": F.relu,
+    "silu": F.silu,
 }
 
 
 class Linear:
     """``weight`` (out, in) and ``bias`` (out,) or None made ready for many products; ``activation`` is a name known
-    here (``gelu_tanh``, ``gelu``, ``relu``), any elementwise function of a tensor, or None.
+    here (``gelu_tanh``, ``gelu``, ``relu``, ``silu``), any elementwise function of a tensor, or None.
 
     Calling it maps rows (R, in) to (R, out) in the weights' dtype.
     """
@@ -33,21 +37,51 @@ class Linear:
     def __init__(
         self, weight: Tensor, bias: Tensor | None, activation: str | Callable[[Tensor], Tensor] | None = None
     ) -> None:
-        self.weight, self.bias = weight, bias
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         self.activation = _PLAIN[activation] if isinstance(activation, str) else activation
-        self.fused = _FUSED.get(activation, ("none", "")) if isinstance(activation, str) else ("none", "")
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1024) if packs(weight) else None
+        self.fused = _FUSED[activation] if isinstance(activation, str) else _PLAIN_PRODUCT
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, 1024) if packs(weight) else None
 
     def __call__(self, rows: Tensor) -> Tensor:
-        if self.packed is None:
+        if rows.requires_grad and torch.is_grad_enabled():
+            out = _Product.apply(rows, self)
+        elif self.packed is None:
             out = F.linear(rows, self.weight, self.bias)
-            return self.activation(out) if self.activation else out
+        else:
+            out = self._packed_product(rows, *self.fused)
+            if self.fused != _PLAIN_PRODUCT:
+                return out
+        return self.activation(out) if self.activation else out
+
+    def product(self, rows: Tensor) -> Tensor:
+        """The product alone, without the activation."""
+        if self.packed is None:
+            return F.linear(rows, self.weight, self.bias)
+        return self._packed_product(rows, *_PLAIN_PRODUCT)
+
+    @cached_property
+    def transposed(self) -> Linear:
+        """The product with the transposed weight, which takes a gradient of the outputs to one of the rows."""
+        return Linear(self.weight.t(), None)
+
+    def _packed_product(self, rows: Tensor, name: str, form: str) -> Tensor:
         count = len(rows)
         if count % SMALLEST:
             rows = F.pad(rows, (0, 0, 0, -count % SMALLEST))
-        name, form = self.fused
-        out = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, name, [], form)[:count]
-        return self.activation(out) if self.activation and name == "none" else out
+        return torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, name, [], form)[:count]
+
+
+class _Product(torch.autograd.Function):
+    """A product with frozen weights: gradient flows to the rows alone."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, linear: Linear) -> Tensor:
+        ctx.linear = linear
+        return linear.product(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.linear.transposed.product(grads[0].contiguous()), None
 
 
 def packs(weight: Tensor) -> bool:

@@ -14,12 +14,14 @@ from causalcone.kernels.tiles import pieces
 
 @dataclass(frozen=True)
 class Readout:
-    """The output projection: ``weight`` (V, D), ``bias`` (V,) or None, walked in tiles of ``rows`` x ``vocabulary``."""
+    """The output projection: ``weight`` (V, D), ``bias`` (V,) or None, walked in tiles of ``rows`` x ``vocabulary``;
+    ``softcap`` bounds the logits by ``softcap * tanh(logit / softcap)``."""
 
     weight: Tensor
     bias: Tensor | None
     rows: int = 512
     vocabulary: int = 8192
+    softcap: float | None = None
 
     def target_log_probabilities(self, states: Tensor, targets: Tensor) -> Tensor:
         """log p(target) of each row, float64.
@@ -32,7 +34,7 @@ class Readout:
         logit = torch.zeros_like(total)
         for start, product in self._products(states):
             for tile in pieces(len(states), self.rows):
-                logits = product(states[tile]).to(wide)
+                logits = self._capped(product(states[tile]).to(wide))
                 place = targets[tile] - start
                 here = (place >= 0) & (place < logits.shape[1])
                 own = logits.gather(1, place.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
@@ -41,6 +43,44 @@ class Readout:
                 sums = logits.sub_(top).exp_().sum(-1)
                 total[tile] = torch.logaddexp(total[tile], top[:, 0].double() + sums.double().log())
         return logit - total
+
+    def differentiated(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(target) of each row (R,), float64, and its gradient by the states, (R, D).
+
+        A tile of rows has all its logits at once: they serve for both.
+        """
+        wide = torch.promote_types(states.dtype, torch.float32)
+        log_p = torch.empty(len(states), dtype=torch.float64, device=states.device)
+        gradient = torch.empty(states.shape, dtype=wide, device=states.device)
+        products = list(self._products(states)) if len(states) else []
+        for tile in pieces(len(states), self.rows):
+            logits = torch.cat([self._capped(product(states[tile]).to(wide)) for _, product in products], dim=1)
+            target = targets[tile, None]
+            total = logits.double().logsumexp(-1) if wide == torch.float64 else self._log_sum(logits)
+            log_p[tile] = logits.gather(1, target)[:, 0].double() - total
+            slope = torch.exp(logits - total[:, None].to(wide)).neg_()
+            slope.scatter_add_(1, target, torch.ones_like(target, dtype=wide))
+            if self.softcap is not None:
+                slope *= 1 - (logits / self.softcap).square_()
+            own = torch.zeros(len(target), states.shape[1], dtype=wide, device=states.device)
+            for start, product in products:
+                own += (slope[:, start : start + len(product.weight)].to(states.dtype) @ product.weight).to(wide)
+            gradient[tile] = own
+        return log_p, gradient.to(states.dtype)
+
+    @staticmethod
+    def _log_sum(logits: Tensor) -> Tensor:
+        top = logits.amax(-1, keepdim=True)
+        return top[:, 0].double() + (logits - top).exp_().sum(-1).double().log()
+
+    def logits(self, states: Tensor) -> Tensor:
+        """All logits (R, V) of rows (R, D), in their dtype."""
+        out = states.new_empty(len(states), len(self.weight))
+        if len(states):
+            for start, product in self._products(states):
+                tile = product(states)
+                out[:, start : start + tile.shape[1]] = self._capped(tile)
+        return out
 
     def most_likely(self, states: Tensor) -> Tensor:
         """The most likely next token of each row (R, D): ids (R,); the lowest where several are equally likely."""
@@ -53,6 +93,9 @@ class Readout:
                 token[tile] = torch.where(better, index + start, token[tile])
                 best[tile] = torch.where(better, value, best[tile])
         return token
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def _products(self, states: Tensor) -> Iterator[tuple[int, Linear]]:
         for start in range(0, len(self.weight), self.vocabulary):

@@ -1,11 +1,23 @@
-"""How a long stage is walked: in pieces that stay in cache, of few distinct sizes."""
+"""How long stages are walked: in pieces that stay in cache, of few distinct sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 SMALLEST = 64
 """CPU libraries compile and keep code for every distinct number of rows, so row counts are multiples of this."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How large the pieces are in which a pass walks its stages: rows of a matrix product, key rows gathered for
+    attention, and rows x vocabulary of the readout."""
+
+    rows: int = 1024
+    keys: int = 4096
+    readout_rows: int = 512
+    vocabulary: int = 8192
 
 
 def pieces(count: int, tile: int) -> Iterator[slice]:

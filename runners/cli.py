@@ -185,17 +185,17 @@ def _prepare(
     skip_bad_facts: bool,
 ) -> tuple[Any, list[Any], Any]:
     """The tracer, the facts to trace, and the options; the noise level is that of all facts, whatever the limit."""
-    from causalcone.engine.interventions import as_states
-    from causalcone.engine.tracing import as_dtype
+    from causalcone.engine.session import as_dtype
+    from causalcone.engine.states import as_states
     from causalcone.runners.fact_files import load_facts
     from causalcone.runners.tracing_run import TraceOptions
 
-    states = as_states(state)
     on_error: Literal["raise", "skip"] = "skip" if skip_bad_facts else "raise"
     if dtype is not None:
         as_dtype(dtype)
     every = _demo_facts() if _is_demo(facts) else load_facts(facts, on_error=on_error)
     tracer = _tracer(model, dtype, device, memory)
+    states = as_states(state, tracer.session.sizes.heads)
     options = TraceOptions(
         states, samples, tracer.noise_level(every, sigma, on_error), seed, target, _parse_tokens(tokens), on_error
     )

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from causalcone.engine.facts import Fact
-from causalcone.engine.interventions import State
+from causalcone.engine.states import State
 from causalcone.engine.tracing import Tracer
 from causalcone.runners.demo_model import demo_folder, demo_model, demo_world
 from causalcone.runners.results import ResultFolder, versions

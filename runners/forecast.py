@@ -38,7 +38,7 @@ def _wait(device: torch.device) -> None:
 
 def forecast_table(tracer: Tracer, plan: TracePlan) -> Table:
     """A plan's numbers, and the time they predict at this machine's measured rate."""
-    rate = matmul_rate(tracer.architecture.sizes.hidden, tracer.dtype, tracer.device)
+    rate = matmul_rate(tracer.session.sizes.hidden, tracer.dtype, tracer.device)
     seconds = plan.flops / (USUAL_EFFICIENCY * rate)
     table = Table(show_header=False)
     table.add_row("facts", f"{plan.facts:,}")

@@ -13,7 +13,7 @@ import pyarrow as pa
 from rich.console import Console
 
 from causalcone.engine.facts import Fact
-from causalcone.engine.interventions import State
+from causalcone.engine.states import State
 from causalcone.engine.tables import TRACE_SCHEMA
 from causalcone.engine.tracing import Tracer
 from causalcone.runners.progress import fact_progress

@@ -74,22 +74,24 @@ def gpt2(
 def randomised(model: PreTrainedModel, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     """The model in ``dtype`` and evaluation mode, with weights large enough that every restored state shows.
 
-    Norm weights and biases vary about one and zero, embeddings give logits a few units wide, and every product keeps
-    the size of its input.
+    Norm weights and biases vary about their first values, one and zero; embeddings give logits a few units wide, and
+    every product keeps the size of its input.
     """
     generator = torch.Generator().manual_seed(seed)
+    linears = {module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    embeddings = {module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             if parameter.ndim == 1:
-                is_norm_weight = "ln" in name and name.endswith("weight")
-                parameter.copy_(float(is_norm_weight) + 0.3 * noise)
+                parameter += 0.3 * noise
             elif parameter is model.get_output_embeddings().weight:
                 parameter.copy_(2.0 * noise / parameter.shape[-1] ** 0.5)
-            elif "wte" in name or "wpe" in name:
+            elif parameter in embeddings:
                 parameter.copy_(0.3 * noise)
             else:
-                parameter.copy_(1.5 * noise / parameter.shape[0] ** 0.5)
+                inputs = parameter.shape[1] if parameter in linears else parameter.shape[0]
+                parameter.copy_(1.5 * noise / inputs**0.5)
     return model.to(dtype).eval()
 
 

@@ -23,6 +23,6 @@ def facts():
 def test_a_small_cache_changes_nothing(model, tokenizer, facts, limit):
     expected = cc.Tracer(model, tokenizer).trace(facts, **OPTIONS).to_pylist()
     tracer = cc.Tracer(model, tokenizer)
-    tracer._plans = passes.PlanCache(limit)
+    tracer.session._plans = passes.PlanCache(limit)
     assert_same(tracer.trace(facts, **OPTIONS), expected)
-    assert len(tracer._plans.entries) < 40
+    assert len(tracer.session._plans.entries) < 40

@@ -29,20 +29,36 @@ class Sizes:
     vocabulary: int
     positions: int
 
+    @property
+    def key_value_weights(self) -> int:
+        """Weights of the projection to keys and values."""
+        return self.hidden * 2 * self.kv_heads * self.head_dim
+
+    @property
+    def query_weights(self) -> int:
+        """Weights of the projection to queries, and of the heads' output projection."""
+        return self.hidden * self.heads * self.head_dim
+
 
 class Block(ABC):
-    """One layer's weights, on the device and in the dtype of the pass."""
+    """One layer's weights, on the device and in the dtype of the pass.
+
+    ``scale`` multiplies the attention scores; ``softcap`` bounds them by ``softcap * tanh(score / softcap)``, where it
+    is a number; ``window`` is how many tokens a query sees, its own included, None for all before it.
+    """
 
     scale: float
     head_dim: int
+    softcap: float | None = None
+    window: int | None = None
 
     @abstractmethod
-    def keys_values(self, rows: Tensor) -> Tensor:
-        """Keys and values side by side (R, 2 * kv_heads * head_dim) of input rows (R, hidden)."""
+    def keys_values(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Keys and values side by side (R, 2 * kv_heads * head_dim) of input rows (R, hidden) at ``positions`` (R,)."""
 
     @abstractmethod
-    def queries(self, rows: Tensor) -> Tensor:
-        """Queries (R, heads * head_dim) of input rows (R, hidden)."""
+    def queries(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Queries (R, heads * head_dim) of input rows (R, hidden) at ``positions`` (R,)."""
 
     @abstractmethod
     def attention_output(self, rows: Tensor) -> Tensor:
@@ -50,7 +66,8 @@ class Block(ABC):
 
     @abstractmethod
     def mlp(self, rows: Tensor) -> Tensor:
-        """What the MLP adds to the residual stream (R, hidden), from the residual after attention (R, hidden)."""
+        """What the MLP adds to the residual stream (R, hidden), from the residual after attention (R, hidden), or from
+        the layer's input where attention and MLP are parallel."""
 
 
 class Architecture(ABC):
@@ -61,6 +78,11 @@ class Architecture(ABC):
     """The class that every module of a name must have, for the parameters to mean what this file takes them for."""
 
     sizes: Sizes
+    parallel: bool = False
+    """Whether the MLP reads the layer's input, as attention does, and not the residual after attention."""
+
+    logit_softcap: float | None = None
+    """Bounds the logits by ``softcap * tanh(logit / softcap)``, where it is a number."""
 
     def __init__(self, model: Any) -> None:
         self.model = model

@@ -6,51 +6,32 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block, GPT2LMHeadModel, GPT2Model
 from transformers.pytorch_utils import Conv1D
 
 from causalcone.engine.errors import ModelError
 from causalcone.engine.models.base import Architecture, Block, Sizes
+from causalcone.engine.models.parts import LayerNorm, activation_of
 from causalcone.kernels.linear import Linear
-
-_FUSED_ACTIVATIONS = {
-    "NewGELUActivation": "gelu_tanh",
-    "GELUTanh": "gelu_tanh",
-    "GELUActivation": "gelu",
-    "ReLU": "relu",
-}
-
-
-@dataclass(frozen=True)
-class Norm:
-    """LayerNorm with its weight and bias (D,)."""
-
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        return F.layer_norm(rows, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 @dataclass(frozen=True)
 class GPT2Layer(Block):
     scale: float
     head_dim: int
-    attn_norm: Norm
+    attn_norm: LayerNorm
     kv: Linear
     query: Linear
     output: Linear
-    mlp_norm: Norm
+    mlp_norm: LayerNorm
     up: Linear
     down: Linear
 
-    def keys_values(self, rows: Tensor) -> Tensor:
+    def keys_values(self, rows: Tensor, positions: Tensor) -> Tensor:
         return self.kv(self.attn_norm(rows))
 
-    def queries(self, rows: Tensor) -> Tensor:
+    def queries(self, rows: Tensor, positions: Tensor) -> Tensor:
         return self.query(self.attn_norm(rows))
 
     def attention_output(self, rows: Tensor) -> Tensor:
@@ -107,7 +88,6 @@ class GPT2(Architecture):
     def block(self, layer: int, dtype: torch.dtype, device: torch.device) -> Block:
         module = self.model.transformer.h[layer]
         D = self.sizes.hidden
-        activation = _FUSED_ACTIVATIONS.get(type(module.mlp.act).__name__, module.mlp.act)
 
         def of(parameter: Tensor) -> Tensor:
             return parameter.to(device, dtype)
@@ -115,8 +95,8 @@ class GPT2(Architecture):
         def linear(conv: Conv1D, columns: slice = slice(None), activation: Any = None) -> Linear:
             return Linear(of(conv.weight[:, columns]).t(), of(conv.bias[columns]), activation)
 
-        def norm(layer_norm: torch.nn.LayerNorm) -> Norm:
-            return Norm(of(layer_norm.weight), of(layer_norm.bias), layer_norm.eps)
+        def norm(layer_norm: torch.nn.LayerNorm) -> LayerNorm:
+            return LayerNorm(of(layer_norm.weight), of(layer_norm.bias), layer_norm.eps)
 
         return GPT2Layer(
             scale=module.attn.scaling,
@@ -126,13 +106,13 @@ class GPT2(Architecture):
             query=linear(module.attn.c_attn, slice(0, D)),
             output=linear(module.attn.c_proj),
             mlp_norm=norm(module.ln_2),
-            up=linear(module.mlp.c_fc, activation=activation),
+            up=linear(module.mlp.c_fc, activation=activation_of(module.mlp.act)),
             down=linear(module.mlp.c_proj),
         )
 
     def final_norm(self, rows: Tensor) -> Tensor:
         norm = self.model.transformer.ln_f
-        return Norm(norm.weight.to(rows), norm.bias.to(rows), norm.eps)(rows)
+        return LayerNorm(norm.weight.to(rows), norm.bias.to(rows), norm.eps)(rows)
 
     def unembedding(self) -> tuple[Tensor, Tensor | None]:
         return self.model.lm_head.weight, None

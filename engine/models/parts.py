@@ -1,0 +1,118 @@
+"""What blocks of several architectures are made of: norms, rotary positions, activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from causalcone.engine.errors import ModelError
+
+_FUSED_ACTIVATIONS = {
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "GELUActivation": "gelu",
+    "ReLU": "relu",
+    "SiLUActivation": "silu",
+    "SiLU": "silu",
+}
+
+
+def activation_of(module: Any) -> str | Callable[[Tensor], Tensor]:
+    """A name that ``Linear`` can apply in its product, or the model's own function."""
+    return _FUSED_ACTIVATIONS.get(type(module).__name__, module)
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """LayerNorm over the last dimension, with its weight and bias (D,), or None."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return F.layer_norm(rows, rows.shape[-1:], self.weight, self.bias, self.eps)
+
+
+@dataclass(frozen=True)
+class RMSNorm:
+    """Root-mean-square norm of rows (R, D), in the dtype of its weight, which is float32 or better. A weight (n,)
+    shorter than the rows norms every n values by themselves: each head."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        parts = rows.to(self.weight.dtype).unflatten(-1, (-1, len(self.weight)))
+        return F.rms_norm(parts, self.weight.shape, self.weight, self.eps).flatten(-2).to(rows.dtype)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions: ``cos`` and ``sin`` (P, n) turn the first 2n dimensions of every head.
+
+    Dimension i is turned with i + n, or, where ``interleaved``, 2i with 2i + 1.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool = False
+
+    @classmethod
+    def of(cls, inverse_frequencies: Tensor, positions: int, dtype: torch.dtype, scaling: float = 1.0) -> Rotary:
+        """Tables of ``positions`` rows; angles are taken in float32 or better, as the models themselves do."""
+        wide = torch.promote_types(dtype, torch.float32)
+        steps = torch.arange(positions, device=inverse_frequencies.device, dtype=wide)
+        angles = torch.outer(steps, inverse_frequencies.to(wide))
+        return cls((angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype))
+
+    def __call__(self, heads: Tensor, positions: Tensor) -> Tensor:
+        """heads (R, H, d) of rows at ``positions`` (R,), turned; a new tensor."""
+        cos, sin = self.cos.index_select(0, positions), self.sin.index_select(0, positions)
+        return turn(heads, cos, sin, self.interleaved)
+
+
+@dataclass(frozen=True)
+class RotaryFrequencies:
+    """Rotary positions by their inverse frequencies (n,), in float32 or better; cos and sin are multiplied by
+    ``scaling``. For models whose longest prompt makes a table of all positions large: computing the angles of the rows
+    at hand takes about 1 % of the time of projecting them."""
+
+    inverse: Tensor
+    scaling: float
+
+    def __call__(self, heads: Tensor, positions: Tensor) -> Tensor:
+        """heads (R, H, d) of rows at ``positions`` (R,), turned; a new tensor."""
+        angles = torch.outer(positions.to(self.inverse.dtype), self.inverse)
+        cos, sin = angles.cos() * self.scaling, angles.sin() * self.scaling
+        return turn(heads, cos.to(heads.dtype), sin.to(heads.dtype))
+
+
+def turn(heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """The first 2n dimensions of heads (R, H, d) turned by angles (R, n), in pairs as ``Rotary`` says; a new tensor."""
+    n = cos.shape[1]
+    cos, sin = cos[:, None], sin[:, None]
+    turned = heads.clone()
+    left, right = (slice(0, 2 * n, 2), slice(1, 2 * n, 2)) if interleaved else (slice(n), slice(n, 2 * n))
+    a, b = heads[..., left], heads[..., right]
+    turned[..., left] = a * cos - b * sin
+    turned[..., right] = b * cos + a * sin
+    return turned
+
+
+def rotary_of(module: Any, positions: int, dtype: torch.dtype, device: torch.device) -> Rotary:
+    """The tables that a model's own rotary module computes, for ``positions`` tokens."""
+    return Rotary.of(module.inv_freq.to(device), positions, dtype, module.attention_scaling)
+
+
+def refuse_length_dependent(module: Any) -> None:
+    """Raise ``ModelError`` where a rotary module's angles depend on the length of the prompt."""
+    types = module.rope_type.values() if isinstance(module.rope_type, dict) else [module.rope_type]
+    for kind in types:
+        if kind == "longrope" or "dynamic" in kind:
+            raise ModelError(f"rotary positions of type {kind!r} depend on the prompt's length: not supported")

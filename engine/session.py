@@ -1,0 +1,164 @@
+"""A model made ready for experiments: checked, with a budget of memory, and with plans kept from one to the next."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from causalcone.engine.cost import Cost, cost
+from causalcone.engine.errors import CausalconeError, ExperimentError, ModelError
+from causalcone.engine.facts import EncodedFact, Fact, check_unique, encode
+from causalcone.engine.job import Case, Job, Result
+from causalcone.engine.memory import default_budget, parse_bytes
+from causalcone.engine.models import check_supported, read_architecture
+from causalcone.engine.models.refusal import refuse_unreadable
+from causalcone.engine.passes import Budget, PlanCache, plan_budget
+from causalcone.engine.verify import verify_model
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class SkippedFacts(UserWarning):
+    """Facts left out under ``on_error="skip"``; the message lists each with its reason."""
+
+
+class Session:
+    """A transformers model and its tokenizer, what to compute in and where, and how much memory a pass may take."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        memory: int | str | None = None,
+    ) -> None:
+        self.architecture = read_architecture(model)
+        if not getattr(tokenizer, "is_fast", False):
+            raise ExperimentError("the tokenizer gives no character offsets; load its fast form with AutoTokenizer")
+        self.model, self.tokenizer = model, tokenizer
+        self.sizes = self.architecture.sizes
+        weight = self.architecture.unembedding()[0]
+        self.dtype = weight.dtype if dtype is None else as_dtype(dtype)
+        self.device = weight.device if device is None else as_device(device)
+        self._memory = None if memory is None else parse_bytes(memory)
+        self._plans, self._gradient_plans = PlanCache(), PlanCache()
+        self._verified: tuple[tuple[int, int | None], ...] | None = None
+
+    def encode(
+        self, facts: Sequence[Fact], target: str, on_error: str, check: Callable[[EncodedFact], object]
+    ) -> list[EncodedFact]:
+        """Facts as token ids, of which ``check`` raises no error; those that cannot be used are skipped, if asked."""
+        check_unique(facts)
+        encoded, skipped = [], []
+        for fact in facts:
+            try:
+                each = encode(fact, self.tokenizer, target, self.sizes.vocabulary, self.sizes.positions)
+                check(each)
+            except CausalconeError as error:
+                if on_error == "raise":
+                    raise
+                skipped.append(str(error))
+            else:
+                encoded.append(each)
+        if skipped:
+            warnings.warn(f"{len(skipped)} facts skipped:\n" + "\n".join(skipped), SkippedFacts, stacklevel=5)
+        return encoded
+
+    def job(
+        self,
+        cases: Sequence[Case],
+        samples: int = 1,
+        noise: Callable[[int, range], np.ndarray] | None = None,
+        gradient: bool = False,
+    ) -> Job:
+        """The cases made ready to run; with ``gradient``, the gradients of p by the given vectors are results too."""
+        plans = self._gradient_plans if gradient else self._plans
+        noise = noise or self._no_noise
+        return Job(self.architecture, cases, samples, noise, self.dtype, self.device, plans, gradient)
+
+    def results(self, job: Job) -> Iterator[tuple[int, Result]]:
+        """Verify the model, then run the job: the number of each case in order, with its result."""
+        if job.cases:
+            budget = self.budget()
+            self._verify(job.cases[0].prompts[0], budget)
+            yield from job.results(budget)
+
+    def costs(self, job: Job) -> Iterator[tuple[int, list[Cost]]]:
+        """For each pass, the bytes it needs at its peak, and what each of its parts costs; nothing is computed."""
+        for parts, bytes_needed in job.passes(self.budget()):
+            yield (
+                bytes_needed,
+                [
+                    cost(job.plan(part)[0], self.sizes, 1, len(part.samples), not job.cases[part.fact].targets)
+                    for part in parts
+                ],
+            )
+
+    def budget(self) -> Budget:
+        total = self._memory or default_budget(self.device)
+        weight = self.architecture.unembedding()[0]
+        shared = weight.device.type == self.device.type and weight.dtype == self.dtype
+        return plan_budget(total, self.sizes, self.dtype, self.device, shared)
+
+    def _no_noise(self, span: int, samples: range) -> np.ndarray:
+        return np.zeros((len(samples), 1, span, self.sizes.hidden))
+
+    def _verify(self, tokens: tuple[int, ...], budget: Budget) -> None:
+        """Refuse what cannot be read, and compare with the model's own forward once for every state of its weights."""
+        refuse_unreadable(self.model, self.architecture.modules)
+        versions = tuple(
+            (id(parameter), None if parameter.is_inference() else parameter._version)
+            for parameter in self.model.parameters()
+        )
+        if versions != self._verified:
+            verify_model(self.architecture, tokens, budget.tiles)
+            self._verified = versions
+
+
+def load_model(path: str, dtype: torch.dtype | str | None, device: torch.device | str | None) -> tuple[Any, Any]:
+    """The model and tokenizer of a folder or hub id; its weights are kept in ``dtype``, as saved by default."""
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    wanted = None if dtype is None else as_dtype(dtype)
+    if path.startswith((".", "/", "~")):
+        path = str(Path(path).expanduser())
+        if not Path(path).is_dir():
+            raise ModelError(f"the model folder {path} does not exist")
+    try:
+        kind = AutoConfig.from_pretrained(path).model_type
+        check_supported(kind)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted or "auto")
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, CausalconeError):
+            raise
+        raise ModelError(f"no model can be loaded from {path!r}: {error}") from error
+    if device is not None:
+        model = model.to(as_device(device))  # type: ignore[arg-type]
+    return model, tokenizer
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A floating-point dtype of torch from itself or its name."""
+    named = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if named is None or named not in DTYPES.values():
+        raise ExperimentError(f"dtype {dtype!r} is not supported; choose from {', '.join(DTYPES)}")
+    return named
+
+
+def as_device(device: torch.device | str) -> torch.device:
+    """A device of torch that is there."""
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ExperimentError(f"unknown device {device!r}; choose cpu, cuda, or cuda:N") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ExperimentError(f"there is no device {device}; this machine has {torch.cuda.device_count()} CUDA devices")
+    return chosen
