@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from causalcone.engine.errors import CausalconeError
     from causalcone.engine.facts import Fact
     from causalcone.engine.noise import Noise
+    from causalcone.engine.patching import Intervention, Prompt, PromptResult, Read
     from causalcone.engine.session import SkippedFacts
     from causalcone.engine.states import State
     from causalcone.engine.tracing import TracePlan, Tracer
@@ -23,7 +24,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "CausalconeError": "causalcone.engine.errors",
     "Fact": "causalcone.engine.facts",
+    "Intervention": "causalcone.engine.patching",
     "Noise": "causalcone.engine.noise",
+    "Prompt": "causalcone.engine.patching",
+    "PromptResult": "causalcone.engine.patching",
+    "Read": "causalcone.engine.patching",
     "SkippedFacts": "causalcone.engine.session",
     "State": "causalcone.engine.states",
     "TracePlan": "causalcone.engine.tracing",
@@ -35,7 +40,11 @@ _HOMES = {
 __all__ = [
     "CausalconeError",
     "Fact",
+    "Intervention",
     "Noise",
+    "Prompt",
+    "PromptResult",
+    "Read",
     "SkippedFacts",
     "State",
     "TracePlan",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,7 +20,10 @@ ZERO = -1
 """As a source: the value is zero. ``given(i)`` is the i-th vector given with a fact."""
 
 
-def given(vector: int) -> int:
+Number = TypeVar("Number", int, np.ndarray)
+
+
+def given(vector: Number) -> Number:
     """The source number of a given vector, and the vector's number of such a source."""
     return -2 - vector
 
@@ -44,8 +48,8 @@ CLEAN_AND_CORRUPTED = (Base(), Base(draw=0))
 @dataclass(frozen=True)
 class Overwrites:
     """Interventions as columns: at ``site`` of layers ``start`` to ``end`` (half-open), ``token`` of ``run`` takes the
-    value that the base run ``source`` has there at ``source_token``, or a given one (``ZERO``, ``given``). One row is one intervention; a run may
-    have several, of which later rows win.
+    value that the base run ``source`` has there at ``source_token``, or a given one (``ZERO``, ``given``). One row is
+    one intervention; a run may have several, of which later rows win.
 
     Fields are int arrays of one length (M,); ``site`` indexes ``SITES``; ``head`` is the head's number at the site
     ``head`` and -1 elsewhere.

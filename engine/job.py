@@ -1,4 +1,4 @@
-"""Experiments on many facts: plans their passes, runs them, and hands out each fact's results when they are complete."""
+"""Experiments on many facts: plans their passes, runs them, and hands out each fact's results once complete."""
 
 from __future__ import annotations
 

@@ -114,8 +114,8 @@ def place_attention(groups: Sequence[Group], plans: Sequence[LayerPlan], device:
             first += group.facts * samples * size
         parts.append([columns])
     computed = first
-    for group, plan, part in zip(groups, plans, parts, strict=True):
-        part.append(_placed(group, plan.mix.base.rows, first, device))
+    for group, plan, own in zip(groups, plans, parts, strict=True):
+        own.append(_placed(group, plan.mix.base.rows, first, device))
         first += plan.mix.base.rows.count(group.facts, group.samples)
     return _stage(groups, parts, computed, first, [plan.attn_given.rows for plan in plans], device)
 

@@ -45,7 +45,7 @@ class Noise:
                 object.__setattr__(self, name, np.asarray(value, dtype=np.float64))
         if shaped and self.covariance.shape != (len(self.mean), len(self.mean)):
             raise ExperimentError(
-                f"the noise's covariance is {self.covariance.shape} and its mean {self.mean.shape}; give (D, D) and (D,)"
+                f"the covariance is {self.covariance.shape} and the mean {self.mean.shape}; give (D, D) and (D,)"
             )
         if (self.kind == "t") != (self.dof is not None):
             raise ExperimentError(f"dof goes with the noise 't' and only with it; the noise is {self.kind!r}")
@@ -100,7 +100,7 @@ class NoiseStream:
             _, sizes, axes = np.linalg.svd(self.noise.covariance)
             turn = np.sqrt(sizes)[:, None] * axes
             draws = [self.noise.mean + stream.randn(*shape) @ turn for _ in range(self.draws)]
-        if self.noise.kind == "t":
+        if self.noise.dof is not None:
             dof = self.noise.dof
             spread = np.random.RandomState(self.seed + 1).chisquare(dof, self.samples * span)
             factor = np.sqrt((dof - 2) / spread).reshape(self.samples, span, 1)

@@ -17,6 +17,7 @@ BASELINES = ("zero", "corrupted")
 
 Progress = Callable[[int, int], None]
 Tokens = str | Sequence[int]
+Chosen = str | tuple[int, ...]
 
 
 class TraceOptions(TypedDict, total=False):
@@ -68,7 +69,7 @@ class TraceSpec:
         parse_sigma(self.sigma)
         if not isinstance(self.noise, Noise):
             object.__setattr__(self, "noise", Noise(self.noise or "gaussian"))
-        object.__setattr__(self, "tokens", check_tokens(self.tokens))
+        check_tokens(self.tokens)
         noise = self.corruption
         if noise.kind not in SCALED_NOISES and self.sigma != DEFAULT_SIGMA:
             raise ExperimentError(f"sigma has no meaning with {noise.kind} noise, which has a size of its own; drop it")
@@ -91,6 +92,11 @@ class TraceSpec:
         """The noise, when all is checked."""
         assert isinstance(self.noise, Noise)
         return self.noise
+
+    @property
+    def chosen(self) -> Chosen:
+        """The tokens, when all is checked."""
+        return check_tokens(self.tokens)
 
     @property
     def method(self) -> str:
@@ -117,7 +123,7 @@ class GradientSpec:
 
     kinds: of which states. steps: points of Gauss-Legendre quadrature. baseline: ``"zero"``, or ``"corrupted"``: the
     state in the corrupted run, averaged over its ``samples`` (with ``sigma`` and ``seed`` as for tracing). For hidden
-    states a zero baseline makes the path nearly a step, since the norm that follows undoes any scale: their gap is large.
+    states a zero baseline makes the path nearly a step, since the norm that follows undoes any scale: the gap is large.
     target: ``"argmax"`` or ``"label"``, and tokens: as for tracing.
     """
 
@@ -137,9 +143,14 @@ class GradientSpec:
         check_seed(self.seed)
         check_target(self.target)
         parse_sigma(self.sigma)
-        object.__setattr__(self, "tokens", check_tokens(self.tokens))
+        check_tokens(self.tokens)
         if self.baseline not in BASELINES:
             raise ExperimentError(f"unknown baseline {self.baseline!r}; choose from {', '.join(BASELINES)}")
+
+    @property
+    def chosen(self) -> Chosen:
+        """The tokens, when all is checked."""
+        return check_tokens(self.tokens)
 
 
 def check_count(name: str, value: int, what: str) -> None:

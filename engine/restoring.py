@@ -73,7 +73,7 @@ class Restoring:
 
     def branches(self, fact: EncodedFact, first_corrupted: int) -> Branches:
         spec = self.spec
-        tokens = choose_tokens(spec.tokens, len(fact.prompt), fact.span)
+        tokens = choose_tokens(spec.chosen, len(fact.prompt), fact.span)
         key = (tokens, first_corrupted)
         if key not in self._branches:
             self._branches[key] = restoration_branches(

@@ -58,7 +58,7 @@ States = Iterable[State | str | tuple[str, int]]
 
 
 def as_states(states: States, heads: int) -> tuple[State, ...]:
-    """States from ``State``, ``("mlp", 10)`` or ``"mlp:10"``; the kind ``heads`` stands for each of a model's ``heads``.
+    """States from ``State``, ``("mlp", 10)`` or ``"mlp:10"``; the kind ``heads`` stands for each of ``heads`` heads.
 
     An error names the one that makes no sense.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Unpack
 
 import pyarrow as pa
@@ -28,6 +28,7 @@ from causalcone.engine.options import (
     check_on_error,
     check_target,
 )
+from causalcone.engine.patching import Patching, Prompt, PromptResult, Read, Runs, as_runs, encode_prompt
 from causalcone.engine.restoring import Restoring, Zeroing, counterfactual_prompt
 from causalcone.engine.session import Session, load_model
 from causalcone.engine.states import KINDS, State, States, as_states
@@ -222,8 +223,8 @@ class Tracer:
         kinds: of hidden, mlp, attn. options (``GradientSpec`` says more): steps=50, baseline="zero", target="argmax",
         tokens="all"; samples=10, sigma="3sd" and seed=1 of the baseline ``"corrupted"``. The rest as for ``trace``.
 
-        Returns a table with the columns of ``GRADIENT_SCHEMA``: the attribution's L2 norm, its total, and its gap, which
-        is the total minus the change in p that it should add up to.
+        Returns a table with the columns of ``GRADIENT_SCHEMA``: the attribution's L2 norm, its total, and its gap: the
+        total minus the change in p that it should add up to.
         """
         batches = self.stream_integrated_gradients(facts, kinds, on_error=on_error, progress=progress, **options)
         return pa.Table.from_batches(list(batches), schema=GRADIENT_SCHEMA)
@@ -240,13 +241,47 @@ class Tracer:
         """``integrated_gradients`` as one batch per fact, handed out as they finish."""
         spec = GradientSpec(kinds, **options)
         check_on_error(on_error)
-        encoded = self._encode(facts, spec.target, spec.tokens, on_error)
+        encoded = self._encode(facts, spec.target, spec.chosen, on_error)
         stream = None
         if spec.baseline == "corrupted" and encoded:
             level = self.noise_level([each.fact for each in encoded], spec.sigma)
             stream = NoiseStream(Noise(), level, spec.seed, spec.samples, self.session.sizes.hidden)
-        method = IntegratedGradients(self.session, tuple(kinds), spec.steps, spec.tokens, stream)
+        method = IntegratedGradients(self.session, tuple(kinds), spec.steps, spec.chosen, stream)
         return _gradient_batches(method, encoded, progress or (lambda done, of: None))
+
+    def run(
+        self,
+        prompts: Sequence[Prompt | Fact | str],
+        interventions: Runs,
+        read: Sequence[Read] = (),
+        *,
+        base: str = "clean",
+        samples: int = 10,
+        sigma: float | str = DEFAULT_SIGMA,
+        seed: int = 1,
+        noise: Noise | str | None = None,
+    ) -> list[PromptResult]:
+        """Interventions of your own: what all localization methods are made of.
+
+        interventions: those of one run, or a list of such lists, one per run; every run starts from the base run
+        ``base`` (``"clean"``, ``"corrupted"`` of facts, or ``"other"``) of every prompt, and all go through the layers
+        in one pass. read: what to hand out besides the target's probability. samples, sigma, seed, noise: of the
+        corrupted run, where there is one.
+
+        Returns a ``PromptResult`` per prompt. Raises ``ExperimentError`` or ``FactError`` naming what makes no sense.
+        """
+        session = self.session
+        patching = Patching(as_runs(interventions), tuple(read), "other:0" if base == "other" else base, session.sizes)
+        facts = [prompt for prompt in prompts if isinstance(prompt, Fact)]
+        spec = TraceSpec((), samples, sigma, seed, noise=noise)
+        encoded = [encode_prompt(each, i, session.tokenizer, session.sizes) for i, each in enumerate(prompts)]
+        cases = [patching.case(each, number) for number, each in enumerate(encoded)]
+        if not patching.corrupts:
+            job = session.job(cases)
+        else:
+            level = self._sigma(spec, facts)
+            job = session.job(cases, samples, NoiseStream(spec.corruption, level, seed, samples, session.sizes.hidden))
+        return [patching.result(encoded[i], cases[i], result) for i, result in session.results(job)]
 
     def noise_level(self, facts: Iterable[Fact], sigma: float | str = DEFAULT_SIGMA, on_error: str = "raise") -> float:
         """The noise level as a number; ``"<k>sd"`` is k standard deviations of these facts' subject embeddings.
@@ -294,18 +329,21 @@ class Tracer:
         others: dict[str, tuple[int, ...]] = {}
 
         def check(fact: EncodedFact) -> None:
-            choose_tokens(spec.tokens, len(fact.prompt), fact.span, fact.fact.id)
+            choose_tokens(spec.chosen, len(fact.prompt), fact.span, fact.fact.id)
             if noise.kind == "counterfactual":
                 others[fact.fact.id] = counterfactual_prompt(fact, session.tokenizer, session.sizes)
 
         encoded = session.encode(list(facts), spec.target, on_error, check)
-        scaled = noise.kind in SCALED_NOISES and encoded
-        sigma = self.noise_level([each.fact for each in encoded], spec.sigma) if scaled else 0.0
-        restoring = Restoring(replace(spec, sigma=sigma) if scaled else spec, session.sizes.depth)
+        sigma = self._sigma(spec, [each.fact for each in encoded])
+        restoring = Restoring(spec, session.sizes.depth)
         cases = [restoring.case(fact, others.get(fact.fact.id)) for fact in encoded]
         stream = NoiseStream(noise, sigma, spec.seed, restoring.samples, session.sizes.hidden, restoring.draws)
         job = session.job([case for case, _ in cases], restoring.samples, stream)
         return _Study(job, encoded, [branches for _, branches in cases], spec.states, spec.method)
+
+    def _sigma(self, spec: TraceSpec, facts: Sequence[Fact]) -> float:
+        """The noise level as a number, where the noise has one."""
+        return self.noise_level(facts, spec.sigma) if facts and spec.corruption.kind in SCALED_NOISES else 0.0
 
     def _batches(self, study: _Study, progress: Progress | None) -> Iterator[pa.RecordBatch]:
         total = len(study.facts)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import oracle
 import torch
+from compare import assert_same, restored_share
+from models import FACTS, tokenizer
 from oracle_model import hooked, precision, sites
 from plain_blocks import TOKENS, Values, assert_same_values, run_blocks
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import causalcone as cc
 from causalcone.engine.models import read_architecture
 
 LIFTED, UNMODIFIED, SINGLE = 1e-9, 5e-6, 1e-5
@@ -43,3 +47,12 @@ def values_at_sites(model: PreTrainedModel, lift: bool) -> Values:
     embeddings = model.get_input_embeddings()(torch.tensor(TOKENS))
     stacks = {name: torch.stack(kept) for name, kept in seen.items()}
     return Values(embeddings=embeddings, **stacks, log_p=logits.log_softmax(-1))
+
+
+def assert_traced(model: PreTrainedModel) -> None:
+    """Tracing a float64 model gives the numbers of the plain computation."""
+    options = {"states": (("hidden", 1), ("mlp", 2), ("attn", 3), ("head.0", 1)), "samples": 2, "sigma": 0.5}
+    table = cc.Tracer(model, tokenizer()).trace(FACTS[1:4], **options)
+    rows = oracle.trace(model, tokenizer(), FACTS[1:4], **options)
+    assert restored_share(rows) > 0.1
+    assert_same(table, rows)

@@ -1,7 +1,8 @@
 """An unmodified model of transformers under forward hooks: where each family keeps the values that experiments change.
 
 What a module adds to the residual stream is what counts as its value: where a family norms the output of attention or
-MLP once more, that is the norm's output.
+MLP once more, that is the norm's output. (Granite then multiplies it by a constant; overwriting it, zeroing it and
+integrating its gradients give the same numbers before and after that.)
 """
 
 from __future__ import annotations
@@ -30,21 +31,33 @@ class Layout:
     projection: str
 
 
-LLAMA = Layout("model.layers", "self_attn", "mlp", "self_attn.o_proj")
-NORMED = Layout("model.layers", "post_attention_layernorm", "post_feedforward_layernorm", "self_attn.o_proj")
+LIKE_LLAMA = (
+    "llama",
+    "mistral",
+    "ministral",
+    "qwen2",
+    "qwen3",
+    "seed_oss",
+    "cwm",
+    "smollm3",
+    "granite",
+    "phi3",
+    "gemma",
+    "starcoder2",
+)
+WITH_OUTPUT_NORMS = ("gemma2", "gemma3_text", "olmo2", "olmo3")
 LAYOUTS = {
     "gpt2": Layout("transformer.h", "attn", "mlp", "attn.c_proj"),
     "gptj": Layout("transformer.h", "attn", "mlp", "attn.out_proj"),
+    "gpt_neo": Layout("transformer.h", "attn", "mlp", "attn.attention.out_proj"),
     "gpt_neox": Layout("gpt_neox.layers", "attention", "mlp", "attention.dense"),
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "qwen2": LLAMA,
-    "qwen3": LLAMA,
-    "gemma2": NORMED,
-    "gemma3_text": NORMED,
-    "olmo2": NORMED,
     "opt": Layout("model.decoder.layers", "self_attn", "fc2", "self_attn.out_proj"),
     "phi": Layout("model.layers", "self_attn", "mlp", "self_attn.dense"),
+    **dict.fromkeys(LIKE_LLAMA, Layout("model.layers", "self_attn", "mlp", "self_attn.o_proj")),
+    **dict.fromkeys(
+        WITH_OUTPUT_NORMS,
+        Layout("model.layers", "post_attention_layernorm", "post_feedforward_layernorm", "self_attn.o_proj"),
+    ),
 }
 
 

@@ -22,8 +22,8 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 @dataclass(frozen=True)
 class Values:
-    """Of a sequence: the token embeddings (T, hidden); for every layer what attention and MLP add to the residual stream
-    and what the layer puts out, each (layers, T, hidden); and log-probabilities (T, vocabulary)."""
+    """Of a sequence: the token embeddings (T, hidden); for every layer what attention and MLP add to the residual
+    stream and what the layer puts out, each (layers, T, hidden); and log-probabilities (T, vocabulary)."""
 
     embeddings: Tensor
     attn: Tensor
@@ -74,8 +74,8 @@ def attention(block: Block, rows: Tensor, positions: Tensor) -> Tensor:
 def run_model(model: nn.Module, tokens: Sequence[int], blocks: str, mid: str, lift: bool = True) -> Values:
     """Everything the model itself computes of a prompt; a float64 model in float64 throughout, unless not to ``lift``.
 
-    ``blocks`` names the list of layers, ``mid`` the module of a layer that takes in the residual stream after attention.
-    What attention and MLP add to it are then differences, whatever norms or factors lie in between.
+    ``blocks`` names the list of layers, ``mid`` the module of a layer that takes in the residual stream after
+    attention. What attention and MLP add to it are then differences, whatever norms or factors lie in between.
     """
     entered: list[Tensor] = []
     mids: list[Tensor] = []

@@ -1,10 +1,14 @@
 """Gemma 1, 2 and 3: every value of every layer is the one that the model itself computes."""
 
+import oracle
 import pytest
 import torch
+from compare import assert_same
 from families import FAMILIES
+from models import FACTS, tokenizer
 from plain_blocks import TOKENS, TOLERANCE, assert_exact, assert_same_values, run_blocks, run_model
 
+import causalcone as cc
 from causalcone.engine.errors import ModelError
 from causalcone.engine.models import check_supported, read_architecture
 
@@ -53,6 +57,14 @@ def test_unmodified_model(family):
 
 
 @pytest.mark.parametrize("family", MIDS)
+def test_tracing(family):
+    model, facts = FAMILIES[family](3, 16, 2), FACTS[1:2]
+    options = {"states": (("hidden", 1), ("mlp", 2), ("attn", 3)), "samples": 2, "sigma": 0.5}
+    table = cc.Tracer(model, tokenizer()).trace(facts, **options)
+    assert_same(table, oracle.trace(model, tokenizer(), facts, **options))
+
+
+@pytest.mark.parametrize("family", MIDS)
 def test_bfloat16(family):
     """In bfloat16 the blocks are about as far from the float64 model as the model itself is."""
     model = FAMILIES[family](2, dtype=torch.bfloat16)
@@ -92,5 +104,5 @@ def test_length_dependent_rotary_positions_are_refused():
 
 
 def test_images_are_refused():
-    with pytest.raises(ModelError, match="'gemma3' is not supported; supported are: .*gemma3_text"):
+    with pytest.raises(ModelError, match=r"'gemma3' is not supported; supported are: .*gemma3_text"):
         check_supported("gemma3")

@@ -1,17 +1,10 @@
 """GPT-Neo: every value of every layer is the one that the model itself computes."""
 
-import oracle_model
 import pytest
-from architecture_checks import assert_exact_at_sites
+from architecture_checks import assert_exact_at_sites, assert_traced
 from families import FAMILIES
 
 gpt_neo = FAMILIES["gpt_neo"]
-
-
-@pytest.fixture(autouse=True)
-def layout(monkeypatch):
-    layout = oracle_model.Layout("transformer.h", "attn", "mlp", "attn.attention.out_proj")
-    monkeypatch.setitem(oracle_model.LAYOUTS, "gpt_neo", layout)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -28,3 +21,7 @@ def test_windows(window):
 @pytest.mark.parametrize("options", [{"intermediate_size": None}, {"activation_function": "relu"}], ids=str)
 def test_options(options):
     assert_exact_at_sites(gpt_neo(2, 24, 2, seed=1, **options))
+
+
+def test_tracing():
+    assert_traced(gpt_neo(3, 24, 2, window_size=3))

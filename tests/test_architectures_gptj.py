@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from architecture_checks import assert_exact_at_sites
+from architecture_checks import assert_exact_at_sites, assert_traced
 from families import FAMILIES
 from plain_blocks import TOKENS, run_blocks
 
@@ -43,3 +43,7 @@ def test_bfloat16():
 def test_refuses_a_model_without_rotary_dimensions():
     with pytest.raises(ModelError, match="rotary_dim"):
         read_architecture(gptj(1, 16, 1, rotary_dim=0))
+
+
+def test_tracing():
+    assert_traced(gptj(3, 24, 2))

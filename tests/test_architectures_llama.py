@@ -1,11 +1,15 @@
 """Llama and its relatives: every value of every layer is the one that the model itself computes."""
 
+import oracle
 import pytest
 import torch
+from compare import assert_same
 from families import FAMILIES
+from models import FACTS, tokenizer
 from plain_blocks import TOKENS, TOLERANCE, assert_exact, assert_same_values, run_blocks, run_model
 from torch import nn
 
+import causalcone as cc
 from causalcone.engine.errors import ModelError
 from causalcone.engine.models import read_architecture
 
@@ -113,6 +117,14 @@ def test_unmodified_model(family):
     model = FAMILIES[family]()
     found = run_blocks(read_architecture(model), TOKENS, torch.float64)
     assert_same_values(found, run_model(model, TOKENS, "model.layers", MIDS[family], lift=False), 5e-6)
+
+
+@pytest.mark.parametrize("family", MIDS)
+def test_tracing(family):
+    model, facts = FAMILIES[family](3, 16, 2), FACTS[1:2]
+    options = {"states": (("hidden", 1), ("mlp", 2), ("attn", 3)), "samples": 2, "sigma": 0.5}
+    table = cc.Tracer(model, tokenizer()).trace(facts, **options)
+    assert_same(table, oracle.trace(model, tokenizer(), facts, **options))
 
 
 @pytest.mark.parametrize("family", MIDS)

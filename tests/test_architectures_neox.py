@@ -1,7 +1,7 @@
 """GPT-NeoX: every value of every layer is the one that the model itself computes."""
 
 import pytest
-from architecture_checks import assert_exact_at_sites
+from architecture_checks import assert_exact_at_sites, assert_traced
 from families import FAMILIES
 from torch import nn
 
@@ -29,8 +29,6 @@ def test_options(options):
 def test_scaled_rotary_positions(scaling):
     rope = {"rope_theta": 100.0, "partial_rotary_factor": 0.5, **scaling}
     assert_exact_at_sites(neox(2, 32, 2, rope_parameters=rope))
-        neox(2, 32, 2, rope_parameters={"rope_theta": 100.0, "partial_rotary_factor": 0.5, **scaling})
-    )
 
 
 @pytest.mark.parametrize(
@@ -60,3 +58,8 @@ def test_refuses_another_class_of_module():
     model.gpt_neox.layers[0].attention.query_key_value = Adapted(16, 48)
     with pytest.raises(ModelError, match="query_key_value is a Adapted"):
         read_architecture(model)
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_tracing(parallel):
+    assert_traced(neox(3, 24, 2, use_parallel_residual=parallel))

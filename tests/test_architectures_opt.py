@@ -1,7 +1,7 @@
 """OPT: every value of every layer is the one that the model itself computes."""
 
 import pytest
-from architecture_checks import assert_exact_at_sites
+from architecture_checks import assert_exact_at_sites, assert_traced
 from families import FAMILIES
 
 from causalcone.engine.errors import ModelError
@@ -34,3 +34,7 @@ def test_options(options):
 def test_refuses_by_name(options):
     with pytest.raises(ModelError, match=next(iter(options))):
         read_architecture(opt(1, 24, 2, **options))
+
+
+def test_tracing():
+    assert_traced(opt(3, 24, 2))

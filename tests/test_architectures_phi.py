@@ -1,7 +1,7 @@
 """Phi: every value of every layer is the one that the model itself computes."""
 
 import pytest
-from architecture_checks import assert_exact_at_sites
+from architecture_checks import assert_exact_at_sites, assert_traced
 from families import FAMILIES
 
 from causalcone.engine.errors import ModelError
@@ -32,3 +32,7 @@ def test_refuses_rotary_positions_that_depend_on_the_length():
     rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 3.0, "partial_rotary_factor": 0.5}
     with pytest.raises(ModelError, match="dynamic"):
         read_architecture(phi(1, 32, 4, rope_parameters=rope))
+
+
+def test_tracing():
+    assert_traced(phi(3, 24, 2))

@@ -269,7 +269,7 @@ def test_models_without_a_language_head(tokenizer):
         (
             OPTForCausalLM,
             OPTConfig(hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16),
-            "opt",
+            "bloom",
         ),
         (
             BertLMHeadModel,
@@ -279,7 +279,7 @@ def test_models_without_a_language_head(tokenizer):
             "bert",
         ),
     ],
-    ids=["opt", "bert"],
+    ids=["bloom", "bert"],
 )
 def test_architectures_that_are_not_supported(model_class, config, name, tokenizer):
     """The message lists what is."""

@@ -5,45 +5,28 @@ import copy
 import oracle
 import pytest
 import torch
+from families import FAMILIES
 from models import FACTS, gpt2, tokenizer
+from oracle_gradients import integrated_gradients
 from oracle_model import LAYOUTS, Site, hooked, precision, predict, sites
-from transformers import AutoConfig, AutoModelForCausalLM
 
-FACT = FACTS[1]
-SHAPE = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
-LLAMA = {**SHAPE, "intermediate_size": 40, "num_key_value_heads": 1, "max_position_embeddings": 64}
-GEMMA = {**LLAMA, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 4}
-CONFIGS = {
-    "gpt2": {"n_embd": 24, "n_layer": 3, "n_head": 2, "n_positions": 64},
-    "gptj": {"n_embd": 24, "n_layer": 3, "n_head": 2, "n_positions": 64, "rotary_dim": 8},
-    "gpt_neox": {**SHAPE, "intermediate_size": 40},
-    "llama": {**LLAMA, "attention_bias": True},
-    "mistral": {**LLAMA, "sliding_window": 4},
-    "qwen2": LLAMA,
-    "qwen3": {**LLAMA, "head_dim": 16},
-    "gemma2": GEMMA,
-    "gemma3_text": GEMMA,
-    "olmo2": LLAMA,
-    "opt": {**SHAPE, "ffn_dim": 40, "word_embed_proj_dim": 16, "max_position_embeddings": 64},
-    "phi": {**SHAPE, "intermediate_size": 40, "max_position_embeddings": 64},
+FACT = FACTS[4]  # its subject is in reach of the last token in sliding windows too
+DOWN = {
+    "gpt2": "mlp.c_proj",
+    "gptj": "mlp.fc_out",
+    "gpt_neo": "mlp.c_proj",
+    "gpt_neox": "mlp.dense_4h_to_h",
+    "opt": "fc2",
+    "phi": "mlp.fc2",
+    "starcoder2": "mlp.c_proj",
 }
-DOWN = {"gpt2": "mlp.c_proj", "gptj": "mlp.fc_out", "gpt_neox": "mlp.dense_4h_to_h", "opt": "fc2", "phi": "mlp.fc2"}
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
-    """A random float64 model of a family, biases and norms included, with weights large enough to matter."""
-    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
-    config = AutoConfig.for_model(request.param, vocab_size=len(tokenizer()), **special, **CONFIGS[request.param])
-    model = AutoModelForCausalLM.from_config(config).double().eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    return model
-
-
-def test_every_family_is_tried():
-    assert CONFIGS.keys() == LAYOUTS.keys()
+    """A random float64 model of a family, of three layers and two heads. OPT's ReLU would make its gradients jump."""
+    smooth = {"activation_function": "gelu"} if request.param == "opt" else {}
+    return FAMILIES[request.param](layers=3, width=24, heads=2, **smooth)
 
 
 def trace(model, **options):
@@ -67,7 +50,8 @@ def test_a_block_adds_attention_and_mlp_to_what_enters_it(family):
         entering.remove()
         assert seen["attn"].norm() > 0.1
         assert seen["mlp"].norm() > 0.1
-        torch.testing.assert_close(seen["entering"] + seen["attn"] + seen["mlp"], seen["hidden"])
+        share = getattr(family.config, "residual_multiplier", 1)
+        torch.testing.assert_close(seen["entering"] + share * (seen["attn"] + seen["mlp"]), seen["hidden"])
 
 
 def test_the_corrupted_run_is_the_model_on_noisy_embeddings(family):
@@ -140,6 +124,22 @@ def test_all_heads_restored_together_are_the_attention(family):
         nothing = predict(family, case, inputs, [noise])
     assert abs(attn[1] / nothing[1] - 1) > 1e-4
     torch.testing.assert_close(heads, attn, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("sever", ["mlp", "attn", "both"])
+def test_severing_shows_before_the_last_layer(family, sever):
+    options = {"states": [("hidden", 1)], "tokens": "subject_last"}
+    severed, plain = ([row["p_patched"] for row in trace(family, **options, sever=each)] for each in (sever, None))
+    assert severed[-1] == pytest.approx(plain[-1], rel=1e-12)
+    assert abs(severed[0] / plain[0] - 1) > 1e-6
+
+
+def test_gradients_sum_to_the_difference_in_probability(family):
+    options = {"kinds": ("hidden", "mlp", "attn", "head.1"), "baseline": "corrupted", "sigma": 0.5, "samples": 1}
+    case = oracle.encode(family, tokenizer(), FACT, "argmax")
+    for row in integrated_gradients(family, tokenizer(), [FACT], **options, tokens=[case.end - 1]):
+        assert abs(row["gap"]) <= 1e-5 * row["norm"]
+        assert row["norm"] > 0 or row["layer"] == 2
 
 
 def test_lifting_changes_the_last_digits_only(family):

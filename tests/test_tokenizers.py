@@ -1,6 +1,9 @@
 """Spans, targets and token texts with every style of tokenizer."""
 
+import oracle
 import pytest
+from compare import assert_same
+from families import FAMILIES
 from models import FACTS
 from tokenizers_for_tests import TOKENIZERS, bytes_of, sentencepiece
 
@@ -97,3 +100,15 @@ def test_unknown_characters_in_a_row_share_their_tokens():
     assert encoded(fact, tokenizer).span[1] - encoded(fact, tokenizer).span[0] == len("日本".encode())
     precise = sentencepiece("bpe", "first")
     assert encoded(fact, precise).span[1] - encoded(fact, precise).span[0] == len("本".encode())
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "GemmaTokenizer", "unigram, first"])
+def test_tracing_with_another_tokenizer(name):
+    """The whole way, with facts whose subjects and targets fall back to bytes."""
+    tokenizer = TOKENIZERS[name]()
+    model = FAMILIES["llama"](2, 16, 2, vocab_size=len(tokenizer))
+    facts = (FACTS[1], FACTS[3], *FOREIGN[:3])
+    options = {"states": (("hidden", 1), ("mlp", 2)), "samples": 2, "sigma": "3sd"}
+    table = cc.Tracer(model, tokenizer).trace(facts, **options)
+    assert_same(table, oracle.trace(model, tokenizer, facts, **options))
+    assert table["token_text"].to_pylist()[0] == "<s>"

@@ -61,7 +61,7 @@ class Gated:
     up: Linear
 
     def __call__(self, rows: Tensor) -> Tensor:
-        return self.gate(rows) * self.up(rows)
+        return self.up(rows).mul_(self.gate(rows))  # a third row of this width would cost 5 % of the time
 
 
 @dataclass(frozen=True)

@@ -99,9 +99,8 @@ def turn(heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> 
     cos, sin = cos[:, None], sin[:, None]
     turned = heads.clone()
     left, right = (slice(0, 2 * n, 2), slice(1, 2 * n, 2)) if interleaved else (slice(n), slice(n, 2 * n))
-    a, b = heads[..., left], heads[..., right]
-    turned[..., left] = a * cos - b * sin
-    turned[..., right] = b * cos + a * sin
+    turned[..., left].mul_(cos).addcmul_(heads[..., right], sin, value=-1)
+    turned[..., right].mul_(cos).addcmul_(heads[..., left], sin)
     return turned
 
 
