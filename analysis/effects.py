@@ -7,7 +7,7 @@ from typing import Literal
 import polars as pl
 
 from causalcone.analysis.roles import with_roles
-from causalcone.analysis.tables import IDENTITY, STATE, TraceSource, as_traces, trace_parts
+from causalcone.analysis.tables import IDENTITY, STATE, TraceSource, as_traces, single_tokens, trace_parts
 
 Denominator = Literal["p_high", "p_clean"]
 
@@ -19,7 +19,8 @@ def restore_effects(table: TraceSource, denominator: Denominator = "p_high") -> 
 
     Adds to the rows of a traces table (those of method "zero" are left out):
 
-    - ``p_high``: max of p_clean and the largest p_patched of this fact, method, kind and window in the table
+    - ``p_high``: max of p_clean and the largest p_patched of this fact, method, kind and window in the table (of tokens
+      restored together, where the row is)
     - ``restore_effect``: p_patched - p_corrupted
     - ``relative_effect``: restore_effect / |d - p_corrupted|, d being ``p_high`` or p_clean as ``denominator`` says;
       null where that is 0
@@ -31,7 +32,7 @@ def restore_effects(table: TraceSource, denominator: Denominator = "p_high") -> 
     effect, size = pl.col("restore_effect"), (pl.col(denominator) - pl.col("p_corrupted")).abs()
     return (
         traces.with_columns(
-            p_high=pl.max_horizontal("p_clean", pl.max("p_patched").over("fact_id", *STATE)),
+            p_high=pl.max_horizontal("p_clean", pl.max("p_patched").over("fact_id", *STATE, pl.col("token").is_null())),
             restore_effect=pl.col("p_patched") - pl.col("p_corrupted"),
         )
         .with_columns(relative_effect=pl.when(size > 0).then(effect / size))
@@ -48,10 +49,11 @@ def tracing_effects(
     """The tracing effect of each layer: one row per fact, method, kind, window and layer (METHODS 3, Hase et al. 2023).
 
     ``effect`` is the largest fraction_restored over the prompt tokens (``at="max"``; the first of equals), or the
-    relative_effect, not clipped, at the last subject token (``at="subject_last"``); see ``restore_effects``.
+    relative_effect, not clipped, at the last subject token (``at="subject_last"``); see ``restore_effects``. Rows of
+    several tokens restored together are left out.
     Columns: fact_id, method, kind, window, layer, token, p_clean, p_corrupted, effect, flagged.
     """
-    effects = restore_effects(table, denominator)
+    effects = single_tokens(restore_effects(table, denominator))
     layer = ["fact_id", *STATE, "layer"]
     if at == "max":
         order = effects.sort("fraction_restored", "token", descending=[True, False], nulls_last=True)
@@ -85,14 +87,16 @@ def average_indirect_effect(table: TraceSource, clip: bool = False) -> pl.DataFr
 
     ``effect`` is the mean p_patched of the role's tokens minus the mean p_corrupted of all facts, each fact counted
     once (Meng et al. 2022, Fig. 15). Middle and further tokens are pooled over facts. ``clip`` raises negative effects
-    to 0, as the published heat maps do. ``standard_error`` is that of the mean p_patched; facts, not tokens, are taken
+    to 0, as the published heat maps do. Rows of several tokens restored together are left out. ``standard_error`` is that of the mean p_patched; facts, not tokens, are taken
     as independent, which with one token per fact is the usual sd / sqrt(n); null for one fact.
     A folder is read file by file, each holding whole facts, so any number of facts fits in memory.
     Columns: method, kind, window, role, layer, mean_patched, mean_corrupted, effect, standard_error, count (tokens),
     facts.
     """
-    roles, corrupted = zip(*(_sums(part) for part in trace_parts(table)), strict=True)
+    roles, corrupted, together = zip(*(_sums(part) for part in trace_parts(table)), strict=True)
     cells = pl.concat(roles).group_by(_CELL).agg(pl.all().sum())
+    if cells.is_empty():
+        single_tokens(pl.concat(together))
     states = pl.concat(corrupted).group_by(STATE).agg(pl.all().sum())
     total, count, facts = pl.col("patched"), pl.col("count"), pl.col("facts")
     mean = total / count

@@ -1,4 +1,4 @@
-"""Traces tables as polars frames, wherever they come from."""
+"""Tables of results as polars frames, wherever they come from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import pyarrow as pa
 
 from causalcone.engine.errors import CausalconeError
 
-TRACE_SCHEMA: dict[str, type[pl.DataType]] = {
+Schema: TypeAlias = dict[str, type[pl.DataType]]
+
+TRACE_SCHEMA: Schema = {
     "fact_id": pl.String,
     "method": pl.String,
     "kind": pl.String,
@@ -27,6 +29,15 @@ TRACE_SCHEMA: dict[str, type[pl.DataType]] = {
     "p_corrupted": pl.Float64,
     "p_patched": pl.Float64,
     "p_patched_sd": pl.Float64,
+}
+GRADIENT_SCHEMA: Schema = {
+    "fact_id": pl.String,
+    "kind": pl.String,
+    "layer": pl.Int64,
+    "token": pl.Int64,
+    "norm": pl.Float64,
+    "total": pl.Float64,
+    "gap": pl.Float64,
 }
 STATE = ["method", "kind", "window"]
 IDENTITY = ["fact_id", *STATE, "layer", "token"]
@@ -56,34 +67,53 @@ def read_traces(source: TraceSource) -> pl.DataFrame:
 
 def as_traces(source: TraceSource) -> pl.DataFrame:
     """``read_traces`` without the search for repeated states."""
+    return pl.concat(trace_parts(source), how="diagonal")
+
+
+def trace_parts(source: TraceSource) -> Iterator[pl.DataFrame]:
+    """A traces table piece by piece: the files of a folder one by one, anything else whole."""
+    return _parts(source, TRACE_SCHEMA, "traces table")
+
+
+def read_gradients(source: TraceSource) -> pl.DataFrame:
+    """A table of integrated gradients as a polars frame with the columns of ``GRADIENT_SCHEMA`` (further ones are
+    kept), from any source that ``read_traces`` takes."""
+    return pl.concat(_parts(source, GRADIENT_SCHEMA, "table of gradients"), how="diagonal")
+
+
+def single_tokens(traces: pl.DataFrame) -> pl.DataFrame:
+    """The rows about one token each; an error where there are only rows of several tokens restored together."""
+    single = traces.filter(pl.col("token").is_not_null())
+    if single.is_empty() and not traces.is_empty():
+        raise TableError(
+            "the table is of several tokens restored together, which have no place or role of their own; "
+            "see joint_effects and plot.joint_effect"
+        )
+    return single
+
+
+def _parts(source: TraceSource, schema: Schema, what: str) -> Iterator[pl.DataFrame]:
     if isinstance(source, str | os.PathLike):
-        return pl.concat(trace_parts(source), how="diagonal")
+        for file in _parquet_files(Path(source)):
+            yield _conform(_read_parquet(file), schema, f"{file} is no {what}")
+        return
     if isinstance(source, pl.LazyFrame):
         source = source.collect()
     if isinstance(source, pa.Table | pa.RecordBatch):
         source = pl.DataFrame(source)
     if not isinstance(source, pl.DataFrame):
-        raise TableError(f"a traces table cannot be a {type(source).__name__}; give an Arrow or polars table or a path")
-    return _conform(source, "the table")
+        raise TableError(f"a {what} cannot be a {type(source).__name__}; give an Arrow or polars table or a path")
+    yield _conform(source, schema, f"the table is no {what}")
 
 
-def trace_parts(source: TraceSource) -> Iterator[pl.DataFrame]:
-    """A traces table piece by piece: the files of a folder one by one, anything else whole."""
-    if isinstance(source, str | os.PathLike):
-        for file in _parquet_files(Path(source)):
-            yield _conform(_read_parquet(file), str(file))
-    else:
-        yield as_traces(source)
-
-
-def _conform(frame: pl.DataFrame, name: str) -> pl.DataFrame:
-    missing = [column for column in TRACE_SCHEMA if column not in frame.columns]
+def _conform(frame: pl.DataFrame, schema: Schema, complaint: str) -> pl.DataFrame:
+    missing = [column for column in schema if column not in frame.columns]
     if missing:
-        raise TableError(f"{name} is no traces table: it lacks {', '.join(missing)}")
+        raise TableError(f"{complaint}: it lacks {', '.join(missing)}")
     try:
-        return frame.cast(TRACE_SCHEMA)  # type: ignore[arg-type]
+        return frame.cast(schema)  # type: ignore[arg-type]
     except pl.exceptions.PolarsError as error:
-        raise TableError(f"{name} is no traces table: {error}") from error
+        raise TableError(f"{complaint}: {error}") from error
 
 
 def _read_parquet(file: Path) -> pl.DataFrame:

@@ -75,6 +75,7 @@ FAMILIES: dict[str, Builder] = {
         query_pre_attn_scalar=5,
         attn_logit_softcapping=2.0,
         final_logit_softcapping=3.0,
+        attn_implementation="eager",
     ),
     "gemma3_text": like_llama(
         "gemma3_text", head_dim=10, sliding_window=4, query_pre_attn_scalar=5, sliding_window_pattern=2

@@ -103,6 +103,14 @@ def test_length_dependent_rotary_positions_are_refused():
         read_architecture(FAMILIES["gemma3_text"](2, rope_parameters=ropes))
 
 
+def test_attention_without_softcap_is_refused():
+    """Some versions of transformers let Gemma 2 run with an attention that has no soft cap."""
+    model = FAMILIES["gemma2"](2)
+    model.config._attn_implementation = "sdpa"
+    with pytest.raises(ModelError, match="attn_implementation='eager'"):
+        read_architecture(model)
+
+
 def test_images_are_refused():
     with pytest.raises(ModelError, match=r"'gemma3' is not supported; supported are: .*gemma3_text"):
         check_supported("gemma3")

@@ -7,7 +7,7 @@ import torch
 from models import FACTS, ZERO_WIDTH_SPACE, gpt2
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertConfig, BertLMHeadModel, GPT2Model, OPTConfig, OPTForCausalLM
+from transformers import BertConfig, BertLMHeadModel, BloomConfig, BloomForCausalLM, GPT2Model
 
 import causalcone as cc
 from causalcone.engine.errors import ExperimentError, FactError, ModelError
@@ -267,8 +267,8 @@ def test_models_without_a_language_head(tokenizer):
     ("model_class", "config", "name"),
     [
         (
-            OPTForCausalLM,
-            OPTConfig(hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16),
+            BloomForCausalLM,
+            BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=400),
             "bloom",
         ),
         (

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from transformers.models.gemma2 import modeling_gemma2
 
+from causalcone.engine.errors import ModelError
 from causalcone.engine.models.gemma import Gemma
 from causalcone.engine.models.llama import Norms, modules_of, window_of
 from causalcone.engine.models.plain import Reader
@@ -27,8 +28,16 @@ class Gemma2(Gemma):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        self.attention_softcap = model.config.attn_logit_softcapping
         self.logit_softcap = model.config.final_logit_softcapping
+
+    def softcap(self) -> float | None:
+        config = self.model.config
+        if config.attn_logit_softcapping is not None and config._attn_implementation == "sdpa":
+            raise ModelError(
+                "transformers leaves out the bound of Gemma 2's attention scores (attn_logit_softcapping) with sdpa "
+                "attention; load the model with attn_implementation='eager'"
+            )
+        return config.attn_logit_softcapping
 
     def window(self, layer: int) -> int | None:
         return window_of(self.model.config, layer)

@@ -3,7 +3,7 @@ windows, and attention scores that are never bounded, whatever the config says o
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from transformers.models.gemma3 import modeling_gemma3
 
@@ -20,9 +20,8 @@ class Gemma3(Gemma2):
         "model.embed_tokens": modeling_gemma3.Gemma3TextScaledWordEmbedding,
     }
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
-        self.attention_softcap = None
+    def softcap(self) -> float | None:
+        return None
 
     def rotary(self, layer: int, read: Reader) -> RotaryFrequencies | None:
         return rotary_of_type(self.model.model.rotary_emb, self.model.config.layer_types[layer], read)

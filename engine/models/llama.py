@@ -136,7 +136,7 @@ def modules_of(
 
 
 class Llama(Architecture):
-    """The methods from ``window`` on are what other families change."""
+    """The methods from ``softcap`` on are what other families change."""
 
     modules: ClassVar[dict[str, type]] = modules_of(modeling_llama, "Llama")
 
@@ -146,6 +146,7 @@ class Llama(Architecture):
         refuse_length_dependent(model.model.rotary_emb)
         refuse_two_way(config)
         self.windows = [self.window(layer) for layer in range(config.num_hidden_layers)]
+        self.attention_softcap = self.softcap()
         hidden, inner = config.hidden_size, config.intermediate_size
         self.sizes = Sizes(
             depth=config.num_hidden_layers,
@@ -187,7 +188,9 @@ class Llama(Architecture):
     def unembedding(self) -> tuple[Tensor, Tensor | None]:
         return self.model.lm_head.weight, self.model.lm_head.bias
 
-    attention_softcap: float | None = None
+    def softcap(self) -> float | None:
+        """The bound of attention scores."""
+        return None
 
     def window(self, layer: int) -> int | None:
         return None
