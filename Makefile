@@ -23,7 +23,9 @@ types: $(READY)
 	cd build/types && MYPYPATH=site ../../$(BIN)/mypy --config-file ../../pyproject.toml -p causalcone
 
 bench: $(READY)
-	$(BIN)/python bench/trace.py
+	$(BIN)/python bench/trace.py --naive-fraction 0.03 --repeats 1
+	$(BIN)/python bench/methods.py
+	$(BIN)/python bench/architectures.py --prompts 10
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

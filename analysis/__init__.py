@@ -13,25 +13,34 @@ from causalcone.analysis.effects import (
     tracing_effects,
     zeroing_effects,
 )
+from causalcone.analysis.gradients import gradient_norms, gradient_summary
+from causalcone.analysis.layer_effects import joint_effects, severed_effects, zeroing_curve
 from causalcone.analysis.roles import ROLES, with_roles
-from causalcone.analysis.tables import TRACE_SCHEMA, TableError, read_traces
+from causalcone.analysis.tables import GRADIENT_SCHEMA, TRACE_SCHEMA, TableError, read_gradients, read_traces
 
 if TYPE_CHECKING:
     from causalcone.analysis import plot
 
 __all__ = [
+    "GRADIENT_SCHEMA",
     "ROLES",
     "TRACE_SCHEMA",
     "TableError",
     "average_indirect_effect",
     "concentrated_facts",
     "flagged_facts",
+    "gradient_norms",
+    "gradient_summary",
+    "joint_effects",
     "peak_layers",
     "plot",
+    "read_gradients",
     "read_traces",
     "restore_effects",
+    "severed_effects",
     "tracing_effects",
     "with_roles",
+    "zeroing_curve",
     "zeroing_effects",
 ]
 

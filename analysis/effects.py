@@ -86,9 +86,10 @@ def average_indirect_effect(table: TraceSource, clip: bool = False) -> pl.DataFr
     """Average indirect effect by token role: one row per method, kind, window, role and layer (METHODS 3).
 
     ``effect`` is the mean p_patched of the role's tokens minus the mean p_corrupted of all facts, each fact counted
-    once (Meng et al. 2022, Fig. 15). Middle and further tokens are pooled over facts. ``clip`` raises negative effects
-    to 0, as the published heat maps do. Rows of several tokens restored together are left out. ``standard_error`` is that of the mean p_patched; facts, not tokens, are taken
-    as independent, which with one token per fact is the usual sd / sqrt(n); null for one fact.
+    once (Meng et al. 2022, Fig. 15). Middle and further tokens are pooled over facts; rows of several tokens restored
+    together are left out. ``clip`` raises negative effects to 0, as the published heat maps do. ``standard_error`` is
+    that of the mean p_patched; facts, not tokens, are taken as independent, which with one token per fact is the usual
+    sd / sqrt(n); null for one fact.
     A folder is read file by file, each holding whole facts, so any number of facts fits in memory.
     Columns: method, kind, window, role, layer, mean_patched, mean_corrupted, effect, standard_error, count (tokens),
     facts.
@@ -113,10 +114,11 @@ def average_indirect_effect(table: TraceSource, clip: bool = False) -> pl.DataFr
     return averages.select(columns).sort(_CELL)
 
 
-def _sums(part: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+def _sums(part: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
     """What the averages need of some whole facts, per role and layer and per state: sums, so that any number of facts
-    can pass through."""
-    traces = part.filter(pl.col("method") != "zero")
+    can pass through; and an example of the rows that have no token."""
+    restored = part.filter(pl.col("method") != "zero")
+    traces = restored.filter(pl.col("token").is_not_null())
     per_fact = with_roles(traces).group_by(*_CELL, "fact_id").agg(total=pl.sum("p_patched"), tokens=pl.len())
     total, tokens = pl.col("total"), pl.col("tokens").cast(pl.Float64)
     cells = per_fact.group_by(_CELL).agg(
@@ -128,7 +130,8 @@ def _sums(part: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
         facts=pl.len(),
     )
     facts = traces.unique(["fact_id", *STATE]).group_by(STATE)
-    return cells, facts.agg(corrupted=pl.sum("p_corrupted"), corrupted_facts=pl.len())
+    states = facts.agg(corrupted=pl.sum("p_corrupted"), corrupted_facts=pl.len())
+    return cells, states, restored.filter(pl.col("token").is_null()).head(1)
 
 
 def peak_layers(averages: pl.DataFrame) -> pl.DataFrame:

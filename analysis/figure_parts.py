@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from causalcone.analysis.tables import STATE
 
 # One hue per kind of state, as in the published figures; lightness falls steadily, so they read in grey as well.
+# Heads and what else there may be are blue.
 KIND_COLORS = {"hidden": "Purples", "mlp": "Greens", "attn": "Reds"}
 KIND_NAMES = {"hidden": "hidden state", "mlp": "MLP output", "attn": "attention output"}
 METHOD_NAMES = {
@@ -64,12 +65,18 @@ def plain(size: float, **more: Any) -> dict[str, Any]:
 def states_of(frame: pl.DataFrame) -> list[State]:
     """The states of a table: plain restoring before severed, kinds in their usual order, small windows first."""
 
-    def order(state: State) -> tuple[bool, str, int, str, int]:
+    def order(state: State) -> tuple[bool, str, tuple[int, str, int], int]:
         method, kind, window = state
-        place = list(KIND_NAMES).index(kind) if kind in KIND_NAMES else len(KIND_NAMES)
-        return method != "restore", method, place, kind, window
+        return method != "restore", method, kind_order(kind), window
 
     return sorted(frame.select(STATE).unique().rows(), key=order)
+
+
+def kind_order(kind: str) -> tuple[int, str, int]:
+    """Sorts kinds in their usual order, and heads by number behind them."""
+    place = list(KIND_NAMES).index(kind) if kind in KIND_NAMES else len(KIND_NAMES)
+    name, _, number = kind.partition(".")
+    return place, name, int(number) if number.isdigit() else -1
 
 
 def rows_of(frame: pl.DataFrame, state: State) -> pl.DataFrame:
@@ -81,11 +88,20 @@ def layer_count(frame: pl.DataFrame) -> int:
 
 
 def state_title(state: State) -> str:
+    """What was done, as a heading."""
     method, kind, window = state
+    severed = METHOD_NAMES.get(method)
+    deed = "Zeroing" if method == "zero" else "Restoring"
+    return f"{deed} {kind_name(kind, window)}" + (f",\n{severed}" if severed else "")
+
+
+def kind_name(kind: str, window: int) -> str:
+    """A state in words."""
+    head = kind.removeprefix("head.")
+    if head != kind:
+        return f"head {head}" if window == 1 else f"head {head} of {window} layers"
     name = KIND_NAMES.get(kind, kind)
-    restored = f"one {name}" if window == 1 else f"{window} {name}s"
-    severed = "" if method == "restore" else f",\n{METHOD_NAMES.get(method, method)}"
-    return f"Restoring {restored}{severed}"
+    return f"one {name}" if window == 1 else f"{window} {name}s"
 
 
 def layer_axis(axes: Axes, window: int, layers: int) -> None:

@@ -25,7 +25,8 @@ def with_roles(table: TraceSource) -> pl.DataFrame:
 
     A token can have several roles, and its row then occurs once for each: a subject of one token is both its first
     and its last; a single token after the subject is both the first subsequent and the last; the last subject token
-    of a prompt that ends in its subject is also the last. Tokens before the subject have no role and are left out.
+    of a prompt that ends in its subject is also the last. Tokens before the subject, and rows about several tokens
+    together, have no role and are left out.
     """
     traces = as_traces(table)
     return pl.concat(

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import EFFICIENCY, NAIVE, Study, Values, deviation, measure_both, naive_seconds, say
+from measure import EFFICIENCY, deviation, measure_both, say
+from naive import RESTORING
 from report import RESULTS, device_name, environment, markdown, record, write_json
-from workload import LENGTHS, SHAPES, describe_prompts, generated, random_model
+from studies import Tracing, Values
+from workload import LENGTHS, SHAPES, describe_prompts, generated, gpt2, random_model
 
 from causalcone import Tracer
 from causalcone.engine.memory import free_bytes
@@ -56,9 +58,9 @@ def main() -> None:
         "note": NOTE,
         "shapes": {name: shape_of(name, options.toy) for name in options.models},
         "prompts": describe_prompts(facts, tokenizer, SOURCE),
-        "states": Study.states,
+        "states": Tracing.states,
         "samples": options.samples,
-        "naive": NAIVE,
+        "naive": RESTORING,
         "efficiency": EFFICIENCY,
         "results": results,
     }
@@ -83,14 +85,19 @@ def measure_model(name: str, device: torch.device, options: argparse.Namespace) 
             reason = f"its weights take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"
             results.append({"model": name, "dtype": str(dtype).removeprefix("torch."), "skipped": reason})
             continue
-        model = random_model(shape, dtype, device) if model is None else model.to(dtype)
+        model = random_model(gpt2(shape), dtype, device) if model is None else model.to(dtype)
         sigma = sigma or Tracer(model, tokenizer).noise_level(facts)
-        few = Study(facts[:FEW], sigma, samples=options.samples)
+        few = Tracing(facts[:FEW], sigma, samples=options.samples)
         count = facts_within(options.seconds, model, tokenizer, few, options.memory)
-        study = Study(facts[:count], sigma, samples=options.samples)
-        naive = naive_seconds(options.naive_seconds)
+        study = Tracing(facts[:count], sigma, samples=options.samples)
         result, values = measure_both(
-            model, tokenizer, study, naive, row_counts=row_counts, warm_up=few, memory=options.memory
+            model,
+            tokenizer,
+            study,
+            {"seconds": options.naive_seconds},
+            row_counts=row_counts,
+            warm_up=few,
+            memory=options.memory,
         )
         exact = exact or ((result, values) if dtype == torch.float32 else None)
         compare(result, values, exact)
@@ -99,11 +106,11 @@ def measure_model(name: str, device: torch.device, options: argparse.Namespace) 
     return results
 
 
-def facts_within(seconds: float, model: Any, tokenizer: Any, few: Study, memory: str | None) -> int:
+def facts_within(seconds: float, model: Any, tokenizer: Any, few: Tracing, memory: str | None) -> int:
     """How many facts can be traced in about that time, judged by a few: if possible whole rounds of ``LENGTHS``."""
     for _ in range(2):  # the first warms up
         began = time.perf_counter()
-        Tracer(model, tokenizer, memory=memory).trace(**few.arguments)
+        few.compute(Tracer(model, tokenizer, memory=memory))
         took = time.perf_counter() - began
     count = len(few.facts) * seconds / took
     return len(LENGTHS) * round(count / len(LENGTHS)) or max(FEW, int(count))

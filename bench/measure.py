@@ -9,134 +9,114 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
 import torch.nn.functional as F
-from naive import NaiveRun, oracle
-from naive import measure as naive_run
+from naive import Limits
+from studies import Study, Values, key_of
 
-from causalcone import Fact, Tracer
+from causalcone import Tracer
 from causalcone.engine.models import read_architecture
 from causalcone.engine.models.base import Sizes
+from causalcone.engine.tracing import TracePlan
 from causalcone.kernels.linear import Linear
 from causalcone.kernels.tiles import Tiles
 
-NAIVE = (
-    "for every state, layer and prompt token one forward of the clean and all corrupted sequences, with hooks, "
-    "all layers, all tokens and all logits"
-)
 EFFICIENCY = (
     "FLOPs of all projections and the unembedding as executed / (seconds x matmul rate); the rate is the best measured "
     "in the same run over the model's projection shapes, in the same dtype and on the same device"
 )
-
-Values = dict[tuple[str, str, int, int, int], float]
-"""Restored probabilities by (fact id, kind, window, layer, token)."""
-
-
-@dataclass(frozen=True)
-class Study:
-    """What is traced: all prompt tokens of the facts, in every layer. ``sigma`` is a number, so that every dtype and
-    every way gets the same noise."""
-
-    facts: Sequence[Fact]
-    sigma: float
-    states: tuple[tuple[str, int], ...] = (("hidden", 1), ("mlp", 10), ("attn", 10))
-    samples: int = 10
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return {"facts": self.facts, "states": self.states, "samples": self.samples, "sigma": self.sigma}
-
-
-NaiveWay = Callable[[Any, Any, Study], NaiveRun]
 
 
 def measure_both(
     model: Any,
     tokenizer: Any,
     study: Study,
-    naive: NaiveWay | None,
+    limits: Limits,
     *,
     row_counts: Sequence[int],
-    warm_up: Study | None = None,
+    warm_up: Study,
     repeats: int = 1,
     memory: str | None = None,
 ) -> tuple[dict[str, Any], Values]:
-    """One result in the model's dtype and on its device, as it goes into the JSON, and the engine's values.
-    ``warm_up`` is traced first, the study itself if there is none."""
+    """One result in the model's dtype and on its device, as it goes into the JSON, and the engine's values. The engine
+    does ``warm_up`` first; of the naive way, which repeats itself, ``limits`` say how much is timed."""
     sizes, dtype, device = read_architecture(model).sizes, model.dtype, model.device
     rates = [matmul_rate(sizes, dtype, device, row_counts)]
-    result, values = measure_engine(model, tokenizer, study, warm_up or study, repeats, memory)
-    measured = measure_naive(model, tokenizer, study, naive, values) if naive else None
+    result, values = measure_engine(model, tokenizer, study, warm_up, repeats, memory)
+    naive = measure_naive(model, tokenizer, study, limits, values)
     rates.append(matmul_rate(sizes, dtype, device, row_counts))
 
     best = max(rates, key=lambda rate: rate["flops_per_second"])
     result["matmul"] = best
-    result["efficiency"] = result["flops"] / (result["seconds"] * best["flops_per_second"])
-    if measured:
-        measured["efficiency"] = result["naive_flops"] / (measured["seconds"] * best["flops_per_second"])
-        result["ratio_to_naive_same_dtype"] = measured["seconds"] / result["seconds"]
-    result["naive"] = measured
+    for way, flops in ((result, "flops"), (naive, "naive_flops")):
+        way["efficiency"] = result[flops] / (way["seconds"] * best["flops_per_second"]) if flops in result else None
+    result["ratio_to_naive_same_dtype"] = naive["seconds"] / result["seconds"]
+    result["naive"] = naive
     return result, values
 
 
 def measure_engine(
     model: Any, tokenizer: Any, study: Study, warm_up: Study, repeats: int, memory: str | None
 ) -> tuple[dict[str, Any], Values]:
-    """Each timed trace has a tracer of its own, so that it compiles its plans and checks the model itself."""
+    """Each timed run has a tracer of its own, so that it compiles its plans and checks the model itself."""
     device = model.device
     say(f"  engine, {_name(model.dtype)}: {len(study.facts)} facts")
     peak = PeakMemory(device)
     seconds = []
     with peak:
-        Tracer(model, tokenizer, memory=memory).trace(**warm_up.arguments)
+        warm_up.compute(Tracer(model, tokenizer, memory=memory))
         for _ in range(repeats):
             tracer = Tracer(model, tokenizer, memory=memory)
             synchronize(device)
             began = time.perf_counter()
-            table = tracer.trace(**study.arguments)
+            table = study.compute(tracer)
             seconds.append(time.perf_counter() - began)
     tracer = Tracer(model, tokenizer, memory=memory)
     began = time.perf_counter()
-    plan = tracer.plan(**study.arguments)
+    plan = study.plan(tracer)
     planning = time.perf_counter() - began
 
     typical = statistics.median(seconds)
-    columns = [table[name].to_pylist() for name in ("fact_id", "kind", "window", "layer", "token")]
-    values = dict(zip(zip(*columns, strict=True), table["p_patched"].to_pylist(), strict=True))
-    effects = table["p_patched"].to_numpy() / table["p_corrupted"].to_numpy() - 1
+    values = study.values(table)
     result = {
         "dtype": _name(model.dtype),
-        "facts": plan.facts,
+        "facts": len(study.facts),
         "restorations": len(values),
         "seconds": typical,
         "seconds_of_repeats": seconds,
-        "facts_per_second": plan.facts / typical,
-        "planning_seconds": planning,
+        "facts_per_second": len(study.facts) / typical,
+        "peak_bytes": peak.growth,
+        "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()),
+        "largest_relative_effect": study.effect(table),
+    }
+    if plan:
+        result |= {"planning_seconds": planning, **planned(plan)}
+    say(f"    {typical:.1f} s")
+    return result, values
+
+
+def planned(plan: TracePlan) -> dict[str, Any]:
+    return {
         "passes": plan.passes,
         "rows": plan.rows,
         "flops": plan.flops,
         "attention_flops": plan.attention_flops,
         "naive_flops": plan.naive_flops,
         "flops_ratio": plan.naive_flops / plan.flops,
-        "peak_bytes": peak.growth,
         "predicted_peak_bytes": plan.peak_bytes,
-        "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()),
-        "largest_relative_effect": float(abs(effects).max()),
     }
-    return result, values
 
 
-def measure_naive(model: Any, tokenizer: Any, study: Study, naive: NaiveWay, values: Values) -> dict[str, Any]:
+def measure_naive(model: Any, tokenizer: Any, study: Study, limits: Limits, values: Values) -> dict[str, Any]:
     say(f"  naive, {_name(model.dtype)}")
     peak = PeakMemory(model.device)
     with peak:
-        run = naive(model, tokenizer, study)
-    theirs = {(fact, r.kind, r.window, r.layer, r.token): p for (fact, r), p in run.p_patched.items()}
+        run = study.measure_naive(model, tokenizer, **limits)
+    theirs = {key_of(fact, restoration): value for (fact, restoration), value in run.p_patched.items()}
+    say(f"    {run.projected_seconds:.1f} s, from {len(theirs)} of {run.restorations} values")
     return {
         "dtype": _name(model.dtype),
         "restorations": run.restorations,
@@ -150,45 +130,14 @@ def measure_naive(model: Any, tokenizer: Any, study: Study, naive: NaiveWay, val
     }
 
 
-def naive_fraction(fraction: float) -> NaiveWay:
-    """The naive way on an evenly spaced part of the restorations; on all of them for 1."""
-
-    def run(model: Any, tokenizer: Any, study: Study) -> NaiveRun:
-        if fraction == 1:
-            return naive_run(model, tokenizer, **study.arguments)
-        work = []
-        for fact in study.facts:
-            case = oracle.encode(model, tokenizer, fact, "label")
-            noise = study.sigma * oracle.draw(model, case, study.samples, seed=1)
-            work += [(case, noise, each) for each in oracle.restorations(model, case, study.states, "all")]
-        count = max(1, round(fraction * len(work)))
-        chosen = [work[index * len(work) // count] for index in range(count)]
-
-        oracle.probabilities(model, *chosen[0])  # warm up
-        timed = NaiveRun(restorations=len(work))
-        began = time.perf_counter()
-        for case, noise, restoration in chosen:
-            _, *patched = oracle.probabilities(model, case, noise, restoration)
-            timed.p_patched[case.fact_id, restoration] = sum(patched) / len(patched)
-        timed.seconds = time.perf_counter() - began
-        return timed
-
-    return run
-
-
-def naive_seconds(seconds: float) -> NaiveWay:
-    """The naive way on restorations in random order until the time is up."""
-    return lambda model, tokenizer, study: naive_run(model, tokenizer, **study.arguments, seconds=seconds)
-
-
 def deviation(values: Values, reference: Values) -> dict[str, Any]:
     """The largest differences over the restorations that both hold. With random weights a target's probability is
-    about one in the vocabulary's size, so that only the relative one says something."""
+    about one in the vocabulary's size, so that only the relative one says something. Zero is to be met exactly."""
     pairs = [(values[key], p) for key, p in reference.items() if key in values]
     return {
         "restorations": len(pairs),
         "largest": max(abs(ours - p) for ours, p in pairs),
-        "largest_relative": max(abs(ours - p) / p for ours, p in pairs),
+        "largest_relative": max(abs(ours - p) / max(abs(p), sys.float_info.min) for ours, p in pairs),
     }
 
 

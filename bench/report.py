@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -54,35 +57,36 @@ def _cpu() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    """The commit, and where the code is not exactly that, which change it has. The page of results may differ."""
+    page = PAGE.relative_to(HERE.parent)
     try:
-        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True)
+        name = _git("describe", "--always", "--exclude=*").decode().strip()
+        change = _git("diff", "HEAD", "--", ":/", f":(top,exclude){page}")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return f"{name}-dirty-{hashlib.sha1(change).hexdigest()[:7]}" if change else name
+
+
+def _git(*command: str) -> bytes:
+    return subprocess.run(["git", *command], cwd=HERE, capture_output=True, check=True).stdout
 
 
 def write_json(report: dict[str, Any], folder: Path, name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{report['date']}.json"
+    path = folder / file_name(report, name)
     path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     return path
 
 
+def file_name(report: dict[str, Any], name: str) -> str:
+    return f"{name}-{report['date']}.json"
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The results as a table, with what every ratio means below it."""
-    machine, versions = report["machine"], report["versions"]
-    prompts = report["prompts"]
-    states = ", ".join(f"{kind}:{window}" for kind, window in report["states"])
     results = [result for result in report["results"] if "skipped" not in result]
     lines = [
-        f"### {report['title']}",
-        "",
-        f"{report['date']}, {_where(machine)}; torch {versions['torch']}, transformers {versions['transformers']}, "
-        f"causalcone {versions['commit'] or versions['causalcone']}. Prompts: {prompts['source']}, "
-        f"mean {prompts['mean_tokens']:.1f} tokens, subject {prompts['mean_subject_tokens']:.1f}. "
-        f"States {states}, all prompt tokens, {report['samples']} samples; random weights.",
-        "",
+        *_introduction(report),
         "| model | way | facts | seconds | facts/s | efficiency | peak memory | against naive float32 "
         "| against naive, same dtype |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|",
@@ -91,8 +95,7 @@ def markdown(report: dict[str, Any]) -> str:
         naive = result["naive"]
         ratios = [result.get("ratio_to_naive_float32"), result.get("ratio_to_naive_same_dtype")]
         lines.append(_row(result, result, "engine", [_times(ratio) for ratio in ratios]))
-        if naive:
-            lines.append(_row(result, naive, "naive, scaled" if naive["scaled"] else "naive", ["", ""]))
+        lines.append(_row(result, naive, "naive, scaled" if naive["scaled"] else "naive", ["", ""]))
     lines += [
         "",
         "| model | matmul rate | FLOPs, naive / engine | naive timed on | engine to naive way | bfloat16 to float32 "
@@ -100,13 +103,55 @@ def markdown(report: dict[str, Any]) -> str:
         "|---|--:|--:|--:|--:|--:|--:|",
         *[_details(result) for result in results],
         "",
-        f"Naive: {report['naive']}. Efficiency: {report['efficiency']}. Differences: the largest, in probability and "
-        "relative to it. Effects: the largest relative change of a corrupted probability by restoring.",
+        f"Naive: {report['naive']}. {_meanings(report)}",
     ]
     for result in report["results"]:
         if "skipped" in result:
             lines.append(f"Not measured: {result['model']} in {result['dtype']}: {result['skipped']}.")
     return "\n".join([*lines, ""])
+
+
+def comparison(report: dict[str, Any]) -> str:
+    """A table with one line per thing compared, such as a method, and a second one with what there is to know of it."""
+    kind = report["compared"]
+    measured = [result for result in report["results"] if "skipped" not in result]
+    lines = [
+        *_introduction(report),
+        f"| {kind} | facts | seconds | facts/s | efficiency | peak memory | naive, scaled | against naive | goal "
+        "| engine to naive way | effects |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        *[_compared(result) for result in measured],
+        "",
+        f"| {kind} | {report['detail']} | naive timed on | naive efficiency |",
+        "|---|---|--:|--:|",
+        *[_compared_details(result) for result in measured],
+        "",
+        f"Naive: {report['naive']}. {_meanings(report)} {report['note']}.",
+    ]
+    lines += [f"Not measured: {each['name']}: {each['skipped']}." for each in report["results"] if "skipped" in each]
+    return "\n".join([*lines, ""])
+
+
+def _introduction(report: dict[str, Any]) -> list[str]:
+    versions, prompts = report["versions"], report["prompts"]
+    states = ", ".join(f"{kind}:{window}" for kind, window in report.get("states", ()))
+    return [
+        f"### {report['title']}",
+        "",
+        f"{report['date']}, {_where(report['machine'])}; torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, causalcone {versions['commit'] or versions['causalcone']}. "
+        f"Prompts: {prompts['source']}, mean {prompts['mean_tokens']:.1f} tokens, subject "
+        f"{prompts['mean_subject_tokens']:.1f}. {f'States {states}, all prompt tokens, ' if states else ''}"
+        f"{report['samples']} samples; random weights.",
+        "",
+    ]
+
+
+def _meanings(report: dict[str, Any]) -> str:
+    return (
+        f"Efficiency: {report['efficiency']}. Differences: the largest, in probability and relative to it. Effects: "
+        "the largest relative change of a probability by the method."
+    )
 
 
 def _where(machine: dict[str, Any]) -> str:
@@ -122,11 +167,39 @@ def _row(result: dict[str, Any], way: dict[str, Any], name: str, ratios: list[st
         str(result["facts"]),
         f"{way['seconds']:.2f}",
         f"{way['facts_per_second']:.3g}",
-        f"{way['efficiency']:.0%}",
+        _share(way["efficiency"]),
         f"{way['peak_bytes'] / 2**20:,.0f} MiB",
         *ratios,
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _compared(result: dict[str, Any]) -> str:
+    naive, effect = result["naive"], result["largest_relative_effect"]
+    cells = [
+        result["name"],
+        str(result["facts"]),
+        f"{result['seconds']:.2f}",
+        f"{result['facts_per_second']:.3g}",
+        _share(result["efficiency"]),
+        f"{result['peak_bytes'] / 2**20:,.0f} MiB",
+        f"{naive['seconds']:.1f}",
+        _times(result["ratio_to_naive_same_dtype"]),
+        f"{result['goal']:g}x" if result["goal"] else "",
+        _differences(naive["engine_difference"]),
+        "" if effect is None else f"{effect:.1e}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _compared_details(result: dict[str, Any]) -> str:
+    naive = result["naive"]
+    timed = f"{naive['restorations_timed']:,} of {naive['restorations']:,}"
+    return f"| {result['name']} | {result['detail']} | {timed} | {_share(naive['efficiency'])} |"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
 
 
 def _times(ratio: float | None) -> str:
@@ -139,8 +212,8 @@ def _details(result: dict[str, Any]) -> str:
         f"{result['model']}, {result['dtype']}",
         f"{result['matmul']['flops_per_second'] / 1e12:.3g} TFLOP/s",
         f"{result['flops_ratio']:.2f}",
-        f"{naive['restorations_timed']:,} of {naive['restorations']:,}" if naive else "",
-        _differences(naive and naive["engine_difference"]),
+        f"{naive['restorations_timed']:,} of {naive['restorations']:,}",
+        _differences(naive["engine_difference"]),
         _differences(result.get("deviation_from_float32")),
         f"{result['largest_relative_effect']:.1e}",
     ]
@@ -162,3 +235,46 @@ def record(text: str, name: str, page: Path = PAGE) -> None:
     else:
         whole = f"{whole.rstrip()}\n\n{section}"
     page.write_text(whole)
+
+
+class Growing:
+    """A report whose results come one by one: JSON and page are written anew after each.
+
+    A file of the same day is continued if everything but its results is the same, so that a run of a part replaces
+    what it measured again and keeps the rest; another file is left as it is.
+    """
+
+    def __init__(
+        self, report: dict[str, Any], order: Sequence[str], folder: Path, name: str, section: str | None
+    ) -> None:
+        """order: of the results, by their ``name``; section: of the page, if it is to be written."""
+        self.report, self.order, self.folder, self.section = {**report, "results": []}, order, folder, section
+        self.name = next(each for each in _numbered(name) if self._continues(folder / file_name(report, each)))
+
+    def _continues(self, path: Path) -> bool:
+        """Whether the results belong into the file; takes over those that are there."""
+        if not path.exists():
+            return True
+        earlier = json.loads(path.read_text())
+        results = earlier.pop("results")
+        own = {key: value for key, value in self.report.items() if key != "results"}
+        if earlier != json.loads(json.dumps(own)):
+            return False
+        self.report["results"] = results
+        return True
+
+    def add(self, result: dict[str, Any]) -> Path:
+        others = [each for each in self.report["results"] if each["name"] != result["name"]]
+        self.report["results"] = sorted([*others, result], key=lambda each: self.order.index(each["name"]))
+        if self.section:
+            record(self.text, self.section)
+        return write_json(self.report, self.folder, self.name)
+
+    @property
+    def text(self) -> str:
+        return comparison(self.report)
+
+
+def _numbered(name: str) -> Iterator[str]:
+    yield name
+    yield from (f"{name}-{number}" for number in count(2))

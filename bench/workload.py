@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2TokenizerFast, Pr
 
 from causalcone import Fact, load_facts
 
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+"""Folder of counterfact_prompts.json and gpt2-tokenizer/."""
+
 SHAPES = {
+    "toy": {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 50257},
     "GPT-2 small": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257},
     "GPT2-XL": {"n_layer": 48, "n_embd": 1600, "n_head": 25, "vocab_size": 50257},
     "GPT-J-6B sizes": {"n_layer": 28, "n_embd": 4096, "n_head": 16, "vocab_size": 50400, "n_positions": 2048},
@@ -28,12 +34,29 @@ LENGTHS = (
 """Tokens before, in and after the subject of the first 20 CounterFact prompts; their targets are one token each."""
 
 
-def random_model(shape: dict[str, int], dtype: torch.dtype, device: torch.device) -> Any:
-    """A GPT-2 with transformers' random initialisation, made on the device and in the dtype."""
+def gpt2(shape: dict[str, int]) -> GPT2Config:
+    return GPT2Config(**shape, bos_token_id=0, eos_token_id=0)
+
+
+def random_model(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """A model with transformers' random initialisation and frozen weights, made on the device and in the dtype."""
     torch.manual_seed(0)
-    config = GPT2Config(**shape, bos_token_id=0, eos_token_id=0)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+
+
+def prompts(folder: Path, count: int, vocabulary: int) -> tuple[list[Fact], Any, str]:
+    """The first CounterFact prompts, or generated ones where the folder is not there; their tokenizer, their source.
+
+    Each has a counterfactual subject, one or two of those of the first 20 or more.
+    """
+    pool = max(len(LENGTHS), count)
+    real = folder.is_dir()
+    facts, tokenizer = counterfact(folder, pool) if real else generated(pool, vocabulary)
+    facts = with_other_subjects(facts, tokenizer)[:count]
+    n = len(facts)
+    source = f"the first {n} of CounterFact" if real else f"{n} generated with the lengths of CounterFact's first 20"
+    return facts, tokenizer, source
 
 
 def counterfact(folder: Path, count: int) -> tuple[list[Fact], Any]:
@@ -64,6 +87,21 @@ def generated(count: int, vocabulary: int) -> tuple[list[Fact], Any]:
         prompt = f"{text(before)} {{}} {text(after)}".strip()
         facts.append(Fact(str(index), prompt, text(subject), text(1)))
     return facts, PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+
+
+def with_other_subjects(facts: Sequence[Fact], tokenizer: Any) -> list[Fact]:
+    """The facts with a counterfactual subject each, of as many tokens: the subject of another fact, or those of two."""
+    names = list(dict.fromkeys(fact.subject for fact in facts))
+    candidates = [*names, *(" ".join(pair) for pair in itertools.permutations(names, 2))]
+
+    def length(fact: Fact) -> int:
+        return len(tokenizer(fact.text)["input_ids"])
+
+    def other(fact: Fact) -> str:
+        renamed = (replace(fact, subject=name) for name in candidates if name != fact.subject)
+        return next(each.subject for each in renamed if length(each) == length(fact))
+
+    return [replace(fact, counterfactual_subject=other(fact)) for fact in facts]
 
 
 def describe_prompts(facts: Sequence[Fact], tokenizer: Any, source: str) -> dict[str, Any]:

@@ -56,14 +56,18 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, varying: Tensor, shared: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
         ctx.shape, ctx.shared = varying.shape, len(shared)
-        return torch.cat([shared, varying]).index_select(0, index)
+        if not len(varying):
+            return shared.index_select(0, index)
+        fixed = (index < len(shared)).nonzero()[:, 0]
+        rows = varying.index_select(0, (index - len(shared)).clamp_(min=0))
+        return rows.index_copy_(0, fixed, shared.index_select(0, index[fixed]))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (index,) = ctx.saved_tensors
-        varies = index >= ctx.shared
-        rows = index[varies] - ctx.shared
-        return grads[0].new_zeros(ctx.shape).index_add_(0, rows, grads[0][varies]), None, None
+        varies = (index >= ctx.shared).nonzero()[:, 0]
+        rows = grads[0] if len(varies) == len(index) else grads[0].index_select(0, varies)
+        return grads[0].new_zeros(ctx.shape).index_add_(0, index[varies] - ctx.shared, rows), None, None
 
 
 @dataclass(frozen=True)
@@ -130,32 +134,41 @@ class _GradientWave:
     def _attend(self, queries: _Rows, keys: _Rows, block: Block, plans: Sequence[LayerPlan]) -> tuple[Tensor, Tensor]:
         """The heads' outputs, segment by segment, without gradient and with it."""
         width = self.architecture.sizes.heads * block.head_dim
-        outputs: dict[bool, list[Tensor]] = {
-            varying: [torch.empty(0, width, dtype=self.dtype, device=self.device)] for varying in (False, True)
-        }
-        for plan, key_place, query_place in zip(plans, keys.stage.placements, queries.stage.placements, strict=True):
-            for segment in plan.segments:
-                visible = visible_keys(segment, block.window, self.device)
-                for q, k in batches(segment, query_place, key_place, self.tiles.keys):
-                    query, gathered = (
-                        self._gathered(segment.varying, queries, q),
-                        self._gathered(segment.varying, keys, k),
-                    )
-                    gathered = gathered.view(*k.shape, 2, -1, block.head_dim)
-                    attended = attend(
-                        query.view(*q.shape, -1, block.head_dim),
-                        gathered[:, :, 0],
-                        gathered[:, :, 1],
-                        visible,
-                        block.scale,
-                        block.softcap,
-                    )
-                    outputs[segment.varying].append(attended.reshape(-1, width))
+        none = torch.empty(0, width, dtype=self.dtype, device=self.device)
+        outputs: dict[bool, list[Tensor]] = {False: [none], True: [none]}
+        for varying in (False, True):
+            works = [
+                (visible_keys(segment, block.window, self.device), *batch)
+                for plan, key_place, query_place in zip(
+                    plans, keys.stage.placements, queries.stage.placements, strict=True
+                )
+                for segment in plan.segments
+                if segment.varying == varying
+                for batch in batches(segment, query_place, key_place, self.tiles.keys)
+            ]
+            if not works:
+                continue
+            # all batches' rows are gathered at once, since the way back goes through all rows for each gathering
+            own_queries = self._gathered(varying, queries, [q for _, q, _ in works])
+            own_keys = self._gathered(varying, keys, [k for _, _, k in works])
+            for (visible, q, k), query, key_value in zip(works, own_queries, own_keys, strict=True):
+                key_value = key_value.view(*k.shape, 2, -1, block.head_dim)
+                attended = attend(
+                    query.view(*q.shape, -1, block.head_dim),
+                    key_value[:, :, 0],
+                    key_value[:, :, 1],
+                    visible,
+                    block.scale,
+                    block.softcap,
+                )
+                outputs[varying].append(attended.reshape(-1, width))
         return torch.cat(outputs[False]), torch.cat(outputs[True])
 
     @staticmethod
-    def _gathered(varying: bool, rows: _Rows, packed: Tensor) -> Tensor:
-        return rows.of_any(packed.flatten()) if varying else rows.of_shared(packed.flatten())
+    def _gathered(varying: bool, rows: _Rows, packed: list[Tensor]) -> tuple[Tensor, ...]:
+        index = torch.cat([part.flatten() for part in packed])
+        every = rows.of_any(index) if varying else rows.of_shared(index)
+        return every.split([part.numel() for part in packed])
 
     def _compute(
         self,

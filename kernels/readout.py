@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from causalcone.kernels.linear import Linear
-from causalcone.kernels.tiles import pieces
+from causalcone.kernels.tiles import SMALLEST, pieces
 
 
 @dataclass(frozen=True)
@@ -51,27 +51,29 @@ class Readout:
         """
         wide = torch.promote_types(states.dtype, torch.float32)
         log_p = torch.empty(len(states), dtype=torch.float64, device=states.device)
-        gradient = torch.empty(states.shape, dtype=wide, device=states.device)
+        gradient = torch.empty_like(states)
+        vocabulary = len(self.weight)
+        rows = min(len(states), max(SMALLEST, 4 * self.rows * self.vocabulary // vocabulary))
+        buffer = torch.empty(rows, vocabulary, dtype=wide, device=states.device)
         products = list(self._products(states)) if len(states) else []
-        for tile in pieces(len(states), self.rows):
-            logits = torch.cat([self._capped(product(states[tile]).to(wide)) for _, product in products], dim=1)
+        for tile in pieces(len(states), rows):
             target = targets[tile, None]
-            total = logits.double().logsumexp(-1) if wide == torch.float64 else self._log_sum(logits)
-            log_p[tile] = logits.gather(1, target)[:, 0].double() - total
-            slope = torch.exp(logits - total[:, None].to(wide)).neg_()
-            slope.scatter_add_(1, target, torch.ones_like(target, dtype=wide))
-            if self.softcap is not None:
-                slope *= 1 - (logits / self.softcap).square_()
-            own = torch.zeros(len(target), states.shape[1], dtype=wide, device=states.device)
+            logits = buffer[: len(target)]
             for start, product in products:
-                own += (slope[:, start : start + len(product.weight)].to(states.dtype) @ product.weight).to(wide)
-            gradient[tile] = own
-        return log_p, gradient.to(states.dtype)
-
-    @staticmethod
-    def _log_sum(logits: Tensor) -> Tensor:
-        top = logits.amax(-1, keepdim=True)
-        return top[:, 0].double() + (logits - top).exp_().sum(-1).double().log()
+                logits[:, start : start + len(product.weight)] = product(states[tile])
+            bent = None if self.softcap is None else 1 - (self._capped(logits) / self.softcap).square_()
+            own = logits.gather(1, target)[:, 0].double()
+            top = logits.amax(-1, keepdim=True)
+            sums = logits.sub_(top).exp_().sum(-1)
+            log_p[tile] = own - top[:, 0].double() - sums.double().log()
+            slope = logits.div_(-sums[:, None]).scatter_add_(1, target, torch.ones_like(target, dtype=wide))
+            if bent is not None:
+                slope *= bent
+            gradient[tile] = sum(
+                product.transposed.product(slope[:, start : start + len(product.weight)].to(states.dtype))
+                for start, product in products
+            )
+        return log_p, gradient
 
     def logits(self, states: Tensor) -> Tensor:
         """All logits (R, V) of rows (R, D), in their dtype."""

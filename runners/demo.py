@@ -9,29 +9,36 @@ from typing import Any
 
 from rich.console import Console
 
+from causalcone.analysis.effects import average_indirect_effect
+from causalcone.analysis.layer_effects import severed_effects, zeroing_curve
 from causalcone.engine.facts import Fact
 from causalcone.engine.states import State
+from causalcone.engine.tables import TRACE_SCHEMA
 from causalcone.engine.tracing import Tracer
 from causalcone.runners.demo_model import demo_folder, demo_model, demo_world
+from causalcone.runners.figures import draw_severed, draw_traces, draw_zeroing
 from causalcone.runners.results import ResultFolder, versions
-from causalcone.runners.summary import effect_table, find_sites, read_averages
-from causalcone.runners.tracing_run import TraceOptions, run_trace
+from causalcone.runners.study import Study, carry_out
+from causalcone.runners.summary import effect_tables, find_sites, severed_sentence, zeroing_sentence
 
 STATES = (State("hidden", 1), State("mlp", 3), State("attn", 3))
+SEVERED = ("mlp", "attn")
 PLOTS = 6
 
 
-def run_demo(out: Path, count: int, console: Console) -> None:
-    """Trace ``count`` facts of the demo world into ``out``, or show what is there from the same run before."""
+def run_demo(out: Path, count: int, console: Console, overwrite: bool = False) -> None:
+    """Trace and zero ``count`` facts of the demo world into ``out``, or show what is there from the same run before."""
     model, tokenizer = demo_model()
     tracer = Tracer(model, tokenizer)
     facts = demo_facts(count)
-    options = TraceOptions(STATES, 10, tracer.noise_level(demo_world().facts, "3sd"), 1, "label", "all")
-    configuration = {"command": "demo", "model": demo_folder().name, "facts": len(facts), **options.configuration()}
+    options = {"samples": 10, "sigma": tracer.noise_level(demo_world().facts, "3sd"), "seed": 1, "target": "label"}
+    states = [str(state) for state in STATES]
+    configuration = {"command": "demo", "model": demo_folder().name, "facts": len(facts), "states": states, **options}
     if not _holds(out, configuration):
-        folder = ResultFolder(out, configuration, overwrite=_is_demo_run(out))
-        result = run_trace(tracer, facts, options, folder, console, PLOTS)
-        console.print(f"{result.facts} facts in {result.seconds:.1f} s", highlight=False)
+        with ResultFolder(out, configuration, overwrite or _is_demo_run(out)) as folder:
+            seconds = _compute(tracer, facts, options, folder, console)
+            folder.finish(facts=len(facts), seconds=round(seconds, 3))
+        console.print(f"{len(facts)} facts in {seconds:.1f} s", highlight=False)
     show(out, console)
 
 
@@ -44,14 +51,43 @@ def demo_facts(count: int) -> list[Fact]:
     return every[::step][:count]
 
 
+def _compute(
+    tracer: Tracer, facts: list[Fact], options: dict[str, Any], folder: ResultFolder, console: Console
+) -> float:
+    """Causal tracing of all tokens, severed tracing of the subjects' last ones, and zeroing; the seconds they took."""
+
+    def study(title: str, table: str, batches: Any) -> Study:
+        return Study(title, table, TRACE_SCHEMA, len(facts), batches)
+
+    def severed() -> Any:
+        for part in SEVERED:
+            yield from tracer.stream(facts, (STATES[0],), tokens="subject_last", sever=part, **options)
+
+    traced = carry_out(study("tracing", "traces", tracer.stream(facts, STATES, **options)), folder, console, keep=PLOTS)
+    others = (
+        carry_out(study("severed tracing", "severed", severed()), folder, console, quiet=True),
+        carry_out(study("zeroing", "zeroed", tracer.stream_zero(facts, (STATES[1],))), folder, console, quiet=True),
+    )
+    draw_traces(folder.path, traced.first)
+    draw_severed(folder.path)
+    draw_zeroing(folder.path, "zeroed")
+    return traced.seconds + sum(done.seconds for done in others)
+
+
 def show(out: Path, console: Console) -> None:
-    """Print what the folder's traces say, and where its figures are."""
-    averages = read_averages(out / "traces")
-    console.print(effect_table(averages))
-    console.print(find_sites(averages).sentence(), highlight=False)
-    console.print(f"traces {out / 'traces'}, figures:", highlight=False)
-    for path in sorted((out / "plots").glob("*.png")):
-        console.print(f"  {path}", highlight=False)
+    """Print what the folder's tables say, and where its figures are."""
+    averages = average_indirect_effect(out / "traces")
+    for table in effect_tables(averages):
+        console.print(table)
+    said = (
+        find_sites(averages).sentence(),
+        severed_sentence(severed_effects(out / "traces", out / "severed")),
+        zeroing_sentence(zeroing_curve(out / "zeroed")),
+        f"tables {out / 'traces'}, {out / 'severed'}, {out / 'zeroed'}; figures:",
+        *(f"  {path}" for path in sorted((out / "plots").glob("*.png"))),
+    )
+    for line in said:
+        console.print(line, highlight=False)
 
 
 def _holds(out: Path, configuration: dict[str, Any]) -> bool:
@@ -59,7 +95,7 @@ def _holds(out: Path, configuration: dict[str, Any]) -> bool:
     run = _read_run(out)
     wanted = {**configuration, "versions": versions(), "status": "complete"}
     same = all(run.get(name) == json.loads(json.dumps(value)) for name, value in wanted.items())
-    return same and any((out / "traces").glob("*.parquet"))
+    return same and all(any((out / table).glob("*.parquet")) for table in ("traces", "severed", "zeroed"))
 
 
 def _is_demo_run(out: Path) -> bool:

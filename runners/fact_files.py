@@ -18,6 +18,16 @@ from causalcone.engine.facts import Fact
 from causalcone.runners.fact_schemas import SCHEMAS, Convert, ZsreForm, converter, detect_schema
 
 
+class SkippedRecords(UserWarning):
+    """Records left out under ``on_error="skip"``: ``problems`` says why, one by one."""
+
+    def __init__(self, path: Path, problems: Sequence[str]) -> None:
+        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+        listed = "".join(f"\n  {problem}" for problem in problems[:10])
+        super().__init__(f"skipped {len(problems)} records of {path}:{listed}{more}")
+        self.problems = tuple(problems)
+
+
 def load_facts(
     path: str | os.PathLike[str],
     limit: int | None = None,
@@ -91,9 +101,7 @@ def _good_facts(path: Path, records: Sequence[Any], convert: Convert, limit: int
     if not facts:
         raise FactError(f"{path} holds no usable fact; the first problem: {problems[0]}")
     if problems:
-        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-        listed = "".join(f"\n  {problem}" for problem in problems[:10])
-        warnings.warn(f"skipped {len(problems)} records of {path}:{listed}{more}", stacklevel=3)
+        warnings.warn(SkippedRecords(path, problems), stacklevel=3)
     return list(facts.values())
 
 
@@ -143,7 +151,7 @@ def _place(path: Path, index: int, record: Any) -> str:
 
 def _read_records(path: Path) -> list[Any]:
     """The items of a JSON list, the one object of a file, or one object per line."""
-    text = _read_text(path)
+    text = read_text(path)
     if not text.strip():
         raise FactError(f"{path} is empty")
     try:
@@ -170,9 +178,10 @@ def _read_lines(path: Path, text: str) -> list[Any]:
     return records
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file; ``FactError`` says what is wrong with it."""
     if path.is_dir():
-        raise FactError(f"{path} is a folder; give the JSON file in it")
+        raise FactError(f"{path} is a folder; give a file in it")
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:

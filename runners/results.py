@@ -9,6 +9,7 @@ import platform
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,7 +22,7 @@ from causalcone.engine.errors import CausalconeError
 PART_ROWS = 50_000
 PART_SECONDS = 5.0
 PART_SHARE = 0.05
-_OWN = ("run.json", "traces", "plots")
+_OWN = ("traces", "severed", "zeroed", "gradients", "plots", "run.json")  # the last to go says that the rest is ours
 
 
 class ResultError(CausalconeError):
@@ -34,6 +35,34 @@ class ResultFolder:
     def __init__(self, path: str | os.PathLike[str], configuration: Mapping[str, Any], overwrite: bool = False) -> None:
         self.path = Path(path)
         self.configuration = {**configuration, "versions": versions()}
+        try:
+            self._make_ready(overwrite)
+        except OSError as error:
+            raise ResultError(f"cannot write to {self.path}: {_reason(error)}") from error
+
+    def __enter__(self) -> ResultFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Record it where the run ended early."""
+        if error is not None:
+            with suppress(OSError):  # of the two errors, the one that ended the run is told
+                self._write_run("stopped")
+
+    def table(self, name: str, schema: pa.Schema) -> TableWriter:
+        """A writer for the table ``name``, whose parts carry the run's configuration as metadata."""
+        return TableWriter(self.path / name, schema.with_metadata({"causalcone": json.dumps(self.configuration)}))
+
+    def finish(self, **results: Any) -> None:
+        """Record that everything asked for is there."""
+        try:
+            self._write_run("complete", results=results)
+        except OSError as error:
+            raise ResultError(f"cannot write to {self.path}: {_reason(error)}; its tables are whole") from error
+
+    def _make_ready(self, overwrite: bool) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise ResultError(f"{self.path} is a file; name a folder to write results to")
         if any((self.path / name).exists() for name in _OWN):
@@ -42,23 +71,8 @@ class ResultFolder:
             if not (self.path / "run.json").exists():
                 raise ResultError(f"{self.path} holds files of another origin; choose another folder")
             self._clear()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._write_run("running")
-        except OSError as error:
-            raise ResultError(f"cannot write to {self.path}: {error.strerror or error}") from error
-
-    def table(self, name: str, schema: pa.Schema) -> TableWriter:
-        """A writer for the table ``name``, whose parts carry the run's configuration as metadata."""
-        return TableWriter(self.path / name, schema.with_metadata({"causalcone": json.dumps(self.configuration)}))
-
-    def finish(self, **results: Any) -> None:
-        """Record that everything asked for is there."""
-        self._write_run("complete", results=results)
-
-    def stop(self) -> None:
-        """Record that the run ended early."""
-        self._write_run("stopped")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._write_run("running")
 
     def _write_run(self, status: str, **results: Any) -> None:
         text = json.dumps({**self.configuration, "status": status, **results}, indent=1)
@@ -89,7 +103,10 @@ class TableWriter:
         self._started = self._since = time.monotonic()
 
     def __enter__(self) -> TableWriter:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResultError(f"cannot write to {self.folder}: {_reason(error)}") from error
         return self
 
     def __exit__(
@@ -116,10 +133,16 @@ class TableWriter:
             temporary.replace(path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise ResultError(f"cannot write {path}: {error.strerror or error}; finished parts are kept") from error
+            raise ResultError(f"cannot write {path}: {_reason(error)}; finished parts are kept") from error
         self._held.clear()
         self.parts += 1
         self.rows += len(table)
+
+
+def _reason(error: OSError) -> str:
+    """What went wrong, and with which file, where the system says."""
+    told = error.strerror or str(error)
+    return f"{told} ({error.filename})" if error.filename else told
 
 
 def versions() -> dict[str, str]:

@@ -1,40 +1,135 @@
-"""What a traces folder shows, as a table for the terminal."""
+"""What tables of results show, for the terminal."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import polars as pl
 from rich.table import Table
 
-from causalcone.analysis.effects import average_indirect_effect
 from causalcone.analysis.roles import ROLES
 
+MOST_HEADS = 10
 
-def effect_table(averages: pl.DataFrame) -> Table:
-    """Average indirect effect by state (rows) and token role (columns): the largest over layers, and where."""
-    table = Table(title="Average indirect effect, largest over layers (layer)", title_justify="left")
-    table.add_column("state")
-    for role in ROLES:
-        table.add_column(role.replace("_", " "), justify="right")
-    for (kind, window), state in averages.group_by("kind", "window", maintain_order=True):
-        cells = []
-        for role in ROLES:
-            best = state.filter(pl.col("role") == role).sort("effect", descending=True)
-            cells.append(f"{best['effect'][0]:+.3f} ({best['layer'][0]})" if len(best) else "-")
-        table.add_row(f"{kind}:{window}", *cells)
+_State = tuple[str, str, int]
+_SEVERED = {"sever_mlp": ", MLP severed", "sever_attn": ", attention severed", "sever_both": ", both severed"}
+
+
+def effect_tables(averages: pl.DataFrame) -> list[Table]:
+    """Average indirect effect by state (rows) and token role (columns), the largest over layers, and where; of heads,
+    those with the largest effects."""
+    tables = []
+    states = _states(averages.filter(~_of_heads))
+    if states:
+        table = _table("Average indirect effect, largest over layers (layer)", "state", *map(_spoken, ROLES))
+        for state in states:
+            best = [_best(_rows(averages, state).filter(pl.col("role") == role)) for role in ROLES]
+            table.add_row(_name(state), *(f"{effect:+.3f} ({layer})" if layer >= 0 else "-" for effect, layer in best))
+        tables.append(table)
+    heads, title = _top_heads(averages)
+    if heads:
+        table = _table(f"Average indirect effect of {title}", "layer and head", *map(_spoken, ROLES))
+        for state, layer in heads:
+            row = _rows(averages, state).filter(layer=layer)
+            found = dict(row.select(pl.col("role").cast(pl.String), "effect").iter_rows())
+            table.add_row(_head_name(state, layer), *(f"{found[r]:+.3f}" if r in found else "-" for r in ROLES))
+        tables.append(table)
+    return tables
+
+
+def layer_tables(means: pl.DataFrame, title: str, form: str = "+.3f") -> list[Table]:
+    """Mean effects by layer (rows) and state (columns), the largest of each state in bold; of heads, those with the
+    largest effects."""
+    tables = []
+    states = _states(means.filter(~_of_heads))
+    if states:
+        table = _table(title, "layer", *map(_name, states))
+        peaks = [_best(_rows(means, state))[1] for state in states]
+        for layer in means["layer"].unique().sort():
+            cells = []
+            for state, peak in zip(states, peaks, strict=True):
+                (effect,) = _rows(means, state).filter(layer=layer)["effect"]
+                cells.append(f"[bold]{effect:{form}}[/bold]" if layer == peak else f"{effect:{form}}")
+            table.add_row(str(layer), *cells)
+        tables.append(table)
+    heads, which = _top_heads(means)
+    if heads:
+        table = _table(f"{title}: {which}", "layer and head", "effect")
+        for state, layer in heads:
+            (effect,) = _rows(means, state).filter(layer=layer)["effect"]
+            table.add_row(_head_name(state, layer), f"{effect:{form}}")
+        tables.append(table)
+    return tables
+
+
+def gradient_table(summary: pl.DataFrame) -> Table:
+    """The largest mean norm of integrated gradients and the completeness gap, by kind."""
+    columns = ("largest mean norm (layer)", "mean |gap|", "largest |gap|")
+    table = _table("Integrated gradients", "kind", *columns)
+    for kind, layer, norm, mean_gap, largest_gap, _ in summary.iter_rows():
+        table.add_row(kind, f"{norm:.4g} ({layer})", f"{mean_gap:.3g}", f"{largest_gap:.3g}")
     return table
 
 
-def effects_by_layer(averages: pl.DataFrame, kind: str, window: int, role: str) -> list[float]:
-    """The average indirect effect of a state at a role's tokens, layer by layer."""
-    chosen = averages.filter((pl.col("kind") == kind) & (pl.col("window") == window) & (pl.col("role") == role))
-    return chosen.sort("layer")["effect"].to_list()
+GAP_NOTE = (
+    "gap: how far the sum of an attribution is from the change in p(target) along its path. It is large for hidden "
+    "states from a zero baseline: the norm behind them undoes any scale, so that nearly all of p changes in a step "
+    "close to zero, which the quadrature's points miss. Use --baseline corrupted."
+)
+
+_of_heads = pl.col("kind").str.starts_with("head.")
 
 
-def read_averages(traces: Path) -> pl.DataFrame:
-    return average_indirect_effect(traces)
+def _table(title: str, first: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", min_width=min(len(title), 78))
+    table.add_column(first)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _states(frame: pl.DataFrame) -> list[_State]:
+    """States in the table's order, which is that of their rows."""
+    return frame.select("method", "kind", "window").unique(maintain_order=True).rows()
+
+
+def _rows(frame: pl.DataFrame, state: _State) -> pl.DataFrame:
+    method, kind, window = state
+    return frame.filter(method=method, kind=kind, window=window)
+
+
+def _best(rows: pl.DataFrame) -> tuple[float, int]:
+    """The largest effect and its layer, -1 where there are no rows."""
+    best = rows.sort("effect", "layer", descending=[True, False])
+    return (best["effect"][0], best["layer"][0]) if len(best) else (0.0, -1)
+
+
+def _top_heads(frame: pl.DataFrame) -> tuple[list[tuple[_State, int]], str]:
+    """The heads, each in a layer, with the largest effects, and how many there are of how many.
+
+    Ranked are effects that all facts have: a role that few of them have shows those facts as much as the head.
+    """
+    place = ["method", "kind", "window", "layer"]
+    effects = frame.filter(_of_heads).filter(pl.col("facts") == pl.max("facts"))
+    heads = effects.group_by(place).agg(pl.max("effect"))
+    top = heads.sort("effect", *place, descending=[True, *[False] * len(place)]).head(MOST_HEADS)
+    title = f"the {len(top)} of {len(heads)} heads with the largest"
+    return [((method, kind, window), layer) for method, kind, window, layer, _ in top.iter_rows()], title
+
+
+def _name(state: _State) -> str:
+    method, kind, window = state
+    return f"{kind}:{window}{_SEVERED.get(method, '')}"
+
+
+def _head_name(state: _State, layer: int) -> str:
+    _, kind, window = state
+    around = "" if window == 1 else f", {window} layers around"
+    return f"{layer}, head {kind.removeprefix('head.')}{around}"
+
+
+def _spoken(role: str) -> str:
+    return role.replace("_", " ")
 
 
 @dataclass(frozen=True)
@@ -67,4 +162,32 @@ class Sites:
 
 def find_sites(averages: pl.DataFrame) -> Sites:
     """The early and the late site in the average indirect effects of hidden:1."""
-    return Sites(*(effects_by_layer(averages, "hidden", 1, role) for role in ("last_subject", "last")))
+    single = averages.filter(method="restore", kind="hidden", window=1).sort("layer")
+    return Sites(*(single.filter(pl.col("role") == role)["effect"].to_list() for role in ("last_subject", "last")))
+
+
+def severed_sentence(effects: pl.DataFrame) -> str:
+    """What severing takes from restoring hidden:1, in words and numbers, where severed MLPs take the most."""
+    layer, _ = _peak(effects.filter(method="sever_mlp"), "difference")
+    mlp, attn = (effects.filter(method=method, layer=layer) for method in ("sever_mlp", "sever_attn"))
+    return (
+        f"Severed: of the {mlp['plain'][0]:+.3f} that the subject's last token brings back at layer {layer}, "
+        f"{mlp['severed'][0]:+.3f} remains with its later MLPs severed, and {attn['severed'][0]:+.3f} with its later "
+        "attention severed."
+    )
+
+
+def zeroing_sentence(curve: pl.DataFrame) -> str:
+    """Where zeroing a single state takes the most, in words and numbers."""
+    layer, most = _peak(curve, "effect")
+    kind, window = curve.select("kind", "window").row(0)
+    last = curve.sort("layer")["effect"][-1]
+    return (
+        f"Zeroing: without the subject's {kind} outputs in {window} layers around layer {layer}, {most:.3f} of "
+        f"p(answer) is lost, around the last layer {last:.3f}."
+    )
+
+
+def _peak(frame: pl.DataFrame, column: str) -> tuple[int, float]:
+    """The layer of the largest value, the lowest of equals, and that value."""
+    return frame.sort(column, "layer", descending=[True, False]).select("layer", column).row(0)

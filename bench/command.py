@@ -1,0 +1,100 @@
+"""What the scripts on the CPU share: their arguments, and going through methods or models one by one."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from measure import measure_both, say
+from naive import Limits
+from report import RESULTS, Growing
+from studies import Study
+from workload import DATA
+
+
+def parser(doc: str | None, naive_fraction: float, least: int) -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared.add_argument("--prompts", type=int, default=20, help="how many prompts (20)")
+    shared.add_argument("--samples", type=int, default=10, help="noise samples (10)")
+    shared.add_argument("--threads", type=int, default=2, help="threads, for both ways (2)")
+    shared.add_argument(
+        "--naive-fraction",
+        type=float,
+        default=naive_fraction,
+        help=f"part of the naive way that is timed and scaled ({naive_fraction:g})",
+    )
+    shared.add_argument("--naive-least", type=int, default=least, help=f"values timed at least ({least})")
+    shared.add_argument("--memory", help="memory for a pass, such as 2GiB (half of what is free)")
+    shared.add_argument("--data", type=Path, default=DATA, help="folder of counterfact_prompts.json, gpt2-tokenizer/")
+    shared.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON (bench/results)")
+    shared.add_argument("--record", action="store_true", help="put the table into bench/RESULTS.md")
+    shared.add_argument("--toy", action="store_true", help="a tiny model, to try the script")
+    return shared
+
+
+def parse(shared: argparse.ArgumentParser) -> argparse.Namespace:
+    options = shared.parse_args()
+    if not 0 < options.naive_fraction <= 1:
+        shared.error(f"--naive-fraction is {options.naive_fraction}; give a number above 0 and up to 1")
+    if min(options.prompts, options.samples, options.threads, options.naive_least) < 1:
+        shared.error("--prompts, --samples, --threads and --naive-least are whole numbers from 1 up")
+    return options
+
+
+def chosen(names: str, of: tuple[str, ...]) -> list[str]:
+    """The names of a comma-separated list, each once, in their own order; an error names one that is not there."""
+    wanted = names.split(",")
+    for name in wanted:
+        if name not in of:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(of)}")
+    return [name for name in of if name in wanted]
+
+
+def limits(options: argparse.Namespace) -> Limits:
+    return {"fraction": options.naive_fraction, "least": options.naive_least}
+
+
+def row_counts(options: argparse.Namespace) -> tuple[int, ...]:
+    """Of the products whose rate is measured."""
+    return (64, 256) if options.toy else (512, 1024, 2048, 4096)
+
+
+def measure(model: Any, tokenizer: Any, study: Study, options: argparse.Namespace) -> dict[str, Any]:
+    """A study once, after its shortest prompt, beside a part of the naive way."""
+    result, _ = measure_both(
+        model,
+        tokenizer,
+        study,
+        limits(options),
+        row_counts=row_counts(options),
+        warm_up=study.small(),
+        memory=options.memory,
+    )
+    return result
+
+
+def run_each(measurements: Mapping[str, Callable[[], dict[str, Any]]], growing: Growing) -> None:
+    """Measure one after the other and write after each. What fails is left out by name, and the exit code tells."""
+    failed = []
+    for number, (name, measure) in enumerate(measurements.items(), start=1):
+        say(f"{name} ({number} of {len(measurements)})")
+        try:
+            result = {"name": name, **measure()}
+        except Exception as error:
+            traceback.print_exc()
+            failed.append(name)
+            result = {"name": name, "skipped": f"{type(error).__name__}: {error}".partition("\n")[0]}
+        path = growing.add(result)
+        gc.collect()
+    print(growing.text)
+    say(f"written to {path}")
+    for result in growing.report["results"]:
+        if result.get("goal") and result["ratio_to_naive_same_dtype"] < result["goal"]:
+            say(f"below its goal: {result['name']}, {result['ratio_to_naive_same_dtype']:.1f}x of {result['goal']:g}x")
+    if failed:
+        sys.exit(f"not measured: {', '.join(failed)}")

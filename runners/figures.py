@@ -1,0 +1,63 @@
+"""The figures that commands draw into a folder of results."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from causalcone.analysis import plot
+from causalcone.engine.facts import Fact, encode, token_texts
+from causalcone.engine.tracing import Tracer
+
+PLOTS = "plots"
+
+
+def draw_traces(folder: Path, first: Sequence[pa.RecordBatch], joint: bool = False) -> list[Path]:
+    """Heat maps of each batch's fact, and the average indirect effect of all of the folder's facts; of tokens restored
+    together, which have no map, their effect by layer."""
+    plots = folder / PLOTS
+    if joint:
+        plot.joint_effect(folder / "traces", plots / "joint_effect.png")
+        return [plots / "joint_effect.png"]
+    paths = []
+    for number, batch in enumerate(first):
+        fact_id = batch["fact_id"][0].as_py()
+        paths.append(plots / f"{number:03}-{_file_name(fact_id)}.png")
+        plot.heatmaps(pa.Table.from_batches([batch]), fact_id, paths[-1])
+    plot.indirect_effect(folder / "traces", plots / "average_indirect_effect.png")
+    return [*paths, plots / "average_indirect_effect.png"]
+
+
+def draw_zeroing(folder: Path, table: str = "traces") -> list[Path]:
+    """The mean effect of zeroing by layer."""
+    path = folder / PLOTS / "zeroing.png"
+    plot.zeroing(folder / table, path)
+    return [path]
+
+
+def draw_severed(folder: Path) -> list[Path]:
+    """Severed against plain restoring."""
+    path = folder / PLOTS / "severed.png"
+    plot.severed(folder / "traces", folder / "severed", path=path)
+    return [path]
+
+
+def draw_gradients(folder: Path, first: Sequence[pa.RecordBatch], facts: Sequence[Fact], tracer: Tracer) -> list[Path]:
+    """Heat maps of each batch's fact."""
+    by_id = {fact.id: fact for fact in facts}
+    tokenizer, sizes = tracer.session.tokenizer, tracer.session.sizes
+    paths = []
+    for number, batch in enumerate(first):
+        fact = by_id[batch["fact_id"][0].as_py()]
+        prompt = encode(fact, tokenizer, "argmax", sizes.vocabulary, sizes.positions)
+        texts = token_texts(prompt.prompt, tokenizer)
+        paths.append(folder / PLOTS / f"{number:03}-{_file_name(fact.id)}.png")
+        plot.gradients(batch, fact.id, texts, prompt.span, paths[-1])
+    return paths
+
+
+def _file_name(fact_id: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", fact_id)[:60]
