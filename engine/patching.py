@@ -44,7 +44,8 @@ class Intervention:
     a name (``"all"``, ``"last"``; of facts also ``"subject"``, ``"subject_last"``, ``"subject_onward"``). source:
     ``"clean"``, ``"corrupted"`` (of facts), ``"zero"``, ``"other"`` (the prompt's first other text; ``"other:1"`` the
     second), or a vector (width,), or one for each prompt (prompts, width): hidden wide, or as wide as a head.
-    source_tokens: as many positions in the source's text, where they are not the same.
+    source_tokens: as many positions in the source's text, where they are not the same (negative ones count from the
+    source's own end).
     """
 
     site: str
@@ -217,7 +218,7 @@ class Patching:
                 raise ExperimentError(f"{prompt.own.fact.id!r}: there is no source {each.source!r}; there are: {known}")
             source = names.index(name)
             places = _Places(prompt, self._base_text(name))
-            taken = places.tokens(tokens if each.source_tokens is None else each.source_tokens)
+            taken = places.tokens(_source_tokens(each, tokens))
         if len(taken) != len(tokens):
             raise ExperimentError(
                 f"{prompt.own.fact.id!r}: {len(taken)} source tokens for {len(tokens)} tokens; give as many"
@@ -292,6 +293,13 @@ def _as_layers(layers: int | Iterable[int], depth: int) -> tuple[int, ...]:
         if not 0 <= layer < depth:
             raise ExperimentError(f"there is no layer {layer}; the model has layers 0 to {depth - 1}")
     return numbers
+
+
+def _source_tokens(each: Intervention, tokens: tuple[int, ...]) -> Positions:
+    """Where the source's values are: a subject's tokens are found in the fact's own prompt only."""
+    if each.source_tokens is not None:
+        return each.source_tokens
+    return tokens if isinstance(each.tokens, str) and each.tokens.startswith("subject") else each.tokens
 
 
 def _vector(source: Tensor, width: int, number: int) -> Tensor:

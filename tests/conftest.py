@@ -1,8 +1,10 @@
 """Fixtures and marks that all tests share."""
 
+import sys
+
 import pytest
 import torch
-from models import gpt2, tokenizer
+from models import FACTS, gpt2, tokenizer
 
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it computes
 
@@ -23,3 +25,31 @@ def session_tokenizer():
 def model():
     """A float64 GPT-2 of four layers that no test may change."""
     return gpt2()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """A model folder and a fact file, as a user has them."""
+    from causalcone.runners.fact_files import save_facts
+
+    folder = tmp_path_factory.mktemp("user")
+    gpt2(dtype=torch.float32).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    save_facts(FACTS, folder / "facts.jsonl")
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs ``causalcone`` with arguments; returns the exit code and what it printed."""
+    from causalcone.runners.cli import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["causalcone", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as stop:
+            main()
+        printed = capsys.readouterr()
+        return stop.value.code or 0, printed.out, printed.err
+
+    return run

@@ -7,42 +7,13 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 import torch
+from command_line import basic
 from models import FACTS, gpt2
 
 import causalcone as cc
 from causalcone.analysis import read_traces
 from causalcone.runners import results
 from causalcone.runners.cli import main
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
-    """A model folder and a fact file, as a user has them."""
-    folder = tmp_path_factory.mktemp("user")
-    gpt2(dtype=torch.float32).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    cc.save_facts(FACTS, folder / "facts.jsonl")
-    return folder
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs ``causalcone`` with arguments; returns the exit code and what it printed."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["causalcone", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as stop:
-            main()
-        printed = capsys.readouterr()
-        return stop.value.code or 0, printed.out, printed.err
-
-    return run
-
-
-def basic(folder, **changes):
-    options = {"model": folder / "model", "facts": folder / "facts.jsonl", "state": "hidden:1", "samples": 2, **changes}
-    return [part for name, value in options.items() for part in (f"--{name}", value)]
 
 
 def test_trace_writes_what_the_tracer_computes(folder, tmp_path, tokenizer, run):
@@ -251,7 +222,7 @@ def test_parts_can_be_read_while_the_table_grows(tmp_path, monkeypatch, model, t
 
 
 def test_help_has_examples(run):
-    for command in ("trace", "plan"):
+    for command in ("trace", "plan", "zero", "gradients"):
         code, printed, _ = run(command, "--help")
         assert code == 0
         assert f"causalcone {command} --model" in printed
