@@ -44,11 +44,10 @@ def gradients(
     for place, (axes, kind) in enumerate(zip(grid, kinds, strict=True)):
         values = token_grid(fact.filter(kind=kind), "norm", tokens, layers)
         mesh = draw_map(axes, values, Normalize(0, max(values.max(), 1e-12)), KIND_COLORS.get(kind, "Blues"))
-        axes.set_title(f"Integrated gradients,\n{KIND_NAMES.get(kind, kind)}", fontsize=10)
+        axes.set_title(f"Norm of integrated gradients,\n{KIND_NAMES.get(kind, kind)}", fontsize=10)
         layer_axis(axes, 1, layers)
         label_tokens(figure, axes, chosen, inside, labels=place % MAP_COLUMNS == 0)
         bar = figure.colorbar(mesh, ax=axes, pad=0.02, aspect=18)
-        bar.ax.set_title("norm", fontsize=8.5, loc="left", pad=9)
         bar.ax.tick_params(labelsize=8, length=2, color="0.4")
         bar.outline.set(edgecolor="0.7", linewidth=0.5)  # type: ignore[operator]
     return finish(figure, path)

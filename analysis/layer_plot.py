@@ -82,7 +82,10 @@ def severed(*tables: TraceSource, role: str = "last_subject", path: PathLike | N
     grid[0].set_ylabel("effect on p(target)", fontsize=9)
     figure.suptitle(f"{role.replace('_', ' ').capitalize()} token, {_over(means)}", fontsize=11, fontweight="bold")
     handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8.5, frameon=False, handlelength=3)
+    columns = 2 if len(labels) == 4 and len(states) == 1 else 4
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=columns, fontsize=8.5, frameon=False, handlelength=3
+    )
     return finish(figure, path)
 
 

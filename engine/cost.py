@@ -89,9 +89,12 @@ def bytes_by_use(plan: Plan, sizes: Sizes, itemsize: int) -> tuple[np.ndarray, n
     return bytes_of[0], bytes_of[1]
 
 
-def fixed_bytes(sizes: Sizes, tiles: Tiles, dtype: torch.dtype, device: torch.device, shared: bool) -> int:
+def fixed_bytes(
+    sizes: Sizes, tiles: Tiles, dtype: torch.dtype, device: torch.device, shared: bool, gradient: bool = False
+) -> int:
     """Bytes a pass needs whatever it holds: tiles, and copies of one layer's weights. ``shared`` says that the model's
-    own weights have the dtype and device of the pass."""
+    own weights have the dtype and device of the pass; ``gradient`` that the pass goes back as well: then copies of all
+    layers' weights are kept, and rows have their logits over the whole vocabulary."""
     itemsize = dtype.itemsize
     heads, kv = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim
     copied = packs(torch.empty(0, dtype=dtype, device=device)) + (not shared)
@@ -101,6 +104,12 @@ def fixed_bytes(sizes: Sizes, tiles: Tiles, dtype: torch.dtype, device: torch.de
     product = itemsize * tiles.rows * (3 * sizes.hidden + max(2 * sizes.inner, kv, heads))
     attention = (itemsize + max(4, itemsize)) * tiles.keys * (kv + 2 * heads)
     logits = tiles.readout_rows * vocabulary * (itemsize + 2 * max(4, itemsize))
+    if gradient:
+        weights = sizes.key_value_weights + 2 * sizes.query_weights + sizes.mlp_weights
+        kept = 0 if shared else sizes.depth * itemsize * weights
+        unembedding = 2 * copied * itemsize * sizes.vocabulary * sizes.hidden
+        logits = tiles.readout_rows * sizes.vocabulary * 2 * max(4, itemsize)
+        return kept + max(2 * layer, unembedding + logits)
     return max(layer + product + attention, unembedding + logits)
 
 

@@ -85,13 +85,13 @@ class Session:
     def results(self, job: Job) -> Iterator[tuple[int, Result]]:
         """Verify the model, then run the job: the number of each case in order, with its result."""
         if job.cases:
-            budget = self.budget()
+            budget = self.budget(job.gradient)
             self._verify(job.cases[0].prompts[0], budget)
             yield from job.results(budget)
 
     def costs(self, job: Job) -> Iterator[tuple[int, list[Cost]]]:
         """For each pass, the bytes it needs at its peak, and what each of its parts costs; nothing is computed."""
-        for parts, bytes_needed in job.passes(self.budget()):
+        for parts, bytes_needed in job.passes(self.budget(job.gradient)):
             yield (
                 bytes_needed,
                 [
@@ -100,11 +100,12 @@ class Session:
                 ],
             )
 
-    def budget(self) -> Budget:
+    def budget(self, gradient: bool = False) -> Budget:
+        """What a pass may take, forwards or with the way back."""
         total = self._memory or default_budget(self.device)
         weight = self.architecture.unembedding()[0]
         shared = weight.device.type == self.device.type and weight.dtype == self.dtype
-        return plan_budget(total, self.sizes, self.dtype, self.device, shared)
+        return plan_budget(total, self.sizes, self.dtype, self.device, shared, gradient)
 
     def _no_noise(self, span: int, samples: range) -> np.ndarray:
         return np.zeros((len(samples), 1, span, self.sizes.hidden))

@@ -8,7 +8,6 @@ uses it, and applies the activation while the result is still in cache.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,11 +58,6 @@ class Linear:
             return F.linear(rows, self.weight, self.bias)
         return self._packed_product(rows, *_PLAIN_PRODUCT)
 
-    @cached_property
-    def transposed(self) -> Linear:
-        """The product with the transposed weight, which takes a gradient of the outputs to one of the rows."""
-        return Linear(self.weight.t(), None)
-
     def _packed_product(self, rows: Tensor, name: str, form: str) -> Tensor:
         count = len(rows)
         if count % SMALLEST:
@@ -76,12 +70,12 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, linear: Linear) -> Tensor:
-        ctx.linear = linear
+        ctx.weight = linear.weight  # packed anew on the way back: all layers' packed weights are a model more
         return linear.product(rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.linear.transposed.product(grads[0].contiguous()), None
+        return Linear(ctx.weight.t(), None)(grads[0].contiguous()), None
 
 
 def packs(weight: Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from causalcone.kernels.linear import Linear
-from causalcone.kernels.tiles import SMALLEST, pieces
+from causalcone.kernels.tiles import pieces
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,10 @@ class Readout:
         log_p = torch.empty(len(states), dtype=torch.float64, device=states.device)
         gradient = torch.empty_like(states)
         vocabulary = len(self.weight)
-        rows = min(len(states), max(SMALLEST, 4 * self.rows * self.vocabulary // vocabulary))
+        rows = min(len(states), self.rows)
         buffer = torch.empty(rows, vocabulary, dtype=wide, device=states.device)
         products = list(self._products(states)) if len(states) else []
+        back = [Linear(product.weight.t(), None) for _, product in products]
         for tile in pieces(len(states), rows):
             target = targets[tile, None]
             logits = buffer[: len(target)]
@@ -70,8 +71,8 @@ class Readout:
             if bent is not None:
                 slope *= bent
             gradient[tile] = sum(
-                product.transposed.product(slope[:, start : start + len(product.weight)].to(states.dtype))
-                for start, product in products
+                transposed(slope[:, start : start + len(product.weight)].to(states.dtype))
+                for (start, product), transposed in zip(products, back, strict=True)
             )
         return log_p, gradient
 

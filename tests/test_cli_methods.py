@@ -13,7 +13,7 @@ import causalcone as cc
 from causalcone.analysis import read_gradients, read_traces
 
 TEXT = ["In the city of Rome they speak Latin", "Ann Lee plays the sport of golf", "One of the famous players"]
-OTHERS = [dataclasses.replace(FACTS[1], counterfactual_subject="Danielle Darrielle")]
+OTHER = dataclasses.replace(FACTS[0], counterfactual_subject="Bo Lee")
 
 
 @pytest.fixture
@@ -70,16 +70,14 @@ def test_noise_like_running_text(noise, flags, folder, texts, tmp_path, tracer, 
     assert len(kept["noise_texts_sha256"]) == 64
 
 
-def test_counterfactual_prompts(folder, tmp_path, tokenizer, tracer, run):
+def test_counterfactual_prompts(folder, tmp_path, tracer, run):
     facts, out = tmp_path / "facts.jsonl", tmp_path / "out"
-    lengths = {len(tokenizer(text)["input_ids"]) for text in (OTHERS[0].subject, OTHERS[0].counterfactual_subject)}
-    other = OTHERS if len(lengths) == 1 else [dataclasses.replace(FACTS[0], counterfactual_subject="Ann Bo")]
-    cc.save_facts([*other, FACTS[2]], facts)
+    cc.save_facts([OTHER, FACTS[2]], facts)
     arguments = ["trace", *basic(folder, facts=facts, out=out, noise="counterfactual", samples=None), "--quiet"]
     code, _, error = run(*arguments)
     assert (code, "'end' has no counterfactual_subject" in error, out.exists()) == (2, True, False)
     assert run(*arguments, "--skip-bad-facts")[0] == 0
-    expected = tracer.trace(other, states=("hidden:1",), noise="counterfactual")
+    expected = tracer.trace([OTHER], states=("hidden:1",), noise="counterfactual")
     assert read_traces(out / "traces").equals(read_traces(expected))
     (reason,) = configuration(out)["skipped"]
     assert "'end' has no counterfactual_subject" in reason

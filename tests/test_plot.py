@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from figures import texts_outside, visible_texts
 from matplotlib import colormaps, rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -244,20 +245,6 @@ SIZES = {
 }
 
 
-def visible_texts(figure: Figure) -> list[tuple[str, Bbox]]:
-    """Every text with ink on it and its place in pixels; ticks outside an axis's range are not drawn."""
-    figure.canvas.draw()
-    texts = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
-    for axes in figure.axes:
-        if axes.get_visible():
-            texts += [axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label]  # type: ignore[attr-defined]
-            for axis in (axes.xaxis, axes.yaxis):
-                low, high = sorted(axis.get_view_interval())
-                ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
-                texts += [label for tick in ticks for label in (tick.label1, tick.label2) if label.get_visible()]
-    return [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text().strip()]
-
-
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
@@ -278,7 +265,5 @@ def test_no_text_overlaps_another_or_leaves_the_figure(kind: str, name: str) -> 
         figure = plot.indirect_effect(table)
     texts = visible_texts(figure)
     assert len(texts) > len(tokens)
-    page = figure.bbox
-    outside = [t for t, box in texts if box.x0 < page.x0 or box.y0 < page.y0 or box.x1 > page.x1 or box.y1 > page.y1]
-    assert outside == []
+    assert texts_outside(figure, texts) == []
     assert [(a, b) for (a, one), (b, other) in combinations(texts, 2) if Bbox.intersection(one, other)] == []
