@@ -49,5 +49,5 @@ def gradients(
         label_tokens(figure, axes, chosen, inside, labels=place % MAP_COLUMNS == 0)
         bar = figure.colorbar(mesh, ax=axes, pad=0.02, aspect=18)
         bar.ax.tick_params(labelsize=8, length=2, color="0.4")
-        bar.outline.set(edgecolor="0.7", linewidth=0.5)  # type: ignore[operator]
+        bar.outline.set(edgecolor="0.7", linewidth=0.5)
     return finish(figure, path)

@@ -28,6 +28,7 @@ from causalcone.analysis.tables import TraceSource
 PathLike = str | os.PathLike[str]
 
 MOST_LINES = 10
+MOST_BANDS = 5
 # Okabe and Ito's colours with a marker each, for print in grey.
 _STYLES = (
     ("#D55E00", "o"),
@@ -49,7 +50,7 @@ _SEVERED_STYLES = {
 
 def zeroing(table: TraceSource, path: PathLike | None = None) -> Figure:
     """Mean effect of zeroing by centre layer, one line per state with a band of 1.96 standard errors (Hase et al. 2023;
-    METHODS 3). Of more than ten states, those with the largest effects are drawn.
+    METHODS 3). Of more than ten states, those with the largest effects are drawn; more than five have no bands.
 
     Raises ``TableError`` where the table holds no zeroed state.
     """
@@ -103,6 +104,7 @@ def _draw_severed(axes: Axes, means: pl.DataFrame) -> None:
 
 def _curves(means: pl.DataFrame, title: str, label: str) -> Figure:
     states, every = _largest(means), states_of(means)
+    bands = len(states) <= MOST_BANDS
     layers = layer_count(means)
     figure = new_figure(max(6.6, min(9.0, 0.2 * layers + 3.6)), 3.8)
     axes = figure.subplots()
@@ -110,11 +112,11 @@ def _curves(means: pl.DataFrame, title: str, label: str) -> Figure:
         color, marker = _STYLES[number % len(_STYLES)]
         dash = "-" if number < len(_STYLES) else "--"
         name = state_title(state).removeprefix("Zeroing ").removeprefix("Restoring ").replace("\n", " ")
-        _line(axes, rows_of(means, state), color, marker, dash, name)
+        _line(axes, rows_of(means, state), color, marker, dash, name, bands)
     _frame(axes, max(window for _, _, window in states), layers)
     axes.set_ylabel(label, fontsize=9)
     some = f" ({len(states)} of {len(every)} states)" if len(states) < len(every) else ""
-    figure.suptitle(f"{title}, {_over(means)}{some}", fontsize=11, fontweight="bold")
+    figure.suptitle(f"{title}, {_over(means, bands)}{some}", fontsize=11, fontweight="bold")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8.5, frameon=False, handlelength=3)
     return figure
 
@@ -127,16 +129,19 @@ def _largest(means: pl.DataFrame) -> list[State]:
     return [state for state in every if state in chosen]
 
 
-def _line(axes: Axes, means: pl.DataFrame, color: object, marker: str, dash: str, label: str) -> None:
-    """One line by layer, with a band of 1.96 standard errors."""
+def _line(
+    axes: Axes, means: pl.DataFrame, color: object, marker: str, dash: str, label: str, bands: bool = True
+) -> None:
+    """One line by layer, and a band of 1.96 standard errors."""
     ordered = means.sort("layer")
     layer, effect = ordered["layer"].to_numpy(), ordered["effect"].to_numpy()
     band = 1.96 * ordered["standard_error"].cast(pl.Float64).fill_null(np.nan).to_numpy()
-    axes.fill_between(layer, effect - band, effect + band, color=color, alpha=0.15, linewidth=0)  # type: ignore[arg-type]
+    if bands:
+        axes.fill_between(layer, effect - band, effect + band, color=color, alpha=0.15, linewidth=0)
     axes.plot(
         layer,
         effect,
-        color=color,  # type: ignore[arg-type]
+        color=color,
         marker=marker,
         linestyle=dash,
         markersize=4.5,
@@ -153,6 +158,6 @@ def _frame(axes: Axes, window: int, layers: int) -> None:
     axes.tick_params(axis="y", labelsize=8)
 
 
-def _over(means: pl.DataFrame) -> str:
+def _over(means: pl.DataFrame, bands: bool = True) -> str:
     facts = int(means["facts"].to_numpy().max())
-    return "one fact" if facts == 1 else f"mean of {facts} facts with 95 % intervals"
+    return "one fact" if facts == 1 else f"mean of {facts} facts" + " with 95 % intervals" * bands

@@ -137,11 +137,13 @@ class Footprint:
         for layer in plan.layers:
             segments = [segment for segment in layer.segments if segment.varying]
             queried, seen = sum(s.queries.size for s in segments), sum(s.keys.size for s in segments)
+            scores = sizes.heads * sum(s.queries.size * s.keys.shape[1] for s in segments)
             saved += [
                 (layer.keys_values.rows, 3 * hidden + kv),
                 (layer.queries.rows, 3 * hidden + own),
-                (Rows(0, queried), 2 * own),
-                (Rows(0, seen), kv),
+                (Rows(0, queried), 4 * own),
+                (Rows(0, seen), 2 * kv),
+                (Rows(0, scores), 3),
                 (layer.mlp.rows, 3 * hidden + inner),
             ]
             rows = layer.keys_values.rows.varying + layer.queries.rows.varying + layer.mlp.rows.varying

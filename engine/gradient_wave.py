@@ -21,7 +21,7 @@ from causalcone.engine.plan import Given, LayerPlan
 from causalcone.engine.wave import batches, enter, visible_keys
 from causalcone.kernels.attention import attend
 from causalcone.kernels.readout import Readout
-from causalcone.kernels.tiles import Tiles
+from causalcone.kernels.tiles import Tiles, pieces
 
 
 def run_gradient_pass(
@@ -184,9 +184,11 @@ class _GradientWave:
         rest = [() if positions is None else (positions[rows],) for rows in (shared, varying)]
         with torch.no_grad():
             own = function(*(rows.of_shared(index[shared]) for rows, index in sources), *rest[0])
-        return self._with_given(
-            stage, own, function(*(rows.of_any(index[varying]) for rows, index in sources), *rest[1]), given
-        )
+        inputs = [rows.of_any(index[varying]) for rows, index in sources] + list(rest[1])
+        sizes = [part.stop - part.start for part in pieces(len(varying), self.tiles.rows)]
+        tiles = zip(*(rows.split(sizes) for rows in inputs), strict=True)
+        parts = [function(*tile) for tile in tiles] or [own[:0]]
+        return self._with_given(stage, own, torch.cat(parts), given)
 
     def _with_given(self, stage: Stage, shared: Tensor, varying: Tensor, given: Sequence[Given]) -> _Rows:
         """The computed rows of a stage and the given ones behind them."""

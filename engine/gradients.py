@@ -26,7 +26,7 @@ from causalcone.engine.interventions import (
     Overwrites,
     given,
 )
-from causalcone.engine.job import Case
+from causalcone.engine.job import Case, Result
 from causalcone.engine.noise import NoiseStream
 from causalcone.engine.restoring import target_tokens
 from causalcone.engine.session import Session
@@ -86,32 +86,48 @@ class IntegratedGradients:
 
     def _attribute(self, fact: EncodedFact, captures: Captures, clean: Tensor, baseline: Tensor) -> Attribution:
         """clean, baseline (J, states, hidden) float64."""
-        J, states, _ = clean.shape
-        site, layer, token = (column[:states] for column in (captures.site, captures.layer, captures.token))
+        J, states, hidden = clean.shape
+        at = np.stack([captures.site, captures.layer, captures.token], axis=1)[:states]
+        # the points of a state and their gradients lie beside the memory that passes are planned for
+        bytes_of_state = 2 * (self.steps + 1) * J * hidden * self.session.dtype.itemsize
+        step = max(1, self.session.budget(gradient=True).total // 16 // bytes_of_state)
+        parts = [slice(first, first + step) for first in range(0, states, step)]
+        numbers = [self._integrate(fact, at[part], clean[:, part], baseline[:, part]) for part in parts]
+        norm, total, gap = (np.concatenate(column) for column in zip(*numbers, strict=True))
+        return Attribution(*at.T, norm, total, gap)
+
+    def _integrate(
+        self, fact: EncodedFact, at: np.ndarray, clean: Tensor, baseline: Tensor
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Norm, total and gap of the states ``at`` (states, 3) these sites, layers and tokens."""
+        (J, states, hidden), change = clean.shape, clean - baseline
         points, weights = quadrature(self.steps)
         # the baseline itself is a point of no weight: its p is the lower end of the difference to be explained
-        along = torch.from_numpy(np.append(points, 0.0))[:, None, None, None]
-        line = (baseline + along * (clean - baseline)).flatten(0, 1)
-        runs = np.arange(states)
+        along = torch.from_numpy(np.append(points, 0.0))[:, None, None]
+        lines = (baseline[:, state] + along * change[:, state] for state in range(states))
+        vectors = tuple(line.flatten(0, 1).to(self.session.dtype) for line in lines)
+        result = self._run(fact, at, vectors)
+
+        none = torch.zeros(len(along) * J, hidden)  # of states that nothing read out depends on
+        of_points = torch.from_numpy(np.append(weights, 0.0))
+        gradients = (result.gradients.get(state, none).unflatten(0, (len(along), J)) for state in range(states))
+        mean = torch.stack([torch.einsum("njd,n->jd", gradient.double(), of_points) for gradient in gradients], dim=1)
+        attribution = (mean * change).mean(0)
+        p = torch.from_numpy(np.exp(result.log_p)).unflatten(0, (len(along), J))
+        total = attribution.sum(-1)
+        gap = total - (p[0, 0, CLEAN] - p[-1, :, 1:].mean(0))
+        return attribution.norm(dim=-1).numpy(), total.numpy(), gap.numpy()
+
+    def _run(self, fact: EncodedFact, at: np.ndarray, vectors: tuple[Tensor, ...]) -> Result:
+        """Each state set to its vectors (points, hidden), in a run of its own."""
+        states = len(at)
+        runs, (site, layer, token) = np.arange(states), at.T
         overwrites = Overwrites.of(site, layer, layer + 1, runs + 1, token, given(runs))
         experiment = Experiment((Base(),), np.full(states, CLEAN), overwrites, varying_vectors=(True,) * states)
         shape = Shape(len(fact.tokens), (0, 0), (target_tokens(fact),))
-        vectors = tuple(line[:, state].to(self.session.dtype) for state in range(states))
         case = Case(fact.fact.id, (fact.tokens,), fact.target, shape, experiment, vectors)
-        job = self.session.job([case], len(line), gradient=True)
-        ((_, result),) = self.session.results(job)
-
-        p = torch.from_numpy(np.exp(result.log_p)).unflatten(0, (self.steps + 1, J))
-        none = torch.zeros(len(line), line.shape[2])  # of states that nothing read out depends on
-        gradient = torch.stack([result.gradients.get(state, none).double() for state in range(states)])
-        gradient = gradient.unflatten(1, (self.steps + 1, J))[:, : self.steps]
-        mean_gradient = torch.einsum("snjd,n->jsd", gradient, torch.from_numpy(weights))
-        attribution = (mean_gradient * (clean - baseline)).mean(0)
-        total = attribution.sum(-1)
-        change = p[0, 0, CLEAN] - p[-1, :, 1:].mean(0)
-        return Attribution(
-            site, layer, token, attribution.norm(dim=-1).numpy(), total.numpy(), (total - change).numpy()
-        )
+        ((_, result),) = self.session.results(self.session.job([case], len(vectors[0]), gradient=True))
+        return result
 
 
 def quadrature(steps: int) -> tuple[np.ndarray, np.ndarray]:

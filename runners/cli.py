@@ -113,8 +113,7 @@ def zero(
     zeroing: Zeroing,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the mean effect by layer.")] = False,
 ) -> None:
-    """Zero representations: set one window of layers to zero at the subject's tokens, and see how much of the answer
-    is lost.
+    """Zero representations: set one window of layers to zero at the subject, and see how much of the answer is lost.
 
     Writes OUT/traces (Parquet, one row per fact, state and layer) and OUT/run.json.
     """

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
 
-from causalcone.analysis import plot
+from causalcone.analysis import TableError, plot
 from causalcone.engine.facts import Fact, encode, token_texts
 from causalcone.engine.tracing import Tracer
 
@@ -27,8 +28,13 @@ def draw_traces(folder: Path, first: Sequence[pa.RecordBatch], joint: bool = Fal
         fact_id = batch["fact_id"][0].as_py()
         paths.append(plots / f"{number:03}-{_file_name(fact_id)}.png")
         plot.heatmaps(pa.Table.from_batches([batch]), fact_id, paths[-1])
-    plot.indirect_effect(folder / "traces", plots / "average_indirect_effect.png")
-    return [*paths, plots / "average_indirect_effect.png"]
+    average = plots / "average_indirect_effect.png"
+    try:
+        plot.indirect_effect(folder / "traces", average)
+    except TableError as error:
+        warnings.warn(f"there is no figure of averages: {error}", stacklevel=2)
+        return paths
+    return [*paths, average]
 
 
 def draw_zeroing(folder: Path, table: str = "traces") -> list[Path]:

@@ -146,6 +146,8 @@ def _noise_texts(choice: Tracing) -> list[str]:
                 f"the noise {choice.noise!r} resembles the embeddings of running text; give some with --noise-texts"
             )
         raise ExperimentError(f"--noise-texts goes with the noise multivariate or t, not with {choice.noise!r}")
+    if choice.noise == "t" and choice.dof is None:
+        raise ExperimentError("the noise 't' needs degrees of freedom; give some with --dof, such as 5")
     if choice.noise_texts is None:
         return []
     texts = [line for line in read_text(choice.noise_texts).splitlines() if line.strip()]

@@ -1,12 +1,14 @@
-"""Traces facts of the demo world in a fresh process and prints how far its memory grew: ``FACTS BUDGET_MIB``."""
+"""Traces facts of the demo world in a fresh process and prints how far its memory grew: ``METHOD FACTS BUDGET_MIB``."""
 
 from __future__ import annotations
 
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import psutil
+import pyarrow as pa
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -35,7 +37,13 @@ class Peak:
             time.sleep(0.003)
 
 
-def main(count: int, budget_mib: int) -> None:
+def batches(tracer: cc.Tracer, method: str, facts: list[cc.Fact]) -> Iterator[pa.RecordBatch]:
+    if method == "gradients":
+        return tracer.stream_integrated_gradients(facts)
+    return tracer.stream(facts, states=("hidden:1", "mlp:3"), samples=3, sigma=0.1)
+
+
+def main(method: str, count: int, budget_mib: int) -> None:
     world = World.generate(400)
     tokenizer = train_tokenizer(world)
     torch.manual_seed(0)
@@ -45,10 +53,10 @@ def main(count: int, budget_mib: int) -> None:
     loaded = psutil.Process().memory_info().rss
     facts = 0
     with Peak() as peak:
-        for batch in tracer.stream(world.facts[:count], states=("hidden:1", "mlp:3"), samples=3, sigma=0.1):
+        for batch in batches(tracer, method, world.facts[:count]):
             facts += batch.num_rows > 0
     print(facts, peak.bytes - loaded)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -90,6 +90,15 @@ def test_severed_tracing_is_of_hidden_states_unless_told_otherwise(folder, tmp_p
     assert read_traces(out / "traces")["method"].unique().to_list() == ["sever_attn"]
 
 
+def test_tokens_without_a_role_have_maps_but_no_averages(folder, tmp_path, run):
+    facts, out = tmp_path / "facts.jsonl", tmp_path / "out"
+    cc.save_facts([FACTS[1]], facts)
+    code, _, error = run("trace", *basic(folder, facts=facts, out=out, tokens="0"), "--plot", 1)
+    assert (code, "no figure of averages" in error) == (0, True)
+    assert [path.name for path in (out / "plots").iterdir()] == ["000-middle.png"]
+    assert configuration(out)["status"] == "complete"
+
+
 def test_plan_takes_the_same_options(folder, run):
     plain, severed = (run("plan", *basic(folder), *flags)[1] for flags in ([], ["--sever", "mlp"]))
     assert "FLOP" in severed
@@ -150,7 +159,7 @@ REFUSED = {
     "noise": ("trace", ["--noise", "pink"], "pink"),
     "shapeless noise": ("trace", ["--noise", "multivariate"], "--noise-texts"),
     "texts alone": ("trace", ["--noise-texts", "TEXTS"], "multivariate or t"),
-    "t without dof": ("trace", ["--noise", "t", "--noise-texts", "TEXTS"], "dof"),
+    "t without dof": ("trace", ["--noise", "t", "--noise-texts", "TEXTS"], "--dof"),
     "dof alone": ("trace", ["--dof", "5"], "dof"),
     "too few dof": ("trace", ["--noise", "t", "--noise-texts", "TEXTS", "--dof", "2"], "more than 2"),
     "sigma of its own": ("trace", ["--noise", "multivariate", "--noise-texts", "TEXTS", "--sigma", "1"], "sigma"),

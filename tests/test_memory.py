@@ -16,10 +16,10 @@ SCRIPT = Path(__file__).with_name("memory_growth.py")
 MIB = 2**20
 
 
-def growth(facts, budget_mib, **environment):
+def growth(facts, budget_mib, method="trace", **environment):
     """Growth of the resident set over that after loading the model, in MiB."""
     done = subprocess.run(
-        [sys.executable, SCRIPT, str(facts), str(budget_mib)],
+        [sys.executable, SCRIPT, method, str(facts), str(budget_mib)],
         capture_output=True,
         text=True,
         check=True,
@@ -31,8 +31,9 @@ def growth(facts, budget_mib, **environment):
 
 
 @pytest.mark.slow
-def test_growth_stays_within_the_budget():
-    assert growth(300, 32) <= 32 * 1.15 + 64
+@pytest.mark.parametrize(("method", "facts"), [("trace", 300), ("gradients", 10)])
+def test_growth_stays_within_the_budget(method, facts):
+    assert growth(facts, 32, method) <= 32 * 1.15 + 64
 
 
 @pytest.mark.slow
