@@ -94,7 +94,7 @@ class IntegratedGradients:
         parts = [slice(first, first + step) for first in range(0, states, step)]
         numbers = [self._integrate(fact, at[part], clean[:, part], baseline[:, part]) for part in parts]
         norm, total, gap = (np.concatenate(column) for column in zip(*numbers, strict=True))
-        return Attribution(*at.T, norm, total, gap)
+        return Attribution(at[:, 0], at[:, 1], at[:, 2], norm, total, gap)
 
     def _integrate(
         self, fact: EncodedFact, at: np.ndarray, clean: Tensor, baseline: Tensor

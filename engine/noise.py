@@ -47,8 +47,10 @@ class Noise:
             raise ExperimentError(
                 f"the covariance is {self.covariance.shape} and the mean {self.mean.shape}; give (D, D) and (D,)"
             )
-        if (self.kind == "t") != (self.dof is not None):
-            raise ExperimentError(f"dof goes with the noise 't' and only with it; the noise is {self.kind!r}")
+        if self.kind == "t" and self.dof is None:
+            raise ExperimentError("the noise 't' needs dof, its degrees of freedom")
+        if self.kind != "t" and self.dof is not None:
+            raise ExperimentError(f"dof goes with the noise 't' only, not with {self.kind!r}; drop it")
         if self.dof is not None and not self.dof > 2:
             raise ExperimentError(
                 f"dof is {self.dof!r}; give more than 2 degrees of freedom, so that a variance exists"
@@ -57,10 +59,16 @@ class Noise:
             raise ExperimentError("a counterfactual prompt has no noise that could replace embeddings; drop replace")
 
     @classmethod
-    def from_embeddings(cls, embeddings: Any, dof: float | None = None, replace: bool = False) -> Noise:
-        """Multivariate noise, or t noise with ``dof``, like the given embeddings (N, D) of running text."""
-        rows = np.asarray(embeddings, dtype=np.float64)
-        mean, covariance = rows.mean(0), np.cov(rows, rowvar=False)
+    def like(
+        cls, tokens: Sequence[int], embed: Callable[[Tensor], Tensor], dof: float | None = None, replace: bool = False
+    ) -> Noise:
+        """Multivariate noise, or t noise with ``dof``, with the mean and (unbiased) covariance of the embeddings of
+        running text, given as its token ids; ``embed`` maps ids (R,) to embeddings (R, hidden)."""
+        ids, counts = np.unique(np.asarray(tokens), return_counts=True)
+        rows = embed(torch.from_numpy(ids)).to("cpu", torch.float64).numpy()
+        mean = counts @ rows / counts.sum()
+        centred = rows - mean
+        covariance = (centred * counts[:, None]).T @ centred / (counts.sum() - 1)
         return cls("multivariate" if dof is None else "t", replace, dof, mean, covariance)
 
 

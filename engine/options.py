@@ -44,7 +44,8 @@ class TraceSpec:
     standard deviations of the facts' subject embeddings. seed: of the noise. target: ``"label"`` (product over all
     tokens of ``target_true``) or ``"argmax"`` (the clean run's most likely token). tokens: ``"all"``,
     ``"subject_onward"``, ``"subject"``, ``"subject_last"``, ``"last"`` or indices. joint: restore the chosen tokens
-    together, not one by one. noise: a ``Noise``, or the name of one that needs no more; Gaussian by default.
+    together, not one by one. noise: a ``Noise``, or the name of one that needs no more; Gaussian by default; with a
+    counterfactual prompt there is one corrupted run, and samples, sigma and seed have no part in it.
     extra_tokens: how many tokens behind the subject are corrupted too. sever: hold the token's ``"mlp"``, ``"attn"`` or
     ``"both"`` at their corrupted values (with hidden states). compat: ``"published"`` draws the noise of severed runs,
     and takes p_corrupted of replacing noise, as the published code does.

@@ -24,7 +24,11 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 
 
 class SkippedFacts(UserWarning):
-    """Facts left out under ``on_error="skip"``; the message lists each with its reason."""
+    """Facts left out under ``on_error="skip"``; ``reasons`` has a line for each, and so has the message."""
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        self.reasons = tuple(reasons)
+        super().__init__(f"{len(reasons)} facts skipped:\n" + "\n".join(reasons))
 
 
 class Session:
@@ -67,7 +71,7 @@ class Session:
             else:
                 encoded.append(each)
         if skipped:
-            warnings.warn(f"{len(skipped)} facts skipped:\n" + "\n".join(skipped), SkippedFacts, stacklevel=5)
+            warnings.warn(SkippedFacts(skipped), stacklevel=5)
         return encoded
 
     def job(

@@ -307,9 +307,10 @@ class Tracer:
         tokens = [token for text in texts for token in self.session.tokenizer(text)["input_ids"]]
         if len(tokens) < 2:
             raise ExperimentError("embedding noise needs running text of at least two tokens")
+        if max(tokens) >= self.session.sizes.vocabulary:
+            raise ExperimentError("the text has tokens outside the model's vocabulary; use the model's own tokenizer")
         with torch.inference_mode():
-            embeddings = self.session.architecture.embed(torch.tensor(tokens)).to("cpu", torch.float64)
-        return Noise.from_embeddings(embeddings.numpy(), dof, replace)
+            return Noise.like(tokens, self.session.architecture.embed, dof, replace)
 
     def _encode(
         self, facts: Iterable[Fact], target: str, tokens: str | tuple[int, ...], on_error: str

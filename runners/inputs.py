@@ -102,7 +102,7 @@ def noted(skipped: list[str]) -> Iterator[list[str]]:
                 if isinstance(each.message, SkippedRecords):
                     now += each.message.problems
                 elif isinstance(each.message, SkippedFacts):
-                    now += str(each.message).splitlines()[1:]  # the first line counts them
+                    now += each.message.reasons
     finally:
         for each in caught:
             warnings.showwarning(each.message, each.category, each.filename, each.lineno)
