@@ -42,7 +42,9 @@ def cost(plan: Plan, sizes: Sizes, facts: int, samples: int, argmax: bool) -> Co
             attention += 2 * batches * products
         rows += together(layer.out_mid.rows, layer.out_given.rows).count(facts, samples)
     read = plan.read_rows.rows.count(facts, samples) + argmax * facts
-    read += len(plan.logits) * facts * samples
+    distinct = np.unique(plan.logits)
+    shared = int((distinct < plan.read_rows.rows.shared).sum())
+    read += Rows(shared, len(distinct) - shared).count(facts, samples)
     weights += read * sizes.hidden * sizes.vocabulary
     return Cost(2 * weights, 2 * attention, rows)
 
@@ -73,7 +75,7 @@ def bytes_by_use(plan: Plan, sizes: Sizes, itemsize: int) -> tuple[np.ndarray, n
     read = [
         (plan.read_rows.rows, 2 * sizes.hidden * itemsize + 6 * INDEX_BYTES),
         (Rows(0, plan.read.size), 4 * INDEX_BYTES),
-        (Rows(0, plan.captures), sizes.hidden * itemsize),
+        (Rows(0, plan.captures), 2 * sizes.hidden * itemsize),
         (Rows(0, len(plan.logits)), sizes.vocabulary * 2 * wide),
     ]
     entered = 3 * sizes.hidden * itemsize + 8 * sizes.hidden
@@ -105,8 +107,9 @@ def fixed_bytes(
     attention = (itemsize + max(4, itemsize)) * tiles.keys * (kv + 2 * heads)
     logits = tiles.readout_rows * vocabulary * (itemsize + 2 * max(4, itemsize))
     if gradient:
-        weights = sizes.key_value_weights + 2 * sizes.query_weights + sizes.mlp_weights
-        kept = 0 if shared else sizes.depth * itemsize * weights
+        # keys and values are one product, for which some architectures join two weights
+        weights = sizes.key_value_weights + (0 if shared else 2 * sizes.query_weights + sizes.mlp_weights)
+        kept = sizes.depth * itemsize * weights
         unembedding = 2 * copied * itemsize * sizes.vocabulary * sizes.hidden
         logits = tiles.readout_rows * sizes.vocabulary * 2 * max(4, itemsize)
         return kept + max(2 * layer, unembedding + logits)

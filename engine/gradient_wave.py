@@ -127,6 +127,7 @@ class _GradientWave:
         )
         shared, varying = self._attend(queries, keys, block, plans)
         stage = place_attention(self.groups, plans, self.device)
+        assert not stage.mixed, "heads are not overwritten in gradient passes"
         with torch.no_grad():
             own = block.attention_output(shared)
         return self._with_given(stage, own, block.attention_output(varying), [plan.attn_given for plan in plans])

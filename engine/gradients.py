@@ -57,14 +57,24 @@ class IntegratedGradients:
 
     def of(self, facts: Sequence[EncodedFact]) -> Iterator[Attribution]:
         """Each fact's attribution, in order."""
-        samples = self.noise.samples if self.noise else 1
-        cases = [self._clean_case(fact) for fact in facts]
-        results = self.session.results(self.session.job(cases, samples, self.noise))
-        for number, result in results:
-            n = len(cases[number].experiment.captures) // len(cases[number].experiment.bases)
-            clean = result.states[:, :n].double()
-            baseline = result.states[:, n:].double() if self.noise else torch.zeros_like(clean)
-            yield self._attribute(facts[number], cases[number].experiment.captures, clean, baseline)
+        for fact in facts:
+            at = self._states(fact)
+            parts = [at[first : first + self._together] for first in range(0, len(at), self._together)]
+            numbers = [self._integrate(fact, part, *self._ends(fact, part)) for part in parts]
+            norm, total, gap = (np.concatenate(column) for column in zip(*numbers, strict=True))
+            yield Attribution(at[:, 0], at[:, 1], at[:, 2], norm, total, gap)
+
+    @property
+    def _samples(self) -> int:
+        return self.noise.samples if self.noise else 1
+
+    @property
+    def _together(self) -> int:
+        """How many states are taken at once: their points and gradients lie beside the memory that passes are planned
+        for."""
+        session = self.session
+        bytes_of_state = 2 * (self.steps + 1) * self._samples * session.sizes.hidden * session.dtype.itemsize
+        return max(1, session.budget(gradient=True).total // 16 // bytes_of_state)
 
     def _states(self, fact: EncodedFact) -> np.ndarray:
         """(states, 3): site, layer and token."""
@@ -72,35 +82,24 @@ class IntegratedGradients:
         axes = ([SITES.index(kind) for kind in self.kinds], range(self.session.sizes.depth), tokens)
         return np.stack([axis.ravel() for axis in np.meshgrid(*map(np.array, axes), indexing="ij")], axis=1)
 
-    def _clean_case(self, fact: EncodedFact) -> Case:
-        """Hands out all states of the clean run, and then those of the corrupted one where it is the baseline."""
-        site, layer, token = self._states(fact).T
+    def _ends(self, fact: EncodedFact, at: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The states' clean values (1, states, hidden) and their baselines (J, states, hidden), float64."""
+        states = len(at)
         bases = CLEAN_AND_CORRUPTED if self.noise else (Base(),)
-        runs = np.repeat(np.arange(len(bases)), len(site))
-        times = len(bases)
-        captures = Captures(np.tile(site, times), np.tile(layer, times), runs, np.tile(token, times))
+        site, layer, token = np.tile(at, (len(bases), 1)).T
+        captures = Captures(site, layer, np.repeat(np.arange(len(bases)), states), token)
         experiment = Experiment(bases, np.empty(0, dtype=np.int64), Overwrites.none(), captures=captures)
-        span = fact.span if self.noise else (0, 0)
-        shape = Shape(len(fact.tokens), span, (target_tokens(fact),))
-        return Case(fact.fact.id, (fact.tokens,), fact.target, shape, experiment)
-
-    def _attribute(self, fact: EncodedFact, captures: Captures, clean: Tensor, baseline: Tensor) -> Attribution:
-        """clean, baseline (J, states, hidden) float64."""
-        J, states, hidden = clean.shape
-        at = np.stack([captures.site, captures.layer, captures.token], axis=1)[:states]
-        # the points of a state and their gradients lie beside the memory that passes are planned for
-        bytes_of_state = 2 * (self.steps + 1) * J * hidden * self.session.dtype.itemsize
-        step = max(1, self.session.budget(gradient=True).total // 16 // bytes_of_state)
-        parts = [slice(first, first + step) for first in range(0, states, step)]
-        numbers = [self._integrate(fact, at[part], clean[:, part], baseline[:, part]) for part in parts]
-        norm, total, gap = (np.concatenate(column) for column in zip(*numbers, strict=True))
-        return Attribution(at[:, 0], at[:, 1], at[:, 2], norm, total, gap)
+        shape = Shape(len(fact.tokens), fact.span if self.noise else (0, 0), (target_tokens(fact),))
+        case = Case(fact.fact.id, (fact.tokens,), fact.target, shape, experiment)
+        ((_, result),) = self.session.results(self.session.job([case], self._samples, self.noise))
+        clean = result.states[:1, :states].double()
+        return clean, result.states[:, states:].double() if self.noise else torch.zeros_like(clean)
 
     def _integrate(
         self, fact: EncodedFact, at: np.ndarray, clean: Tensor, baseline: Tensor
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Norm, total and gap of the states ``at`` (states, 3) these sites, layers and tokens."""
-        (J, states, hidden), change = clean.shape, clean - baseline
+        (J, states, hidden), change = baseline.shape, clean - baseline
         points, weights = quadrature(self.steps)
         # the baseline itself is a point of no weight: its p is the lower end of the difference to be explained
         along = torch.from_numpy(np.append(points, 0.0))[:, None, None]
@@ -110,10 +109,17 @@ class IntegratedGradients:
 
         none = torch.zeros(len(along) * J, hidden)  # of states that nothing read out depends on
         of_points = torch.from_numpy(np.append(weights, 0.0))
-        gradients = (result.gradients.get(state, none).unflatten(0, (len(along), J)) for state in range(states))
-        mean = torch.stack([torch.einsum("njd,n->jd", gradient.double(), of_points) for gradient in gradients], dim=1)
-        attribution = (mean * change).mean(0)
         p = torch.from_numpy(np.exp(result.log_p)).unflatten(0, (len(along), J))
+        gradients = (result.gradients.get(state, none).unflatten(0, (len(along), J)) for state in range(states))
+        # of log p by now, which no dtype is too narrow for; dp = p dlog p
+        mean = torch.stack(
+            [
+                torch.einsum("njd,nj,n->jd", gradient.double(), p[:, :, 1 + state], of_points)
+                for state, gradient in enumerate(gradients)
+            ],
+            dim=1,
+        )
+        attribution = (mean * change).mean(0)
         total = attribution.sum(-1)
         gap = total - (p[0, 0, CLEAN] - p[-1, :, 1:].mean(0))
         return attribution.norm(dim=-1).numpy(), total.numpy(), gap.numpy()

@@ -55,8 +55,8 @@ class Result:
     """What an experiment gave for one fact.
 
     log_p (J, R) float64: the target's log-probability in each sample of each run; states (J, captures, hidden): the
-    captured values; logits (J, n, vocabulary); gradients: of the sum of p over all runs, by each of the given vectors,
-    (J, width); none unless asked for.
+    captured values; logits (J, n, vocabulary); gradients: of the sum of log p over all runs, by each of the given
+    vectors, (J, width); none unless asked for.
     """
 
     log_p: np.ndarray
@@ -107,12 +107,25 @@ class Job:
 
     def results(self, budget: Budget) -> Iterator[tuple[int, Result]]:
         """The number of each case in order, with its result."""
+        self._check_smallest(budget)
         collected = _Collected(self)
         space = Workspace(self.dtype, self.device)
         for parts, _ in self.passes(budget):
             for done, outcome in self._run(parts, budget, space):
                 collected.add(done, outcome)
+                del outcome  # the results of a whole pass hang on those of one part
             yield from collected.complete()
+
+    def _check_smallest(self, budget: Budget) -> None:
+        """Refuse, before anything is computed, what does not fit even one sample of one run at a time."""
+        known = set()
+        for index, case in enumerate(self.cases):
+            key = (case.shape, case.experiment.digest)
+            if key not in known:
+                known.add(key)
+                smallest = Part(index, range(1), range(min(1, case.experiment.branches)))
+                for _ in assemble([smallest], lambda part: self.plan(part)[1], budget, lambda i: self.cases[i].name):
+                    pass
 
     def _run(self, parts: list[Part], budget: Budget, space: Workspace) -> Iterator[tuple[Part, Result]]:
         """Run a pass; where memory runs out after all, run it as two smaller ones."""
@@ -140,9 +153,10 @@ class Job:
 
     def _run_once(self, parts: list[Part], budget: Budget, space: Workspace) -> list[tuple[Part, Result]]:
         plans = [self.plan(part)[0] for part in parts]  # held, since the cache may drop them at any time
-        members: dict[tuple[int, range], list[int]] = {}
+        members: dict[tuple[int, range, bool], list[int]] = {}
         for index, (part, plan) in enumerate(zip(parts, plans, strict=True)):
-            members.setdefault((id(plan), part.samples), []).append(index)
+            labelled = bool(self.cases[part.fact].targets)
+            members.setdefault((id(plan), part.samples, labelled), []).append(index)
         groups = [self._group(plans[group[0]], [parts[index] for index in group]) for group in members.values()]
         if self.gradient:
             return self._differentiate(parts, list(members.values()), groups, budget)
@@ -157,14 +171,16 @@ class Job:
         self, parts: list[Part], members: list[list[int]], groups: list[Group], budget: Budget
     ) -> list[tuple[Part, Result]]:
         groups = [
-            replace(group, vectors=tuple(tuple(v.detach().requires_grad_() for v in own) for own in group.vectors))
-            for group in groups
+            replace(group, vectors=tuple(tuple(_leaf(v) for v in own) for own in group.vectors)) for group in groups
         ]
-        by_group = run_gradient_pass(self.architecture, groups, budget.tiles, self.dtype, self.device)
-        log_p = [values.sum(-1) for values in by_group]
         leaves = [vector for group in groups for own in group.vectors for vector in own]
-        total = torch.stack([values.exp().sum() for values in log_p]).sum()
-        gradients = iter(torch.autograd.grad(total, leaves, allow_unused=True))
+        with torch.inference_mode(False), torch.enable_grad():
+            by_group = run_gradient_pass(self.architecture, groups, budget.tiles, self.dtype, self.device)
+            log_p = [values.sum(-1) for values in by_group]
+            total = torch.stack([values.sum() for values in log_p]).sum()
+            depends = total.requires_grad  # not where nothing read out depends on any vector
+            found = torch.autograd.grad(total, leaves, allow_unused=True) if depends else (None,) * len(leaves)
+        gradients = iter(found)
         done = []
         for group, indices, values in zip(groups, members, log_p, strict=True):
             nothing = torch.empty(group.samples, 0, 0)
@@ -230,6 +246,13 @@ class _Collected:
             del self.missing[self.next]
             yield self.next, self.results.pop(self.next)
             self.next += 1
+
+
+def _leaf(vector: Tensor) -> Tensor:
+    """The vector as a start of gradients, whatever mode it was made in."""
+    with torch.inference_mode(False):
+        plain = vector.clone() if vector.is_inference() else vector
+        return plain.detach().requires_grad_()
 
 
 def _out_of_memory(error: BaseException) -> bool:

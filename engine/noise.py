@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,8 @@ class Noise:
             raise ExperimentError(
                 f"the covariance is {self.covariance.shape} and the mean {self.mean.shape}; give (D, D) and (D,)"
             )
+        if shaped and not np.allclose(self.covariance, self.covariance.T):
+            raise ExperimentError("the noise's covariance is not symmetric, or not finite; give that of embeddings")
         if self.kind == "t" and self.dof is None:
             raise ExperimentError("the noise 't' needs dof, its degrees of freedom")
         if self.kind != "t" and self.dof is not None:
@@ -95,6 +98,12 @@ class NoiseStream:
             self._drawn[span] = self._draw(span)
         return self._drawn[span][samples.start : samples.stop]
 
+    @cached_property
+    def _factor(self) -> np.ndarray:
+        """What turns independent noise into noise of the covariance."""
+        _, sizes, axes = np.linalg.svd(self.noise.covariance)
+        return np.sqrt(sizes)[:, None] * axes
+
     def _draw(self, span: int) -> np.ndarray:
         shape = (self.samples, span, self.hidden)
         if self.noise.kind == "counterfactual" or not span:
@@ -105,12 +114,10 @@ class NoiseStream:
         elif self.noise.kind == "gaussian":
             draws = [self.sigma * stream.randn(*shape) for _ in range(self.draws)]
         else:
-            _, sizes, axes = np.linalg.svd(self.noise.covariance)
-            turn = np.sqrt(sizes)[:, None] * axes
-            draws = [self.noise.mean + stream.randn(*shape) @ turn for _ in range(self.draws)]
+            draws = [self.noise.mean + stream.randn(*shape) @ self._factor for _ in range(self.draws)]
         if self.noise.dof is not None:
             dof = self.noise.dof
-            spread = np.random.RandomState(self.seed + 1).chisquare(dof, self.samples * span)
+            spread = np.random.RandomState((self.seed + 1) % 2**32).chisquare(dof, self.samples * span)
             factor = np.sqrt((dof - 2) / spread).reshape(self.samples, span, 1)
             draws = [factor * draw for draw in draws]
         return np.stack(draws, axis=1)

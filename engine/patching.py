@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from causalcone.engine.branches import choose_tokens
 from causalcone.engine.cone import Shape
-from causalcone.engine.errors import ExperimentError
+from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.engine.facts import EncodedFact, Fact, encode
 from causalcone.engine.interventions import SITES, ZERO, Base, Captures, Experiment, Overwrites, given
 from causalcone.engine.job import Case, Result
 from causalcone.engine.models.base import Sizes
+from causalcone.engine.noise import Noise
 from causalcone.engine.restoring import target_tokens
 from causalcone.engine.states import KINDS, State
 
@@ -54,6 +57,26 @@ class Intervention:
     source: str | Tensor = "clean"
     source_tokens: Positions | None = None
 
+    def __post_init__(self) -> None:
+        if self.site == "heads":
+            raise ExperimentError("an intervention is on one head; give head.N, and one intervention for each")
+        State(self.site)  # checks the name
+        object.__setattr__(self, "layers", _numbers(self.layers, "layers"))
+        for name in ("tokens", "source_tokens"):
+            positions = getattr(self, name)
+            if positions is not None and not isinstance(positions, str):
+                object.__setattr__(self, name, _numbers(positions, name))
+        if isinstance(self.source, np.ndarray):
+            object.__setattr__(self, "source", torch.from_numpy(self.source))
+        if not isinstance(self.source, str | Tensor):
+            raise ExperimentError(f"the source {self.source!r} is neither a name nor a vector")
+        if self.source_tokens is not None and (isinstance(self.source, Tensor) or self.source == "zero"):
+            raise ExperimentError("source_tokens go with values of another run; vectors and zero have none")
+
+    @property
+    def from_other(self) -> bool:
+        return isinstance(self.source, str) and self.source.startswith("other")
+
 
 @dataclass(frozen=True)
 class Read:
@@ -62,13 +85,17 @@ class Read:
 
     what: str
     tokens: Positions = -1
-    layers: int | tuple[int, ...] | None = None
+    layers: int | Iterable[int] | None = None
 
     def __post_init__(self) -> None:
         if self.what not in ("logits", *KINDS):
             raise ExperimentError(f"cannot read {self.what!r}; choose logits, hidden, mlp or attn")
         if (self.what == "logits") != (self.layers is None):
             raise ExperimentError(f"reading {self.what} {'needs' if self.layers is None else 'takes no'} layers")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", _numbers(self.layers, "layers"))
+        if not isinstance(self.tokens, str):
+            object.__setattr__(self, "tokens", _numbers(self.tokens, "tokens"))
 
 
 @dataclass(frozen=True)
@@ -111,10 +138,16 @@ Runs = Sequence[Intervention] | Sequence[Sequence[Intervention]]
 
 def as_runs(interventions: Runs) -> list[list[Intervention]]:
     """One list of interventions per run, from that or from the interventions of a single run."""
-    single = [item for item in interventions if isinstance(item, Intervention)]
-    lists = [list(item) for item in interventions if not isinstance(item, Intervention)]
+    if isinstance(interventions, Intervention):
+        raise ExperimentError("interventions are a list; give [intervention] for a single one")
+    given = list(interventions)
+    single = [item for item in given if isinstance(item, Intervention)]
+    lists = [list(item) for item in given if not isinstance(item, Intervention)]
     if single and lists:
         raise ExperimentError("interventions mix single ones with lists; give one list, or one list per run")
+    for item in (each for run in lists for each in run):
+        if not isinstance(item, Intervention):
+            raise ExperimentError(f"{item!r} is no intervention; give cc.Intervention(site, layers, tokens, source)")
     return [single] if single else lists
 
 
@@ -125,7 +158,20 @@ class Patching:
     runs: list[list[Intervention]]
     reads: tuple[Read, ...]
     base: str
+    noise: Noise
     sizes: Sizes
+    prompts: int
+
+    def __post_init__(self) -> None:
+        if self.base == "other":
+            object.__setattr__(self, "base", "other:0")
+        if self.corrupts and self.noise.kind == "counterfactual":
+            raise ExperimentError("a counterfactual prompt is another text; give base or source 'other', and no noise")
+
+    def encode(self, prompt: Prompt | Fact | str, number: int, tokenizer: Any) -> EncodedPrompt:
+        """The ``number``-th prompt as token ids."""
+        takes_others = self.base.startswith("other") or any(each.from_other for run in self.runs for each in run)
+        return encode_prompt(prompt, number, tokenizer, self.sizes, takes_others)
 
     def case(self, prompt: EncodedPrompt, number: int) -> Case:
         """The experiment on one prompt, the ``number``-th."""
@@ -177,7 +223,7 @@ class Patching:
         if self.corrupts and prompt.own.span == NO_SUBJECT:
             raise ExperimentError(f"{prompt.own.fact.id!r} is no fact: only facts have a subject that can be corrupted")
         others = range(len(prompt.others))
-        corrupted = (Base(draw=0),) if self.corrupts else ()
+        corrupted = (Base(draw=0, replace=self.noise.replace),) if self.corrupts else ()
         bases = (Base(), *corrupted, *(Base(prompt=1 + other) for other in others))
         names = ["clean", *["corrupted"] * self.corrupts, *(f"other:{other}" for other in others)]
         if self.base not in names:
@@ -199,7 +245,7 @@ class Patching:
         vectors: list[Tensor],
         number: int,
     ) -> list[tuple[int, ...]]:
-        state = State(each.site)  # checks the name
+        state = State(each.site)
         head = -1 if state.head is None else state.head
         if head >= self.sizes.heads:
             raise ExperimentError(f"there is no head {head}; the model has {self.sizes.heads} heads")
@@ -207,7 +253,7 @@ class Patching:
         taken = tokens
         if isinstance(each.source, Tensor):
             width = self.sizes.hidden if head < 0 else self.sizes.head_dim
-            vectors.append(_vector(each.source, width, number))
+            vectors.append(_vector(each.source, width, number, self.prompts))
             source = given(len(vectors) - 1)
         elif each.source == "zero":
             source = ZERO
@@ -257,11 +303,12 @@ class Patching:
         targets = len(target_tokens(prompt.own))
         read = tuple(tuple(range(len(tokens) - targets, len(tokens))) for tokens in prompts)
         longest = max(map(len, prompts))
-        alike = tuple(
-            tuple(i < min(len(first), len(other)) and first[i] == other[i] for i in range(longest))
-            for other in prompts[1:]
-        )
-        return Shape(longest, prompt.own.span if self.corrupts else (0, 0), read, alike)
+        alike = []
+        for other in prompts[1:]:
+            # where one of two texts ends before the other, it is read: what is one row must be read as one
+            same = longest if len(other) == len(first) else min(len(first), len(other)) - targets
+            alike.append(tuple(i < min(same, len(first)) and first[i] == other[i] for i in range(longest)))
+        return Shape(longest, prompt.own.span if self.corrupts else (0, 0), read, tuple(alike))
 
 
 @dataclass(frozen=True)
@@ -280,7 +327,7 @@ class _Places:
                     f"{fact.fact.id!r}: tokens {positions!r} need a fact's own prompt; give positions, 'all' or 'last'"
                 )
             return choose_tokens(positions, length, fact.span)
-        numbers = (positions,) if isinstance(positions, int) else tuple(positions)
+        numbers = _numbers(positions, "tokens")
         for token in numbers:
             if not -length <= token < length:
                 raise ExperimentError(f"{fact.fact.id!r}: token {token} is outside its prompt of {length} tokens")
@@ -288,7 +335,7 @@ class _Places:
 
 
 def _as_layers(layers: int | Iterable[int], depth: int) -> tuple[int, ...]:
-    numbers = (layers,) if isinstance(layers, int) else tuple(layers)
+    numbers = _numbers(layers, "layers")
     for layer in numbers:
         if not 0 <= layer < depth:
             raise ExperimentError(f"there is no layer {layer}; the model has layers 0 to {depth - 1}")
@@ -302,26 +349,46 @@ def _source_tokens(each: Intervention, tokens: tuple[int, ...]) -> Positions:
     return tokens if isinstance(each.tokens, str) and each.tokens.startswith("subject") else each.tokens
 
 
-def _vector(source: Tensor, width: int, number: int) -> Tensor:
-    own = source[number] if source.dim() == 2 else source
-    if own.shape != (width,):
-        raise ExperimentError(f"the source vector is {tuple(source.shape)}; give ({width},) or (prompts, {width})")
-    return own.detach()
+def _vector(source: Tensor, width: int, number: int, prompts: int) -> Tensor:
+    if source.shape not in ((width,), (prompts, width)):
+        raise ExperimentError(f"the source vector is {tuple(source.shape)}; give ({width},) or ({prompts}, {width})")
+    if not source.isfinite().all():
+        raise ExperimentError("the source vector holds NaN or infinity")
+    return (source[number] if source.dim() == 2 else source).detach()
 
 
-def encode_prompt(prompt: Prompt | Fact | str, number: int, tokenizer: Any, sizes: Sizes) -> EncodedPrompt:
-    """Token ids of a prompt and its other texts; a fact's other text is that about its counterfactual subject."""
+def _numbers(values: int | Iterable[int], name: str) -> tuple[int, ...]:
+    """Whole numbers from one or several."""
+    try:
+        return (index(values),)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    try:
+        return tuple(index(value) for value in values)  # type: ignore[union-attr]
+    except TypeError:
+        raise ExperimentError(f"{name} {values!r} are not whole numbers") from None
+
+
+def encode_prompt(
+    prompt: Prompt | Fact | str, number: int, tokenizer: Any, sizes: Sizes, takes_others: bool
+) -> EncodedPrompt:
+    """Token ids of a prompt and its other texts; a fact's other text is that about its counterfactual subject, where
+    anything takes values from it."""
 
     def tokens(fact: Fact, target: str) -> EncodedFact:
         return encode(fact, tokenizer, target, sizes.vocabulary, sizes.positions)
 
     if isinstance(prompt, Fact):
         own, subject = tokens(prompt, "label"), prompt.counterfactual_subject
-        others: tuple[str, ...] = () if subject is None else (prompt.prompt.replace("{}", subject),)
+        others: tuple[str, ...] = () if subject is None or not takes_others else (prompt.prompt.replace("{}", subject),)
     else:
         prompt = Prompt(prompt) if isinstance(prompt, str) else prompt
-        text = Fact(f"prompt {number}", "{}", prompt.text, prompt.target or "none")
+        text = Fact(f"prompt {number}", "{}", prompt.text, "none" if prompt.target is None else prompt.target)
         own = replace(tokens(text, "argmax" if prompt.target is None else "label"), span=NO_SUBJECT)
         others = prompt.others
     texts = (Fact(f"{own.fact.id}, other {i}", "{}", other, own.fact.target_true) for i, other in enumerate(others))
-    return EncodedPrompt(own, tuple(tokens(text, "argmax").prompt for text in texts))
+    encoded = EncodedPrompt(own, tuple(tokens(text, "argmax").prompt for text in texts))
+    longest = max(map(len, encoded.others), default=0) + max(0, len(own.target) - 1)
+    if longest > sizes.positions:
+        raise FactError(f"{own.fact.id!r}: another text and the target need {longest} of {sizes.positions} positions")
+    return encoded

@@ -28,7 +28,7 @@ from causalcone.engine.options import (
     check_on_error,
     check_target,
 )
-from causalcone.engine.patching import Patching, Prompt, PromptResult, Read, Runs, as_runs, encode_prompt
+from causalcone.engine.patching import Patching, Prompt, PromptResult, Read, Runs, as_runs
 from causalcone.engine.restoring import Restoring, Zeroing, counterfactual_prompt
 from causalcone.engine.session import Session, load_model
 from causalcone.engine.states import KINDS, State, States, as_states
@@ -244,7 +244,7 @@ class Tracer:
         encoded = self._encode(facts, spec.target, spec.chosen, on_error)
         stream = None
         if spec.baseline == "corrupted" and encoded:
-            level = self.noise_level([each.fact for each in encoded], spec.sigma)
+            level = self._sigma(spec.sigma, Noise(), [each.fact for each in encoded])
             stream = NoiseStream(Noise(), level, spec.seed, spec.samples, self.session.sizes.hidden)
         method = IntegratedGradients(self.session, tuple(kinds), spec.steps, spec.chosen, stream)
         return _gradient_batches(method, encoded, progress or (lambda done, of: None))
@@ -271,16 +271,18 @@ class Tracer:
         Returns a ``PromptResult`` per prompt. Raises ``ExperimentError`` or ``FactError`` naming what makes no sense.
         """
         session = self.session
-        patching = Patching(as_runs(interventions), tuple(read), "other:0" if base == "other" else base, session.sizes)
-        facts = [prompt for prompt in prompts if isinstance(prompt, Fact)]
-        spec = TraceSpec((), samples, sigma, seed, noise=noise)
-        encoded = [encode_prompt(each, i, session.tokenizer, session.sizes) for i, each in enumerate(prompts)]
-        cases = [patching.case(each, number) for number, each in enumerate(encoded)]
-        if not patching.corrupts:
-            job = session.job(cases)
+        if isinstance(prompts, str | Prompt | Fact):
+            raise ExperimentError("prompts are a list; give [prompt] for a single one")
+        given, spec = list(prompts), TraceSpec((), samples, sigma, seed, noise=noise)
+        patching = Patching(as_runs(interventions), tuple(read), base, spec.corruption, session.sizes, len(given))
+        encoded = [patching.encode(prompt, number, session.tokenizer) for number, prompt in enumerate(given)]
+        cases = [patching.case(prompt, number) for number, prompt in enumerate(encoded)]
+        if patching.corrupts:
+            level = self._sigma(spec.sigma, spec.corruption, [each.own.fact for each in encoded])
+            stream = NoiseStream(spec.corruption, level, seed, samples, session.sizes.hidden)
+            job = session.job(cases, samples, stream)
         else:
-            level = self._sigma(spec, facts)
-            job = session.job(cases, samples, NoiseStream(spec.corruption, level, seed, samples, session.sizes.hidden))
+            job = session.job(cases)
         return [patching.result(encoded[i], cases[i], result) for i, result in session.results(job)]
 
     def noise_level(self, facts: Iterable[Fact], sigma: float | str = DEFAULT_SIGMA, on_error: str = "raise") -> float:
@@ -291,15 +293,18 @@ class Tracer:
         value, in_deviations = parse_sigma(sigma)
         if not in_deviations:
             return value
-        subjects = [
-            subject_ids(each.fact, self.session.tokenizer) for each in self._encode(facts, "label", "all", on_error)
-        ]
+        check_on_error(on_error)
+        return self._level([each.fact for each in self._encode(facts, "label", "all", on_error)], value)
+
+    def _level(self, facts: Sequence[Fact], deviations: float) -> float:
+        """So many standard deviations of the embeddings of the facts' subjects."""
+        subjects = [subject_ids(fact, self.session.tokenizer) for fact in facts]
         if not any(subjects):
-            raise ExperimentError(f"sigma {sigma!r} needs at least one fact whose subject has tokens")
+            raise ExperimentError("sigma in standard deviations needs at least one fact whose subject has tokens")
         if max(map(max, filter(None, subjects))) >= self.session.sizes.vocabulary:
             raise ExperimentError("a subject has tokens outside the model's vocabulary; use the model's own tokenizer")
         with torch.inference_mode():
-            return value * subject_deviation(subjects, self.session.architecture.embed)
+            return deviations * subject_deviation(subjects, self.session.architecture.embed)
 
     def embedding_noise(self, texts: Iterable[str], dof: float | None = None, replace: bool = False) -> Noise:
         """Multivariate noise, or t noise with ``dof``, with mean and covariance of the token-embedding outputs over
@@ -325,8 +330,6 @@ class Tracer:
         spec = TraceSpec(as_states(states, session.sizes.heads), **options)
         check_on_error(on_error)
         noise = spec.corruption
-        if noise.mean is not None and len(noise.mean) != session.sizes.hidden:
-            raise ExperimentError(f"the noise has {len(noise.mean)} dimensions, the embeddings {session.sizes.hidden}")
         others: dict[str, tuple[int, ...]] = {}
 
         def check(fact: EncodedFact) -> None:
@@ -335,16 +338,23 @@ class Tracer:
                 others[fact.fact.id] = counterfactual_prompt(fact, session.tokenizer, session.sizes)
 
         encoded = session.encode(list(facts), spec.target, on_error, check)
-        sigma = self._sigma(spec, [each.fact for each in encoded])
+        sigma = self._sigma(spec.sigma, noise, [each.fact for each in encoded])
         restoring = Restoring(spec, session.sizes.depth)
         cases = [restoring.case(fact, others.get(fact.fact.id)) for fact in encoded]
         stream = NoiseStream(noise, sigma, spec.seed, restoring.samples, session.sizes.hidden, restoring.draws)
         job = session.job([case for case, _ in cases], restoring.samples, stream)
         return _Study(job, encoded, [branches for _, branches in cases], spec.states, spec.method)
 
-    def _sigma(self, spec: TraceSpec, facts: Sequence[Fact]) -> float:
-        """The noise level as a number, where the noise has one."""
-        return self.noise_level(facts, spec.sigma) if facts and spec.corruption.kind in SCALED_NOISES else 0.0
+    def _sigma(self, sigma: float | str, noise: Noise, facts: Sequence[Fact]) -> float:
+        """The noise level as a number, where the noise has one; all facts are checked by now."""
+        if noise.mean is not None and len(noise.mean) != self.session.sizes.hidden:
+            raise ExperimentError(
+                f"the noise has {len(noise.mean)} dimensions, the embeddings {self.session.sizes.hidden}"
+            )
+        if not facts or noise.kind not in SCALED_NOISES:
+            return 0.0
+        value, in_deviations = parse_sigma(sigma)
+        return self._level(facts, value) if in_deviations else value
 
     def _batches(self, study: _Study, progress: Progress | None) -> Iterator[pa.RecordBatch]:
         total = len(study.facts)

@@ -251,6 +251,7 @@ def read_logits(
     outcomes = []
     for group, placement, ids, values in zip(groups, stage.placements, read, captured, strict=True):
         rows = placement.flat(torch.from_numpy(group.plan.logits).to(device), varying=True)
-        logits = readout.logits(states[rows.flatten()]).unflatten(0, rows.shape)
+        distinct, place = rows.unique(return_inverse=True)
+        logits = readout.logits(states[distinct])[place]
         outcomes.append(Outcome(log_p[placement.flat(ids, varying=True)], values, logits))
     return outcomes

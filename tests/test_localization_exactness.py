@@ -162,3 +162,32 @@ def test_splitting_gradients_changes_nothing(tokenizer):
     whole = cc.Tracer(model, tokenizer).integrated_gradients(FEW[:2], steps=5)
     parts = cc.Tracer(model, tokenizer, memory="2MiB").integrated_gradients(FEW[:2], steps=5)
     assert_same_gradients(parts, whole.to_pylist())
+
+
+def test_gradients_of_states_that_nothing_depends_on(tokenizer):
+    """The last layer's states before the last token."""
+    table = cc.Tracer(gpt2(1), tokenizer).integrated_gradients(FEW[:1], kinds=("hidden",), tokens=(0,), steps=3)
+    (row,) = table.to_pylist()
+    assert (row["norm"], row["total"], row["gap"]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_whatever_the_callers_mode(model, tokenizer, mode):
+    tracer = cc.Tracer(model, tokenizer)
+    expected = tracer.integrated_gradients(FEW[:1], kinds=("mlp",), steps=3)
+    with mode():
+        table = tracer.integrated_gradients(FEW[:1], kinds=("mlp",), steps=3)
+    assert table.equals(expected)
+
+
+def test_gradients_of_improbable_targets_in_float16(tokenizer):
+    """p itself is too small a number for float16, its logarithm is not."""
+    exact = gpt2(2, dtype=torch.float32)
+    fact = cc.Fact("improbable", "In the city of {} they speak", "Rome", "Zqxjk Wyz qqq zzz")
+    options = {"kinds": ("mlp",), "steps": 5, "target": "label", "tokens": "last"}
+    right, rough = (
+        cc.Tracer(exact, tokenizer, dtype=dtype).integrated_gradients([fact], **options)["norm"].to_numpy()
+        for dtype in (torch.float32, torch.float16)
+    )
+    assert 0 < right.max() < 1e-7
+    assert abs(rough / right - 1).max() < 0.2

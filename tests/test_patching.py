@@ -200,13 +200,64 @@ def test_the_other_prompt_of_a_fact_is_the_counterfactual_one():
     assert result.patched.p[0, 0] == pytest.approx(swapped[0]["p_corrupted"], abs=1e-9)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_prompts_with_and_without_a_target_of_one_length(order):
+    first, second = "In the city of Bo they speak", "In the city of Rome they speak"
+    assert len(ids_of(first)) == len(ids_of(second))
+    prompts = [first, cc.Prompt(second, target="golf")][::order]
+    runs = [[cc.Intervention("mlp", 1, -1, "zero")]]
+    together = cc.Tracer(network(), tokenizer()).run(prompts, runs)
+    for prompt, result in zip(prompts, together, strict=True):
+        (alone,) = cc.Tracer(network(), tokenizer()).run([prompt], runs)
+        np.testing.assert_allclose(result.patched.p, alone.patched.p, rtol=1e-9)
+        np.testing.assert_allclose(result.clean.p, alone.clean.p, rtol=1e-9)
+
+
+def test_texts_of_which_one_begins_the_other():
+    """The same row predicts the first target token of the one and the second of the other."""
+    words = tokenizer()(" in Seattle", add_special_tokens=False)["input_ids"]
+    text = TEXTS[0] + tokenizer().decode(words[:1])
+    assert ids_of(text) == ids_of(TEXTS[0]) + words[:1]
+    prompt = cc.Prompt(text, target="in Seattle", others=(TEXTS[0],))
+    (result,) = cc.Tracer(network(), tokenizer()).run([prompt], [[cc.Intervention("hidden", 0, 0, "other")]])
+    for found, own in ((result.clean, text), (result.others, TEXTS[0])):
+        ids = ids_of(own) + words[:-1]
+        log_p = forward(network(), ids)[0].log_softmax(-1)[range(len(ids) - len(words), len(ids)), words].sum()
+        assert found.p[0, 0] == pytest.approx(float(log_p.exp()), rel=1e-9)
+
+
+def test_replacing_noise():
+    tracer, noise = cc.Tracer(network(), tokenizer()), cc.Noise(replace=True)
+    options = {"sigma": 0.5, "samples": 2, "noise": noise}
+    (result,) = tracer.run([FACTS[0]], [[cc.Intervention("hidden", 1, "last")]], base="corrupted", **options)
+    row = tracer.trace([FACTS[0]], (("hidden", 1),), tokens="last", **options).to_pylist()[1]
+    assert result.corrupted.p.mean() == pytest.approx(row["p_corrupted"], abs=1e-12)
+    assert result.patched.p.mean() == pytest.approx(row["p_patched"], abs=1e-12)
+
+
+def test_iterators_serve_every_prompt():
+    each = cc.Intervention("mlp", (layer for layer in range(LAYERS)), -1, "zero")
+    runs = ([each] for _ in range(2))
+    results = cc.Tracer(network(), tokenizer()).run((text for text in TEXTS[:2]), runs)
+    for text, result in zip(TEXTS[:2], results, strict=True):
+        (alone,) = cc.Tracer(network(), tokenizer()).run([text], [cc.Intervention("mlp", range(LAYERS), -1, "zero")])
+        np.testing.assert_allclose(result.patched.p, [[alone.patched.p[0, 0]] * 2], rtol=1e-12)
+
+
+def test_the_counterfactual_prompt_of_a_fact_is_run_where_it_is_asked_for():
+    fact = cc.Fact("0", "{} plays the sport of", "Ann Lee", "tennis", counterfactual_subject="Danielle Darrieux")
+    reads = [cc.Read("hidden", "subject_last", 1)]
+    (result,) = cc.Tracer(network(), tokenizer()).run([fact], [cc.Intervention("mlp", 0, -1, "zero")], reads)
+    assert result.others.p.shape == (1, 0)
+    assert result.patched.values[0].shape == (1, 1, 1, 1, WIDTH)
+
+
 @pytest.mark.parametrize(
     ("prompts", "runs", "reads", "base", "message"),
     [
         (["Bo is"], [cc.Intervention("hidden", 3, 0)], (), "clean", "no layer 3.*0 to 2"),
         (["Bo is"], [cc.Intervention("hidden", -1, 0)], (), "clean", "no layer -1"),
         (["Bo is"], [cc.Intervention("hidden", 0, 9)], (), "clean", "token 9 is outside"),
-        (["Bo is"], [cc.Intervention("residual", 0, 0)], (), "clean", "unknown kind 'residual'"),
         (["Bo is"], [cc.Intervention("head.4", 0, 0)], (), "clean", "no head 4"),
         (["Bo is"], [cc.Intervention("hidden", 0, "subject")], (), "clean", "need a fact"),
         (["Bo is"], [cc.Intervention("hidden", 0, 0, "corrupted")], (), "clean", "no fact"),
@@ -214,6 +265,13 @@ def test_the_other_prompt_of_a_fact_is_the_counterfactual_one():
         (["Bo is"], [cc.Intervention("hidden", 0, 0)], (), "other", "no base"),
         (["Bo is"], [cc.Intervention("hidden", 0, 0, torch.zeros(3))], (), "clean", r"give \(32,\)"),
         (["Bo is"], [cc.Intervention("hidden", 0, (0, 1), "clean", (0,))], (), "clean", "give as many"),
+        (["Bo is"], [cc.Intervention("hidden", 0, 0, torch.zeros(2, WIDTH))], (), "clean", r"or \(1, 32\)"),
+        (["Bo is"], [cc.Intervention("hidden", 0, 0, torch.full((WIDTH,), torch.nan))], (), "clean", "NaN"),
+        ([cc.Prompt("Bo is", target="")], [cc.Intervention("hidden", 0, 0)], (), "clean", "target.* is empty"),
+        ([cc.Prompt("Bo is", "in Seattle", ("Bo " * 63,))], [cc.Intervention("mlp", 0, 0)], (), "clean", "positions"),
+        ("Bo is", [cc.Intervention("hidden", 0, 0)], (), "clean", "list"),
+        (["Bo is"], cc.Intervention("hidden", 0, 0), (), "clean", "list"),
+        (["Bo is"], [["hidden"]], (), "clean", "no intervention"),
         (["Bo is"], [cc.Intervention("hidden", 0, 0), [cc.Intervention("mlp", 0, 0)]], (), "clean", "mix"),
         ([""], [cc.Intervention("hidden", 0, 0)], (), "clean", "empty"),
         (["Bo is"], [cc.Intervention("hidden", 0, 0)], [("logits", 9)], "clean", "token 9"),
@@ -231,3 +289,26 @@ def test_reads_that_make_no_sense():
         cc.Read("logits", layers=1)
     with pytest.raises(cc.CausalconeError, match="cannot read"):
         cc.Read("embedding")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("residual", 0, 0), "unknown kind 'residual'"),
+        (("heads", 0, 0), "head.N"),
+        (("hidden", 0.5, 0), "layers"),
+        (("hidden", 0, (1.5,)), "tokens"),
+        (("hidden", 0, 0, None), "source"),
+        (("hidden", 0, 0, "zero", 1), "source_tokens"),
+    ],
+)
+def test_interventions_that_make_no_sense(arguments, message):
+    with pytest.raises(cc.CausalconeError, match=message):
+        cc.Intervention(*arguments)
+
+
+def test_a_counterfactual_prompt_is_no_noise():
+    with pytest.raises(cc.CausalconeError, match="other"):
+        cc.Tracer(network(), tokenizer()).run(
+            [FACTS[0]], [cc.Intervention("mlp", 0, 0)], base="corrupted", noise="counterfactual"
+        )

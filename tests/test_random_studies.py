@@ -30,6 +30,24 @@ def facts(draw, name):
 
 
 @st.composite
+def variants(draw, severed):
+    """What a study may do otherwise: severing, heads, tokens together, other noise, more corrupted tokens."""
+    chosen = {
+        "joint": draw(st.booleans()),
+        "extra_tokens": draw(st.integers(0, 2)),
+        "noise": cc.Noise(draw(st.sampled_from(["gaussian", "uniform"])), replace=draw(st.booleans())),
+        "compat": draw(st.sampled_from([None, "published"])),
+    }
+    if severed:
+        windows = draw(st.lists(st.integers(1, 3), min_size=1, max_size=2, unique=True))
+        chosen |= {"states": tuple(("hidden", window) for window in windows)}
+        chosen |= {"sever": draw(st.sampled_from(["mlp", "attn", "both"]))}
+    elif draw(st.booleans()):
+        chosen |= {"states": (("head.0", draw(st.integers(1, 4))), ("mlp", draw(st.integers(1, 4))))}
+    return chosen
+
+
+@st.composite
 def studies(draw):
     """A model, its facts, and the options of a study."""
     options = {
@@ -47,6 +65,7 @@ def studies(draw):
         "target": draw(st.sampled_from(["label", "argmax"])),
         "tokens": draw(st.sampled_from(["all", "subject_onward", "subject", "subject_last", "last", (0,)])),
     }
+    options |= draw(variants(draw(st.booleans())))
     several = [draw(facts(str(i))) for i in range(draw(st.integers(1, 3)))]
     return random_model(draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 4]))), several, options
 
