@@ -140,9 +140,9 @@ def as_runs(interventions: Runs) -> list[list[Intervention]]:
     """One list of interventions per run, from that or from the interventions of a single run."""
     if isinstance(interventions, Intervention):
         raise ExperimentError("interventions are a list; give [intervention] for a single one")
-    given = list(interventions)
-    single = [item for item in given if isinstance(item, Intervention)]
-    lists = [list(item) for item in given if not isinstance(item, Intervention)]
+    items: list[Any] = list(interventions)
+    single = [item for item in items if isinstance(item, Intervention)]
+    lists = [list(item) for item in items if not isinstance(item, Intervention)]
     if single and lists:
         raise ExperimentError("interventions mix single ones with lists; give one list, or one list per run")
     for item in (each for run in lists for each in run):
