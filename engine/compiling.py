@@ -6,8 +6,8 @@ import numpy as np
 
 from causalcone.engine.cone import Entries, LayerValues, Shape, find_cone
 from causalcone.engine.interventions import Experiment
+from causalcone.engine.needed import Needed, NeededAttention, marked
 from causalcone.engine.plan import Captured, Gather, LayerPlan, Plan
-from causalcone.engine.stages import AttentionStages, Stage, marked
 
 
 def compile_plan(shape: Shape, experiment: Experiment, depth: int, parallel: bool = False) -> Plan:
@@ -21,7 +21,7 @@ def compile_plan(shape: Shape, experiment: Experiment, depth: int, parallel: boo
     tokens = np.array(shape.read)[prompts]
     target_rows = np.take_along_axis(cone.final, tokens, axis=1)
     logit_rows = cone.final[experiment.logits[:, 0], experiment.logits[:, 1]]
-    readouts = Stage(marked(len(last.out_varies), target_rows, logit_rows), last.out_varies)
+    readouts = Needed(marked(len(last.out_varies), target_rows, logit_rows), last.out_varies)
     read = readouts.local[target_rows]
     read_place = np.full(readouts.rows.total, -1)
     read_place[read] = np.arange(tokens.shape[1])
@@ -38,33 +38,33 @@ def compile_plan(shape: Shape, experiment: Experiment, depth: int, parallel: boo
     return Plan(shape, parallel, kept, tuple(reversed(layers)), read_rows, read_place, read, logits, captures)
 
 
-def _output_stage(values: LayerValues, *needed: np.ndarray) -> Stage:
+def _output_stage(values: LayerValues, *needed: np.ndarray) -> Needed:
     """The outputs of a layer that are needed later, or captured."""
-    return Stage(
+    return Needed(
         marked(len(values.out_varies), *needed, _captured_values(values, "hidden")), values.out_varies, values.out_given
     )
 
 
 def _compile_layer(
-    values: LayerValues, previous: LayerValues | None, outputs: Stage, parallel: bool, given_varies: np.ndarray
-) -> tuple[LayerPlan, Stage]:
+    values: LayerValues, previous: LayerValues | None, outputs: Needed, parallel: bool, given_varies: np.ndarray
+) -> tuple[LayerPlan, Needed]:
     """One layer's plan, and the stage of its input rows, which are the outputs of the layer before."""
     mids, inputs = len(values.mid_varies), len(values.input_varies)
     out_mlp, out_mid = values.out_mlp[outputs.computed], values.out_mid[outputs.computed]
 
     given = -1 - np.arange(len(given_varies))
-    mlp = Stage(
+    mlp = Needed(
         marked(len(values.mlp_varies) + len(given), out_mlp, _captured_values(values, "mlp")),
         np.concatenate([values.mlp_varies, given_varies]),
         np.concatenate([np.zeros_like(values.mlp_varies, dtype=np.int64), given]),
     )
-    mid = Stage(marked(mids, out_mid, *([] if parallel else [mlp.computed])), values.mid_varies)
-    attention = AttentionStages(values, given_varies, values.mid_attn[mid.kept], _captured_values(values, "attn"))
+    mid = Needed(marked(mids, out_mid, *([] if parallel else [mlp.computed])), values.mid_varies)
+    attention = NeededAttention(values, given_varies, values.mid_attn[mid.kept], _captured_values(values, "attn"))
 
     needed = [values.mid_input[mid.kept], attention.queries.kept, attention.keys.kept]
     needed += [mlp.computed] if parallel else []
     if previous is None:
-        stage = Stage(marked(inputs, *needed), values.input_varies)
+        stage = Needed(marked(inputs, *needed), values.input_varies)
     else:
         stage = _output_stage(previous, *needed)
 

@@ -15,6 +15,11 @@ _State = tuple[str, str, int]
 _SEVERED = {"sever_mlp": ", MLP severed", "sever_attn": ", attention severed", "sever_both": ", both severed"}
 
 
+def signed(effect: float) -> str:
+    """Three decimals and a sign, which of nothing is plus: averages of zeros are a zero of either sign."""
+    return f"{round(effect, 3) + 0.0:+.3f}"
+
+
 def effect_tables(averages: pl.DataFrame) -> list[Table]:
     """Average indirect effect by state (rows) and token role (columns), the largest over layers, and where; of heads,
     those with the largest effects."""
@@ -24,7 +29,9 @@ def effect_tables(averages: pl.DataFrame) -> list[Table]:
         table = _table("Average indirect effect, largest over layers (layer)", "state", *map(_spoken, ROLES))
         for state in states:
             best = [_best(_rows(averages, state).filter(pl.col("role") == role)) for role in ROLES]
-            table.add_row(_name(state), *(f"{effect:+.3f} ({layer})" if layer >= 0 else "-" for effect, layer in best))
+            table.add_row(
+                _name(state), *(f"{signed(effect)} ({layer})" if layer >= 0 else "-" for effect, layer in best)
+            )
         tables.append(table)
     heads, title = _top_heads(averages)
     if heads:
@@ -32,7 +39,7 @@ def effect_tables(averages: pl.DataFrame) -> list[Table]:
         for state, layer in heads:
             row = _rows(averages, state).filter(layer=layer)
             found = dict(row.select(pl.col("role").cast(pl.String), "effect").iter_rows())
-            table.add_row(_head_name(state, layer), *(f"{found[r]:+.3f}" if r in found else "-" for r in ROLES))
+            table.add_row(_head_name(state, layer), *(signed(found[r]) if r in found else "-" for r in ROLES))
         tables.append(table)
     return tables
 
@@ -49,7 +56,11 @@ def layer_tables(means: pl.DataFrame, title: str, form: str = "+.3f") -> list[Ta
             cells = []
             for state, peak in zip(states, peaks, strict=True):
                 (effect,) = _rows(means, state).filter(layer=layer)["effect"]
-                cells.append(f"[bold]{effect:{form}}[/bold]" if layer == peak else f"{effect:{form}}")
+                cells.append(
+                    f"[bold]{round(effect, 3) + 0.0:{form}}[/bold]"
+                    if layer == peak
+                    else f"{round(effect, 3) + 0.0:{form}}"
+                )
             table.add_row(str(layer), *cells)
         tables.append(table)
     heads, which = _top_heads(means)
@@ -57,7 +68,7 @@ def layer_tables(means: pl.DataFrame, title: str, form: str = "+.3f") -> list[Ta
         table = _table(f"{title}: {which}", "layer and head", "effect")
         for state, layer in heads:
             (effect,) = _rows(means, state).filter(layer=layer)["effect"]
-            table.add_row(_head_name(state, layer), f"{effect:{form}}")
+            table.add_row(_head_name(state, layer), f"{round(effect, 3) + 0.0:{form}}")
         tables.append(table)
     return tables
 
@@ -153,10 +164,10 @@ class Sites:
         """The two sites in words and numbers."""
         return (
             "Early site: restoring the hidden state of the subject's last token brings back "
-            f"{max(self.subject_last):+.3f} of p(answer) at layer {self.early_layer}, "
-            f"and {self.subject_last[-1]:+.3f} at the last layer.\n"
-            f"Late site: restoring that of the prompt's last token brings back {self.last[0]:+.3f} at layer 0, "
-            f"and {max(self.last):+.3f} at its best, half of it from layer {self.late_layer} on."
+            f"{signed(max(self.subject_last))} of p(answer) at layer {self.early_layer}, "
+            f"and {signed(self.subject_last[-1])} at the last layer.\n"
+            f"Late site: restoring that of the prompt's last token brings back {signed(self.last[0])} at layer 0, "
+            f"and {signed(max(self.last))} at its best, half of it from layer {self.late_layer} on."
         )
 
 
@@ -171,9 +182,9 @@ def severed_sentence(effects: pl.DataFrame) -> str:
     layer, _ = _peak(effects.filter(method="sever_mlp"), "difference")
     mlp, attn = (effects.filter(method=method, layer=layer) for method in ("sever_mlp", "sever_attn"))
     return (
-        f"Severed: of the {mlp['plain'][0]:+.3f} that the subject's last token brings back at layer {layer}, "
-        f"{mlp['severed'][0]:+.3f} remains with its later MLPs severed, and {attn['severed'][0]:+.3f} with its later "
-        "attention severed."
+        f"Severed: of the {signed(mlp['plain'][0])} that the subject's last token brings back at layer {layer}, "
+        f"{signed(mlp['severed'][0])} remains with its later MLPs severed, and {signed(attn['severed'][0])} with its "
+        "later attention severed."
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -12,33 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from causalcone.engine.errors import ModelError
 from causalcone.engine.models.base import Architecture, Block, Sizes
-from causalcone.engine.models.parts import LayerNorm, activation_of
+from causalcone.engine.models.parts import activation_of
+from causalcone.engine.models.plain import PlainLayer, Reader, look_up
 from causalcone.kernels.linear import Linear
-
-
-@dataclass(frozen=True)
-class GPT2Layer(Block):
-    scale: float
-    head_dim: int
-    attn_norm: LayerNorm
-    kv: Linear
-    query: Linear
-    output: Linear
-    mlp_norm: LayerNorm
-    up: Linear
-    down: Linear
-
-    def keys_values(self, rows: Tensor, positions: Tensor) -> Tensor:
-        return self.kv(self.attn_norm(rows))
-
-    def queries(self, rows: Tensor, positions: Tensor) -> Tensor:
-        return self.query(self.attn_norm(rows))
-
-    def attention_output(self, rows: Tensor) -> Tensor:
-        return self.output(rows)
-
-    def mlp(self, rows: Tensor) -> Tensor:
-        return self.down(self.up(self.mlp_norm(rows)))
 
 
 class GPT2(Architecture):
@@ -79,40 +54,32 @@ class GPT2(Architecture):
         )
 
     def embed(self, tokens: Tensor) -> Tensor:
-        return self.model.transformer.wte.weight[tokens.to(self.model.transformer.wte.weight.device)]
+        return look_up(self.model.transformer.wte, tokens)
 
     def enter(self, embeddings: Tensor, positions: Tensor) -> Tensor:
-        weight = self.model.transformer.wpe.weight
-        return embeddings + weight[positions.to(weight.device)].to(embeddings)
+        return embeddings + look_up(self.model.transformer.wpe, positions).to(embeddings)
 
     def block(self, layer: int, dtype: torch.dtype, device: torch.device) -> Block:
-        module = self.model.transformer.h[layer]
+        module, read = self.model.transformer.h[layer], Reader(device, dtype)
         D = self.sizes.hidden
 
-        def of(parameter: Tensor) -> Tensor:
-            return parameter.to(device, dtype)
+        def product(conv: Conv1D, columns: slice = slice(None), activation: Any = None) -> Linear:
+            return read.product(conv.weight[:, columns].t(), conv.bias[columns], activation)
 
-        def linear(conv: Conv1D, columns: slice = slice(None), activation: Any = None) -> Linear:
-            return Linear(of(conv.weight[:, columns]).t(), of(conv.bias[columns]), activation)
-
-        def norm(layer_norm: torch.nn.LayerNorm) -> LayerNorm:
-            return LayerNorm(of(layer_norm.weight), of(layer_norm.bias), layer_norm.eps)
-
-        return GPT2Layer(
+        return PlainLayer(
             scale=module.attn.scaling,
             head_dim=self.sizes.head_dim,
-            attn_norm=norm(module.ln_1),
-            kv=linear(module.attn.c_attn, slice(D, 3 * D)),
-            query=linear(module.attn.c_attn, slice(0, D)),
-            output=linear(module.attn.c_proj),
-            mlp_norm=norm(module.ln_2),
-            up=linear(module.mlp.c_fc, activation=activation_of(module.mlp.act)),
-            down=linear(module.mlp.c_proj),
+            attn_norm=read.norm(module.ln_1),
+            kv=product(module.attn.c_attn, slice(D, 3 * D)),
+            query=product(module.attn.c_attn, slice(0, D)),
+            output=product(module.attn.c_proj),
+            mlp_norm=read.norm(module.ln_2),
+            up=product(module.mlp.c_fc, activation=activation_of(module.mlp.act)),
+            down=product(module.mlp.c_proj),
         )
 
     def final_norm(self, rows: Tensor) -> Tensor:
-        norm = self.model.transformer.ln_f
-        return LayerNorm(norm.weight.to(rows), norm.bias.to(rows), norm.eps)(rows)
+        return Reader(rows.device, rows.dtype).norm(self.model.transformer.ln_f)(rows)
 
     def unembedding(self) -> tuple[Tensor, Tensor | None]:
         return self.model.lm_head.weight, None

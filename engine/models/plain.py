@@ -67,6 +67,8 @@ class Reader:
 
     def linear(self, *modules: torch.nn.Linear, activation: str | Callable[[Tensor], Tensor] | None = None) -> Linear:
         """One product that puts the outputs of all modules side by side."""
+        if len(modules) == 1:  # no copy
+            return self.product(modules[0].weight, modules[0].bias, activation)
         weights: list[Tensor] = [module.weight for module in modules]
         biases: list[Tensor] = [module.bias for module in modules if module.bias is not None]
         return self.product(torch.cat(weights), torch.cat(biases) if biases else None, activation)

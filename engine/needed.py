@@ -16,7 +16,7 @@ def marked(size: int, *numbers: np.ndarray) -> np.ndarray:
     return mask
 
 
-class Stage:
+class Needed:
     """The values of a stage that are needed, in row order: those it computes, shared first, then those given (where
     ``source`` is negative), shared first.
 
@@ -38,12 +38,12 @@ class Stage:
         self.local = np.full(len(needed), -1)
         self.local[self.kept] = np.arange(len(self.kept))
 
-    def gather(self, source: Stage, value: np.ndarray) -> Gather:
+    def gather(self, source: Needed, value: np.ndarray) -> Gather:
         """Where each row that this stage computes finds its ``value`` among the source's rows."""
         return Gather(self.rows, source.local[value[self.computed]])
 
 
-class AttentionStages:
+class NeededAttention:
     """What attention computes in a layer of which the outputs ``needed`` are read: segments of attention rows, mixes of
     their heads, given rows, and the queries and keys behind them.
 
@@ -55,17 +55,17 @@ class AttentionStages:
         self.count, mixes = len(values.attn_varies), values.mixes
         ends = self.count, self.count + len(mixes.base)
         read = marked(ends[1] + len(given_varies), *needed)
-        self.mixes = Stage(read[ends[0] : ends[1]], mixes.varies)
+        self.mixes = Needed(read[ends[0] : ends[1]], mixes.varies)
         self.patches = np.flatnonzero(self.mixes.local[mixes.row] >= 0)
         sources = mixes.source[self.patches]
         self.attn = read[: self.count]
         self.attn |= marked(self.count, mixes.base[self.mixes.kept], sources[sources < self.count])
-        self.given = Stage(read[ends[1] :], given_varies, -1 - np.arange(len(given_varies)))
+        self.given = Needed(read[ends[1] :], given_varies, -1 - np.arange(len(given_varies)))
 
         inputs = len(values.input_varies)
         self.query_of = values.state[values.attn_run, values.attn_token]
-        self.queries = Stage(marked(inputs, self.query_of[self.attn]), values.input_varies)
-        self.keys = Stage(marked(inputs, self._seen()), values.input_varies)
+        self.queries = Needed(marked(inputs, self.query_of[self.attn]), values.input_varies)
+        self.keys = Needed(marked(inputs, self._seen()), values.input_varies)
         self.rows = Rows(*(int((self.attn & (values.attn_varies == varies)).sum()) for varies in (False, True)))
         self.local = np.full(len(read), -1)
         self.local[ends[0] + self.mixes.kept] = self.rows.total + np.arange(len(self.mixes.kept))
