@@ -16,8 +16,13 @@ _SEVERED = {"sever_mlp": ", MLP severed", "sever_attn": ", attention severed", "
 
 
 def signed(effect: float) -> str:
-    """Three decimals and a sign, which of nothing is plus: averages of zeros are a zero of either sign."""
-    return f"{round(effect, 3) + 0.0:+.3f}"
+    """Three decimals and a sign."""
+    return shown(effect, "+.3f")
+
+
+def shown(effect: float, form: str) -> str:
+    """An effect with three decimals; nothing has no minus: averages of zeros are a zero of either sign."""
+    return f"{round(effect, 3) + 0.0:{form}}"
 
 
 def effect_tables(averages: pl.DataFrame) -> list[Table]:
@@ -68,7 +73,7 @@ def layer_tables(means: pl.DataFrame, title: str, form: str = "+.3f") -> list[Ta
         table = _table(f"{title}: {which}", "layer and head", "effect")
         for state, layer in heads:
             (effect,) = _rows(means, state).filter(layer=layer)["effect"]
-            table.add_row(_head_name(state, layer), f"{round(effect, 3) + 0.0:{form}}")
+            table.add_row(_head_name(state, layer), shown(effect, form))
         tables.append(table)
     return tables
 
