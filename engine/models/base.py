@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from causalcone.kernels.linear import Linear
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -49,6 +51,8 @@ class Block(ABC):
 
     scale: float
     head_dim: int
+    down: Linear
+    """The MLP's last projection, from its keys (R, inner) to its values (R, hidden): what editing changes."""
     softcap: float | None = None
     window: int | None = None
 
@@ -65,9 +69,17 @@ class Block(ABC):
         """What attention adds to the residual stream (R, hidden), from the heads' outputs (R, heads * head_dim)."""
 
     @abstractmethod
+    def keys_of_mlp(self, rows: Tensor) -> Tensor:
+        """What enters ``down`` (R, inner), from the residual after attention (R, hidden), or from the layer's input
+        where attention and MLP are parallel."""
+
+    def mlp_output(self, values: Tensor) -> Tensor:
+        """What the MLP adds to the residual stream (R, hidden), from the output of ``down`` (R, hidden)."""
+        return values
+
     def mlp(self, rows: Tensor) -> Tensor:
-        """What the MLP adds to the residual stream (R, hidden), from the residual after attention (R, hidden), or from
-        the layer's input where attention and MLP are parallel."""
+        """What the MLP adds to the residual stream (R, hidden), from the rows that it reads (R, hidden)."""
+        return self.mlp_output(self.down(self.keys_of_mlp(rows)))
 
 
 class Architecture(ABC):
@@ -76,6 +88,9 @@ class Architecture(ABC):
 
     modules: ClassVar[dict[str, type]]
     """The class that every module of a name must have, for the parameters to mean what this file takes them for."""
+
+    down_projection: ClassVar[str]
+    """The name of the MLP's last projection in the model, with ``{}`` for the layer: a ``Linear`` or ``Conv1D``."""
 
     sizes: Sizes
     parallel: bool = False

@@ -34,6 +34,7 @@ class GPT2(Architecture):
         "transformer.h.*.mlp.c_proj": Conv1D,
         "lm_head": torch.nn.Linear,
     }
+    down_projection: ClassVar[str] = "transformer.h.{}.mlp.c_proj"
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)

@@ -42,6 +42,7 @@ class GPTNeo(Architecture):
         "transformer.h.*.mlp.c_proj": torch.nn.Linear,
         "lm_head": torch.nn.Linear,
     }
+    down_projection: ClassVar[str] = "transformer.h.{}.mlp.c_proj"
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)

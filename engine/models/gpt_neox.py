@@ -40,6 +40,7 @@ class GPTNeoX(Architecture):
         "gpt_neox.layers.*.mlp.dense_4h_to_h": torch.nn.Linear,
         "lm_head": torch.nn.Linear,
     }
+    down_projection: ClassVar[str] = "gpt_neox.layers.{}.mlp.dense_4h_to_h"
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)

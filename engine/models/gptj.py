@@ -34,6 +34,7 @@ class GPTJ(Architecture):
         "lm_head": torch.nn.Linear,
     }
     parallel = True
+    down_projection: ClassVar[str] = "transformer.h.{}.mlp.fc_out"
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)

@@ -88,8 +88,11 @@ class LlamaLayer(Block):
     def attention_output(self, rows: Tensor) -> Tensor:
         return self.norms.attn_out(self.output(rows))
 
-    def mlp(self, rows: Tensor) -> Tensor:
-        return self.norms.mlp_out(self.down(self.inner(self.norms.mlp_in(rows))))
+    def keys_of_mlp(self, rows: Tensor) -> Tensor:
+        return self.inner(self.norms.mlp_in(rows))
+
+    def mlp_output(self, values: Tensor) -> Tensor:
+        return self.norms.mlp_out(values)
 
     def _placed(self, heads: Tensor, positions: Tensor) -> Tensor:
         """Queries or keys (R, heads * head_dim), turned to their positions."""
@@ -139,6 +142,7 @@ class Llama(Architecture):
     """The methods from ``softcap`` on are what other families change."""
 
     modules: ClassVar[dict[str, type]] = modules_of(modeling_llama, "Llama")
+    down_projection: ClassVar[str] = "model.layers.{}.mlp.down_proj"
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)

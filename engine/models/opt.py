@@ -40,6 +40,7 @@ class OPT(Architecture):
         "model.decoder.layers.*.fc2": torch.nn.Linear,
         "lm_head": torch.nn.Linear,
     }
+    down_projection: ClassVar[str] = "model.decoder.layers.{}.fc2"
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)

@@ -41,6 +41,7 @@ class Phi(Architecture):
         "lm_head": torch.nn.Linear,
     }
     parallel = True
+    down_projection: ClassVar[str] = "model.layers.{}.mlp.fc2"
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)

@@ -45,8 +45,8 @@ class PlainLayer(Block):
     def attention_output(self, rows: Tensor) -> Tensor:
         return self.output(rows)
 
-    def mlp(self, rows: Tensor) -> Tensor:
-        return self.down(self.up(self.mlp_norm(rows)))
+    def keys_of_mlp(self, rows: Tensor) -> Tensor:
+        return self.up(self.mlp_norm(rows))
 
     def _placed(self, rows: Tensor, norm: LayerNorm | None, positions: Tensor) -> Tensor:
         """Keys or queries (R, heads * head_dim), normed and turned by their positions."""

@@ -18,6 +18,7 @@ class Starcoder2(Mistral):
     modules: ClassVar[dict[str, type]] = modules_of(
         modeling_starcoder2, "Starcoder2", linears=(*ATTENTION, "mlp.c_fc", "mlp.c_proj"), norm=torch.nn.LayerNorm
     )
+    down_projection: ClassVar[str] = "model.layers.{}.mlp.c_proj"
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
