@@ -82,18 +82,13 @@ def encode(fact: Fact, tokenizer: Any, target: str, vocabulary: int, positions: 
     Raises ``FactError`` where the subject overlaps no token, a token id is outside the model's ``vocabulary``, or
     prompt and target need more than ``positions``.
     """
-    encoding = tokenizer(fact.text, return_offsets_mapping=True, return_special_tokens_mask=True)
-    end_of_text = encoding["special_tokens_mask"][::-1]
-    appended = end_of_text.index(0) if 0 in end_of_text else 0  # special tokens never stand before the target
-    prompt = tuple(encoding["input_ids"][: len(end_of_text) - appended])
-    start, end = fact.subject_characters
-    covered = [i for i, (a, b) in enumerate(encoding["offset_mapping"]) if a < b and a < end and b > start]
-    if not covered:
+    prompt, span = encode_text(fact.text, fact.subject_characters, tokenizer)
+    if span is None:
         raise FactError(f"fact {fact.id!r}: the subject {fact.subject!r} overlaps no token of its prompt {fact.text!r}")
     ids = target_ids(fact.target_true, tokenizer) if target == "label" else ()
     if target == "label" and not ids:
         raise FactError(f"fact {fact.id!r}: the target {fact.target_true!r} has no tokens; give a visible word")
-    encoded = EncodedFact(fact, prompt, (covered[0], covered[-1] + 1), ids)
+    encoded = EncodedFact(fact, prompt, span, ids)
     if len(encoded.tokens) > positions:
         raise FactError(
             f"fact {fact.id!r}: prompt and target need {len(encoded.tokens)} positions, the model has {positions}; "
@@ -105,6 +100,20 @@ def encode(fact: Fact, tokenizer: Any, target: str, vocabulary: int, positions: 
             "use the model's own tokenizer"
         )
     return encoded
+
+
+def encode_text(
+    text: str, characters: tuple[int, int], tokenizer: Any
+) -> tuple[tuple[int, ...], tuple[int, int] | None]:
+    """Token ids of a prompt, with the special tokens that stand in front of it, and the half-open range of those that
+    overlap the half-open range of characters; None where none does."""
+    encoding = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    end_of_text = encoding["special_tokens_mask"][::-1]
+    appended = end_of_text.index(0) if 0 in end_of_text else 0  # special tokens never stand before the target
+    start, end = characters
+    covered = [i for i, (a, b) in enumerate(encoding["offset_mapping"]) if a < b and a < end and b > start]
+    ids = tuple(encoding["input_ids"][: len(end_of_text) - appended])
+    return ids, (covered[0], covered[-1] + 1) if covered else None
 
 
 def target_ids(target: str, tokenizer: Any) -> tuple[int, ...]:

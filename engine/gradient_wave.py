@@ -21,6 +21,7 @@ from causalcone.engine.plan import Given, LayerPlan
 from causalcone.engine.wave import batches, enter, visible_keys
 from causalcone.kernels.attention import attend
 from causalcone.kernels.readout import Readout
+from causalcone.kernels.readout_gradients import log_probability
 from causalcone.kernels.tiles import Tiles, pieces
 
 
@@ -222,25 +223,10 @@ class _GradientWave:
         log_p = _Rows(
             stage,
             readout.target_log_probabilities(states.shared, torch.cat(shared))[:, None],
-            _LogProbability.apply(states.varying, readout, torch.cat(varying))[:, None],
+            log_probability(states.varying, readout, torch.cat(varying))[:, None],
         )
         flat = [placement.flat(ids, varying=True) for placement, ids in zip(stage.placements, read, strict=True)]
         return [log_p.of_any(rows.flatten()).view(rows.shape) for rows in flat]
-
-
-class _LogProbability(torch.autograd.Function):
-    """log p of target tokens; its gradient is computed with it, while the logits are there."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, readout: Readout, targets: Tensor) -> Tensor:
-        log_p, gradient = readout.differentiated(states, targets)
-        ctx.save_for_backward(gradient)
-        return log_p
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return grads[0][:, None].to(gradient.dtype) * gradient, None, None
 
 
 def _varies(stage: Stage) -> Tensor:

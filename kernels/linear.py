@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from causalcone.kernels.tiles import SMALLEST
+from causalcone.kernels.tiles import SMALLEST, pieces
+
+_PIECE = 1024
 
 _FUSED = {"gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu", "none"), "relu": ("relu", ""), "silu": ("swish", "")}
 _PLAIN_PRODUCT = ("none", "")
@@ -71,11 +73,21 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, linear: Linear) -> Tensor:
         ctx.weight = linear.weight  # packed anew on the way back: all layers' packed weights are a model more
-        return linear.product(rows)
+        return _in_pieces(linear, rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return Linear(ctx.weight.t(), None)(grads[0].contiguous()), None
+        return _in_pieces(Linear(ctx.weight.t(), None), grads[0].contiguous()), None
+
+
+def _in_pieces(linear: Linear, rows: Tensor) -> Tensor:
+    """The product alone; of rows of any count in pieces of few sizes, where a library keeps code for each size."""
+    if linear.packed is None or len(rows) <= _PIECE:
+        return linear.product(rows)
+    out = rows.new_empty(len(rows), len(linear.weight))
+    for part in pieces(len(rows), _PIECE):
+        out[part] = linear.product(rows[part])
+    return out
 
 
 def packs(weight: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,57 +24,83 @@ class Readout:
     softcap: float | None = None
 
     def target_log_probabilities(self, states: Tensor, targets: Tensor) -> Tensor:
-        """log p(target) of each row, float64.
+        """log p(target) of each row, float64, in the shape of ``targets``.
 
-        states (R, D): final, normed; targets (R,) token ids. Logits have the states' dtype; everything after them is
-        float32 inside a tile and float64 across tiles, so that large logits cost no precision and p stays below 1.
+        states (R, D): final, normed; targets (R,) or, several of each row, (R, k) token ids. Logits have the states'
+        dtype; everything after them is float32 inside a tile and float64 across tiles, so that large logits cost no
+        precision and p stays below 1.
         """
         wide = torch.promote_types(states.dtype, torch.float32)
         total = torch.full((len(states),), float("-inf"), dtype=torch.float64, device=states.device)
-        logit = torch.zeros_like(total)
+        logit = torch.zeros(targets.shape, dtype=torch.float64, device=states.device)
         for start, product in self._products(states):
             for tile in pieces(len(states), self.rows):
                 logits = self._capped(product(states[tile]).to(wide))
                 place = targets[tile] - start
                 here = (place >= 0) & (place < logits.shape[1])
-                own = logits.gather(1, place.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+                own = logits.gather(1, place.clamp(0, logits.shape[1] - 1).view(len(logits), -1)).view(place.shape)
                 logit[tile] = torch.where(here, own.double(), logit[tile])
                 top = logits.amax(-1, keepdim=True)
                 sums = logits.sub_(top).exp_().sum(-1)
                 total[tile] = torch.logaddexp(total[tile], top[:, 0].double() + sums.double().log())
-        return logit - total
+        return logit - (total if targets.dim() == 1 else total[:, None])
 
     def differentiated(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """log p(target) of each row (R,), float64, and its gradient by the states, (R, D).
+        """log p(target) of each row (R,), float64, and its gradient by the states, (R, D)."""
+
+        def of_logits(logits: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
+            target = targets[tile, None]
+            own = logits.gather(1, target)[:, 0].double()
+            top = logits.amax(-1, keepdim=True)
+            sums = logits.sub_(top).exp_().sum(-1)
+            slope = logits.div_(-sums[:, None]).scatter_add_(1, target, torch.ones_like(target, dtype=logits.dtype))
+            return own - top[:, 0].double() - sums.double().log(), slope
+
+        return self._through_logits(states, of_logits)
+
+    def divergence(self, states: Tensor, reference: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """KL(p || q) of each row's distribution p (R,), float64, and its gradient by the states, (R, D).
+
+        reference (n, V): log q, of which row i takes ``rows[i]``.
+        """
+
+        def of_logits(logits: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
+            log_p = logits.log_softmax(-1)
+            slope = log_p - reference.index_select(0, rows[tile]).to(log_p)
+            p = log_p.exp_()
+            value = (p * slope).sum(-1, dtype=torch.float64)
+            return value, slope.sub_(value[:, None].to(slope)).mul_(p)
+
+        return self._through_logits(states, of_logits)
+
+    def _through_logits(
+        self, states: Tensor, of_logits: Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """A number of each row (R,), float64, and its gradient by the states (R, D), from ``of_logits``: the number of
+        each row of a tile, and its gradient by the logits.
 
         A tile of rows has all its logits at once: they serve for both.
         """
         wide = torch.promote_types(states.dtype, torch.float32)
-        log_p = torch.empty(len(states), dtype=torch.float64, device=states.device)
+        numbers = torch.empty(len(states), dtype=torch.float64, device=states.device)
         gradient = torch.empty_like(states)
-        vocabulary = len(self.weight)
         rows = min(len(states), self.rows)
-        buffer = torch.empty(rows, vocabulary, dtype=wide, device=states.device)
+        buffer = torch.empty(rows, len(self.weight), dtype=wide, device=states.device)
         products = list(self._products(states)) if len(states) else []
         back = [Linear(product.weight.t(), None) for _, product in products]
         for tile in pieces(len(states), rows):
-            target = targets[tile, None]
-            logits = buffer[: len(target)]
+            logits = buffer[: len(states[tile])]
             for start, product in products:
                 logits[:, start : start + len(product.weight)] = product(states[tile])
             bent = None if self.softcap is None else 1 - (self._capped(logits) / self.softcap).square_()
-            own = logits.gather(1, target)[:, 0].double()
-            top = logits.amax(-1, keepdim=True)
-            sums = logits.sub_(top).exp_().sum(-1)
-            log_p[tile] = own - top[:, 0].double() - sums.double().log()
-            slope = logits.div_(-sums[:, None]).scatter_add_(1, target, torch.ones_like(target, dtype=wide))
+            numbers[tile], slope = of_logits(logits, tile)
             if bent is not None:
                 slope *= bent
             gradient[tile] = sum(
                 transposed(slope[:, start : start + len(product.weight)].to(states.dtype))
                 for (start, product), transposed in zip(products, back, strict=True)
             )
-        return log_p, gradient
+        return numbers, gradient
 
     def logits(self, states: Tensor) -> Tensor:
         """All logits (R, V) of rows (R, D), in their dtype."""

@@ -40,8 +40,8 @@ class RomeHparams(_Optimised):
 
 @dataclass(frozen=True)
 class MemitHparams(_Optimised):
-    """How MEMIT finds z* (as ``RomeHparams``) and spreads it over layers, against ``covariance_weight`` times the second
-    moment of their keys (Meng et al. 2023)."""
+    """How MEMIT finds z* (as ``RomeHparams``) and spreads it over layers, against ``covariance_weight`` times the
+    second moment of their keys (Meng et al. 2023)."""
 
     steps: int = 25
     lr: float = 0.5

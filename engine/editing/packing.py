@@ -1,0 +1,121 @@
+"""Token sequences packed into one tensor of rows: where each run's rows lie, and which rows attend to which.
+
+Editing needs none of the finer forks of tracing: a run has a row for each of its tokens from some token on, at every
+layer, and the tokens before that one have stored keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Text:
+    """One token sequence. noise (n, hidden) float64 is added to the embeddings of its tokens from ``noised`` on."""
+
+    tokens: tuple[int, ...]
+    noise: np.ndarray | None = None
+    noised: int = 0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Runs of one form, whose rows are neighbours: ``rows`` of all, ``read`` those that are read out, as slices of the
+    packed rows and of the rows read; past (B, p) stored rows before their own (B, m)."""
+
+    rows: slice
+    read: slice
+    count: int
+    past: Tensor
+
+    def visible(self, queries: int, keys: int, window: int | None) -> Tensor:
+        """(m, K) which keys each of the last ``queries`` tokens sees."""
+        device = self.past.device
+        tokens = torch.arange(keys - queries, keys, device=device)[:, None]
+        places = torch.arange(keys, device=device)
+        seen = places <= tokens
+        return seen if window is None else seen & (places > tokens - window)
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """Runs in the order of their rows, all (N,) int64: run i has ``past[i]`` tokens whose keys and values are stored,
+    at rows ``stored[i]`` and following, then ``rows[i]`` tokens with rows of their own, of which the last ``read[i]``
+    are read out. Runs of one form must be neighbours (``in_order``)."""
+
+    past: np.ndarray
+    rows: np.ndarray
+    read: np.ndarray
+    stored: np.ndarray
+    device: torch.device
+
+    @classmethod
+    def of_texts(cls, texts: Sequence[Text], device: torch.device, read: np.ndarray | None = None) -> Runs:
+        """Whole texts, which must be in order of their lengths and of how many rows are read."""
+        rows = np.array([len(text) for text in texts], dtype=np.int64)
+        none = np.zeros_like(rows)
+        return cls(none, rows, none if read is None else read, none, device)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def count(self) -> int:
+        """Rows of all runs."""
+        return int(self.rows.sum())
+
+    @cached_property
+    def start(self) -> np.ndarray:
+        """(N,) each run's first row."""
+        return np.cumsum(self.rows) - self.rows
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(R,) the position of each row's token."""
+        return torch.from_numpy(spans(self.past, self.rows)).to(self.device)
+
+    @cached_property
+    def read_rows(self) -> Tensor:
+        """The rows that are read out, in the runs' order."""
+        return torch.from_numpy(spans(self.start + self.rows - self.read, self.read)).to(self.device)
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        return list(self._batches())
+
+    def _batches(self) -> Iterator[Batch]:
+        if not len(self):
+            return
+        forms = np.stack([self.past, self.rows, self.read])
+        edges = np.flatnonzero((forms[:, 1:] != forms[:, :-1]).any(0)) + 1
+        read = np.cumsum(self.read) - self.read
+        for first, end in zip([0, *edges], [*edges, len(self)], strict=True):
+            count = int(end - first)
+            past, rows, own_read = (int(column[first]) for column in (self.past, self.rows, self.read))
+            stored = self.stored[first:end, None] + np.arange(past)
+            yield Batch(
+                rows=slice(int(self.start[first]), int(self.start[first]) + count * rows),
+                read=slice(int(read[first]), int(read[first]) + count * own_read),
+                count=count,
+                past=torch.from_numpy(stored).to(self.device),
+            )
+
+
+def in_order(*columns: np.ndarray) -> np.ndarray:
+    """The order that brings runs of one form together: by the first column, then by the next."""
+    return np.lexsort(columns[::-1])
+
+
+def spans(start: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """start[0], start[0] + 1, ... (count[0] of them), then start[1], ..."""
+    first = np.cumsum(count) - count
+    return np.arange(int(count.sum())) + np.repeat(start - first, count)

@@ -1,0 +1,38 @@
+"""What is asked of an edit: a fact, a problem, and the target to train towards or away from (METHODS 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from causalcone.engine.errors import ExperimentError
+from causalcone.engine.facts import Fact
+
+ERROR_INJECTION, TRACING_REVERSAL, FACT_ERASURE, FACT_AMPLIFICATION, FACT_FORCING = PROBLEMS = (
+    "error_injection",
+    "tracing_reversal",
+    "fact_erasure",
+    "fact_amplification",
+    "fact_forcing",
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A fact to be edited. target: token ids that are trained towards (in Fact Erasure: away from) and scored; other:
+    those of the other answer, which is scored beside it, where there is one; sigma: the level of the noise that the
+    subject carries wherever it is, in Fact Forcing, else None."""
+
+    fact: Fact
+    problem: str
+    target: tuple[int, ...]
+    other: tuple[int, ...] | None = None
+    sigma: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.problem not in PROBLEMS:
+            raise ExperimentError(f"unknown problem {self.problem!r}; choose from {', '.join(PROBLEMS)}")
+
+    @property
+    def erases(self) -> bool:
+        """Whether the target is to become unlikely."""
+        return self.problem == FACT_ERASURE
