@@ -17,6 +17,7 @@ from causalcone.engine.errors import MemoryBudgetError, ModelError
 from causalcone.engine.gradient_wave import run_gradient_pass
 from causalcone.engine.interventions import Experiment
 from causalcone.engine.layout import Group
+from causalcone.engine.memory import out_of_memory
 from causalcone.engine.models.base import Architecture
 from causalcone.engine.passes import Budget, Part, PlanCache, assemble, split
 from causalcone.engine.plan import Plan
@@ -25,8 +26,6 @@ from causalcone.engine.workspace import Workspace
 
 MAX_CELLS = 2**18
 """Runs x tokens of what is compiled at once; a fact with more is split before."""
-
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "ALLOC_FAILED")
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +134,7 @@ class Job:
             try:
                 done = self._run_once(current, budget, space)
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 done, halves = [], split(current)
                 if halves is None:
@@ -253,10 +252,3 @@ def _leaf(vector: Tensor) -> Tensor:
     with torch.inference_mode(False):
         plain = vector.clone() if vector.is_inference() else vector
         return plain.detach().requires_grad_()
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """CPU allocators raise a plain RuntimeError; the words differ by platform."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return any(words in str(error) for words in _OUT_OF_MEMORY)

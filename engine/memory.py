@@ -11,6 +11,7 @@ import torch
 from causalcone.engine.errors import ExperimentError
 
 SHARE_OF_FREE = 0.5
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "ALLOC_FAILED")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -72,3 +73,11 @@ def _left(folder: Path, limit_name: str, usage_name: str, cache_name: str) -> in
     except (OSError, ValueError):
         return None
     return max(0, int(limit) - usage + int(stat.get(cache_name, 0)))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; CPU allocators raise a plain RuntimeError, whose words differ by
+    platform."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(words in str(error) for words in _OUT_OF_MEMORY)

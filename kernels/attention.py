@@ -12,8 +12,8 @@ def attend(
 ) -> Tensor:
     """Softmax attention, accumulated in float32 or better; ``softcap`` bounds the scores.
 
-    queries (B, m, H, d); keys, values (B, K, G, d), each of whose G heads serves H / G query heads; visible (m, K)
-    bool, true where a query sees a key. Returns (B, m, H, d) in the queries' dtype.
+    queries (B, m, H, d); keys, values (B, K, G, d), each of whose G heads serves H / G query heads; visible (m, K), or
+    (B, m, K) where runs differ, bool, true where a query sees a key. Returns (B, m, H, d) in the queries' dtype.
     """
     if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad):
         return _attend_functional(queries, keys, values, visible, scale, softcap)
@@ -25,7 +25,7 @@ def attend(
         queries.transpose(1, 2),
         keys.transpose(1, 2),
         values.transpose(1, 2),
-        attn_mask=visible,
+        attn_mask=visible if visible.ndim == 2 else visible[:, None],
         scale=scale,
         enable_gqa=queries.shape[2] != keys.shape[2],
     )
@@ -50,7 +50,7 @@ def _attend_by_head(
         scores = torch.bmm(query.reshape(B, -1, d), keys[:, :, group].transpose(1, 2)).mul_(scale)
         if softcap is not None:
             scores = scores.div_(softcap).tanh_().mul_(softcap)
-        weights = scores.view(B, m, H // groups, -1).add_(hidden[:, None]).softmax(-1)
+        weights = scores.view(B, m, H // groups, -1).add_(hidden.unsqueeze(-2)).softmax(-1)
         place.copy_(torch.bmm(weights.view(B, -1, weights.shape[-1]), values[:, :, group]).view(place.shape))
     return out.to(dtype)
 
@@ -64,5 +64,6 @@ def _attend_functional(
     scores = torch.einsum("bmghd,bkgd->bghmk", query, keys.to(wide)) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    seen = visible if visible.ndim == 2 else visible[:, None, None]
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
     return torch.einsum("bghmk,bkgd->bmghd", weights, values.to(wide)).flatten(2, 3).to(dtype)

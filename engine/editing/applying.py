@@ -31,7 +31,7 @@ WORTH_A_WARNING = 0.01
 """The part of a delta's norm that may be lost to rounding without a warning. Rounding costs a change of the weights'
 own size about 1e-7 of itself in float32 and 3e-3 in bfloat16; one far smaller than the weights is lost altogether."""
 
-_BLOCK = 2**24  # elements of a weight that are added to at a time: what float32 copies are made of
+_BLOCK = 2**20  # elements of a weight that are added to at a time: their float32 copies stay in a processor's cache
 
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
@@ -80,9 +80,9 @@ def apply(model: Any, delta: Delta) -> Handle:
     """Add a delta to a transformers model's own parameters, in place, until ``revert`` of the returned handle.
 
     The sum is taken in float32, or in float64 for weights of float64, and rounded to the weights' dtype; the warning
-    ``RoundedAway`` tells where that loses more than 1 % of the delta's norm. The handle keeps a copy of what is changed.
+    ``RoundedAway`` tells where that loses more than 1 % of the delta's norm. The handle keeps what was there before.
     Raises ``ExperimentError`` for a delta that does not fit the model or is not finite, ``ModelError`` for a model that
-    cannot be edited; the model is then as it was.
+    cannot be edited; its weights are then as they were.
     """
     return _apply(model, delta, stacklevel=3)
 
@@ -101,8 +101,8 @@ def applied(model: Model, delta: Delta) -> Iterator[Model]:
 def export(model: Any, delta: Delta, folder: str | Path, tokenizer: Any = None) -> None:
     """Write the edited model, and the tokenizer where one is given, to a new folder that ``from_pretrained`` takes.
 
-    The folder appears whole or not at all, and the model is left as it was. Raises ``ExperimentError`` for a folder that
-    holds something already, and as ``apply`` does.
+    The folder appears whole or not at all, and the model is left as it was. Raises ``ExperimentError`` for a folder
+    that holds something already, and as ``apply`` does.
     """
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -110,6 +110,7 @@ def export(model: Any, delta: Delta, folder: str | Path, tokenizer: Any = None) 
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{uuid4().hex}.partial")
     handle = _apply(model, delta, stacklevel=3)
+    config = dict(vars(model.config))  # save_pretrained notes dtype and class in it
     try:
         model.save_pretrained(partial)
         if tokenizer is not None:
@@ -118,8 +119,9 @@ def export(model: Any, delta: Delta, folder: str | Path, tokenizer: Any = None) 
             folder.rmdir()
         partial.rename(folder)
     finally:
-        handle.revert()
         shutil.rmtree(partial, ignore_errors=True)
+        vars(model.config).update(config)
+        handle.revert()
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,7 +201,7 @@ def _apply(model: Any, delta: Delta, stacklevel: int) -> Handle:
 
 
 def _parts(model: Any, delta: Delta) -> list[tuple[_Parameter, LowRank | Dense]]:
-    """The parameters that a delta changes, each with what is added to it seen as (out, in); refuses what does not fit."""
+    """The parameters that a delta changes, each with what is added to it seen as (out, in); refuses a misfit."""
     architecture = read_architecture(model)
     depth = architecture.sizes.depth
     parts: list[tuple[_Parameter, LowRank | Dense]] = []
@@ -232,11 +234,11 @@ def _parts(model: Any, delta: Delta) -> list[tuple[_Parameter, LowRank | Dense]]
 
 def _refuse_shared(model: Any, parameter: _Parameter) -> None:
     """Raise ``ModelError`` where another parameter lives in the same memory: changing one would change both."""
-    own = _extent(parameter.tensor)
+    device, (first, last) = parameter.tensor.device, _extent(parameter.tensor)
     for name, other in model.named_parameters(remove_duplicate=False):
-        if name != parameter.name and other.device == parameter.tensor.device:
+        if name != parameter.name and other.device == device:
             begin, end = _extent(other)
-            if begin < own[1] and own[0] < end:
+            if begin < last and first < end:
                 raise ModelError(
                     f"{parameter.name} shares its memory with {name}, which would change with it; "
                     "give the module a weight of its own before editing it"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from causalcone.engine.editing.layers import Layers
 from causalcone.engine.editing.packing import Runs, Text, in_order, spans
-from causalcone.engine.editing.unedited import Places, Unedited, run_unedited
+from causalcone.engine.editing.unedited import Places, Unedited, Wanted
 from causalcone.engine.models.base import Block
 
 Site = Literal["values", "out"]
@@ -156,12 +156,9 @@ class Cone:
         return rows.index_copy(0, join.lookups, edited)
 
 
-def run_prompts(
-    layers: Layers, prompts: Prompts, at: Sequence[int], site: Site, distributions: Places, keys: bool
-) -> Unedited:
-    """What the cones of vectors at the layers ``at`` start from, and, if asked for, the down-projection's keys at the
-    lookups."""
-    places = {"out": prompts.tails, "values": prompts.lookups, "mid": prompts.lookups}
-    if keys:
-        places["keys"] = prompts.lookups
-    return run_unedited(layers, prompts.texts, at, places, min(at) + 1, distributions)
+def wanted_by_cones(prompts: Prompts, at: Collection[int], site: Site) -> Wanted:
+    """What the cones of vectors at the layers ``at`` start from."""
+    wanted: dict[tuple[str, int], Places] = {("out", layer): prompts.tails for layer in at}
+    if site == "values":
+        wanted.update({(name, layer): prompts.lookups for layer in at for name in ("values", "mid")})
+    return wanted

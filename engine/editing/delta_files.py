@@ -1,8 +1,8 @@
 """Deltas as safetensors files, which any safetensors reader opens.
 
 The tensors of layer 3 are ``layers.3.left`` and ``layers.3.right``, or ``layers.3.weight`` and, where there is one,
-``layers.3.bias``. The metadata's ``causalcone.delta`` is JSON: ``version`` of this layout, ``layers`` (kind of change by
-layer) and ``crc32`` (checksum of the raw bytes by tensor); all other metadata are the user's own.
+``layers.3.bias``. The metadata's ``causalcone.delta`` is JSON: ``version`` of this layout, ``layers`` (kind of change
+by layer) and ``crc32`` (checksum of the raw bytes by tensor); all other metadata are the user's own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from causalcone.engine.editing.deltas import Delta, Dense, LowRank
-from causalcone.engine.errors import CausalconeError, ExperimentError
+from causalcone.engine.errors import ExperimentError
 
 VERSION = 1
 LAYOUT = "causalcone.delta"
@@ -35,7 +35,7 @@ def save_delta(delta: Delta, path: str | Path, metadata: Mapping[str, str] | Non
 
     path, own = Path(path), _checked(metadata or {})
     tensors = _tensors(delta)
-    kinds = {type(change): kind for kind, change in _KINDS.items()}
+    kinds = {cls: kind for kind, cls in _KINDS.items()}
     layout = {
         "version": VERSION,
         "layers": {str(layer): kinds[type(change)] for layer, change in delta.changes.items()},
@@ -76,17 +76,15 @@ def load_delta(path: str | Path) -> tuple[Delta, dict[str, str]]:
     if LAYOUT not in metadata:
         raise ExperimentError(f"{path} is a safetensors file, but holds no delta; give one that Delta.save wrote")
     try:
-        return _delta(json.loads(metadata.pop(LAYOUT)), tensors), metadata
-    except _NewerVersion as error:
-        raise ExperimentError(
-            f"{path} has version {error} of the layout of delta files, which is newer than {VERSION}; update causalcone"
-        ) from None
-    except (CausalconeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        layout = json.loads(metadata.pop(LAYOUT))
+        if layout["version"] <= VERSION:
+            return _delta(layout, tensors), metadata
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ExperimentError(f"the delta file {path} is damaged ({error}); save it again") from error
-
-
-class _NewerVersion(Exception):
-    """A layout that this code does not know; its text is the version."""
+    raise ExperimentError(
+        f"the delta file {path} has version {layout['version']} of its layout, and this causalcone knows up to "
+        f"{VERSION}; update causalcone"
+    )
 
 
 def _checked(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -112,8 +110,6 @@ def _tensors(delta: Delta) -> dict[str, Tensor]:
 
 def _delta(layout: Any, tensors: dict[str, Tensor]) -> Delta:
     """Fails in many ways where the layout is not the one that ``save_delta`` writes."""
-    if layout["version"] > VERSION:
-        raise _NewerVersion(layout["version"])
     if {name: _crc32(tensor) for name, tensor in tensors.items()} != layout["crc32"]:
         raise ValueError("its tensors are not those that were saved")
     changes: dict[int, LowRank | Dense] = {}

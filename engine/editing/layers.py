@@ -80,8 +80,20 @@ class Layers:
             asking, positions = rows.index_select(0, runs.read_rows), positions[runs.read_rows]
         queries = self.by_tiles(block.queries, asking, positions)
         heads = self._attend(block, queries, keys_values, runs, past, read_only)
-        mid = asking + self.by_tiles(block.attention_output, heads)
-        keys, values = self._project(block, asking if self.architecture.parallel else mid, change, keep_keys)
+        return self.behind_attention(block, asking, heads, keys_values, change, keep_keys)
+
+    def behind_attention(
+        self,
+        block: Block,
+        rows: Tensor,
+        heads: Tensor,
+        keys_values: Tensor,
+        change: Change | None = None,
+        keep_keys: bool = False,
+    ) -> Passed:
+        """The rest of a layer, from its input rows (R, hidden) and their heads' outputs (R, heads * head_dim)."""
+        mid = rows + self.by_tiles(block.attention_output, heads)
+        keys, values = self._project(block, rows if self.architecture.parallel else mid, change, keep_keys)
         return Passed(keys_values, mid, keys, values, mid + self.by_tiles(block.mlp_output, values))
 
     def _project(

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from causalcone.engine.editing.layers import Layers, Passed
+from causalcone.engine.editing.layers import Layers
 from causalcone.engine.editing.packing import Runs, Text, in_order
 
 Places = tuple[np.ndarray, np.ndarray]
 """Texts (n,) by number, and a token (n,) of each."""
 
-KEPT = ("mid", "keys", "values", "out")
+Wanted = Mapping[tuple[str, int], Places]
+"""By name and layer, where rows are kept: a field of ``Passed``, or ``inputs``, what enters the layer."""
 
 
 @dataclass(frozen=True)
 class Unedited:
-    """start (N,): the row of each text's first token; keys_values: of attention, of all rows, by layer; kept: by name
-    and layer, the rows of ``Passed`` asked for, in the order of the places; log_p (n, V): distributions of the next
-    token asked for, in float32 or better."""
+    """start (N,): the row of each text's first token; keys_values: of attention, of all rows, by layer; kept: the rows
+    asked for, in the order of their places; log_p (n, V): distributions of the next token asked for, in float32 or
+    better."""
 
     start: np.ndarray
     keys_values: Mapping[int, Tensor]
@@ -34,16 +35,14 @@ class Unedited:
 def run_unedited(
     layers: Layers,
     texts: Sequence[Text],
-    at: Collection[int],
-    places: Mapping[str, Places],
+    wanted: Wanted,
     past_from: int | None = None,
     distributions: Places | None = None,
 ) -> Unedited:
     """Run texts through the unedited model.
 
-    places: by name (``KEPT``), where rows are kept at the layers ``at``; past_from: the first layer of which
-    attention's keys and values are kept (None: of no layer); distributions: where the next token's distribution is
-    read. Layers that nothing asked for depends on are not computed.
+    past_from: the first layer of which attention's keys and values are kept (None: of no layer); distributions: where
+    the next token's distribution is read. Layers that nothing asked for depends on are not computed.
     """
     order = in_order(np.array([len(text) for text in texts]))
     runs = Runs.of_texts([texts[i] for i in order], layers.device)
@@ -53,18 +52,18 @@ def run_unedited(
     def rows_of(where: Places) -> Tensor:
         return torch.from_numpy(start[where[0]] + where[1]).to(layers.device)
 
-    index = {name: rows_of(where) for name, where in places.items()}
+    index = {key: rows_of(where) for key, where in wanted.items()}
     whole = past_from is not None or distributions is not None
-    last = layers.depth - 1 if whole else max(at, default=-1)
+    last = layers.depth - 1 if whole else max((layer for _, layer in wanted), default=-1)
     rows = layers.enter([texts[i] for i in order])
     kept: dict[tuple[str, int], Tensor] = {}
     keys_values: dict[int, Tensor] = {}
     for layer in range(last + 1):
-        passed = layers.advance(layers.block(layer), rows, runs, keep_keys=layer in at and "keys" in places)
+        passed = layers.advance(layers.block(layer), rows, runs, keep_keys=("keys", layer) in wanted)
         if past_from is not None and layer >= past_from:
             keys_values[layer] = passed.keys_values
-        if layer in at:
-            kept.update({(name, layer): _named(passed, name).index_select(0, rows) for name, rows in index.items()})
+        of_layer = {"inputs": rows, **vars(passed)}
+        kept.update({key: of_layer[key[0]].index_select(0, where) for key, where in index.items() if key[1] == layer})
         rows = passed.out
     log_p = rows.new_empty(0, 0)
     if distributions is not None:
@@ -72,9 +71,3 @@ def run_unedited(
         logits = layers.readout().logits(states)
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     return Unedited(start, keys_values, kept, log_p)
-
-
-def _named(passed: Passed, name: str) -> Tensor:
-    rows = getattr(passed, name)
-    assert isinstance(rows, Tensor)
-    return rows

@@ -94,9 +94,10 @@ class VectorSearch:
         return [each for each in found if each is not None]
 
     def _updates(self, step: int, edits: Sequence[tuple[int, int]]) -> np.ndarray:
-        """(E,) which edits are updated in this step: the last one only evaluates, but where a fact is erased."""
+        """(E,) which edits are updated in this step: the last one only evaluates, but where ROME erases a fact."""
         last = step == self.hparams.steps - 1
-        return np.array([not last or self.goals[goal].erases for goal, _ in edits])
+        rome = isinstance(self.hparams, RomeHparams)
+        return np.array([not last or (rome and self.goals[goal].erases) for goal, _ in edits])
 
     def _done(self, loss: np.ndarray, updates: np.ndarray) -> np.ndarray:
         stop = self.hparams.stop_loss
@@ -169,6 +170,8 @@ class _Readings:
             kl = divergence(states.index_select(0, self.divergent), readout, self.search.unedited.log_p, self.reference)
             decay = hparams.weight_decay * leaf.norm(dim=1) / size.square()
             loss = torch.where(self.erases, torch.exp(-nll), nll) + decay
+            # where nothing is added nothing diverges: rounding must not become a direction, which Adam would magnify
+            kl = kl * (delta != 0).any(1)[self.divergent_owner]
             loss = loss + hparams.kl_factor * none.index_add(0, self.divergent_owner, kl)
             (gradient,) = torch.autograd.grad(loss.sum(), leaf)
         return loss.detach().cpu().numpy(), gradient

@@ -1,0 +1,70 @@
+"""An edit: what one method made of one request at one layer or window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from causalcone.engine.editing.deltas import Delta
+from causalcone.engine.editing.requests import Request
+from causalcone.engine.editing.vectors import Found
+from causalcone.engine.editing.windows import Window
+
+DONE, FAILED = "done", "failed"
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """layer: the one that is edited, or the centre of ``window`` layers; steps: updates taken; loss: the last
+    evaluated; delta: the change of weights, None where the edit failed or was dropped after scoring; reason: why it
+    failed."""
+
+    request: Request
+    method: str
+    layer: int
+    window: int
+    steps: int
+    loss: float
+    delta: Delta | None
+    delta_norm: float | None
+    reason: str | None = None
+
+    @property
+    def edit_id(self) -> str:
+        """Names request, method, layer and window."""
+        return f"{self.fact_id}/{self.request.problem}/{self.method}-{self.window}/{self.layer}"
+
+    @property
+    def fact_id(self) -> str:
+        return self.request.fact.id
+
+    @property
+    def status(self) -> str:
+        """``done`` or ``failed``."""
+        return DONE if self.reason is None else FAILED
+
+    def dropped(self) -> Edit:
+        """The edit without its change of weights."""
+        return replace(self, delta=None)
+
+
+def made(request: Request, method: str, layer: int, window: int, steps: int, loss: float, delta: Delta) -> Edit:
+    """A finished edit, which failed if its change of weights is not finite."""
+    norm = delta.norm
+    if norm != norm or norm == float("inf"):
+        return failed(request, method, layer, window, steps, loss, "the change of weights is not finite")
+    return Edit(request, method, layer, window, steps, loss, delta, norm)
+
+
+def failed(request: Request, method: str, layer: int, window: int, steps: int, loss: float, reason: str) -> Edit:
+    return Edit(request, method, layer, window, steps, loss, None, None, reason)
+
+
+@dataclass(frozen=True, eq=False)
+class JointEdit:
+    """One change of the model for several requests: delta, None where none of them found its vector; found: each
+    request's vector, or the reason why it has none."""
+
+    requests: tuple[Request, ...]
+    window: Window
+    found: tuple[Found, ...]
+    delta: Delta | None

@@ -1,0 +1,67 @@
+"""ROME: a rank-one change of one layer, which maps the subject's key to a value that says the target (Meng et al.
+2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from causalcone.engine.editing.batching import Batching
+from causalcone.engine.editing.deltas import Delta, LowRank
+from causalcone.engine.editing.edits import Edit, failed, made
+from causalcone.engine.editing.hparams import RomeHparams
+from causalcone.engine.editing.layers import Layers
+from causalcone.engine.editing.prompts import Encoder
+from causalcone.engine.editing.requests import Request
+from causalcone.engine.editing.training import Training
+from causalcone.engine.editing.vectors import Found, VectorSearch
+
+if TYPE_CHECKING:
+    from causalcone.engine.editing.moments import Moments
+
+METHOD = "rome"
+
+
+@dataclass(frozen=True)
+class Rome:
+    """The method on a model."""
+
+    layers: Layers
+    encoder: Encoder
+    moments: Moments
+    contexts: Sequence[str]
+    hparams: RomeHparams
+    batching: Batching
+
+    def edits(self, requests: Sequence[Request], at: Sequence[int]) -> Iterator[Edit]:
+        """An edit of each request at each of the layers ``at``, request by request."""
+        for own in self.batching.of_requests(requests, at, self._training):
+            training = self._training(own)
+            keys = {("keys", layer): training.prompts.lookups for layer in at}
+            search = training.search(self.layers, at, "values", self.hparams, keys)
+            wanted = [(number, layer) for number in range(len(own)) for layer in at]
+            for edit, found in self.batching.of_vectors(wanted, search):
+                yield self._edit(own[edit[0]], edit, found, search)
+
+    def _training(self, requests: Sequence[Request]) -> Training:
+        return Training.of(requests, self.encoder, self.contexts)
+
+    def _edit(self, request: Request, edit: tuple[int, int], found: Found, search: VectorSearch) -> Edit:
+        number, layer = edit
+        if found.reason is not None:
+            return failed(request, METHOD, layer, 1, found.steps, found.loss, found.reason)
+        contexts = list(search.goals[number].contexts)
+        keys = search.unedited.kept["keys", layer][contexts].double()
+        change = rank_one(keys, found.delta, self.moments.solve(layer, keys.mean(0)[:, None])[:, 0])
+        return made(request, METHOD, layer, 1, found.steps, found.loss, Delta({layer: change}))
+
+
+def rank_one(keys: Tensor, delta: Tensor, direction: Tensor) -> LowRank:
+    """The change that adds delta (hidden,) to the value of the first of the keys (n, inner), along C^-1 k* (inner,), in
+    the dtype of delta."""
+    u = (direction / direction.norm()).to(keys.device)
+    weight = delta.double() / (keys[0] @ u)
+    return LowRank(weight[:, None].to(delta.dtype), u[:, None].to(delta.dtype))

@@ -1,0 +1,63 @@
+"""What ROME and MEMIT train vectors on: the contexts of each request, and the prompt of its subject's essence."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from causalcone.engine.editing.cone import Prompts, Site, wanted_by_cones
+from causalcone.engine.editing.hparams import MemitHparams, RomeHparams
+from causalcone.engine.editing.layers import Layers
+from causalcone.engine.editing.prompts import ESSENCE, Encoder
+from causalcone.engine.editing.requests import Request
+from causalcone.engine.editing.unedited import Wanted, run_unedited
+from causalcone.engine.editing.vectors import Goal, VectorSearch
+
+
+@dataclass(frozen=True)
+class Training:
+    """The texts of some requests, and each request's goal."""
+
+    prompts: Prompts
+    goals: list[Goal]
+
+    @classmethod
+    def of(cls, requests: Sequence[Request], encoder: Encoder, contexts: Sequence[str]) -> Training:
+        texts, lookup, read, goals = [], [], [], []
+        for request in requests:
+            first = len(texts)
+            for prompted in encoder.contexts(request, contexts):
+                texts.append(encoder.followed(request, prompted.text, request.target))
+                lookup.append(prompted.lookup)
+                read.append(len(request.target))
+            essence = encoder.prompted(request, ESSENCE)
+            texts.append(replace(essence.text, tokens=essence.text.tokens[: essence.lookup + 1]))
+            lookup.append(essence.lookup)
+            read.append(1)
+            numbers = tuple(range(first, len(texts) - 1))
+            goals.append(Goal(numbers, len(texts) - 1, request.target, request.erases))
+        return cls(Prompts(texts, np.array(lookup), np.array(read)), goals)
+
+    @property
+    def contexts(self) -> np.ndarray:
+        """(requests, contexts) texts by number, the bare prompt first."""
+        return np.array([goal.contexts for goal in self.goals])
+
+    def search(
+        self,
+        layers: Layers,
+        at: Collection[int],
+        site: Site,
+        hparams: RomeHparams | MemitHparams,
+        more: Wanted,
+    ) -> VectorSearch:
+        """The search for vectors at the layers ``at``, with what the unedited model makes of the texts, ``more`` of it
+        than the search needs."""
+        essence = np.array([goal.essence for goal in self.goals])
+        wanted: dict[tuple[str, int], Any] = {**wanted_by_cones(self.prompts, at, site), **more}
+        distributions = essence, self.prompts.lookup[essence]
+        unedited = run_unedited(layers, self.prompts.texts, wanted, min(at) + 1, distributions)
+        return VectorSearch(layers, self.prompts, unedited, self.goals, site, hparams)
