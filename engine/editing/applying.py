@@ -37,13 +37,16 @@ _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
 class RoundedAway(UserWarning):
-    """A delta of norm ``asked`` of which the weights' dtype swallowed a part of norm ``lost``."""
+    """A delta of norm ``asked`` of which the weights' dtypes swallowed a part of norm ``lost``."""
 
     def __init__(self, asked: float, lost: float, dtypes: Sequence[str]) -> None:
-        self.asked, self.lost = asked, lost
-        super().__init__(
-            f"weights in {' and '.join(dtypes)} round away {lost / asked:.0%} of this delta (norm {lost:.3g} of "
-            f"{asked:.3g}); apply it to the model in a wider dtype, such as float32"
+        super().__init__(asked, lost, dtypes)
+        self.asked, self.lost, self.dtypes = asked, lost, tuple(dtypes)
+
+    def __str__(self) -> str:
+        return (
+            f"weights in {' and '.join(self.dtypes)} round away {self.lost / self.asked:.0%} of this delta (norm "
+            f"{self.lost:.3g} of {self.asked:.3g}); apply it to the model in a wider dtype, such as float32"
         )
 
 
@@ -107,17 +110,19 @@ def export(model: Any, delta: Delta, folder: str | Path, tokenizer: Any = None) 
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ExperimentError(f"{folder} exists already; give a new folder for the edited model")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{uuid4().hex}.partial")
     handle = _apply(model, delta, stacklevel=3)
     config = dict(vars(model.config))  # save_pretrained notes dtype and class in it
     try:
+        partial.mkdir(parents=True)
         model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
+    except OSError as error:
+        raise ExperimentError(f"no edited model can be written to {folder}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         vars(model.config).update(config)

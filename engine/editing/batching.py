@@ -91,10 +91,13 @@ class Batching:
         sizes, goal, prompts = self.sizes, search.goals[number], search.prompts
         texts = np.array([*goal.contexts, goal.essence])
         rows, seen = prompts.tail_rows[texts], np.array([len(prompts.texts[text]) for text in texts])
+        attention = seen * 2 * sizes.kv_heads * sizes.head_dim + 3 * sizes.heads * rows * seen
+        saved = int(rows.sum()) * self.saved_row_bytes + self.dtype.itemsize * int(attention.sum())
+        return (sizes.depth - 1 - layer) * saved + 3 * int(rows.sum()) * self.saved_row_bytes
+
+    @property
+    def saved_row_bytes(self) -> int:
+        """What autograd keeps of a row that goes through a layer."""
+        sizes = self.sizes
         own, kv = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim
-        inner = sizes.mlp_weights // sizes.hidden
-        row = 8 * sizes.hidden + 3 * own + 2 * kv + inner
-        layers = sizes.depth - 1 - layer
-        saved = int(rows.sum()) * row + int((seen * kv + 3 * sizes.heads * rows * seen).sum())
-        working = int(rows.sum()) * 2 * (row + inner)
-        return self.dtype.itemsize * (layers * saved + working) + 16 * sizes.hidden * int(rows.sum())
+        return self.dtype.itemsize * (8 * sizes.hidden + 3 * own + 2 * kv + sizes.mlp_weights // sizes.hidden)

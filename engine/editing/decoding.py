@@ -140,23 +140,22 @@ def _groups(layers: Layers, tasks: Sequence[_Task], memory: int | None) -> Itera
     """Consecutive tasks that fit the memory together. All store as many tokens as the longest of their group."""
     sizes, itemsize = layers.architecture.sizes, layers.dtype.itemsize
     kv, heads = 2 * sizes.kv_heads * sizes.head_dim, sizes.heads * sizes.head_dim
-    row = itemsize * (4 * sizes.hidden + 2 * heads + kv)
-
-    def weight(group: Sequence[_Task]) -> int:
-        keys_of_mlp = itemsize * sizes.inner if any(task.delta for task in group) else 0
-        stored = len(group) * max(task.room for task in group) * sizes.depth * kv * itemsize
-        return stored + sum(len(task.text) for task in group) * (row + keys_of_mlp)
-
     group: list[_Task] = []
+    room = rows = 0
     for task in tasks:
-        if memory is not None and weight([task]) > memory:
-            raise MemoryBudgetError(
-                f"text {task.number} needs {weight([task]) / 2**20:.1f} MiB to be continued, and {memory / 2**20:.1f} "
-                "MiB are left for it; give more memory"
-            )
-        if memory is not None and group and weight([*group, task]) > memory:
+        room = max(room, task.room)
+        width = 4 * sizes.hidden + 2 * heads + kv + (0 if task.delta is None else sizes.inner)
+        rows += len(task.text) * width * itemsize
+        needed = rows + (len(group) + 1) * room * sizes.depth * kv * itemsize
+        if memory is not None and needed > memory:
+            alone = len(task.text) * width * itemsize + task.room * sizes.depth * kv * itemsize
+            if alone > memory:
+                raise MemoryBudgetError(
+                    f"text {task.number} needs {alone / 2**20:.1f} MiB to be continued, and {memory / 2**20:.1f} MiB "
+                    "are left for it; give more memory"
+                )
             yield group
-            group = []
+            group, room, rows = [], task.room, len(task.text) * width * itemsize
         group.append(task)
     yield group
 
@@ -276,15 +275,16 @@ class _Growing:
         rows = self.layers.enter(texts)
         for layer, (block, past) in enumerate(zip(self.ready.blocks, self.past, strict=True)):
             last = layer == self.layers.depth - 1
-            change = self.deltas.change(layer, (lambda own: own) if last else self._all_rows)
+            change = self.deltas.change(layer, (lambda own: own.places) if last else self._all_rows)
             passed = self.layers.advance(block, rows, runs, read_only=last, change=change)
             past.flatten(0, 1)[places] = passed.keys_values
             rows = passed.out
         return rows
 
-    def _all_rows(self, texts: np.ndarray) -> np.ndarray:
-        """The rows of all tokens of some texts."""
-        return spans(self.start[texts], self.tokens[texts])
+    def _all_rows(self, changed: _Changed) -> Tensor:
+        """The rows of all tokens of the texts with a change."""
+        rows = spans(self.start[changed.texts], self.tokens[changed.texts])
+        return torch.from_numpy(rows).to(self.device)
 
     def _step(self, tokens: Tensor, positions: Tensor, seen: int) -> Tensor:
         """Rows (live, hidden) of the last layer of one more token of each of the first texts, at ``positions`` (live,),
@@ -298,7 +298,7 @@ class _Growing:
             past[each, positions] = keys_values
             queries = layers.by_tiles(block.queries, rows, positions)
             heads = self._attend(block, queries, past[:live, :seen], positions)
-            change = self.deltas.change(layer, lambda own: own[own < live])
+            change = self.deltas.change(layer, lambda own: own.places[: np.searchsorted(own.texts, live)])
             rows = layers.behind_attention(block, rows, heads, keys_values, change).out
         return rows
 
@@ -317,44 +317,50 @@ class _Growing:
 
 
 @dataclass(frozen=True)
-class _Deltas:
-    """What is changed in each layer, and for which of the texts (n,), by number and in order."""
+class _Changed:
+    """A change of one layer, and the texts that have it, by number and in order: texts (n,), places (n,) the same on
+    the device."""
 
-    changes: dict[int, list[tuple[LowRank | Dense, np.ndarray]]]
-    device: torch.device
+    change: LowRank | Dense
+    texts: np.ndarray
+    places: Tensor
+
+
+@dataclass(frozen=True)
+class _Deltas:
+    """What is changed in each layer, for which of the texts."""
+
+    changes: dict[int, list[_Changed]]
 
     @classmethod
     def of(cls, deltas: Sequence[Delta | None], ready: _Ready) -> _Deltas:
         layers = ready.layers
         wide = torch.promote_types(layers.dtype, torch.float32)
-        texts: dict[int, list[int]] = {}
-        for number, delta in enumerate(deltas):
-            if delta is not None:
-                texts.setdefault(id(delta), []).append(number)
-        changes: dict[int, list[tuple[LowRank | Dense, np.ndarray]]] = {}
-        for numbers in texts.values():
-            delta = deltas[numbers[0]]
-            assert delta is not None
+        distinct = {id(delta): delta for delta in deltas if delta is not None}
+        changes: dict[int, list[_Changed]] = {}
+        for delta in distinct.values():
+            texts = np.array([number for number, own in enumerate(deltas) if own is delta])
+            places = torch.from_numpy(texts).to(layers.device)
             for layer, change in delta.changes.items():
                 if layer >= layers.depth or change.shape != tuple(ready.blocks[layer].down.weight.shape):
                     raise ExperimentError(
                         f"a delta has a change of {change.shape} for layer {layer}, which does not fit the model; use "
                         "deltas of this model"
                     )
-                changes.setdefault(layer, []).append((change.to(layers.device, wide), np.array(numbers)))
-        return cls(changes, layers.device)
+                changes.setdefault(layer, []).append(_Changed(change.to(layers.device, wide), texts, places))
+        return cls(changes)
 
-    def change(self, layer: int, rows_of: Callable[[np.ndarray], np.ndarray]) -> Change | None:
-        """The change of a layer's down-projection in a pass where some texts have the rows ``rows_of`` them."""
+    def change(self, layer: int, rows_of: Callable[[_Changed], Tensor]) -> Change | None:
+        """The change of a layer in a pass where ``rows_of`` are the rows of the texts that have it."""
         if layer not in self.changes:
             return None
 
         def changed(keys: Tensor, values: Tensor) -> Tensor:
-            for change, texts in self.changes[layer]:
-                rows = torch.from_numpy(rows_of(texts)).to(self.device)
+            for own in self.changes[layer]:
+                rows = rows_of(own)
                 if len(rows):
-                    own = added(change, keys.index_select(0, rows))
-                    values[rows] = (values[rows] + own).to(values.dtype)
+                    more = added(own.change, keys.index_select(0, rows))
+                    values[rows] = (values[rows] + more).to(values.dtype)
             return values
 
         return changed

@@ -121,4 +121,4 @@ def _delta(layout: Any, tensors: dict[str, Tensor]) -> Delta:
 
 
 def _crc32(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy())
+    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data)

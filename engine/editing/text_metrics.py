@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from causalcone.engine.errors import ExperimentError
 
-_WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
+_WORD = re.compile(r"\w+(?:['\u2019]\w+)*|[^\w\s]")
 _ENTROPY_WEIGHTS = {2: 2 / 3, 3: 4 / 3}
 
 
@@ -43,8 +43,8 @@ class ReferenceScorer:
     """Meng et al. 2022's reference score: how like reference texts generated ones are.
 
     ``corpus`` are the texts that words are weighed by, published all reference texts of a data set: its words are the
-    vocabulary, and the fewer of its texts have one, the more it weighs (inverse document frequency, smoothed). Words are
-    lower-cased and of two letters or digits at least. Raises ``ExperimentError`` for a corpus without words.
+    vocabulary, and the fewer of its texts have one, the more it weighs (inverse document frequency, smoothed).
+    Words are lower-cased and of two letters or digits at least. Raises ``ExperimentError`` for a corpus without words.
     """
 
     def __init__(self, corpus: Sequence[str]) -> None:

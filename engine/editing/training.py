@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
-from causalcone.engine.editing.cone import Prompts, Site, wanted_by_cones
+from causalcone.engine.editing.cone import Prompts
 from causalcone.engine.editing.hparams import MemitHparams, RomeHparams
 from causalcone.engine.editing.layers import Layers
 from causalcone.engine.editing.prompts import ESSENCE, Encoder
 from causalcone.engine.editing.requests import Request
 from causalcone.engine.editing.unedited import Wanted, run_unedited
-from causalcone.engine.editing.vectors import Goal, VectorSearch
+from causalcone.engine.editing.vectors import Goal, Site, VectorSearch, wanted_by_vectors
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Training:
         """The search for vectors at the layers ``at``, with what the unedited model makes of the texts, ``more`` of it
         than the search needs."""
         essence = np.array([goal.essence for goal in self.goals])
-        wanted: dict[tuple[str, int], Any] = {**wanted_by_cones(self.prompts, at, site), **more}
+        wanted: Wanted = {**wanted_by_vectors(self.prompts, at, site), **more}
         distributions = essence, self.prompts.lookup[essence]
         unedited = run_unedited(layers, self.prompts.texts, wanted, min(at) + 1, distributions)
         return VectorSearch(layers, self.prompts, unedited, self.goals, site, hparams)

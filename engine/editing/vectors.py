@@ -5,19 +5,24 @@ All edits of a batch, at any layers, take their steps together; an edit that is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from causalcone.engine.editing.adam import Adam
-from causalcone.engine.editing.cone import Cone, Prompts, Site
+from causalcone.engine.editing.cone import Cone, Join, Prompts
 from causalcone.engine.editing.hparams import MemitHparams, RomeHparams
 from causalcone.engine.editing.layers import Layers
-from causalcone.engine.editing.unedited import Unedited
+from causalcone.engine.editing.unedited import Places, Unedited, Wanted
+from causalcone.engine.models.base import Block
 from causalcone.kernels.readout_gradients import divergence, log_probability
+
+Site = Literal["values", "out"]
+"""What a vector is added to: the output of a layer's down-projection, or the layer's own output."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,17 @@ class VectorSearch:
                         found[edit] = _found(delta[place], base[edit], step + 1, loss[place])
         return [each for each in found if each is not None]
 
+    def joining(self, block: Block, layer: int, join: Join, vectors: Tensor) -> Tensor:
+        """The rows of runs behind the layer where their vectors, among (E, hidden), are added."""
+        kept = self.unedited.kept
+        added = vectors.index_select(0, torch.from_numpy(join.edits).to(vectors.device))
+        rows = kept["out", layer].index_select(0, join.tails)
+        if self.site == "out":
+            return rows.index_add(0, join.lookups, added.to(rows.dtype))
+        values = (kept["values", layer].index_select(0, join.texts) + added).to(rows.dtype)
+        edited = kept["mid", layer].index_select(0, join.texts) + block.mlp_output(values)
+        return rows.index_copy(0, join.lookups, edited)
+
     def _updates(self, step: int, edits: Sequence[tuple[int, int]]) -> np.ndarray:
         """(E,) which edits are updated in this step: the last one only evaluates, but where ROME erases a fact."""
         last = step == self.hparams.steps - 1
@@ -103,6 +119,14 @@ class VectorSearch:
         stop = self.hparams.stop_loss
         low = np.zeros(len(loss), dtype=bool) if stop is None else loss < stop
         return ~np.isfinite(loss) | low | ~updates
+
+
+def wanted_by_vectors(prompts: Prompts, at: Collection[int], site: Site) -> Wanted:
+    """What the search for vectors at the layers ``at`` starts from."""
+    wanted: dict[tuple[str, int], Places] = {("out", layer): prompts.tails for layer in at}
+    if site == "values":
+        wanted.update({(name, layer): prompts.lookups for layer in at for name in ("values", "mid")})
+    return wanted
 
 
 def _found(delta: Tensor, base: Tensor, steps: int, loss: float) -> Found:
@@ -129,7 +153,7 @@ class _Readings:
         of = np.repeat(np.arange(len(edits)), [len(own) for own in texts])
         layer = np.array([layer for _, layer in edits])
         members = np.array([text for own in texts for text in own])
-        self.cone = Cone(search.layers, search.site, search.prompts, search.unedited, layer, of, members)
+        self.cone = Cone(search.layers, search.prompts, search.unedited, layer, of, members)
         # by run, then in the order of what is read: the edit, its target's tokens and their weight, or its divergence
         essence = np.concatenate([np.arange(len(own)) == len(own) - 1 for own in texts])
         order = self.cone.order
@@ -162,7 +186,7 @@ class _Readings:
         hparams, size = self.search.hparams, self.size
         leaf = delta.detach().requires_grad_()
         with torch.enable_grad():
-            states = self.cone.read_out(leaf)
+            states = self.cone.read_out(lambda block, layer, join: self.search.joining(block, layer, join, leaf))
             readout = self.search.layers.readout()
             log_p = log_probability(states.index_select(0, self.read), readout, self.targets)
             none = torch.zeros(self.count, dtype=torch.float64, device=log_p.device)
