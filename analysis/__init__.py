@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from causalcone.analysis.edit_tables import (
+    EDIT_SCHEMA,
+    METRIC_SCHEMA,
+    PROBE_SCHEMA,
+    read_edits,
+    read_metrics,
+    read_probes,
+)
 from causalcone.analysis.effects import (
     average_indirect_effect,
     concentrated_facts,
@@ -16,32 +24,44 @@ from causalcone.analysis.effects import (
 from causalcone.analysis.gradients import gradient_norms, gradient_summary
 from causalcone.analysis.layer_effects import joint_effects, severed_effects, zeroing_curve
 from causalcone.analysis.roles import ROLES, with_roles
+from causalcone.analysis.scores import SCORES, counterfact_metrics, mean_scores, scores, zsre_metrics
 from causalcone.analysis.tables import GRADIENT_SCHEMA, TRACE_SCHEMA, TableError, read_gradients, read_traces
 
 if TYPE_CHECKING:
     from causalcone.analysis import plot
 
 __all__ = [
+    "EDIT_SCHEMA",
     "GRADIENT_SCHEMA",
+    "METRIC_SCHEMA",
+    "PROBE_SCHEMA",
     "ROLES",
+    "SCORES",
     "TRACE_SCHEMA",
     "TableError",
     "average_indirect_effect",
     "concentrated_facts",
+    "counterfact_metrics",
     "flagged_facts",
     "gradient_norms",
     "gradient_summary",
     "joint_effects",
+    "mean_scores",
     "peak_layers",
     "plot",
+    "read_edits",
     "read_gradients",
+    "read_metrics",
+    "read_probes",
     "read_traces",
     "restore_effects",
+    "scores",
     "severed_effects",
     "tracing_effects",
     "with_roles",
     "zeroing_curve",
     "zeroing_effects",
+    "zsre_metrics",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Figures: token-by-layer heat maps of one fact here; averages by token role or by layer, and gradients, beside.
+"""Figures: token-by-layer heat maps of one fact here; averages by token role or by layer, gradients and scores beside.
 
 Every function returns its matplotlib ``Figure`` and writes it to ``path`` where one is given (the suffix chooses the
 format; missing folders are made). No display and no pyplot state is used.
@@ -29,9 +29,10 @@ from causalcone.analysis.gradient_plot import gradients
 from causalcone.analysis.layer_plot import joint_effect, severed, zeroing
 from causalcone.analysis.maps import MAP_COLUMNS, draw_map, label_tokens, map_grid, token_grid
 from causalcone.analysis.role_plot import indirect_effect
+from causalcone.analysis.score_plot import scores
 from causalcone.analysis.tables import TableError, TraceSource, as_traces, single_tokens
 
-__all__ = ["gradients", "heatmap", "heatmaps", "indirect_effect", "joint_effect", "severed", "zeroing"]
+__all__ = ["gradients", "heatmap", "heatmaps", "indirect_effect", "joint_effect", "scores", "severed", "zeroing"]
 
 PathLike = str | os.PathLike[str]
 

@@ -14,6 +14,7 @@ class Fact:
     """One fact: a prompt template with one ``{}`` for the subject, and the targets and prompts that go with it.
 
     ``target_new`` and the evaluation prompts may be missing: such facts can still be traced.
+    ``neighborhood_target`` is the neighbours' own answer, where it is not ``target_true``.
     ``counterfactual_subject`` is the subject of a counterfactual prompt of equal token length.
     ``relation_id``, ``target_true_id`` and ``target_new_id`` are the identifiers CounterFact gives (Wikidata's).
     """
@@ -31,6 +32,7 @@ class Fact:
     relation_id: str | None = None
     target_true_id: str | None = None
     target_new_id: str | None = None
+    neighborhood_target: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("id", "prompt", "subject", "target_true"):

@@ -67,6 +67,7 @@ class ZsreRecord(BaseModel):
     answers: Annotated[tuple[Text, ...], Field(min_length=1)]
     rephrase: Text | None = None
     loc: Text | None = None
+    loc_ans: Text | None = None
 
 
 class KnownFact(BaseModel):
@@ -161,6 +162,7 @@ def _from_zsre_hase(index: int, record: Record, target_new: str | None) -> Fact:
         target_new=target_new,
         paraphrase_prompts=(f"Question: {item.rephrase} Answer:",) if item.rephrase else (),
         neighborhood_prompts=(f"Question: {item.loc.removeprefix('nq question: ')}? Answer:",) if item.loc else (),
+        neighborhood_target=item.loc_ans,
     )
 
 
@@ -174,6 +176,7 @@ def _from_zsre_meng(index: int, record: Record) -> Fact:
         target_new=item.answers[0],
         paraphrase_prompts=(item.rephrase,) if item.rephrase else (),
         neighborhood_prompts=(f"{item.loc}?",) if item.loc else (),
+        neighborhood_target=item.loc_ans,
     )
 
 

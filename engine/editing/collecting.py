@@ -64,13 +64,12 @@ class Spec:
         chosen = tuple(range(sizes.depth)) if layers is None else tuple(sorted(set(layers)))
         wrong = [layer for layer in chosen if not 0 <= layer < sizes.depth]
         if wrong or not chosen:
-            raise ExperimentError(
-                f"there is no layer {', '.join(map(str, wrong)) or 'chosen'}; the model's layers are 0 to {sizes.depth - 1}"
-            )
+            named = ", ".join(map(str, wrong)) or "none"
+            raise ExperimentError(f"the layers {named} were chosen; the model's are 0 to {sizes.depth - 1}")
         width = key_width(session.architecture, chosen[0])
         if tokens is None:
             tokens = TOKENS_PER_COMPONENT * width
-        if tokens != "all" and (isinstance(tokens, (bool, str)) or tokens < 1):
+        if tokens != "all" and (not isinstance(tokens, int) or tokens < 1):
             raise ExperimentError(f"tokens is {tokens!r}; give a positive number, or 'all'")
         length = min(LENGTH, sizes.positions) if length is None else length
         if not 1 <= length <= sizes.positions:
@@ -102,9 +101,7 @@ class Sums:
         upper = self.by_layer.pop(layer).cpu().div_(self.tokens).triu_()
         mean = (upper + upper.triu(1).T).to(dtype)
         if not torch.isfinite(mean).all():
-            raise ExperimentError(
-                f"the keys of layer {layer} overflow in the dtype of the pass; collect in float32, or in bfloat16"
-            )
+            raise ExperimentError(f"the keys of layer {layer} overflow in the dtype of the pass; collect in float32")
         return mean
 
 
@@ -160,7 +157,7 @@ class Frame:
         keys = min(budget.tiles.keys, max(spec.length, budget.for_rows // 8 // score))
         heads, kv = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim
         row = itemsize * (8 * sizes.hidden + 2 * kv + 4 * heads + 3 * spec.width) + 32
-        product = wide * spec.width * (min(CHUNK, MAX_ROWS_CPU) + 2 * _strip(spec.width))
+        product = wide * spec.width * (CHUNK + 2 * _strip(spec.width))
         fixed = keys * score + product + (0 if elsewhere else sums)
         rows = min(MAX_ROWS_CPU if on_cpu else MAX_ROWS, (budget.for_rows - fixed) // row)
         if rows < spec.length:
@@ -190,7 +187,7 @@ def collect(
 ) -> Moments:
     """As ``Moments.collect``, which says what all this is."""
     if isinstance(texts, (str, Mapping)):
-        raise ExperimentError("texts is a single text; give a list of texts, or another iterable of them")
+        raise ExperimentError(f"texts is a {type(texts).__name__}; give a list of texts, or another iterable of them")
     session = Session(model, tokenizer, dtype, device, memory)
     spec = Spec.of(session, layers, tokens, length)
     frame = Frame.of(session, spec)
@@ -199,11 +196,8 @@ def collect(
     pieces = first_tokens(pieces_of(texts, tokenizer, spec.length, session.sizes.vocabulary), spec.tokens)
     checkpoint = None
     if resume is not None:
-        description = {
-            "identity": vars(identity), "layers": spec.layers, "length": spec.length, "dtype": str(session.dtype),
-            "source": source,
-        }  # fmt: skip
-        checkpoint = Checkpoint(Path(resume), description)
+        described = {"choice of layers": spec.layers, "length": spec.length, "dtype": str(session.dtype)}
+        checkpoint = Checkpoint(Path(resume), {**described, "model": {**vars(identity), "name": ""}})
         checkpoint.load(sums)
         _skip(pieces, sums, checkpoint.path)
     try:
@@ -270,13 +264,12 @@ def pieces_of(
 ) -> Iterator[tuple[int, ...]]:
     """The token ids of texts, in pieces of at most ``length``."""
     for number, text in enumerate(texts):
-        if isinstance(text, Mapping):
-            text = text.get("text")
-        if not isinstance(text, str):
+        words = text.get("text") if isinstance(text, Mapping) else text
+        if not isinstance(words, str):
             raise ExperimentError(
                 f"text {number} is a {type(text).__name__}; give strings, or mappings whose 'text' is one"
             )
-        ids = tuple(tokenizer(text, verbose=False)["input_ids"])
+        ids = tuple(tokenizer(words, verbose=False)["input_ids"])
         if ids and max(ids) >= vocabulary:
             raise ExperimentError(
                 f"text {number}: token id {max(ids)} is outside the model's vocabulary of {vocabulary}; "
@@ -324,14 +317,14 @@ def _skip(pieces: Iterator[tuple[int, ...]], sums: Sums, path: Path) -> None:
     if (seen, ids) != (sums.tokens, sums.ids):
         raise ExperimentError(
             f"the first {sums.tokens:,} tokens of these texts are not those that {path} counted: the texts or the "
-            "tokenizer are others, or so many were asked for then, which cut a text; go on as it was begun, or delete "
-            "it to begin anew"
+            "tokenizer are others, or another number of tokens was asked for; go on as it was begun, or delete it to "
+            "begin anew"
         )
 
 
 def _checksum(pieces: Iterable[tuple[int, ...]], before: int) -> int:
     for piece in pieces:
-        before = zlib.crc32(np.asarray(piece, dtype=np.int64), before)
+        before = zlib.crc32(np.asarray(piece, dtype=np.int64).tobytes(), before)
     return before
 
 

@@ -80,12 +80,15 @@ class Cone:
         self,
         layers: Layers,
         prompts: Prompts,
-        unedited: Unedited,
         layer: np.ndarray,
         of: np.ndarray,
         texts: np.ndarray,
+        unedited: Unedited | None = None,
     ) -> None:
-        self.layers, self.prompts, self.unedited = layers, prompts, unedited
+        """``unedited`` holds the keys and values of what is before the lookups, where there is anything."""
+        self.layers, self.prompts = layers, prompts
+        self.keys_values = {} if unedited is None else unedited.keys_values
+        self.stored = np.zeros(len(prompts.texts), dtype=np.int64) if unedited is None else unedited.start
         past, rows, read = prompts.lookup[texts], prompts.tail_rows[texts], prompts.read[texts]
         self.order = in_order(past, rows, read)
         self.joins = dict(self._joins(layer, of[self.order], texts[self.order]))
@@ -120,24 +123,46 @@ class Cone:
             past=self.prompts.lookup[texts],
             rows=self.prompts.tail_rows[texts],
             read=self.prompts.read[texts],
-            stored=self.unedited.start[texts],
+            stored=self.stored[texts],
             device=self.layers.device,
         )
 
     def read_out(self, joining: Joining, changing: Changing | None = None) -> Tensor:
         """Final, normed rows (n, hidden) of what is read out."""
-        rows: Tensor | None = None
-        live: Join | None = None
+        wave = self.wave(joining, changing)
         for layer in range(min(self.joins), self.layers.depth):
-            block = self.layers.block(layer)
-            if rows is not None and live is not None:
-                last = layer == self.layers.depth - 1
-                change = changing(layer, live, last) if changing else None
-                past = self.unedited.keys_values.get(layer)
-                rows = self.layers.advance(block, rows, live.runs, past=past, read_only=last, change=change).out
-            if layer in self.joins:
-                live = self.joins[layer]
-                own = joining(block, layer, live)
-                rows = (own if rows is None else torch.cat([rows, own])).index_select(0, live.merged)
-        assert rows is not None
-        return self.layers.architecture.final_norm(rows)
+            wave.advance(layer, self.layers.block(layer))
+        return wave.states()
+
+    def wave(self, joining: Joining, changing: Changing | None = None) -> Wave:
+        """The same in steps of one layer, for a pass that has other runs beside these."""
+        return Wave(self, joining, changing)
+
+
+class Wave:
+    """The rows of a cone on their way through the layers."""
+
+    def __init__(self, cone: Cone, joining: Joining, changing: Changing | None) -> None:
+        self.cone, self.joining, self.changing = cone, joining, changing
+        self.rows: Tensor | None = None
+        self.live: Join | None = None
+
+    def advance(self, layer: int, block: Block) -> None:
+        """Go through a layer; then the runs that differ behind it join."""
+        layers, joins = self.cone.layers, self.cone.joins
+        if self.rows is not None and self.live is not None:
+            last = layer == layers.depth - 1
+            change = self.changing(layer, self.live, last) if self.changing else None
+            past = self.cone.keys_values.get(layer)
+            self.rows = layers.advance(
+                block, self.rows, self.live.runs, past=past, read_only=last, change=change
+            ).out
+        if layer in joins:
+            self.live = joins[layer]
+            own = self.joining(block, layer, self.live)
+            self.rows = (own if self.rows is None else torch.cat([self.rows, own])).index_select(0, self.live.merged)
+
+    def states(self) -> Tensor:
+        """Final, normed rows (n, hidden) of what is read out."""
+        assert self.rows is not None
+        return self.cone.layers.architecture.final_norm(self.rows)

@@ -7,6 +7,7 @@ by layer) and ``crc32`` (checksum of the raw bytes by tensor); all other metadat
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import zlib
@@ -53,7 +54,8 @@ def save_delta(delta: Delta, path: str | Path, metadata: Mapping[str, str] | Non
     except OSError as error:
         raise ExperimentError(f"no delta can be written to {path}: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def load_delta(path: str | Path) -> tuple[Delta, dict[str, str]]:

@@ -199,7 +199,7 @@ class _Pass:
         self.batch, self.count = batch, len(live)
         of = np.repeat(np.arange(len(live)), [len(batch.texts[item]) for item in live])
         texts = np.concatenate([batch.texts[item] for item in live])
-        self.cone = Cone(batch.layers, batch.prompts, batch.unedited, batch.first[live], of, texts)
+        self.cone = Cone(batch.layers, batch.prompts, batch.first[live], of, texts)
         self.trained = [batch.trained[item] for item in live]
         requests = [batch.items[item][0] for item in live]
         owners, device = of[self.cone.order], batch.layers.device

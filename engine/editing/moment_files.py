@@ -4,12 +4,12 @@ The tensor of layer 5 is ``layers.5.moment`` (inner, inner). The metadata's ``ca
 of this layout, ``tokens`` by layer, ``source``, ``identity`` (the fields of ``Identity``, or null) and ``crc32``
 (checksum of the raw bytes by tensor).
 
-A collection that is under way is kept in such a file too: the tensors are ``layers.5.sum``, the sums of k k^T so far, of
-which the blocks from the diagonal on count, and the metadata are under ``causalcone.sums``: ``version``, ``tokens``
+A collection that is under way is kept in such a file too: the tensors are ``layers.5.sum``, the sums of k k^T so far,
+of which the blocks from the diagonal on count, and the metadata are under ``causalcone.sums``: ``version``, ``tokens``
 counted, ``ids`` (the CRC-32 of their ids as int64), ``of`` (what is collected, of which model) and ``crc32``.
 
-A published file is numpy's ``.npz`` without pickled objects, one for each layer. It holds ``mom2.mom2``, the sum of k k^T
-(inner, inner), and ``mom2.count``, the number of tokens.
+A published file is numpy's ``.npz`` without pickled objects, one for each layer. It holds ``mom2.mom2``, the sum of
+k k^T (inner, inner), and ``mom2.count``, the number of tokens.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def load_sums(path: Path, of: Mapping[str, Any]) -> tuple[dict[int, Tensor], int
     for name, value in json.loads(json.dumps(of)).items():
         kept = described["of"].get(name)
         if kept != value:
-            told = "" if name == "identity" else f" ({kept}, not {value})"
+            told = "" if name == "model" else f" ({kept}, not {value})"
             raise ExperimentError(
-                f"{path} keeps a collection of another {name}{told}; go on as it was begun, or delete it to begin anew"
+                f"{path} keeps a collection with another {name}{told}; go on as it was begun, or delete it"
             )
     return tensors, int(described["tokens"]), int(described["ids"])
 
@@ -242,4 +242,4 @@ def _layer_of(path: Path) -> int | None:
 
 
 def _crc32(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy())
+    return zlib.crc32(memoryview(tensor.flatten().view(torch.uint8).numpy()))

@@ -153,7 +153,7 @@ class _Readings:
         of = np.repeat(np.arange(len(edits)), [len(own) for own in texts])
         layer = np.array([layer for _, layer in edits])
         members = np.array([text for own in texts for text in own])
-        self.cone = Cone(search.layers, search.prompts, search.unedited, layer, of, members)
+        self.cone = Cone(search.layers, search.prompts, layer, of, members, search.unedited)
         # by run, then in the order of what is read: the edit, its target's tokens and their weight, or its divergence
         essence = np.concatenate([np.arange(len(own)) == len(own) - 1 for own in texts])
         order = self.cone.order

@@ -1,0 +1,202 @@
+"""How well edits did: scores of Hase et al. 2023 per edit and their means, metrics of Meng et al. 2022 (METHODS 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import polars as pl
+
+from causalcone.analysis.edit_tables import (
+    checked_metrics,
+    checked_probabilities,
+    finished,
+    read_edits,
+    read_metrics,
+    read_probes,
+)
+from causalcone.analysis.tables import TableError, TraceSource
+
+SCORES = ("rewrite", "paraphrase", "neighborhood", "essence", "overall", "overall_essence", "rewrite_magnitude")
+
+# The problem's target is the new one (or what the model says with a noised subject) or the true one.
+_TOWARDS_NEW = ("error_injection", "tracing_reversal")
+_TOWARDS_TRUE = ("fact_amplification", "fact_forcing")
+_ERASE = "fact_erasure"
+
+_EDIT = ["edit_id", "fact_id", "problem", "method", "layer", "window"]
+_GROUP = ["problem", "method", "window", "layer"]
+
+_COUNTERFACT = {
+    "efficacy_score": "ES",
+    "efficacy_magnitude": "EM",
+    "paraphrase_score": "PS",
+    "paraphrase_magnitude": "PM",
+    "neighborhood_score": "NS",
+    "neighborhood_magnitude": "NM",
+    "generation_entropy": "GE",
+    "reference_score": "RS",
+}
+_ZSRE = {
+    "rewrite_accuracy": "efficacy",
+    "paraphrase_accuracy": "paraphrase",
+    "neighborhood_accuracy": "specificity",
+}
+
+
+def scores(
+    edits: TraceSource,
+    probes: TraceSource,
+    metrics: TraceSource | None = None,
+    aggregate: Literal["first", "mean"] = "first",
+) -> pl.DataFrame:
+    """The scores of each edit (Hase et al. 2023; METHODS 5): one row per edit, in the order of ``edits``.
+
+    ``edits``, ``probes`` and ``metrics`` are what ``read_edits``, ``read_probes`` and ``read_metrics`` read; probes of
+    other edits and attribute prompts are passed over. Of an edit's paraphrases and neighbours, ``aggregate`` takes the
+    first there is (as published) or the mean of their scores.
+
+    - ``rewrite``, ``paraphrase``: what share of what p(target) lacked was recovered, (p_post - p_pre) / (1 - p_pre), in
+      Fact Erasure what share of it was erased, (p_pre - p_post) / p_pre; 0 where that is negative. Where p_pre leaves
+      nothing to recover (it is 1) or to erase (it is 0) there is no score, whatever the edit did.
+    - ``neighborhood``: 1 - |p_post - p_pre| / max(p_pre, 1 - p_pre), the divisor being the furthest p can move
+    - ``essence``: 1 - clip(perplexity_post - perplexity_pre, 0, 5) / 5, of the metric "perplexity"
+    - ``overall``: the mean of rewrite, paraphrase and neighborhood; ``overall_essence``: of these and essence
+    - ``rewrite_magnitude``: p_post(target_new) - p_post(target_true) on the rewrite prompt, in [-1, 1]; in Tracing
+      Reversal the trained-towards target takes target_new's place
+
+    All others lie in [0, 1]. Scores are null where a fact has no such prompts or target, and for edits that failed.
+    Columns: edit_id, fact_id, problem, method, layer, window, and those above. Raises ``TableError`` for an unknown
+    problem, and for probabilities outside [0, 1].
+    """
+    if aggregate not in ("first", "mean"):
+        raise TableError(f"aggregate is {aggregate!r}; choose 'first' or 'mean'")
+    every = read_edits(edits)
+    _refuse_unknown_problems(every)
+    done = finished(every).select("edit_id", "problem")
+    prompts = checked_probabilities(read_probes(probes).join(done, on="edit_id")).sort("prompt_index")
+    rows = prompts.with_columns(score=_prompt_score(), magnitude=_magnitude())
+    kinds = ("rewrite", "paraphrase", "neighborhood")
+    per_edit = rows.group_by("edit_id").agg(
+        *(_pick("score", kind, aggregate).alias(kind) for kind in kinds),
+        rewrite_magnitude=_pick("magnitude", "rewrite", aggregate),
+    )
+    three = pl.col("rewrite") + pl.col("paraphrase") + pl.col("neighborhood")
+    return (
+        every.select(_EDIT)
+        .join(per_edit, on="edit_id", how="left", maintain_order="left")
+        .join(_essence(done, metrics), on="edit_id", how="left", maintain_order="left")
+        .with_columns(overall=three / 3, overall_essence=(three + pl.col("essence")) / 4)
+        .select(*_EDIT, *SCORES)
+    )
+
+
+def _refuse_unknown_problems(edits: pl.DataFrame) -> None:
+    known = (*_TOWARDS_NEW, *_TOWARDS_TRUE, _ERASE)
+    unknown = edits.filter(pl.col("problem").is_in(known).not_().fill_null(True))
+    if unknown.height:
+        edit, problem = unknown.select("edit_id", "problem").row(0)
+        raise TableError(f"edit {edit!r} is of the problem {problem!r}; known are {', '.join(known)}")
+
+
+def _prompt_score() -> pl.Expr:
+    """The score of one prompt. Differences come first: 1 - (1 - p_post) / (1 - p_pre) would lose small changes."""
+    pre, post = pl.col("p_pre"), pl.col("p_post")
+    recovered = pl.when(pre < 1).then((post - pre) / (1 - pre)).clip(lower_bound=0)
+    erased = pl.when(pre > 0).then((pre - post) / pre).clip(lower_bound=0)
+    kept = 1 - (post - pre).abs() / pl.max_horizontal(pre, 1 - pre)
+    target = pl.when(pl.col("problem") == _ERASE).then(erased).otherwise(recovered)
+    return pl.when(pl.col("prompt_kind") == "neighborhood").then(kept).otherwise(target)
+
+
+def _magnitude() -> pl.Expr:
+    difference = pl.col("p_post") - pl.col("p_post_other")
+    return pl.when(pl.col("problem").is_in(_TOWARDS_NEW)).then(difference).otherwise(-difference)
+
+
+def _pick(column: str, kind: str, aggregate: str) -> pl.Expr:
+    values = pl.col(column).filter(pl.col("prompt_kind") == kind)
+    return values.first() if aggregate == "first" else values.mean()
+
+
+def _essence(done: pl.DataFrame, metrics: TraceSource | None) -> pl.DataFrame:
+    if metrics is None:
+        return pl.DataFrame(schema={"edit_id": pl.String, "essence": pl.Float64})
+    perplexity = checked_metrics(read_metrics(metrics).filter(metric="perplexity").join(done, on="edit_id", how="semi"))
+    lost = (pl.col("post") - pl.col("pre")).clip(0, 5)
+    return perplexity.select("edit_id", essence=1 - lost / 5)
+
+
+def mean_scores(scores: pl.DataFrame, by: Sequence[str] = ("problem", "method", "window", "layer")) -> pl.DataFrame:
+    """Means over the edits of what the function ``scores`` gives: one row per group and score, in ``SCORES``'s order.
+
+    Columns: those of ``by``, score, mean, standard_error (facts taken as independent, so that a group may hold several
+    edits of one fact; null for one fact), and n, the number of edits that have the score (mean is null where it is 0).
+    """
+    missing = [column for column in (*by, "fact_id", *SCORES) if column not in scores.columns]
+    if missing or not by:
+        raise TableError(f"scores have no columns {', '.join(missing)}" if missing else "by is empty; name a column")
+    means = [_means(scores, by, score).with_columns(score=pl.lit(score)) for score in SCORES]
+    columns = [*by, "score", "mean", "standard_error", "n"]
+    return pl.concat(means).select(columns).sort(by, maintain_order=True)
+
+
+def counterfact_metrics(edits: TraceSource, metrics: TraceSource) -> pl.DataFrame:
+    """The metrics of Meng et al. 2022 on CounterFact (METHODS 5).
+
+    One row per problem, method, window, layer and metric. ``metric`` is ES, EM, PS, PM, NS, NM (efficacy, paraphrase
+    and neighbourhood, score and magnitude), S (the harmonic mean of ES, PS and NS), GE (generation entropy, in bits)
+    and RS (reference score), as far as ``metrics`` has them; all but GE are fractions where the paper prints percent.
+    ``pre`` and ``post`` are means over edits, of the model before and after each; ``pre_interval`` and
+    ``post_interval`` are half the width of their 95 % intervals (1.96 standard errors, facts taken as independent; null
+    for one fact and for S); ``n`` counts the edits. Failed edits are left out.
+    Raises ``TableError`` where there are none of these metrics.
+    """
+    means = _metric_means(edits, metrics, _COUNTERFACT)
+    parts = means.filter(pl.col("metric").is_in(["ES", "PS", "NS"])).filter(pl.len().over(_GROUP) == 3)
+    harmonic = 3 / (1 / pl.col("pre", "post")).sum()
+    total = parts.group_by(_GROUP).agg(harmonic.name.keep(), pl.min("n")).with_columns(metric=pl.lit("S"))
+    return _in_order(pl.concat([means, total], how="diagonal"), ("S", *_COUNTERFACT.values()))
+
+
+def zsre_metrics(edits: TraceSource, metrics: TraceSource) -> pl.DataFrame:
+    """The metrics of Meng et al. 2022 on zsRE (METHODS 5): efficacy, paraphrase and specificity, the shares of target
+    tokens that are the model's most likely ones on the rewrite prompt, paraphrases and neighbours. Rows and columns are
+    those of ``counterfact_metrics``."""
+    return _in_order(_metric_means(edits, metrics, _ZSRE), _ZSRE.values())
+
+
+def _metric_means(edits: TraceSource, metrics: TraceSource, names: Mapping[str, str]) -> pl.DataFrame:
+    done = finished(read_edits(edits)).select(_EDIT)
+    named = read_metrics(metrics).filter(pl.col("metric").is_in(list(names)))
+    known = checked_metrics(named.join(done, on="edit_id")).drop_nulls(["pre", "post"])
+    if known.is_empty():
+        raise TableError(f"no edit that was done has any of the metrics {', '.join(names)}")
+    by = [*_GROUP, "metric"]
+    sides = [
+        _means(known, by, side).select(
+            *by, "n", pl.col("mean").alias(side), (1.96 * pl.col("standard_error")).alias(f"{side}_interval")
+        )
+        for side in ("pre", "post")
+    ]
+    both = sides[0].drop("n").join(sides[1], on=by, nulls_equal=True)
+    columns = ["pre", "pre_interval", "post", "post_interval", "n"]
+    return both.select(*_GROUP, pl.col("metric").replace_strict(names), *columns)
+
+
+def _in_order(means: pl.DataFrame, names: Iterable[str]) -> pl.DataFrame:
+    order = {name: place for place, name in enumerate(names)}
+    return means.sort(*_GROUP, pl.col("metric").replace_strict(order))
+
+
+def _means(rows: pl.DataFrame, by: Sequence[str], column: str) -> pl.DataFrame:
+    """Mean of a column per group, its standard error with facts taken as independent, and the number of values."""
+    value = pl.col(column)
+    facts_of = rows.group_by({*by, "fact_id"}, maintain_order=True)  # so that sums are the same every time
+    per_fact = facts_of.agg(total=value.sum(), count=value.count().cast(pl.Float64))
+    total, count = pl.col("total"), pl.col("count")
+    n, facts = count.sum(), (count > 0).sum()
+    mean = pl.when(n > 0).then(total.sum() / n)
+    spread = ((total - mean * count) ** 2).sum() / n**2
+    error = pl.when(facts > 1).then((spread * facts / (facts - 1)).sqrt())
+    return per_fact.group_by(by, maintain_order=True).agg(mean=mean, standard_error=error, n=n.cast(pl.Int64))

@@ -1,0 +1,249 @@
+"""Published settings of model editing by name: hyperparameters per method and problem, layers, noise (METHODS 4).
+
+They stand in ``presets/editing.toml``, each with its source; a file of one's own has the same form. A preset is named
+"gptj", or by the path of such a file: "mine.toml" where it holds one preset, "mine.toml:NAME" where it holds several.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    StrictFloat,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from causalcone.engine.editing.hparams import FinetuneHparams, MemitHparams, RomeHparams
+from causalcone.engine.errors import ExperimentError
+
+Hparams = RomeHparams | MemitHparams | FinetuneHparams
+
+_HPARAMS: dict[str, type[Hparams]] = {"rome": RomeHparams, "memit": MemitHparams, "finetune": FinetuneHparams}
+
+
+def _never(given: Any) -> Any:
+    return None if given == "never" else given
+
+
+def _from_zero(layers: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(layer - 1 for layer in layers)
+
+
+def _noise(given: Any) -> float | str:
+    if isinstance(given, str) and re.fullmatch(r"\d+(\.\d+)?sd", given):
+        return given
+    if isinstance(given, int | float) and not isinstance(given, bool) and 0 <= given < math.inf:
+        return float(given)
+    raise PydanticCustomError("sigma", 'must be a number that is not negative, or a text like "3sd"')
+
+
+def _by_window(given: Any) -> Any:
+    """The keys of ``finetune.1`` and ``finetune.5`` as numbers."""
+    if not isinstance(given, Mapping):
+        return given
+    for key in given:
+        if not re.fullmatch(r"[1-9]\d*", str(key)):
+            raise PydanticCustomError(
+                "window", "has {key}, where a window is due, as in finetune.1.steps", {"key": repr(key)}
+            )
+    return {int(key): value for key, value in given.items()}
+
+
+Count = Annotated[StrictInt, Field(ge=1)]
+Amount = Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)]
+StopLoss = Annotated[Amount | None, BeforeValidator(_never)]
+
+
+class _Table(BaseModel):
+    """A table of the file; a key that it cannot have is refused by name."""
+
+    model_config = ConfigDict(frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, given: Any) -> Any:
+        known = cls.model_fields
+        unknown = [key for key in given if key not in known] if isinstance(given, Mapping) else []
+        if unknown:
+            named = {"unknown": ", ".join(map(repr, unknown)), "known": ", ".join(known)}
+            raise PydanticCustomError("unknown_key", "cannot have {unknown}, only {known}", named)
+        return given
+
+
+class _Optimised(_Table):
+    steps: Count | None = None
+    lr: Amount | None = None
+    stop_loss: StopLoss = None
+
+
+class _Rome(_Optimised):
+    kl_factor: Amount | None = None
+    weight_decay: Amount | None = None
+    clamp: Amount | None = None
+
+
+class _Memit(_Rome):
+    covariance_weight: Amount | None = None
+
+
+class _Finetune(_Optimised):
+    norm_constraint: Amount | None = None
+    noise_samples: Count | None = None
+
+
+class _Defaults(_Table):
+    rome: _Rome = _Rome()
+    memit: _Memit = _Memit()
+    finetune: _Finetune = _Finetune()
+
+
+class _Problem(_Table):
+    rome: _Rome = _Rome()
+    memit: _Memit = _Memit()
+    finetune: Annotated[dict[int, _Finetune], BeforeValidator(_by_window)] = {}
+
+
+class _Problems(_Table):
+    error_injection: _Problem | None = None
+    tracing_reversal: _Problem | None = None
+    fact_erasure: _Problem | None = None
+    fact_amplification: _Problem | None = None
+    fact_forcing: _Problem | None = None
+
+
+class Preset(_Table):
+    """What a preset says besides hyperparameters, which ``load_hparams`` puts together.
+
+    edit_layers: layers to edit, counted from 0; sigma: noise on the subject, as ``Tracer.trace`` takes it;
+    tracing_window: layers of a restored or zeroed window; aggregate: which prompts a paraphrase or neighbourhood score
+    is of, as ``analysis.scores`` takes it.
+    """
+
+    edit_layers: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_from_zero)]
+    sigma: Annotated[float | str, PlainValidator(_noise)]
+    tracing_window: Count
+    aggregate: Literal["first", "mean"]
+    defaults: _Defaults = _Defaults()
+    problems: _Problems
+
+    def problem_names(self) -> tuple[str, ...]:
+        """The problems that the preset has settings for."""
+        return tuple(name for name, settings in self.problems if settings is not None)
+
+
+def preset_names() -> tuple[str, ...]:
+    """The presets that come with the package."""
+    return tuple(_builtin())
+
+
+def load_preset(preset: str) -> Preset:
+    """The preset of this name, or of a file (see the module). Raises ``ExperimentError`` naming what there is, or the
+    key that is wrong."""
+    named, table = _table(preset)
+    try:
+        return Preset.model_validate(table)
+    except ValidationError as error:
+        raise ExperimentError(f"{named}: {'; '.join(_complaints(error))}") from error
+
+
+def edit_layers(preset: str) -> tuple[int, ...]:
+    """The layers that the preset edits, counted from 0."""
+    return load_preset(preset).edit_layers
+
+
+def load_hparams(preset: str, method: str, problem: str, window: int = 1) -> Hparams:
+    """The hyperparameters of ``method`` ("rome", "memit" or "finetune") for ``problem`` ("error_injection", ...).
+
+    Fine-tuning has settings per ``window``; a window without its own takes those of the nearest one that has (the
+    smaller of two as near). The other methods have one setting for all windows.
+    Raises ``ExperimentError`` for names that are unknown or that the preset has no settings for.
+    """
+    if method not in _HPARAMS:
+        raise ExperimentError(f"there is no editing method {method!r}; choose from {', '.join(_HPARAMS)}")
+    if window < 1:
+        raise ExperimentError(f"window is {window}; give at least one layer")
+    chosen = load_preset(preset)
+    settings = getattr(chosen.problems, problem, None) if problem in _Problems.model_fields else None
+    if settings is None:
+        raise ExperimentError(
+            f"preset {preset!r} has no problem {problem!r}; it has {', '.join(chosen.problem_names())}"
+        )
+    own = getattr(settings, method)
+    if method == "finetune":
+        own = own[min(own, key=lambda size: (abs(size - window), size))] if own else _Finetune()
+    values = getattr(chosen.defaults, method).model_dump(exclude_unset=True) | own.model_dump(exclude_unset=True)
+    return _HPARAMS[method](**values)
+
+
+def _builtin() -> dict[str, Any]:
+    return tomllib.loads(files("causalcone.runners").joinpath("presets/editing.toml").read_text(encoding="utf-8"))
+
+
+def _table(preset: str) -> tuple[str, Any]:
+    """What to call a preset in messages, and its table."""
+    file, chosen, name = preset.rpartition(".toml:")
+    if not chosen and not preset.endswith(".toml"):
+        presets = _builtin()
+        if preset not in presets:
+            raise ExperimentError(
+                f"there is no preset {preset!r}; choose from {', '.join(presets)}, or give the path of a .toml file"
+            )
+        return f"preset {preset!r}", presets[preset]
+    path = Path(f"{file}.toml" if chosen else preset)
+    presets = _read(path)
+    if not chosen and len(presets) == 1:
+        name = next(iter(presets))
+    if name not in presets:
+        listed = ", ".join(presets) or "none"
+        wanted = f"no preset {name!r}" if chosen else "not one preset"
+        raise ExperimentError(f"{path} holds {wanted}, but {listed}; name one as {path}:NAME")
+    return f"{path}, preset {name!r}", presets[name]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ExperimentError(f"{path} does not exist") from None
+    except OSError as error:
+        raise ExperimentError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ExperimentError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ExperimentError(f"{path} is not TOML: {error}") from error
+
+
+_PLAINER = {
+    "missing": "is missing",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "tuple_type": "must be a list",
+    "dict_type": "must be a table",
+    "model_type": "must be a table",
+    "greater_than_equal": "must be at least {ge}",
+    "too_short": "is empty",
+    "finite_number": "must be a finite number",
+    "literal_error": "must be {expected}",
+}
+
+
+def _complaints(error: ValidationError) -> Iterator[str]:
+    for problem in error.errors(include_url=False):
+        plainer = _PLAINER.get(problem["type"])
+        said = plainer.format(**problem.get("ctx", {})) if plainer else problem["msg"]
+        yield f"{'.'.join(map(str, problem['loc']))} {said}".strip()
