@@ -10,6 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from causalcone.analysis import plot
+    from causalcone.engine.editing.applying import applied, apply
+    from causalcone.engine.editing.contexts import Contexts
+    from causalcone.engine.editing.deltas import Delta
+    from causalcone.engine.editing.editor import Editor
+    from causalcone.engine.editing.hparams import FinetuneHparams, MemitHparams, RomeHparams
+    from causalcone.engine.editing.moments import Moments
     from causalcone.engine.errors import CausalconeError
     from causalcone.engine.facts import Fact
     from causalcone.engine.noise import Noise
@@ -23,32 +29,50 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CausalconeError": "causalcone.engine.errors",
+    "Contexts": "causalcone.engine.editing.contexts",
+    "Delta": "causalcone.engine.editing.deltas",
+    "Editor": "causalcone.engine.editing.editor",
     "Fact": "causalcone.engine.facts",
+    "FinetuneHparams": "causalcone.engine.editing.hparams",
     "Intervention": "causalcone.engine.patching",
+    "MemitHparams": "causalcone.engine.editing.hparams",
+    "Moments": "causalcone.engine.editing.moments",
     "Noise": "causalcone.engine.noise",
     "Prompt": "causalcone.engine.patching",
     "PromptResult": "causalcone.engine.patching",
     "Read": "causalcone.engine.patching",
+    "RomeHparams": "causalcone.engine.editing.hparams",
     "SkippedFacts": "causalcone.engine.session",
     "State": "causalcone.engine.states",
     "TracePlan": "causalcone.engine.tracing",
     "Tracer": "causalcone.engine.tracing",
+    "applied": "causalcone.engine.editing.applying",
+    "apply": "causalcone.engine.editing.applying",
     "load_facts": "causalcone.runners.fact_files",
     "save_facts": "causalcone.runners.fact_files",
 }
 
 __all__ = [
     "CausalconeError",
+    "Contexts",
+    "Delta",
+    "Editor",
     "Fact",
+    "FinetuneHparams",
     "Intervention",
+    "MemitHparams",
+    "Moments",
     "Noise",
     "Prompt",
     "PromptResult",
     "Read",
+    "RomeHparams",
     "SkippedFacts",
     "State",
     "TracePlan",
     "Tracer",
+    "applied",
+    "apply",
     "load_facts",
     "plot",
     "save_facts",

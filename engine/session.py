@@ -12,11 +12,12 @@ import torch
 
 from causalcone.engine.cost import Cost, cost
 from causalcone.engine.errors import CausalconeError, ExperimentError, ModelError
-from causalcone.engine.facts import EncodedFact, Fact, check_unique, encode
+from causalcone.engine.facts import EncodedFact, Fact, check_unique, encode, subject_ids
 from causalcone.engine.job import Case, Job, Result
 from causalcone.engine.memory import default_budget, parse_bytes
 from causalcone.engine.models import check_supported, read_architecture
 from causalcone.engine.models.refusal import refuse_unreadable
+from causalcone.engine.noise import subject_deviation
 from causalcone.engine.passes import Budget, PlanCache, plan_budget
 from causalcone.engine.verify import verify_model
 
@@ -74,6 +75,16 @@ class Session:
             warnings.warn(SkippedFacts(skipped), stacklevel=5)
         return encoded
 
+    def subject_deviation(self, facts: Sequence[Fact]) -> float:
+        """The standard deviation of the embeddings of the facts' subjects (METHODS 2)."""
+        subjects = [subject_ids(fact, self.tokenizer) for fact in facts]
+        if not any(subjects):
+            raise ExperimentError("sigma in standard deviations needs at least one fact whose subject has tokens")
+        if max(map(max, filter(None, subjects))) >= self.sizes.vocabulary:
+            raise ExperimentError("a subject has tokens outside the model's vocabulary; use the model's own tokenizer")
+        with torch.inference_mode():
+            return subject_deviation(subjects, self.architecture.embed)
+
     def job(
         self,
         cases: Sequence[Case],
@@ -90,7 +101,7 @@ class Session:
         """Verify the model, then run the job: the number of each case in order, with its result."""
         if job.cases:
             budget = self.budget(job.gradient)
-            self._verify(job.cases[0].prompts[0], budget)
+            self.verify(job.cases[0].prompts[0])
             yield from job.results(budget)
 
     def costs(self, job: Job) -> Iterator[tuple[int, list[Cost]]]:
@@ -114,7 +125,7 @@ class Session:
     def _no_noise(self, span: int, samples: range) -> np.ndarray:
         return np.zeros((len(samples), 1, span, self.sizes.hidden))
 
-    def _verify(self, tokens: tuple[int, ...], budget: Budget) -> None:
+    def verify(self, tokens: tuple[int, ...]) -> None:
         """Refuse what cannot be read, and compare with the model's own forward once for every state of its weights."""
         refuse_unreadable(self.model, self.architecture.modules)
         versions = tuple(
@@ -122,7 +133,7 @@ class Session:
             for parameter in self.model.parameters()
         )
         if versions != self._verified:
-            verify_model(self.architecture, tokens, budget.tiles)
+            verify_model(self.architecture, tokens, self.budget().tiles)
             self._verified = versions
 
 

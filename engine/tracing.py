@@ -12,10 +12,10 @@ import torch
 from causalcone.engine.branches import Branches, check_tokens, choose_tokens
 from causalcone.engine.cost import forward_flops
 from causalcone.engine.errors import ExperimentError
-from causalcone.engine.facts import EncodedFact, Fact, subject_ids, token_texts
+from causalcone.engine.facts import EncodedFact, Fact, token_texts
 from causalcone.engine.gradients import IntegratedGradients
 from causalcone.engine.job import Job
-from causalcone.engine.noise import SCALED_NOISES, Noise, NoiseStream, parse_sigma, subject_deviation
+from causalcone.engine.noise import SCALED_NOISES, Noise, NoiseStream, parse_sigma
 from causalcone.engine.options import (
     DEFAULT_SIGMA,
     DEFAULT_STATES,
@@ -294,17 +294,8 @@ class Tracer:
         if not in_deviations:
             return value
         check_on_error(on_error)
-        return self._level([each.fact for each in self._encode(facts, "label", "all", on_error)], value)
-
-    def _level(self, facts: Sequence[Fact], deviations: float) -> float:
-        """So many standard deviations of the embeddings of the facts' subjects."""
-        subjects = [subject_ids(fact, self.session.tokenizer) for fact in facts]
-        if not any(subjects):
-            raise ExperimentError("sigma in standard deviations needs at least one fact whose subject has tokens")
-        if max(map(max, filter(None, subjects))) >= self.session.sizes.vocabulary:
-            raise ExperimentError("a subject has tokens outside the model's vocabulary; use the model's own tokenizer")
-        with torch.inference_mode():
-            return deviations * subject_deviation(subjects, self.session.architecture.embed)
+        encoded = self._encode(facts, "label", "all", on_error)
+        return value * self.session.subject_deviation([each.fact for each in encoded])
 
     def embedding_noise(self, texts: Iterable[str], dof: float | None = None, replace: bool = False) -> Noise:
         """Multivariate noise, or t noise with ``dof``, with mean and covariance of the token-embedding outputs over
@@ -354,7 +345,7 @@ class Tracer:
         if not facts or noise.kind not in SCALED_NOISES:
             return 0.0
         value, in_deviations = parse_sigma(sigma)
-        return self._level(facts, value) if in_deviations else value
+        return value * self.session.subject_deviation(facts) if in_deviations else value
 
     def _batches(self, study: _Study, progress: Progress | None) -> Iterator[pa.RecordBatch]:
         total = len(study.facts)

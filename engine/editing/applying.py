@@ -28,8 +28,8 @@ from causalcone.engine.models import read_architecture
 Model = TypeVar("Model")
 
 WORTH_A_WARNING = 0.01
-"""The part of a delta's norm that may be lost to rounding without a warning. A change a hundredth as large as the weights
-loses 3e-6 of its norm in float32, 2 % in float16 and 17 % in bfloat16; a smaller one loses more."""
+"""The part of a delta's norm that may be lost to rounding without a warning. A change a hundredth as large as the
+weights loses 3e-6 of its norm in float32, 2 % in float16 and 17 % in bfloat16; a smaller one loses more."""
 
 _BLOCK = 2**20  # elements of a weight that are added to at a time: their float32 copies stay in a processor's cache
 

@@ -26,8 +26,8 @@ Progress = Callable[[int, int | None], None]
 
 TOKENS_PER_COMPONENT = 10
 LENGTH = 512
-CHUNK = 4096
-"""Keys in one product: few enough for sums in float32 to stay exact, and for a product to be worth its addition."""
+CHUNK = 1024
+"""Keys in one product: few enough for its sums in float32 to be good to 2e-7, enough for it to be worth adding up."""
 
 MAX_ROWS_CPU, MAX_ROWS = 8192, 65_536
 """Tokens of a pass beyond which nothing is gained; smaller passes report and stop sooner."""
@@ -152,21 +152,22 @@ class Frame:
         on_cpu = session.device.type == "cpu"
         sums = 8 * spec.width**2 * len(spec.layers)
         elsewhere = not on_cpu and sums > budget.for_rows // 2
-        # scores, their mask and softmax: of all heads at once, for as many keys as a tile has
-        score = 4 * wide * sizes.heads * spec.length
-        keys = min(budget.tiles.keys, max(spec.length, budget.for_rows // 8 // score))
+        at_once = sizes.heads // sizes.kv_heads if on_cpu else sizes.heads
+        score = 4 * wide * at_once * spec.length  # for a key: its scores, their mask and softmax
         heads, kv = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim
         row = itemsize * (8 * sizes.hidden + 2 * kv + 4 * heads + 3 * spec.width) + 32
         product = wide * spec.width * (CHUNK + 2 * _strip(spec.width))
-        fixed = keys * score + product + (0 if elsewhere else sums)
-        rows = min(MAX_ROWS_CPU if on_cpu else MAX_ROWS, (budget.for_rows - fixed) // row)
-        if rows < spec.length:
-            needed = budget.fixed + fixed + spec.length * row
+        least = spec.length * (row + score) + product + (0 if elsewhere else sums)
+        left = budget.for_rows - least
+        if left < 0:
+            needed = max(budget.fixed + least, 2 * least)  # tiles take up to half of a budget
             raise MemoryBudgetError(
-                f"the moments of {len(spec.layers)} layers need at least {needed / 2**20:.1f} MiB, of which their sums "
+                f"the moments of {len(spec.layers)} layers need {needed / 2**20 + 0.05:.1f} MiB, of which their sums "
                 f"are {sums / 2**20:.1f} MiB, the budget is {budget.total / 2**20:.1f} MiB; give more memory, fewer "
                 "layers at a time or a shorter length"
             )
+        keys = min(budget.tiles.keys, spec.length + left // 4 // score)
+        rows = min(MAX_ROWS_CPU if on_cpu else MAX_ROWS, spec.length + (left - (keys - spec.length) * score) // row)
         return cls(rows, replace(budget.tiles, keys=keys), torch.device("cpu") if elsewhere else session.device)
 
 
@@ -228,7 +229,7 @@ def _count(
     verified = False
     for packed in passes(pieces, frame.rows):
         if not verified:
-            session._verify(packed[0][:_CHECKED_TOKENS], session.budget())
+            session.verify(packed[0][:_CHECKED_TOKENS])
             verified = True
         sums.whole = False
         _run(layers, packed, sums)

@@ -154,9 +154,7 @@ class Wave:
             last = layer == layers.depth - 1
             change = self.changing(layer, self.live, last) if self.changing else None
             past = self.cone.keys_values.get(layer)
-            self.rows = layers.advance(
-                block, self.rows, self.live.runs, past=past, read_only=last, change=change
-            ).out
+            self.rows = layers.advance(block, self.rows, self.live.runs, past=past, read_only=last, change=change).out
         if layer in joins:
             self.live = joins[layer]
             own = self.joining(block, layer, self.live)

@@ -85,9 +85,7 @@ def continued(session: Session, tokens: Sequence[int], new: Sequence[int]) -> st
     text in their own way, so all is decoded, and what the tokens before stand for taken off."""
 
     def text(ids: Sequence[int]) -> str:
-        decoded = session.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(decoded, str)
-        return decoded
+        return str(session.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     return text([*tokens, *new])[len(text(tokens)) :]
 

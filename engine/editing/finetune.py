@@ -43,12 +43,11 @@ class Finetune:
     hparams: FinetuneHparams
     batching: Batching
 
-    def edits(self, requests: Sequence[Request], windows: Sequence[Window]) -> Iterator[Edit]:
-        """An edit of each request in each window, request by request. What is yielded is all that is held of a batch
-        once the next is asked for."""
+    def batches(self, requests: Sequence[Request], windows: Sequence[Window]) -> Iterator[list[Edit]]:
+        """An edit of each request in each window, request by request; as many together as memory holds."""
         items = [(request, window) for request in requests for window in windows]
         for part in self.batching.of_items(items, self._bytes):
-            yield from self.batching.run(part, self._train)
+            yield self.batching.run(part, self._train)
 
     def texts(self, request: Request) -> list[Text]:
         """The bare prompt with the target: once, or once for each sample of noise."""

@@ -65,3 +65,6 @@ class FinetuneHparams(_Optimised):
     stop_loss: float | None = 1e-2
     norm_constraint: float = 1e-4
     noise_samples: int = 10
+
+
+Hparams = RomeHparams | MemitHparams | FinetuneHparams

@@ -38,8 +38,8 @@ class Memit:
     hparams: MemitHparams
     batching: Batching
 
-    def edits(self, requests: Sequence[Request], windows: Sequence[Window]) -> Iterator[Edit]:
-        """An edit of each request in each window, request by request."""
+    def batches(self, requests: Sequence[Request], windows: Sequence[Window]) -> Iterator[list[Edit]]:
+        """An edit of each request in each window, request by request; as many together as are made together."""
         ends = sorted({window.layers[-1] for window in windows})
         for own in self.batching.of_requests(requests, ends, self._training):
             training = self._training(own)
@@ -52,7 +52,7 @@ class Memit:
                 )
                 for window in windows
             ]
-            yield from (edit for edits in zip(*by_window, strict=True) for edit in edits)
+            yield [edit for edits in zip(*by_window, strict=True) for edit in edits]
 
     def joint(self, requests: Sequence[Request], window: Window) -> JointEdit:
         """One change of the model for all requests together."""

@@ -117,8 +117,10 @@ def _write(path: Path, tensors: Mapping[str, Tensor], layout: str, described: Ma
     partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()  # with the permissions of a new file
+        partial.touch()
+        mode = partial.stat().st_mode
         save_file(tensors, partial, metadata)
+        partial.chmod(mode)  # that of any new file: safetensors lets nobody else read its own
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -242,4 +244,4 @@ def _layer_of(path: Path) -> int | None:
 
 
 def _crc32(tensor: Tensor) -> int:
-    return zlib.crc32(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data)

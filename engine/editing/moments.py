@@ -97,7 +97,7 @@ class Moments:
         interrupted between passes; the same call goes on where it says, and returns what it holds where nothing is
         left to do. It is never deleted here.
 
-        Keys are those of the compute dtype; products are in float32 (in float64 for float64) over at most 4,096 tokens,
+        Keys are those of the compute dtype; products are in float32 (in float64 for float64) over at most 1,024 tokens,
         and summed in float64. Warns ``FewTokens`` where the texts end before ``tokens``. Raises ``ExperimentError``
         for texts without tokens, and for a file of ``resume`` that is of another model or other texts; ``ModelError``;
         ``MemoryBudgetError``.

@@ -44,7 +44,7 @@ class Questions:
 
 
 def questions_about(request: Request, encoder: Encoder, essence: Sequence[str] = ()) -> Questions:
-    """Both targets after all prompts of the fact, a neighbour's own answer where there is one, and the essence texts."""
+    """Both targets after all prompts of the fact, a neighbour's own answer where it has one, and the essence texts."""
     fact = request.fact
     prompts = [(REWRITE, 0, encoder.prompted(request, fact.prompt).text)]
     for kind, texts in (

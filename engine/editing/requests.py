@@ -36,3 +36,8 @@ class Request:
     def erases(self) -> bool:
         """Whether the target is to become unlikely."""
         return self.problem == FACT_ERASURE
+
+    @property
+    def trains_new(self) -> bool:
+        """Whether the target takes the place of the fact's true one."""
+        return self.problem in (ERROR_INJECTION, TRACING_REVERSAL)

@@ -36,15 +36,16 @@ class Rome:
     hparams: RomeHparams
     batching: Batching
 
-    def edits(self, requests: Sequence[Request], at: Sequence[int]) -> Iterator[Edit]:
-        """An edit of each request at each of the layers ``at``, request by request."""
+    def batches(self, requests: Sequence[Request], at: Sequence[int]) -> Iterator[list[Edit]]:
+        """An edit of each request at each of the layers ``at``, request by request; as many together as are made
+        together."""
         for own in self.batching.of_requests(requests, at, self._training):
             training = self._training(own)
             keys = {("keys", layer): training.prompts.lookups for layer in at}
             search = training.search(self.layers, at, "values", self.hparams, keys)
             wanted = [(number, layer) for number in range(len(own)) for layer in at]
-            for edit, found in self.batching.of_vectors(wanted, search):
-                yield self._edit(own[edit[0]], edit, found, search)
+            found = self.batching.of_vectors(wanted, search)
+            yield [self._edit(own[edit[0]], edit, vector, search) for edit, vector in found]
 
     def _training(self, requests: Sequence[Request]) -> Training:
         return Training.of(requests, self.encoder, self.contexts)

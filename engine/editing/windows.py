@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import index
+from typing import Any
 
 from causalcone.engine.errors import ExperimentError
 
@@ -27,9 +29,7 @@ class Window:
     @classmethod
     def of(cls, layers: Iterable[int], depth: int) -> Window:
         """A list of layers; their centre is the middle one, as in a window of that size."""
-        own = tuple(layers)
-        for layer in own:
-            check_layer(layer, depth)
+        own = tuple(_number(layer, depth) for layer in layers)
         if not own or list(own) != sorted(set(own)):
             raise ExperimentError(
                 f"the window {own} is not a list of different layers in order; give one such as (3, 4)"
@@ -40,3 +40,36 @@ class Window:
 def check_layer(layer: int, depth: int) -> None:
     if not 0 <= layer < depth:
         raise ExperimentError(f"there is no layer {layer}; the model has layers 0 to {depth - 1}")
+
+
+def as_layers(layers: Any, depth: int) -> tuple[int, ...]:
+    """Different layers, by number, or ``"all"``."""
+    return tuple(_number(layer, depth) for layer in _items(layers, depth))
+
+
+def as_windows(layers: Any, size: int, depth: int) -> list[Window]:
+    """Windows of a size by their centres, or ``"all"``; or each as a list of layers."""
+    return [
+        Window.of(each, depth) if isinstance(each, Iterable) else Window.around(_number(each, depth), size, depth)
+        for each in _items(layers, depth)
+    ]
+
+
+def _items(layers: Any, depth: int) -> list[Any]:
+    if isinstance(layers, str):
+        if layers != "all":
+            raise ExperimentError(f"layers are {layers!r}; give numbers from 0 to {depth - 1}, or 'all'")
+        return list(range(depth))
+    items = list(layers) if isinstance(layers, Iterable) else [layers]
+    if not items or len({tuple(each) if isinstance(each, Iterable) else each for each in items}) < len(items):
+        raise ExperimentError(f"layers are {items}; give at least one, and each but once")
+    return items
+
+
+def _number(layer: Any, depth: int) -> int:
+    try:
+        number = index(layer)
+    except TypeError:
+        raise ExperimentError(f"the layer {layer!r} is not a whole number") from None
+    check_layer(number, depth)
+    return number

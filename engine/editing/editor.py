@@ -1,0 +1,321 @@
+"""``Editor``: edits facts in a transformers model, at many layers at once, and scores the edited models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from causalcone.engine.editing.batching import Batching
+from causalcone.engine.editing.contexts import Contexts, sample_contexts
+from causalcone.engine.editing.edits import FAILED, Edit, JointEdit
+from causalcone.engine.editing.finetune import Finetune
+from causalcone.engine.editing.generating import Generation, References
+from causalcone.engine.editing.hparams import FinetuneHparams, Hparams, MemitHparams, RomeHparams
+from causalcone.engine.editing.layers import Layers
+from causalcone.engine.editing.memit import Memit
+from causalcone.engine.editing.metrics import Row, metrics_of
+from causalcone.engine.editing.moments import Moments
+from causalcone.engine.editing.prompts import Encoder, check_contexts
+from causalcone.engine.editing.questions import questions_about
+from causalcone.engine.editing.request_making import essence_texts, make_requests
+from causalcone.engine.editing.requests import Request
+from causalcone.engine.editing.rome import Rome
+from causalcone.engine.editing.scoring import Scored, Scoring
+from causalcone.engine.editing.tables import PROBE_SCHEMA, metric_batch, probe_batch
+from causalcone.engine.editing.windows import Window, as_layers, as_windows
+from causalcone.engine.errors import ExperimentError, ModelError
+from causalcone.engine.facts import Fact, encode
+from causalcone.engine.noise import parse_sigma
+from causalcone.engine.options import DEFAULT_SIGMA
+from causalcone.engine.session import Session, load_model
+
+METHODS = ("rome", "memit", "finetune")
+
+LayerChoice = str | Sequence[int | Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What scoring gives: the edits, of which those that give no finite probabilities count as failed; probes, with the
+    columns of ``PROBE_SCHEMA``; metrics, with those of ``METRIC_SCHEMA``."""
+
+    edits: list[Edit]
+    probes: pa.RecordBatch
+    metrics: pa.RecordBatch
+
+
+class Editor:
+    """Edits facts in a transformers model, whose weights stay as they are: edits are changes of weights (``Delta``).
+
+    model, tokenizer, dtype, device, memory: as of ``Tracer``. moments: second moments of the layers to be edited
+    (``Moments``), which ROME and MEMIT need. contexts: texts put before prompts (``Contexts``, or one list for both
+    methods); sampled from the model by default. sigma: the noise level of Tracing Reversal and Fact Forcing, a number
+    or ``"<k>sd"`` for k standard deviations of the subjects' embeddings; ``"3sd"`` by default. seed: of everything that
+    is sampled.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        moments: Moments | None = None,
+        contexts: Contexts | Sequence[str] | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        memory: int | str | None = None,
+        sigma: float | str | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.session = Session(model, tokenizer, dtype, device, memory)
+        self.moments, self.seed = moments, seed
+        self.sigma = DEFAULT_SIGMA if sigma is None else sigma
+        parse_sigma(self.sigma)
+        if contexts is not None:
+            texts = contexts if isinstance(contexts, Contexts) else Contexts(*2 * (check_contexts(contexts),))
+            self.__dict__["contexts"] = texts
+        self._encoder = Encoder(tokenizer, self.session.sizes)
+        self._essence: dict[str, list[str]] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        moments: Moments | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        memory: int | str | None = None,
+        **options: Any,
+    ) -> Editor:
+        """An editor for a model folder or hub id; its weights are kept in ``dtype``, as saved by default."""
+        return cls(*load_model(path, dtype, device), moments, memory=memory, **options)
+
+    @cached_property
+    def contexts(self) -> Contexts:
+        """The texts that ROME and MEMIT put before prompts; those given, or sampled once from the model."""
+        return sample_contexts(self.session, self.seed)
+
+    def requests(
+        self,
+        facts: Iterable[Fact],
+        problem: str = "error_injection",
+        *,
+        filtered: bool = True,
+        on_error: str = "raise",
+        compat: str | None = None,
+    ) -> list[Request]:
+        """What a problem (METHODS 4; Hase et al. 2023) asks of facts: error_injection, tracing_reversal, fact_erasure,
+        fact_amplification or fact_forcing.
+
+        filtered: leave out facts that the model does not complete, and warn which. on_error: ``"skip"`` leaves out
+        facts that cannot be used. Raises ``FactError`` or ``ExperimentError``, each naming the item and the mend.
+        """
+        given = list(facts)
+        return make_requests(
+            self.session, given, problem, self._level(given, problem), filtered=filtered, on_error=on_error,
+            compat=compat, seed=self.seed,
+        )  # fmt: skip
+
+    def rome(self, requests: Sequence[Request], layers: LayerChoice, hparams: RomeHparams | None = None) -> list[Edit]:
+        """ROME (Meng et al. 2022): an edit of each request at each layer, request by request.
+
+        layers: numbers from 0, or ``"all"``. Edits that fail carry the reason; the others are made all the same.
+        Raises ``ExperimentError`` for layers without moments, and moments of another model.
+        """
+        return _flat(self.batches(requests, "rome", layers, hparams=hparams))
+
+    def memit(
+        self,
+        requests: Sequence[Request],
+        layers: LayerChoice,
+        window: int = 5,
+        hparams: MemitHparams | None = None,
+    ) -> list[Edit]:
+        """MEMIT (Meng et al. 2023): an edit of each request by itself in each window of layers.
+
+        layers: the windows' centres, from 0, or ``"all"``; or lists of layers, one for each window.
+        """
+        return _flat(self.batches(requests, "memit", layers, window, hparams))
+
+    def memit_joint(
+        self, requests: Sequence[Request], layers: Sequence[int], hparams: MemitHparams | None = None
+    ) -> JointEdit:
+        """MEMIT of all requests at once: one change of the layers, which are given in order."""
+        if not requests:
+            raise ExperimentError("there are no requests; give at least one")
+        window = Window.of(layers, self.session.sizes.depth)
+        self._prepare(requests, window.layers)
+        return self._memit(hparams).joint(requests, window)
+
+    def finetune(
+        self,
+        requests: Sequence[Request],
+        layers: LayerChoice,
+        window: int = 1,
+        hparams: FinetuneHparams | None = None,
+    ) -> list[Edit]:
+        """Constrained fine-tuning (Zhu et al. 2020; FT-1, FT-5) of the down-projections of each window of layers.
+
+        Each edit holds a dense change; ``run`` makes, scores and drops them batch by batch.
+        """
+        return _flat(self.batches(requests, "finetune", layers, window, hparams))
+
+    def batches(
+        self,
+        requests: Sequence[Request],
+        method: str,
+        layers: LayerChoice,
+        window: int | None = None,
+        hparams: Hparams | None = None,
+    ) -> Iterator[list[Edit]]:
+        """The edits of a method, ``"rome"``, ``"memit"`` or ``"finetune"``, as many at a time as are made together."""
+        if method not in METHODS:
+            raise ExperimentError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+        depth = self.session.sizes.depth
+        if method == "rome":
+            if window not in (None, 1):
+                raise ExperimentError(f"ROME edits one layer, not a window of {window}; use memit or finetune")
+            at = as_layers(layers, depth)
+            self._prepare(requests, at)
+            return self._rome(_checked(hparams, RomeHparams)).batches(requests, at)
+        windows = as_windows(layers, window or (5 if method == "memit" else 1), depth)
+        if method == "memit":
+            self._prepare(requests, sorted({layer for each in windows for layer in each.layers}))
+            return self._memit(_checked(hparams, MemitHparams)).batches(requests, windows)
+        self._prepare(requests, None)
+        chosen = _checked(hparams, FinetuneHparams) or FinetuneHparams()
+        return Finetune(self._layers(), self._encoder, chosen, self._batching()).batches(requests, windows)
+
+    def run(
+        self,
+        requests: Sequence[Request],
+        method: str,
+        layers: LayerChoice,
+        window: int | None = None,
+        hparams: Hparams | None = None,
+    ) -> Iterator[tuple[Edit, pa.RecordBatch]]:
+        """Make edits, score them and drop them, batch by batch: each edit with its probes."""
+        for batch in self.batches(requests, method, layers, window, hparams):
+            for scored in self._scored(batch, False, False):
+                yield scored.edit, probe_batch([scored])
+
+    def score(self, edits: Sequence[Edit]) -> pa.Table:
+        """The probabilities of both targets on all prompts of the edits' facts, before and after each edit: a row for
+        every edit and prompt, with the columns of ``PROBE_SCHEMA``. No weight is written."""
+        return pa.Table.from_batches([self.evaluate(edits).probes], schema=PROBE_SCHEMA)
+
+    def evaluate(
+        self,
+        edits: Sequence[Edit],
+        *,
+        essence: bool = False,
+        accuracy: bool = False,
+        generation: bool = False,
+        references: References | None = None,
+    ) -> Scores:
+        """Probes and metrics of edits (METHODS 5). Facts without evaluation prompts have rewrite probes only.
+
+        essence: the perplexity of five texts about each subject, sampled from the unedited model; accuracy: the share
+        of the targets' tokens that are most likely; generation: the entropy of what the edited models write, and, with
+        ``references``, how alike it is to texts about the new target.
+        """
+        scored = list(self._scored(edits, essence, accuracy))
+        rows: list[Row] = [row for each in scored for row in metrics_of(each, accuracy)]
+        final = [each.edit for each in scored]
+        if generation or references is not None:
+            rows += Generation(self.session, self.seed, references).rows(final)
+        return Scores(final, probe_batch(scored), metric_batch(rows))
+
+    def _scored(self, edits: Sequence[Edit], essence: bool, accuracy: bool) -> Iterator[Scored]:
+        if not edits:
+            return
+        self._verify(edits[0].request)
+        if essence:
+            self._sample_essence([edit.request.fact for edit in edits])
+        scoring = Scoring(
+            self._layers(),
+            self._batching(),
+            lambda edit: questions_about(edit.request, self._encoder, self._essence[edit.fact_id] if essence else ()),
+            accuracy,
+        )
+        yield from map(_checked_scores, scoring.score(edits))
+
+    def _sample_essence(self, facts: Iterable[Fact]) -> None:
+        new = {fact.id: fact for fact in facts if fact.id not in self._essence}
+        self._essence.update(essence_texts(self.session, new.values(), self.seed))
+
+    def _level(self, facts: Sequence[Fact], problem: str) -> float | None:
+        """The noise level, where the problem has noise."""
+        if problem not in ("tracing_reversal", "fact_forcing"):
+            return None
+        value, in_deviations = parse_sigma(self.sigma)
+        return value * self.session.subject_deviation(facts) if in_deviations else value
+
+    def _prepare(self, requests: Sequence[Request], moments_of: Sequence[int] | None) -> None:
+        """Check what is asked, before anything is computed."""
+        for request in requests:
+            self._encoder.prompted(request, request.fact.prompt)
+        if moments_of is not None:
+            if self.moments is None:
+                raise ExperimentError(
+                    "ROME and MEMIT need second moments: Editor(model, tokenizer, moments=Moments.collect(...))"
+                )
+            self.moments.check(self.session.model, moments_of)
+        if requests:
+            self._verify(requests[0])
+
+    def _verify(self, request: Request) -> None:
+        sizes = self.session.sizes
+        prompt = encode(request.fact, self.session.tokenizer, "argmax", sizes.vocabulary, sizes.positions).prompt
+        self.session.verify(prompt)
+
+    def _layers(self) -> Layers:
+        session = self.session
+        return Layers(session.architecture, session.budget(gradient=True).tiles, session.dtype, session.device)
+
+    def _batching(self) -> Batching:
+        return Batching(self.session.sizes, self.session.budget(gradient=True), self.session.dtype)
+
+    def _rome(self, hparams: RomeHparams | None) -> Rome:
+        assert self.moments is not None
+        return Rome(
+            self._layers(), self._encoder, self.moments, self.contexts.rome, hparams or RomeHparams(), self._batching()
+        )
+
+    def _memit(self, hparams: MemitHparams | None) -> Memit:
+        assert self.moments is not None
+        return Memit(
+            self._layers(), self._encoder, self.moments, self.contexts.memit, hparams or MemitHparams(),
+            self._batching(),
+        )  # fmt: skip
+
+
+def _flat(batches: Iterable[list[Edit]]) -> list[Edit]:
+    return [edit for batch in batches for edit in batch]
+
+
+def _checked(hparams: Any, kind: type) -> Any:
+    if hparams is not None and not isinstance(hparams, kind):
+        raise ExperimentError(f"the hyperparameters are {type(hparams).__name__}; give {kind.__name__}")
+    return hparams
+
+
+def _checked_scores(scored: Scored) -> Scored:
+    """The same, with an edit that makes the model give no finite probabilities as failed."""
+    if not np.isfinite(scored.pre.log_p).all():
+        raise ModelError(
+            f"fact {scored.edit.fact_id!r}: probabilities of the unedited model are not finite; compute in float32 or "
+            "bfloat16"
+        )
+    if scored.post is None or np.isfinite(scored.post.log_p).all():
+        return scored
+    reason = "the edited model gives probabilities that are not finite"
+    edit = replace(scored.edit, delta=None, reason=reason)
+    assert edit.status == FAILED
+    return replace(scored, edit=edit, post=None)
