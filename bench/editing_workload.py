@@ -128,7 +128,7 @@ def editable_model(config: Any, dtype: torch.dtype, device: torch.device) -> Any
 
 @torch.no_grad()
 def second_moments(model: Any, layers: Sequence[int], texts: int = 32, length: int = 64) -> dict[int, Tensor]:
-    """By layer: the second moment (inner, inner) of its keys over texts of random tokens, in the model's dtype. So few
+    """By layer: the second moment (inner, inner) of its keys over texts of random tokens, in float32 or better. So few
     tokens leave directions without any key, so a tenth of the mean square is added to its diagonal."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (texts, length), generator=generator).to(model.device)
@@ -136,6 +136,7 @@ def second_moments(model: Any, layers: Sequence[int], texts: int = 32, length: i
 
     def add(layer: int, module: nn.Module, inputs: Any) -> None:
         keys = inputs[0].flatten(0, -2)
+        keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
         products = keys.T @ keys / ids.numel()
         moments[layer] = moments[layer] + products if layer in moments else products
 

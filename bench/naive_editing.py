@@ -16,6 +16,7 @@ from typing import Any, Unpack
 
 import naive
 import torch
+from measure import synchronize
 from naive_scoring import Probe, padded, score
 from oracle_editing import Change, Prompt, about_subject, down, down_weight, kept, training_prompts
 from oracle_model import Site, hooked, sites
@@ -41,6 +42,9 @@ PATIENCE = 5
 
 Key = tuple[str, int]
 """Fact id and layer, the centre one of a window."""
+
+Seeing = Callable[[Key, "Edit", float], None]
+"""Told of each edit that was made and scored, and of the seconds that making it took; itself it is not timed."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +97,16 @@ def measure_rome(
     contexts: Sequence[str],
     moments: Mapping[int, Tensor],
     hparams: RomeHparams,
+    seeing: Seeing | None = None,
     **limits: Unpack[naive.Limits],
 ) -> NaiveEdits:
     """ROME on every fact at every layer."""
-    inverses = {layer: inverse(moments[layer]) for layer in layers}
+    inverses = {layer: inverse(moments[layer]).to(model.dtype) for layer in layers}
 
     def edit(fact: Any, layer: int) -> Edit:
         return rome(model, tokenizer, fact, layer, hparams, contexts, inverses[layer])
 
-    return measure(model, tokenizer, facts, layers, edit, **limits)
+    return measure(model, tokenizer, facts, layers, edit, seeing, **limits)
 
 
 def measure_memit(
@@ -113,6 +118,7 @@ def measure_memit(
     moments: Mapping[int, Tensor],
     hparams: MemitHparams,
     window: int = 5,
+    seeing: Seeing | None = None,
     **limits: Unpack[naive.Limits],
 ) -> NaiveEdits:
     """MEMIT on every fact, in the window about every layer."""
@@ -120,7 +126,7 @@ def measure_memit(
     def edit(fact: Any, layer: int) -> Edit:
         return memit(model, tokenizer, fact, about(model, layer, window), hparams, contexts, moments)
 
-    return measure(model, tokenizer, facts, layers, edit, **limits)
+    return measure(model, tokenizer, facts, layers, edit, seeing, **limits)
 
 
 def measure_finetune(
@@ -130,6 +136,7 @@ def measure_finetune(
     layers: Sequence[int],
     hparams: FinetuneHparams,
     window: int = 1,
+    seeing: Seeing | None = None,
     **limits: Unpack[naive.Limits],
 ) -> NaiveEdits:
     """Fine-tuning on every fact, of the window about every layer."""
@@ -137,7 +144,7 @@ def measure_finetune(
     def edit(fact: Any, layer: int) -> Edit:
         return finetune(model, tokenizer, fact, about(model, layer, window), hparams)
 
-    return measure(model, tokenizer, facts, layers, edit, **limits)
+    return measure(model, tokenizer, facts, layers, edit, seeing, **limits)
 
 
 def measure(
@@ -146,6 +153,7 @@ def measure(
     facts: Sequence[Any],
     layers: Sequence[int],
     edit: Callable[[Any, int], Edit],
+    seeing: Seeing | None = None,
     **limits: Unpack[naive.Limits],
 ) -> NaiveEdits:
     """Every fact edited at every layer and scored, or as many of these edits as the limits allow. Edits at one layer
@@ -154,9 +162,12 @@ def measure(
     def compute(fact: Any, layer: int) -> Timed:
         began = time.perf_counter()
         made = edit(fact, layer)
+        synchronize(model.device)
         edited = time.perf_counter()
         probes = score(model, tokenizer, fact, made.changes)
         scored = time.perf_counter()
+        if seeing:
+            seeing((fact.id, layer), made, edited - began)
         return Timed(made.losses[-1], norm(made.changes), probes, edited - began, scored - edited)
 
     work: Any = [((fact.id, layer), partial(compute, fact, layer)) for layer in layers for fact in facts]
@@ -321,8 +332,8 @@ def difference(module: nn.Module, originals: Mapping[nn.Parameter, Tensor]) -> C
 
 
 def inverse(moment: Tensor) -> Tensor:
-    """Of a second moment (inner, inner), computed in float64."""
-    return moment.double().inverse().to(moment.dtype)
+    """Of a second moment (inner, inner), in float64."""
+    return moment.double().inverse()
 
 
 def about(model: Any, layer: int, window: int) -> range:

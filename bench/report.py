@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -132,17 +132,78 @@ def comparison(report: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def editing(report: dict[str, Any]) -> str:
+    """A table with one line per method of editing, and a second one with what there is to know of it."""
+    measured = [result for result in report["results"] if "skipped" not in result]
+    lines = [
+        *_heading(report, report["given"]),
+        "| method | edits | seconds | edits/s | efficiency | peak memory | naive, scaled | against naive "
+        "| change of weights | p after the edit | effects |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        *[_edited(result) for result in measured],
+        "",
+        "| method | layers | naive way | naive timed on | naive peak memory | matmul rate |",
+        "|---|---|---|--:|--:|--:|",
+        *[_edited_details(result) for result in measured],
+        "",
+        f"Naive: {report['naive']}. Efficiency: {report['efficiency']}. Change of weights: the largest norm of the "
+        "difference of engine and naive way, relative to the naive way's. P after the edit: their largest difference "
+        "over all prompts and both targets, in probability and relative to it. Effects: the largest relative change of "
+        f"the new target's probability by an edit. {report['note']}.",
+    ]
+    lines += [f"Not measured: {each['name']}: {each['skipped']}." for each in report["results"] if "skipped" in each]
+    return "\n".join([*lines, ""])
+
+
+def _edited(result: dict[str, Any]) -> str:
+    naive = result["naive"]
+    difference = naive["engine_difference"]
+    weights = difference["largest_of_weights"]
+    cells = [
+        result["name"],
+        f"{result['edits']:,}",
+        f"{result['seconds']:.2f}",
+        f"{result['edits_per_second']:.3g}",
+        _share(result["efficiency"]),
+        f"{result['peak_bytes'] / 2**20:,.0f} MiB",
+        f"{naive['seconds']:.1f}",
+        _times(result["ratio_to_naive_same_dtype"]),
+        "" if weights is None else f"{weights:.1e}",
+        _differences(difference),
+        f"{result['largest_relative_effect']:.1e}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _edited_details(result: dict[str, Any]) -> str:
+    naive = result["naive"]
+    cells = [
+        result["name"],
+        ", ".join(map(str, result["layers"])),
+        result["detail"],
+        f"{naive['edits_timed']:,} of {naive['edits']:,}",
+        f"{naive['peak_bytes'] / 2**20:,.0f} MiB",
+        f"{result['matmul']['flops_per_second'] / 1e12:.3g} TFLOP/s",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
 def _introduction(report: dict[str, Any]) -> list[str]:
-    versions, prompts = report["versions"], report["prompts"]
     states = ", ".join(f"{kind}:{window}" for kind, window in report.get("states", ()))
+    given = f"{f'States {states}, all prompt tokens, ' if states else ''}{report['samples']} samples; random weights"
+    return _heading(report, given)
+
+
+def _heading(report: dict[str, Any], given: str) -> list[str]:
+    """The title, where and on which prompts was measured, and what else was ``given``."""
+    versions, prompts = report["versions"], report["prompts"]
     return [
         f"### {report['title']}",
         "",
         f"{report['date']}, {_where(report['machine'])}; torch {versions['torch']}, transformers "
         f"{versions['transformers']}, causalcone {versions['commit'] or versions['causalcone']}. "
         f"Prompts: {prompts['source']}, mean {prompts['mean_tokens']:.1f} tokens, subject "
-        f"{prompts['mean_subject_tokens']:.1f}. {f'States {states}, all prompt tokens, ' if states else ''}"
-        f"{report['samples']} samples; random weights.",
+        f"{prompts['mean_subject_tokens']:.1f}. {given}.",
         "",
     ]
 
@@ -245,10 +306,18 @@ class Growing:
     """
 
     def __init__(
-        self, report: dict[str, Any], order: Sequence[str], folder: Path, name: str, section: str | None
+        self,
+        report: dict[str, Any],
+        order: Sequence[str],
+        folder: Path,
+        name: str,
+        section: str | None,
+        written: Callable[[dict[str, Any]], str] = comparison,
     ) -> None:
-        """order: of the results, by their ``name``; section: of the page, if it is to be written."""
+        """order: of the results, by their ``name``; section: of the page, if it is to be written; written: the report
+        as text."""
         self.report, self.order, self.folder, self.section = {**report, "results": []}, order, folder, section
+        self.written = written
         self.name = next(each for each in _numbered(name) if self._continues(folder / file_name(report, each)))
 
     def _continues(self, path: Path) -> bool:
@@ -272,7 +341,7 @@ class Growing:
 
     @property
     def text(self) -> str:
-        return comparison(self.report)
+        return self.written(self.report)
 
 
 def _numbered(name: str) -> Iterator[str]:

@@ -38,6 +38,10 @@ class Edit:
         return self.request.fact.id
 
     @property
+    def problem(self) -> str:
+        return self.request.problem
+
+    @property
     def status(self) -> str:
         """``done`` or ``failed``."""
         return DONE if self.reason is None else FAILED
