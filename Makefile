@@ -26,6 +26,7 @@ bench: $(READY)
 	$(BIN)/python bench/trace.py --naive-fraction 0.03 --repeats 1
 	$(BIN)/python bench/methods.py
 	$(BIN)/python bench/architectures.py --prompts 10
+	$(BIN)/python bench/editing.py
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -20,7 +20,7 @@ import command
 import torch
 from editing_methods import METHODS, Setup
 from editing_studies import EFFICIENCY, NAIVE, NOTE, measure, measure_scoring
-from editing_workload import editable_model, editing_workload, second_moments
+from editing_workload import NOWHERE, editable_model, editing_workload, second_moments
 from measure import say
 from naive import Limits
 from report import RESULTS, Growing, editing, environment
@@ -37,8 +37,6 @@ SCORING = "scoring of ROME's edits"
 TITLES = {**{key: method.title for key, method in METHODS.items()}, "scoring": SCORING}
 DTYPES = ("float64", "float32", "bfloat16")
 DEFAULT = "gpt2-small-shape"
-NOWHERE = Path("no such folder")
-"""Where there are no prompts, so that they are generated, with a vocabulary of any size."""
 TINY = {"n_layer": 4, "n_embd": 16, "n_head": 2, "vocab_size": 499}
 
 
@@ -51,7 +49,7 @@ def main() -> None:
         "title": f"Editing of {len(setup.facts)} facts at {len(setup.layers)} layers, {options.model}",
         **environment(torch.device("cpu")),
         "model": options.model,
-        "shape": vars(read_architecture(setup.model).sizes),
+        "shape": vars(setup.encoder.sizes),
         "prompts": describe_prompts(setup.facts, setup.tokenizer, source),
         "given": given(setup, "trained weights" if options.model == "demo" else "random weights"),
         "layers": list(setup.layers),

@@ -20,6 +20,7 @@ from causalcone.engine.editing.hparams import FinetuneHparams, Hparams, MemitHpa
 from causalcone.engine.editing.prompts import Encoder
 from causalcone.engine.editing.requests import Request
 from causalcone.engine.editing.windows import Window
+from causalcone.engine.models import read_architecture
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class Setup:
     @property
     def dtype(self) -> str:
         return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def encoder(self) -> Encoder:
+        return Encoder(self.tokenizer, read_architecture(self.model).sizes)
 
     def editor(self) -> Editor:
         """One that knows nothing yet of the model and the moments."""
@@ -81,23 +86,22 @@ class Method:
     def batches(self, editor: Editor, requests: Sequence[Request], layers: Sequence[int]) -> Iterator[list[Edit]]:
         return editor.batches(requests, self.name, layers, self.window, self.hparams)
 
-    def flops(self, setup: Setup, editor: Editor, batch: Sequence[Edit]) -> int:
-        flops, steps = Flops(Encoder(setup.tokenizer, editor.session.sizes)), self.hparams.steps
+    def flops(self, setup: Setup, batch: Sequence[Edit]) -> int:
+        """Of edits that the engine made together."""
+        flops, steps = Flops(setup.encoder), self.hparams.steps
         if self.name == "rome":
             return flops.rome(batch, setup.contexts.rome, steps)
         if self.name == "memit":
             return flops.memit(batch, setup.contexts.memit, steps)
         return flops.finetune(batch, steps)
 
-    def changes_nothing(self, edit: Edit, editor: Editor) -> bool:
+    def changes_nothing(self, setup: Setup, edit: Edit) -> bool:
         """Whether nothing leads from the vector to the target: in the last layer, where the prompt goes on behind the
         subject. The change is zero then, but for rounding."""
-        depth = editor.session.sizes.depth
-        if self.name == "finetune" or Window.around(edit.layer, edit.window, depth).layers[-1] < depth - 1:
+        encoder, last = setup.encoder, setup.encoder.sizes.depth - 1
+        if self.name == "finetune" or last not in Window.around(edit.layer, edit.window, last + 1).layers:
             return False
-        prompted = Encoder(editor.session.tokenizer, editor.session.sizes).prompted(
-            edit.request, edit.request.fact.prompt
-        )
+        prompted = encoder.prompted(edit.request, edit.request.fact.prompt)
         return prompted.lookup < len(prompted.text) - 1
 
     def warm_up(self, setup: Setup) -> None:

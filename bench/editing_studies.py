@@ -25,8 +25,6 @@ from oracle_editing import Change
 
 from causalcone.engine.editing.deltas import Delta, Dense
 from causalcone.engine.editing.edits import Edit
-from causalcone.engine.editing.prompts import Encoder
-from causalcone.engine.models import read_architecture
 
 NAIVE = (
     "as named, one edit at a time, with all layers, tokens and logits of sequences padded to one length; weights that "
@@ -158,10 +156,10 @@ def _edit(
                 raise RuntimeError(f"the edit {edit.edit_id} failed: {edit.reason}")
             key = edit.fact_id, edit.layer
             if key in run.timed:
-                if not method.changes_nothing(edit, editor):
+                if not method.changes_nothing(setup, edit):
                     difference.add_weights(edit.delta, kept.changes(key))
                 difference.add_probes(editor.score([edit]), run.timed[key].probes)
-        flops += method.flops(setup, editor, batch)
+        flops += method.flops(setup, batch)
         edits += batch if method.name == "rome" else [edit.dropped() for edit in batch]
         say(f"    {len(edits)} edits: {seconds:.1f} s")
         del batch, edit
@@ -199,7 +197,7 @@ def measure_scoring(
     for edit_id, (probes, _) in scored.items():
         difference.add_probes(table.filter(pc.field("edit_id") == edit_id), probes)
     rates.append(_rate(setup, row_counts))
-    flops = Flops(Encoder(setup.tokenizer, editor.session.sizes)).scoring(edits)
+    flops = Flops(setup.encoder).scoring(edits)
     about = {"method": "scoring", "window": 1, "prompts": len(table), "detail": naive_scoring.SCORING}
     return {**about, **_result(setup, seconds, len(edits), flops, peak, theirs, rates, difference)}
 
@@ -250,4 +248,4 @@ def _result(
 
 
 def _rate(setup: Setup, row_counts: Sequence[int]) -> dict[str, Any]:
-    return matmul_rate(read_architecture(setup.model).sizes, setup.model.dtype, setup.device, row_counts)
+    return matmul_rate(setup.encoder.sizes, setup.model.dtype, setup.device, row_counts)

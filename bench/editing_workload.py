@@ -23,6 +23,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
 from oracle_editing import down
 
+NOWHERE = Path("no such folder")
+"""Where there are no prompts, so that they are generated, in a vocabulary of any size."""
+
 ROME_CONTEXTS = (
     *("The morning train was late", "She opened the old window", "We walked along the river"),
     *("Rain fell on the garden", "He wrote another long letter", "The market opens at noon"),

@@ -11,12 +11,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 PLAIN_SECONDS = 10.0
 
-Report = Callable[[int, int], None]
+Report = Callable[[int, int | None], None]
 
 
 @contextmanager
-def fact_progress(console: Console, title: str, quiet: bool = False) -> Iterator[Report]:
-    """A function of (facts done, all facts) that shows both, facts per second and the time left."""
+def shown_progress(console: Console, title: str, unit: str = "facts", quiet: bool = False) -> Iterator[Report]:
+    """A function of (facts done, all facts; None where that is not known) that shows both, how many are done in a second
+    and the time left; of other units likewise."""
     if quiet:
         yield lambda done, total: None
     elif console.is_terminal:
@@ -24,12 +25,12 @@ def fact_progress(console: Console, title: str, quiet: bool = False) -> Iterator
             task = bar.add_task(title, total=None, rate="")
             started = time.monotonic()
 
-            def show(done: int, total: int) -> None:
-                bar.update(task, completed=done, total=total, rate=_rate(done, started))
+            def show(done: int, total: int | None) -> None:
+                bar.update(task, completed=done, total=total, rate=_rate(done, started, unit))
 
             yield show
     else:
-        yield _plain(console, title)
+        yield _plain(console, title, unit)
 
 
 def _bar(console: Console) -> Progress:
@@ -45,20 +46,24 @@ def _bar(console: Console) -> Progress:
     )
 
 
-def _plain(console: Console, title: str) -> Report:
+def _plain(console: Console, title: str, unit: str) -> Report:
     started = last = time.monotonic()
 
-    def show(done: int, total: int) -> None:
+    def show(done: int, total: int | None) -> None:
         nonlocal last
         now = time.monotonic()
         if done == total or now - last >= PLAIN_SECONDS:
             last = now
-            left = f", {(now - started) / done * (total - done):.0f} s left" if 0 < done < total else ""
-            console.print(f"{title}: {done}/{total} facts, {_rate(done, started)}{left}", highlight=False)
+            left = f", {(now - started) / done * (total - done):.0f} s left" if total and 0 < done < total else ""
+            of = f"{done}/{total}" if total else f"{done}"
+            console.print(f"{title}: {of} {unit}, {_rate(done, started, unit)}{left}", highlight=False)
 
     return show
 
 
-def _rate(done: int, started: float) -> str:
+def _rate(done: int, started: float, unit: str) -> str:
     seconds = time.monotonic() - started
-    return f"{done / seconds:.2f} facts/s" if done and seconds > 0 else "... facts/s"
+    if not done or seconds <= 0:
+        return f"... {unit}/s"
+    rate = done / seconds
+    return f"{rate:{'.2f' if rate < 1000 else ',.0f'}} {unit}/s"

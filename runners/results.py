@@ -22,11 +22,25 @@ from causalcone.engine.errors import CausalconeError
 PART_ROWS = 50_000
 PART_SECONDS = 5.0
 PART_SHARE = 0.05
-_OWN = ("traces", "severed", "zeroed", "gradients", "plots", "run.json")  # the last to go says that the rest is ours
+_TABLES = ("traces", "severed", "zeroed", "gradients", "edits", "probes", "metrics")
+_OWN = (*_TABLES, "deltas", "plots", "run.json")  # the last to go says that the rest is ours
 
 
 class ResultError(CausalconeError):
     """An output folder that cannot be written or holds another run."""
+
+
+def refuse_occupied(path: str | os.PathLike[str], overwrite: bool) -> None:
+    """Raise ``ResultError`` for a folder that no results can be written to: a file, another run's, unless that is to be
+    overwritten, or one with files of another origin."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ResultError(f"{path} is a file; name a folder to write results to")
+    if any((path / name).exists() for name in _OWN):
+        if not overwrite:
+            raise ResultError(f"{path} already holds a run; choose another folder, or give --overwrite")
+        if not (path / "run.json").exists():
+            raise ResultError(f"{path} holds files of another origin; choose another folder")
 
 
 class ResultFolder:
@@ -63,14 +77,8 @@ class ResultFolder:
             raise ResultError(f"cannot write to {self.path}: {_reason(error)}; its tables are whole") from error
 
     def _make_ready(self, overwrite: bool) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise ResultError(f"{self.path} is a file; name a folder to write results to")
-        if any((self.path / name).exists() for name in _OWN):
-            if not overwrite:
-                raise ResultError(f"{self.path} already holds a run; choose another folder, or give --overwrite")
-            if not (self.path / "run.json").exists():
-                raise ResultError(f"{self.path} holds files of another origin; choose another folder")
-            self._clear()
+        refuse_occupied(self.path, overwrite)
+        self._clear()
         self.path.mkdir(parents=True, exist_ok=True)
         self._write_run("running")
 

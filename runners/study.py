@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 from rich.console import Console
 
-from causalcone.runners.progress import fact_progress
+from causalcone.runners.progress import shown_progress
 from causalcone.runners.results import ResultFolder
 
 
@@ -50,7 +50,7 @@ def carry_out(study: Study, folder: ResultFolder, console: Console, quiet: bool 
     finished = 0
     started = time.monotonic()
     with (
-        fact_progress(console, study.title, quiet) as progress,
+        shown_progress(console, study.title, quiet=quiet) as progress,
         folder.table(study.table, study.schema) as table,
     ):
         progress(0, study.facts)

@@ -200,7 +200,7 @@ def test_names_are_chosen_from_a_list(bench):
 
 
 def test_gpu_script_on_the_cpu(tmp_path):
-    few = ("--facts", "3", "--seconds", "0.5", "--naive-seconds", "0.1")
+    few = ("--parts", "tracing", "--facts", "3", "--seconds", "0.5", "--naive-seconds", "0.1")
     report, text = run("gpu.py", tmp_path, "--device", "cpu", *few)
     check(report, text)
     assert {result["model"] for result in report["results"]} == set(report["shapes"])
@@ -210,7 +210,8 @@ def test_gpu_script_on_the_cpu(tmp_path):
 
 @pytest.mark.gpu
 def test_gpu_script(tmp_path):
-    report, text = run("gpu.py", tmp_path, "--facts", "20", "--seconds", "2", "--naive-seconds", "1")
+    few = ("--parts", "tracing", "--facts", "20", "--seconds", "2", "--naive-seconds", "1")
+    report, text = run("gpu.py", tmp_path, *few)
     check(report, text)
     assert report["machine"]["device"] != "cpu"
 

@@ -111,24 +111,25 @@ class Layers:
     ) -> Tensor:
         """The heads' outputs (Q, heads * head_dim): one dense batch for all runs of one form."""
         outputs = []
-        for batch in runs.batches:
-            own = queries[batch.read if read_only else batch.rows]
+        # split, not sliced: the way back of a slice goes through all rows
+        queried = queries.split([batch.queries(read_only) for batch in runs.batches])
+        own_keys = keys_values.split([batch.count * batch.length for batch in runs.batches])
+        for batch, own, key_rows in zip(runs.batches, queried, own_keys, strict=True):
             if not len(own):
                 continue
-            keys = self._keys(batch, keys_values, past, block.head_dim)
+            keys = self._keys(batch, key_rows, past, block.head_dim)
             query = own.view(batch.count, -1, self.architecture.sizes.heads, block.head_dim)
             visible = batch.visible(query.shape[1], keys.shape[1], block.window)
             runs_at_once = max(1, self.tiles.keys // keys.shape[1])
             for q, k in zip(query.split(runs_at_once), keys.split(runs_at_once), strict=True):
-                outputs.append(
-                    attend(q, k[:, :, 0], k[:, :, 1], visible, block.scale, block.softcap).flatten(2).flatten(0, 1)
-                )
+                attended = attend(q, *k.unbind(2), visible, block.scale, block.softcap)
+                outputs.append(attended.flatten(2).flatten(0, 1))
         return torch.cat(outputs) if outputs else queries
 
     @staticmethod
     def _keys(batch: Batch, keys_values: Tensor, past: Tensor | None, head_dim: int) -> Tensor:
         """(B, K, 2, kv_heads, head_dim) what runs of one form see, stored and own."""
-        own = keys_values[batch.rows].view(batch.count, -1, 2, keys_values.shape[1] // 2 // head_dim, head_dim)
+        own = keys_values.view(batch.count, -1, 2, keys_values.shape[1] // 2 // head_dim, head_dim)
         if past is None or not batch.past.shape[1]:
             return own
         stored = past.index_select(0, batch.past.flatten()).view(*batch.past.shape, *own.shape[2:])

@@ -29,13 +29,17 @@ class Text:
 
 @dataclass(frozen=True)
 class Batch:
-    """Runs of one form, whose rows are neighbours: ``rows`` of all, ``read`` those that are read out, as slices of the
-    packed rows and of the rows read; past (B, p) stored rows before their own (B, m)."""
+    """Runs of one form, whose rows are neighbours: ``count`` (B) runs of ``length`` (m) rows each, of which the last
+    ``read`` are read out, and before them stored rows: past (B, p)."""
 
-    rows: slice
-    read: slice
     count: int
+    length: int
+    read: int
     past: Tensor
+
+    def queries(self, read_only: bool) -> int:
+        """Rows of all runs that attend."""
+        return self.count * (self.read if read_only else self.length)
 
     def visible(self, queries: int, keys: int, window: int | None) -> Tensor:
         """(m, K) which keys each of the last ``queries`` tokens sees."""
@@ -97,17 +101,10 @@ class Runs:
             return
         forms = np.stack([self.past, self.rows, self.read])
         edges = np.flatnonzero((forms[:, 1:] != forms[:, :-1]).any(0)) + 1
-        read = np.cumsum(self.read) - self.read
         for first, end in zip([0, *edges], [*edges, len(self)], strict=True):
-            count = int(end - first)
-            past, rows, own_read = (int(column[first]) for column in (self.past, self.rows, self.read))
+            past, length, read = (int(column[first]) for column in (self.past, self.rows, self.read))
             stored = self.stored[first:end, None] + np.arange(past)
-            yield Batch(
-                rows=slice(int(self.start[first]), int(self.start[first]) + count * rows),
-                read=slice(int(read[first]), int(read[first]) + count * own_read),
-                count=count,
-                past=torch.from_numpy(stored).to(self.device),
-            )
+            yield Batch(int(end - first), length, read, torch.from_numpy(stored).to(self.device))
 
 
 def in_order(*columns: np.ndarray) -> np.ndarray:
