@@ -91,6 +91,12 @@ def bytes_by_use(plan: Plan, sizes: Sizes, itemsize: int) -> tuple[np.ndarray, n
     return bytes_of[0], bytes_of[1]
 
 
+def weight_bytes(sizes: Sizes, dtype: torch.dtype) -> int:
+    """Bytes of the weights of all layers' projections and of the unembedding."""
+    layer = sizes.key_value_weights + 2 * sizes.query_weights + sizes.mlp_weights
+    return dtype.itemsize * (sizes.depth * layer + sizes.vocabulary * sizes.hidden)
+
+
 def fixed_bytes(
     sizes: Sizes, tiles: Tiles, dtype: torch.dtype, device: torch.device, shared: bool, gradient: bool = False
 ) -> int:

@@ -7,7 +7,9 @@ uses it, and applies the activation while the result is still in cache.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,6 +56,11 @@ class Linear:
                 return out
         return self.activation(out) if self.activation else out
 
+    @cached_property
+    def transposed(self) -> Linear:
+        """The product with the transposed weight: the way back."""
+        return Linear(self.weight.t(), None)
+
     def product(self, rows: Tensor) -> Tensor:
         """The product alone, without the activation."""
         if self.packed is None:
@@ -72,12 +79,15 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, linear: Linear) -> Tensor:
-        ctx.weight = linear.weight  # packed anew on the way back: all layers' packed weights are a model more
+        # packed anew on the way back, where nobody keeps the weights: those of all layers are a model more
+        ctx.weight, ctx.linear = linear.weight, weakref.ref(linear)
         return _in_pieces(linear, rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _in_pieces(Linear(ctx.weight.t(), None), grads[0].contiguous()), None
+        kept = ctx.linear()
+        back = kept.transposed if kept is not None else Linear(ctx.weight.t(), None)
+        return _in_pieces(back, grads[0].contiguous()), None
 
 
 def _in_pieces(linear: Linear, rows: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,11 @@ class Readout:
     rows: int = 512
     vocabulary: int = 8192
     softcap: float | None = None
+    kept: tuple[tuple[int, Linear], ...] | None = None
+
+    def keeping(self, dtype: torch.dtype) -> Readout:
+        """The same with its weights made ready once, for states of ``dtype``: they take as much memory again."""
+        return replace(self, kept=tuple(self._products(self.weight.new_empty(0, dtype=dtype))))
 
     def target_log_probabilities(self, states: Tensor, targets: Tensor) -> Tensor:
         """log p(target) of each row, float64, in the shape of ``targets``.
@@ -87,7 +92,6 @@ class Readout:
         rows = min(len(states), self.rows)
         buffer = torch.empty(rows, len(self.weight), dtype=wide, device=states.device)
         products = list(self._products(states)) if len(states) else []
-        back = [Linear(product.weight.t(), None) for _, product in products]
         for tile in pieces(len(states), rows):
             logits = buffer[: len(states[tile])]
             for start, product in products:
@@ -97,8 +101,8 @@ class Readout:
             if bent is not None:
                 slope *= bent
             gradient[tile] = sum(
-                transposed(slope[:, start : start + len(product.weight)].to(states.dtype))
-                for (start, product), transposed in zip(products, back, strict=True)
+                product.transposed(slope[:, start : start + len(product.weight)].to(states.dtype))
+                for start, product in products
             )
         return numbers, gradient
 
@@ -127,6 +131,9 @@ class Readout:
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def _products(self, states: Tensor) -> Iterator[tuple[int, Linear]]:
+        if self.kept is not None:
+            yield from self.kept
+            return
         for start in range(0, len(self.weight), self.vocabulary):
             part = slice(start, start + self.vocabulary)
             bias = None if self.bias is None else self.bias[part].to(states)

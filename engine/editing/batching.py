@@ -30,7 +30,8 @@ class Batching:
 
     def of_items(self, items: Iterable[Item], weigh: Callable[[Item], int], share: float = 1.0) -> Iterator[list[Item]]:
         """Consecutive items whose bytes fit a share of the budget together; one alone, where it does not fit."""
-        limit, held, current = share * self.budget.for_rows, 0, []
+        limit, held = share * self.budget.for_rows, 0
+        current: list[Item] = []
         for item in items:
             weight = weigh(item)
             if current and held + weight > limit:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from causalcone.engine.cost import weight_bytes
 from causalcone.engine.editing.batching import Batching
 from causalcone.engine.editing.contexts import Contexts, sample_contexts
 from causalcone.engine.editing.edits import FAILED, Edit, JointEdit
@@ -33,9 +34,12 @@ from causalcone.engine.errors import ExperimentError, ModelError
 from causalcone.engine.facts import Fact, encode
 from causalcone.engine.noise import parse_sigma
 from causalcone.engine.options import DEFAULT_SIGMA
+from causalcone.engine.passes import Budget
 from causalcone.engine.session import Session, load_model
 
 METHODS = ("rome", "memit", "finetune")
+
+_SHARE_OF_WEIGHTS = 0.25
 
 LayerChoice = str | Sequence[int | Sequence[int]]
 
@@ -277,10 +281,19 @@ class Editor:
 
     def _layers(self) -> Layers:
         session = self.session
-        return Layers(session.architecture, session.budget(gradient=True).tiles, session.dtype, session.device)
+        budget, kept = self._budget()
+        return Layers(session.architecture, budget.tiles, session.dtype, session.device, kept)
 
     def _batching(self) -> Batching:
-        return Batching(self.session.sizes, self.session.budget(gradient=True), self.session.dtype)
+        return Batching(self.session.sizes, self._budget()[0], self.session.dtype)
+
+    def _budget(self) -> tuple[Budget, bool]:
+        """What a pass may take, and whether weights made ready are kept from step to step: where they take little."""
+        budget = self.session.budget(gradient=True)
+        kept = 2 * weight_bytes(self.session.sizes, self.session.dtype)
+        if kept > _SHARE_OF_WEIGHTS * budget.total:
+            return budget, False
+        return replace(budget, fixed=budget.fixed + kept), True
 
     def _rome(self, hparams: RomeHparams | None) -> Rome:
         assert self.moments is not None

@@ -47,7 +47,9 @@ class Finetune:
         """An edit of each request in each window, request by request; as many together as memory holds."""
         items = [(request, window) for request in requests for window in windows]
         for part in self.batching.of_items(items, self._bytes):
-            yield self.batching.run(part, self._train)
+            edits = self.batching.run(part, self._train)
+            self.layers.forget()
+            yield edits
 
     def texts(self, request: Request) -> list[Text]:
         """The bare prompt with the target: once, or once for each sample of noise."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from causalcone.engine.models.base import Architecture, Block
 from causalcone.kernels.attention import attend
 from causalcone.kernels.readout import Readout
 from causalcone.kernels.tiles import Tiles, pieces
+
+Ready = TypeVar("Ready")
 
 Change = Callable[[Tensor, Tensor], Tensor]
 """Values (R, hidden) of an edited down-projection, from its keys (R, inner) and the values of the unedited one."""
@@ -33,20 +36,45 @@ class Passed:
 
 @dataclass(frozen=True)
 class Layers:
-    """A model's layers, in the dtype and on the device of the pass."""
+    """A model's layers, in the dtype and on the device of the pass. keeps: whether weights that were made ready are
+    kept for the passes to come, until ``forget``."""
 
     architecture: Architecture
     tiles: Tiles
     dtype: torch.dtype
     device: torch.device
+    keeps: bool = False
+    _kept: dict[int | str, Any] = field(default_factory=dict)
 
     @property
     def depth(self) -> int:
         return self.architecture.sizes.depth
 
     def block(self, layer: int) -> Block:
-        with torch.no_grad():
-            return self.architecture.block(layer, self.dtype, self.device)
+        return self._ready(layer, lambda: self.architecture.block(layer, self.dtype, self.device))
+
+    def readout(self) -> Readout:
+        return self._ready("readout", self._readout)
+
+    def forget(self) -> None:
+        """Read the model's weights anew from here on: it may have been edited."""
+        self._kept.clear()
+
+    @torch.no_grad()
+    def _ready(self, name: int | str, make: Callable[[], Ready]) -> Ready:
+        if not self.keeps:
+            return make()
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]  # type: ignore[no-any-return]
+
+    def _readout(self) -> Readout:
+        weight, bias = self.architecture.unembedding()
+        readout = Readout(
+            weight.detach().to(self.device), None if bias is None else bias.detach().to(self.device),
+            self.tiles.readout_rows, self.tiles.vocabulary, self.architecture.logit_softcap,
+        )  # fmt: skip
+        return readout.keeping(self.dtype) if self.keeps else readout
 
     @torch.no_grad()
     def enter(self, texts: Sequence[Text]) -> Tensor:
@@ -122,7 +150,8 @@ class Layers:
             visible = batch.visible(query.shape[1], keys.shape[1], block.window)
             runs_at_once = max(1, self.tiles.keys // keys.shape[1])
             for q, k in zip(query.split(runs_at_once), keys.split(runs_at_once), strict=True):
-                attended = attend(q, *k.unbind(2), visible, block.scale, block.softcap)
+                key, value = k.unbind(2)
+                attended = attend(q, key, value, visible, block.scale, block.softcap)
                 outputs.append(attended.flatten(2).flatten(0, 1))
         return torch.cat(outputs) if outputs else queries
 
@@ -134,14 +163,6 @@ class Layers:
             return own
         stored = past.index_select(0, batch.past.flatten()).view(*batch.past.shape, *own.shape[2:])
         return torch.cat([stored, own], dim=1)
-
-    def readout(self) -> Readout:
-        with torch.no_grad():
-            weight, bias = self.architecture.unembedding()
-            return Readout(
-                weight.detach().to(self.device), None if bias is None else bias.detach().to(self.device),
-                self.tiles.readout_rows, self.tiles.vocabulary, self.architecture.logit_softcap,
-            )  # fmt: skip
 
     def by_tiles(self, function: Callable[..., Tensor], rows: Tensor, *more: Tensor) -> Tensor:
         """``function`` of rows; without gradient in tiles that stay in cache."""

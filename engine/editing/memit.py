@@ -52,6 +52,7 @@ class Memit:
                 )
                 for window in windows
             ]
+            self.layers.forget()
             yield [edit for edits in zip(*by_window, strict=True) for edit in edits]
 
     def joint(self, requests: Sequence[Request], window: Window) -> JointEdit:
@@ -65,7 +66,9 @@ class Memit:
             vectors = [each for _, each in self.batching.of_vectors([(n, end) for n in range(len(own))], search)]
             parts += self._heads(window, search, training, vectors)
             found += vectors
-        return JointEdit(tuple(requests), window, tuple(found), self._solve_together(window, parts))
+        delta = self._solve_together(window, parts)
+        self.layers.forget()
+        return JointEdit(tuple(requests), window, tuple(found), delta)
 
     def _solve_together(self, window: Window, parts: Sequence[Heads]) -> Delta | None:
         """The change that takes all keys to their goals, layer by layer; None where no request found its vector."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from causalcone.engine.editing.batching import Batching
@@ -44,25 +45,33 @@ class Rome:
             keys = {("keys", layer): training.prompts.lookups for layer in at}
             search = training.search(self.layers, at, "values", self.hparams, keys)
             wanted = [(number, layer) for number in range(len(own)) for layer in at]
-            found = self.batching.of_vectors(wanted, search)
-            yield [self._edit(own[edit[0]], edit, vector, search) for edit, vector in found]
+            found = dict(self.batching.of_vectors(wanted, search))
+            directions = {layer: self._directions(search, layer) for layer in at}
+            self.layers.forget()
+            yield [self._edit(own[n], (n, layer), found[n, layer], search, directions[layer][n]) for n, layer in wanted]
+
+    def _directions(self, search: VectorSearch, layer: int) -> Tensor:
+        """(requests, inner) float64: C^-1 k* of each."""
+        keys = search.unedited.kept["keys", layer]
+        means = torch.stack([keys[list(goal.contexts)].double().mean(0) for goal in search.goals])
+        return self.moments.solve(layer, means.T).T
 
     def _training(self, requests: Sequence[Request]) -> Training:
         return Training.of(requests, self.encoder, self.contexts)
 
-    def _edit(self, request: Request, edit: tuple[int, int], found: Found, search: VectorSearch) -> Edit:
+    def _edit(
+        self, request: Request, edit: tuple[int, int], found: Found, search: VectorSearch, direction: Tensor
+    ) -> Edit:
         number, layer = edit
         if found.reason is not None:
             return failed(request, METHOD, layer, 1, found.steps, found.loss, found.reason)
-        contexts = list(search.goals[number].contexts)
-        keys = search.unedited.kept["keys", layer][contexts].double()
-        change = rank_one(keys, found.delta, self.moments.solve(layer, keys.mean(0)[:, None])[:, 0])
+        key = search.unedited.kept["keys", layer][search.goals[number].contexts[0]].double()
+        change = rank_one(key, found.delta, direction.to(key.device))
         return made(request, METHOD, layer, 1, found.steps, found.loss, Delta({layer: change}))
 
 
-def rank_one(keys: Tensor, delta: Tensor, direction: Tensor) -> LowRank:
-    """The change that adds delta (hidden,) to the value of the first of the keys (n, inner), along C^-1 k* (inner,), in
-    the dtype of delta."""
-    u = (direction / direction.norm()).to(keys.device)
-    weight = delta.double() / (keys[0] @ u)
+def rank_one(key: Tensor, delta: Tensor, direction: Tensor) -> LowRank:
+    """The change that adds delta (hidden,) to the value of a key (inner,), along C^-1 k* (inner,), in delta's dtype."""
+    u = direction / direction.norm()
+    weight = delta.double() / (key @ u)
     return LowRank(weight[:, None].to(delta.dtype), u[:, None].to(delta.dtype))

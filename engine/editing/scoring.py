@@ -54,7 +54,9 @@ class Scoring:
         """Each edit's answers, in order. Edits of one request should follow each other: they share its unedited run."""
         groups = [(self.ask(own[0]), own) for own in (list(own) for _, own in groupby(edits, _same_request))]
         for part in self.batching.of_items(self._pieces(groups), self._bytes):
-            yield from self.batching.run(part, self._together)
+            scored = self.batching.run(part, self._together)
+            self.layers.forget()
+            yield from scored
 
     def _pieces(self, groups: Sequence[tuple[Questions, list[Edit]]]) -> Iterator[tuple[Questions, list[Edit]]]:
         """Requests with their edits; with as many at once as the budget holds."""

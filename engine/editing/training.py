@@ -10,6 +10,7 @@ import numpy as np
 from causalcone.engine.editing.cone import Prompts
 from causalcone.engine.editing.hparams import MemitHparams, RomeHparams
 from causalcone.engine.editing.layers import Layers
+from causalcone.engine.editing.packing import Text
 from causalcone.engine.editing.prompts import ESSENCE, Encoder
 from causalcone.engine.editing.requests import Request
 from causalcone.engine.editing.unedited import Wanted, run_unedited
@@ -25,7 +26,10 @@ class Training:
 
     @classmethod
     def of(cls, requests: Sequence[Request], encoder: Encoder, contexts: Sequence[str]) -> Training:
-        texts, lookup, read, goals = [], [], [], []
+        texts: list[Text] = []
+        lookup: list[int] = []
+        read: list[int] = []
+        goals: list[Goal] = []
         for request in requests:
             first = len(texts)
             for prompted in encoder.contexts(request, contexts):

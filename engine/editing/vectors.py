@@ -159,7 +159,11 @@ class _Readings:
         order = self.cone.order
         device = search.layers.device
         run_goal = np.array([goal for goal, _ in edits])[of]
-        targets, weights, owner, divergent, reference = [], [], [], [], []
+        targets: list[int] = []
+        weights: list[float] = []
+        owner: list[int] = []
+        divergent: list[tuple[int, int, int]] = []
+        reference: list[int] = []
         place = 0
         for run in order:
             goal = goals[run_goal[run]]
