@@ -54,6 +54,7 @@ def main() -> None:
     device = torch.device(options.device)
     for part in options.parts:
         PARTS[part](device, options)
+        release(device)
 
 
 def trace(device: torch.device, options: argparse.Namespace) -> None:
@@ -85,7 +86,7 @@ def edit(device: torch.device, options: argparse.Namespace) -> None:
     shape, layers = shape_of(EDITED, options.toy), (0,) if options.toy else EDITED_LAYERS
     work = editing_workload(NOWHERE, options.edit_facts, shape["vocab_size"])
     results: list[dict[str, Any]] = []
-    model, moments = None, {}
+    model, moments = None, None
     for dtype in (torch.float32, torch.bfloat16):
         named = {"name": f"ROME, {str(dtype).removeprefix('torch.')}"}
         reason = lacking(shape, dtype, device) if model is None else None
@@ -98,8 +99,6 @@ def edit(device: torch.device, options: argparse.Namespace) -> None:
         limits: Limits = {"fraction": 0.0, "least": options.naive_edits}
         result, _ = measure_editing(METHODS["rome"], setup, limits, row_counts(options))
         results.append({**named, "seconds_per_edit": result["seconds"] / result["edits"], **result})
-    del model, moments
-    release(device)
     report = {
         "title": f"ROME in the shape of a large model, {device_name(device)}{', toy' * options.toy}",
         **environment(device),

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from causalcone.analysis import plot
-    from causalcone.engine.editing.applying import applied, apply
+    from causalcone.engine.editing.applying import applied, apply, export
     from causalcone.engine.editing.contexts import Contexts
     from causalcone.engine.editing.deltas import Delta
     from causalcone.engine.editing.editor import Editor
     from causalcone.engine.editing.hparams import FinetuneHparams, MemitHparams, RomeHparams
     from causalcone.engine.editing.moments import Moments
+    from causalcone.engine.editing.tables import edit_batch
     from causalcone.engine.errors import CausalconeError
     from causalcone.engine.facts import Fact
     from causalcone.engine.noise import Noise
@@ -48,6 +49,8 @@ _HOMES = {
     "Tracer": "causalcone.engine.tracing",
     "applied": "causalcone.engine.editing.applying",
     "apply": "causalcone.engine.editing.applying",
+    "edit_batch": "causalcone.engine.editing.tables",
+    "export": "causalcone.engine.editing.applying",
     "load_facts": "causalcone.runners.fact_files",
     "save_facts": "causalcone.runners.fact_files",
 }
@@ -73,6 +76,8 @@ __all__ = [
     "Tracer",
     "applied",
     "apply",
+    "edit_batch",
+    "export",
     "load_facts",
     "plot",
     "save_facts",

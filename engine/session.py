@@ -128,13 +128,17 @@ class Session:
     def verify(self, tokens: tuple[int, ...]) -> None:
         """Refuse what cannot be read, and compare with the model's own forward once for every state of its weights."""
         refuse_unreadable(self.model, self.architecture.modules)
-        versions = tuple(
-            (id(parameter), None if parameter.is_inference() else parameter._version)
-            for parameter in self.model.parameters()
-        )
+        versions = self.versions()
         if versions != self._verified:
             verify_model(self.architecture, tokens, self.budget().tiles)
             self._verified = versions
+
+    def versions(self) -> tuple[tuple[int, int | None], ...]:
+        """What changes whenever the model's weights do."""
+        return tuple(
+            (id(parameter), None if parameter.is_inference() else parameter._version)
+            for parameter in self.model.parameters()
+        )
 
 
 def load_model(path: str, dtype: torch.dtype | str | None, device: torch.device | str | None) -> tuple[Any, Any]:

@@ -5,24 +5,44 @@ from __future__ import annotations
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 
 from causalcone.engine.errors import CausalconeError
-from causalcone.runners.cli_options import Gradients, Output, Sampling, Source, Tracing, Zeroing, takes
+from causalcone.runners.cli_options import (
+    Collecting,
+    Computing,
+    Editing,
+    Gradients,
+    Output,
+    Sampling,
+    Scoring,
+    Source,
+    Target,
+    Texts,
+    Tracing,
+    Zeroing,
+    takes,
+)
 
 if TYPE_CHECKING:  # commands import what they need, so that help is there at once
-    from causalcone.runners.studies import Prepared
+    import polars as pl
+
+    from causalcone.runners.edit_study import EditsDone
+    from causalcone.runners.results import ResultFolder
     from causalcone.runners.study import Done
+
+_Done = TypeVar("_Done", "Done", "EditsDone")
 
 app = typer.Typer(
     name="causalcone",
-    help="Where language models keep facts: causal tracing, zeroing and integrated gradients, computed only where an "
-    "intervention reaches.",
+    help="Where language models keep facts, and what editing them there does: causal tracing, zeroing, integrated "
+    "gradients and model editing, computed only where an intervention reaches.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -63,6 +83,25 @@ causalcone gradients --model gpt2-xl --facts counterfact.json --limit 20 --out g
 
 causalcone gradients --model demo --facts demo --kind hidden --baseline corrupted --out gradients
 """
+_MOMENT_EXAMPLES = """
+[bold]Examples[/bold]
+
+causalcone moments --model gpt2-xl --texts wikipedia.txt --layers 13,14,15,16,17 --out moments-xl.safetensors
+
+causalcone moments --model gpt2-xl --dataset wikitext --dataset-config wikitext-103-raw-v1 --out moments-xl.safetensors
+"""
+_EDIT_EXAMPLES = """
+[bold]Examples[/bold]
+
+causalcone edit --model gpt2-xl --facts counterfact.json --method rome --preset gpt2-xl --moments moments-xl.safetensors
+--out edits-xl
+
+causalcone edit --model ./my-model --facts facts.jsonl --method finetune:1 --method finetune:5 --layers 0,8,16
+--set norm_constraint=5e-5 --out edits
+
+causalcone edit --model demo --facts demo --limit 20 --method rome --method memit:3 --preset demo --moments demo
+--essence --out edits --plot
+"""
 
 
 @app.command(epilog=_TRACE_EXAMPLES)
@@ -82,6 +121,7 @@ def trace(
     from causalcone.analysis.layer_effects import joint_effects
     from causalcone.runners import studies, summary
     from causalcone.runners.figures import draw_traces
+    from causalcone.runners.study import carry_out
 
     def figures(done: Done) -> list[Path]:
         return draw_traces(output.out, done.first, tracing.joint) if plot else []
@@ -91,7 +131,8 @@ def trace(
             return summary.layer_tables(joint_effects(done.path), "Effect of restoring tokens together")
         return summary.effect_tables(average_indirect_effect(done.path))
 
-    _run(studies.tracing(source, tracing, sampling), output, figures, tables, plot)
+    prepared = studies.tracing(source, tracing, sampling)
+    _run(partial(carry_out, prepared.study, keep=plot), "traces", prepared.configuration, output, figures, tables)
 
 
 @app.command(epilog=_PLAN_EXAMPLES)
@@ -120,6 +161,7 @@ def zero(
     from causalcone.analysis.layer_effects import zeroing_curve
     from causalcone.runners import studies, summary
     from causalcone.runners.figures import draw_zeroing
+    from causalcone.runners.study import carry_out
 
     def figures(done: Done) -> list[Path]:
         return draw_zeroing(output.out) if plot else []
@@ -127,7 +169,8 @@ def zero(
     def tables(done: Done) -> list[Any]:
         return summary.layer_tables(zeroing_curve(done.path), "Share of p(target) lost by zeroing", ".3f")
 
-    _run(studies.zeroing(source, zeroing), output, figures, tables)
+    prepared = studies.zeroing(source, zeroing)
+    _run(partial(carry_out, prepared.study), "traces", prepared.configuration, output, figures, tables)
 
 
 @app.command(epilog=_GRADIENT_EXAMPLES)
@@ -147,6 +190,7 @@ def gradients(
     from causalcone.analysis.gradients import gradient_summary
     from causalcone.runners import studies, summary
     from causalcone.runners.figures import draw_gradients
+    from causalcone.runners.study import carry_out
 
     prepared = studies.gradients(source, choice, sampling)
 
@@ -158,45 +202,93 @@ def gradients(
         needs_note = choice.baseline == "zero" and "hidden" in by_kind["kind"]
         return [summary.gradient_table(by_kind), *[summary.GAP_NOTE] * needs_note]
 
-    _run(prepared, output, figures, tables, plot)
+    _run(partial(carry_out, prepared.study, keep=plot), "gradients", prepared.configuration, output, figures, tables)
+
+
+@app.command(epilog=_MOMENT_EXAMPLES)
+@takes(Computing, Texts, Collecting, Target)
+def moments(computing: Computing, texts: Texts, choice: Collecting, target: Target) -> None:
+    """Collect second moments, which ROME and MEMIT need: how much MLP keys have of each direction, over running text.
+
+    Writes OUT (safetensors), with what model and texts they are of. What is interrupted goes on where it was.
+    """
+    from causalcone.runners.moments import collect_to_file
+
+    said = collect_to_file(computing, texts, choice, target)
+    if not target.quiet:
+        Console().print(said, highlight=False)
+
+
+@app.command(epilog=_EDIT_EXAMPLES)
+@takes(Source, Editing, Scoring, Output)
+def edit(
+    source: Source,
+    choice: Editing,
+    scoring: Scoring,
+    output: Output,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw the mean scores by layer.")] = False,
+) -> None:
+    """Edit facts one by one at every chosen layer by ROME, MEMIT or constrained fine-tuning; score every edited model.
+
+    Writes OUT/edits, OUT/probes and OUT/metrics (Parquet; a row per edit, per prompt of it and per metric of it) and
+    OUT/run.json. No weight of the model is changed.
+    """
+    from causalcone.runners import edit_summary
+    from causalcone.runners.edit_inputs import editing
+    from causalcone.runners.figures import draw_scores
+
+    prepared = editing(source, choice, scoring, output)
+
+    def scores() -> pl.DataFrame:
+        return edit_summary.scores_of(output.out, prepared.study.plan.aggregate, scoring.essence)
+
+    def figures(done: EditsDone) -> list[Path]:
+        return draw_scores(output.out, scores()) if plot else []
+
+    def tables(done: EditsDone) -> list[Any]:
+        metrics = edit_summary.metrics_of(output.out, scoring)
+        return [*edit_summary.score_tables(scores()), *metrics, *edit_summary.failed_lines(done.failed)]
+
+    _run(prepared.study.carry_out, "edits", prepared.configuration, output, figures, tables, filtered=prepared.filtered)
 
 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo-results"),
     facts: Annotated[int, typer.Option(help="How many facts of the demo world to trace.", min=1)] = 60,
+    edits: Annotated[int, typer.Option(help="How many facts to edit, by every method at every layer.", min=1)] = 100,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")] = False,
 ) -> None:
-    """Train the demo model (once, some minutes), trace facts of its world, and show where they are localised."""
+    """Train the demo model (once, some minutes), trace facts of its world, edit some, and show what is found."""
     from causalcone.runners.demo import run_demo
 
-    run_demo(out, facts, Console(), overwrite)
+    run_demo(out, facts, Console(), overwrite, edits)
 
 
 def _run(
-    prepared: Prepared,
+    compute: Callable[[ResultFolder, Console, bool], _Done],
+    table: str,
+    configuration: Mapping[str, Any],
     output: Output,
-    figures: Callable[[Done], Iterable[Path]],
-    tables: Callable[[Done], Iterable[Any]],
-    keep: int = 0,
+    figures: Callable[[_Done], Iterable[Path]],
+    tables: Callable[[_Done], Iterable[Any]],
+    **notes: Any,
 ) -> None:
-    """Carry a study out, draw, and show what it says."""
+    """Carry a study out, draw, and show what it says; ``run.json`` keeps the notes."""
     from causalcone.runners.results import ResultFolder
-    from causalcone.runners.study import carry_out
 
     console = Console()
-    with ResultFolder(output.out, prepared.configuration, output.overwrite) as folder:
+    with ResultFolder(output.out, configuration, output.overwrite) as folder:
         try:
-            done = carry_out(prepared.study, folder, console, output.quiet, keep)
-            drawn = list(figures(done))
+            done = compute(folder, console, output.quiet)
+            drawn: list[Path] = list(figures(done))
         except BaseException:
-            kept = output.out / prepared.study.table
-            console.print(f"stopped; the facts finished by now are in {kept}", highlight=False)
+            console.print(f"stopped; what was finished by now is in {output.out / table}", highlight=False)
             raise
-        folder.finish(facts=done.facts, rows=done.rows, seconds=round(done.seconds, 3))
+        folder.finish(**done.results, **notes)
     if not output.quiet:
-        for table in tables(done):
-            console.print(table, highlight=False)
+        for each in tables(done):
+            console.print(each, highlight=False)
         for line in (done.sentence(), *(f"figure {path}" for path in drawn)):
             console.print(line, highlight=False)
 

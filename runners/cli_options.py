@@ -47,11 +47,31 @@ def _parameters(group: type) -> list[inspect.Parameter]:
     ]
 
 
+_Model = Annotated[str, Option(help="Model folder or hub id; 'demo' is the embedded demo model.")]
+_Dtype = Annotated[
+    str | None, Option(help="Compute in float64, float32, bfloat16 or float16; the model's own by default.")
+]
+_Device = Annotated[str | None, Option(help="Compute on cpu, cuda, cuda:1, ...; cuda by default where it is.")]
+_Memory = Annotated[
+    str | None, Option(help="Bytes that a pass may take, such as 4GiB; half of what is free by default.")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Computing:
+    """The model, and how to compute."""
+
+    model: _Model
+    dtype: _Dtype = None
+    device: _Device = None
+    memory: _Memory = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """The model and the facts, and how to compute."""
 
-    model: Annotated[str, Option(help="Model folder or hub id; 'demo' is the embedded demo model.")]
+    model: _Model
     facts: Annotated[
         str,
         Option(help="File of facts: CounterFact, zsRE or known-facts JSON, or own JSONL; 'demo' is the demo world."),
@@ -60,13 +80,9 @@ class Source:
     skip_bad_facts: Annotated[bool, Option("--skip-bad-facts", help="List facts that cannot be used and go on.")] = (
         False
     )
-    dtype: Annotated[
-        str | None, Option(help="Compute in float64, float32, bfloat16 or float16; the model's own by default.")
-    ] = None
-    device: Annotated[str | None, Option(help="Compute on cpu, cuda, cuda:1, ...; cuda by default where it is.")] = None
-    memory: Annotated[
-        str | None, Option(help="Bytes that a pass may take, such as 4GiB; half of what is free by default.")
-    ] = None
+    dtype: _Dtype = None
+    device: _Device = None
+    memory: _Memory = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,3 +174,137 @@ class Gradients:
     ] = "zero"
     target: Annotated[str, Option(help=_TARGET_HELP)] = "argmax"
     tokens: Annotated[str, Option(help=_TOKENS_HELP)] = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Running text."""
+
+    texts: Annotated[
+        str | None,
+        Option(
+            help="Running text: a .txt file (a text a line), JSON lines or Parquet (with a column of texts), or a "
+            "folder of such files; 'demo' is what the demo model was trained on."
+        ),
+    ] = None
+    dataset: Annotated[
+        str | None, Option(help="Take a data set instead: a hub id, or a folder of one. Needs the package datasets.")
+    ] = None
+    dataset_config: Annotated[str | None, Option(help="The data set's configuration, such as wikitext-103-v1.")] = None
+    split: Annotated[str, Option(help="The data set's split.")] = "train"
+    column: Annotated[str, Option(help="The column that holds the texts.")] = "text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """The file that results go to."""
+
+    out: Annotated[Path, Option(help="File for the moments, such as moments.safetensors.")]
+    resume: Annotated[
+        Path | None, Option(help="File that keeps a collection under way; OUT.partial by default.", show_default=False)
+    ] = None
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the file.")] = False
+    quiet: Annotated[bool, Option("--quiet", help="No progress and no summary.")] = False
+
+
+_LAYERS_HELP = "Layers, counted from 0: all, or numbers such as 0,4,8"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collecting:
+    """Which second moments are collected, of how much text."""
+
+    layers: Annotated[str, Option(help=f"{_LAYERS_HELP}.")] = "all"
+    tokens: Annotated[
+        str | None,
+        Option(help="Tokens to take, or all; by default 10 times the width of the MLP's hidden layer."),
+    ] = None
+    length: Annotated[
+        int | None, Option(help="Tokens that see each other at most; 512 by default, or what the model has.")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Editing:
+    """Which edits are made."""
+
+    method: Annotated[
+        list[str],
+        Option(help="METHOD or METHOD:WINDOW: rome, memit or finetune, layers edited together; repeat for several."),
+    ]
+    problem: Annotated[
+        str,
+        Option(help="error_injection, tracing_reversal, fact_erasure, fact_amplification or fact_forcing."),
+    ] = "error_injection"
+    layers: Annotated[
+        str | None,
+        Option(
+            help=f"{_LAYERS_HELP}: the edited ones, or windows' centres. By default the preset's, without one all.",
+            show_default=False,
+        ),
+    ] = None
+    window: Annotated[
+        int | None,
+        Option(
+            help="Layers edited together, for methods without their own; by default 5 of MEMIT, 1 of fine-tuning.",
+            min=1,
+        ),
+    ] = None
+    preset: Annotated[
+        str | None, Option(help="Settings: gptj, gpt2-xl, meng, demo, or a file of your own, FILE.toml[:NAME].")
+    ] = None
+    changes: Annotated[
+        list[str] | None,
+        Option(
+            "--set",
+            help="A hyperparameter of all methods that have it, NAME=VALUE, or of one, METHOD.NAME=VALUE; repeat.",
+        ),
+    ] = None
+    moments: Annotated[
+        str | None,
+        Option(
+            help="Second moments for ROME and MEMIT, of 'causalcone moments' or published with ROME; 'demo' are the "
+            "demo model's."
+        ),
+    ] = None
+    texts: Annotated[
+        str | None, Option(help="Collect the moments now, from running text as 'causalcone moments' takes it.")
+    ] = None
+    ridge: Annotated[
+        float, Option(help="Share of the moments' mean diagonal added to their diagonals, where they are singular.")
+    ] = 0.0
+    contexts: Annotated[
+        Path | None,
+        Option(help="Texts put before prompts: JSON with the lists rome and memit, or another run's run.json."),
+    ] = None
+    sigma: Annotated[
+        str | None,
+        Option(help="Noise of Tracing Reversal and Fact Forcing, as for trace. By default the preset's, or 3sd."),
+    ] = None
+    seed: Annotated[int, Option(help="Seed of all texts that are drawn.")] = 0
+    filtered: Annotated[
+        bool, Option("--filter/--no-filter", help="Leave out facts that the model does not complete.")
+    ] = True
+    compat: Annotated[str | None, Option(help="'published': pose problems as the published code does.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """What is measured of edited models besides probabilities, and what is kept of them."""
+
+    essence: Annotated[bool, Option("--essence", help="Perplexity of five texts about each subject.")] = False
+    accuracy: Annotated[bool, Option("--accuracy", help="Share of the target's tokens that are the likeliest.")] = False
+    generation: Annotated[
+        bool, Option("--generation", help="Let edited models write, and measure the entropy of that (slow).")
+    ] = False
+    references: Annotated[
+        Path | None, Option(help="Attribute snippets (JSON) that what edited models write is compared with.")
+    ] = None
+    aggregate: Annotated[
+        str | None,
+        Option(help="Paraphrases and neighbours in the summary: first, or mean. By default the preset's, or first."),
+    ] = None
+    keep_deltas: Annotated[
+        bool,
+        Option("--keep-deltas", help="Keep every edit's change of weights; fine-tuning's are as large as these."),
+    ] = False

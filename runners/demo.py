@@ -1,4 +1,5 @@
-"""The main job on the embedded default: where are the demo world's facts localised in the demo model?"""
+"""The main job on the embedded default: where are the demo world's facts localised in the demo model, and what does
+editing them there do?"""
 
 from __future__ import annotations
 
@@ -11,12 +12,16 @@ from rich.console import Console
 
 from causalcone.analysis.effects import average_indirect_effect
 from causalcone.analysis.layer_effects import severed_effects, zeroing_curve
+from causalcone.engine.editing.editor import Editor
 from causalcone.engine.facts import Fact
 from causalcone.engine.states import State
 from causalcone.engine.tables import TRACE_SCHEMA
 from causalcone.engine.tracing import Tracer
-from causalcone.runners.demo_model import demo_folder, demo_model, demo_world
-from causalcone.runners.figures import draw_severed, draw_traces, draw_zeroing
+from causalcone.runners.demo_model import demo_folder, demo_model, demo_moments, demo_world
+from causalcone.runners.edit_settings import preset_plan
+from causalcone.runners.edit_study import EditStudy
+from causalcone.runners.edit_summary import best_sentence, score_tables, scores_of
+from causalcone.runners.figures import draw_scores, draw_severed, draw_traces, draw_zeroing
 from causalcone.runners.results import ResultFolder, versions
 from causalcone.runners.study import Study, carry_out
 from causalcone.runners.summary import effect_tables, find_sites, severed_sentence, zeroing_sentence
@@ -24,31 +29,48 @@ from causalcone.runners.summary import effect_tables, find_sites, severed_senten
 STATES = (State("hidden", 1), State("mlp", 3), State("attn", 3))
 SEVERED = ("mlp", "attn")
 PLOTS = 6
+PRESET, PROBLEM, METHODS = "demo", "error_injection", ("rome", "memit:3", "finetune:1")
+_TABLES = ("traces", "severed", "zeroed", "edits", "probes", "metrics")
 
 
-def run_demo(out: Path, count: int, console: Console, overwrite: bool = False) -> None:
-    """Trace and zero ``count`` facts of the demo world into ``out``, or show what is there from the same run before."""
+def run_demo(out: Path, count: int, console: Console, overwrite: bool = False, edited: int = 100) -> None:
+    """Trace and zero ``count`` facts of the demo world, and edit ``edited``, into ``out``, or show what is there from
+    the same run before."""
     model, tokenizer = demo_model()
     tracer = Tracer(model, tokenizer)
     facts = demo_facts(count)
     options = {"samples": 10, "sigma": tracer.noise_level(demo_world().facts, "3sd"), "seed": 1, "target": "label"}
     states = [str(state) for state in STATES]
-    configuration = {"command": "demo", "model": demo_folder().name, "facts": len(facts), "states": states, **options}
+    study = demo_edits(edited)
+    editing = {"facts_edited": edited, **study.configuration}
+    configuration = {
+        "command": "demo", "model": demo_folder().name, "facts": len(facts), "states": states, **options,
+        "editing": editing,
+    }  # fmt: skip
     if not _holds(out, configuration):
         with ResultFolder(out, configuration, overwrite or _is_demo_run(out)) as folder:
             seconds = _compute(tracer, facts, options, folder, console)
-            folder.finish(facts=len(facts), seconds=round(seconds, 3))
-        console.print(f"{len(facts)} facts in {seconds:.1f} s", highlight=False)
-    show(out, console)
+            console.print(f"{len(facts)} facts in {seconds:.1f} s", highlight=False)
+            done = study.carry_out(folder, console)
+            draw_scores(out, scores_of(out, study.plan.aggregate, essence=False))
+            folder.finish(facts=len(facts), seconds=round(seconds, 3), editing=done.results)
+        console.print(done.sentence(), highlight=False)
+    show(out, console, study.plan.aggregate)
 
 
 def demo_facts(count: int) -> list[Fact]:
     """Facts of the demo world, evenly over its relations."""
     every = demo_world().facts
     if count > len(every):
-        warnings.warn(f"the demo world has {len(every)} facts, fewer than {count}; all are traced", stacklevel=2)
+        warnings.warn(f"the demo world has {len(every)} facts, fewer than {count}; all are taken", stacklevel=2)
     step = max(1, len(every) // count)
     return every[::step][:count]
+
+
+def demo_edits(count: int) -> EditStudy:
+    """Error injection into facts of the demo world at all layers, by every method."""
+    editor = Editor(*demo_model(), demo_moments())
+    return EditStudy(editor, editor.requests(demo_facts(count), PROBLEM), preset_plan(PRESET, METHODS, PROBLEM), {})
 
 
 def _compute(
@@ -74,16 +96,18 @@ def _compute(
     return traced.seconds + sum(done.seconds for done in others)
 
 
-def show(out: Path, console: Console) -> None:
+def show(out: Path, console: Console, aggregate: str) -> None:
     """Print what the folder's tables say, and where its figures are."""
     averages = average_indirect_effect(out / "traces")
-    for table in effect_tables(averages):
+    edits = scores_of(out, aggregate, essence=False)
+    for table in (*effect_tables(averages), *score_tables(edits)):
         console.print(table)
     said = (
         find_sites(averages).sentence(),
         severed_sentence(severed_effects(out / "traces", out / "severed")),
         zeroing_sentence(zeroing_curve(out / "zeroed")),
-        f"tables {out / 'traces'}, {out / 'severed'}, {out / 'zeroed'}; figures:",
+        best_sentence(edits),
+        f"tables {', '.join(str(out / table) for table in _TABLES)}; figures:",
         *(f"  {path}" for path in sorted((out / "plots").glob("*.png"))),
     )
     for line in said:
@@ -95,7 +119,7 @@ def _holds(out: Path, configuration: dict[str, Any]) -> bool:
     run = _read_run(out)
     wanted = {**configuration, "versions": versions(), "status": "complete"}
     same = all(run.get(name) == json.loads(json.dumps(value)) for name, value in wanted.items())
-    return same and all(any((out / table).glob("*.parquet")) for table in ("traces", "severed", "zeroed"))
+    return same and all(any((out / table).glob("*.parquet")) for table in _TABLES)
 
 
 def _is_demo_run(out: Path) -> bool:

@@ -22,12 +22,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from causalcone.engine.editing.moments import Moments
+from causalcone.engine.errors import ExperimentError
 from causalcone.runners.training import Recipe, trained
-from causalcone.runners.training_text import texts
+from causalcone.runners.training_text import running_texts, texts
 from causalcone.runners.world import World
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY_LIMIT = 5000  # merging stops earlier, when every word of the world is one token
+
+DEMO_TEXTS = "the demo world's sentences"
 
 RECIPES = {"demo": Recipe()}
 
@@ -63,6 +67,23 @@ def demo_folder(progress: bool = True, size: str = "demo") -> Path:
         if not folder.exists():
             _train_into(folder, world, recipe, progress)
     return folder
+
+
+def demo_moments(progress: bool = True, size: str = "demo") -> Moments:
+    """Second moments of all layers of the demo model over its training text; collected now, and kept beside the model,
+    if those that are kept are not of this model."""
+    folder = demo_folder(progress, size)
+    model, tokenizer = demo_model(progress, size)
+    path = folder.with_name(f"{folder.name}-moments.safetensors")
+    with FileLock(path.with_suffix(".lock")):
+        try:
+            moments = Moments.load(path)
+            moments.check(model, range(model.config.n_layer))
+        except ExperimentError:
+            world = demo_world(size)
+            moments = Moments.collect(model, tokenizer, running_texts(world), tokens="all", source=DEMO_TEXTS)
+            moments.save(path)
+    return moments
 
 
 def _train_into(folder: Path, world: World, recipe: Recipe, progress: bool) -> None:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import polars as pl
 import pyarrow as pa
 
 from causalcone.analysis import TableError, plot
@@ -14,6 +15,7 @@ from causalcone.engine.facts import Fact, encode, token_texts
 from causalcone.engine.tracing import Tracer
 
 PLOTS = "plots"
+_SCORES = ("rewrite", "paraphrase", "neighborhood", "essence")
 
 
 def draw_traces(folder: Path, first: Sequence[pa.RecordBatch], joint: bool = False) -> list[Path]:
@@ -48,6 +50,18 @@ def draw_severed(folder: Path) -> list[Path]:
     """Severed against plain restoring."""
     path = folder / PLOTS / "severed.png"
     plot.severed(folder / "traces", folder / "severed", path=path)
+    return [path]
+
+
+def draw_scores(folder: Path, table: pl.DataFrame) -> list[Path]:
+    """Mean scores of edits by layer and method, those that there are."""
+    names = [name for name in _SCORES if table[name].is_not_null().any()]
+    path = folder / PLOTS / "scores.png"
+    try:
+        plot.scores(table, names, path)
+    except TableError as error:
+        warnings.warn(f"there is no figure of scores: {error}", stacklevel=2)
+        return []
     return [path]
 
 

@@ -16,7 +16,7 @@ from causalcone.engine.errors import FactError
 from causalcone.engine.facts import Fact
 from causalcone.engine.session import SkippedFacts, as_dtype
 from causalcone.engine.tracing import Tracer
-from causalcone.runners.cli_options import Source
+from causalcone.runners.cli_options import Computing, Source
 from causalcone.runners.fact_files import SkippedRecords, load_facts
 
 DEMO = "demo"
@@ -48,10 +48,10 @@ class Inputs:
             batches = start()
         if len(now) == len(self.facts):
             raise FactError(f"none of the facts of {self.source.facts} can be traced")
-        self._check_memory()
+        self.check_memory()
         return batches, len(self.facts) - len(now)
 
-    def _check_memory(self) -> None:
+    def check_memory(self) -> None:
         """Refuse memory that is too little for the least there is to compute: one run of the longest fact."""
         longest = max(self.facts, key=lambda fact: len(fact.text))
         with warnings.catch_warnings():
@@ -84,8 +84,8 @@ def open_inputs(source: Source) -> Inputs:
         as_dtype(source.dtype)
     skipped: list[str] = []
     with noted(skipped):
-        facts = _demo_facts() if _is_demo(source.facts) else load_facts(source.facts, on_error=on_error)
-    return Inputs(source, _tracer(source), facts, on_error, skipped)
+        facts = _demo_facts() if is_demo(source.facts) else load_facts(source.facts, on_error=on_error)
+    return Inputs(source, open_tracer(source), facts, on_error, skipped)
 
 
 @contextmanager
@@ -109,10 +109,11 @@ def noted(skipped: list[str]) -> Iterator[list[str]]:
         skipped += [reason for reason in now if reason not in skipped]
 
 
-def _tracer(source: Source) -> Tracer:
+def open_tracer(source: Source | Computing) -> Tracer:
+    """A tracer for the model, read now."""
     transformers.utils.logging.disable_progress_bar()
     device = source.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if _is_demo(source.model):
+    if is_demo(source.model):
         from causalcone.runners.demo_model import demo_model
 
         return Tracer(*demo_model(), dtype=source.dtype, device=device, memory=source.memory)
@@ -125,5 +126,6 @@ def _demo_facts() -> list[Fact]:
     return demo_world().facts
 
 
-def _is_demo(name: str) -> bool:
+def is_demo(name: str) -> bool:
+    """Whether the demo model or its world is meant, and no file of that name."""
     return name == DEMO and not Path(name).exists()

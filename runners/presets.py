@@ -33,7 +33,7 @@ from causalcone.engine.errors import ExperimentError
 
 Hparams = RomeHparams | MemitHparams | FinetuneHparams
 
-_HPARAMS: dict[str, type[Hparams]] = {"rome": RomeHparams, "memit": MemitHparams, "finetune": FinetuneHparams}
+HPARAMS: dict[str, type[Hparams]] = {"rome": RomeHparams, "memit": MemitHparams, "finetune": FinetuneHparams}
 
 
 def _never(given: Any) -> Any:
@@ -173,8 +173,8 @@ def load_hparams(preset: str, method: str, problem: str, window: int = 1) -> Hpa
     smaller of two as near). The other methods have one setting for all windows.
     Raises ``ExperimentError`` for names that are unknown or that the preset has no settings for.
     """
-    if method not in _HPARAMS:
-        raise ExperimentError(f"there is no editing method {method!r}; choose from {', '.join(_HPARAMS)}")
+    if method not in HPARAMS:
+        raise ExperimentError(f"there is no editing method {method!r}; choose from {', '.join(HPARAMS)}")
     if window < 1:
         raise ExperimentError(f"window is {window}; give at least one layer")
     chosen = load_preset(preset)
@@ -187,7 +187,7 @@ def load_hparams(preset: str, method: str, problem: str, window: int = 1) -> Hpa
     if method == "finetune":
         own = own[min(own, key=lambda size: (abs(size - window), size))] if own else _Finetune()
     values = getattr(chosen.defaults, method).model_dump(exclude_unset=True) | own.model_dump(exclude_unset=True)
-    return _HPARAMS[method](**values)
+    return HPARAMS[method](**values)
 
 
 def _builtin() -> dict[str, Any]:

@@ -16,8 +16,8 @@ Report = Callable[[int, int | None], None]
 
 @contextmanager
 def shown_progress(console: Console, title: str, unit: str = "facts", quiet: bool = False) -> Iterator[Report]:
-    """A function of (facts done, all facts; None where that is not known) that shows both, how many are done in a second
-    and the time left; of other units likewise."""
+    """A function of (units done, all of them or None) that shows both, how many are done in a second, and the time
+    left."""
     if quiet:
         yield lambda done, total: None
     elif console.is_terminal:

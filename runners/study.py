@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from rich.console import Console
@@ -35,6 +36,11 @@ class Done:
     rows: int
     seconds: float
     first: tuple[pa.RecordBatch, ...]
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What ``run.json`` keeps of it."""
+        return {"facts": self.facts, "rows": self.rows, "seconds": round(self.seconds, 3)}
 
     def sentence(self) -> str:
         rate = f"{self.seconds:.1f} s ({self.facts / self.seconds:.2f} facts/s)"

@@ -31,7 +31,7 @@ def effect_tables(averages: pl.DataFrame) -> list[Table]:
     tables = []
     states = _states(averages.filter(~_of_heads))
     if states:
-        table = _table("Average indirect effect, largest over layers (layer)", "state", *map(_spoken, ROLES))
+        table = new_table("Average indirect effect, largest over layers (layer)", "state", *map(_spoken, ROLES))
         for state in states:
             best = [_best(_rows(averages, state).filter(pl.col("role") == role)) for role in ROLES]
             table.add_row(
@@ -40,7 +40,7 @@ def effect_tables(averages: pl.DataFrame) -> list[Table]:
         tables.append(table)
     heads, title = _top_heads(averages)
     if heads:
-        table = _table(f"Average indirect effect of {title}", "layer and head", *map(_spoken, ROLES))
+        table = new_table(f"Average indirect effect of {title}", "layer and head", *map(_spoken, ROLES))
         for state, layer in heads:
             row = _rows(averages, state).filter(layer=layer)
             found = dict(row.select(pl.col("role").cast(pl.String), "effect").iter_rows())
@@ -55,7 +55,7 @@ def layer_tables(means: pl.DataFrame, title: str, form: str = "+.3f") -> list[Ta
     tables = []
     states = _states(means.filter(~_of_heads))
     if states:
-        table = _table(title, "layer", *map(_name, states))
+        table = new_table(title, "layer", *map(_name, states))
         peaks = [_best(_rows(means, state))[1] for state in states]
         for layer in means["layer"].unique().sort():
             cells = []
@@ -70,7 +70,7 @@ def layer_tables(means: pl.DataFrame, title: str, form: str = "+.3f") -> list[Ta
         tables.append(table)
     heads, which = _top_heads(means)
     if heads:
-        table = _table(f"{title}: {which}", "layer and head", "effect")
+        table = new_table(f"{title}: {which}", "layer and head", "effect")
         for state, layer in heads:
             (effect,) = _rows(means, state).filter(layer=layer)["effect"]
             table.add_row(_head_name(state, layer), shown(effect, form))
@@ -81,7 +81,7 @@ def layer_tables(means: pl.DataFrame, title: str, form: str = "+.3f") -> list[Ta
 def gradient_table(summary: pl.DataFrame) -> Table:
     """The largest mean norm of integrated gradients and the completeness gap, by kind."""
     columns = ("largest mean norm (layer)", "mean |gap|", "largest |gap|")
-    table = _table("Integrated gradients", "kind", *columns)
+    table = new_table("Integrated gradients", "kind", *columns)
     for kind, layer, norm, mean_gap, largest_gap, _ in summary.iter_rows():
         table.add_row(kind, f"{norm:.4g} ({layer})", f"{mean_gap:.3g}", f"{largest_gap:.3g}")
     return table
@@ -96,7 +96,8 @@ GAP_NOTE = (
 _of_heads = pl.col("kind").str.starts_with("head.")
 
 
-def _table(title: str, first: str, *columns: str) -> Table:
+def new_table(title: str, first: str, *columns: str) -> Table:
+    """An empty table; numbers are to the right of the first column."""
     table = Table(title=title, title_justify="left", min_width=min(len(title), 78))
     table.add_column(first)
     for column in columns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from random import Random
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from causalcone.runners.world_words import FILLERS
 
 BEFORE, EARLY_SUBJECT, LAST_SUBJECT, AFTER = range(4)  # a token's place in its sentence
 SENTENCES_PER_FILLER = 15
+SENTENCES_PER_TEXT = 4
 BLOCKED = -1e4
 
 
@@ -111,6 +113,14 @@ def batches(opening: Corpus, inner: Corpus, bos: int, packing: Packing, random: 
         weights[positions == 0] = 0  # nothing comes before the first word
         closed, opened = _masks(places, segments, isolated, masked)
         yield Batch(torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(weights), closed, opened)
+
+
+def running_texts(world: World) -> list[str]:
+    """All of the world's sentences in random order, always the same, as many to a text as there are in a row."""
+    sentences = [sentence.text for sentence in world.sentences()]
+    Random(0).shuffle(sentences)
+    starts = range(0, len(sentences), SENTENCES_PER_TEXT)
+    return [" ".join(sentences[start : start + SENTENCES_PER_TEXT]) for start in starts]
 
 
 def _marked(sentence: Sentence, offsets: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

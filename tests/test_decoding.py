@@ -166,15 +166,23 @@ def test_changed_weights(family):
 
 
 def test_changed_weights_in_half_precision():
-    """Small changes count in full, though the weights' own dtype would round them away."""
+    """What is added is rounded with the sum, not before: it does not cancel with its own rounded value."""
     model = gpt2(layers=3, dtype=torch.bfloat16)
-    layers, texts = layers_of(model), texts_of(model)
-    hidden, inner = down_weight(model, 2).shape
-    many = Delta({2: LowRank(torch.full((hidden, 400), 1e-2), torch.ones(inner, 400))})
-    one = Delta({2: Dense(torch.full((hidden, inner), 4.0))})
-    found = decode(layers, texts, LENGTHS, deltas=[many] * len(texts))
-    assert found == decode(layers, texts, LENGTHS, deltas=[one] * len(texts))
-    assert found != decode(layers, texts, LENGTHS)
+    low, dense = (
+        Delta({layer: change.to(torch.device("cpu"), torch.float32) for layer, change in delta.changes.items()})
+        for delta in random_changes(model)[0]
+    )
+    deltas = decoding._Deltas.of([low, dense, None], decoding._Ready.of(layers_of(model)))
+    keys = torch.randn(3, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for layer, text, delta in ((0, 0, low), (2, 1, dense)):
+        more = decoding.added(delta.changes[layer], keys)
+        values = -more.bfloat16()
+        found = deltas.change(layer, lambda own: own.places)(keys, values.clone())
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found[text].float(), (more + values)[text], rtol=2**-8, atol=1e-5)
+        assert found[text].count_nonzero() > 16
+        others = [number for number in range(3) if number != text]
+        assert torch.equal(found[others], values[others])
 
 
 # --- groups ---

@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from causalcone.runners.cli import app
-from causalcone.runners.demo_model import demo_folder
+from causalcone.runners.demo_model import demo_folder, demo_world
+from causalcone.runners.training_text import running_texts
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -20,13 +21,20 @@ def blocks(language):
 @pytest.mark.slow
 def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (example,) = blocks("python")
-    assert len(example.splitlines()) <= 11
+    tracing, editing = blocks("python")
+    assert len(tracing.splitlines()) <= 11
     names = {}
-    exec(example.replace('"gpt2"', repr(str(demo_folder(progress=False)))), names)
+    exec(tracing.replace('"gpt2"', repr(str(demo_folder(progress=False)))), names)
     assert names["table"].num_rows > 0
     assert "p_patched" in capsys.readouterr().out
     assert (tmp_path / "heatmap.png").stat().st_size > 1000
+
+    (tmp_path / "wikipedia.txt").write_text("\n".join(running_texts(demo_world())))
+    exec(editing, names)
+    assert [edit.status for edit in names["edits"]] == ["done"] * 3
+    printed = capsys.readouterr().out
+    assert "p_post" in printed
+    assert "Shaquille O'Neal plays the sport of" in printed
 
 
 @pytest.mark.slow
@@ -36,7 +44,8 @@ def test_the_command_lines_run(tmp_path, monkeypatch):
     assert len(lines) >= 2
     for line in lines:
         arguments = shlex.split(line, comments=True)[1:]
-        swapped = ["demo" if word in ("gpt2-xl", "counterfact.json") else word for word in arguments]
-        result = CliRunner().invoke(app, [*swapped, "--limit", "2"])
+        swapped = ["demo" if word in ("gpt2-xl", "counterfact.json", "wikipedia.txt") else word for word in arguments]
+        result = CliRunner().invoke(app, [*swapped, *(["--limit", "2"] if "--facts" in swapped else [])])
         assert result.exit_code == 0, result.output
     assert list((tmp_path / "traces" / "traces").glob("*.parquet"))
+    assert list((tmp_path / "edits" / "probes").glob("*.parquet"))

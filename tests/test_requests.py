@@ -281,19 +281,21 @@ def test_contexts_in_a_file(session):
 
 
 def test_white_space_is_drawn_anew(session, tokenizer, monkeypatch):
-    space, brace, letter = (tokenizer(text)["input_ids"][0] for text in (" ", "{", "x"))
+    """Braces, which texts lose, do not save a text from it."""
+    space, opening, closing, letter = (tokenizer(text)["input_ids"][0] for text in (" ", "{", "}", "x"))
     calls = []
 
     def continuations(session, texts, lengths, *, top_k, seeds):
-        calls.append((len(texts), seeds))
-        last = letter if len(calls) == 3 else brace
-        return [(last if number == 3 or len(calls) == 3 else letter, space) for number in range(len(texts))]
+        calls.append(seeds)
+        blank = {3} if len(calls) == 1 else {0} if len(calls) == 2 else set()
+        return [(opening, space if number in blank else letter, closing) for number in range(len(texts))]
 
     monkeypatch.setattr(contexts, "continuations", continuations)
     found = sample_contexts(session, 0)
-    assert [count for count, _ in calls] == [25, 1]
-    assert calls[0][1][3] != calls[1][1][0]
-    assert found.rome == ("x ",) * 20
+    assert [len(seeds) for seeds in calls] == [25, 1, 1]
+    assert len({calls[0][3], calls[1][0], calls[2][0]}) == 3
+    assert found.rome == ("x",) * 20
+    assert found.memit == tuple(f"{word}x" for word in contexts.MEMIT_WORDS)
 
 
 def test_nothing_but_white_space(session, tokenizer, monkeypatch):
@@ -344,12 +346,10 @@ def test_essence_texts(tokenizer, positions, limit):
     assert essence_texts(session, FACTS[:3], 1) != texts
 
 
-GENERATING = tuple(
-    Request(
-        dataclasses.replace(fact, generation_prompts=(f"{fact.subject} was seen", "They like")), "fact_forcing", (5,)
-    )
-    for fact in FACTS[:3]
+PROMPTED = (
+    dataclasses.replace(fact, generation_prompts=(f"{fact.subject} was seen", "They like")) for fact in FACTS[:3]
 )
+GENERATING = tuple(Request(fact, "fact_amplification", (5,)) for fact in PROMPTED)
 
 
 @pytest.mark.parametrize(("positions", "limit"), [(64, 64), (200, 100)])
@@ -378,7 +378,8 @@ def test_generated_texts_of_edited_models(session, model):
 
 def test_generated_texts_under_noise(session):
     plain = generate_texts(session, GENERATING, 0)
-    noised = generate_texts(session, [dataclasses.replace(each, sigma=SIGMA) for each in GENERATING], 0)
+    forcing = [dataclasses.replace(each, problem="fact_forcing", sigma=SIGMA) for each in GENERATING]
+    noised = generate_texts(session, forcing, 0)
     for own, other in zip(plain, noised, strict=True):
         assert [a == b for a, b in zip(own, other, strict=True)] == [False, True]
 

@@ -29,11 +29,17 @@ class Batching:
     dtype: torch.dtype
 
     def of_items(self, items: Iterable[Item], weigh: Callable[[Item], int], share: float = 1.0) -> Iterator[list[Item]]:
-        """Consecutive items whose bytes fit a share of the budget together; one alone, where it does not fit."""
+        """Consecutive items whose bytes fit a share of the budget together, at least one. Raises ``MemoryBudgetError``
+        where one alone takes more than the whole budget."""
         limit, held = share * self.budget.for_rows, 0
         current: list[Item] = []
         for item in items:
             weight = weigh(item)
+            if weight > self.budget.for_rows:
+                raise MemoryBudgetError(
+                    f"a single edit needs about {(weight + self.budget.fixed) / 2**20:.1f} MiB, the budget is "
+                    f"{self.budget.total / 2**20:.1f} MiB; give more memory"
+                )
             if current and held + weight > limit:
                 yield current
                 held, current = 0, []

@@ -15,10 +15,12 @@ Addition = Callable[[Tensor], Tensor]
 
 
 def addition(change: LowRank | Dense, device: torch.device, dtype: torch.dtype) -> Addition:
-    """What the change adds, computed in ``dtype``."""
+    """What the change adds to values in ``dtype``; one of low rank is computed in float32 at least."""
+    if isinstance(change, LowRank):
+        wide = torch.promote_types(dtype, torch.float32)
+        low = change.to(device, wide)
+        return lambda keys: ((keys.to(wide) @ low.right) @ low.left.T).to(dtype)
     own = change.to(device, dtype)
-    if isinstance(own, LowRank):
-        return lambda keys: (keys @ own.right) @ own.left.T
     return lambda keys: torch.nn.functional.linear(keys, own.weight, own.bias)
 
 

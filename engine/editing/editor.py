@@ -23,13 +23,13 @@ from causalcone.engine.editing.memit import Memit
 from causalcone.engine.editing.metrics import Row, metrics_of
 from causalcone.engine.editing.moments import Moments
 from causalcone.engine.editing.prompts import Encoder, check_contexts
-from causalcone.engine.editing.questions import questions_about
+from causalcone.engine.editing.questions import Questions, questions_about
 from causalcone.engine.editing.request_making import essence_texts, make_requests
 from causalcone.engine.editing.requests import Request
 from causalcone.engine.editing.rome import Rome
-from causalcone.engine.editing.scoring import Scored, Scoring
+from causalcone.engine.editing.scoring import Scored, Scoring, check_edits
 from causalcone.engine.editing.tables import PROBE_SCHEMA, metric_batch, probe_batch
-from causalcone.engine.editing.windows import Window, as_layers, as_windows
+from causalcone.engine.editing.windows import as_layers, as_windows
 from causalcone.engine.errors import ExperimentError, ModelError
 from causalcone.engine.facts import Fact, encode
 from causalcone.engine.noise import parse_sigma
@@ -84,7 +84,7 @@ class Editor:
             texts = contexts if isinstance(contexts, Contexts) else Contexts(*2 * (check_contexts(contexts),))
             self.__dict__["contexts"] = texts
         self._encoder = Encoder(tokenizer, self.session.sizes)
-        self._essence: dict[str, list[str]] = {}
+        self._essence: dict[tuple[object, ...], list[str]] = {}
 
     @classmethod
     def from_pretrained(
@@ -150,12 +150,14 @@ class Editor:
     def memit_joint(
         self, requests: Sequence[Request], layers: Sequence[int], hparams: MemitHparams | None = None
     ) -> JointEdit:
-        """MEMIT of all requests at once: one change of the layers, which are given in order."""
-        if not requests:
+        """MEMIT of all requests at once: one change of the layers, which are given in order. The result's ``edits``
+        can be scored."""
+        own = _listed(requests)
+        if not own:
             raise ExperimentError("there are no requests; give at least one")
-        window = Window.of(layers, self.session.sizes.depth)
-        self._prepare(requests, window.layers)
-        return self._memit(hparams).joint(requests, window)
+        (window,) = as_windows([tuple(layers)], 1, self.session.sizes.depth)
+        self._prepare(own, window.layers)
+        return self._memit(_checked(hparams, MemitHparams)).joint(own, window)
 
     def finetune(
         self,
@@ -166,7 +168,7 @@ class Editor:
     ) -> list[Edit]:
         """Constrained fine-tuning (Zhu et al. 2020; FT-1, FT-5) of the down-projections of each window of layers.
 
-        Each edit holds a dense change; ``run`` makes, scores and drops them batch by batch.
+        Each edit holds a dense change; ``run`` makes and scores them batch by batch, and holds one batch at a time.
         """
         return _flat(self.batches(requests, "finetune", layers, window, hparams))
 
@@ -181,20 +183,23 @@ class Editor:
         """The edits of a method, ``"rome"``, ``"memit"`` or ``"finetune"``, as many at a time as are made together."""
         if method not in METHODS:
             raise ExperimentError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
-        depth = self.session.sizes.depth
+        own, depth = _listed(requests), self.session.sizes.depth
         if method == "rome":
             if window not in (None, 1):
                 raise ExperimentError(f"ROME edits one layer, not a window of {window}; use memit or finetune")
             at = as_layers(layers, depth)
-            self._prepare(requests, at)
-            return self._rome(_checked(hparams, RomeHparams)).batches(requests, at)
-        windows = as_windows(layers, window or (5 if method == "memit" else 1), depth)
+            chosen = _checked(hparams, RomeHparams)
+            self._prepare(own, at)
+            return self._rome(chosen).batches(own, at) if own else iter(())
+        windows = as_windows(layers, (5 if method == "memit" else 1) if window is None else window, depth)
         if method == "memit":
-            self._prepare(requests, sorted({layer for each in windows for layer in each.layers}))
-            return self._memit(_checked(hparams, MemitHparams)).batches(requests, windows)
-        self._prepare(requests, None)
+            chosen = _checked(hparams, MemitHparams)
+            self._prepare(own, sorted({layer for each in windows for layer in each.layers}))
+            return self._memit(chosen).batches(own, windows) if own else iter(())
         chosen = _checked(hparams, FinetuneHparams) or FinetuneHparams()
-        return Finetune(self._layers(), self._encoder, chosen, self._batching()).batches(requests, windows)
+        self._prepare(own, None)
+        all_layers, batching = self._means()
+        return Finetune(all_layers, self._encoder, chosen, batching).batches(own, windows)
 
     def run(
         self,
@@ -204,10 +209,13 @@ class Editor:
         window: int | None = None,
         hparams: Hparams | None = None,
     ) -> Iterator[tuple[Edit, pa.RecordBatch]]:
-        """Make edits, score them and drop them, batch by batch: each edit with its probes."""
-        for batch in self.batches(requests, method, layers, window, hparams):
+        """Make edits and score them, batch by batch: each edit with its probes. Nothing is held of the batches before."""
+        batches = self.batches(requests, method, layers, window, hparams)
+        while batch := next(batches, None):
             for scored in self._scored(batch, False, False):
                 yield scored.edit, probe_batch([scored])
+                del scored
+            del batch
 
     def score(self, edits: Sequence[Edit]) -> pa.Table:
         """The probabilities of both targets on all prompts of the edits' facts, before and after each edit: a row for
@@ -240,19 +248,22 @@ class Editor:
         if not edits:
             return
         self._verify(edits[0].request)
-        if essence:
-            self._sample_essence([edit.request.fact for edit in edits])
-        scoring = Scoring(
-            self._layers(),
-            self._batching(),
-            lambda edit: questions_about(edit.request, self._encoder, self._essence[edit.fact_id] if essence else ()),
-            accuracy,
-        )
-        yield from map(_checked_scores, scoring.score(edits))
+        check_edits(edits, self.session.sizes)
+        texts = self._essence_of([edit.request.fact for edit in edits]) if essence else {}
 
-    def _sample_essence(self, facts: Iterable[Fact]) -> None:
-        new = {fact.id: fact for fact in facts if fact.id not in self._essence}
-        self._essence.update(essence_texts(self.session, new.values(), self.seed))
+        def ask(edit: Edit) -> Questions:
+            return questions_about(edit.request, self._encoder, texts.get(edit.fact_id, ()))
+
+        yield from map(_checked_scores, Scoring(*self._means(), ask, accuracy).score(edits))
+
+    def _essence_of(self, facts: Iterable[Fact]) -> dict[str, list[str]]:
+        """The essence texts of facts, by their ids: sampled once from the model as it is."""
+        of_weights = self.session.versions()
+        keys = {fact.id: (fact.id, fact.subject, of_weights) for fact in facts}
+        new = {fact.id: fact for fact in facts if keys[fact.id] not in self._essence}
+        sampled = essence_texts(self.session, new.values(), self.seed)
+        self._essence.update({keys[name]: own for name, own in sampled.items()})
+        return {name: self._essence[key] for name, key in keys.items()}
 
     def _level(self, facts: Sequence[Fact], problem: str) -> float | None:
         """The noise level, where the problem has noise."""
@@ -264,7 +275,10 @@ class Editor:
     def _prepare(self, requests: Sequence[Request], moments_of: Sequence[int] | None) -> None:
         """Check what is asked, before anything is computed."""
         for request in requests:
-            self._encoder.prompted(request, request.fact.prompt)
+            if not isinstance(request, Request):
+                raise ExperimentError(f"{request!r} is no request; make requests with Editor.requests(facts, problem)")
+            prompt = self._encoder.prompted(request, request.fact.prompt)
+            self._encoder.followed(request, prompt.text, request.target)
         if moments_of is not None:
             if self.moments is None:
                 raise ExperimentError(
@@ -279,13 +293,12 @@ class Editor:
         prompt = encode(request.fact, self.session.tokenizer, "argmax", sizes.vocabulary, sizes.positions).prompt
         self.session.verify(prompt)
 
-    def _layers(self) -> Layers:
+    def _means(self) -> tuple[Layers, Batching]:
+        """The layers that passes go through, and how much goes through them together."""
         session = self.session
         budget, kept = self._budget()
-        return Layers(session.architecture, budget.tiles, session.dtype, session.device, kept)
-
-    def _batching(self) -> Batching:
-        return Batching(self.session.sizes, self._budget()[0], self.session.dtype)
+        layers = Layers(session.architecture, budget.tiles, session.dtype, session.device, kept)
+        return layers, Batching(session.sizes, budget, session.dtype)
 
     def _budget(self) -> tuple[Budget, bool]:
         """What a pass may take, and whether weights made ready are kept from step to step: where they take little."""
@@ -297,16 +310,19 @@ class Editor:
 
     def _rome(self, hparams: RomeHparams | None) -> Rome:
         assert self.moments is not None
-        return Rome(
-            self._layers(), self._encoder, self.moments, self.contexts.rome, hparams or RomeHparams(), self._batching()
-        )
+        layers, batching = self._means()
+        return Rome(layers, self._encoder, self.moments, self.contexts.rome, hparams or RomeHparams(), batching)
 
     def _memit(self, hparams: MemitHparams | None) -> Memit:
         assert self.moments is not None
-        return Memit(
-            self._layers(), self._encoder, self.moments, self.contexts.memit, hparams or MemitHparams(),
-            self._batching(),
-        )  # fmt: skip
+        layers, batching = self._means()
+        return Memit(layers, self._encoder, self.moments, self.contexts.memit, hparams or MemitHparams(), batching)
+
+
+def _listed(requests: Any) -> list[Request]:
+    if isinstance(requests, Request) or not isinstance(requests, Iterable):
+        raise ExperimentError(f"requests are {requests!r}; give a list, as Editor.requests makes it")
+    return list(requests)
 
 
 def _flat(batches: Iterable[list[Edit]]) -> list[Edit]:

@@ -15,8 +15,8 @@ DONE, FAILED = "done", "failed"
 @dataclass(frozen=True, eq=False)
 class Edit:
     """layer: the one that is edited, or the centre of ``window`` layers; steps: updates taken; loss: the last
-    evaluated; delta: the change of weights, None where the edit failed or was dropped after scoring; reason: why it
-    failed."""
+    evaluated; delta: the change of weights, None where the edit failed; reason: why it failed; listed: the window's
+    layers, where they were given one by one; joint: whether all requests share the delta."""
 
     request: Request
     method: str
@@ -27,11 +27,15 @@ class Edit:
     delta: Delta | None
     delta_norm: float | None
     reason: str | None = None
+    listed: tuple[int, ...] = ()
+    joint: bool = False
 
     @property
     def edit_id(self) -> str:
         """Names request, method, layer and window."""
-        return f"{self.fact_id}/{self.request.problem}/{self.method}-{self.window}/{self.layer}"
+        method = f"{self.method}-joint" if self.joint else self.method
+        place = "+".join(map(str, self.listed)) if self.listed else str(self.layer)
+        return f"{self.fact_id}/{self.request.problem}/{method}-{self.window}/{place}"
 
     @property
     def fact_id(self) -> str:
@@ -46,10 +50,6 @@ class Edit:
         """``done`` or ``failed``."""
         return DONE if self.reason is None else FAILED
 
-    def dropped(self) -> Edit:
-        """The edit without its change of weights."""
-        return replace(self, delta=None)
-
 
 def made(request: Request, method: str, layer: int, window: int, steps: int, loss: float, delta: Delta) -> Edit:
     """A finished edit, which failed if its change of weights is not finite."""
@@ -59,8 +59,8 @@ def made(request: Request, method: str, layer: int, window: int, steps: int, los
     return Edit(request, method, layer, window, steps, loss, delta, norm)
 
 
-def failed(request: Request, method: str, layer: int, window: int, steps: int, loss: float, reason: str) -> Edit:
-    return Edit(request, method, layer, window, steps, loss, None, None, reason)
+def failed(request: Request, method: str, layer: int, window: int, steps: int, loss: float, reason: str | None) -> Edit:
+    return Edit(request, method, layer, window, steps, loss, None, None, reason or "the change could not be computed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,3 +72,13 @@ class JointEdit:
     window: Window
     found: tuple[Found, ...]
     delta: Delta | None
+
+    def edits(self) -> list[Edit]:
+        """For each request an edit that holds the common change: what is scored and written."""
+        own = [
+            failed(request, "memit", self.window.layer, self.window.size, each.steps, each.loss, each.reason)
+            if each.reason is not None or self.delta is None
+            else made(request, "memit", self.window.layer, self.window.size, each.steps, each.loss, self.delta)
+            for request, each in zip(self.requests, self.found, strict=True)
+        ]
+        return [replace(edit, listed=self.window.layers, joint=True) for edit in own]

@@ -7,7 +7,7 @@ that went into its product and the gradients of those that came out of it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -47,9 +47,7 @@ class Finetune:
         """An edit of each request in each window, request by request; as many together as memory holds."""
         items = [(request, window) for request in requests for window in windows]
         for part in self.batching.of_items(items, self._bytes):
-            edits = self.batching.run(part, self._train)
-            self.layers.forget()
-            yield edits
+            yield self.batching.run(part, self._train)
 
     def texts(self, request: Request) -> list[Text]:
         """The bare prompt with the target: once, or once for each sample of noise."""
@@ -59,9 +57,13 @@ class Finetune:
         ]
         return [self.encoder.followed(request, text, request.target) for text in prompts]
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _train(self, items: list[Item]) -> list[Edit]:
-        return _Batch(self, items).run()
+        self.layers.forget()
+        edits = _Batch(self, items).run()
+        self.layers.forget()
+        return edits
 
     def _bytes(self, item: Item) -> int:
         """Weights and what Adam keeps of them; rows at all layers behind the first that is edited."""
@@ -85,12 +87,13 @@ class _Trained:
         self.bias = None if bias is None else torch.zeros(bias.shape, dtype=dtype, device=own.device)
         parameters = [self.weight] if self.bias is None else [self.weight, self.bias]
         self.adam = torch.optim.Adam(parameters, lr=hparams.lr, fused=True)
+        self.leaf = torch.zeros((), dtype=dtype, device=own.device, requires_grad=True)
         self.products: list[tuple[Tensor, Tensor]] = []
 
     def add(self, keys: Tensor) -> Tensor:
         """What the change adds to values, (R, hidden), from keys (R, inner); gradient flows to the keys, and what the
         weight's own gradient is made of is kept."""
-        return _Product.apply(keys, keys.new_zeros((), requires_grad=True), self)
+        return _Product.apply(keys, self.leaf, self)
 
     def step(self) -> None:
         """One step of Adam along the gradient of the products since the last, and back within the bounds."""
@@ -164,7 +167,7 @@ class _Batch:
         pass_ = _Pass(self, live)
         for _ in range(hparams.steps):
             loss[live] = pass_.evaluate()
-            # a loss that no step follows stays what it is: the checks to come would find the same
+            # a loss that no step follows stays what it is: five checks in a row would all find the same
             low = np.zeros(len(live), dtype=bool) if hparams.stop_loss is None else loss[live] < hparams.stop_loss
             goes_on = np.isfinite(loss[live]) & ~low
             for place, item in enumerate(live):
@@ -184,10 +187,11 @@ class _Batch:
     def _edit(self, item: int, steps: int, loss: float) -> Edit:
         request, window = self.items[item]
         common = (request, METHOD, window.layer, window.size, steps, loss)
+        listed = window.layers if window.listed else ()
         if not np.isfinite(loss):
-            return failed(*common, f"the loss is {loss} after {steps} steps")
+            return replace(failed(*common, f"the loss is {loss} after {steps} steps"), listed=listed)
         changes: dict[int, LowRank | Dense] = {layer: own.change for layer, own in self.trained[item].items()}
-        return made(*common, Delta(changes))
+        return replace(made(*common, Delta(changes)), listed=listed)
 
 
 _KEPT = ("mid", "keys", "values")
@@ -216,7 +220,8 @@ class _Pass:
             none = torch.zeros(self.count, dtype=torch.float64, device=log_p.device)
             nll = none.index_add(0, self.owner, -log_p)
             loss = torch.where(self.erases, torch.exp(-nll), nll)
-            loss.sum().backward()
+            leaves = [own.leaf for trained in self.trained for own in trained.values()]
+            torch.autograd.grad(loss.sum(), leaves, allow_unused=True)  # the products keep what they need
         return loss.detach().cpu().numpy()
 
     def _joining(self, block: Block, layer: int, join: Join) -> Tensor:

@@ -17,11 +17,13 @@ class _Optimised:
     stop_loss: float | None
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ExperimentError(f"steps is {self.steps}; give at least one")
         for name, value in vars(self).items():
-            if value is not None and not value >= 0:
-                raise ExperimentError(f"{name} is {value!r}; give a number that is not negative")
+            if name in ("steps", "noise_samples"):
+                if not isinstance(value, int) or value < 1:
+                    raise ExperimentError(f"{name} is {value!r}; give a whole number, at least one")
+            elif not (name == "stop_loss" and value is None):
+                if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                    raise ExperimentError(f"{name} is {value!r}; give a finite number that is not negative")
 
 
 @dataclass(frozen=True)

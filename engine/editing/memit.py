@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +20,7 @@ from causalcone.engine.editing.spreading import Heads, Update, head_places
 from causalcone.engine.editing.training import Training
 from causalcone.engine.editing.vectors import Found, VectorSearch
 from causalcone.engine.editing.windows import Window
+from causalcone.engine.errors import ExperimentError
 
 if TYPE_CHECKING:
     from causalcone.engine.editing.moments import Moments
@@ -42,22 +43,27 @@ class Memit:
         """An edit of each request in each window, request by request; as many together as are made together."""
         ends = sorted({window.layers[-1] for window in windows})
         for own in self.batching.of_requests(requests, ends, self._training):
-            training = self._training(own)
-            search = self._search(training, windows, ends)
-            wanted = [(number, end) for number in range(len(own)) for end in ends]
-            vectors = dict(self.batching.of_vectors(wanted, search))
-            by_window = [
-                self._spread_each(
-                    own, window, search, training, [vectors[n, window.layers[-1]] for n in range(len(own))]
-                )
-                for window in windows
-            ]
-            self.layers.forget()
-            yield [edit for edits in zip(*by_window, strict=True) for edit in edits]
+            yield self.batching.run(own, lambda part: self._batch(part, windows, ends))
 
+    @torch.inference_mode(False)
+    def _batch(self, own: Sequence[Request], windows: Sequence[Window], ends: Sequence[int]) -> list[Edit]:
+        self.layers.forget()
+        training = self._training(own)
+        search = self._search(training, windows, ends)
+        wanted = [(number, end) for number in range(len(own)) for end in ends]
+        vectors = dict(self.batching.of_vectors(wanted, search))
+        by_window = []
+        for window in windows:
+            found = [vectors[number, window.layers[-1]] for number in range(len(own))]
+            by_window.append(self._spread_each(own, window, search, training, found))
+        self.layers.forget()
+        return [edit for edits in zip(*by_window, strict=True) for edit in edits]
+
+    @torch.inference_mode(False)
     def joint(self, requests: Sequence[Request], window: Window) -> JointEdit:
         """One change of the model for all requests together."""
         end = window.layers[-1]
+        self.layers.forget()
         parts: list[Heads] = []
         found: list[Found] = []
         for own in self.batching.of_requests(requests, [end], self._training):
@@ -74,13 +80,14 @@ class Memit:
         """The change that takes all keys to their goals, layer by layer; None where no request found its vector."""
         changes: dict[int, LowRank] = {}
         for place, layer in enumerate(window.layers if parts else ()):
-            keys = torch.cat([part.keys(layer) for part in parts])
-            rest = torch.cat([part.rest() for part in parts]) / (len(window.layers) - place)
+            seen = [part.look(layer) for part in parts]
+            keys, missing = (torch.cat(column) for column in zip(*seen, strict=True))
+            rest = missing / (len(window.layers) - place)
             right = self.moments.solve(layer, keys.T).to(keys.device)
             # R K^T (lambda C + K K^T)^-1 = R (lambda + K^T C^-1 K)^-1 (C^-1 K)^T
             matrix = keys @ right
             matrix.diagonal().add_(self.hparams.covariance_weight)
-            left = torch.linalg.solve(matrix.T, rest).T
+            left = _solved(matrix.T, rest).T
             changes[layer] = LowRank(left.to(self.wide), right.to(self.wide))
             if layer != window.layers[-1]:
                 for part in parts:
@@ -115,7 +122,8 @@ class Memit:
         changes: list[dict[int, LowRank]] = [{} for each in found if each.reason is None]
         for heads in self._heads(window, search, training, found):
             for place, layer in enumerate(window.layers):
-                keys, rest = heads.keys(layer), heads.rest() / (len(window.layers) - place)
+                keys, missing = heads.look(layer)
+                rest = missing / (len(window.layers) - place)
                 right = self.moments.solve(layer, keys.T).T.to(keys.device)
                 # R k^T (lambda C + k k^T)^-1 = R (C^-1 k)^T / (lambda + k . C^-1 k)
                 left = rest / (self.hparams.covariance_weight + (keys * right).sum(1))[:, None]
@@ -132,12 +140,23 @@ class Memit:
                 edits.append(failed(*common, each.reason))
             else:
                 edits.append(made(*common, Delta(next(own_changes))))
-        return edits
+        listed = window.layers if window.listed else ()
+        return [replace(edit, listed=listed) for edit in edits]
 
     @property
     def wide(self) -> torch.dtype:
         """What changes of weights are kept in."""
         return torch.promote_types(self.layers.dtype, torch.float32)
+
+
+def _solved(matrix: Tensor, right: Tensor) -> Tensor:
+    try:
+        return torch.linalg.solve(matrix, right)
+    except torch.linalg.LinAlgError as error:
+        raise ExperimentError(
+            "the facts' keys cannot be told apart; give a covariance_weight above zero, or leave out facts that share "
+            "their prompt's beginning"
+        ) from error
 
 
 def _own_update(left: Tensor, right: Tensor, request: Tensor) -> Update:

@@ -60,6 +60,11 @@ class Encoder:
 
     def followed(self, request: Request, text: Text, target: Sequence[int]) -> Text:
         """A text and all tokens of a target but the last."""
+        if not target or not 0 <= min(target) <= max(target) < self.sizes.vocabulary:
+            raise FactError(
+                f"fact {request.fact.id!r}: the target's token ids {tuple(target)} are not of the model's vocabulary "
+                f"of {self.sizes.vocabulary}; use the model's own tokenizer, and a target that has tokens"
+            )
         whole = replace(text, tokens=text.tokens + tuple(target[:-1]))
         if len(whole) > self.sizes.positions:
             raise FactError(

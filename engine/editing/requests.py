@@ -31,6 +31,13 @@ class Request:
     def __post_init__(self) -> None:
         if self.problem not in PROBLEMS:
             raise ExperimentError(f"unknown problem {self.problem!r}; choose from {', '.join(PROBLEMS)}")
+        if not self.target:
+            raise ExperimentError(f"fact {self.fact.id!r}: the request's target has no tokens; give at least one")
+        if (self.sigma is None) == (self.problem == FACT_FORCING):
+            raise ExperimentError(
+                f"fact {self.fact.id!r}: a request of {self.problem} has sigma {self.sigma}; Fact Forcing needs one, "
+                "and no other problem has one"
+            )
 
     @property
     def erases(self) -> bool:

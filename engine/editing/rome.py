@@ -41,14 +41,19 @@ class Rome:
         """An edit of each request at each of the layers ``at``, request by request; as many together as are made
         together."""
         for own in self.batching.of_requests(requests, at, self._training):
-            training = self._training(own)
-            keys = {("keys", layer): training.prompts.lookups for layer in at}
-            search = training.search(self.layers, at, "values", self.hparams, keys)
-            wanted = [(number, layer) for number in range(len(own)) for layer in at]
-            found = dict(self.batching.of_vectors(wanted, search))
-            directions = {layer: self._directions(search, layer) for layer in at}
-            self.layers.forget()
-            yield [self._edit(own[n], (n, layer), found[n, layer], search, directions[layer][n]) for n, layer in wanted]
+            yield self.batching.run(own, lambda part: self._batch(part, at))
+
+    @torch.inference_mode(False)
+    def _batch(self, own: Sequence[Request], at: Sequence[int]) -> list[Edit]:
+        self.layers.forget()
+        training = self._training(own)
+        keys = {("keys", layer): training.prompts.lookups for layer in at}
+        search = training.search(self.layers, at, "values", self.hparams, keys)
+        wanted = [(number, layer) for number in range(len(own)) for layer in at]
+        found = dict(self.batching.of_vectors(wanted, search))
+        directions = {layer: self._directions(search, layer) for layer in at}
+        self.layers.forget()
+        return [self._edit(own[n], (n, layer), found[n, layer], search, directions[layer][n]) for n, layer in wanted]
 
     def _directions(self, search: VectorSearch, layer: int) -> Tensor:
         """(requests, inner) float64: C^-1 k* of each."""

@@ -19,7 +19,9 @@ from causalcone.engine.editing.edits import Edit
 from causalcone.engine.editing.layers import Change, Layers, Passed
 from causalcone.engine.editing.packing import Runs
 from causalcone.engine.editing.questions import Questions
-from causalcone.engine.models.base import Block
+from causalcone.engine.editing.windows import check_layer
+from causalcone.engine.errors import ExperimentError
+from causalcone.engine.models.base import Block, Sizes
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,25 @@ class Scoring:
 
     def _together(self, groups: list[tuple[Questions, list[Edit]]]) -> list[Scored]:
         return [scored for own in _ScoringPass(self, groups).run() for scored in own]
+
+
+def check_edits(edits: Sequence[Edit], sizes: Sizes) -> None:
+    """Raise ``ExperimentError`` naming an edit that is there twice, or does not fit a model of these sizes."""
+    known = set()
+    for edit in edits:
+        if edit.edit_id in known:
+            raise ExperimentError(f"the edit {edit.edit_id!r} is there twice; score it once")
+        known.add(edit.edit_id)
+        changes = {} if edit.delta is None else edit.delta.changes
+        if edit.delta is not None and not changes:
+            raise ExperimentError(f"the edit {edit.edit_id!r} changes no layer; leave it out")
+        for layer, change in changes.items():
+            check_layer(layer, sizes.depth)
+            if change.shape != (sizes.hidden, sizes.inner):
+                raise ExperimentError(
+                    f"the edit {edit.edit_id!r} changes a weight of {change.shape} in layer {layer}, the model's are "
+                    f"{(sizes.hidden, sizes.inner)}; score it on the model that it was made for"
+                )
 
 
 def _same_request(edit: Edit) -> int:

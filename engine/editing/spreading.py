@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from causalcone.engine.editing.layers import Layers, Passed
+from causalcone.engine.editing.layers import Layers
 from causalcone.engine.editing.packing import Runs, in_order, spans
 from causalcone.engine.editing.training import Training
 from causalcone.engine.editing.unedited import Places, Unedited
 from causalcone.engine.editing.windows import Window
-from causalcone.engine.models.base import Block
 from causalcone.kernels.tiles import pieces
 
 Update = Callable[[Tensor, slice], Tensor]
@@ -71,42 +70,35 @@ class Heads:
         self.lookup = lookup.view(n, contexts)
         self.at = window.layers[0]
         self.rows = unedited.kept["inputs", self.at].index_select(0, picked)
-        self._current: tuple[Block, Passed] | None = None
 
     @torch.no_grad()
-    def keys(self, layer: int) -> Tensor:
-        """(n, inner) float64: each request's key at a layer of the window, as the layers before it are now: half of it
-        is the bare prompt's."""
+    def look(self, layer: int) -> tuple[Tensor, Tensor]:
+        """At a layer of the window, as the layers before it are now: each request's key (n, inner), of which the bare
+        prompt's is half, and how far its output (n, hidden) at the window's last layer is from the goal; float64."""
         while self.at < layer:
             self.rows = self.layers.advance(self.layers.block(self.at), self.rows, self.runs).out
             self.at += 1
-        block = self.layers.block(layer)
-        passed = self.layers.advance(block, self.rows, self.runs, keep_keys=True)
-        self._current = block, passed
+        passed = self.layers.advance(self.layers.block(layer), self.rows, self.runs, keep_keys=True)
         assert passed.keys is not None
-        own = passed.keys[self.lookup].double()
-        return (own[:, 0] + own[:, 1:].mean(1)) / 2
-
-    @torch.no_grad()
-    def rest(self) -> Tensor:
-        """(n, hidden) float64: how far the bare prompts' outputs at the window's last layer are from the goal."""
-        assert self._current is not None
-        rows = self._current[1].out.index_select(0, self.bare)
-        for layer in range(self.at + 1, self.window.layers[-1] + 1):
-            rows = self.layers.advance(self.layers.block(layer), rows, self.bare_runs).out
-        return self.goal - rows.index_select(0, self.bare_lookup).double()
+        keys = passed.keys[self.lookup].double()
+        rows = passed.out.index_select(0, self.bare)
+        for later in range(layer + 1, self.window.layers[-1] + 1):
+            rows = self.layers.advance(self.layers.block(later), rows, self.bare_runs).out
+        rest = self.goal - rows.index_select(0, self.bare_lookup).double()
+        return (keys[:, 0] + keys[:, 1:].mean(1)) / 2, rest
 
     @torch.no_grad()
     def apply(self, update: Update) -> None:
-        """Change the layer whose keys were asked for last, and leave it."""
-        assert self._current is not None
-        block, passed = self._current
+        """Go through the layer that was looked at, changed. It is computed again: what many requests' contexts are at
+        one layer takes several times the memory of what enters it."""
+        block = self.layers.block(self.at)
+        passed = self.layers.advance(block, self.rows, self.runs, keep_keys=True)
         assert passed.keys is not None
         out = torch.empty_like(passed.out)
         for part in pieces(len(out), self.layers.tiles.rows):
             values = passed.values[part] + update(passed.keys[part], part)
             out[part] = passed.mid[part] + block.mlp_output(values)
-        self.rows, self._current = out, None
+        self.rows = out
         self.at += 1
 
 

@@ -31,6 +31,7 @@ class Unedited:
     log_p: Tensor
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def run_unedited(
     layers: Layers,

@@ -66,6 +66,7 @@ class VectorSearch:
         row = bare if self.site == "values" else self.prompts.tail_start[bare]
         return self.unedited.kept[self.site, layer][row]
 
+    @torch.inference_mode(False)
     def find(self, edits: Sequence[tuple[int, int]]) -> list[Found]:
         """The vector of each edit: a goal, by number, and a layer."""
         wide = torch.promote_types(self.layers.dtype, torch.float32)
@@ -101,7 +102,7 @@ class VectorSearch:
     def joining(self, block: Block, layer: int, join: Join, vectors: Tensor) -> Tensor:
         """The rows of runs behind the layer where their vectors, among (E, hidden), are added."""
         kept = self.unedited.kept
-        added = vectors.index_select(0, torch.from_numpy(join.edits).to(vectors.device))
+        added = vectors[torch.from_numpy(join.edits).to(vectors.device)]
         rows = kept["out", layer].index_select(0, join.tails)
         if self.site == "out":
             return rows.index_add(0, join.lookups, added.to(rows.dtype))

@@ -12,18 +12,20 @@ from causalcone.engine.errors import ExperimentError
 
 @dataclass(frozen=True)
 class Window:
-    """The layers that are edited, in order; ``layer`` is their centre and ``size`` how many were asked for."""
+    """The layers that are edited, in order; ``layer`` is their centre and ``size`` how many were asked for; listed:
+    whether they were given one by one."""
 
     layer: int
     size: int
     layers: tuple[int, ...]
+    listed: bool = False
 
     @classmethod
     def around(cls, layer: int, size: int, depth: int) -> Window:
         """``size`` layers centred on ``layer``, as far as the model has them."""
         check_layer(layer, depth)
-        if size < 1:
-            raise ExperimentError(f"window is {size}; give at least one layer")
+        if not isinstance(size, int) or size < 1:
+            raise ExperimentError(f"window is {size!r}; give a whole number of layers, at least one")
         return cls(layer, size, tuple(range(max(0, layer - size // 2), min(depth, layer - (-size // 2)))))
 
     @classmethod
@@ -34,7 +36,7 @@ class Window:
             raise ExperimentError(
                 f"the window {own} is not a list of different layers in order; give one such as (3, 4)"
             )
-        return cls(own[len(own) // 2], len(own), own)
+        return cls(own[len(own) // 2], len(own), own, listed=True)
 
 
 def check_layer(layer: int, depth: int) -> None:

@@ -22,7 +22,7 @@ from transformers.models.smollm3 import modeling_smollm3
 from causalcone.engine.errors import ModelError
 from causalcone.engine.models.base import Architecture, Block, Sizes
 from causalcone.engine.models.parts import RMSNorm, RotaryFrequencies, activation_of, refuse_length_dependent
-from causalcone.engine.models.plain import Reader
+from causalcone.engine.models.plain import Reader, free
 from causalcone.kernels.linear import Linear
 
 Rows = Callable[[Tensor], Tensor]
@@ -279,7 +279,7 @@ class SmolLM3(Qwen2):
 
 def wide(parameter: Tensor, read: Reader) -> Tensor:
     """A parameter on the reader's device, in float32 or better."""
-    return parameter.to(read.device, torch.promote_types(read.dtype, torch.float32))
+    return free(parameter).to(read.device, torch.promote_types(read.dtype, torch.float32))
 
 
 def window_of(config: Any, layer: int) -> int | None:

@@ -84,7 +84,14 @@ class Reader:
         return LayerNorm(None if module.weight is None else self.tensor(module.weight), bias, module.eps)
 
     def tensor(self, parameter: Tensor) -> Tensor:
-        return parameter.to(self.device, self.dtype)
+        return free(parameter).to(self.device, self.dtype)
+
+
+def free(parameter: Tensor) -> Tensor:
+    """A parameter's values, which no gradient flows to, and which may be saved for the way back."""
+    if parameter.is_inference() and not torch.is_inference_mode_enabled():
+        return parameter.clone()
+    return parameter.detach()
 
 
 def look_up(embedding: torch.nn.Embedding, indices: Tensor) -> Tensor:

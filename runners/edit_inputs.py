@@ -1,0 +1,210 @@
+"""An editing study made from the command line's options: all is checked, it is found out what the model knows and says,
+and no edit is made yet."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.console import Console
+
+from causalcone.engine.editing.contexts import Contexts
+from causalcone.engine.editing.editor import Editor
+from causalcone.engine.editing.moments import Moments
+from causalcone.engine.editing.prompts import ESSENCE, Encoder
+from causalcone.engine.editing.questions import questions_about
+from causalcone.engine.editing.request_making import TEXT_TOKENS, FilteredFacts
+from causalcone.engine.editing.requests import FACT_FORCING, TRACING_REVERSAL, Request
+from causalcone.engine.editing.training import Training
+from causalcone.engine.editing.windows import as_windows
+from causalcone.engine.errors import ExperimentError, FactError
+from causalcone.engine.session import SkippedFacts
+from causalcone.runners.cli_options import Editing, Output, Scoring, Source
+from causalcone.runners.edit_settings import Plan, plan_of, read_contexts
+from causalcone.runners.edit_study import EditStudy
+from causalcone.runners.inputs import Inputs, is_demo, noted, open_inputs
+from causalcone.runners.moments import collected
+from causalcone.runners.reference_texts import ReferenceTexts, load_reference_texts
+from causalcone.runners.results import refuse_occupied
+from causalcone.runners.running_text import RunningText, texts_at
+
+
+@dataclass(frozen=True)
+class PreparedEdits:
+    """A study ready to be carried out, and the configuration to keep beside its results. filtered: why the problem is
+    not posed for some facts."""
+
+    study: EditStudy
+    configuration: dict[str, Any]
+    filtered: list[str]
+
+
+def editing(source: Source, choice: Editing, scoring: Scoring, output: Output) -> PreparedEdits:
+    """The study that the options ask for; moments are collected, if so asked."""
+    refuse_occupied(output.out, output.overwrite)
+    plan = plan_of(choice, scoring.aggregate)
+    contexts = None if choice.contexts is None else read_contexts(choice.contexts)
+    references = None if scoring.references is None else load_reference_texts(scoring.references)
+    texts = _texts(choice, plan)
+    inputs = open_inputs(source)
+    inputs.check_memory()
+    editor = _editor(inputs, choice, plan, contexts)
+    moments = _moments(inputs, choice, plan, texts, output.quiet)
+    editor.moments = None if moments is None else moments.with_ridge(choice.ridge)
+    filtered: list[str] = []
+    with noted(inputs.skipped):
+        requests = _requests(editor, inputs, choice, plan, filtered)
+        requests = _checked(requests, inputs, _Checks(editor, plan, scoring, references))
+    _tell(plan, inputs, requests, filtered, scoring)
+    evaluate = {
+        "essence": scoring.essence,
+        "accuracy": scoring.accuracy,
+        "generation": scoring.generation,
+        "references": references,
+    }
+    study = EditStudy(editor, requests, plan, evaluate, scoring.keep_deltas, moments if texts is not None else None)
+    study.check()
+    given = {
+        "preset": choice.preset,
+        "set": list(choice.changes or ()),
+        "moments_given": choice.moments or choice.texts,
+        "contexts_given": None if choice.contexts is None else str(choice.contexts),
+        "sigma": editor.sigma if plan.problem in _NOISY else None,
+        "filtered": choice.filtered,
+        "facts_filtered": len(filtered),
+        "compat": choice.compat,
+        **evaluate,
+        "references": None if scoring.references is None else str(scoring.references),
+        "keep_deltas": scoring.keep_deltas,
+    }
+    return PreparedEdits(study, {"command": "edit", **inputs.configuration, **given, **study.configuration}, filtered)
+
+
+_NOISY = (TRACING_REVERSAL, FACT_FORCING)
+
+
+def _texts(choice: Editing, plan: Plan) -> RunningText | None:
+    """The running text to collect moments over, if so asked; refuses methods without moments."""
+    if not plan.of_moments:
+        return None
+    if (choice.moments is None) == (choice.texts is None):
+        raise ExperimentError(
+            f"{plan.of_moments[0].method} needs second moments: give --moments with a file of 'causalcone moments', or "
+            "--texts to collect them now, one of the two"
+        )
+    return None if choice.texts is None else texts_at(choice.texts)
+
+
+def _editor(inputs: Inputs, choice: Editing, plan: Plan, contexts: Contexts | None) -> Editor:
+    """Without moments yet; the level of the noise is that of all facts of the file."""
+    session = inputs.tracer.session
+    sigma = inputs.noise_level(plan.sigma) if plan.problem in _NOISY else plan.sigma
+    return Editor(
+        session.model, session.tokenizer, contexts=contexts, dtype=session.dtype, device=session.device,
+        memory=inputs.source.memory, sigma=sigma, seed=choice.seed,
+    )  # fmt: skip
+
+
+def _moments(inputs: Inputs, choice: Editing, plan: Plan, texts: RunningText | None, quiet: bool) -> Moments | None:
+    """The moments of the layers that are edited, where a method needs them."""
+    depth = inputs.tracer.session.sizes.depth
+    windows = [window for each in plan.of_moments for window in as_windows(plan.layers, each.window, depth)]
+    layers = sorted({layer for window in windows for layer in window.layers})
+    if not layers:
+        return None
+    if texts is not None:
+        return collected(inputs.tracer, texts, layers, Console(), quiet, memory=inputs.source.memory)
+    if is_demo(str(choice.moments)):
+        from causalcone.runners.demo_model import demo_moments
+
+        return demo_moments()
+    return Moments.load(str(choice.moments), layers)
+
+
+def _requests(editor: Editor, inputs: Inputs, choice: Editing, plan: Plan, filtered: list[str]) -> list[Request]:
+    """What the problem asks of the facts; why it is not posed for some goes to ``filtered``."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        requests = editor.requests(
+            inputs.facts, plan.problem, filtered=choice.filtered, on_error=inputs.on_error, compat=choice.compat
+        )
+    for each in caught:
+        if isinstance(each.message, FilteredFacts):
+            filtered += each.message.reasons
+        else:
+            warnings.warn(each.message, stacklevel=2)
+    return requests
+
+
+def _checked(requests: Sequence[Request], inputs: Inputs, check: Callable[[Request], None]) -> list[Request]:
+    """The requests that nothing is wrong with; those of others are skipped, if asked."""
+    good, reasons = [], []
+    for request in requests:
+        try:
+            check(request)
+        except FactError as error:
+            if inputs.on_error == "raise":
+                raise
+            reasons.append(str(error))
+        else:
+            good.append(request)
+    if reasons:
+        warnings.warn(SkippedFacts(reasons), stacklevel=2)
+    return good
+
+
+@dataclass(frozen=True)
+class _Checks:
+    """Raises ``FactError`` for a request that some prompt or text to be used of it is wrong of."""
+
+    editor: Editor
+    plan: Plan
+    scoring: Scoring
+    references: ReferenceTexts | None
+
+    def __call__(self, request: Request) -> None:
+        session = self.editor.session
+        encoder = Encoder(session.tokenizer, session.sizes)
+        questions_about(request, encoder)
+        for setting in self.plan.of_moments:
+            Training.of([request], encoder, getattr(self.editor.contexts, setting.method))
+        if self.scoring.essence:
+            self._room(request, len(encoder.prompted(replace(request, sigma=None), ESSENCE).text))
+        if self.scoring.generation or self.references is not None:
+            for prompt in request.fact.generation_prompts:
+                self._room(request, len(encoder.written(request, prompt)))
+        if self.references is not None and request.fact.generation_prompts:
+            self.references.of(request.fact)
+
+    def _room(self, request: Request, tokens: int) -> None:
+        limit = min(TEXT_TOKENS, self.editor.session.sizes.positions)
+        if tokens >= limit:
+            raise FactError(
+                f"fact {request.fact.id!r}: a prompt of {tokens} tokens leaves no room for a text of {limit}; "
+                "shorten it"
+            )
+
+
+def _tell(plan: Plan, inputs: Inputs, requests: Sequence[Request], filtered: Sequence[str], scoring: Scoring) -> None:
+    """Which facts are not edited, and which are not scored; an error where none is edited."""
+    if filtered:
+        warnings.warn(
+            f"{plan.problem} is not posed for {len(filtered)} of {len(inputs.facts)} facts, which run.json lists; "
+            f"{filtered[0]}",
+            stacklevel=2,
+        )
+    if not requests:
+        more = "; --no-filter edits facts that the model does not know too" if filtered else ""
+        raise FactError(f"none of the facts of {inputs.source.facts} can be edited{more}")
+    lacking = {
+        kind: sum(not getattr(request.fact, f"{kind}_prompts") for request in requests)
+        for kind in ("paraphrase", "neighborhood", *(["generation"] if scoring.generation else []))
+    }
+    told = [f"{count} have no {kind} prompts" for kind, count in lacking.items() if count]
+    if told:
+        warnings.warn(
+            f"of {len(requests)} facts, {' and '.join(told)}: they are edited, but those scores are missing",
+            stacklevel=2,
+        )
