@@ -209,7 +209,7 @@ class Editor:
         window: int | None = None,
         hparams: Hparams | None = None,
     ) -> Iterator[tuple[Edit, pa.RecordBatch]]:
-        """Make edits and score them, batch by batch: each edit with its probes. Nothing is held of the batches before."""
+        """Make edits and score them, batch by batch: each edit with its probes. One batch is held at a time."""
         batches = self.batches(requests, method, layers, window, hparams)
         while batch := next(batches, None):
             for scored in self._scored(batch, False, False):

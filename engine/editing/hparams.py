@@ -21,9 +21,10 @@ class _Optimised:
             if name in ("steps", "noise_samples"):
                 if not isinstance(value, int) or value < 1:
                     raise ExperimentError(f"{name} is {value!r}; give a whole number, at least one")
-            elif not (name == "stop_loss" and value is None):
-                if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                    raise ExperimentError(f"{name} is {value!r}; give a finite number that is not negative")
+            elif name == "stop_loss" and value is None:
+                continue
+            elif not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise ExperimentError(f"{name} is {value!r}; give a finite number that is not negative")
 
 
 @dataclass(frozen=True)

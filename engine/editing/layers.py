@@ -66,7 +66,7 @@ class Layers:
             return make()
         if name not in self._kept:
             self._kept[name] = make()
-        return self._kept[name]  # type: ignore[no-any-return]
+        return self._kept[name]
 
     def _readout(self) -> Readout:
         weight, bias = self.architecture.unembedding()
