@@ -17,7 +17,7 @@ lint: $(READY)
 
 # mypy sees the package as users get it: from a wheel, with the folders under their installed names
 types: $(READY)
-	rm -rf build/types
+	rm -rf build
 	$(BIN)/pip wheel -q --no-deps -w build/types .
 	$(BIN)/pip install -q --no-deps --target build/types/site build/types/*.whl
 	cd build/types && MYPYPATH=site ../../$(BIN)/mypy --config-file ../../pyproject.toml -p causalcone
