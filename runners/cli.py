@@ -86,21 +86,20 @@ causalcone gradients --model demo --facts demo --kind hidden --baseline corrupte
 _MOMENT_EXAMPLES = """
 [bold]Examples[/bold]
 
-causalcone moments --model gpt2-xl --texts wikipedia.txt --layers 13,14,15,16,17 --out moments-xl.safetensors
+causalcone moments --model gpt2-xl --texts wikipedia.txt --layers 13,14,15,16,17 --out xl.safetensors
 
-causalcone moments --model gpt2-xl --dataset wikitext --dataset-config wikitext-103-raw-v1 --out moments-xl.safetensors
+causalcone moments --model gpt2-xl --dataset wikitext --dataset-config wikitext-103-raw-v1 --out xl.safetensors
 """
 _EDIT_EXAMPLES = """
 [bold]Examples[/bold]
 
-causalcone edit --model gpt2-xl --facts counterfact.json --method rome --preset gpt2-xl --moments moments-xl.safetensors
---out edits-xl
+causalcone edit --model gpt2-xl --facts counterfact.json --method rome --preset gpt2-xl --moments m.safetensors --out xl
 
-causalcone edit --model ./my-model --facts facts.jsonl --method finetune:1 --method finetune:5 --layers 0,8,16
---set norm_constraint=5e-5 --out edits
+causalcone edit --model ./my-model --facts facts.jsonl --method finetune:1 --method finetune:5 --layers 0,8 --out edits
 
-causalcone edit --model demo --facts demo --limit 20 --method rome --method memit:3 --preset demo --moments demo
---essence --out edits --plot
+causalcone edit --model demo --facts demo --method memit:3 --preset demo --moments demo --essence --out edits --plot
+
+causalcone edit --model demo --facts demo --method rome --set clamp=2 --texts demo --keep-deltas --out edits
 """
 
 

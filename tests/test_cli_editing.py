@@ -19,6 +19,7 @@ from causalcone.engine.editing.delta_files import load_delta
 from causalcone.engine.editing.tables import edit_batch
 from causalcone.runners import edit_study
 from causalcone.runners.cli import main
+from causalcone.runners.edit_summary import failed_lines
 from causalcone.runners.presets import load_hparams
 
 DEPTH = 4
@@ -275,6 +276,17 @@ def test_a_folder_is_not_overwritten_unasked(user, tmp_path, run):
     assert run(*arguments(user, out, *FAST, "--overwrite", **{**one, "layers": "2"}))[0] == 0
     assert read_edits(out / "edits")["layer"].to_list() == [2]
     assert not (out / "deltas").exists()
+
+
+def test_the_commonest_reasons_are_told():
+    lines = failed_lines({"rare": 1, "often": 9, "a": 2, "b": 2, "c": 1})
+    assert lines == [
+        "9 edits failed: often",
+        "2 edits failed: a",
+        "2 edits failed: b",
+        "2 edits failed for 2 other reasons",
+    ]
+    assert failed_lines({}) == []
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError("the disk is on fire")])

@@ -14,6 +14,7 @@ from editing_cases import (
     FORCING,
     FULL,
     INJECTION,
+    REVERSAL,
     editor,
     error,
     random_moments,
@@ -120,12 +121,12 @@ def test_every_budget_gives_the_same_edits(model, moments, whole, passes, method
 def test_smaller_budgets_take_more_passes(model, moments, passes):
     for method, make in METHODS.items():
         seen = []
-        for memory in (*BUDGETS, "1GB"):
+        for memory in (BUDGETS[0], BUDGETS[2], "1GB"):
             passes.clear()
-            make(editor(model, moments, memory=memory), EVERY_PROBLEM, LAYERS)
+            make(editor(model, moments, memory=memory), EVERY_PROBLEM, (0, 1))
             seen.append(len(passes[PASSES[method][0]]))
         assert seen == sorted(seen, reverse=True)
-        assert seen[0] > 6
+        assert seen[0] > 2
         assert seen[-1] == 1
 
 
@@ -170,12 +171,12 @@ def test_budgets_of_other_architectures(passes, name):
     """Norms around the MLP, sliding windows, blocks in parallel."""
     model = FAMILIES[name](3, 32, 4, dtype=torch.float64)
     ample, scarce = (editor(model, random_moments(model), memory=memory) for memory in (None, BUDGETS[0]))
-    for method, make in METHODS.items():
-        expected = make(ample, [INJECTION, FORCING], (0, 2))
-        passes.clear()
-        assert_same(make(scarce, [INJECTION, FORCING], (0, 2)), expected)
-        assert len(passes[PASSES[method][0]]) > 1
-        assert_same_table(scarce.score(expected), ample.score(expected))
+    for make in METHODS.values():
+        expected = make(ample, [REVERSAL, FORCING, INJECTION], (0,))
+        assert_same(make(scarce, [REVERSAL, FORCING, INJECTION], (0,)), expected)
+        tables = [ed.score(expected) for ed in (scarce, ample)]
+        assert_same_table(*tables)
+    assert sum(map(len, passes.values())) > 4 * len(METHODS) + 1, "one pass each, and more where memory is scarce"
 
 
 def test_batches_come_as_they_are_made(model, moments, whole):
@@ -184,7 +185,7 @@ def test_batches_come_as_they_are_made(model, moments, whole):
     first = next(batches)
     assert 0 < len(first) < len(whole["rome"]) - 4
     rest = list(batches)
-    assert len(rest) > 1
+    assert len(rest) > 0
     assert_same([*first, *(edit for batch in rest for edit in batch)], whole["rome"])
 
 
@@ -286,9 +287,12 @@ CPU_ERROR = RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocato
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("memory_error", [CUDA_ERROR, CPU_ERROR, MemoryError()], ids=["cuda", "cpu", "python"])
-@pytest.mark.parametrize("number", [1, 40, 150])
-def test_running_out_of_memory_loses_nothing(model, moments, whole, monkeypatch, method, memory_error, number):
+@pytest.mark.parametrize(
+    ("memory_error", "number"),
+    [(CUDA_ERROR, 1), (CPU_ERROR, 40), (MemoryError(), 150)],
+    ids=["cuda, at once", "cpu, in a step", "python, later"],
+)
+def test_running_out_of_memory_loses_nothing(model, moments, whole, monkeypatch, memory_error, number, method):
     """Wherever it happens, also in the middle of the steps: the halves begin anew."""
     seen = failing(monkeypatch, *PASSES[method], memory_error, number)
     requests = EVERY_PROBLEM[:3]

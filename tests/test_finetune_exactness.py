@@ -33,7 +33,7 @@ import causalcone as cc
 from causalcone.engine.editing.requests import PROBLEMS, Request
 from causalcone.engine.facts import target_ids
 
-FEW_STEPS = cc.FinetuneHparams(steps=5, lr=5e-3, norm_constraint=1.2e-2, stop_loss=None, noise_samples=3)
+FEW_STEPS = cc.FinetuneHparams(steps=4, lr=5e-3, norm_constraint=1.2e-2, stop_loss=None, noise_samples=3)
 
 
 def assert_exact(model, requests, layers, window=1, hparams=FEW_STEPS, bounds=EXACT):
@@ -64,8 +64,8 @@ def test_one_layer_of_every_architecture(family):
 
 
 def test_three_layers_of_every_architecture(family):
-    edits = assert_exact(family, [INJECTION, likely(family, ONE_TOKEN), FORCING], (1, 2), 3)
-    assert [edit.delta.layers for edit in edits] == [(0, 1, 2), (1, 2)] * 3
+    edits = assert_exact(family, [INJECTION, likely(family, ONE_TOKEN), FORCING], (1,), 3)
+    assert [edit.delta.layers for edit in edits] == [(0, 1, 2)] * 3
 
 
 def test_the_unmodified_float64_model(family):
@@ -83,7 +83,7 @@ def test_float32(name):
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_every_problem_and_place_of_the_subject(model, problem):
     edits = assert_exact(model, [request(fact, problem) for fact in FULL], (1,), 3)
-    assert [edit.steps for edit in edits] == [5] * 6
+    assert [edit.steps for edit in edits] == [4] * 6
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 5])

@@ -36,7 +36,7 @@ from causalcone.engine.editing.request_making import essence_texts
 from causalcone.engine.editing.requests import PROBLEMS, Request
 from causalcone.engine.facts import target_ids
 
-TEXTS = ["Ann Lee is a golf of French", "They say that Bo is sporty", "Rome is"]
+TEXTS = ["Ann Lee is a golf of French", "Bo is"]
 """About a subject, or not."""
 NAMES = {"rewrite": "efficacy", "paraphrase": "paraphrase", "neighborhood": "neighborhood"}
 RELATIVE = {torch.float64: 1e-9, torch.float32: 1e-3}

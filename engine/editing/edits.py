@@ -15,7 +15,7 @@ DONE, FAILED = "done", "failed"
 @dataclass(frozen=True, eq=False)
 class Edit:
     """layer: the one that is edited, or the centre of ``window`` layers; steps: updates taken; loss: the last
-    evaluated; delta: the change of weights, None where the edit failed; reason: why it failed; listed: the window's
+    evaluated; delta: the change of weights, None where the edit failed or was dropped; reason: why it failed; listed: the window's
     layers, where they were given one by one; joint: whether all requests share the delta."""
 
     request: Request
@@ -49,6 +49,10 @@ class Edit:
     def status(self) -> str:
         """``done`` or ``failed``."""
         return DONE if self.reason is None else FAILED
+
+    def dropped(self) -> Edit:
+        """The edit without its change of weights, once it is scored."""
+        return replace(self, delta=None)
 
 
 def made(request: Request, method: str, layer: int, window: int, steps: int, loss: float, delta: Delta) -> Edit:

@@ -80,7 +80,10 @@ class Memit:
         """The change that takes all keys to their goals, layer by layer; None where no request found its vector."""
         changes: dict[int, LowRank] = {}
         for place, layer in enumerate(window.layers if parts else ()):
-            seen = [part.look(layer) for part in parts]
+            seen = []
+            for part in parts:
+                seen.append(part.look(layer))
+                part.release()
             keys, missing = (torch.cat(column) for column in zip(*seen, strict=True))
             rest = missing / (len(window.layers) - place)
             right = self.moments.solve(layer, keys.T).to(keys.device)

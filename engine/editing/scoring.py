@@ -91,6 +91,8 @@ def check_edits(edits: Sequence[Edit], sizes: Sizes) -> None:
         if edit.edit_id in known:
             raise ExperimentError(f"the edit {edit.edit_id!r} is there twice; score it once")
         known.add(edit.edit_id)
+        if edit.delta is None and edit.reason is None:
+            raise ExperimentError(f"the edit {edit.edit_id!r} was dropped; score edits before they are")
         changes = {} if edit.delta is None else edit.delta.changes
         if edit.delta is not None and not changes:
             raise ExperimentError(f"the edit {edit.edit_id!r} changes no layer; leave it out")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from causalcone.engine.editing.layers import Layers
+from causalcone.engine.editing.layers import Layers, Passed
 from causalcone.engine.editing.packing import Runs, in_order, spans
 from causalcone.engine.editing.training import Training
 from causalcone.engine.editing.unedited import Places, Unedited
@@ -70,6 +70,7 @@ class Heads:
         self.lookup = lookup.view(n, contexts)
         self.at = window.layers[0]
         self.rows = unedited.kept["inputs", self.at].index_select(0, picked)
+        self._passed: Passed | None = None
 
     @torch.no_grad()
     def look(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -78,7 +79,7 @@ class Heads:
         while self.at < layer:
             self.rows = self.layers.advance(self.layers.block(self.at), self.rows, self.runs).out
             self.at += 1
-        passed = self.layers.advance(self.layers.block(layer), self.rows, self.runs, keep_keys=True)
+        passed = self._pass()
         assert passed.keys is not None
         keys = passed.keys[self.lookup].double()
         rows = passed.out.index_select(0, self.bare)
@@ -87,12 +88,14 @@ class Heads:
         rest = self.goal - rows.index_select(0, self.bare_lookup).double()
         return (keys[:, 0] + keys[:, 1:].mean(1)) / 2, rest
 
+    def release(self) -> None:
+        """Give back what was seen at the layer, several times the memory of what enters it; it is computed again."""
+        self._passed = None
+
     @torch.no_grad()
     def apply(self, update: Update) -> None:
-        """Go through the layer that was looked at, changed. It is computed again: what many requests' contexts are at
-        one layer takes several times the memory of what enters it."""
-        block = self.layers.block(self.at)
-        passed = self.layers.advance(block, self.rows, self.runs, keep_keys=True)
+        """Go through the layer that was looked at, changed."""
+        block, passed = self.layers.block(self.at), self._pass()
         assert passed.keys is not None
         out = torch.empty_like(passed.out)
         for part in pieces(len(out), self.layers.tiles.rows):
@@ -100,6 +103,12 @@ class Heads:
             out[part] = passed.mid[part] + block.mlp_output(values)
         self.rows = out
         self.at += 1
+        self.release()
+
+    def _pass(self) -> Passed:
+        if self._passed is None:
+            self._passed = self.layers.advance(self.layers.block(self.at), self.rows, self.runs, keep_keys=True)
+        return self._passed
 
 
 def _whole_runs(count: np.ndarray, device: torch.device) -> Runs:
