@@ -184,7 +184,9 @@ def test_differences_are_seen(bench, model, tokenizer):
 def test_an_edit_that_fails_is_told(bench, methods, setup):
     broken = replace(setup, model=gpt2(), facts=EDITED[:1])
     broken.model.requires_grad_(False)
-    rome = replace(methods["rome"], hparams=replace(methods["rome"].hparams, kl_factor=math.inf))
+    hparams = replace(methods["rome"].hparams)
+    object.__setattr__(hparams, "kl_factor", math.inf)  # which hyperparameters refuse: the loss is to be infinite
+    rome = replace(methods["rome"], hparams=hparams)
     with pytest.raises(RuntimeError, match="the edit start/error_injection/rome-1/0 failed"):
         bench("editing_studies").measure(rome, broken, {"fraction": 0.1}, (64,))
 

@@ -15,8 +15,8 @@ DONE, FAILED = "done", "failed"
 @dataclass(frozen=True, eq=False)
 class Edit:
     """layer: the one that is edited, or the centre of ``window`` layers; steps: updates taken; loss: the last
-    evaluated; delta: the change of weights, None where the edit failed or was dropped; reason: why it failed; listed: the window's
-    layers, where they were given one by one; joint: whether all requests share the delta."""
+    evaluated; delta: the change of weights, None where the edit failed or was dropped; reason: why it failed; listed:
+    the window's layers, where they were given one by one; joint: whether all requests share the delta."""
 
     request: Request
     method: str
