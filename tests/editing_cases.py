@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from oracle_memit import MemitEdit
 from oracle_rome import RomeEdit
 
 import causalcone as cc
+from causalcone.engine.editing.editor import Scores
 from causalcone.engine.editing.edits import Edit
 from causalcone.engine.editing.requests import PROBLEMS, Request
 from causalcone.engine.facts import target_ids
@@ -95,6 +97,12 @@ def random_moments(model: Any, seed: int = 0) -> cc.Moments:
     return cc.Moments(matrices, dict.fromkeys(matrices, 10**6))
 
 
+def collected_moments(model: Any) -> cc.Moments:
+    """Moments that know which model they are of."""
+    texts = [f"{fact.text} {fact.target_true} {n}." for n in range(40) for fact in FULL]
+    return cc.Moments.collect(model, tokenizer(), texts)
+
+
 def unit_moments(model: Any) -> cc.Moments:
     """Identities: what is solved with them stays as it is."""
     layers = range(model.config.num_hidden_layers)
@@ -106,6 +114,26 @@ def editor(
     model: Any, moments: cc.Moments | None = None, contexts: Sequence[str] = CONTEXTS, **options: Any
 ) -> cc.Editor:
     return cc.Editor(model, tokenizer(), moments or random_moments(model), contexts, **options)
+
+
+ROME = cc.RomeHparams(steps=4, stop_loss=None)
+MEMIT = cc.MemitHparams(steps=4, stop_loss=None, covariance_weight=5.0)
+FINETUNE = cc.FinetuneHparams(steps=4, lr=5e-3, norm_constraint=1.2e-2, stop_loss=None, noise_samples=2)
+METHODS = {
+    "rome": lambda ed, requests, layers=(1,): ed.rome(requests, layers, ROME),
+    "memit": lambda ed, requests, layers=(1,): ed.memit(requests, layers, 3, MEMIT),
+    "finetune": lambda ed, requests, layers=(1,): ed.finetune(requests, layers, 3, FINETUNE),
+}
+"""By name: edits of a few steps by each method, in windows of three layers but for ROME."""
+
+
+def study(ed: cc.Editor, method: str) -> tuple[list[Edit], Scores]:
+    """Requests, edits and scores, with everything that there is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        requests = ed.requests(FULL[2:4], "fact_forcing", filtered=False)
+    edits = METHODS[method](ed, requests)
+    return edits, ed.evaluate(edits, essence=True, accuracy=True, generation=True)
 
 
 @contextmanager

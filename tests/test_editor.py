@@ -1,72 +1,50 @@
-"""``Editor``: what it leaves alone, what it refuses, which model it sees, and edits drawn at random."""
+"""``Editor``: the same results again, the model that it sees, requests, and scores of what it made."""
 
 import copy
-import functools
-import random
 import warnings
 from dataclasses import replace
 
 import numpy as np
-import oracle_finetune
-import oracle_memit
 import oracle_requests
-import oracle_rome
 import oracle_scores
 import pytest
 import torch
-from edited_models import bits, dense, low_rank
+from edited_models import dense, low_rank
 from editing_cases import (
     CONTEXTS,
     END,
-    ERASURE,
     EVERY_PROBLEM,
-    EXACT,
+    FINETUNE,
     FORCING,
     FULL,
     INJECTION,
-    ONE_TOKEN,
+    MEMIT,
+    METHODS,
+    ROME,
     START,
     THREE,
-    assert_finetuned,
-    assert_loss,
-    assert_memit,
-    assert_rome,
+    collected_moments,
     editor,
     error,
     random_moments,
     request,
-    task,
+    study,
     weight,
 )
-from families import FAMILIES
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from models import gpt2
-from models import tokenizer as byte_level
-from oracle_editing import Change, down_weight
+from oracle_editing import down_weight
 
 import causalcone as cc
 from causalcone.engine.editing.contexts import Contexts
 from causalcone.engine.editing.deltas import Delta
-from causalcone.engine.editing.edits import made
 from causalcone.engine.editing.request_making import FilteredFacts, generate_texts
-from causalcone.engine.editing.requests import PROBLEMS, Request
+from causalcone.engine.editing.requests import PROBLEMS
 from causalcone.engine.editing.tables import METRIC_SCHEMA, PROBE_SCHEMA
 from causalcone.engine.editing.text_metrics import generation_entropy
-from causalcone.engine.errors import ExperimentError, FactError, ModelError
+from causalcone.engine.errors import ExperimentError, FactError
 
-ROME = cc.RomeHparams(steps=4, stop_loss=None)
-MEMIT = cc.MemitHparams(steps=4, stop_loss=None, covariance_weight=5.0)
-FINETUNE = cc.FinetuneHparams(steps=4, lr=5e-3, norm_constraint=1.2e-2, stop_loss=None, noise_samples=2)
-METHODS = {
-    "rome": lambda ed, requests, layers=(1,): ed.rome(requests, layers, ROME),
-    "memit": lambda ed, requests, layers=(1,): ed.memit(requests, layers, 3, MEMIT),
-    "finetune": lambda ed, requests, layers=(1,): ed.finetune(requests, layers, 3, FINETUNE),
-}
 ANSWERS = {"start": "CALLE call", "end": " hej", "one token": "hehe", "many tokens": "Calle"}
 """What the model says after the prompts of some facts, in whichever case."""
-BROKEN = request(replace(ONE_TOKEN, id="broken"), "fact_forcing", sigma=1e200)
-"""Noise that no model survives."""
 
 
 @pytest.fixture(scope="module")
@@ -75,145 +53,8 @@ def moments(model):
 
 
 @pytest.fixture(scope="module")
-def collected(model, tokenizer):
-    """Moments that know which model they are of."""
-    texts = [f"{fact.text} {fact.target_true} {n}." for n in range(40) for fact in FULL]
-    return cc.Moments.collect(model, tokenizer, texts)
-
-
-# --- what is left alone ---
-
-
-def state(model):
-    """What editing might touch of a model."""
-    return {
-        "bits": bits(model),
-        "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
-        "gradients": {
-            name: None if p.grad is None else p.grad.clone().numpy().tobytes() for name, p in model.named_parameters()
-        },
-        "versions": {name: (id(p), p.data_ptr(), p._version) for name, p in model.named_parameters()},
-        "training": {name: module.training for name, module in model.named_modules()},
-        "hooks": {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()},
-        "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
-        "config": copy.deepcopy(model.config.to_dict()),
-    }
-
-
-def global_state():
-    return {
-        "torch": torch.get_rng_state().numpy().tobytes(),
-        "numpy": str(np.random.get_state()),
-        "python": random.getstate(),
-        "threads": torch.get_num_threads(),
-        "dtype": torch.get_default_dtype(),
-        "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "precision": torch.get_float32_matmul_precision(),
-        "numpy errors": np.geterr(),
-    }
-
-
-@pytest.fixture
-def used_model():
-    """A model as its user may hold it: in part training, in part frozen, with gradients."""
-    model = gpt2(3).train()
-    model.transformer.h[1].eval()
-    model.transformer.h[0].mlp.c_proj.weight.requires_grad_(False)
-    model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
-    return model
-
-
-def study(ed, method):
-    """Requests, edits and scores, with everything that there is."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        requests = ed.requests(FULL[2:4], "fact_forcing", filtered=False)
-    edits = METHODS[method](ed, requests)
-    return edits, ed.evaluate(edits, essence=True, accuracy=True, generation=True)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
-def test_nothing_is_changed(used_model, tokenizer, method, dtype):
-    moments = random_moments(used_model)
-    before = state(used_model), global_state()
-    edits, _ = study(cc.Editor(used_model, tokenizer, moments, dtype=dtype), method)
-    assert {edit.status for edit in edits} == {"done"}
-    assert state(used_model) == before[0]
-    assert global_state() == before[1]
-
-
-def test_a_joint_edit_changes_nothing(used_model):
-    ed = editor(used_model)
-    before = state(used_model), global_state()
-    ed.memit_joint(THREE, (0, 1), MEMIT)
-    assert (state(used_model), global_state()) == before
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_what_fails_changes_nothing(used_model, monkeypatch, method):
-    ed = editor(used_model)
-    METHODS[method](ed, [INJECTION])
-    before = state(used_model), global_state()
-
-    def failing(*args, **kwargs):
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(torch.nn.functional, "layer_norm", failing)
-    with pytest.raises(ZeroDivisionError):
-        METHODS[method](ed, [INJECTION])
-    monkeypatch.undo()
-    assert (state(used_model), global_state()) == before
-
-
-def test_abandoned_batches_change_nothing(used_model):
-    ed = editor(used_model)
-    before = state(used_model), global_state()
-    for method in METHODS:
-        rest = ed.run(THREE, method, (0, 1))
-        next(rest)
-        assert (state(used_model), global_state()) == before, "between two edits"
-        rest.close()
-        assert (state(used_model), global_state()) == before
-
-
-def test_requests_and_moments_are_left_as_given(model, moments):
-    kept = {layer: matrix.clone() for layer, matrix in moments.matrices.items()}
-    requests, layers = list(THREE), [0, 2]
-    for make in METHODS.values():
-        make(editor(model, moments), requests, layers)
-    assert (requests, layers) == (list(THREE), [0, 2])
-    assert all(matrix.equal(kept[layer]) for layer, matrix in moments.matrices.items())
-
-
-def test_deltas_are_the_callers_own(model, moments):
-    """Whatever is done to one changes neither another nor the model."""
-    before, ed = bits(model), editor(model, moments)
-    for make in METHODS.values():
-        first, second = make(ed, [INJECTION, FORCING])
-        kept = {layer: weight(second.delta, layer) for layer in second.delta.layers}
-        for change in first.delta.changes.values():
-            for part in vars(change).values():
-                assert not part.requires_grad
-                part.fill_(7.0)
-        assert all(weight(second.delta, layer).equal(own) for layer, own in kept.items())
-    assert bits(model) == before
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("method", METHODS)
-def test_whatever_the_callers_mode(model, moments, method, mode):
-    """And its results can be used outside of that mode."""
-    (expected,) = METHODS[method](editor(model, moments), [INJECTION])
-    with mode():
-        ed = editor(model, moments)
-        (found,) = METHODS[method](ed, [INJECTION])
-        ed.score([found])
-    assert found.loss == expected.loss
-    for layer in expected.delta.layers:
-        assert weight(found.delta, layer).equal(weight(expected.delta, layer))
-    assert ed.score([found]).equals(editor(model, moments).score([expected]))
+def collected(model):
+    return collected_moments(model)
 
 
 # --- the same again ---
@@ -451,297 +292,3 @@ def test_what_edited_models_write(model, moments):
     assert row["edit_id"] == edits[0].edit_id
     assert row["pre"] == pytest.approx(generation_entropy(before))
     assert row["post"] == pytest.approx(generation_entropy(after))
-
-
-# --- what goes wrong ---
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_an_edit_that_fails_leaves_the_others_alone(model, moments, method):
-    """Its reason is said, and theirs are the edits that are made without it."""
-    ed = editor(model, moments)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = METHODS[method](ed, [INJECTION, BROKEN, ERASURE, FORCING], (0, 1))
-    expected = METHODS[method](ed, [INJECTION, ERASURE, FORCING], (0, 1))
-    broken = [edit for edit in found if edit.request is BROKEN]
-    assert [(edit.status, edit.delta, edit.delta_norm, edit.steps) for edit in broken] == [
-        ("failed", None, None, 0)
-    ] * 2
-    assert all("nan" in edit.reason for edit in broken)
-    others = [edit for edit in found if edit.request is not BROKEN]
-    for one, other in zip(others, expected, strict=True):
-        assert (one.edit_id, one.steps, one.status) == (other.edit_id, other.steps, "done")
-        assert one.loss == pytest.approx(other.loss, rel=1e-12)
-        for layer in other.delta.layers:
-            assert error(weight(one.delta, layer), weight(other.delta, layer), 1e-5) < 1e-9
-
-
-def test_a_change_that_is_not_finite(model, moments, monkeypatch):
-    """Only the edit that it is fails."""
-    solve = cc.Moments.solve
-
-    def solved(self, layer, keys, ridge=None):
-        right = solve(self, layer, keys, ridge)
-        return right * np.nan if layer == 2 else right
-
-    monkeypatch.setattr(cc.Moments, "solve", solved)
-    for method in ("rome", "memit"):
-        make = METHODS[method]
-        done, bad = make(editor(model, moments), [FORCING], (0, 2))
-        assert (done.status, bad.status, bad.delta) == ("done", "failed", None)
-        assert "not finite" in bad.reason
-    monkeypatch.undo()
-    for method in ("rome", "memit"):
-        (expected,) = METHODS[method](editor(model, moments), [FORCING], (0,))
-        assert expected.status == "done"
-
-
-def test_an_edit_that_breaks_the_model(model, moments):
-    """It counts as failed when it is scored, here by what float32 does not hold; the others have their scores."""
-    ed = editor(model, moments, dtype="float32")
-    (good,) = METHODS["rome"](ed, [FORCING])
-    bad = made(INJECTION, "rome", 1, 1, 1, 0.5, Delta({1: low_rank(model, 1, size=1e50)}))
-    assert bad.status == "done"
-    with np.errstate(all="ignore"):
-        scores = ed.evaluate([bad, good], accuracy=True)
-    first, second = scores.edits
-    assert (first.status, first.delta) == ("failed", None)
-    assert "not finite" in first.reason
-    assert second.status == "done"
-    rows = scores.probes.to_pylist()
-    assert all(row["p_post"] is None and row["p_pre"] > 0 for row in rows if row["edit_id"] == bad.edit_id)
-    alone = ed.score([good]).to_pylist()
-    for row, own in zip((row for row in rows if row["edit_id"] == good.edit_id), alone, strict=True):
-        assert row["p_post"] == pytest.approx(own["p_post"], rel=1e-4)
-
-
-def test_a_model_that_gives_no_probabilities(model):
-    """Under noise that it does not survive there is nothing to be compared with."""
-    edit = made(BROKEN, "rome", 1, 1, 1, 0.5, Delta({1: low_rank(model)}))
-    with pytest.raises(ModelError, match=r"'broken': probabilities of the unedited model are not finite"):
-        editor(model).score([edit])
-
-
-def test_without_moments(model, tokenizer):
-    ed = cc.Editor(model, tokenizer, contexts=CONTEXTS)
-    for method in ("rome", "memit"):
-        with pytest.raises(ExperimentError, match=r"second moments.*Moments.collect"):
-            METHODS[method](ed, [INJECTION])
-    with pytest.raises(ExperimentError, match="second moments"):
-        ed.memit_joint([INJECTION], (1,))
-    assert METHODS["finetune"](ed, [INJECTION])[0].status == "done"
-
-
-def test_moments_of_another_model(model, collected):
-    other = gpt2(seed=1)
-    for method in ("rome", "memit"):
-        with pytest.raises(ExperimentError, match="moments are of another model"):
-            METHODS[method](editor(other, collected), [INJECTION])
-        with pytest.raises(ExperimentError, match="moments are of another model"):
-            METHODS[method](editor(FAMILIES["llama"](), collected), [INJECTION])
-        with pytest.raises(ExperimentError, match=r"another model.*the keys of layer"):
-            METHODS[method](editor(gpt2(4, 16, 2), random_moments(model)), [INJECTION])
-
-
-def test_moments_that_lack_a_layer(model, moments):
-    few = cc.Moments({1: moments.matrices[1], 2: moments.matrices[2]}, {1: 10**6, 2: 10**6})
-    ed = editor(model, few)
-    assert METHODS["rome"](ed, [INJECTION], (1, 2))[1].status == "done"
-    assert ed.memit([INJECTION], ((1, 2),), hparams=MEMIT)[0].status == "done"
-    with pytest.raises(ExperimentError, match="no moment of layer 0"):
-        METHODS["rome"](ed, [INJECTION], (1, 0))
-    with pytest.raises(ExperimentError, match="no moment of layer 3"):
-        METHODS["memit"](ed, [INJECTION], (2,))
-    with pytest.raises(ExperimentError, match="no moment of layer 3"):
-        ed.memit_joint([INJECTION], (2, 3))
-
-
-@pytest.mark.parametrize(
-    ("layers", "match"),
-    [
-        ((4,), "no layer 4; the model has layers 0 to 3"),
-        ((-1,), "no layer -1"),
-        ((1, 1), "each but once"),
-        ((), "at least one"),
-        ("most", "'most'"),
-        ((1.5,), "1.5 is not a whole number"),
-        (("1",), "'1'"),
-        ((None,), "None"),
-    ],
-    ids=["beyond", "negative", "twice", "none", "word", "fraction", "text", "nothing"],
-)
-def test_layers_that_are_none(model, moments, layers, match):
-    for make in METHODS.values():
-        with pytest.raises(ExperimentError, match=match):
-            make(editor(model, moments), [INJECTION], layers)
-
-
-@pytest.mark.parametrize(
-    "layers",
-    [((3, 1),), ((1, 1),), ((1, 4),), ((),), ((1, 2), (1, 2))],
-    ids=["order", "twice", "beyond", "none", "same"],
-)
-def test_windows_that_are_none(model, moments, layers):
-    for method in ("memit", "finetune"):
-        with pytest.raises(ExperimentError, match=r"layer|window"):
-            METHODS[method](editor(model, moments), [INJECTION], layers)
-    if len(layers) == 1:
-        with pytest.raises(ExperimentError, match=r"layer|window"):
-            editor(model, moments).memit_joint([INJECTION], layers[0])
-
-
-@pytest.mark.parametrize("window", [0, -2])
-def test_windows_of_no_layers(model, moments, window):
-    for make in (editor(model, moments).memit, editor(model, moments).finetune):
-        with pytest.raises(ExperimentError, match=f"window is {window}"):
-            make([INJECTION], (1,), window)
-
-
-def test_unknown_methods_problems_and_hyperparameters(model, tokenizer, moments):
-    ed = editor(model, moments)
-    for ask in (ed.batches, ed.run):
-        with pytest.raises(ExperimentError, match="unknown method 'mend'; choose from rome, memit, finetune"):
-            list(ask([INJECTION], "mend", (1,)))
-    with pytest.raises(ExperimentError, match="ROME edits one layer, not a window of 3"):
-        ed.batches([INJECTION], "rome", (1,), 3)
-    with pytest.raises(ExperimentError, match="unknown problem 'fact_injection'"):
-        ed.requests(FULL, "fact_injection")
-    with pytest.raises(ExperimentError, match="unknown problem"):
-        Request(START, "fact_injection", (5,))
-    for make, wrong, named in (
-        (ed.rome, MEMIT, "MemitHparams; give RomeHparams"),
-        (ed.memit, FINETUNE, "FinetuneHparams; give MemitHparams"),
-        (ed.finetune, ROME, "RomeHparams; give FinetuneHparams"),
-    ):
-        with pytest.raises(ExperimentError, match=named):
-            make([INJECTION], (1,), hparams=wrong)
-    for wrong in ({"steps": 0}, {"lr": -1.0}, {"stop_loss": float("nan")}):
-        for kind in (cc.RomeHparams, cc.MemitHparams, cc.FinetuneHparams):
-            with pytest.raises(ExperimentError, match=next(iter(wrong))):
-                kind(**wrong)
-
-
-def test_hyperparameters_of_a_joint_edit(model, moments):
-    with pytest.raises(ExperimentError, match="RomeHparams; give MemitHparams"):
-        editor(model, moments).memit_joint([INJECTION], (1,), ROME)
-
-
-@pytest.mark.parametrize("contexts", [(), [""], ["They", " "], "They say", [3]], ids=str)
-def test_contexts_that_are_none(model, tokenizer, contexts):
-    with pytest.raises(ExperimentError, match="contexts are"):
-        cc.Editor(model, tokenizer, contexts=contexts)
-
-
-@pytest.mark.parametrize("sigma", [-0.1, "threesd", float("nan"), float("inf")])
-def test_levels_of_noise_that_are_none(model, tokenizer, sigma):
-    with pytest.raises(ExperimentError, match="sigma"):
-        cc.Editor(model, tokenizer, sigma=sigma)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_prompts_that_are_too_long(model, moments, method):
-    """Which is seen before anything is computed."""
-    long = request(replace(END, id="long", prompt="so " * 40 + "{}"))
-    with pytest.raises(FactError, match=r"'long': .* the model has 64"):
-        METHODS[method](editor(model, moments), [INJECTION, long])
-
-
-@pytest.mark.parametrize("method", ["rome", "memit"])
-def test_contexts_that_are_too_long(model, moments, method):
-    with pytest.raises(FactError, match=r"'start': .* the model has 64"):
-        METHODS[method](editor(model, moments, ["so " * 40]), [INJECTION])
-
-
-def test_evaluation_prompts_that_are_too_long(model, moments):
-    long = request(replace(END, id="long", paraphrase_prompts=("so " * 60,)))
-    ed = editor(model, moments)
-    (edit,) = METHODS["rome"](ed, [long])
-    with pytest.raises(FactError, match=r"'long': .* the model has 64"):
-        ed.score([edit])
-
-
-def test_a_model_that_would_be_read_wrongly(model, moments, monkeypatch):
-    """It is compared with its own forward before anything is edited or scored."""
-    own = copy.deepcopy(model)
-    ed = editor(own, moments)
-    (edit,) = METHODS["finetune"](editor(model, moments), [INJECTION])
-    forward = own.forward
-    monkeypatch.setattr(own.lm_head, "forward", lambda x: 1.1 * torch.nn.functional.linear(x, own.lm_head.weight))
-    for make in METHODS.values():
-        with pytest.raises(ModelError):
-            make(ed, [INJECTION])
-    with pytest.raises(ModelError):
-        ed.score([edit])
-    assert own.forward == forward
-
-
-# --- edits drawn at random ---
-
-WORDS = ("the", "sport", "of", "plays", "Rome", "is", "Bo", "é", "called", "q", "Space")
-
-
-@functools.cache
-def random_model(name, layers, seed):
-    return FAMILIES[name](layers, 16, 2, seed=seed)
-
-
-def phrases(least, most):
-    return st.lists(st.sampled_from(WORDS), min_size=least, max_size=most).map(" ".join)
-
-
-@st.composite
-def facts(draw, name):
-    prompt = f"{draw(phrases(0, 3))} {{}} {draw(phrases(0, 3))}".strip()
-    evaluation = st.lists(phrases(1, 5), max_size=2).map(tuple)
-    return cc.Fact(
-        name, prompt, draw(phrases(1, 3)), draw(phrases(1, 2)), draw(phrases(1, 3)),
-        paraphrase_prompts=draw(evaluation), neighborhood_prompts=draw(evaluation), attribute_prompts=draw(evaluation),
-    )  # fmt: skip
-
-
-@st.composite
-def studies(draw):
-    """A model, requests of several problems, contexts, and a window."""
-    layers = draw(st.integers(1, 3))
-    model = random_model(draw(st.sampled_from(["gpt2", "llama"])), layers, draw(st.integers(0, 2)))
-    requests = [
-        request(draw(facts(str(i))), draw(st.sampled_from(PROBLEMS)), draw(st.sampled_from([0.1, 1.0])))
-        for i in range(draw(st.integers(1, 2)))
-    ]
-    window = sorted(draw(st.sets(st.integers(0, layers - 1), min_size=1)))
-    return model, requests, draw(st.lists(phrases(1, 4), min_size=1, max_size=2)), tuple(window)
-
-
-@settings(max_examples=10, deadline=None, derandomize=True)
-@given(drawn=studies(), clamp=st.sampled_from([0.1, 4.0]), kl_factor=st.sampled_from([0.0, 0.5]))
-def test_any_edit_is_the_plain_one(drawn, clamp, kl_factor):
-    model, requests, contexts, window = drawn
-    moments, tokenizer = random_moments(model), byte_level()
-    common = {"steps": 3, "stop_loss": None, "clamp": clamp, "kl_factor": kl_factor}
-    rome, memit = cc.RomeHparams(**common), cc.MemitHparams(**common, covariance_weight=3.0)
-    ed = editor(model, moments, contexts)
-    made_edits = ed.rome(requests, window[-1:], rome)
-    for edit in made_edits:
-        matrix = moments.matrix(edit.layer)
-        assert_rome(edit, oracle_rome.rome(model, tokenizer, task(edit.request), contexts, edit.layer, matrix, rome))
-    for edit in ed.memit(requests, (window,), hparams=memit):
-        expected = oracle_memit.memit(model, tokenizer, [task(edit.request)], contexts, window, moments.matrices, memit)
-        assert_loss(edit, expected.optima[0].loss, EXACT)
-        assert_memit(edit.delta, expected, moments, 3.0)
-        made_edits.append(edit)
-    for edit in ed.finetune(requests, (window,), hparams=FINETUNE):
-        assert_finetuned(edit, oracle_finetune.finetune(model, tokenizer, task(edit.request), window, FINETUNE))
-        made_edits.append(edit)
-    rows = iter(ed.score(made_edits).to_pylist())
-    for edit in made_edits:
-        changes = {
-            layer: Change(weight(edit.delta, layer), getattr(change, "bias", None))
-            for layer, change in edit.delta.changes.items()
-        }
-        for probe in oracle_scores.probe(model, tokenizer, task(edit.request), changes):
-            row = next(rows)
-            assert (row["prompt_kind"], row["prompt_index"]) == (probe.kind, probe.index)
-            for name in ("pre", "post", "pre_other", "post_other"):
-                assert row[f"p_{name}"] == pytest.approx(getattr(probe, name).p, rel=1e-7, abs=1e-12)
-    assert next(rows, None) is None
