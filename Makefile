@@ -9,7 +9,7 @@ demo: $(READY)
 	$(BIN)/causalcone demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ PathLike = str | os.PathLike[str]
 # Okabe and Ito's colours with a marker each, for print in grey.
 _STYLES = (("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "^"), ("#E69F00", "D"), ("#CC79A7", "v"), ("#56B4E9", "P"))
 _DASHES = ("-", "--", ":")
-_METHOD_NAMES = {"rome": "ROME", "memit": "MEMIT", "finetune": "FT"}
+_METHOD_NAMES = {"rome": "ROME", "memit": "MEMIT", "memit_joint": "joint MEMIT", "finetune": "FT"}
 
 _Setting = tuple[str, int]  # method and window
 

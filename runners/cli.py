@@ -100,6 +100,8 @@ causalcone edit --model ./my-model --facts facts.jsonl --method finetune:1 --met
 causalcone edit --model demo --facts demo --method memit:3 --preset demo --moments demo --essence --out edits --plot
 
 causalcone edit --model demo --facts demo --method rome --set clamp=2 --texts demo --keep-deltas --out edits
+
+causalcone edit --model demo --facts demo --method memit_joint:3 --layers 1 --preset demo --moments demo --out mass
 """
 
 
@@ -227,7 +229,9 @@ def edit(
     output: Output,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the mean scores by layer.")] = False,
 ) -> None:
-    """Edit facts one by one at every chosen layer by ROME, MEMIT or constrained fine-tuning; score every edited model.
+    """Edit facts at every chosen layer by ROME, MEMIT or constrained fine-tuning, and score every edited model.
+
+    Facts are edited one by one; memit_joint edits all of them at once.
 
     Writes OUT/edits, OUT/probes and OUT/metrics (Parquet; a row per edit, per prompt of it and per metric of it) and
     OUT/run.json. No weight of the model is changed.

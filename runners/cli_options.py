@@ -230,7 +230,10 @@ class Editing:
 
     method: Annotated[
         list[str],
-        Option(help="METHOD or METHOD:WINDOW: rome, memit or finetune, layers edited together; repeat for several."),
+        Option(
+            help="METHOD or METHOD:WINDOW: rome, memit, memit_joint (all facts in one change of the weights) or "
+            "finetune, and how many layers it edits together; repeat for several."
+        ),
     ]
     problem: Annotated[
         str,

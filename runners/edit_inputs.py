@@ -169,7 +169,7 @@ class _Checks:
         encoder = Encoder(session.tokenizer, session.sizes)
         questions_about(request, encoder)
         for setting in self.plan.of_moments:
-            Training.of([request], encoder, getattr(self.editor.contexts, setting.method))
+            Training.of([request], encoder, getattr(self.editor.contexts, str(setting.contexts)))
         if self.scoring.essence:
             self._room(request, len(encoder.prompted(replace(request, sigma=None), ESSENCE).text))
         if self.scoring.generation or self.references is not None:

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from causalcone.engine.editing.contexts import Contexts
+from causalcone.engine.editing.edits import JOINT_MEMIT
 from causalcone.engine.editing.requests import PROBLEMS
 from causalcone.engine.errors import CausalconeError, ExperimentError
 from causalcone.runners.cli_options import Editing
 from causalcone.runners.fact_files import read_text
 from causalcone.runners.presets import HPARAMS, Hparams, load_hparams, load_preset
 
-WINDOWS = {"rome": 1, "memit": 5, "finetune": 1}
+WINDOWS = {"rome": 1, "memit": 5, "memit_joint": 5, "finetune": 1}
 """Layers that a method edits together where nobody says."""
 
-NEED_MOMENTS = ("rome", "memit")
+_CONTEXTS_OF = {"rome": "rome", "memit": "memit", "memit_joint": "memit"}
+"""By method that needs contexts and second moments: whose contexts it has."""
 
 Layers = str | tuple[int, ...]
 
@@ -30,6 +32,16 @@ class Setting:
     method: str
     window: int
     hparams: Hparams
+
+    @property
+    def joint(self) -> bool:
+        """Whether all facts share one change of the weights."""
+        return self.method == JOINT_MEMIT
+
+    @property
+    def contexts(self) -> str | None:
+        """Whose contexts it has, if it has any: ``"rome"`` or ``"memit"``."""
+        return _CONTEXTS_OF.get(self.method)
 
     def __str__(self) -> str:
         return self.method if self.method == "rome" else f"{self.method}:{self.window}"
@@ -53,7 +65,7 @@ class Plan:
     @property
     def of_moments(self) -> list[Setting]:
         """The settings that need second moments."""
-        return [setting for setting in self.settings if setting.method in NEED_MOMENTS]
+        return [setting for setting in self.settings if setting.contexts]
 
 
 def plan_of(choice: Editing, aggregate: str | None) -> Plan:
@@ -106,7 +118,7 @@ def _is_list(found: Any) -> bool:
 
 
 def _settings(choice: Editing) -> tuple[Setting, ...]:
-    if choice.window is not None and not any(method in ("memit", "finetune") for method in choice.method):
+    if choice.window is not None and not any(method in WINDOWS and method != "rome" for method in choice.method):
         raise ExperimentError(f"--window {choice.window} goes with memit or finetune, and has none to say it of")
     named = [_named(method, choice.window) for method in choice.method]
     repeated = next((each for number, each in enumerate(named) if each in named[:number]), None)

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from rich.console import Console
 
 from causalcone.engine.editing.editor import Editor
-from causalcone.engine.editing.edits import Edit
+from causalcone.engine.editing.edits import JOINT_MEMIT, Edit
 from causalcone.engine.editing.moments import Moments
 from causalcone.engine.editing.requests import Request
 from causalcone.engine.editing.tables import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA, edit_batch
@@ -127,7 +127,7 @@ class EditStudy:
         return [edit.reason for edit in scores.edits if edit.reason is not None]
 
     def _batches(self, setting: Setting) -> Iterator[list[Edit]]:
-        step = max(1, EDITS_AT_ONCE // len(self.layers))
+        step = len(self.requests) if setting.joint else max(1, EDITS_AT_ONCE // len(self.layers))
         for start in range(0, len(self.requests), step):
             yield from self._edits(self.requests[start : start + step], setting)
 
@@ -136,10 +136,13 @@ class EditStudy:
 
 
 def _save_deltas(edits: Sequence[Edit], folder: Path) -> None:
-    """Each change of weights in a file named for method, window, layer and fact."""
+    """Each change of weights in a file named for method, window, layer and fact; one that all facts share is there
+    once, as that of ``all``."""
+    saved: set[int] = set()
     for edit in edits:
-        if edit.delta is not None:
-            name = f"{quote(edit.fact_id, safe=' ')}.safetensors"
-            path = folder / f"{edit.method}-{edit.window}" / str(edit.layer) / name
+        if edit.delta is not None and id(edit.delta) not in saved:
+            saved.add(id(edit.delta))
+            fact = "all" if edit.method == JOINT_MEMIT else quote(edit.fact_id, safe=" ")
+            path = folder / f"{edit.method}-{edit.window}" / str(edit.layer) / f"{fact}.safetensors"
             described = {name: str(getattr(edit, name)) for name in EDIT_SCHEMA.names if name != "reason"}
             edit.delta.save(path, described)

@@ -17,7 +17,7 @@ from causalcone.runners.summary import new_table
 MOST_REASONS = 3
 
 _SHOWN = [name for name in SCORES if name != "rewrite_magnitude"]
-_NAMES = {"rome": "ROME", "memit": "MEMIT", "finetune": "fine-tuning"}
+_NAMES = {"rome": "ROME", "memit": "MEMIT", "memit_joint": "joint MEMIT", "finetune": "fine-tuning"}
 
 
 def scores_of(folder: Path, aggregate: str, essence: bool) -> pl.DataFrame:

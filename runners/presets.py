@@ -33,7 +33,15 @@ from causalcone.engine.errors import ExperimentError
 
 Hparams = RomeHparams | MemitHparams | FinetuneHparams
 
-HPARAMS: dict[str, type[Hparams]] = {"rome": RomeHparams, "memit": MemitHparams, "finetune": FinetuneHparams}
+HPARAMS: dict[str, type[Hparams]] = {
+    "rome": RomeHparams,
+    "memit": MemitHparams,
+    "memit_joint": MemitHparams,
+    "finetune": FinetuneHparams,
+}
+
+_SETTINGS = {"memit_joint": "memit"}
+"""Methods that have the settings of another."""
 
 
 def _never(given: Any) -> Any:
@@ -167,7 +175,8 @@ def edit_layers(preset: str) -> tuple[int, ...]:
 
 
 def load_hparams(preset: str, method: str, problem: str, window: int = 1) -> Hparams:
-    """The hyperparameters of ``method`` ("rome", "memit" or "finetune") for ``problem`` ("error_injection", ...).
+    """The hyperparameters of ``method`` ("rome", "memit", "memit_joint" or "finetune") for ``problem``
+    ("error_injection", ...).
 
     Fine-tuning has settings per ``window``; a window without its own takes those of the nearest one that has (the
     smaller of two as near). The other methods have one setting for all windows.
@@ -183,10 +192,11 @@ def load_hparams(preset: str, method: str, problem: str, window: int = 1) -> Hpa
         raise ExperimentError(
             f"preset {preset!r} has no problem {problem!r}; it has {', '.join(chosen.problem_names())}"
         )
-    own = getattr(settings, method)
+    named = _SETTINGS.get(method, method)
+    own = getattr(settings, named)
     if method == "finetune":
         own = own[min(own, key=lambda size: (abs(size - window), size))] if own else _Finetune()
-    values = getattr(chosen.defaults, method).model_dump(exclude_unset=True) | own.model_dump(exclude_unset=True)
+    values = getattr(chosen.defaults, named).model_dump(exclude_unset=True) | own.model_dump(exclude_unset=True)
     return HPARAMS[method](**values)
 
 

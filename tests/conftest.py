@@ -9,7 +9,16 @@ from models import FACTS, gpt2, tokenizer
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it computes
 
 
+DEMO = ("test_demo_model", "test_demo", "test_readme", "test_embedding")
+"""Files whose tests need the demo model: one process trains it, and the others need not wait for that."""
+
+
 def pytest_collection_modifyitems(items):
+    """The demo model's tests come first and take the longest; a file's tests share their fixtures in one process."""
+    for item in items:
+        group = "demo" if item.path.stem in DEMO else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: DEMO.index(item.path.stem) if item.path.stem in DEMO else len(DEMO))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

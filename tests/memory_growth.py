@@ -44,6 +44,7 @@ def batches(tracer: cc.Tracer, method: str, facts: list[cc.Fact]) -> Iterator[pa
 
 
 def main(method: str, count: int, budget_mib: int) -> None:
+    torch.set_num_threads(1)  # beside other tests, two would wait for each other
     world = World.generate(400)
     tokenizer = train_tokenizer(world)
     torch.manual_seed(0)

@@ -87,6 +87,23 @@ def test_edits_and_scores_are_those_that_the_editor_computes(user, editor, tmp_p
     assert "editing, memit:3: 24/24 edits" in printed
 
 
+def test_all_facts_in_one_change_of_the_weights(user, editor, tmp_path, run):
+    """Whatever number of edits goes together else; the change is kept once for each window."""
+    out = tmp_path / "out"
+    several = ["--method", "memit:2", "--set", "steps=2", "--set", "memit_joint.clamp=2", "--keep-deltas"]
+    code, printed, error = run(*arguments(user, out, *several, method="memit_joint:2", layers="1,2"))
+    assert (code, error) == (0, "")
+    requests = editor.requests(FULL, filtered=False)
+    chosen = [("memit_joint", 2, cc.MemitHparams(steps=2, clamp=2.0)), ("memit", 2, cc.MemitHparams(steps=2))]
+    expected, edits = computed(editor, requests, chosen, (1, 2))
+    assert_same(read(out), expected)
+    assert "Joint MEMIT of 2 layers: mean scores of 6 facts by layer" in printed
+    kept = sorted(path.relative_to(out / "deltas").as_posix() for path in (out / "deltas").glob("memit_joint-2/*/*"))
+    assert kept == [f"memit_joint-2/{layer}/all.safetensors" for layer in (1, 2)]
+    delta, described = load_delta(out / "deltas" / kept[0])
+    assert (delta.layers, described["layer"], delta.norm) == ((0, 1), "1", edits[0].delta.norm)
+
+
 def test_everything_that_decides_the_results_is_kept_with_them(user, tmp_path, run):
     out = tmp_path / "out"
     assert run(*arguments(user, out, *FAST, layers="3,1", seed=5, ridge=0.5))[0] == 0

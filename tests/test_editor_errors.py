@@ -112,10 +112,20 @@ def test_an_edit_that_breaks_the_model(model, moments):
 
 
 def test_a_model_that_gives_no_probabilities(model):
-    """Under noise that it does not survive there is nothing to be compared with."""
-    edit = made(BROKEN, "rome", 1, 1, 1, 0.5, Delta({1: low_rank(model)}))
-    with pytest.raises(ModelError, match=r"'broken': probabilities of the unedited model are not finite"):
-        editor(model).score([edit])
+    """Under noise that it does not survive there is nothing to be compared with; other facts have their scores."""
+    bad, good = (made(each, "rome", 1, 1, 1, 0.5, Delta({1: low_rank(model)})) for each in (BROKEN, FORCING))
+    with np.errstate(all="ignore"):
+        scores = editor(model).evaluate([bad, good], accuracy=True)
+    first, second = scores.edits
+    assert (first.status, first.delta, second.status) == ("failed", None, "done")
+    assert "the unedited model gives probabilities that are not finite" in first.reason
+    values = [row["p_pre"] for row in scores.probes.to_pylist() if row["edit_id"] == bad.edit_id]
+    assert None in values
+    assert all(value is None or 0 <= value <= 1 for value in values)
+    assert set(scores.metrics["edit_id"].to_pylist()) == {good.edit_id}
+    rows = [row for row in scores.probes.to_pylist() if row["edit_id"] == good.edit_id]
+    for row, own in zip(rows, editor(model).score([good]).to_pylist(), strict=True):
+        assert row["p_post"] == pytest.approx(own["p_post"], rel=1e-9)
 
 
 def test_without_moments(model, tokenizer):
@@ -196,7 +206,7 @@ def test_windows_of_no_layers(model, moments, window):
 def test_unknown_methods_problems_and_hyperparameters(model, tokenizer, moments):
     ed = editor(model, moments)
     for ask in (ed.batches, ed.run):
-        with pytest.raises(ExperimentError, match="unknown method 'mend'; choose from rome, memit, finetune"):
+        with pytest.raises(ExperimentError, match="'mend'; choose from rome, memit, memit_joint, finetune"):
             list(ask([INJECTION], "mend", (1,)))
     with pytest.raises(ExperimentError, match="ROME edits one layer, not a window of 3"):
         ed.batches([INJECTION], "rome", (1,), 3)

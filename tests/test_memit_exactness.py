@@ -253,3 +253,22 @@ def test_on_a_gpu(name, dtype, bounds):
     model = FAMILIES[name](3, 32, 4, dtype=dtype).cuda()
     assert_exact(model, THREE, (0, 1, (0, 2)), 3, bounds=bounds)
     assert_joint(model, THREE, (0, 1), bounds=bounds)
+
+
+def test_joint_edits_share_the_change_of_their_window(model):
+    """Window by window; the edits are told from those of requests by themselves."""
+    ed = editor(model)
+    edits = ed.memit(EVERY_PROBLEM, (0, 2), window=2, hparams=FEW_STEPS, joint=True)
+    assert [(edit.request, edit.layer) for edit in edits] == [(each, at) for at in (0, 2) for each in EVERY_PROBLEM]
+    assert {(edit.method, edit.window, edit.status) for edit in edits} == {("memit_joint", 2, "done")}
+    for at, layers in ((0, (0,)), (2, (1, 2))):
+        expected = ed.memit_joint(EVERY_PROBLEM, layers, FEW_STEPS)
+        (delta,) = {id(edit.delta): edit.delta for edit in edits if edit.layer == at}.values()
+        assert delta.layers == layers
+        for layer in layers:
+            assert error(weight(delta, layer), weight(expected.delta, layer)) < 1e-12
+    alone = ed.memit(EVERY_PROBLEM, (0, 2), window=2, hparams=FEW_STEPS)
+    assert len({edit.edit_id for edit in [*edits, *alone]}) == 4 * len(EVERY_PROBLEM)
+    probes = ed.score(edits)
+    assert probes.num_rows == ed.score(alone).num_rows
+    assert ed.memit([], (0,), joint=True) == []

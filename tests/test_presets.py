@@ -97,7 +97,7 @@ def test_every_hyperparameter_can_be_set() -> None:
     ("arguments", "message"),
     [
         (("gpt5", "rome", "fact_forcing"), "no preset 'gpt5'; choose from gptj, gpt2-xl, meng"),
-        (("gptj", "mend", "fact_forcing"), "no editing method 'mend'; choose from rome, memit, finetune"),
+        (("gptj", "mend", "fact_forcing"), "no editing method 'mend'; choose from rome, memit, memit_joint, finetune"),
         (("gptj", "rome", "forcing"), "'gptj' has no problem 'forcing'; it has error_injection, tracing_reversal"),
         (("gpt2-xl", "rome", "fact_erasure"), "no problem 'fact_erasure'; it has error_injection, fact_forcing$"),
         (("gptj", "rome", "model_fields"), "has no problem 'model_fields'"),

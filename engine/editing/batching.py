@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from causalcone.engine.editing.requests import Request
 from causalcone.engine.editing.training import Training
 from causalcone.engine.editing.vectors import Found, VectorSearch
 from causalcone.engine.errors import MemoryBudgetError
@@ -20,6 +21,11 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+def edit_name(request: Request) -> str:
+    """What an edit is called in messages."""
+    return f"the edit of fact {request.fact.id!r}"
+
+
 @dataclass(frozen=True)
 class Batching:
     """Splits work so that it fits a budget of memory, in a dtype."""
@@ -28,37 +34,46 @@ class Batching:
     budget: Budget
     dtype: torch.dtype
 
-    def of_items(self, items: Iterable[Item], weigh: Callable[[Item], int], share: float = 1.0) -> Iterator[list[Item]]:
+    def of_items(
+        self,
+        items: Iterable[Item],
+        weigh: Callable[[Item], int],
+        name: Callable[[Item], str],
+        share: float = 1.0,
+    ) -> list[list[Item]]:
         """Consecutive items whose bytes fit a share of the budget together, at least one. Raises ``MemoryBudgetError``
-        where one alone takes more than the whole budget."""
+        with the name of one that alone takes more than the whole budget."""
         limit, held = share * self.budget.for_rows, 0
-        current: list[Item] = []
+        parts: list[list[Item]] = []
         for item in items:
             weight = weigh(item)
             if weight > self.budget.for_rows:
                 raise MemoryBudgetError(
-                    f"a single edit needs about {(weight + self.budget.fixed) / 2**20:.1f} MiB, the budget is "
+                    f"{name(item)} alone needs about {(weight + self.budget.fixed) / 2**20:.1f} MiB, the budget is "
                     f"{self.budget.total / 2**20:.1f} MiB; give more memory"
                 )
-            if current and held + weight > limit:
-                yield current
-                held, current = 0, []
-            current.append(item)
+            if not parts or held + weight > limit:
+                parts.append([])
+                held = 0
+            parts[-1].append(item)
             held += weight
-        if current:
-            yield current
+        return parts
 
     def of_requests(
-        self, requests: Sequence[Item], at: Collection[int], training: Callable[[Sequence[Item]], Training]
-    ) -> Iterator[list[Item]]:
+        self, requests: Sequence[Request], at: Collection[int], training: Callable[[Sequence[Request]], Training]
+    ) -> list[list[Request]]:
         """Requests of which what the unedited model makes of their contexts takes half of the budget."""
-        return self.of_items(requests, lambda request: self._unedited_bytes(training([request]), at), 0.5)
+        return self.of_items(requests, lambda each: self._unedited_bytes(training([each]), at), edit_name, 0.5)
 
     def of_vectors(
         self, edits: Sequence[tuple[int, int]], search: VectorSearch
     ) -> Iterator[tuple[tuple[int, int], Found]]:
         """Each edit (a goal and a layer) with its vector, in order; the search takes the other half of the budget."""
-        for part in self.of_items(edits, lambda edit: self._cone_bytes(search, *edit), 0.5):
+
+        def name(edit: tuple[int, int]) -> str:
+            return f"an edit of layer {edit[1]}"
+
+        for part in self.of_items(edits, lambda edit: self._cone_bytes(search, *edit), name, 0.5):
             yield from zip(part, self.run(part, search.find), strict=True)
 
     def run(self, items: list[Item], function: Callable[[list[Item]], list[Result]]) -> list[Result]:

@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 
 from causalcone.engine.cost import weight_bytes
 from causalcone.engine.editing.batching import Batching
 from causalcone.engine.editing.contexts import Contexts, sample_contexts
-from causalcone.engine.editing.edits import FAILED, Edit, JointEdit
+from causalcone.engine.editing.edits import FAILED, JOINT_MEMIT, Edit, JointEdit
 from causalcone.engine.editing.finetune import Finetune
 from causalcone.engine.editing.generating import Generation, References
 from causalcone.engine.editing.hparams import FinetuneHparams, Hparams, MemitHparams, RomeHparams
@@ -29,15 +28,16 @@ from causalcone.engine.editing.requests import Request
 from causalcone.engine.editing.rome import Rome
 from causalcone.engine.editing.scoring import Scored, Scoring, check_edits
 from causalcone.engine.editing.tables import PROBE_SCHEMA, metric_batch, probe_batch
+from causalcone.engine.editing.text_metrics import ReferenceScorer
 from causalcone.engine.editing.windows import as_layers, as_windows
-from causalcone.engine.errors import ExperimentError, ModelError
+from causalcone.engine.errors import ExperimentError
 from causalcone.engine.facts import Fact, encode
 from causalcone.engine.noise import parse_sigma
 from causalcone.engine.options import DEFAULT_SIGMA
 from causalcone.engine.passes import Budget
 from causalcone.engine.session import Session, load_model
 
-METHODS = ("rome", "memit", "finetune")
+METHODS = ("rome", "memit", JOINT_MEMIT, "finetune")
 
 _SHARE_OF_WEIGHTS = 0.25
 
@@ -85,6 +85,7 @@ class Editor:
             self.__dict__["contexts"] = texts
         self._encoder = Encoder(tokenizer, self.session.sizes)
         self._essence: dict[tuple[object, ...], list[str]] = {}
+        self._scorer: tuple[References, ReferenceScorer] | None = None
 
     @classmethod
     def from_pretrained(
@@ -140,18 +141,21 @@ class Editor:
         layers: LayerChoice,
         window: int = 5,
         hparams: MemitHparams | None = None,
+        *,
+        joint: bool = False,
     ) -> list[Edit]:
         """MEMIT (Meng et al. 2023): an edit of each request by itself in each window of layers.
 
-        layers: the windows' centres, from 0, or ``"all"``; or lists of layers, one for each window.
+        layers: the windows' centres, from 0, or ``"all"``; or lists of layers, one for each window. joint: all requests
+        together make one change of each window's weights, which their edits share (window by window).
         """
-        return _flat(self.batches(requests, "memit", layers, window, hparams))
+        return _flat(self.batches(requests, JOINT_MEMIT if joint else "memit", layers, window, hparams))
 
     def memit_joint(
         self, requests: Sequence[Request], layers: Sequence[int], hparams: MemitHparams | None = None
     ) -> JointEdit:
         """MEMIT of all requests at once: one change of the layers, which are given in order. The result's ``edits``
-        can be scored."""
+        can be scored; ``memit(..., joint=True)`` gives these."""
         own = _listed(requests)
         if not own:
             raise ExperimentError("there are no requests; give at least one")
@@ -180,7 +184,8 @@ class Editor:
         window: int | None = None,
         hparams: Hparams | None = None,
     ) -> Iterator[list[Edit]]:
-        """The edits of a method, ``"rome"``, ``"memit"`` or ``"finetune"``, as many at a time as are made together."""
+        """The edits of a method, ``"rome"``, ``"memit"``, ``"memit_joint"`` or ``"finetune"``, as many at a time as are
+        made together."""
         if method not in METHODS:
             raise ExperimentError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
         own, depth = _listed(requests), self.session.sizes.depth
@@ -191,11 +196,16 @@ class Editor:
             chosen = _checked(hparams, RomeHparams)
             self._prepare(own, at)
             return self._rome(chosen).batches(own, at) if own else iter(())
-        windows = as_windows(layers, (5 if method == "memit" else 1) if window is None else window, depth)
-        if method == "memit":
+        windows = as_windows(layers, (1 if method == "finetune" else 5) if window is None else window, depth)
+        if method != "finetune":
             chosen = _checked(hparams, MemitHparams)
             self._prepare(own, sorted({layer for each in windows for layer in each.layers}))
-            return self._memit(chosen).batches(own, windows) if own else iter(())
+            if not own:
+                return iter(())
+            memit = self._memit(chosen)
+            if method == JOINT_MEMIT:
+                return (memit.joint(own, each).edits() for each in windows)
+            return memit.batches(own, windows)
         chosen = _checked(hparams, FinetuneHparams) or FinetuneHparams()
         self._prepare(own, None)
         all_layers, batching = self._means()
@@ -241,7 +251,7 @@ class Editor:
         rows: list[Row] = [row for each in scored for row in metrics_of(each, accuracy)]
         final = [each.edit for each in scored]
         if generation or references is not None:
-            rows += Generation(self.session, self.seed, references).rows(final)
+            rows += Generation(self.session, self.seed, references, self._scorer_of(references)).rows(final)
         return Scores(final, probe_batch(scored), metric_batch(rows))
 
     def _scored(self, edits: Sequence[Edit], essence: bool, accuracy: bool) -> Iterator[Scored]:
@@ -264,6 +274,14 @@ class Editor:
         sampled = essence_texts(self.session, new.values(), self.seed)
         self._essence.update({keys[name]: own for name, own in sampled.items()})
         return {name: self._essence[key] for name, key in keys.items()}
+
+    def _scorer_of(self, references: References | None) -> ReferenceScorer | None:
+        """Words weighed by the references, once for as long as these are asked for."""
+        if references is None:
+            return None
+        if self._scorer is None or self._scorer[0] is not references:
+            self._scorer = references, ReferenceScorer(references.corpus)
+        return self._scorer[1]
 
     def _level(self, facts: Sequence[Fact], problem: str) -> float | None:
         """The noise level, where the problem has noise."""
@@ -336,15 +354,13 @@ def _checked(hparams: Any, kind: type) -> Any:
 
 
 def _checked_scores(scored: Scored) -> Scored:
-    """The same, with an edit that makes the model give no finite probabilities as failed."""
-    if not np.isfinite(scored.pre.log_p).all():
-        raise ModelError(
-            f"fact {scored.edit.fact_id!r}: probabilities of the unedited model are not finite; compute in float32 or "
-            "bfloat16"
-        )
-    if scored.post is None or np.isfinite(scored.post.log_p).all():
+    """The same, with an edit as failed where the model, edited or not, gives no finite probabilities."""
+    if not scored.pre.finite:
+        reason = "the unedited model gives probabilities that are not finite; compute in float32 or bfloat16"
+    elif scored.post is None or scored.post.finite:
         return scored
-    reason = "the edited model gives probabilities that are not finite"
+    else:
+        reason = "the edited model gives probabilities that are not finite"
     edit = replace(scored.edit, delta=None, reason=reason)
     assert edit.status == FAILED
     return replace(scored, edit=edit, post=None)

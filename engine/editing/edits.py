@@ -11,12 +11,15 @@ from causalcone.engine.editing.windows import Window
 
 DONE, FAILED = "done", "failed"
 
+JOINT_MEMIT = "memit_joint"
+"""The method of edits that share one change of weights."""
+
 
 @dataclass(frozen=True, eq=False)
 class Edit:
     """layer: the one that is edited, or the centre of ``window`` layers; steps: updates taken; loss: the last
     evaluated; delta: the change of weights, None where the edit failed or was dropped; reason: why it failed; listed:
-    the window's layers, where they were given one by one; joint: whether all requests share the delta."""
+    the window's layers, where they were given one by one."""
 
     request: Request
     method: str
@@ -28,14 +31,12 @@ class Edit:
     delta_norm: float | None
     reason: str | None = None
     listed: tuple[int, ...] = ()
-    joint: bool = False
 
     @property
     def edit_id(self) -> str:
         """Names request, method, layer and window."""
-        method = f"{self.method}-joint" if self.joint else self.method
         place = "+".join(map(str, self.listed)) if self.listed else str(self.layer)
-        return f"{self.fact_id}/{self.request.problem}/{method}-{self.window}/{place}"
+        return f"{self.fact_id}/{self.request.problem}/{self.method}-{self.window}/{place}"
 
     @property
     def fact_id(self) -> str:
@@ -79,10 +80,12 @@ class JointEdit:
 
     def edits(self) -> list[Edit]:
         """For each request an edit that holds the common change: what is scored and written."""
-        own = [
-            failed(request, "memit", self.window.layer, self.window.size, each.steps, each.loss, each.reason)
-            if each.reason is not None or self.delta is None
-            else made(request, "memit", self.window.layer, self.window.size, each.steps, each.loss, self.delta)
-            for request, each in zip(self.requests, self.found, strict=True)
-        ]
-        return [replace(edit, listed=self.window.layers, joint=True) for edit in own]
+        listed = self.window.layers if self.window.listed else ()
+        edits = []
+        for request, each in zip(self.requests, self.found, strict=True):
+            common = (request, JOINT_MEMIT, self.window.layer, self.window.size, each.steps, each.loss)
+            if each.reason is not None or self.delta is None:
+                edits.append(failed(*common, each.reason))
+            else:
+                edits.append(made(*common, self.delta))
+        return [replace(edit, listed=listed) for edit in edits]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from causalcone.engine.editing.batching import Batching
+from causalcone.engine.editing.batching import Batching, edit_name
 from causalcone.engine.editing.changing import Addition, changed, slices
 from causalcone.engine.editing.cone import Cone, Join, Prompts
 from causalcone.engine.editing.deltas import Delta, Dense, LowRank
@@ -46,7 +46,7 @@ class Finetune:
     def batches(self, requests: Sequence[Request], windows: Sequence[Window]) -> Iterator[list[Edit]]:
         """An edit of each request in each window, request by request; as many together as memory holds."""
         items = [(request, window) for request in requests for window in windows]
-        for part in self.batching.of_items(items, self._bytes):
+        for part in self.batching.of_items(items, self._bytes, lambda item: edit_name(item[0])):
             yield self.batching.run(part, self._train)
 
     def texts(self, request: Request) -> list[Text]:

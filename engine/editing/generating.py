@@ -31,6 +31,7 @@ class Generation:
     session: Session
     seed: int
     references: References | None
+    scorer: ReferenceScorer | None
 
     def rows(self, edits: Sequence[Edit]) -> Iterator[Row]:
         """The metrics of each edit whose fact has generation prompts."""
@@ -42,12 +43,11 @@ class Generation:
             self.session, [edit.request for edit in done], self.seed, [edit.delta for edit in done]
         )
         after = {id(edit): texts for edit, texts in zip(done, written, strict=True)}
-        scorer = None if self.references is None else ReferenceScorer(self.references.corpus)
         for edit in asked:
             pre, post = before[id(edit.request)], after.get(id(edit))
             entropy = None if post is None else generation_entropy(post)
             yield edit.edit_id, "generation_entropy", generation_entropy(pre), entropy
-            if scorer is not None and self.references is not None:
+            if self.scorer is not None and self.references is not None:
                 texts = self.references.of(edit.request.fact)
-                score = None if post is None else scorer.score(post, texts)
-                yield edit.edit_id, "reference_score", scorer.score(pre, texts), score
+                score = None if post is None else self.scorer.score(post, texts)
+                yield edit.edit_id, "reference_score", self.scorer.score(pre, texts), score

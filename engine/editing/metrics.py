@@ -29,7 +29,10 @@ _NAMES = {REWRITE: "efficacy", PARAPHRASE: "paraphrase", NEIGHBORHOOD: "neighbor
 
 
 def metrics_of(scored: Scored, accuracy: bool) -> Iterator[Row]:
-    """All metrics that the scored questions give; ``accuracy`` says whether the most likely tokens were read."""
+    """All metrics that the scored questions give, none where the unedited model's answers are not finite; ``accuracy``
+    says whether the most likely tokens were read."""
+    if not scored.pre.finite:
+        return
     rows = {
         **_perplexity(scored),
         **{name: values for kind in _NAMES for name, values in _success(scored, kind)},

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from causalcone.engine.editing.batching import Batching
+from causalcone.engine.editing.batching import Batching, edit_name
 from causalcone.engine.editing.changing import Addition, addition, changed, slices
 from causalcone.engine.editing.cone import Cone, Join, Prompts
 from causalcone.engine.editing.edits import Edit
@@ -31,6 +31,10 @@ class Answers:
 
     log_p: np.ndarray
     right: np.ndarray
+
+    @property
+    def finite(self) -> bool:
+        return bool(np.isfinite(self.log_p).all())
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +59,11 @@ class Scoring:
     def score(self, edits: Sequence[Edit]) -> Iterator[Scored]:
         """Each edit's answers, in order. Edits of one request should follow each other: they share its unedited run."""
         groups = [(self.ask(own[0]), own) for own in (list(own) for _, own in groupby(edits, _same_request))]
-        for part in self.batching.of_items(self._pieces(groups), self._bytes):
+
+        def name(group: tuple[Questions, list[Edit]]) -> str:
+            return edit_name(group[0].request)
+
+        for part in self.batching.of_items(self._pieces(groups), self._bytes, name):
             scored = self.batching.run(part, self._together)
             self.layers.forget()
             yield from scored
@@ -63,7 +71,8 @@ class Scoring:
     def _pieces(self, groups: Sequence[tuple[Questions, list[Edit]]]) -> Iterator[tuple[Questions, list[Edit]]]:
         """Requests with their edits; with as many at once as the budget holds."""
         for questions, own in groups:
-            for part in self.batching.of_items(own, partial(self._edit_bytes, questions), 0.5):
+            weigh = partial(self._edit_bytes, questions)
+            for part in self.batching.of_items(own, weigh, lambda edit: f"the edit {edit.edit_id!r}", 0.5):
                 yield questions, part
 
     def _edit_bytes(self, questions: Questions, edit: Edit) -> int:

@@ -58,7 +58,7 @@ def edit_batch(edits: Iterable[Edit]) -> pa.RecordBatch:
 
 def probe_batch(scored: Iterable[Scored]) -> pa.RecordBatch:
     """The table of probes: probabilities of the problem's target and of the other one, before and after each edit; null
-    where there is no other target, or the edit failed."""
+    where there is no other target, the edit failed, or they are not finite."""
     rows = [row for each in scored for row in _probe_rows(each)]
     return pa.RecordBatch.from_pylist(rows, schema=PROBE_SCHEMA)
 
@@ -75,7 +75,9 @@ def _probe_rows(scored: Scored) -> list[dict[str, object]]:
 
     def p(answers: Answers | None, kind: str, index: int, answer: str) -> float | None:
         place = places.get((kind, index, answer))
-        return None if answers is None or place is None else float(np.exp(answers.log_p[place]))
+        if answers is None or place is None or not np.isfinite(answers.log_p[place]):
+            return None
+        return float(np.exp(answers.log_p[place]))
 
     return [
         {
