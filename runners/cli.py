@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from causalcone.engine.errors import CausalconeError
+from causalcone.runners import cli_sweep
 from causalcone.runners.cli_options import (
     Collecting,
     Computing,
@@ -49,6 +50,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+cli_sweep.add_to(app)
+cli_sweep.add_to(app)
 _shown: set[str] = set()
 
 _TRACE_EXAMPLES = """

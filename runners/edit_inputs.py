@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -13,20 +13,18 @@ from rich.console import Console
 from causalcone.engine.editing.contexts import Contexts
 from causalcone.engine.editing.editor import Editor
 from causalcone.engine.editing.moments import Moments
-from causalcone.engine.editing.prompts import ESSENCE, Encoder
-from causalcone.engine.editing.questions import questions_about
-from causalcone.engine.editing.request_making import TEXT_TOKENS, FilteredFacts
+from causalcone.engine.editing.request_making import FilteredFacts
 from causalcone.engine.editing.requests import FACT_FORCING, TRACING_REVERSAL, Request
-from causalcone.engine.editing.training import Training
 from causalcone.engine.editing.windows import as_windows
 from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.engine.session import SkippedFacts
 from causalcone.runners.cli_options import Editing, Output, Scoring, Source
+from causalcone.runners.edit_checks import EditChecks
 from causalcone.runners.edit_settings import Plan, plan_of, read_contexts
 from causalcone.runners.edit_study import EditStudy
 from causalcone.runners.inputs import Inputs, is_demo, noted, open_inputs
 from causalcone.runners.moments import collected
-from causalcone.runners.reference_texts import ReferenceTexts, load_reference_texts
+from causalcone.runners.reference_texts import load_reference_texts
 from causalcone.runners.results import refuse_occupied
 from causalcone.runners.running_text import RunningText, texts_at
 
@@ -56,7 +54,9 @@ def editing(source: Source, choice: Editing, scoring: Scoring, output: Output) -
     filtered: list[str] = []
     with noted(inputs.skipped):
         requests = _requests(editor, inputs, choice, plan, filtered)
-        requests = _checked(requests, inputs, _Checks(editor, plan, scoring, references))
+        contexts = editor.contexts if plan.of_moments else None
+        checks = EditChecks(editor.session, plan, contexts, scoring, references)
+        requests = _checked(requests, inputs, checks)
     _tell(plan, inputs, requests, filtered, scoring)
     evaluate = {
         "essence": scoring.essence,
@@ -153,38 +153,6 @@ def _checked(requests: Sequence[Request], inputs: Inputs, check: Callable[[Reque
     if reasons:
         warnings.warn(SkippedFacts(reasons), stacklevel=2)
     return good
-
-
-@dataclass(frozen=True)
-class _Checks:
-    """Raises ``FactError`` for a request that some prompt or text to be used of it is wrong of."""
-
-    editor: Editor
-    plan: Plan
-    scoring: Scoring
-    references: ReferenceTexts | None
-
-    def __call__(self, request: Request) -> None:
-        session = self.editor.session
-        encoder = Encoder(session.tokenizer, session.sizes)
-        questions_about(request, encoder)
-        for setting in self.plan.of_moments:
-            Training.of([request], encoder, getattr(self.editor.contexts, str(setting.contexts)))
-        if self.scoring.essence:
-            self._room(request, len(encoder.prompted(replace(request, sigma=None), ESSENCE).text))
-        if self.scoring.generation or self.references is not None:
-            for prompt in request.fact.generation_prompts:
-                self._room(request, len(encoder.written(request, prompt)))
-        if self.references is not None and request.fact.generation_prompts:
-            self.references.of(request.fact)
-
-    def _room(self, request: Request, tokens: int) -> None:
-        limit = min(TEXT_TOKENS, self.editor.session.sizes.positions)
-        if tokens >= limit:
-            raise FactError(
-                f"fact {request.fact.id!r}: a prompt of {tokens} tokens leaves no room for a text of {limit}; "
-                "shorten it"
-            )
 
 
 def _tell(plan: Plan, inputs: Inputs, requests: Sequence[Request], filtered: Sequence[str], scoring: Scoring) -> None:

@@ -6,30 +6,26 @@ They stand in ``presets/editing.toml``, each with its source; a file of one's ow
 
 from __future__ import annotations
 
-import math
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainValidator,
     StrictFloat,
-    StrictInt,
     ValidationError,
-    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from causalcone.engine.editing.hparams import FinetuneHparams, MemitHparams, RomeHparams
 from causalcone.engine.errors import ExperimentError
+from causalcone.runners.checked_tables import CheckedTable, Count, complaints, noise_level, read_toml
 
 Hparams = RomeHparams | MemitHparams | FinetuneHparams
 
@@ -52,14 +48,6 @@ def _from_zero(layers: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(layer - 1 for layer in layers)
 
 
-def _noise(given: Any) -> float | str:
-    if isinstance(given, str) and re.fullmatch(r"\d+(\.\d+)?sd", given):
-        return given
-    if isinstance(given, int | float) and not isinstance(given, bool) and 0 <= given < math.inf:
-        return float(given)
-    raise PydanticCustomError("sigma", 'must be a number that is not negative, or a text like "3sd"')
-
-
 def _by_window(given: Any) -> Any:
     """The keys of ``finetune.1`` and ``finetune.5`` as numbers."""
     if not isinstance(given, Mapping):
@@ -72,28 +60,11 @@ def _by_window(given: Any) -> Any:
     return {int(key): value for key, value in given.items()}
 
 
-Count = Annotated[StrictInt, Field(ge=1)]
 Amount = Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)]
 StopLoss = Annotated[Amount | None, BeforeValidator(_never)]
 
 
-class _Table(BaseModel):
-    """A table of the file; a key that it cannot have is refused by name."""
-
-    model_config = ConfigDict(frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, given: Any) -> Any:
-        known = cls.model_fields
-        unknown = [key for key in given if key not in known] if isinstance(given, Mapping) else []
-        if unknown:
-            named = {"unknown": ", ".join(map(repr, unknown)), "known": ", ".join(known)}
-            raise PydanticCustomError("unknown_key", "cannot have {unknown}, only {known}", named)
-        return given
-
-
-class _Optimised(_Table):
+class _Optimised(CheckedTable):
     steps: Count | None = None
     lr: Amount | None = None
     stop_loss: StopLoss = None
@@ -114,19 +85,19 @@ class _Finetune(_Optimised):
     noise_samples: Count | None = None
 
 
-class _Defaults(_Table):
+class _Defaults(CheckedTable):
     rome: _Rome = _Rome()
     memit: _Memit = _Memit()
     finetune: _Finetune = _Finetune()
 
 
-class _Problem(_Table):
+class _Problem(CheckedTable):
     rome: _Rome = _Rome()
     memit: _Memit = _Memit()
-    finetune: Annotated[dict[int, _Finetune], BeforeValidator(_by_window)] = {}
+    finetune: Annotated[dict[int, _Finetune], BeforeValidator(_by_window)] = Field(default_factory=dict)
 
 
-class _Problems(_Table):
+class _Problems(CheckedTable):
     error_injection: _Problem | None = None
     tracing_reversal: _Problem | None = None
     fact_erasure: _Problem | None = None
@@ -134,7 +105,7 @@ class _Problems(_Table):
     fact_forcing: _Problem | None = None
 
 
-class Preset(_Table):
+class Preset(CheckedTable):
     """What a preset says besides hyperparameters, which ``load_hparams`` puts together.
 
     edit_layers: layers to edit, counted from 0; sigma: noise on the subject, as ``Tracer.trace`` takes it;
@@ -143,7 +114,7 @@ class Preset(_Table):
     """
 
     edit_layers: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_from_zero)]
-    sigma: Annotated[float | str, PlainValidator(_noise)]
+    sigma: Annotated[float | str, PlainValidator(noise_level)]
     tracing_window: Count
     aggregate: Literal["first", "mean"]
     defaults: _Defaults = _Defaults()
@@ -166,7 +137,7 @@ def load_preset(preset: str) -> Preset:
     try:
         return Preset.model_validate(table)
     except ValidationError as error:
-        raise ExperimentError(f"{named}: {'; '.join(_complaints(error))}") from error
+        raise ExperimentError(f"{named}: {'; '.join(complaints(error))}") from error
 
 
 def edit_layers(preset: str) -> tuple[int, ...]:
@@ -215,7 +186,7 @@ def _table(preset: str) -> tuple[str, Any]:
             )
         return f"preset {preset!r}", presets[preset]
     path = Path(f"{file}.toml" if chosen else preset)
-    presets = _read(path)
+    presets = read_toml(path)
     if not chosen and len(presets) == 1:
         name = next(iter(presets))
     if name not in presets:
@@ -223,37 +194,3 @@ def _table(preset: str) -> tuple[str, Any]:
         wanted = f"no preset {name!r}" if chosen else "not one preset"
         raise ExperimentError(f"{path} holds {wanted}, but {listed}; name one as {path}:NAME")
     return f"{path}, preset {name!r}", presets[name]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ExperimentError(f"{path} does not exist") from None
-    except OSError as error:
-        raise ExperimentError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ExperimentError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ExperimentError(f"{path} is not TOML: {error}") from error
-
-
-_PLAINER = {
-    "missing": "is missing",
-    "int_type": "must be a whole number",
-    "float_type": "must be a number",
-    "tuple_type": "must be a list",
-    "dict_type": "must be a table",
-    "model_type": "must be a table",
-    "greater_than_equal": "must be at least {ge}",
-    "too_short": "is empty",
-    "finite_number": "must be a finite number",
-    "literal_error": "must be {expected}",
-}
-
-
-def _complaints(error: ValidationError) -> Iterator[str]:
-    for problem in error.errors(include_url=False):
-        plainer = _PLAINER.get(problem["type"])
-        said = plainer.format(**problem.get("ctx", {})) if plainer else problem["msg"]
-        yield f"{'.'.join(map(str, problem['loc']))} {said}".strip()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -15,22 +17,25 @@ Report = Callable[[int, int | None], None]
 
 
 @contextmanager
-def shown_progress(console: Console, title: str, unit: str = "facts", quiet: bool = False) -> Iterator[Report]:
-    """A function of (units done, all of them or None) that shows both, how many are done in a second, and the time
-    left."""
+def shown_progress(
+    console: Console, title: str, unit: str = "facts", quiet: bool = False, begun: int = 0
+) -> Iterator[Report]:
+    """A function of (units done, all of them or None) that shows both, how many are done in a second, the time left,
+    and the memory that the process holds. ``begun`` units were done before."""
     if quiet:
         yield lambda done, total: None
     elif console.is_terminal:
         with _bar(console) as bar:
-            task = bar.add_task(title, total=None, rate="")
+            task = bar.add_task(title, total=None, rate="", memory="")
             started = time.monotonic()
 
             def show(done: int, total: int | None) -> None:
-                bar.update(task, completed=done, total=total, rate=_rate(done, started, unit))
+                rate = _rate(done - begun, started, unit)
+                bar.update(task, completed=done, total=total, rate=rate, memory=held_memory())
 
             yield show
     else:
-        yield _plain(console, title, unit)
+        yield _plain(console, title, unit, begun)
 
 
 def _bar(console: Console) -> Progress:
@@ -39,6 +44,7 @@ def _bar(console: Console) -> Progress:
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[memory]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
@@ -46,7 +52,7 @@ def _bar(console: Console) -> Progress:
     )
 
 
-def _plain(console: Console, title: str, unit: str) -> Report:
+def _plain(console: Console, title: str, unit: str, begun: int) -> Report:
     started = last = time.monotonic()
 
     def show(done: int, total: int | None) -> None:
@@ -54,11 +60,22 @@ def _plain(console: Console, title: str, unit: str) -> Report:
         now = time.monotonic()
         if done == total or now - last >= PLAIN_SECONDS:
             last = now
-            left = f", {(now - started) / done * (total - done):.0f} s left" if total and 0 < done < total else ""
+            new = done - begun
+            left = f", {(now - started) / new * (total - done):.0f} s left" if total and new and done < total else ""
             of = f"{done}/{total}" if total else f"{done}"
-            console.print(f"{title}: {of} {unit}, {_rate(done, started, unit)}{left}", highlight=False)
+            rate = _rate(new, started, unit)
+            console.print(f"{title}: {of} {unit}, {rate}{left}, {held_memory()}", highlight=False)
 
     return show
+
+
+def held_memory() -> str:
+    """What this process holds, and of the GPU where there is one."""
+    held = f"{psutil.Process().memory_info().rss / 2**30:.1f} GiB"
+    torch = sys.modules.get("torch")  # whoever computes on a GPU has imported it
+    if torch is not None and torch.cuda.is_available() and torch.cuda.memory_allocated():
+        held += f", {torch.cuda.memory_reserved() / 2**30:.1f} GiB of the GPU"
+    return held
 
 
 def _rate(done: int, started: float, unit: str) -> str:

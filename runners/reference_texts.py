@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,15 +66,20 @@ def load_reference_texts(path: str | os.PathLike[str]) -> ReferenceTexts:
         raise FactError(f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
     if not isinstance(content, list):
         raise FactError(f"{path} is no list of attribute snippets (relation_id, target_id, samples)")
+    return as_reference_texts(content, str(path))
+
+
+def as_reference_texts(entries: Sequence[Any], source: str) -> ReferenceTexts:
+    """The texts of attribute snippets that are in memory; ``source`` is what to call them in messages."""
     texts: dict[tuple[str, str], tuple[str, ...]] = {}
-    for index, given in enumerate(content):
-        entry = _entry(path, index, given)
+    for index, given in enumerate(entries):
+        entry = _entry(source, index, given)
         key = (entry.relation_id, entry.target_id)
         texts[key] = texts.get(key, ()) + tuple(sample.text for sample in entry.samples)
     return ReferenceTexts({key: found for key, found in texts.items() if found})
 
 
-def _entry(path: Path, index: int, given: Any) -> _Entry:
+def _entry(path: str, index: int, given: Any) -> _Entry:
     try:
         return _Entry.model_validate(given)
     except ValidationError as error:

@@ -3,7 +3,6 @@ scored on, drawn from models (METHODS 4 and 5)."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,10 +10,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from causalcone.engine.cone import Shape
 from causalcone.engine.editing.contexts import TOP_K, continued
 from causalcone.engine.editing.decoding import continuations, text_seed
 from causalcone.engine.editing.deltas import Delta
+from causalcone.engine.editing.knowledge import COMPLETION_TOKENS, answer_probabilities, completes, completions
 from causalcone.engine.editing.packing import Text
 from causalcone.engine.editing.prompts import ESSENCE, NOISE_SEED, Encoder
 from causalcone.engine.editing.requests import (
@@ -27,14 +26,10 @@ from causalcone.engine.editing.requests import (
 )
 from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.engine.facts import EncodedFact, Fact, check_unique, encode, target_ids
-from causalcone.engine.interventions import Base, Experiment, Overwrites
-from causalcone.engine.job import Case
 from causalcone.engine.noise import parse_sigma
 from causalcone.engine.options import check_on_error
-from causalcone.engine.restoring import target_tokens
 from causalcone.engine.session import Session, SkippedFacts
 
-COMPLETION_TOKENS = 36
 REVERSAL_TOKENS = 12
 ERASABLE = 0.02
 ESSENCE_TEXTS = 5
@@ -202,13 +197,9 @@ class _Making:
 
     def completed(self, posed: Sequence[_Posed], reasons: list[str]) -> list[_Posed]:
         """The facts whose answer the model says; why it does not say the others' goes to ``reasons``."""
-        texts = [Text(each.encoded.prompt) for each in posed]
         kept = []
-        for each, tokens in zip(
-            posed, continuations(self.session, texts, [COMPLETION_TOKENS] * len(texts)), strict=True
-        ):
-            said = self.session.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
-            if each.fact.target_true.strip().lower() in said.lower():
+        for each, said in zip(posed, completions(self.session, [each.encoded for each in posed]), strict=True):
+            if completes(each.fact, said):
                 kept.append(each)
             else:
                 reasons.append(f"fact {each.fact.id!r}: the model says {said!r}, not {each.fact.target_true!r}")
@@ -219,8 +210,9 @@ class _Making:
         published = self.compat == "published"
         if self.problem != FACT_ERASURE and not published:
             return list(posed)
+        probabilities = answer_probabilities(self.session, [each.encoded for each in posed])
         kept = []
-        for each, p in zip(posed, self._probabilities(posed), strict=True):
+        for each, p in zip(posed, probabilities, strict=True):
             if p > ERASABLE or (p == ERASABLE and not published):
                 kept.append(each)
             else:
@@ -229,17 +221,6 @@ class _Making:
                     f"fact {each.fact.id!r}: p({each.fact.target_true!r}) is {p:.3g}, not {least} {ERASABLE}"
                 )
         return kept
-
-    def _probabilities(self, posed: Sequence[_Posed]) -> list[float]:
-        """p(target_true) after each prompt."""
-        clean = Experiment((Base(),), np.empty(0, dtype=np.int64), Overwrites.none())
-        cases = []
-        for each in posed:
-            fact = each.encoded
-            shape = Shape(len(fact.tokens), (0, 0), (target_tokens(fact),))
-            cases.append(Case(each.fact.id, (fact.tokens,), fact.target, shape, clean))
-        results = self.session.results(self.session.job(cases))
-        return [math.exp(result.log_p[0, 0]) for _, result in results]
 
     def noised(self, posed: Sequence[_Posed]) -> list[_Noised]:
         """What the model says under noise until there are 12 tokens with the prompt's, at least one: the likeliest, or

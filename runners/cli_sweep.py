@@ -1,0 +1,78 @@
+"""The commands of whole studies: ``sweep`` and ``status``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+_EXAMPLES = """
+[bold]Examples[/bold]
+
+causalcone sweep demo --out study
+
+causalcone sweep hase2023-gptj --set facts=counterfact.json --set moments.texts=wikipedia.txt --out study
+
+causalcone sweep hase2023-gpt2xl --set facts=counterfact.json --plan
+
+causalcone sweep mine.toml --out s3://bucket/study --cluster auto
+"""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Make these commands of the app."""
+    app.command(epilog=_EXAMPLES)(sweep)
+    app.command()(status)
+
+
+def sweep(
+    preset: Annotated[str, typer.Argument(help="Name of a preset, or a TOML file.")],
+    out: Annotated[
+        str | None, typer.Option(help="Folder for the results: a path, or s3://..., gs://..., any fsspec URL.")
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a setting, KEY=VALUE, such as edit.layers=[0,4]; 'none' drops it. Repeat."),
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what it would take, and compute nothing.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Compute units again that failed.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Drop the sweep that the folder holds.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no summary.")] = False,
+) -> None:
+    """Carry a whole study out: filter facts by what the model knows, localize them, edit them, score every edit.
+
+    Whatever ends it (Ctrl-C, a kill, a full disk), the same command goes on where it was. Writes facts.parquet and the
+    data sets traces/, gradients/, edits/, probes/, metrics/ of Parquet parts, which can be read at any moment.
+    """
+    from causalcone.engine.errors import ExperimentError
+    from causalcone.runners.sweep.config import load_sweep
+    from causalcone.runners.sweep.driver import INCOMPLETE, Driver
+    from causalcone.runners.sweep.status import status_of
+
+    chosen = load_sweep(preset, changes or ())
+    console = Console()
+    if out is None:
+        raise ExperimentError("where do results go? Give --out with a folder, or --plan to see what the sweep takes")
+    finished = Driver(chosen, out, console, quiet, retry_failed, overwrite).run()
+    if not quiet:
+        found = status_of(out)
+        console.print(found.table())
+        for line in found.lines():
+            console.print(line, highlight=False)
+        console.print(f"{finished.status} after {finished.seconds:.1f} s -> {out}", highlight=False)
+    if finished.signal is not None:
+        sys.exit(128 + finished.signal)
+    if finished.status == INCOMPLETE:
+        sys.exit(1)
+
+
+def status(place: Annotated[str, typer.Argument(metavar="DIR", help="The folder of a sweep.")]) -> None:
+    """Say how far a sweep is, how fast it goes, and what failed."""
+    from causalcone.runners.sweep.status import status_of
+
+    console, found = Console(), status_of(place)
+    console.print(found.table())
+    for line in found.lines():
+        console.print(line, highlight=False)

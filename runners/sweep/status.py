@@ -1,0 +1,106 @@
+"""How far a sweep is, from its folder alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from causalcone.runners.results import ResultError
+from causalcone.runners.sweep.config import Sweep
+from causalcone.runners.sweep.driver import RUN
+from causalcone.runners.sweep.store import Store
+from causalcone.runners.sweep.tables import FACTS, chosen
+from causalcone.runners.sweep.units import FAILURES, LEFT_OUT, PREPARED, Stage, filter_stage, later_stages
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Of a stage: items that are done, failed, and all; the seconds that the done ones took together."""
+
+    stage: Stage
+    done: int
+    failed: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Status:
+    """stages: those that can be known by now, the first first; failures: how many units for which reason; left_out: how
+    many facts for which reason; later: whether more stages follow when the filter is done."""
+
+    place: str
+    status: str
+    begun: str
+    stages: Sequence[Progress]
+    failures: Counter[str]
+    left_out: Counter[str]
+    later: bool
+
+    def table(self) -> Table:
+        table = Table(title=f"{self.place}: {self.status}, begun {self.begun}", title_justify="left")
+        for column in ("stage", "done", "of", "failed", "seconds", "rate"):
+            table.add_column(column, justify="left" if column == "stage" else "right")
+        for each in self.stages:
+            rate = f"{each.done / each.seconds:.2f} {each.stage.unit}/s" if each.seconds and each.done else ""
+            failed = str(each.failed) if each.failed else ""
+            table.add_row(
+                each.stage.title, f"{each.done:,}", f"{each.stage.items:,}", failed, f"{each.seconds:,.0f}", rate
+            )
+        return table
+
+    def lines(self) -> list[str]:
+        """What the table does not say."""
+        lines = ["tracing and editing follow when the filter is done"] if self.later else []
+        for counted, what in ((self.failures, "units failed"), (self.left_out, "facts left out")):
+            lines += [f"{count} {what}: {reason}" for reason, count in counted.most_common(5)]
+            if len(counted) > 5:
+                lines.append(f"{sum(counted.values())} {what} in all; the folder has their list")
+        if self.failures:
+            lines.append("the same command with --retry-failed computes them again")
+        return lines
+
+
+def status_of(place: str) -> Status:
+    """The status of the sweep in a folder. Raises ``ResultError`` where there is none."""
+    store = Store.open(place)
+    run = store.read_json(RUN)
+    if run is None or run.get("command") != "sweep":
+        raise ResultError(f"{place} holds no sweep; give the folder that 'causalcone sweep' wrote to")
+    sweep = Sweep.model_validate(run["configuration"])
+    facts = store.part(FACTS)
+    stages: list[Stage] = []
+    later = facts is None
+    if facts is not None:
+        stages.append(filter_stage(sweep, facts.rows))
+        later = not facts.notes.get("filtered")
+        if not later:
+            stages += later_stages(sweep, chosen(sweep, store.read_table(FACTS)), run["model"]["depth"])
+    return Status(
+        place,
+        run["status"],
+        run["begun"],
+        [_progress(stage, store) for stage in stages],
+        _reasons(store, FAILURES),
+        _reasons(store, LEFT_OUT),
+        later,
+    )
+
+
+def _progress(stage: Stage, store: Store) -> Progress:
+    done, failed, seconds = 0, 0, 0.0
+    for unit in stage.units:
+        parts = unit.parts(store)
+        if parts is not None:
+            done += unit.items
+            seconds += max(part.notes.get("seconds", 0.0) for part in parts)
+        elif stage.name not in PREPARED and store.part(unit.failure) is not None:
+            failed += unit.items
+    return Progress(stage, done, failed, seconds)
+
+
+def _reasons(store: Store, table: str) -> Counter[str]:
+    rows = [store.read_table(name) for name in store.names(table)]
+    return Counter(reason for part in rows for reason in part["reason"].to_pylist())
