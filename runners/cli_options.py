@@ -86,6 +86,13 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TuningSource(Source):
+    """The model, and the few facts that settings are tuned on."""
+
+    limit: Annotated[int | None, Option(help="Only the first so many facts of the file.", min=1)] = 100
+
+
+@dataclass(frozen=True, kw_only=True)
 class Output:
     """Where results go."""
 
@@ -225,8 +232,8 @@ class Collecting:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Editing:
-    """Which edits are made."""
+class EditMaking:
+    """How edits are made, whatever is asked of them and wherever they are made."""
 
     method: Annotated[
         list[str],
@@ -235,17 +242,6 @@ class Editing:
             "finetune, and how many layers it edits together; repeat for several."
         ),
     ]
-    problem: Annotated[
-        str,
-        Option(help="error_injection, tracing_reversal, fact_erasure, fact_amplification or fact_forcing."),
-    ] = "error_injection"
-    layers: Annotated[
-        str | None,
-        Option(
-            help=f"{_LAYERS_HELP}: the edited ones, or windows' centres. By default the preset's, without one all.",
-            show_default=False,
-        ),
-    ] = None
     window: Annotated[
         int | None,
         Option(
@@ -291,6 +287,62 @@ class Editing:
     compat: Annotated[str | None, Option(help="'published': pose problems as the published code does.")] = None
 
 
+_PROBLEM_HELP = "error_injection, tracing_reversal, fact_erasure, fact_amplification or fact_forcing"
+_AGGREGATE_HELP = "first, or mean. By default the preset's, or first."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Editing(EditMaking):
+    """Which edits are made."""
+
+    problem: Annotated[str, Option(help=f"{_PROBLEM_HELP}.")] = "error_injection"
+    layers: Annotated[
+        str | None,
+        Option(
+            help=f"{_LAYERS_HELP}: the edited ones, or windows' centres. By default the preset's, without one all.",
+            show_default=False,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning(EditMaking):
+    """Which settings are tried, of which edits, and how one is chosen."""
+
+    problem: Annotated[
+        list[str] | None,
+        Option(help=f"{_PROBLEM_HELP}; repeat for several. By default error_injection.", show_default=False),
+    ] = None
+    layer: Annotated[int, Option(help="The edited layer, counted from 0, or the windows' centre.", min=0)]
+    grid: Annotated[
+        list[str] | None,
+        Option(
+            help="Values to try of a hyperparameter, METHOD.NAME=V1,V2,... or NAME=V1,V2,... of all methods that have "
+            "it; repeat, and a method's names are combined. By default kl_factor=0.0625,0.9,1 of ROME and MEMIT, and "
+            "norm_constraint=1e-4,5e-5,2e-5,1e-5 of fine-tuning.",
+            show_default=False,
+        ),
+    ] = None
+    most: Annotated[float, Option(help="The highest mean rewrite score that a setting may have.", min=0, max=1)] = 0.99
+    give_up: Annotated[
+        float,
+        Option(
+            help="How far a setting's mean paraphrase and neighbourhood scores may each be below the best of those "
+            "that settings within --most have.",
+            min=0,
+            max=1,
+        ),
+    ] = 0.05
+    aggregate: Annotated[
+        str | None, Option(help=f"Which paraphrases and neighbours are scored: {_AGGREGATE_HELP}")
+    ] = None
+
+    def editing(self, problem: str) -> Editing:
+        """The edits of one problem."""
+        shared = {each.name: getattr(self, each.name) for each in fields(EditMaking)}
+        return Editing(**shared, problem=problem, layers=str(self.layer))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
     """What is measured of edited models besides probabilities, and what is kept of them."""
@@ -305,7 +357,7 @@ class Scoring:
     ] = None
     aggregate: Annotated[
         str | None,
-        Option(help="Paraphrases and neighbours in the summary: first, or mean. By default the preset's, or first."),
+        Option(help=f"Paraphrases and neighbours in the summary: {_AGGREGATE_HELP}"),
     ] = None
     keep_deltas: Annotated[
         bool,

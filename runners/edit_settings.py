@@ -124,21 +124,24 @@ def _settings(choice: Editing) -> tuple[Setting, ...]:
     repeated = next((each for number, each in enumerate(named) if each in named[:number]), None)
     if repeated is not None:
         raise ExperimentError(f"the method {repeated[0]} with window {repeated[1]} is given twice; give it once")
-    changes = [_Change.parsed(text) for text in choice.changes or ()]
+    changes = [Change.parsed(text) for text in choice.changes or ()]
     settings = []
     for method, window in named:
         if choice.preset is None:
             hparams: Hparams = HPARAMS[method]()
         else:
             hparams = load_hparams(choice.preset, method, choice.problem, window)
-        settings.append(Setting(method, window, _changed(method, hparams, changes)))
+        settings.append(Setting(method, window, changed(method, hparams, changes)))
     for change in changes:
-        if not any(change.is_of(setting.method, setting.hparams) for setting in settings):
-            known = sorted({name for setting in settings for name in asdict(setting.hparams)})
-            raise ExperimentError(
-                f"--set {change.text}: no chosen method has that hyperparameter; there are {', '.join(known)}"
-            )
+        check_known(change, settings)
     return tuple(settings)
+
+
+def check_known(change: Change, settings: Sequence[Setting]) -> None:
+    """Refuse a change of what no setting has."""
+    if not any(change.is_of(setting.method, setting.hparams) for setting in settings):
+        known = sorted({name for setting in settings for name in asdict(setting.hparams)})
+        raise ExperimentError(f"{change}: no chosen method has that hyperparameter; there are {', '.join(known)}")
 
 
 def _named(text: str, window: int | None) -> tuple[str, int]:
@@ -155,23 +158,27 @@ def _named(text: str, window: int | None) -> tuple[str, int]:
 
 
 @dataclass(frozen=True)
-class _Change:
-    """A hyperparameter, given as ``text``, of one method or (None) of all that have it."""
+class Change:
+    """A hyperparameter, given as ``text`` behind ``option``, of one method or (None) of all that have it."""
 
     text: str
     method: str | None
     name: str
     value: str
+    option: str = "--set"
 
     @classmethod
-    def parsed(cls, text: str) -> _Change:
+    def parsed(cls, text: str, option: str = "--set") -> Change:
         key, equals, value = text.partition("=")
         method, dot, name = key.strip().rpartition(".")
         if not equals or not name:
-            raise ExperimentError(f"--set {text!r} is no setting; give NAME=VALUE, such as steps=25 or rome.clamp=4")
+            raise ExperimentError(f"{option} {text!r} is no setting; give NAME=VALUE, such as steps=25 or rome.clamp=4")
         if dot and method not in HPARAMS:
-            raise ExperimentError(f"--set {text}: unknown method {method!r}; choose from {', '.join(HPARAMS)}")
-        return cls(text, method or None, name, value.strip())
+            raise ExperimentError(f"{option} {text}: unknown method {method!r}; choose from {', '.join(HPARAMS)}")
+        return cls(text, method or None, name, value.strip(), option)
+
+    def __str__(self) -> str:
+        return f"{self.option} {self.text}"
 
     def is_of(self, method: str, hparams: Hparams) -> bool:
         return self.method in (None, method) and self.name in asdict(hparams)
@@ -183,12 +190,13 @@ class _Change:
         try:
             return int(self.value) if whole else float(self.value)
         except ValueError:
-            raise ExperimentError(f"--set {self.text}: give a {'whole ' if whole else ''}number") from None
+            raise ExperimentError(f"{self}: give a {'whole ' if whole else ''}number") from None
 
 
-def _changed(method: str, hparams: Hparams, changes: Sequence[_Change]) -> Hparams:
-    own = {change.name: change.read(hparams) for change in changes if change.is_of(method, hparams)}
+def changed(method: str, hparams: Hparams, changes: Sequence[Change]) -> Hparams:
+    """The hyperparameters with those of the changes that are of them."""
+    own = [change for change in changes if change.is_of(method, hparams)]
     try:
-        return replace(hparams, **own)  # type: ignore[arg-type]
+        return replace(hparams, **{change.name: change.read(hparams) for change in own})  # type: ignore[arg-type]
     except CausalconeError as error:
-        raise ExperimentError(f"--set of {method}: {error}") from error
+        raise ExperimentError(f"{' '.join(map(str, own))} of {method}: {error}") from error

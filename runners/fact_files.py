@@ -22,9 +22,7 @@ class SkippedRecords(UserWarning):
     """Records left out under ``on_error="skip"``: ``problems`` says why, one by one."""
 
     def __init__(self, path: Path, problems: Sequence[str]) -> None:
-        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-        listed = "".join(f"\n  {problem}" for problem in problems[:10])
-        super().__init__(f"skipped {len(problems)} records of {path}:{listed}{more}")
+        super().__init__(f"skipped {len(problems)} records of {path}:{listed(problems, 10)}")
         self.problems = tuple(problems)
 
 
@@ -54,16 +52,18 @@ def load_facts(
     if zsre_form not in ("hase", "meng"):
         raise FactError(f"zsre_form is {zsre_form!r}; it must be 'hase' or 'meng'")
 
-    records = _read_records(path)
-    schema = detect_schema(records)
-    if schema is None:
-        raise FactError(f"{path} is JSON, but holds no facts: {_found(records)}. Supported are {_supported()}")
-    convert = converter(schema, records, seed, zsre_form)
+    records = read_records(path)
+    convert = converter(known_schema(path, records), records, seed, zsre_form)
     if on_error == "raise":
         facts = [_convert(path, index, record, convert) for index, record in enumerate(records[:limit])]
         _refuse_duplicates(path, facts)
         return facts
-    return _good_facts(path, records, convert, limit)
+    facts, problems = good_facts(path, records, convert, limit)
+    if not facts:
+        raise FactError(f"{path} holds no usable fact; the first problem: {problems[0]}")
+    if problems:
+        warnings.warn(SkippedRecords(path, problems), stacklevel=2)
+    return facts
 
 
 def save_facts(facts: Iterable[Fact], path: str | os.PathLike[str]) -> None:
@@ -83,26 +83,34 @@ def _filled_fields(fact: Fact) -> dict[str, Any]:
     return {field.name: value for field, value in values if value != field.default}
 
 
-def _good_facts(path: Path, records: Sequence[Any], convert: Convert, limit: int | None) -> list[Fact]:
+def good_facts(
+    place: str | Path, records: Iterable[Any], convert: Convert, limit: int | None
+) -> tuple[list[Fact], list[str]]:
+    """The first ``limit`` records that are facts, and what is wrong with those between them, a line each.
+
+    No further record is taken. Of several with one id the first counts; ``place`` is what records are said to be of.
+    """
     facts: dict[str, Fact] = {}
     problems: list[str] = []
     for index, record in enumerate(records):
-        if len(facts) == limit:
-            break
         try:
-            fact = _convert(path, index, record, convert)
+            fact = _convert(place, index, record, convert)
         except FactError as error:
             problems.append(str(error))
             continue
         if fact.id in facts:
-            problems.append(f"{_place(path, index, record)}: the id {fact.id!r} was there before")
-        else:
-            facts[fact.id] = fact
-    if not facts:
-        raise FactError(f"{path} holds no usable fact; the first problem: {problems[0]}")
-    if problems:
-        warnings.warn(SkippedRecords(path, problems), stacklevel=3)
-    return list(facts.values())
+            problems.append(f"{_place(place, index, record)}: the id {fact.id!r} was there before")
+            continue
+        facts[fact.id] = fact
+        if len(facts) == limit:
+            break
+    return list(facts.values()), problems
+
+
+def listed(problems: Sequence[str], most: int) -> str:
+    """Problems on indented lines, each behind a line break; how many there are beyond the first ``most``."""
+    more = f"\n  and {len(problems) - most} more" if len(problems) > most else ""
+    return "".join(f"\n  {problem}" for problem in problems[:most]) + more
 
 
 def _refuse_duplicates(path: Path, facts: Sequence[Fact]) -> None:
@@ -115,15 +123,15 @@ def _refuse_duplicates(path: Path, facts: Sequence[Fact]) -> None:
         )
 
 
-def _convert(path: Path, index: int, record: Any, convert: Convert) -> Fact:
+def _convert(place: str | Path, index: int, record: Any, convert: Convert) -> Fact:
     if not isinstance(record, Mapping):
-        raise FactError(f"{_place(path, index, record)} is {_kind(record)}, not an object")
+        raise FactError(f"{_place(place, index, record)} is {_kind(record)}, not an object")
     try:
         return convert(index, record)
     except ValidationError as error:
-        raise FactError(f"{_place(path, index, record)}: {'; '.join(_complaints(error))}") from error
+        raise FactError(f"{_place(place, index, record)}: {'; '.join(_complaints(error))}") from error
     except ValueError as error:
-        raise FactError(f"{_place(path, index, record)}: {error}") from error
+        raise FactError(f"{_place(place, index, record)}: {error}") from error
 
 
 _PLAINER = {
@@ -141,15 +149,15 @@ def _complaints(error: ValidationError) -> Iterator[str]:
         yield f"{'.'.join(map(str, problem['loc']))} {_PLAINER.get(problem['type'], problem['msg'])}"
 
 
-def _place(path: Path, index: int, record: Any) -> str:
+def _place(place: str | Path, index: int, record: Any) -> str:
     if isinstance(record, Mapping):
         for key in ("case_id", "known_id", "id"):
             if record.get(key) is not None:
-                return f"{path}: record {index} ({key} {record[key]})"
-    return f"{path}: record {index}"
+                return f"{place}: record {index} ({key} {record[key]})"
+    return f"{place}: record {index}"
 
 
-def _read_records(path: Path) -> list[Any]:
+def read_records(path: Path) -> list[Any]:
     """The items of a JSON list, the one object of a file, or one object per line."""
     text = read_text(path)
     if not text.strip():
@@ -192,6 +200,14 @@ def read_text(path: Path) -> str:
         raise FactError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
 
 
+def known_schema(path: Path, records: Sequence[Any]) -> str:
+    """The schema of a file's records; ``FactError`` where it is none that is supported."""
+    schema = detect_schema(records)
+    if schema is None:
+        raise FactError(f"{path} is JSON, but holds no facts: {_found(records)}. Supported are {supported()}")
+    return schema
+
+
 def _found(records: Sequence[Any]) -> str:
     if not records:
         return "it is an empty list"
@@ -206,5 +222,6 @@ def _kind(value: Any) -> str:
     return kinds.get(type(value), "a number")
 
 
-def _supported() -> str:
+def supported() -> str:
+    """The schemas that are read, in words."""
     return "; ".join(description for _, description in SCHEMAS.values())

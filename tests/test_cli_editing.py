@@ -175,6 +175,12 @@ def test_what_is_said_wins_over_the_preset(user, preset, tmp_path, run):
 # --- problems, facts, moments and contexts ---
 
 
+def test_essence_texts_under_noise(user, editor, tmp_path, run):
+    out, own = tmp_path / "out", {"problem": "fact_forcing", "method": "finetune", "layers": "1", "sigma": "0.3"}
+    assert run(*arguments(user, out, *FAST, "--essence", limit=2, moments=None, **own))[0] == 0
+    assert read_metrics(out / "metrics").filter(metric="perplexity").height == 2
+
+
 def test_the_noise_level_is_that_of_all_facts(user, tmp_path, run):
     out, own = tmp_path / "out", {"problem": "fact_forcing", "method": "finetune", "layers": "1", "limit": 2}
     assert run(*arguments(user, out, *FAST, **own))[0] == 0

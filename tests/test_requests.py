@@ -127,7 +127,7 @@ def test_what_is_erased_is_likely(session, model, tokenizer, monkeypatch):
 def test_the_least_probability_counts(session, monkeypatch):
     """Two percent are enough; published code wants more."""
     known = [fact for fact in ASKED if fact.id == "start"]
-    monkeypatch.setattr(request_making._Making, "_probabilities", lambda self, posed: [0.02] * len(posed))
+    monkeypatch.setattr(request_making, "answer_probabilities", lambda session, facts: [0.02] * len(facts))
     assert len(filtered_requests(session, known, "fact_erasure")[0]) == 1
     requests, reasons = filtered_requests(session, known, "fact_erasure", compat="published")
     assert requests == []
