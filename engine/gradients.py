@@ -126,14 +126,19 @@ class IntegratedGradients:
 
     def _run(self, fact: EncodedFact, at: np.ndarray, vectors: tuple[Tensor, ...]) -> Result:
         """Each state set to its vectors (points, hidden), in a run of its own."""
-        states = len(at)
-        runs, (site, layer, token) = np.arange(states), at.T
-        overwrites = Overwrites.of(site, layer, layer + 1, runs + 1, token, given(runs))
-        experiment = Experiment((Base(),), np.full(states, CLEAN), overwrites, varying_vectors=(True,) * states)
         shape = Shape(len(fact.tokens), (0, 0), (target_tokens(fact),))
-        case = Case(fact.fact.id, (fact.tokens,), fact.target, shape, experiment, vectors)
+        case = Case(fact.fact.id, (fact.tokens,), fact.target, shape, runs_along(at), vectors)
         ((_, result),) = self.session.results(self.session.job([case], len(vectors[0]), gradient=True))
         return result
+
+
+def runs_along(at: np.ndarray) -> Experiment:
+    """Each of the states ``at`` (states, 3) these sites, layers and tokens set, in a run of its own, to the vector
+    given with it, of which every sample has its own."""
+    states = len(at)
+    runs, (site, layer, token) = np.arange(states), at.T
+    overwrites = Overwrites.of(site, layer, layer + 1, runs + 1, token, given(runs))
+    return Experiment((Base(),), np.full(states, CLEAN), overwrites, varying_vectors=(True,) * states)
 
 
 def quadrature(steps: int) -> tuple[np.ndarray, np.ndarray]:

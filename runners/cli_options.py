@@ -333,9 +333,9 @@ class Tuning(EditMaking):
             max=1,
         ),
     ] = 0.05
-    aggregate: Annotated[
-        str | None, Option(help=f"Which paraphrases and neighbours are scored: {_AGGREGATE_HELP}")
-    ] = None
+    aggregate: Annotated[str | None, Option(help=f"Which paraphrases and neighbours are scored: {_AGGREGATE_HELP}")] = (
+        None
+    )
 
     def editing(self, problem: str) -> Editing:
         """The edits of one problem."""

@@ -15,7 +15,7 @@ causalcone sweep demo --out study
 
 causalcone sweep hase2023-gptj --set facts=counterfact.json --set moments.texts=wikipedia.txt --out study
 
-causalcone sweep hase2023-gpt2xl --set facts=counterfact.json --plan
+causalcone sweep hase2023-gptj --plan --rate 300e12 --known 652
 
 causalcone sweep mine.toml --out s3://bucket/study --cluster auto
 """
@@ -37,8 +37,21 @@ def sweep(
         typer.Option("--set", help="Change a setting, KEY=VALUE, such as edit.layers=[0,4]; 'none' drops it. Repeat."),
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what it would take, and compute nothing.")] = False,
+    rate: Annotated[
+        float | None, typer.Option(help="With --plan: FLOP/s of a device, such as 300e12; measured here by default.")
+    ] = None,
+    known: Annotated[
+        int | None, typer.Option(help="With --plan: how many facts the model knows; all by default.")
+    ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Compute units again that failed.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Drop the sweep that the folder holds.")] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="Compute on a Ray cluster: auto (what runs here), local (this machine's own), or HOST:PORT."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Workers on the cluster; by default one per GPU, or per two CPUs.", min=1)
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no summary.")] = False,
 ) -> None:
     """Carry a whole study out: filter facts by what the model knows, localize them, edit them, score every edit.
@@ -47,15 +60,24 @@ def sweep(
     data sets traces/, gradients/, edits/, probes/, metrics/ of Parquet parts, which can be read at any moment.
     """
     from causalcone.engine.errors import ExperimentError
+    from causalcone.runners.sweep.cluster import crews
     from causalcone.runners.sweep.config import load_sweep
     from causalcone.runners.sweep.driver import INCOMPLETE, Driver
     from causalcone.runners.sweep.status import status_of
 
     chosen = load_sweep(preset, changes or ())
     console = Console()
+    if plan:
+        from causalcone.runners.sweep.forecast import forecast
+
+        forecast(chosen, rate, known).show(console)
+        return
+    if rate is not None or known is not None:
+        raise ExperimentError(f"--{'known' if rate is None else 'rate'} goes with --plan; add it, or leave that out")
     if out is None:
         raise ExperimentError("where do results go? Give --out with a folder, or --plan to see what the sweep takes")
-    finished = Driver(chosen, out, console, quiet, retry_failed, overwrite).run()
+    with crews(cluster, workers) as crew_of:
+        finished = Driver(chosen, out, console, quiet, retry_failed, overwrite, crew_of).run()
     if not quiet:
         found = status_of(out)
         console.print(found.table())

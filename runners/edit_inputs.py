@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -24,32 +25,67 @@ from causalcone.runners.edit_settings import Plan, plan_of, read_contexts
 from causalcone.runners.edit_study import EditStudy
 from causalcone.runners.inputs import Inputs, is_demo, noted, open_inputs
 from causalcone.runners.moments import collected
-from causalcone.runners.reference_texts import load_reference_texts
+from causalcone.runners.reference_texts import ReferenceTexts, load_reference_texts
 from causalcone.runners.results import refuse_occupied
 from causalcone.runners.running_text import RunningText, texts_at
 
 
 @dataclass(frozen=True)
 class PreparedEdits:
-    """A study ready to be carried out, and the configuration to keep beside its results. filtered: why the problem is
-    not posed for some facts."""
+    """A study ready to be carried out. given: what to keep of the options beside its results; filtered: why the problem
+    is not posed for some facts."""
 
     study: EditStudy
-    configuration: dict[str, Any]
+    given: dict[str, Any]
     filtered: list[str]
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What to keep beside the results."""
+        return {"command": "edit", **self.given, **self.study.configuration}
+
+
+@dataclass(frozen=True)
+class GivenTexts:
+    """What the files that options name hold. running: text to collect moments over."""
+
+    contexts: Contexts | None
+    references: ReferenceTexts | None
+    running: RunningText | None
 
 
 def editing(source: Source, choice: Editing, scoring: Scoring, output: Output) -> PreparedEdits:
     """The study that the options ask for; moments are collected, if so asked."""
     refuse_occupied(output.out, output.overwrite)
     plan = plan_of(choice, scoring.aggregate)
-    contexts = None if choice.contexts is None else read_contexts(choice.contexts)
-    references = None if scoring.references is None else load_reference_texts(scoring.references)
-    texts = _texts(choice, plan)
+    texts = given_texts(choice, plan, scoring)
     inputs = open_inputs(source)
     inputs.check_memory()
-    editor = _editor(inputs, choice, plan, contexts)
-    moments = _moments(inputs, choice, plan, texts, output.quiet)
+    editor = editor_of(inputs, choice, plan, texts.contexts)
+    moments = moments_of(inputs, choice, plan, texts.running, output.quiet)
+    prepared = prepared_edits(editor, moments, inputs, choice, plan, scoring, texts.references)
+    if texts.running is None:
+        return prepared
+    return replace(prepared, study=replace(prepared.study, collected=moments))
+
+
+def given_texts(choice: Editing, plan: Plan, scoring: Scoring) -> GivenTexts:
+    """Read them before the model is; refuses methods without moments."""
+    contexts = None if choice.contexts is None else read_contexts(choice.contexts)
+    references = None if scoring.references is None else load_reference_texts(scoring.references)
+    return GivenTexts(contexts, references, _running_text(choice, plan))
+
+
+def prepared_edits(
+    editor: Editor,
+    moments: Moments | None,
+    inputs: Inputs,
+    choice: Editing,
+    plan: Plan,
+    scoring: Scoring,
+    references: ReferenceTexts | None = None,
+) -> PreparedEdits:
+    """The plan made ready with what was read: requests that nothing is wrong with, and what to keep of the options."""
     editor.moments = None if moments is None else moments.with_ridge(choice.ridge)
     filtered: list[str] = []
     with noted(inputs.skipped):
@@ -64,9 +100,10 @@ def editing(source: Source, choice: Editing, scoring: Scoring, output: Output) -
         "generation": scoring.generation,
         "references": references,
     }
-    study = EditStudy(editor, requests, plan, evaluate, scoring.keep_deltas, moments if texts is not None else None)
+    study = EditStudy(editor, requests, plan, evaluate, scoring.keep_deltas)
     study.check()
     given = {
+        **inputs.configuration,
         "preset": choice.preset,
         "set": list(choice.changes or ()),
         "moments_given": choice.moments or choice.texts,
@@ -79,13 +116,13 @@ def editing(source: Source, choice: Editing, scoring: Scoring, output: Output) -
         "references": None if scoring.references is None else str(scoring.references),
         "keep_deltas": scoring.keep_deltas,
     }
-    return PreparedEdits(study, {"command": "edit", **inputs.configuration, **given, **study.configuration}, filtered)
+    return PreparedEdits(study, given, filtered)
 
 
 _NOISY = (TRACING_REVERSAL, FACT_FORCING)
 
 
-def _texts(choice: Editing, plan: Plan) -> RunningText | None:
+def _running_text(choice: Editing, plan: Plan) -> RunningText | None:
     """The running text to collect moments over, if so asked; refuses methods without moments."""
     if not plan.of_moments:
         return None
@@ -97,7 +134,7 @@ def _texts(choice: Editing, plan: Plan) -> RunningText | None:
     return None if choice.texts is None else texts_at(choice.texts)
 
 
-def _editor(inputs: Inputs, choice: Editing, plan: Plan, contexts: Contexts | None) -> Editor:
+def editor_of(inputs: Inputs, choice: Editing, plan: Plan, contexts: Contexts | None) -> Editor:
     """Without moments yet; the level of the noise is that of all facts of the file."""
     session = inputs.tracer.session
     sigma = inputs.noise_level(plan.sigma) if plan.problem in _NOISY else plan.sigma
@@ -107,15 +144,23 @@ def _editor(inputs: Inputs, choice: Editing, plan: Plan, contexts: Contexts | No
     )  # fmt: skip
 
 
-def _moments(inputs: Inputs, choice: Editing, plan: Plan, texts: RunningText | None, quiet: bool) -> Moments | None:
-    """The moments of the layers that are edited, where a method needs them."""
+def moments_of(
+    inputs: Inputs,
+    choice: Editing,
+    plan: Plan,
+    texts: RunningText | None,
+    quiet: bool,
+    resume: Path | None = None,
+) -> Moments | None:
+    """The moments of the layers that are edited, where a method needs them. resume: a file that keeps a collection
+    under way."""
     depth = inputs.tracer.session.sizes.depth
     windows = [window for each in plan.of_moments for window in as_windows(plan.layers, each.window, depth)]
     layers = sorted({layer for window in windows for layer in window.layers})
     if not layers:
         return None
     if texts is not None:
-        return collected(inputs.tracer, texts, layers, Console(), quiet, memory=inputs.source.memory)
+        return collected(inputs.tracer, texts, layers, Console(), quiet, memory=inputs.source.memory, resume=resume)
     if is_demo(str(choice.moments)):
         from causalcone.runners.demo_model import demo_moments
 

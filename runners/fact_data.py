@@ -61,17 +61,15 @@ def open_records(
 ) -> Records:
     """The records of a file, of a data set (a folder of one, or a hub id), or of the demo world.
 
-    ``split`` ("train" by default) and ``config`` choose of a data set, ``seed`` and ``zsre_form`` are those of
-    ``load_facts``. Raises ``FactError`` where there is nothing to read, or nothing of a known schema.
+    ``split`` ("train" by default) and ``config`` are a data set's, ``seed`` and ``zsre_form`` those of ``load_facts``.
+    Raises ``FactError`` where there is nothing to read, or nothing of a known schema.
     """
     form = _form(zsre_form)
     is_file = os.path.exists(source) and not os.path.isdir(source)
     if not is_file and not is_demo(source):
         return _of_data_set(source, split or "train", config, seed, form)
     if split is not None or config is not None:
-        raise ExperimentError(
-            f"--split and --dataset-config choose of a data set, and {source} is none; leave them out"
-        )
+        raise ExperimentError(f"--split and --dataset-config are for data sets, and {source} is none; leave them out")
     return _of_file(source, seed, form) if is_file else _of_demo_world()
 
 

@@ -36,7 +36,7 @@ HPARAMS: dict[str, type[Hparams]] = {
     "finetune": FinetuneHparams,
 }
 
-_SETTINGS = {"memit_joint": "memit"}
+SETTINGS_OF = {"memit_joint": "memit"}
 """Methods that have the settings of another."""
 
 
@@ -163,7 +163,7 @@ def load_hparams(preset: str, method: str, problem: str, window: int = 1) -> Hpa
         raise ExperimentError(
             f"preset {preset!r} has no problem {problem!r}; it has {', '.join(chosen.problem_names())}"
         )
-    named = _SETTINGS.get(method, method)
+    named = SETTINGS_OF.get(method, method)
     own = getattr(settings, named)
     if method == "finetune":
         own = own[min(own, key=lambda size: (abs(size - window), size))] if own else _Finetune()

@@ -44,7 +44,7 @@ def trained(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        model = GPT2LMHeadModel(_config(tokenizer, recipe))
+        model = GPT2LMHeadModel(config_of(tokenizer, recipe))
     opening, inner = (tokenized(world, tokenizer, recipe.packing, lead) for lead in ("", " "))
     bos = int(tokenizer.bos_token_id)
     source = batches(opening, inner, bos, recipe.packing, np.random.default_rng(recipe.seed))
@@ -66,7 +66,8 @@ def trained(
     return model.eval()
 
 
-def _config(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> GPT2Config:
+def config_of(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> GPT2Config:
+    """The shape of a recipe's model."""
     return GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=recipe.positions,

@@ -1,8 +1,10 @@
 """``causalcone data``: the fact files that it writes, from every source; what it lists, and what it refuses."""
 
 import json
+import re
 import sys
 import warnings
+from pathlib import Path
 from types import ModuleType
 
 import pyarrow as pa
@@ -64,7 +66,8 @@ def own(count, bad=()):
 def write(path, records):
     path.parent.mkdir(exist_ok=True)
     if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(records), path)
+        columns = dict.fromkeys(key for record in records for key in record)  # pyarrow would take the first one's
+        pq.write_table(pa.table({key: [record.get(key) for record in records] for key in columns}), path)
     elif path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
     else:
@@ -449,3 +452,11 @@ def test_rows_of_a_folder_that_lack_something(convert, tmp_path):
 def test_help_has_examples(run):
     code, printed, _ = run("data", "--help")
     assert (code, "causalcone data counterfact.json --out" in printed) == (0, True)
+
+
+def test_the_line_in_the_documentation_is_a_fact(convert, tmp_path):
+    text = (Path(__file__).resolve().parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "in.jsonl").write_text(line, encoding="utf-8")
+    assert convert(tmp_path / "in.jsonl")[0] == 0
+    assert (tmp_path / "out" / "facts.jsonl").read_text(encoding="utf-8") == line

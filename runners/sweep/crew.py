@@ -64,9 +64,10 @@ def carried_out(worker: Worker, unit: Unit) -> Outcome:
         raise
     except Exception as error:  # whatever it is, the other units of the night go on
         what = "memory ran out" if out_of_memory(error) else type(error).__name__
-        told = str(error) if isinstance(error, CausalconeError) else f"{what}: {_first_line(error)}"
+        told = str(error) if isinstance(error, CausalconeError) else f"{what}: {first_line(error)}"
         return Outcome(unit, 0.0, told, traceback.format_exc())
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line."""
     return (str(error).strip().splitlines() or ["no more is known"])[0]

@@ -24,8 +24,10 @@ from causalcone.runners.results import ResultError
 LOCK_SECONDS = 30.0
 """How often a lock on a file system without locks is renewed; one that was not for four times as long is none."""
 
+LOCK = "sweep.lock"
+"""The file that is there while a process holds the folder."""
+
 _PARTIAL = ".partial"
-_LOCK = "sweep.lock"
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class Store:
         """Holds the folder for this process; ``ResultError`` where another one holds it."""
         if self.local is not None:
             self._make(self.local)
-            lock = FileLock(self.local / _LOCK, timeout=0)
+            lock = FileLock(self.local / LOCK, timeout=0)
             try:
                 lock.acquire()
             except Timeout:
@@ -159,7 +161,7 @@ class Store:
         """A lock by a file that is renewed, where a file system has no locks: it does not hold against a second process
         that begins in the same moment."""
         own = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "process": os.getpid()}
-        held = self.read_json(_LOCK)
+        held = self.read_json(LOCK)
         if held is not None and time.time() - held["time"] < 4 * LOCK_SECONDS:
             raise ResultError(
                 f"process {held['process']} on {held['host']} is at work in {self.place} (or was "
@@ -170,10 +172,10 @@ class Store:
         def renew() -> None:
             while not done.is_set():
                 with suppress(ResultError):
-                    self.write_json(_LOCK, {**own, "time": time.time()})
+                    self.write_json(LOCK, {**own, "time": time.time()})
                 done.wait(LOCK_SECONDS)
 
-        self.write_json(_LOCK, {**own, "time": time.time()})
+        self.write_json(LOCK, {**own, "time": time.time()})
         renewing = threading.Thread(target=renew, daemon=True)
         renewing.start()
         try:
@@ -181,7 +183,7 @@ class Store:
         finally:
             done.set()
             renewing.join()
-            self.delete(_LOCK)
+            self.delete(LOCK)
 
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}"
@@ -231,7 +233,7 @@ def _by_fsspec(scheme: str, text: str, error: Exception) -> tuple[pafs.FileSyste
     import fsspec
 
     try:
-        system, root = fsspec.core.url_to_fs(text)
+        system, root = fsspec.core.url_to_fs(text, use_listings_cache=False)  # others write there too
     except (ImportError, ValueError) as other:
         raise ResultError(
             f"{text} is on no file system that is known here: {error}; {other}. For {scheme}:// files install its "

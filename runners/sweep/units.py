@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from causalcone.engine.editing.requests import FACT_ERASURE
-from causalcone.engine.editing.windows import as_layers
+from causalcone.engine.editing.windows import as_layers, as_windows
 from causalcone.engine.errors import ExperimentError
 from causalcone.runners.sweep.config import NOISY, Sweep
 from causalcone.runners.sweep.store import Part, Store
@@ -128,6 +128,16 @@ def edit_layers(sweep: Sweep, problem: str, depth: int) -> tuple[int, ...]:
         return as_layers(sweep.plan(problem).layers, depth)
     except ExperimentError as error:
         raise ExperimentError(f"edit.layers: {error}") from error
+
+
+def moment_layers(sweep: Sweep, depth: int) -> list[int]:
+    """The layers that edits need second moments of."""
+    found: set[int] = set()
+    for problem in sweep.edit.problems if sweep.edit else ():
+        for setting in sweep.plan(problem).of_moments:
+            for window in as_windows(edit_layers(sweep, problem, depth), setting.window, depth):
+                found |= set(window.layers)
+    return sorted(found)
 
 
 def _preparations(sweep: Sweep) -> Iterator[str]:

@@ -20,7 +20,6 @@ from causalcone.engine.editing.knowledge import COMPLETION_TOKENS, answer_probab
 from causalcone.engine.editing.moments import Identity, Moments
 from causalcone.engine.editing.requests import ERROR_INJECTION, FACT_AMPLIFICATION, Request
 from causalcone.engine.editing.tables import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA, edit_batch
-from causalcone.engine.editing.windows import as_windows
 from causalcone.engine.errors import CausalconeError
 from causalcone.engine.facts import Fact, encode
 from causalcone.engine.models.base import Architecture
@@ -37,7 +36,7 @@ from causalcone.runners.sweep import units
 from causalcone.runners.sweep.config import Sweep
 from causalcone.runners.sweep.store import Store
 from causalcone.runners.sweep.tables import FACTS, FILTER_SCHEMA, chosen, facts_of, left_out_of
-from causalcone.runners.sweep.units import LEFT_OUT_SCHEMA, Unit, edit_layers
+from causalcone.runners.sweep.units import LEFT_OUT_SCHEMA, Unit, edit_layers, moment_layers
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ class Worker:
     def _moments(self, unit: Unit, writing: _Writing) -> None:
         """Collected over what texts there are, going on where an earlier collection ended; or those of a file."""
         session, choice, sweep = self.tracer.session, self.sweep.moments, self.sweep
-        layers = self._moment_layers()
+        layers = moment_layers(sweep, session.sizes.depth)
         if choice.file is not None:
             moments = _given_moments(choice.file, layers)
             moments.check(session.model, layers)
@@ -196,17 +195,6 @@ class Worker:
             moments.save(file)
             self.store.put(unit.files[0], file)
         self.store.delete("moments.partial")
-
-    def _moment_layers(self) -> list[int]:
-        assert self.sweep.edit is not None
-        depth = self.tracer.session.sizes.depth
-        found: set[int] = set()
-        for problem in self.sweep.edit.problems:
-            plan = self.sweep.plan(problem)
-            for setting in plan.of_moments:
-                for window in as_windows(edit_layers(self.sweep, problem, depth), setting.window, depth):
-                    found |= set(window.layers)
-        return sorted(found)
 
     # --- localization ---
 

@@ -1,0 +1,100 @@
+"""Sweeps that are killed at random moments, and run on small disks, come to the same tables in the end."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from sweeps import assert_same_tables, swept, tables, write_sweep
+
+from causalcone.runners.sweep.status import status_of
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).with_name("sweep_process.py")
+KILLS = int(os.environ.get("CAUSALCONE_KILLS", "6"))
+"""How often; every kill costs the start of a process. Thirty were run once and all came through."""
+
+
+@pytest.fixture(scope="module")
+def file(folder):
+    return write_sweep(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "out"
+    swept(file, out)
+    return out
+
+
+def started(file, out):
+    return subprocess.Popen([sys.executable, SCRIPT, file, out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def parts(out):
+    return len(list(Path(out).rglob("*.parquet")))
+
+
+def test_killed_at_random_moments(file, whole, tmp_path):
+    """With some units done in between, so that the kills fall into every stage."""
+    drawn, out, stages = random.Random(0), tmp_path / "out", []
+    total = parts(whole)
+    for kill in range(KILLS):
+        begun = parts(out) if out.exists() else 0
+        # as far as this kill's share of the way goes, and a little on
+        goal = max(begun, round(total * (kill + drawn.random()) / KILLS) - 2)
+        process = started(file, out)
+        while process.poll() is None and (not out.exists() or parts(out) < goal):
+            time.sleep(0.002)
+        time.sleep(drawn.random() * 0.2)
+        ended = process.poll() is not None
+        process.kill()
+        process.communicate()
+        if ended:
+            break
+        stages.append(parts(out))
+    assert len(stages) >= min(KILLS, 4)
+    found = status_of(str(out))
+    assert found.status != "complete" or parts(out) == total
+    process = started(file, out)
+    printed, error = process.communicate()
+    assert (process.returncode, printed.strip()) == (0, "complete"), error
+    assert_same_tables(tables(out), tables(whole))
+    assert parts(out) == total
+    assert not list((out / ".partial").iterdir())
+
+
+@contextmanager
+def small_disk(place, size):
+    place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("only root may mount a small file system")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_a_disk_that_fills_up(file, whole, tmp_path):
+    """It stops with a message, keeps what is finished, and goes on when there is room."""
+    disk = tmp_path / "disk"
+    with small_disk(disk, "2m"):
+        out, ballast = disk / "out", disk / "ballast"
+        ballast.write_bytes(bytes(2**21 - 2**18 - 2**17))
+        process = started(file, out)
+        _, error = process.communicate()
+        assert process.returncode != 0
+        assert "No space left on device; what is finished is kept" in error
+        assert 0 < parts(out) < parts(whole)
+        finished = {path: path.stat().st_mtime for path in out.rglob("part-*.parquet")}
+        ballast.unlink()
+        printed, error = started(file, out).communicate()
+        assert printed.strip() == "complete", error
+        assert_same_tables(tables(out), tables(whole))
+        assert all(path.stat().st_mtime == when for path, when in finished.items())
