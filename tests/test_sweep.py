@@ -134,6 +134,18 @@ def test_a_filter_that_asks_the_model(file, folder, tmp_path):
         swept(file, tmp_path / "none", *changes[1:], "limit=1")
 
 
+def test_a_filter_of_the_likeliest_token(file, folder, tmp_path):
+    session = cc.Tracer.from_pretrained(str(folder / "model")).session
+    ids = session.tokenizer(FULL[1].text, return_tensors="pt")
+    said = session.tokenizer.decode(session.model.generate(**ids, max_new_tokens=1, do_sample=False)[0, -1:])
+    right, longer = (dataclasses.replace(FULL[1], id=text, target_true=text) for text in (said.strip(), said + "ish"))
+    cc.save_facts([FULL[0], right, longer], tmp_path / "facts.jsonl")
+    changes = (f"facts={tmp_path / 'facts.jsonl'}", "filter.argmax=true", "edit=none", "gradients=none", "sever=none")
+    assert swept(file, tmp_path / "out", *changes).status == "complete"
+    assert pl.read_parquet(tmp_path / "out" / "facts.parquet")["argmax"].to_list() == [False, True, False]
+    assert tables(tmp_path / "out")["traces"]["fact_id"].unique().to_list() == [right.id]
+
+
 def test_the_level_of_noise_is_that_of_the_facts_that_go_on(file, folder, tmp_path):
     out = tmp_path / "out"
     swept(file, out, "noise.sigma=3sd", "edit=none", "gradients=none", "sever=none", "zero=none", "limit=4")

@@ -33,7 +33,9 @@ def whole(file, tmp_path_factory):
 
 
 def started(file, out):
-    return subprocess.Popen([sys.executable, SCRIPT, file, out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, file, out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def parts(out):
@@ -72,7 +74,9 @@ def test_killed_at_random_moments(file, whole, tmp_path):
 @contextmanager
 def small_disk(place, size):
     place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True, check=False
+    )
     if done.returncode:
         pytest.skip("only root may mount a small file system")
     try:

@@ -118,7 +118,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
         sink.write(b"half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(ResultError, match="cannot write a.json .*: No space left on device"):
+    with pytest.raises(ResultError, match=r"cannot write a.json .*: No space left on device"):
         store._write("a.json", write)
     assert json.loads((tmp_path / "a.json").read_text()) == 1
     assert not list((tmp_path / ".partial").iterdir())

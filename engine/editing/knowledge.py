@@ -19,11 +19,11 @@ from causalcone.engine.session import Session
 COMPLETION_TOKENS = 36
 
 
-def completions(session: Session, facts: Sequence[EncodedFact]) -> list[str]:
-    """The text of the 36 tokens, each the likeliest, that the model says after each prompt."""
+def completions(session: Session, facts: Sequence[EncodedFact], tokens: int = COMPLETION_TOKENS) -> list[str]:
+    """The text of so many tokens, each the likeliest, that the model says after each prompt."""
     texts = [Text(each.prompt) for each in facts]
-    said = continuations(session, texts, [COMPLETION_TOKENS] * len(texts))
-    return [session.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False) for tokens in said]
+    said = continuations(session, texts, [tokens] * len(texts))
+    return [session.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False) for ids in said]
 
 
 def completes(fact: Fact, said: str) -> bool:

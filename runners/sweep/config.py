@@ -34,9 +34,11 @@ NOISY = (TRACING_REVERSAL, FACT_FORCING)
 
 class Filter(CheckedTable):
     """Which facts are traced and edited. completes: those whose answer is among the model's 36 likeliest tokens, one
-    after the other; erasable: in Fact Erasure those whose answer is at least so likely."""
+    after the other; argmax: those whose answer is the likeliest next token; erasable: in Fact Erasure those whose
+    answer is at least so likely."""
 
     completes: StrictBool = True
+    argmax: StrictBool = False
     erasable: Share = 0.02
 
 
@@ -165,9 +167,8 @@ class Sweep(CheckedTable):
     def plan(self, problem: str) -> Plan:
         """What is done to the facts that a problem is posed for."""
         assert self.edit is not None
-        layers = None if self.edit.layers == "preset" else self.edit.layers
-        if isinstance(layers, tuple):
-            layers = ",".join(map(str, layers))
+        chosen = self.edit.layers
+        layers = ",".join(map(str, chosen)) if isinstance(chosen, tuple) else {"preset": None}.get(chosen, chosen)
         choice = Editing(
             method=list(self.edit.methods), problem=problem, layers=layers, preset=self.edit.preset,
             changes=list(self.edit.set), sigma=str(self.noise.sigma),

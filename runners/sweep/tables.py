@@ -27,14 +27,21 @@ FACT_SCHEMA = pa.schema(
         ("fact", pa.string()),
         ("said", pa.string()),
         ("completes", pa.bool_()),
+        ("argmax", pa.bool_()),
         ("p_true", pa.float64()),
     ]
 )
-"""Facts, how many evaluation prompts they have, and all of them as JSON; ``said``, ``completes`` and ``p_true`` are
-null until the filter has been through."""
+"""Facts, how many evaluation prompts they have, and all of them as JSON; what the filter finds (``said`` to ``p_true``)
+is null until it has been through, and where nobody asked for it."""
 
 FILTER_SCHEMA = pa.schema(
-    [("fact_id", pa.string()), ("said", pa.string()), ("completes", pa.bool_()), ("p_true", pa.float64())]
+    [
+        ("fact_id", pa.string()),
+        ("said", pa.string()),
+        ("completes", pa.bool_()),
+        ("argmax", pa.bool_()),
+        ("p_true", pa.float64()),
+    ]
 )
 
 
@@ -53,7 +60,7 @@ def fact_table(facts: Sequence[Fact], filtered: pa.Table | None = None) -> pa.Ta
     table = pa.Table.from_pylist(rows, schema=FACT_SCHEMA)
     if filtered is None:
         return table
-    for name in ("said", "completes", "p_true"):
+    for name in FILTER_SCHEMA.names[1:]:
         place = table.schema.get_field_index(name)
         table = table.set_column(place, FACT_SCHEMA.field(name), filtered[name])
     return table
@@ -87,11 +94,10 @@ def chosen(sweep: Sweep, table: pa.Table) -> Chosen:
     published = sweep.compat == "published"
     least = sweep.filter.erasable
     known, erasable = [], []
-    for place, (completes, p) in enumerate(
-        zip(table["completes"].to_pylist(), table["p_true"].to_pylist(), strict=True)
-    ):
-        likely = p > least if published else p >= least
-        if (completes or not sweep.filter.completes) and (likely or not published):
+    for place, row in enumerate(table.select(("completes", "argmax", "p_true")).to_pylist()):
+        likely = row["p_true"] > least if published else row["p_true"] >= least
+        right = (row["completes"] or not sweep.filter.completes) and (row["argmax"] or not sweep.filter.argmax)
+        if right and (likely or not published):
             known.append(place)
             if likely:
                 erasable.append(place)

@@ -152,8 +152,12 @@ class Worker:
         if self.sweep.filter.completes:
             said = completions(session, encoded)
         right = [None if text is None else completes(fact, text) for fact, text in zip(facts, said, strict=True)]
+        first: Sequence[bool | None] = [None] * len(facts)
+        if self.sweep.filter.argmax:
+            likeliest = completions(session, encoded, 1)
+            first = [said.strip() == fact.target_true.strip() for fact, said in zip(facts, likeliest, strict=True)]
         p = answer_probabilities(session, encoded)
-        columns = [[fact.id for fact in facts], said, right, p]
+        columns = [[fact.id for fact in facts], said, right, first, p]
         writing.tables(filter=pa.table(columns, schema=FILTER_SCHEMA))
 
     def _noise(self, unit: Unit, writing: _Writing) -> None:
