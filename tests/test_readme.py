@@ -1,5 +1,6 @@
 """What the README shows does what it says, with the demo model in place of a downloaded one."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -37,6 +38,21 @@ def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
     assert "Shaquille O'Neal plays the sport of" in printed
 
 
+OWN = {
+    **dict.fromkeys(("gpt2-xl", "counterfact.json", "wikipedia.txt", "hase2023-gptj"), "demo"),
+    "facts=counterfact.json": "facts=demo",
+}
+"""What stands for what a user has."""
+
+
+def smaller(arguments):
+    """Options that make a command a short one."""
+    if arguments[0] == "sweep":
+        changes = ("limit=3", "edit.facts=1", "edit.layers=[0]", "edit.generation=false", "edit.references=none")
+        return [part for change in (*changes, "gradients=none") for part in ("--set", change)]
+    return ["--limit", "2"] if "--facts" in arguments else []
+
+
 @pytest.mark.slow
 def test_the_command_lines_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -44,8 +60,9 @@ def test_the_command_lines_run(tmp_path, monkeypatch):
     assert len(lines) >= 2
     for line in lines:
         arguments = shlex.split(line, comments=True)[1:]
-        swapped = ["demo" if word in ("gpt2-xl", "counterfact.json", "wikipedia.txt") else word for word in arguments]
-        result = CliRunner().invoke(app, [*swapped, *(["--limit", "2"] if "--facts" in swapped else [])])
+        swapped = [OWN.get(word, word) for word in arguments]
+        result = CliRunner().invoke(app, [*swapped, *smaller(swapped)])
         assert result.exit_code == 0, result.output
     assert list((tmp_path / "traces" / "traces").glob("*.parquet"))
     assert list((tmp_path / "edits" / "probes").glob("*.parquet"))
+    assert json.loads((tmp_path / "study" / "run.json").read_text())["status"] == "complete"
