@@ -3,13 +3,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types bench
+.PHONY: demo test test-cluster lint types bench
 
 demo: $(READY)
 	$(BIN)/causalcone demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
+
+# starts clusters on this machine, which takes minutes
+test-cluster: $(READY)
+	$(BIN)/pip install -q -c constraints.txt -e '.[cluster]'
+	$(BIN)/python -m pytest tests/test_sweep_cluster.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

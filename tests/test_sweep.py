@@ -185,7 +185,7 @@ def test_what_was_interrupted_goes_on(file, whole, tmp_path, monkeypatch, count)
 
 
 def test_a_signal_ends_it_after_the_unit_that_is_running(file, whole, tmp_path, monkeypatch):
-    run, out, done = Worker.run, tmp_path / "out", []
+    run, out, done, before = Worker.run, tmp_path / "out", [], signal.getsignal(signal.SIGTERM)
 
     def running(self, unit):
         if len(done) == 7:
@@ -196,7 +196,7 @@ def test_a_signal_ends_it_after_the_unit_that_is_running(file, whole, tmp_path, 
     monkeypatch.setattr(Worker, "run", running)
     finished = swept(file, out)
     assert (finished.signal, finished.status, finished.computed) == (signal.SIGTERM, "stopped", 8)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
     monkeypatch.undo()
     assert swept(file, out).status == "complete"
     assert_same_tables(tables(out), tables(whole), 1e-9)

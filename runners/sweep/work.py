@@ -132,7 +132,7 @@ class Worker:
     def _editor(self) -> Editor:
         session, sweep, store = self.tracer.session, self.sweep, self.store
         moments = contexts = None
-        if store.exists(units.PREPARED[units.MOMENTS]):
+        if moment_layers(sweep, session.sizes.depth):
             with store.as_file(units.PREPARED[units.MOMENTS]) as file:
                 moments = Moments.load(str(file)).with_ridge(sweep.moments.ridge)
             contexts = Contexts(**store.read_json(units.PREPARED[units.CONTEXTS]))
