@@ -157,3 +157,15 @@ def versions() -> dict[str, str]:
     """Versions of what results depend on."""
     names = ("causalcone", "torch", "transformers", "tokenizers", "numpy", "pyarrow")
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """In words, key by key, how tables of tables differ."""
+    told = []
+    for key in sorted(before.keys() | now.keys()):
+        one, other = before.get(key), now.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            told += differences(one, other, f"{prefix}{key}.")
+        elif one != other:
+            told.append(f"{prefix}{key}: {one!r} before, {other!r} now")
+    return told

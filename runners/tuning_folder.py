@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from causalcone.runners.edit_study import MOMENTS
-from causalcone.runners.results import ResultError, refuse_occupied, versions
-from causalcone.runners.sweep.driver import differences
+from causalcone.runners.results import ResultError, differences, refuse_occupied, versions
 from causalcone.runners.tuning_grid import Grid, GridPoint, ProblemGrids
 
 RECORD, TABLE, PRESET, GRID = "tuning.json", "tuning.parquet", "preset.toml", "grid"

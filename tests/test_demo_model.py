@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from causalcone.engine.tracing import Tracer
 from causalcone.runners import demo_model as demo
-from causalcone.runners.training import Recipe, _config, _hidden
+from causalcone.runners.training import Recipe, _hidden, config_of
 from causalcone.runners.training_text import Packing, batches, tokenized
 from causalcone.runners.world import World
 
@@ -48,7 +48,7 @@ def packed(unmasked, isolated):
     opening, inner = (tokenized(world, bpe, packing, lead) for lead in ("", " "))
     batch = next(batches(opening, inner, bpe.bos_token_id, packing, np.random.default_rng(0)))
     torch.manual_seed(0)
-    return world, bpe, batch, GPT2LMHeadModel(_config(bpe, QUICK)).eval()
+    return world, bpe, batch, GPT2LMHeadModel(config_of(bpe, QUICK)).eval()
 
 
 @torch.no_grad()

@@ -20,10 +20,9 @@ import torch
 from causalcone.engine.errors import CausalconeError, ExperimentError
 from causalcone.engine.facts import Fact
 from causalcone.engine.memory import default_budget
-from causalcone.runners.results import ResultError, versions
+from causalcone.runners.results import ResultError, differences, versions
 from causalcone.runners.sweep.config import Sweep
 from causalcone.runners.sweep.crew import Crew, Outcome, carried_out, first_line
-from causalcone.runners.sweep.driver import differences
 from causalcone.runners.sweep.stopping import Stop
 from causalcone.runners.sweep.store import LOCK, Store
 from causalcone.runners.sweep.units import Unit

@@ -17,7 +17,7 @@ from causalcone.engine.facts import Fact
 from causalcone.runners.fact_files import SkippedRecords, load_facts
 from causalcone.runners.inputs import is_demo
 from causalcone.runners.progress import shown_progress
-from causalcone.runners.results import ResultError, versions
+from causalcone.runners.results import ResultError, differences, versions
 from causalcone.runners.sweep.config import Sweep
 from causalcone.runners.sweep.crew import Alone, Crew, Outcome
 from causalcone.runners.sweep.log import Log
@@ -285,15 +285,3 @@ def read_facts(sweep: Sweep) -> tuple[list[Fact], list[str]]:
         if isinstance(each.message, SkippedRecords):
             skipped += each.message.problems
     return facts, skipped
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """In words, key by key, how tables of tables differ."""
-    told = []
-    for key in sorted(before.keys() | now.keys()):
-        one, other = before.get(key), now.get(key)
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            told += differences(one, other, f"{prefix}{key}.")
-        elif one != other:
-            told.append(f"{prefix}{key}: {one!r} before, {other!r} now")
-    return told
