@@ -65,14 +65,24 @@ _PLAINER = {
     "model_type": "must be a table",
     "greater_than_equal": "must be at least {ge}",
     "too_short": "is empty",
+    "bool_type": "must be true or false",
+    "string_type": "must be a text",
     "finite_number": "must be a finite number",
     "literal_error": "must be {expected}",
 }
 
 
+_ALTERNATIVE = re.compile(r"bool|int|float|str|constrained-.*|.*\[.*")
+"""What pydantic adds to a key's place for each of the types that its value may be of."""
+
+
 def complaints(error: ValidationError) -> Iterator[str]:
     """What is wrong, key by key."""
+    said: dict[str, list[str]] = {}
     for problem in error.errors(include_url=False):
         plainer = _PLAINER.get(problem["type"])
-        said = plainer.format(**problem.get("ctx", {})) if plainer else problem["msg"]
-        yield f"{'.'.join(map(str, problem['loc']))} {said}".strip()
+        text = plainer.format(**problem.get("ctx", {})) if plainer else problem["msg"]
+        place = [str(part) for part in problem["loc"] if not _ALTERNATIVE.fullmatch(str(part))]
+        said.setdefault(".".join(place), []).append(text)
+    for key, texts in said.items():
+        yield f"{key} {', or '.join(dict.fromkeys(texts))}".strip()

@@ -263,13 +263,19 @@ def edit(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo-results"),
     facts: Annotated[int, typer.Option(help="How many facts of the demo world to trace.", min=1)] = 60,
-    edits: Annotated[int, typer.Option(help="How many facts to edit, by every method at every layer.", min=1)] = 100,
+    edits: Annotated[int, typer.Option(help="How many facts to edit, by every method at every layer.", min=1)] = 10,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")] = False,
 ) -> None:
-    """Train the demo model (once, some minutes), trace facts of its world, edit some, and show what is found."""
+    """Train the demo model (once, some minutes), carry the sweep "demo" out on it, and show what is found.
+
+    Traces facts of the demo model's world, edits some of them for every problem by every method, and goes on where it
+    was when it ends early.
+    """
     from causalcone.runners.demo import run_demo
 
-    run_demo(out, facts, Console(), overwrite, edits)
+    finished = run_demo(out, facts, edits, Console(), overwrite)
+    if finished.code:
+        sys.exit(finished.code)
 
 
 def _run(

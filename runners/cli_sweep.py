@@ -62,7 +62,7 @@ def sweep(
     from causalcone.engine.errors import ExperimentError
     from causalcone.runners.sweep.cluster import crews
     from causalcone.runners.sweep.config import load_sweep
-    from causalcone.runners.sweep.driver import INCOMPLETE, Driver
+    from causalcone.runners.sweep.driver import Driver
     from causalcone.runners.sweep.status import status_of
 
     chosen = load_sweep(preset, changes or ())
@@ -84,10 +84,8 @@ def sweep(
         for line in found.lines():
             console.print(line, highlight=False)
         console.print(f"{finished.status} after {finished.seconds:.1f} s -> {out}", highlight=False)
-    if finished.signal is not None:
-        sys.exit(128 + finished.signal)
-    if finished.status == INCOMPLETE:
-        sys.exit(1)
+    if finished.code:
+        sys.exit(finished.code)
 
 
 def status(place: Annotated[str, typer.Argument(metavar="DIR", help="The folder of a sweep.")]) -> None:

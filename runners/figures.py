@@ -18,12 +18,14 @@ PLOTS = "plots"
 _SCORES = ("rewrite", "paraphrase", "neighborhood", "essence")
 
 
-def draw_traces(folder: Path, first: Sequence[pa.RecordBatch], joint: bool = False) -> list[Path]:
-    """Heat maps of each batch's fact, and the average indirect effect of all of the folder's facts; of tokens restored
+def draw_traces(
+    folder: Path, first: Sequence[pa.RecordBatch], joint: bool = False, table: str = "traces"
+) -> list[Path]:
+    """Heat maps of each batch's fact, and the average indirect effect of all of the table's facts; of tokens restored
     together, which have no map, their effect by layer."""
     plots = folder / PLOTS
     if joint:
-        plot.joint_effect(folder / "traces", plots / "joint_effect.png")
+        plot.joint_effect(folder / table, plots / "joint_effect.png")
         return [plots / "joint_effect.png"]
     paths = []
     for number, batch in enumerate(first):
@@ -32,7 +34,7 @@ def draw_traces(folder: Path, first: Sequence[pa.RecordBatch], joint: bool = Fal
         plot.heatmaps(pa.Table.from_batches([batch]), fact_id, paths[-1])
     average = plots / "average_indirect_effect.png"
     try:
-        plot.indirect_effect(folder / "traces", average)
+        plot.indirect_effect(folder / table, average)
     except TableError as error:
         warnings.warn(f"there is no figure of averages: {error}", stacklevel=2)
         return paths
@@ -47,9 +49,9 @@ def draw_zeroing(folder: Path, table: str = "traces") -> list[Path]:
 
 
 def draw_severed(folder: Path) -> list[Path]:
-    """Severed against plain restoring."""
+    """Severed against plain restoring, from a table that has both."""
     path = folder / PLOTS / "severed.png"
-    plot.severed(folder / "traces", folder / "severed", path=path)
+    plot.severed(folder / "traces", path=path)
     return [path]
 
 
@@ -74,7 +76,7 @@ def draw_gradients(folder: Path, first: Sequence[pa.RecordBatch], facts: Sequenc
         fact = by_id[batch["fact_id"][0].as_py()]
         prompt = encode(fact, tokenizer, "argmax", sizes.vocabulary, sizes.positions)
         texts = token_texts(prompt.prompt, tokenizer)
-        paths.append(folder / PLOTS / f"{number:03}-{_file_name(fact.id)}.png")
+        paths.append(folder / PLOTS / f"gradients-{number:03}-{_file_name(fact.id)}.png")
         plot.gradients(batch, fact.id, texts, prompt.span, paths[-1])
     return paths
 

@@ -140,7 +140,7 @@ def test_gradients_writes_what_the_tracer_computes(folder, tmp_path, tracer, run
     assert found.equals(read_gradients(expected))
     assert f"{found['gap'].abs().max():.3g}" in printed
     assert "Use --baseline corrupted" not in printed
-    assert [path.name for path in (out / "plots").iterdir()] == ["000-start.png"]
+    assert [path.name for path in (out / "plots").iterdir()] == ["gradients-000-start.png"]
     kept = configuration(out)
     assert (kept["sigma"], kept["kinds"]) == (pytest.approx(sigma), ["mlp"])
 

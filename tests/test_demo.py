@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import polars as pl
 import pytest
 import torch
 from rich.console import Console
@@ -13,34 +14,43 @@ import causalcone as cc
 from causalcone.analysis import average_indirect_effect, mean_scores, scores, severed_effects, zeroing_curve
 from causalcone.runners import demo, demo_model
 from causalcone.runners.demo_model import demo_moments, demo_world
-from causalcone.runners.edit_study import EditStudy
 from causalcone.runners.presets import load_hparams
 from causalcone.runners.results import ResultError
 from causalcone.runners.summary import Sites, find_sites
+from causalcone.runners.sweep.config import load_sweep
+from causalcone.runners.sweep.work import Worker
 from causalcone.runners.training import Recipe
 from causalcone.runners.training_text import Packing, running_texts
 
 pytestmark = pytest.mark.slow
 
-EDITED = 8
+FACTS, EDITED = 50, 2
+METHODS = (("rome", 1, "ROME"), ("memit", 3, "MEMIT-3"), ("finetune", 1, "FT-1"), ("finetune", 5, "FT-5"))
+PROBLEMS = ("error_injection", "tracing_reversal", "fact_erasure", "fact_amplification", "fact_forcing")
 EXAMPLE = (Path(__file__).resolve().parents[1] / "docs" / "editing.md").read_text(encoding="utf-8")
 
 
-def said(out, count, edited=1, **options):
+def said(out, facts, edits=1, **options):
     console = Console(file=io.StringIO(), width=400)
-    demo.run_demo(out, count, console, edited=edited, **options)
+    demo.run_demo(out, facts, edits, console, **options)
     return console.file.getvalue()
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "results"
-    return out, said(out, 50, EDITED)
+    return out, said(out, FACTS, EDITED)
+
+
+@pytest.fixture(scope="module")
+def table(first):
+    out, _ = first
+    return scores(out / "edits", out / "probes", out / "metrics", aggregate="mean")
 
 
 def test_the_summary_states_the_papers_pattern(first):
     out, text = first
-    sites = find_sites(average_indirect_effect(out / "traces"))
+    sites = find_sites(average_indirect_effect(out / demo.TRACES))
     assert sites.early_layer < sites.late_layer
     assert max(sites.subject_last) > 0.3
     assert sites.subject_last[-1] < 0.1 * max(sites.subject_last)
@@ -51,7 +61,7 @@ def test_the_summary_states_the_papers_pattern(first):
 
 def test_the_summary_says_what_severing_and_zeroing_take(first):
     out, text = first
-    severed = severed_effects(out / "traces", out / "severed")
+    severed = severed_effects(out / "traces")
     mlp, attn = (severed.filter(method=f"sever_{name}").sort("layer") for name in ("mlp", "attn"))
     layer = mlp["difference"].arg_max()
     assert mlp["difference"][layer] > 0.05
@@ -59,85 +69,107 @@ def test_the_summary_says_what_severing_and_zeroing_take(first):
     assert f"{mlp['severed'][layer]:+.3f} remains" in text
     assert f"{attn['severed'][layer]:+.3f} with its later attention" in text
     assert mlp["severed"][-1] == pytest.approx(mlp["plain"][-1])  # nothing is left to sever
-    curve = zeroing_curve(out / "zeroed")
+    curve = zeroing_curve(out / demo.ZEROED)
     assert curve["effect"][0] > 0.3 > 0.1 > curve["effect"][-1]
     assert f"{curve['effect'].max():.3f} of p(answer) is lost" in text
-    assert curve["facts"].to_list() == [50] * len(curve)
+    assert curve["facts"].to_list() == [FACTS] * len(curve)
 
 
-def test_the_summary_has_the_scores_of_every_method_at_every_layer(first):
-    out, text = first
-    table = scores(out / "edits", out / "probes", aggregate="mean")
-    assert len(table) == 3 * 8 * EDITED
-    means = mean_scores(table)
-    for method, title in (("rome", "ROME"), ("memit", "MEMIT of 3 layers"), ("finetune", "Fine-tuning of one layer")):
-        own = means.filter(method=method, score="overall").sort("mean", "layer", descending=[True, False])
-        layer, best = own.select("layer", "mean").row(0)
-        heading = f"{title}: mean scores of {EDITED} facts by layer"
-        lines = text[text.index(heading) :].splitlines()
-        (row,) = (line for line in lines[:12] if line.startswith(f"│ {layer} "))
-        assert f"{best:.3f}" in row
-        assert (
-            f"{title[0].lower() + title[1:] if method == 'finetune' else title} at layer {layer} ({best:.3f})" in text
-        )
-
-
-def test_editing_works_early_and_not_at_the_last_layer(first):
-    """As restoring the subject's last token does: no later layer reads what it says at the last one."""
+def test_every_problem_method_and_score_is_there(first, table):
     out, _ = first
-    rewrite = mean_scores(scores(out / "edits", out / "probes")).filter(score="rewrite")
+    settings = [(problem, method, window) for problem in PROBLEMS for method, window, _ in METHODS]
+    assert set(table.select("problem", "method", "window").rows()) == set(settings)
+    assert table["layer"].unique().sort().to_list() == list(range(8))
+    assert table.select("rewrite", "paraphrase", "neighborhood", "essence").null_count().row(0) == (0, 0, 0, 0)
+    metrics = pl.read_parquet(out / "metrics" / "error_injection" / "**" / "*.parquet")
+    assert {"perplexity", "rewrite_accuracy", "generation_entropy", "reference_score"} <= set(metrics["metric"])
+    elsewhere = pl.read_parquet(out / "metrics" / "fact_erasure" / "**" / "*.parquet")
+    assert "generation_entropy" not in set(elsewhere["metric"])
+
+
+def test_the_summary_has_the_rewrite_scores_of_every_problem_and_method_at_every_layer(first, table):
+    _, text = first
+    means = mean_scores(table).filter(score="rewrite")
+    for problem in PROBLEMS:
+        title = problem.replace("_", " ").capitalize()
+        lines = text[text.index(f"{title}: mean rewrite score of ") :].splitlines()[:9]
+        for method, window, name in METHODS:
+            own = means.filter(problem=problem, method=method, window=window).sort("layer")
+            (row,) = (line for line in lines if line.startswith(f"│ {name} "))
+            assert [cell.strip() for cell in row.split("│")[2:-1]] == [f"{mean:.3f}" for mean in own["mean"]]
+
+
+def test_the_summary_names_the_best_layers(first, table):
+    _, text = first
+    means = mean_scores(table).filter(problem="error_injection", score="overall")
+    (line,) = (line for line in text.splitlines() if line.startswith("Error injection: the best overall scores"))
+    for method, window, name in METHODS:
+        own = means.filter(method=method, window=window).sort("mean", "layer", descending=[True, False])
+        layer, best = own.select("layer", "mean").row(0)
+        assert f"{name} at layer {layer} ({best:.3f})" in line
+
+
+def test_editing_works_early_and_not_at_the_last_layer(table):
+    """As restoring the subject's last token does: no later layer reads what it says at the last one."""
+    means = mean_scores(table).filter(problem="error_injection")
     for method in ("rome", "memit"):
-        own = rewrite.filter(method=method).sort("layer")["mean"]
+        own = means.filter(method=method, score="rewrite").sort("layer")["mean"]
         assert max(own[:4]) > 0.7
         assert own[7] < 0.01
-    kept = mean_scores(scores(out / "edits", out / "probes")).filter(score="neighborhood")
-    assert kept["mean"].min() > 0.5
+    assert means.filter(score="neighborhood")["mean"].min() > 0.5
 
 
-def test_the_methods_have_the_presets_hyperparameters(first):
-    out, _ = first
-    editing = json.loads((out / "run.json").read_text())["editing"]
-    assert editing["layers"] == list(range(8))
-    for method, (name, window) in zip(editing["methods"], (("rome", 1), ("memit", 3), ("finetune", 1)), strict=True):
-        assert (method["method"], method["window"]) == (name, window)
-        assert method["hparams"] == vars(load_hparams("demo", name, "error_injection", window))
+def test_the_methods_have_the_presets_hyperparameters():
+    sweep = load_sweep("demo")
+    for problem in PROBLEMS:
+        for setting, (method, window, _) in zip(sweep.plan(problem).settings, METHODS, strict=True):
+            assert (setting.method, setting.window) == (method, window)
+            assert setting.hparams == load_hparams("demo", method, problem, window)
 
 
 def test_every_figure_is_there(first):
     out, text = first
     figures = re.findall(r"\S+\.png", text)
-    assert len(figures) == demo.PLOTS + 4
+    assert len(figures) == 2 * demo.MAPS + 4
     assert all((out / "plots" / name.split("/")[-1]).stat().st_size > 10_000 for name in figures)
 
 
 def test_a_second_run_finds_the_results_of_the_first(first, monkeypatch):
     out, text = first
-    monkeypatch.setattr(demo, "carry_out", None)  # calling it would fail
-    monkeypatch.setattr(EditStudy, "carry_out", None)
-    again = said(out, 50, EDITED).splitlines()
-    assert again == text.splitlines()[-len(again) :]
-    assert any("mean scores" in line for line in again)
+    monkeypatch.setattr(Worker, "run", lambda *_: pytest.fail("everything is there"))
+    drawn = {path: path.stat().st_mtime for path in out.rglob("*.png")}
+    again = said(out, FACTS, EDITED)
+    start = "│ hidden:1"
+    shown, shown_again = (
+        [line for line in each[each.index(start) :].splitlines() if not line.startswith("complete after")]
+        for each in (text, again)
+    )
+    assert shown == shown_again
+    assert {path: path.stat().st_mtime for path in out.rglob("*.png")} == drawn
 
 
-def test_another_number_of_facts_is_another_run(first, tmp_path):
-    assert "4 facts in" in said(tmp_path / "few", 4)
-    (tmp_path / "few" / "run.json").write_text(json.dumps({"command": "demo", "status": "running"}))
-    assert "3 facts in" in said(tmp_path / "few", 3)
+def test_another_number_of_facts_is_refused_and_replaces_the_results_when_asked(first):
+    out, _ = first
+    kept = (out / "run.json").read_text()
+    with pytest.raises(ResultError, match=r"limit.*\n.*--overwrite"):
+        said(out, FACTS - 1, EDITED)
+    assert (out / "run.json").read_text() == kept
 
 
-def test_results_of_another_origin_are_replaced_only_when_asked(tmp_path):
+def test_results_of_another_origin_are_left(tmp_path):
     out = tmp_path / "results"
     (out / "traces").mkdir(parents=True)
+    (out / "traces" / "part.parquet").write_bytes(b"theirs")
     (out / "run.json").write_text(json.dumps({"command": "trace"}))
-    with pytest.raises(ResultError, match="--overwrite"):
-        said(out, 2)
-    assert "2 facts in" in said(out, 2, overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(ResultError, match="choose another folder"):
+            said(out, 2, overwrite=overwrite)
+    assert (out / "traces" / "part.parquet").read_bytes() == b"theirs"
 
 
-def test_facts_are_spread_over_the_world():
-    facts = demo.demo_facts(60)
-    assert len({fact.id for fact in facts}) == 60
-    assert len({fact.relation_id for fact in facts}) == len({fact.relation_id for fact in demo_world().facts})
+def test_facts_are_of_all_relations():
+    facts = demo_world().facts
+    assert {fact.relation_id for fact in facts[:60]} == {fact.relation_id for fact in facts}
 
 
 def test_sites_are_read_off_the_effects():

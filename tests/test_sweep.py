@@ -278,6 +278,8 @@ def test_failed_units_are_recorded_and_retried(file, whole, tmp_path, monkeypatc
     assert "raise RuntimeError" in (out / "sweep.log").read_text()
     found = status_of(str(out))
     assert found.failures == {"RuntimeError: the device is on fire": 1}
+    (kept,) = pl.read_parquet(out / "failures" / "*.parquet").rows(named=True)
+    assert (kept["unit"], kept["stage"], kept["items"]) == ("edit/error_injection/rome-1/00001", "edit", 4)
     assert [(each.failed, each.done) for each in found.stages if each.stage.title == "error injection"] == [(4, 32)]
     monkeypatch.undo()
     again = swept(file, out)

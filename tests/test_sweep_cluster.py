@@ -1,11 +1,13 @@
 """Sweeps on a Ray cluster: they write what one process writes, whoever dies meanwhile."""
 
 import dataclasses
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -184,15 +186,29 @@ def test_results_that_are_not_seen_here(file, two, tmp_path, monkeypatch):
 
 
 def test_a_worker_with_another_model_is_sent_away(file, whole, two, tmp_path):
+    """It begins when the first one works, which goes on when the other one is not taken any more."""
+    works, last = tmp_path / "works", tmp_path / f"begun{cluster.TRIES}"
+
+    def wait_for(path):
+        until = time.monotonic() + 120
+        while not path.exists():
+            assert time.monotonic() < until
+            time.sleep(0.1)
+
     def describe(self):
-        begun = len(list(tmp_path.glob("begun*")))
-        (tmp_path / f"begun{begun}").touch()
         found = Worker.describe(self)
-        return dataclasses.replace(found, fingerprint="other") if begun else found
+        for number in itertools.count():
+            with suppress(FileExistsError):
+                (tmp_path / f"begun{number}").touch(exist_ok=False)
+                break
+        if number == 0:
+            return found
+        wait_for(works)
+        return dataclasses.replace(found, fingerprint="other")
 
     def run(self, unit):
-        while len(list(tmp_path.glob("begun*"))) <= cluster.TRIES:
-            time.sleep(0.1)
+        works.touch()
+        wait_for(last)
         return Worker.run(self, unit)
 
     with pytest.warns(UserWarning, match=r"cannot begin, and 1 are left: .* has another model than"):

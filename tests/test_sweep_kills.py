@@ -2,9 +2,11 @@
 
 import os
 import random
+import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +19,10 @@ pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).with_name("sweep_process.py")
 KILLS = int(os.environ.get("CAUSALCONE_KILLS", "6"))
-"""How often; every kill costs the start of a process. Thirty were run once and all came through."""
+"""How often; every kill costs the start of a process."""
+
+STAGES = ("filter", "trace", "sever", "zero", "gradients", "edit")
+"""Those of several units each."""
 
 
 @pytest.fixture(scope="module")
@@ -42,32 +47,44 @@ def parts(out):
     return len(list(Path(out).rglob("*.parquet")))
 
 
+def carried_out(out):
+    """The units that a sweep's log has, in the order in which they were done."""
+    log = Path(out) / "sweep.log"
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [line.split()[2].removesuffix(":") for line in lines if re.search(r"/\d{5}: \d+ in ", line)]
+
+
 def test_killed_at_random_moments(file, whole, tmp_path):
     """With some units done in between, so that the kills fall into every stage."""
-    drawn, out, stages = random.Random(0), tmp_path / "out", []
-    total = parts(whole)
+    drawn, out, stages = random.Random(0), tmp_path / "out", Counter()
+    order = carried_out(whole)
     for kill in range(KILLS):
-        begun = parts(out) if out.exists() else 0
-        # as far as this kill's share of the way goes, and a little on
-        goal = max(begun, round(total * (kill + drawn.random()) / KILLS) - 2)
+        # as far as this kill's share of the way goes, and a little on; some while the process still begins
+        early = kill % 5 == 4
+        goal = 0 if early else max(len(carried_out(out)), int(len(order) * kill / KILLS))
         process = started(file, out)
-        while process.poll() is None and (not out.exists() or parts(out) < goal):
-            time.sleep(0.002)
-        time.sleep(drawn.random() * 0.2)
+        while process.poll() is None and len(carried_out(out)) < goal:
+            time.sleep(0.001)
+        time.sleep(drawn.random() * (2.0 if early else 0.03))
         ended = process.poll() is not None
         process.kill()
         process.communicate()
         if ended:
             break
-        stages.append(parts(out))
-    assert len(stages) >= min(KILLS, 4)
+        done = set(carried_out(out))
+        stages[next(unit for unit in order if unit not in done).split("/")[0]] += 1
+    print(f"killed {stages.total()} times, in the stages:", dict(stages))
+    assert stages.total() >= 4
+    if KILLS >= 30:
+        assert stages.total() == KILLS
+        assert set(stages) >= set(STAGES)
     found = status_of(str(out))
-    assert found.status != "complete" or parts(out) == total
+    assert found.status != "complete" or carried_out(out) == order
     process = started(file, out)
     printed, error = process.communicate()
     assert (process.returncode, printed.strip()) == (0, "complete"), error
     assert_same_tables(tables(out), tables(whole))
-    assert parts(out) == total
+    assert parts(out) == parts(whole)
     assert not list((out / ".partial").iterdir())
 
 

@@ -92,7 +92,8 @@ class Edit(CheckedTable):
 
     methods: as of ``causalcone edit``, such as "memit:5"; layers: "preset", "all", or numbers from 0; preset: where
     hyperparameters are from; set: what differs from these, such as "rome.steps=5"; essence, accuracy, generation,
-    references: as of ``causalcone edit``; aggregate: which paraphrases and neighbours the scores shown are of.
+    references: as of ``causalcone edit``, generation also of some problems only, whose names are given; aggregate:
+    which paraphrases and neighbours the scores shown are of.
     """
 
     problems: Annotated[tuple[Problem, ...], Field(min_length=1)] = ("error_injection",)
@@ -103,9 +104,15 @@ class Edit(CheckedTable):
     facts: Count | None = None
     essence: StrictBool = True
     accuracy: StrictBool = False
-    generation: StrictBool = False
+    generation: StrictBool | tuple[Problem, ...] = False
     references: StrictStr | None = None
     aggregate: Literal["first", "mean"] | None = None
+
+    def generates(self, problem: str) -> bool:
+        """Whether the models that a problem's edits make are to write, for what is measured of their texts."""
+        if isinstance(self.generation, tuple):
+            return problem in self.generation
+        return self.generation or self.references is not None
 
 
 class Moments(CheckedTable):

@@ -258,7 +258,7 @@ class Editing:
         asked = self._total(lambda each, target, other: self._asked(each, target, other))
         flops = self.flops.unedited(asked, whole=any(window[0] == last for window in windows))
         flops += sum(self.flops.edited(asked, window, rank) for window in windows)
-        if self.edit.generation or self.edit.references is not None:
+        if self.edit.generates(self.problem):
             texts = Grown.total((self._grown(n), weight) for each, weight in self.facts for n in each.generation)
             flops += self.flops.decoding(texts)
             flops += sum(self.flops.decoding(texts, len(window), rank) for window in windows)
@@ -269,7 +269,7 @@ class Editing:
         count = sum(weight for _, weight in self.facts)
         prompts = sum((1 + len(each.asked)) * weight for each, weight in self.facts) / count
         kinds = 3 if prompts > 1 else 1
-        written = (self.edit.generation or self.edit.references is not None) + (self.edit.references is not None)
+        written = 1 + (self.edit.references is not None) if self.edit.generates(self.problem) else 0
         metrics = self.edit.essence + kinds * (2 + self.edit.accuracy) + written
         return {"edits": edits, "probes": edits * prompts, "metrics": edits * metrics}
 

@@ -63,6 +63,11 @@ class Finished:
             return STOPPED
         return INCOMPLETE if self.failed else COMPLETE
 
+    @property
+    def code(self) -> int:
+        """That the process is to exit with: 128 and the signal, as shells have it, or 1 where units failed."""
+        return int(self.failed != []) if self.signal is None else 128 + self.signal
+
 
 @dataclass
 class Driver:

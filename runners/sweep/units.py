@@ -32,7 +32,7 @@ TABLES = {
 FAILURES, LEFT_OUT = "failures", "left_out"
 
 FAILURE_SCHEMA = pa.schema(
-    [("unit", pa.string()), ("stage", pa.string()), ("facts", pa.int32()), ("reason", pa.string())]
+    [("unit", pa.string()), ("stage", pa.string()), ("items", pa.int32()), ("reason", pa.string())]
 )
 LEFT_OUT_SCHEMA = pa.schema([("fact_id", pa.string()), ("unit", pa.string()), ("reason", pa.string())])
 

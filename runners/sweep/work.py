@@ -85,8 +85,10 @@ class Worker:
     def _checks(self, problem: str) -> EditChecks:
         edit = self.sweep.edit
         assert edit is not None
-        scoring = Scoring(essence=edit.essence, generation=edit.generation)
-        return EditChecks(self.tracer.session, self.sweep.plan(problem), None, scoring, self._references)
+        generation = any(map(edit.generates, edit.problems))
+        scoring = Scoring(essence=edit.essence, generation=generation)
+        references = self._references if generation else None
+        return EditChecks(self.tracer.session, self.sweep.plan(problem), None, scoring, references)
 
     @property
     def _positions(self) -> int:
@@ -250,10 +252,12 @@ class Worker:
                 self._facts(unit), problem, filtered=False, on_error="skip", compat=self.sweep.compat
             )
         writing.left_out(requests, reasons)
-        asked = {"essence": edit.essence, "accuracy": edit.accuracy, "generation": edit.generation}
+        generation = edit.generates(problem)
+        asked = {"essence": edit.essence, "accuracy": edit.accuracy, "generation": generation}
+        references = self._references if generation else None
         edits, probes, metrics = [], [], []
         for batch in editor.batches(requests, setting.method, layers, setting.window, setting.hparams):
-            scores = editor.evaluate(batch, **asked, references=self._references)
+            scores = editor.evaluate(batch, **asked, references=references)
             edits.append(edit_batch(scores.edits))
             probes.append(scores.probes)
             metrics.append(scores.metrics)
