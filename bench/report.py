@@ -200,7 +200,7 @@ def _heading(report: dict[str, Any], given: str) -> list[str]:
     return [
         f"### {report['title']}",
         "",
-        f"{report['date']}, {_where(report['machine'])}; torch {versions['torch']}, transformers "
+        f"{report['date']}, {where(report['machine'])}; torch {versions['torch']}, transformers "
         f"{versions['transformers']}, causalcone {versions['commit'] or versions['causalcone']}. "
         f"Prompts: {prompts['source']}, mean {prompts['mean_tokens']:.1f} tokens, subject "
         f"{prompts['mean_subject_tokens']:.1f}. {given}.",
@@ -215,7 +215,7 @@ def _meanings(report: dict[str, Any]) -> str:
     )
 
 
-def _where(machine: dict[str, Any]) -> str:
+def where(machine: dict[str, Any]) -> str:
     cpu = f"{machine['cpu']}, threads: {machine['threads']}"
     flags = f" ({', '.join(machine['flags'])})" if machine["flags"] else ""
     return f"{cpu}{flags}" if machine["device"] == "cpu" else f"{machine['device']}, {cpu}"
