@@ -1,7 +1,7 @@
 """Times sweeps: ``python bench/sweeps.py``.
 
-long: 10,000 generated facts of the demo world in the demo model, traced, zeroed and edited; whether the last thousand
-take longer, or more memory, than the first. cluster: causal tracing of 40 CounterFact prompts (generated ones of the
+long: 10,000 generated facts of the demo world in the demo model, traced, zeroed and edited at layer 0 by ROME and
+fine-tuning in three steps; whether the last thousand take longer, or more memory, than the first. cluster: causal tracing of 20 CounterFact prompts (generated ones of the
 same lengths where the file is missing) in a GPT-2-small shape with random weights, by this process with two threads and
 by two Ray workers with one thread each. Results are written after each.
 """
@@ -41,6 +41,7 @@ from causalcone.runners.sweep.work import Worker
 from causalcone.runners.world import World
 
 LONG, CLUSTER = "long", "cluster"
+METHODS = ("rome", "finetune:1")
 STATES = ("hidden:1", "mlp:10", "attn:10")
 FACTS_PER_SUBJECT = 3
 
@@ -122,9 +123,10 @@ def measure_long(options: argparse.Namespace) -> dict[str, Any]:
                 "limit": options.facts,
                 "filter": {"completes": False, "erasable": 0.0},
                 "units": {"facts": options.unit, "edits": options.unit},
-                "trace": {"states": ("hidden:1", "mlp:3")},
+                "noise": {"samples": 3},
+                "trace": {"states": ("hidden:1",)},
                 "zero": {"states": ("mlp:3",)},
-                "edit": {"methods": ("rome", "finetune:1"), "preset": "demo", "layers": (0,), "essence": False},
+                "edit": {"methods": METHODS, "set": ("steps=3",), "layers": (0,), "essence": False},
                 "moments": {"file": "demo"},
             }
         )
@@ -299,8 +301,8 @@ def parse() -> argparse.Namespace:
     )
     options.add_argument("--facts", type=int, default=10_000, help="facts of the long sweep (10,000)")
     options.add_argument("--unit", type=int, default=100, help="facts, and edits, of its units (100)")
-    options.add_argument("--prompts", type=int, default=40, help="prompts on the cluster (40)")
-    options.add_argument("--prompts-unit", type=int, default=4, help="prompts of its units (4)")
+    options.add_argument("--prompts", type=int, default=20, help="prompts on the cluster (20)")
+    options.add_argument("--prompts-unit", type=int, default=2, help="prompts of its units (2)")
     options.add_argument("--workers", type=int, default=2, help="workers of the cluster (2)")
     options.add_argument("--threads", type=int, default=2, help="threads of this process (2)")
     options.add_argument("--data", type=Path, default=DATA, help="folder of counterfact_prompts.json, gpt2-tokenizer/")
