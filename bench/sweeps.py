@@ -1,9 +1,10 @@
 """Times sweeps: ``python bench/sweeps.py``.
 
 long: 10,000 generated facts of the demo world in the demo model, traced, zeroed and edited at layer 0 by ROME and
-fine-tuning in three steps; whether the last thousand take longer, or more memory, than the first. cluster: causal tracing of 20 CounterFact prompts (generated ones of the
-same lengths where the file is missing) in a GPT-2-small shape with random weights, by this process with two threads and
-by two Ray workers with one thread each. Results are written after each.
+fine-tuning in three steps; whether the last thousand take longer, or more memory, than the first. cluster: causal
+tracing of 20 CounterFact prompts (generated ones of the same lengths where the file is missing) in a GPT-2-small shape
+with random weights, by this process with two threads and by two Ray workers with one thread each. Results are written
+after each.
 """
 
 from __future__ import annotations
