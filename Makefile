@@ -32,6 +32,7 @@ bench: $(READY)
 	$(BIN)/python bench/methods.py
 	$(BIN)/python bench/architectures.py --prompts 10
 	$(BIN)/python bench/editing.py
+	$(BIN)/python bench/sweep.py --studies long
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

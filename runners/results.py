@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -78,23 +78,13 @@ class ResultFolder:
 
     def _make_ready(self, overwrite: bool) -> None:
         refuse_occupied(self.path, overwrite)
-        self._clear()
+        clear(self.path, _OWN)
         self.path.mkdir(parents=True, exist_ok=True)
         self._write_run("running")
 
     def _write_run(self, status: str, **results: Any) -> None:
         text = json.dumps({**self.configuration, "status": status, **results}, indent=1)
-        temporary = self.path / "run.json.tmp"
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(self.path / "run.json")
-
-    def _clear(self) -> None:
-        for name in _OWN:
-            entry = self.path / name
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink(missing_ok=True)
+        write_whole(self.path / "run.json", text + "\n")
 
 
 class TableWriter:
@@ -151,6 +141,23 @@ def _reason(error: OSError) -> str:
     """What went wrong, and with which file, where the system says."""
     told = error.strerror or str(error)
     return f"{told} ({error.filename})" if error.filename else told
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def clear(folder: Path, names: Iterable[str]) -> None:
+    """Remove files and folders, those that are there, one after the other."""
+    for name in names:
+        entry = folder / name
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str]:

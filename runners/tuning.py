@@ -24,9 +24,9 @@ from causalcone.runners.edit_inputs import (
     prepared_edits,
 )
 from causalcone.runners.edit_study import MOMENTS
+from causalcone.runners.fingerprints import facts_fingerprint, model_fingerprint
 from causalcone.runners.inputs import Inputs, open_inputs
 from causalcone.runners.results import ResultError, ResultFolder
-from causalcone.runners.sweep.tables import fingerprint
 from causalcone.runners.tuning_folder import COMPLETE, PARTIAL, PRESET, TABLE, TuningFolder
 from causalcone.runners.tuning_grid import Grid, GridPoint, ProblemGrids, problem_grids
 from causalcone.runners.tuning_results import Tried, Tuned, chosen_preset, told, tuning_table
@@ -52,6 +52,8 @@ def tune(source: Source, choice: Tuning, output: Output, console: Console) -> li
                 if folder.stopped():
                     console.print("stopped; finished settings are kept, and the same command goes on", highlight=False)
             raise
+        finally:
+            folder.release()
     return _chosen(source, choice, grids, folder)
 
 
@@ -93,6 +95,10 @@ class _Trying:
         inputs.check_memory()
         as_windows((self.choice.layer,), 1, inputs.tracer.session.sizes.depth)
         contexts, moments = self.texts.contexts, None
+        fingerprints = {
+            "facts_fingerprint": facts_fingerprint(inputs.facts),
+            "model_fingerprint": model_fingerprint(inputs.tracer.session.architecture),
+        }
         for number, each in enumerate(grids):
             own = replace(inputs, skipped=list(inputs.skipped))
             editing = self.choice.editing(each.plan.problem)
@@ -101,7 +107,7 @@ class _Trying:
                 moments = self._moments(inputs, each)
             prepared = prepared_edits(editor, moments, own, editing, each.plan, _UNSCORED)
             self.folder.begin(inputs.tracer.session.sizes.depth)
-            self._settings_of(each, prepared, fingerprint(inputs.facts))
+            self._settings_of(each, prepared, fingerprints)
             contexts = editor.contexts if each.plan.of_moments else contexts
 
     def _moments(self, inputs: Inputs, grids: ProblemGrids) -> Moments | None:
@@ -119,14 +125,14 @@ class _Trying:
         partial.unlink(missing_ok=True)
         return moments
 
-    def _settings_of(self, grids: ProblemGrids, prepared: PreparedEdits, facts: str) -> None:
+    def _settings_of(self, grids: ProblemGrids, prepared: PreparedEdits, fingerprints: dict[str, str]) -> None:
         """The settings of a problem that are not done."""
         todo = []
         for grid in grids.grids:
             for point in grid.points:
                 plan = replace(grids.plan, settings=(point.setting,))
                 own = replace(prepared, study=replace(prepared.study, plan=plan))
-                configuration = {**own.configuration, "command": "tune", "facts_fingerprint": facts}
+                configuration = {**own.configuration, "command": "tune", **fingerprints}
                 place = self.folder.place(grid, point)
                 if not self.folder.is_done(place, configuration):
                     todo.append((grid, point, own, configuration, place))

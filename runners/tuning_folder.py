@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from causalcone.runners.edit_study import MOMENTS
-from causalcone.runners.results import ResultError, differences, refuse_occupied, versions
+from causalcone.runners.results import ResultError, clear, differences, refuse_occupied, versions, write_whole
 from causalcone.runners.tuning_grid import Grid, GridPoint, ProblemGrids
 
 RECORD, TABLE, PRESET, GRID = "tuning.json", "tuning.parquet", "preset.toml", "grid"
 PARTIAL = f"{MOMENTS}.partial"
+LOCK = "tuning.lock"
 RUNNING, STOPPED, COMPLETE = "running", "stopped", "complete"
 
 _OWN = (GRID, TABLE, PRESET, MOMENTS, PARTIAL, RECORD)  # the last to go says that the rest is ours
@@ -32,7 +34,7 @@ class TuningFolder:
     def __init__(self, path: Path, configuration: Mapping[str, Any], overwrite: bool) -> None:
         self.path = path
         self.configuration = _as_json(configuration)
-        self._begun = False
+        self._begun, self._lock = False, FileLock(path / LOCK, timeout=0)
         kept = self._kept()
         self._drop = kept is not None and overwrite
         self.record: dict[str, Any] = {} if kept is None or overwrite else kept
@@ -49,15 +51,22 @@ class TuningFolder:
         """Write down what is asked for; depth: layers that the model has."""
         if self._begun:
             return
-        self._begun = True
         try:
-            if self._drop:
-                self._clear()
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+            self._begun = True
+            if self._drop:
+                clear(self.path, _OWN)
+        except Timeout:
+            raise ResultError(f"another process is at work in {self.path}; wait for it, or stop it") from None
         except OSError as error:
             raise ResultError(f"cannot write to {self.path}: {error.strerror} ({error.filename})") from error
         self.record = {"configuration": self.configuration, "versions": versions(), "depth": depth}
         self.write(RUNNING)
+
+    def release(self) -> None:
+        """Let other processes work in the folder."""
+        self._lock.release()
 
     def write(self, status: str, **results: Any) -> None:
         """Write the record, with what is to be told besides."""
@@ -66,10 +75,8 @@ class TuningFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file whole or not at all."""
-        temporary = self.path / f"{name}.tmp"
         try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(self.path / name)
+            write_whole(self.path / name, text)
         except OSError as error:
             raise ResultError(
                 f"cannot write {self.path / name}: {error.strerror}; finished settings are kept"
@@ -116,14 +123,6 @@ class TuningFolder:
     def _warn_of_versions(self, before: Mapping[str, Any]) -> None:
         if told := differences(before, versions()):
             warnings.warn(f"{self.path} was begun with other versions: {'; '.join(told)}", stacklevel=2)
-
-    def _clear(self) -> None:
-        for name in _OWN:
-            entry = self.path / name
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink(missing_ok=True)
 
 
 def _as_json(configuration: Mapping[str, Any]) -> dict[str, Any]:

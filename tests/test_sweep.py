@@ -233,7 +233,7 @@ def test_other_facts_or_another_model_are_refused(file, folder, tmp_path, monkey
     with pytest.raises(ResultError, match="the facts of the sweep"):
         swept(file, out, *changes)
     cc.save_facts(FULL[:2], facts)
-    monkeypatch.setattr(work, "_fingerprint", lambda architecture: "other")
+    monkeypatch.setattr(work, "model_fingerprint", lambda architecture: "other")
     with pytest.raises(ResultError, match="the model of the sweep"):
         swept(file, out, *changes)
     assert swept(file, out, *changes, overwrite=True).computed > 0

@@ -16,7 +16,9 @@ from sweeps import assert_same_tables, configured, swept, tables, write_sweep
 from causalcone.engine.errors import ExperimentError, ModelError
 from causalcone.runners.results import ResultError
 from causalcone.runners.sweep import cluster
-from causalcone.runners.sweep.cluster import Share, crews, share
+from causalcone.runners.sweep.cluster import crews
+from causalcone.runners.sweep.ray_connection import connected_ray
+from causalcone.runners.sweep.sharing import Share, share
 from causalcone.runners.sweep.stopping import Stop
 from causalcone.runners.sweep.store import Store
 from causalcone.runners.sweep.units import filter_stage
@@ -45,7 +47,7 @@ def whole(file, tmp_path_factory):
 @pytest.fixture(scope="module")
 def two():
     """A cluster with room for two workers, which crews find connected."""
-    with cluster._ray("local", 2):
+    with connected_ray("local", 2):
         yield
     assert not ray.is_initialized()
 
@@ -57,7 +59,7 @@ def swept_by(file, out, *changes, make=Worker, **options):
 
 def hired(pid=None):
     """Processes of workers below this one, or another."""
-    return [each for each in psutil.Process(pid).children(recursive=True) if each.name().startswith("ray::_Hired")]
+    return [each for each in psutil.Process(pid).children(recursive=True) if each.name().startswith("ray::Hired")]
 
 
 def dying(folder, name, times):

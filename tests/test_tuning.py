@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import shutil
 import tomllib
 
 import polars as pl
 import pytest
+import torch
 from edit_command import arguments, read, run_json, write_inputs
 from editing_cases import FULL
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 import causalcone as cc
 from causalcone.analysis import mean_scores, read_edits, scores
@@ -404,6 +408,28 @@ def test_facts_that_changed_meanwhile_are_refused(user, tmp_path, run):
     cc.save_facts([FULL[0], dataclasses.replace(FULL[1], target_new="golf")], facts)
     code, _, error = run(*tuning(user, out, "--quiet", facts=facts))
     assert (code, "facts_fingerprint: " in error) == (2, True)
+
+
+def test_another_model_at_the_same_place_is_refused(user, tmp_path, run):
+    out, model = tmp_path / "out", tmp_path / "model"
+    shutil.copytree(user / "model", model)
+    assert run(*tuning(user, out, "--quiet", limit=2, model=model))[0] == 0
+    (out / "grid/error_injection/finetune-1/1/run.json").unlink()
+    changed = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        changed.transformer.wte.weight += 1
+    changed.save_pretrained(model)
+    code, _, error = run(*tuning(user, out, "--quiet", limit=2, model=model))
+    assert (code, "model_fingerprint: " in error) == (2, True)
+
+
+def test_a_second_process_is_refused(user, tmp_path, run):
+    out = tmp_path / "out"
+    out.mkdir()
+    with FileLock(out / "tuning.lock"):
+        code, _, error = run(*tuning(user, out, "--quiet", limit=2))
+    assert (code, "another process is at work in" in error) == (2, True)
+    assert [each.name for each in out.iterdir()] == ["tuning.lock"]
 
 
 @pytest.mark.parametrize("name", ["run.json", "preset.toml", "grid"])

@@ -3,79 +3,35 @@
 from __future__ import annotations
 
 import os
-import signal
-import socket
-import threading
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
-
-import torch
 
 from causalcone.engine.errors import CausalconeError, ExperimentError
 from causalcone.engine.facts import Fact
-from causalcone.engine.memory import default_budget
-from causalcone.runners.results import ResultError, differences, versions
+from causalcone.runners.results import ResultError, differences
 from causalcone.runners.sweep.config import Sweep
-from causalcone.runners.sweep.crew import Crew, Outcome, carried_out, first_line
+from causalcone.runners.sweep.crew import Crew, Outcome, first_line
+from causalcone.runners.sweep.hired import Begun, Hired, Made
+from causalcone.runners.sweep.ray_connection import connected_ray
+from causalcone.runners.sweep.sharing import Share, share
 from causalcone.runners.sweep.stopping import Stop
-from causalcone.runners.sweep.store import LOCK, Store
+from causalcone.runners.sweep.store import Store
 from causalcone.runners.sweep.units import Unit
 from causalcone.runners.sweep.work import Description, Worker
 
-AUTO, LOCAL = "auto", "local"
 TRIES = 3
 """So many workers may end at one unit, and a worker may begin so many times in vain."""
 SEEN_SECONDS = 120.0
 """How long files of another machine may take to be seen here; network file systems keep what is not there in mind."""
 
-_ANSWER_SECONDS = 10.0
 _ROOM_SECONDS = 60.0
-_OBJECT_BYTES = 2**27  # results go through files; what Ray holds is small
-_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "."}  # the latter: shows no log line
 
-Made = Callable[[Sweep, str], Worker]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Share:
-    """What each of ``workers`` gets of a cluster: so many CPUs (0 where GPUs come with none) and GPUs (1 or 0). room:
-    how many fit in now; neighbours: how many there are on a machine at most."""
-
-    workers: int
-    cpus: int
-    gpus: int
-    room: int
-    neighbours: int
-
-
-def share(machines: Sequence[Mapping[str, float]], workers: int | None, device: str | None) -> Share:
-    """How ``workers`` share machines of so many "CPU" and "GPU": by default one to a GPU, or to two CPUs where there
-    is none. Raises ``ExperimentError`` where a GPU is asked for, and no machine has one."""
-    on_gpus = [machine for machine in machines if machine.get("GPU", 0) >= 1 and device != "cpu"]
-    if on_gpus:
-        gpus = [int(machine["GPU"]) for machine in on_gpus]
-        cpus = min(int(machine.get("CPU", 0)) // number for machine, number in zip(on_gpus, gpus, strict=True))
-        return Share(workers or sum(gpus), cpus, 1, sum(gpus), max(gpus))
-    if device is not None and device.startswith("cuda"):
-        raise ExperimentError(f"the sweep's device is {device!r}, and no machine of the cluster has a GPU")
-    cores = [int(machine.get("CPU", 0)) for machine in machines]
-
-    def room(cpus: int) -> int:
-        return sum(number // cpus for number in cores)
-
-    if workers is None:
-        cpus = 2 if room(2) else 1
-        workers = max(1, room(cpus))
-    else:
-        cpus = max((each for each in range(1, max(cores, default=0) + 1) if room(each) >= workers), default=1)
-    return Share(workers, cpus, 0, room(cpus), max(1, min(workers, max(cores, default=0) // cpus)))
 
 
 @contextmanager
@@ -100,7 +56,7 @@ def connect(
 
     Raises ``ExperimentError`` where Ray is missing or no cluster answers.
     """
-    with _ray(address, workers) as ray:
+    with connected_ray(address, workers) as ray:
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cluster = Cluster(ray, sweep, place, share(machines, workers, sweep.device), make)
         try:
@@ -117,7 +73,7 @@ class Cluster:
         own = sweep.model_copy(update={"device": "cuda"}) if share.gpus else sweep  # Ray shows it one GPU
         absolute = place if self.store.local is None else str(self.store.local)
         self._made_of = (make, own, absolute, os.getcwd(), share)
-        self._first: _Begun | None = None
+        self._first: Begun | None = None
         self._waits_since = time.monotonic()
         self._hands = [self._hire(_Hand()) for _ in range(share.workers)]
 
@@ -205,7 +161,7 @@ class Cluster:
             if self._first is None:
                 raise
             begun = _Lost(str(error), None)
-        if isinstance(begun, _Begun):
+        if isinstance(begun, Begun):
             first = self._first = self._first or begun
             if begun.description.fingerprint == first.description.fingerprint:
                 hand.host, hand.vain = begun.host, 0
@@ -228,7 +184,7 @@ class Cluster:
         """Put a worker that begins in the place of the one that was there."""
         self._dismiss(hand)
         options = {"num_cpus": self.share.cpus, "num_gpus": self.share.gpus, "scheduling_strategy": "SPREAD"}
-        hired = self.ray.remote(_Hired).options(max_restarts=0, max_task_retries=0, **options)
+        hired = self.ray.remote(Hired).options(max_restarts=0, max_task_retries=0, **options)
         hand.actor, hand.host = hired.remote(), None
         hand.task = hand.actor.begin.remote(*self._made_of)
         return hand
@@ -289,118 +245,6 @@ class _Lost:
             f"{TRIES} workers ended at it, the last on {self.host}: {self.why}; if memory runs out, give the units "
             "fewer facts or edits (units.facts, units.edits), or take fewer workers"
         )
-
-
-@dataclass(frozen=True)
-class _Begun:
-    """What a worker says when it has begun."""
-
-    host: str
-    description: Description
-    versions: dict[str, str]
-
-
-class _Hired:
-    """A worker in its process, somewhere in the cluster."""
-
-    def begin(self, make: Made, sweep: Sweep, place: str, folder: str, share: Share) -> _Begun:
-        """Read the model. Relative paths of the configuration are those of the driver's folder."""
-        torch.set_num_threads(max(1, share.cpus))
-        with suppress(OSError):  # where there is no such folder, files that are missing are told by name
-            os.chdir(folder)
-        if sweep.memory is None and not share.gpus:
-            memory = default_budget(torch.device("cpu")) // share.neighbours
-            sweep = sweep.model_copy(update={"memory": memory})
-        host = socket.gethostname()
-        self.worker = make(sweep, place)
-        if not self.worker.store.exists(LOCK):
-            raise ResultError(
-                f"{place} is another folder on {host} than where the sweep was started; give a path that all "
-                "machines share, or an object store"
-            )
-        return _Begun(host, self.worker.describe(), versions())
-
-    def bad_facts(self, facts: Sequence[Fact]) -> list[tuple[str, str]]:
-        return self.worker.bad_facts(facts)
-
-    def carry_out(self, unit: Unit) -> Outcome:
-        return carried_out(self.worker, unit)
-
-
-@contextmanager
-def _ray(address: str, workers: int | None) -> Iterator[Any]:
-    """Ray, connected to a cluster meanwhile; one that was connected before is used, and left."""
-    with _environment():
-        try:
-            import ray
-        except ImportError:
-            raise ExperimentError("--cluster needs Ray: pip install 'causalcone[cluster]'") from None
-        begun = not ray.is_initialized()
-        if begun:
-            _initialize(ray, address, workers)
-    try:
-        yield ray
-    finally:
-        if begun:
-            ray.shutdown()
-
-
-@contextmanager
-def _environment() -> Iterator[None]:
-    """Ray reports nothing to its makers, shows no logs, and leaves SIGTERM to us."""
-    missing = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
-    os.environ.update(missing)
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if main:
-            signal.signal(signal.SIGTERM, handler)
-        for name in missing:
-            del os.environ[name]
-
-
-def _initialize(ray: Any, address: str, workers: int | None) -> None:
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    given = os.environ.get("RAY_ADDRESS") if address == AUTO else address
-    known = given or _noted()
-    if address != LOCAL and known is not None and (given or _answers(known)):
-        try:
-            _check_answer(known)  # Ray itself tries for many minutes
-            ray.init(address=known, **quiet)
-        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-            raise ExperimentError(
-                f"no Ray cluster can be used at {known}: {first_line(error)}; give HOST:PORT of its head (and "
-                "RAY_AUTH_MODE=token where it asks for a token), or --cluster local"
-            ) from error
-        return
-    if address != LOCAL:
-        warnings.warn("no Ray cluster is running here; one is started on this machine", stacklevel=2)
-    more = workers if workers is not None and workers > (os.cpu_count() or 1) else None
-    ray.init(address=LOCAL, num_cpus=more, include_dashboard=False, object_store_memory=_OBJECT_BYTES, **quiet)
-
-
-def _answers(address: str) -> bool:
-    try:
-        _check_answer(address)
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _noted() -> str | None:
-    """Where the cluster is that "ray start" last started on this machine, or joined."""
-    try:
-        return (Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster").read_text().strip()
-    except OSError:
-        return None
-
-
-def _check_answer(address: str) -> None:
-    """Raise ``OSError`` or ``ValueError`` where nobody listens."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
 
 
 def _death(error: Exception) -> str:

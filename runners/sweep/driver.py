@@ -15,6 +15,7 @@ from rich.console import Console
 from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.engine.facts import Fact
 from causalcone.runners.fact_files import SkippedRecords, load_facts
+from causalcone.runners.fingerprints import facts_fingerprint
 from causalcone.runners.inputs import is_demo
 from causalcone.runners.progress import shown_progress
 from causalcone.runners.results import ResultError, differences, versions
@@ -23,7 +24,7 @@ from causalcone.runners.sweep.crew import Alone, Crew, Outcome
 from causalcone.runners.sweep.log import Log
 from causalcone.runners.sweep.stopping import Stop, stopping
 from causalcone.runners.sweep.store import Store
-from causalcone.runners.sweep.tables import FACTS, chosen, fact_table, filtered, fingerprint
+from causalcone.runners.sweep.tables import FACTS, chosen, fact_table, filtered
 from causalcone.runners.sweep.units import (
     FAILURE_SCHEMA,
     FILTER,
@@ -138,7 +139,7 @@ class Driver:
         description = self.crew.describe()
         for problem in self.sweep.edit.problems if self.sweep.edit else ():
             edit_layers(self.sweep, problem, description.depth)
-        told = {"facts": fingerprint(facts), "model": description.fingerprint}
+        told = {"facts": facts_fingerprint(facts), "model": description.fingerprint}
         if kept is not None and kept["fingerprints"] != told:
             changed = " and ".join(name for name in told if kept["fingerprints"].get(name) != told[name])
             raise ResultError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 
@@ -73,12 +72,6 @@ def facts_of(table: pa.Table) -> list[Fact]:
 
 def _fact(values: dict[str, object]) -> Fact:
     return Fact(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})  # type: ignore[arg-type]
-
-
-def fingerprint(facts: Sequence[Fact]) -> str:
-    """Changes with every word of the facts."""
-    text = json.dumps([dataclasses.asdict(fact) for fact in facts], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def filtered(store: Store, sweep: Sweep, facts: int) -> pa.Table:

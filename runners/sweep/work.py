@@ -10,25 +10,24 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import pyarrow as pa
 
 from causalcone.engine.editing.contexts import Contexts, sample_contexts
 from causalcone.engine.editing.editor import Editor
 from causalcone.engine.editing.knowledge import COMPLETION_TOKENS, answer_probabilities, completes, completions
-from causalcone.engine.editing.moments import Identity, Moments
+from causalcone.engine.editing.moments import Moments
 from causalcone.engine.editing.requests import ERROR_INJECTION, FACT_AMPLIFICATION, Request
 from causalcone.engine.editing.tables import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA, edit_batch
 from causalcone.engine.errors import CausalconeError
 from causalcone.engine.facts import Fact, encode
-from causalcone.engine.models.base import Architecture
 from causalcone.engine.session import SkippedFacts
 from causalcone.engine.tables import GRADIENT_SCHEMA, TRACE_SCHEMA
 from causalcone.engine.tracing import Tracer
 from causalcone.runners.cli_options import Computing, Scoring, Texts
 from causalcone.runners.edit_checks import EditChecks
 from causalcone.runners.edit_settings import read_contexts
+from causalcone.runners.fingerprints import model_fingerprint
 from causalcone.runners.inputs import is_demo, open_tracer
 from causalcone.runners.reference_texts import ReferenceTexts, as_reference_texts, load_reference_texts
 from causalcone.runners.running_text import open_texts
@@ -61,7 +60,7 @@ class Worker:
         session = self.tracer.session
         return Description(
             session.model.config.model_type, session.sizes.depth, session.sizes.heads,
-            str(session.dtype).removeprefix("torch."), str(session.device), _fingerprint(session.architecture),
+            str(session.dtype).removeprefix("torch."), str(session.device), model_fingerprint(session.architecture),
         )  # fmt: skip
 
     def bad_facts(self, facts: Sequence[Fact]) -> list[tuple[str, str]]:
@@ -331,13 +330,3 @@ def reference_texts(file: str) -> ReferenceTexts:
 
         return as_reference_texts(demo_world().snippets(), "the demo world")
     return load_reference_texts(file)
-
-
-def _fingerprint(architecture: Architecture) -> str:
-    """Of all weights of a model, but for the last down-projection's."""
-    import hashlib
-
-    depth = architecture.sizes.depth
-    identity = Identity.of(architecture, [depth - 1])
-    prints: dict[str, Any] = dict(identity.fingerprints[depth - 1])
-    return hashlib.sha256(repr(sorted(prints.items())).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Times sweeps: ``python bench/sweeps.py``.
+"""Times sweeps: ``python bench/sweep.py``.
 
 long: 10,000 generated facts of the demo world in the demo model, traced, zeroed and edited at layer 0 by ROME and
 fine-tuning in three steps; whether the last thousand take longer, or more memory, than the first. cluster: causal
@@ -10,12 +10,11 @@ after each.
 from __future__ import annotations
 
 import argparse
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,7 +29,7 @@ from report import RESULTS, Growing, environment, where
 from rich.console import Console
 from workload import DATA, SHAPES, gpt2, prompts, random_model
 
-from causalcone import Fact
+from causalcone.runners.fact_files import save_facts
 from causalcone.runners.sweep.cluster import crews
 from causalcone.runners.sweep.config import Sweep
 from causalcone.runners.sweep.crew import Alone, Crew, Outcome
@@ -191,10 +190,11 @@ def measure_cluster(options: argparse.Namespace) -> dict[str, Any]:
         facts, tokenizer, source = prompts(options.data, options.prompts, shape["vocab_size"])
         random_model(gpt2(shape), torch.float32, torch.device("cpu")).save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
+        save_facts(facts, folder / "facts.jsonl")
         sweep = Sweep.model_validate(
             {
                 "model": str(folder / "model"),
-                "facts": str(write_facts(facts, folder / "facts.jsonl")),
+                "facts": str(folder / "facts.jsonl"),
                 "filter": {"completes": False, "erasable": 0.0},
                 "units": {"facts": options.prompts_unit},
                 "trace": {"states": STATES},
@@ -220,12 +220,6 @@ def measure_cluster(options: argparse.Namespace) -> dict[str, Any]:
         "ratio": seconds["alone"] / seconds["cluster"],
         "largest_difference": apart,
     }
-
-
-def write_facts(facts: Sequence[Fact], file: Path) -> Path:
-    lines = (json.dumps({name: value for name, value in asdict(fact).items() if value}) for fact in facts)
-    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return file
 
 
 def difference(one: Store, other: Store) -> float:
