@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-cluster lint types bench
+.PHONY: demo test test-cluster test-browser lint types bench
 
 demo: $(READY)
 	$(BIN)/causalcone demo
@@ -15,6 +15,11 @@ test: $(READY)
 test-cluster: $(READY)
 	$(BIN)/pip install -q -c constraints.txt -e '.[cluster]'
 	$(BIN)/python -m pytest tests/test_sweep_cluster.py
+
+# opens the report's page in chromium, which Debian has with its chromium-driver
+test-browser: $(READY)
+	$(BIN)/pip install -q -c constraints.txt -e '.[browser]'
+	$(BIN)/python -m pytest tests/test_report_browser.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -76,6 +76,14 @@ def zeroing_effects(table: TraceSource) -> pl.DataFrame:
     return zeroed.select(*layer, "p_clean", "p_zeroed", effect=effect).sort(layer)
 
 
+def absolute_effects(table: TraceSource) -> pl.DataFrame:
+    """The absolute effect of each layer at the last subject token, p_patched - p_corrupted (Hase et al. 2023, Fig. 14;
+    Meng et al. 2022): one row per fact, method, kind, window and layer, with the columns of ``tracing_effects``."""
+    effects = single_tokens(restore_effects(table))
+    lookup = effects.filter(pl.col("token") == pl.col("subject_end") - 1).with_columns(effect="restore_effect")
+    return lookup.select(*IDENTITY, "p_clean", "p_corrupted", "effect", "flagged").sort("fact_id", *STATE, "layer")
+
+
 def flagged_facts(table: TraceSource) -> pl.DataFrame:
     """The facts whose clean run is not more probable than the corrupted one: fact_id, p_clean, p_corrupted."""
     facts = as_traces(table).select("fact_id", "p_clean", "p_corrupted").unique(maintain_order=True)

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from causalcone.engine.errors import CausalconeError
-from causalcone.runners import cli_data, cli_sweep, cli_tune
+from causalcone.runners import cli_analyze, cli_data, cli_sweep, cli_tune
 from causalcone.runners.cli_options import (
     Collecting,
     Computing,
@@ -52,6 +52,7 @@ app = typer.Typer(
 )
 cli_sweep.add_to(app)
 cli_tune.add_to(app)
+cli_analyze.add_to(app)
 cli_data.add_to(app)
 _shown: set[str] = set()
 

@@ -13,7 +13,10 @@ from rich.console import Console
 
 from causalcone.analysis.effects import average_indirect_effect
 from causalcone.analysis.layer_effects import severed_effects, zeroing_curve
+from causalcone.analysis.paper_tables import PUBLISHED
+from causalcone.analysis.study import Study
 from causalcone.engine.tracing import Tracer
+from causalcone.runners.analyzing import write_page
 from causalcone.runners.demo_model import demo_model
 from causalcone.runners.edit_summary import best_sentences, rewrite_tables, scores_of
 from causalcone.runners.figures import PLOTS, draw_gradients, draw_scores, draw_severed, draw_traces, draw_zeroing
@@ -21,7 +24,7 @@ from causalcone.runners.summary import effect_tables, find_sites, severed_senten
 from causalcone.runners.sweep.config import load_sweep
 from causalcone.runners.sweep.driver import Driver, Finished, read_facts
 
-PRESET = "demo"
+PRESET, PAGE = "demo", "report.html"
 MAPS = 6
 """Of so many facts heat maps are drawn."""
 
@@ -46,6 +49,7 @@ def run_demo(out: Path, facts: int, edits: int, console: Console, overwrite: boo
         draw_gradients(out, _first(out / GRADIENTS), known, Tracer(model, tokenizer))
         draw_scores(out, scores_of(out, "mean", essence=True))
     show(out, console)
+    write_page(Study(out), PUBLISHED, out / PAGE, console)
     console.print(f"{finished.status} after {finished.seconds:.1f} s -> {out}", highlight=False)
     return finished
 

@@ -13,6 +13,7 @@ import sys
 sys.modules["torch"] = sys.modules["transformers"] = None  # any import of them fails
 
 import causalcone.analysis as analysis
+import causalcone.analysis.report_data, causalcone.analysis.study
 assert "matplotlib" not in sys.modules, "importing the analysis loaded matplotlib"
 
 table = analysis.read_traces(sys.argv[1])

@@ -138,13 +138,15 @@ class Units(CheckedTable):
 class Sweep(CheckedTable):
     """A whole study. seed: of everything that is drawn but noise; contexts: a file of texts put before prompts, drawn
     from the model by default; shape: the model's configuration, where a plan is wanted of one that is not at hand;
-    zsre_form: how zsRE's records are read; compat: "published" does as published code does, where that differs."""
+    zsre_form: how zsRE's records are read; published: the study whose published tables are set beside; compat:
+    "published" does as published code does, where that differs."""
 
     model: StrictStr
     facts: StrictStr
     limit: Count | None = None
     skip_bad_facts: StrictBool = False
     zsre_form: Literal["hase", "meng"] = "hase"
+    published: Literal["hase2023-gptj", "hase2023-zsre"] | None = None
     dtype: Dtype | None = None
     device: StrictStr | None = None
     memory: StrictStr | StrictInt | None = None
@@ -165,7 +167,7 @@ class Sweep(CheckedTable):
     @property
     def decisive(self) -> dict[str, Any]:
         """What decides the results, as JSON has it: all but where and in how much memory they are computed."""
-        return self.model_dump(mode="json", exclude={"device", "memory", "shape"})
+        return self.model_dump(mode="json", exclude={"device", "memory", "shape", "published"})
 
     @property
     def hash(self) -> str:

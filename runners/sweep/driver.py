@@ -158,6 +158,10 @@ class Driver:
             "versions": versions(),
             "fingerprints": told,
             "model": asdict(description),
+            "analysis": {
+                "published": self.sweep.published,
+                "aggregate": self.sweep.plan(self.sweep.edit.problems[0]).aggregate if self.sweep.edit else None,
+            },
             "begun": kept["begun"] if kept else time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         if kept is None or not self.store.exists(FACTS):

@@ -1,0 +1,90 @@
+"""Figures of tracing effects by window size: means by layer, and where they peak (Hase et al. 2023, Figs. 10, 11)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import numpy as np
+import polars as pl
+from matplotlib.figure import Figure
+
+from causalcone.analysis.effects import concentrated_facts
+from causalcone.analysis.figure_parts import finish, layer_axis, layer_count, new_figure
+from causalcone.analysis.tables import TableError
+
+PathLike = str | os.PathLike[str]
+
+# Okabe and Ito's colours with a marker and a dash each, for print in grey.
+_STYLES = (
+    ("#0072B2", "o", "-"),
+    ("#D55E00", "s", "--"),
+    ("#009E73", "^", "-."),
+    ("#000000", "D", ":"),
+    ("#CC79A7", "v", "-"),
+)
+
+
+def effects_by_window(effects: Mapping[int, pl.DataFrame], path: PathLike | None = None) -> Figure:
+    """Mean tracing effect by layer, a line for each window size with a band of 1.96 standard errors (Hase et al. 2023,
+    Fig. 10). ``effects`` is what ``tracing_effects`` gives, by window size; effects that are not positive count as 0.
+
+    Raises ``TableError`` where there is no size.
+    """
+    _refuse_none(effects)
+    layers = max(layer_count(each) for each in effects.values())
+    figure = new_figure(max(6.0, min(9.0, 0.2 * layers + 3.6)), 3.8)
+    axes = figure.subplots()
+    for (size, each), (color, marker, dash) in zip(sorted(effects.items()), _styles(len(effects)), strict=True):
+        means = (
+            each.with_columns(pl.col("effect").clip(lower_bound=0))
+            .group_by("layer")
+            .agg(mean=pl.mean("effect"), error=pl.std("effect") / pl.len().cast(pl.Float64).sqrt())
+            .sort("layer")
+        )
+        layer, mean = means["layer"].to_numpy(), means["mean"].to_numpy()
+        band = 1.96 * means["error"].fill_null(np.nan).to_numpy()
+        axes.fill_between(layer, mean - band, mean + band, color=color, alpha=0.15, linewidth=0)
+        axes.plot(
+            layer, mean, color=color, marker=marker, linestyle=dash, linewidth=1.6, markersize=4.5,
+            markevery=max(1, len(layer) // 12), label="one layer" if size == 1 else f"{size} layers",
+        )  # fmt: skip
+    layer_axis(axes, max(effects), layers)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("fraction of p(target) restored", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(axis="y", labelsize=8)
+    facts = max(each["fact_id"].n_unique() for each in effects.values())
+    figure.suptitle(f"Tracing effect, largest over tokens, mean of {facts} facts", fontsize=11, fontweight="bold")
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8.5, frameon=False, handlelength=3)
+    return finish(figure, path)
+
+
+def peak_layers_by_window(effects: Mapping[int, pl.DataFrame], path: PathLike | None = None) -> Figure:
+    """At which layer facts have their largest tracing effect, as a share of the facts: a panel for each window size
+    (Hase et al. 2023, Fig. 11). Arguments and errors as those of ``effects_by_window``."""
+    _refuse_none(effects)
+    layers = max(layer_count(each) for each in effects.values())
+    width = max(2.6, min(5.0, 0.12 * layers + 1.6))
+    figure = new_figure(width * len(effects) + 0.5, 3.0)
+    grid = figure.subplots(1, len(effects), squeeze=False, sharey=True)[0]
+    for axes, (size, each), (color, _, _) in zip(grid, sorted(effects.items()), _styles(len(effects)), strict=True):
+        peaks = concentrated_facts(each)["peak_layer"].to_numpy()
+        share = np.bincount(peaks, minlength=layers) / len(peaks)
+        axes.bar(np.arange(layers), share, color=color, width=0.85)
+        axes.set_title("one layer" if size == 1 else f"{size} layers", fontsize=10)
+        layer_axis(axes, size, layers)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(axis="y", labelsize=8)
+    grid[0].set_ylabel("share of facts", fontsize=9)
+    figure.suptitle("Layer of the largest tracing effect, by size of the window", fontsize=11, fontweight="bold")
+    return finish(figure, path)
+
+
+def _styles(count: int) -> list[tuple[str, str, str]]:
+    return [_STYLES[number % len(_STYLES)] for number in range(count)]
+
+
+def _refuse_none(effects: Mapping[int, pl.DataFrame]) -> None:
+    if not effects or all(each.is_empty() for each in effects.values()):
+        raise TableError("there are no effects to draw; trace at least one state")
