@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
-from scipy.stats import pearsonr
-from statsmodels.stats.multitest import multipletests
+from scipy.stats import false_discovery_control, pearsonr
 
 from causalcone.analysis.regressions import samples
+
+Correction = Literal["holm", "bh"]
 
 CORRELATION_SCHEMA: dict[str, Any] = {
     "problem": pl.String,
@@ -27,13 +28,13 @@ CORRELATION_SCHEMA: dict[str, Any] = {
 
 
 def layer_correlations(
-    table: pl.DataFrame, scores: Sequence[str] = ("rewrite",), *, correction: str = "holm"
+    table: pl.DataFrame, scores: Sequence[str] = ("rewrite",), *, correction: Correction = "holm"
 ) -> pl.DataFrame:
     """Pearson's correlation of each score with the effect at every edited layer (Hase et al. 2023, Figs. 14-22; METHODS
     6): one row per problem, method, window, score and layer, with ``CORRELATION_SCHEMA``'s columns.
 
     ``table`` is what ``edits_with_effects`` gives. ``p`` is two-sided; ``p_corrected`` is corrected over the layers of
-    each problem, method, window and score, by any method that statsmodels' ``multipletests`` knows. Null, with the
+    each problem, method, window and score: "holm" (family-wise error) or "bh" (false discovery rate). Null, with the
     reason in ``note``, where there are fewer than three edits, or score or effect do not vary.
     """
     rows: list[dict[str, Any]] = []
@@ -46,7 +47,7 @@ def layer_correlations(
             )
         known = [row for row in own if row["p"] is not None]
         if known:
-            corrected = multipletests([row["p"] for row in known], method=correction)[1]
+            corrected = _corrected(np.array([row["p"] for row in known]), correction)
             for row, p in zip(known, corrected, strict=True):
                 row["p_corrected"] = float(p)
         rows += own
@@ -62,3 +63,13 @@ def _one(score: np.ndarray, effect: np.ndarray) -> dict[str, Any]:
             return {**row, "note": f"the {what} is the same for all edits"}
     correlation, p = pearsonr(effect, score)
     return {**row, "correlation": float(correlation), "p": float(p)}
+
+
+def _corrected(p: np.ndarray, correction: Correction) -> np.ndarray:
+    if correction == "bh":
+        return np.asarray(false_discovery_control(p))
+    order = np.argsort(p)
+    steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    corrected = np.empty_like(p)
+    corrected[order] = np.minimum(steps, 1)
+    return corrected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -43,6 +44,7 @@ def paper_figures(
         for suffix in SUFFIXES:
             written.append(folder / f"{name}{suffix}")
             figure.savefig(written[-1], dpi=200)
+            figure.set_layout_engine("none")  # it is laid out now
     return written, missing
 
 
@@ -56,7 +58,7 @@ def _figures(study: Study, choice: Choice, every: bool) -> Iterator[tuple[str, _
     if edit is None:
         return
     for problem in edit["problems"]:
-        yield f"scores_{problem}", lambda problem=problem: _scores(study, problem)
+        yield f"scores_{problem}", partial(_scores, study, problem)
     if state is None:
         return
     yield from _of_regressions(study, state, choice)

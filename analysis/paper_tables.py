@@ -4,16 +4,19 @@ tables of what reviewers ask for besides."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import polars as pl
 
-from causalcone.analysis.correlations import layer_correlations
+from causalcone.analysis.correlations import Correction, layer_correlations
 from causalcone.analysis.dependence import cluster_robust_tests, mixed_effects
 from causalcone.analysis.effects import Denominator, concentrated_facts
+from causalcone.analysis.joined import edits_with_effects
 from causalcone.analysis.published_values import published_concentrated, published_errors, published_regressions
 from causalcone.analysis.regressions import GROUP, PREDICTORS, regressions
-from causalcone.analysis.study import At, State, Study
+from causalcone.analysis.study import ZEROED, At, State, Study
 from causalcone.analysis.tables import TableError
 from causalcone.analysis.uncertainty import bootstrap, left_out_layers, permutation_test
 
@@ -48,9 +51,9 @@ class Choice:
     interaction: bool = True
     draws: int = 1000
     mixed: bool = False
-    correction: str = "holm"
+    correction: Correction = "holm"
     level: float = 0.95
-    seed: int = field(default=0)
+    seed: int = 0
 
     def header(self, study: Study, state: State) -> str:
         """What the tables were computed with, in words."""
@@ -77,20 +80,15 @@ def paper_tables(study: Study, choice: Choice = PUBLISHED) -> tuple[list[Table],
         effects = study.effects(state, choice.at, choice.denominator)
     except TableError as error:
         return [], [*missing, f"no table: {error}"]
+    of = (study, choice, state, joined)
     makers: list[tuple[str, Callable[[], Table]]] = [
-        ("table2", lambda: _concentrated(study, choice, state, joined, effects)),
-        *(
-            (
-                f"table{number}",
-                lambda number=number, score=score: _score_table(study, choice, state, joined, number, score),
-            )
-            for number, score in SCORE_TABLES.items()
-        ),
-        ("table7", lambda: _error_table(study, choice, state, joined)),
-        ("uncertainty", lambda: _uncertainty(study, choice, state, joined)),
-        ("correlations", lambda: _correlations(study, choice, state, joined)),
-        ("left_out_layers", lambda: _left_out(study, choice, state, joined)),
-        ("zeroing", lambda: _zeroing(study, choice)),
+        ("table2", partial(_concentrated, *of, effects)),
+        *((f"table{number}", partial(_score_table, *of, number, score)) for number, score in SCORE_TABLES.items()),
+        ("table7", partial(_error_table, *of)),
+        ("uncertainty", partial(_uncertainty, *of)),
+        ("correlations", partial(_correlations, *of)),
+        ("left_out_layers", partial(_left_out, *of)),
+        ("zeroing", partial(_zeroing, study, choice)),
     ]
     tables = []
     for name, make in makers:
@@ -167,7 +165,7 @@ def _uncertainty(study: Study, choice: Choice, state: State, joined: pl.DataFram
     """What tracing adds, with intervals and tests that do not take a fact's edits for independent."""
     scores = list(SCORE_TABLES.values())
     key = [*GROUP, "score"]
-    drawn = {"interaction": choice.interaction, "draws": choice.draws, "seed": choice.seed}
+    drawn: dict[str, Any] = {"interaction": choice.interaction, "draws": choice.draws, "seed": choice.seed}
     own = regressions(joined, scores, interaction=choice.interaction).select(*key, "diff", "p")
     intervals = bootstrap(joined, scores, level=choice.level, **drawn).select(*key, "diff_low", "diff_high")
     chance = permutation_test(joined, scores, **drawn)
@@ -209,9 +207,6 @@ def _left_out(study: Study, choice: Choice, state: State, joined: pl.DataFrame) 
 
 
 def _zeroing(study: Study, choice: Choice) -> Table:
-    from causalcone.analysis.joined import edits_with_effects
-    from causalcone.analysis.study import ZEROED
-
     state = study.main_state(ZEROED)
     if state is None:
         raise TableError("there are no zeroed states")

@@ -158,7 +158,7 @@ def _grids(study: Study, facts: _Facts, numbers: _Numbers) -> dict[str, Any] | N
     if not states:
         return None
     traces = study.traces.filter(pl.col("token").is_not_null()).sort("fact_id", maintain_order=True)
-    depth = int(traces["layer"].max()) + 1  # type: ignore[operator,arg-type]
+    depth = int(traces["layer"].max()) + 1  # type: ignore[arg-type]
     order = {state: number for number, state in enumerate(states)}
     entries: list[dict[str, Any] | None] = [None] * len(facts)
     for (fact_id,), own in traces.group_by("fact_id", maintain_order=True):
@@ -201,7 +201,7 @@ def _zeroed(study: Study, facts: _Facts, numbers: _Numbers) -> dict[str, Any] | 
 def _by_layer(
     rows: pl.DataFrame, key: str, parts: Sequence[str], value: str, facts: _Facts, numbers: _Numbers
 ) -> dict[str, Any]:
-    layers = int(rows["layer"].max()) + 1  # type: ignore[operator,arg-type]
+    layers = int(rows["layer"].max()) + 1  # type: ignore[arg-type]
     values = np.full((len(facts), len(parts), layers), np.nan, dtype=np.float32)
     number = rows[key].replace_strict({part: place for place, part in enumerate(parts)}, return_dtype=pl.Int64)
     values[facts.places(rows["fact_id"]), number.to_numpy(), rows["layer"].to_numpy()] = rows[value].to_numpy()

@@ -13,6 +13,7 @@ from causalcone.analysis.regressions import PREDICTORS, Sample, samples
 
 _STATISTICS = (*(f"r2_{name}" for name in PREDICTORS), "diff")
 _AT_ONCE = 200
+_MOST_NUMBERS = 2**22
 
 
 def bootstrap(
@@ -64,9 +65,7 @@ def permutation_test(
         score, effect = _squares(sample)
         row["facts"] = len(score)
         if sample.lack is None and len(score) > 1 and np.ptp(score) > 0:
-            rng = np.random.default_rng(seed)
-            own = _added(score, effect, interaction)
-            others = np.array([_added(score, effect[rng.permutation(len(effect))], interaction) for _ in range(draws)])
+            own, others = _exchanged(score, effect, interaction, draws, np.random.default_rng(seed))
             at_least = np.count_nonzero(others >= own * (1 - 1e-12))
             row |= {"diff": own, "chance": float(others.mean()), "p": (1 + at_least) / (1 + draws)}
         rows.append(row)
@@ -126,14 +125,27 @@ def _squares(sample: Sample) -> tuple[Floats, Floats]:
     return score[whole], effect[whole]
 
 
-def _added(score: Floats, effect: Floats, interaction: bool) -> float:
-    """R^2 of both less R^2 of the layer, of scores and effects (facts, layers)."""
+def _exchanged(
+    score: Floats, effect: Floats, interaction: bool, draws: int, rng: np.random.Generator
+) -> tuple[float, Floats]:
+    """What effects add to R^2 of the layer, of scores and effects (facts, layers): their own facts', and other facts'
+    (draws,). An exchange leaves everything as it is but the products of scores and effects."""
     y, x = score - score.mean(axis=0), effect - effect.mean(axis=0)
     total = float(np.sum((score - score.mean()) ** 2))
     axis = 0 if interaction else None
-    xx, xy, size = (x * x).sum(axis=axis), (x * y).sum(axis=axis), (effect * effect).sum(axis=axis)
-    explained = np.divide(xy**2, xx, out=np.zeros_like(xy), where=xx > CONSTANT * size)
-    return float(np.sum(explained)) / total
+    xx, size = np.atleast_1d((x * x).sum(axis=axis)), np.atleast_1d((effect * effect).sum(axis=axis))
+    varies = xx > CONSTANT * size
+
+    def added(products: Floats) -> Floats:
+        """Of sums of products, (draws, layers)."""
+        xy = products if interaction else products.sum(axis=1, keepdims=True)
+        explained = np.divide(xy**2, xx, out=np.zeros_like(xy), where=varies)
+        return np.asarray(explained.sum(axis=1) / total)
+
+    orders = np.array([rng.permutation(len(x)) for _ in range(draws)])
+    at_once = max(1, _MOST_NUMBERS // x.size)
+    products = [np.einsum("fl,dfl->dl", y, x[orders[start : start + at_once]]) for start in range(0, draws, at_once)]
+    return float(added((y * x).sum(axis=0, keepdims=True))[0]), added(np.concatenate(products))
 
 
 def _resampled(sample: Sample, interaction: bool, draws: int, rng: np.random.Generator) -> dict[str, Floats]:
