@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-cluster test-browser lint types bench
+.PHONY: demo test test-cluster test-browser docs lint types bench
 
 demo: $(READY)
 	$(BIN)/causalcone demo
@@ -20,6 +20,14 @@ test-cluster: $(READY)
 test-browser: $(READY)
 	$(BIN)/pip install -q -c constraints.txt -e '.[browser]'
 	$(BIN)/python -m pytest tests/test_report_browser.py
+
+# the pages of docs/ as a site in build/site, with the reference from docstrings
+docs: $(READY)
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	rm -rf build/docs
+	$(BIN)/pip wheel -q --no-deps -w build/docs .
+	$(BIN)/pip install -q --no-deps --target build/docs/site build/docs/*.whl
+	$(BIN)/mkdocs build --strict
 
 lint: $(READY)
 	$(BIN)/ruff check .

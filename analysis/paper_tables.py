@@ -12,9 +12,14 @@ import polars as pl
 
 from causalcone.analysis.correlations import Correction, layer_correlations
 from causalcone.analysis.dependence import cluster_robust_tests, mixed_effects
-from causalcone.analysis.effects import Denominator, concentrated_facts
+from causalcone.analysis.effects import Denominator, absolute_effects, concentrated_facts
 from causalcone.analysis.joined import edits_with_effects
-from causalcone.analysis.published_values import published_concentrated, published_errors, published_regressions
+from causalcone.analysis.published_values import (
+    PUBLISHED_UNSCALED,
+    published_concentrated,
+    published_errors,
+    published_regressions,
+)
 from causalcone.analysis.regressions import GROUP, PREDICTORS, regressions
 from causalcone.analysis.study import ZEROED, At, State, Study
 from causalcone.analysis.tables import TableError
@@ -87,6 +92,7 @@ def paper_tables(study: Study, choice: Choice = PUBLISHED) -> tuple[list[Table],
         ("table7", partial(_error_table, *of)),
         ("uncertainty", partial(_uncertainty, *of)),
         ("correlations", partial(_correlations, *of)),
+        ("unscaled", partial(_unscaled, study, choice, state)),
         ("left_out_layers", partial(_left_out, *of)),
         ("zeroing", partial(_zeroing, study, choice)),
     ]
@@ -194,6 +200,23 @@ def _correlations(study: Study, choice: Choice, state: State, joined: pl.DataFra
         choice.header(study, state),
     ]
     return Table("correlations", "Correlation of score and tracing effect at each edit layer", found, notes)
+
+
+def _unscaled(study: Study, choice: Choice, state: State) -> Table:
+    """Rewrite magnitude and the absolute effect at the last subject token, as Meng et al. 2022 measure."""
+    kind, window = state
+    absolute = absolute_effects(study.traces.filter(kind=kind, window=window))
+    joined = edits_with_effects(study.scores, absolute)
+    found = in_order(layer_correlations(joined, ["rewrite_magnitude"], correction=choice.correction))
+    if study.published == "hase2023-gptj":
+        printed = pl.when(problem="error_injection", method="rome", layer=PUBLISHED_UNSCALED[0])
+        found = found.with_columns(published_correlation=printed.then(pl.lit(PUBLISHED_UNSCALED[1])))
+    notes = [
+        "rewrite magnitude: p(target) - p(other target) after the edit; effects are absolute, of "
+        f"{kind}:{window} at the last subject token; p_corrected: {choice.correction}"
+    ]
+    title = "Correlation of rewrite magnitude and absolute tracing effect (Hase et al. 2023, Fig. 14)"
+    return Table("unscaled", title, found, notes)
 
 
 def _left_out(study: Study, choice: Choice, state: State, joined: pl.DataFrame) -> Table:

@@ -21,6 +21,9 @@ _R2 = {
     "p": pl.String,
 }
 
+PUBLISHED_UNSCALED = (5, -0.006)
+"""The layer, counted from 0, and the correlation of Hase et al. 2023, Fig. 14: ROME on GPT-J in Error Injection."""
+
 STUDIES = ("hase2023-gptj", "hase2023-zsre")
 """The studies that there are published tables of."""
 

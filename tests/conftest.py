@@ -9,7 +9,7 @@ from models import FACTS, gpt2, tokenizer
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it computes
 
 
-DEMO = ("test_demo_model", "test_demo", "test_readme", "test_embedding", "test_bench_sweep")
+DEMO = ("test_demo_model", "test_demo", "test_readme", "test_embedding", "test_docs", "test_bench_sweep")
 """Files whose tests need the demo model: one process trains it, and the others need not wait for that."""
 
 

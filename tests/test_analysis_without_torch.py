@@ -10,7 +10,13 @@ from trace_tables import made_up_traces
 
 SCRIPT = """
 import sys
-sys.modules["torch"] = sys.modules["transformers"] = None  # any import of them fails
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
 
 import causalcone.analysis as analysis
 import causalcone.analysis.report_data, causalcone.analysis.study

@@ -58,7 +58,7 @@ def test_tables_are_those_of_the_functions(study, tmp_path, run):
         "effects of mlp:3, largest over prompt tokens, over p_high; layer and effect with interaction" in page.lower()
     )
     assert "The choice of the edit layer explains" in printed
-    assert len(list((tmp_path / "tables").glob("*.tex"))) == len(list((tmp_path / "tables").glob("*.csv"))) == 10
+    assert len(list((tmp_path / "tables").glob("*.tex"))) == len(list((tmp_path / "tables").glob("*.csv"))) == 11
 
 
 def test_options_are_named_in_the_tables(study, tmp_path, run):
