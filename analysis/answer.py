@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from causalcone.analysis.paper_tables import METHOD_NAMES, Table
+from causalcone.analysis.names import method_name
+from causalcone.analysis.paper_tables import Table
 
 MAIN = "table3_rewrite"
 
@@ -20,10 +21,11 @@ def answer(tables: Sequence[Table]) -> str:
         return "There is no answer yet: no regression of rewrite scores could be made."
     layer, diff = known["r2_layer"].to_numpy(), known["diff"].to_numpy()
     most = known.sort("diff", descending=True).row(0, named=True)
+    where = f"{method_name(most['method'], most['window'])} in {most['problem'].replace('_', ' ')}"
     text = (
         f"The choice of the edit layer explains {layer.min():.0%} to {layer.max():.0%} of the variance of rewrite "
         f"scores (mean {layer.mean():.0%} over {len(known)} problems and methods). Knowing the tracing effect at that "
-        f"layer adds {diff.min():.1%} to {diff.max():.1%} (mean {diff.mean():.1%}), the most for {_named(most)} "
+        f"layer adds {diff.min():.1%} to {diff.max():.1%} (mean {diff.mean():.1%}), the most for {where} "
         f"({most['diff']:.1%})."
     )
     chance = _chance(tables, most)
@@ -42,9 +44,3 @@ def _chance(tables: Sequence[Table], most: dict[str, object]) -> str | None:
     clear = int((rewrite["p_permutation"].to_numpy() < 0.05).sum())
     there = "" if own.is_empty() else f"Effects taken from other facts add {own['chance'][0]:.1%} there by chance; "
     return f"{there}in {clear} of {len(rewrite)} cases tracing adds more than that (permutation test, p < 0.05)."
-
-
-def _named(row: dict[str, object]) -> str:
-    method, window = str(row["method"]), row["window"]
-    name = METHOD_NAMES.get(method, method) + ("" if method == "rome" else f"-{window}")
-    return f"{name} in {str(row['problem']).replace('_', ' ')}"

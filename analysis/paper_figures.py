@@ -13,7 +13,8 @@ from causalcone.analysis import plot
 from causalcone.analysis.effect_plot import effects_by_window, peak_layers_by_window
 from causalcone.analysis.effects import absolute_effects
 from causalcone.analysis.joined import edits_with_effects
-from causalcone.analysis.paper_tables import PUBLISHED, Choice, in_order
+from causalcone.analysis.names import in_order
+from causalcone.analysis.paper_tables import PUBLISHED, Choice
 from causalcone.analysis.regression_plot import r2_bars, scatter_by_layer
 from causalcone.analysis.regressions import GROUP, regressions
 from causalcone.analysis.scores import SCORES

@@ -14,6 +14,7 @@ from causalcone.analysis.correlations import Correction, layer_correlations
 from causalcone.analysis.dependence import cluster_robust_tests, mixed_effects
 from causalcone.analysis.effects import Denominator, absolute_effects, concentrated_facts
 from causalcone.analysis.joined import edits_with_effects
+from causalcone.analysis.names import in_order
 from causalcone.analysis.published_values import (
     PUBLISHED_UNSCALED,
     published_concentrated,
@@ -26,8 +27,6 @@ from causalcone.analysis.tables import TableError
 from causalcone.analysis.uncertainty import bootstrap, left_out_layers, permutation_test
 
 SCORE_TABLES = {3: "rewrite", 4: "paraphrase", 5: "neighborhood", 6: "overall"}
-METHOD_NAMES = {"rome": "ROME", "memit": "MEMIT", "memit_joint": "joint MEMIT", "finetune": "FT"}
-PROBLEMS = ("error_injection", "tracing_reversal", "fact_erasure", "fact_amplification", "fact_forcing")
 
 _R2 = [*(f"r2_{name}" for name in PREDICTORS), "diff", "p"]
 
@@ -103,16 +102,6 @@ def paper_tables(study: Study, choice: Choice = PUBLISHED) -> tuple[list[Table],
         except TableError as error:
             missing.append(f"no {name}: {error}")
     return tables, missing
-
-
-def in_order(frame: pl.DataFrame) -> pl.DataFrame:
-    """Problems and methods in the papers' order."""
-    return frame.sort(_place("problem", PROBLEMS), _place("method", tuple(METHOD_NAMES)), "window", maintain_order=True)
-
-
-def _place(column: str, names: Sequence[str]) -> pl.Expr:
-    order = {name: number for number, name in enumerate(names)}
-    return pl.col(column).replace_strict(order, default=len(names), return_dtype=pl.Int64)
 
 
 def _score_table(study: Study, choice: Choice, state: State, joined: pl.DataFrame, number: int, score: str) -> Table:

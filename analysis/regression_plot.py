@@ -12,11 +12,11 @@ from matplotlib.patches import Patch
 
 from causalcone.analysis.correlations import layer_correlations
 from causalcone.analysis.figure_parts import finish, new_figure
+from causalcone.analysis.names import method_name
 from causalcone.analysis.tables import TableError
 
 PathLike = str | os.PathLike[str]
 
-_METHODS = {"rome": "ROME", "memit": "MEMIT", "memit_joint": "joint MEMIT", "finetune": "FT"}
 _COLUMNS = 4
 _MOST_POINTS = 2000
 
@@ -46,7 +46,7 @@ def r2_bars(regressions: pl.DataFrame, score: str = "rewrite", path: PathLike | 
                 fontsize=6.5,
             )  # fmt: skip
         axes.set_xticks(
-            place, [_named(*row) for row in rows.select("method", "window").rows()], fontsize=8, rotation=30
+            place, [method_name(*row) for row in rows.select("method", "window").rows()], fontsize=8, rotation=30
         )
         axes.set_title(problem.replace("_", " ").capitalize(), fontsize=9.5)
         axes.set_ylim(0, 1.08)
@@ -99,7 +99,7 @@ def scatter_by_layer(
         grid.flat[lowest].tick_params(labelbottom=True)
     for row in grid:
         row[0].set_ylabel("rewrite magnitude" if score == "rewrite_magnitude" else f"{score} score", fontsize=8.5)
-    title = f"{problem.replace('_', ' ').capitalize()}, {_named(method, window)}"
+    title = f"{problem.replace('_', ' ').capitalize()}, {method_name(method, window)}"
     figure.suptitle(title, fontsize=11, fontweight="bold")
     return finish(figure, path)
 
@@ -114,7 +114,3 @@ def _panel(axes: Axes, rows: pl.DataFrame, score: str) -> None:
     axes.set_ylim(-1.04 if score == "rewrite_magnitude" else -0.04, 1.04)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=7.5, length=2.5)
-
-
-def _named(method: str, window: int) -> str:
-    return _METHODS.get(method, method) + ("" if method == "rome" else f"-{window}")

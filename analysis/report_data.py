@@ -14,7 +14,8 @@ import polars as pl
 import polars.selectors as cs
 
 from causalcone.analysis.answer import answer
-from causalcone.analysis.paper_tables import METHOD_NAMES, Choice, Table, in_order, paper_tables
+from causalcone.analysis.names import in_order, method_name
+from causalcone.analysis.paper_tables import Choice, Table, paper_tables
 from causalcone.analysis.regressions import GROUP
 from causalcone.analysis.study import ZEROED, Study
 from causalcone.analysis.tables import TableError
@@ -230,9 +231,4 @@ def _named_rows(frame: pl.DataFrame) -> list[dict[str, Any]]:
     """The rows with the method's name as it is shown; JSON has no numbers that are not finite."""
     floats = cs.float()
     finite = frame.with_columns(pl.when(floats.is_finite()).then(floats))
-    return [{**row, "name": _named(row)} for row in finite.iter_rows(named=True)]
-
-
-def _named(row: dict[str, Any]) -> str:
-    method, window = row["method"], row["window"]
-    return METHOD_NAMES.get(method, method) + ("" if method == "rome" else f"-{window}")
+    return [{**row, "name": method_name(row["method"], row["window"])} for row in finite.iter_rows(named=True)]

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from causalcone.analysis.figure_parts import finish, layer_axis, layer_count, new_figure
+from causalcone.analysis.names import METHODS
 from causalcone.analysis.scores import SCORES, mean_scores
 from causalcone.analysis.tables import TableError
 
@@ -21,7 +22,6 @@ PathLike = str | os.PathLike[str]
 # Okabe and Ito's colours with a marker each, for print in grey.
 _STYLES = (("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "^"), ("#E69F00", "D"), ("#CC79A7", "v"), ("#56B4E9", "P"))
 _DASHES = ("-", "--", ":")
-_METHOD_NAMES = {"rome": "ROME", "memit": "MEMIT", "memit_joint": "joint MEMIT", "finetune": "FT"}
 
 _Setting = tuple[str, int]  # method and window
 
@@ -65,7 +65,7 @@ def scores(
 
 def _styles(means: pl.DataFrame) -> dict[_Setting, dict[str, Any]]:
     """How the line of each method and window looks, in the methods' usual order, small windows first."""
-    usual = list(_METHOD_NAMES)
+    usual = list(METHODS)
 
     def order(setting: _Setting) -> tuple[int, str, int]:
         method, window = setting
@@ -92,7 +92,7 @@ def _panel(axes: Axes, means: pl.DataFrame, styles: dict[_Setting, dict[str, Any
 
 def _label(setting: _Setting) -> str:
     method, window = setting
-    return f"{_METHOD_NAMES.get(method, method)} ({'one layer' if window == 1 else f'{window} layers'})"
+    return f"{METHODS.get(method, method)} ({'one layer' if window == 1 else f'{window} layers'})"
 
 
 def _layer_label(styles: dict[_Setting, dict[str, Any]]) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 import polars as pl
 
-from causalcone.analysis.paper_tables import METHOD_NAMES, Table
+from causalcone.analysis.names import method_name
+from causalcone.analysis.paper_tables import Table
 
 _HEADINGS = {
     "problem": "problem", "method": "method", "r2_layer": "layer", "r2_trace": "trace", "r2_both": "both",
@@ -87,8 +88,7 @@ def cell(name: str, row: dict[str, Any]) -> str:
     if value is None:
         return "-"
     if name == "method":
-        window = row.get("window")
-        return METHOD_NAMES.get(value, value) + ("" if window is None or value == "rome" else f"-{window}")
+        return method_name(value, row["window"])
     if name == "problem":
         return str(value).replace("_", " ")
     if isinstance(value, float):

@@ -83,11 +83,6 @@ def plan_of(choice: Editing, aggregate: str | None) -> Plan:
     return Plan(choice.problem, settings, layers, choice.sigma or sigma, aggregate or which)
 
 
-def preset_plan(preset: str, methods: Sequence[str], problem: str) -> Plan:
-    """What a preset says, at all layers."""
-    return plan_of(Editing(method=list(methods), problem=problem, layers="all", preset=preset), None)
-
-
 def parse_layers(layers: str) -> Layers:
     """Numbers, or ``"all"``."""
     if layers.strip() == "all":

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import polars as pl
 from rich.table import Table
 
+from causalcone.analysis.names import METHODS, in_order, method_name
 from causalcone.analysis.scores import SCORES, counterfact_metrics, mean_scores, scores, zsre_metrics
 from causalcone.analysis.tables import TableError
-from causalcone.engine.editing.requests import PROBLEMS
 from causalcone.runners.cli_options import Scoring
 from causalcone.runners.summary import new_table
 
 MOST_REASONS = 3
 
-_Key = TypeVar("_Key", bound="tuple[str, ...] | tuple[str, int]")
-
 _SHOWN = [name for name in SCORES if name != "rewrite_magnitude"]
-_NAMES = {"rome": "ROME", "memit": "MEMIT", "memit_joint": "joint MEMIT", "finetune": "fine-tuning"}
-_SHORT = {**_NAMES, "finetune": "FT"}
+_LONG = {**METHODS, "finetune": "fine-tuning"}
 
 
 def scores_of(folder: Path, aggregate: str, essence: bool) -> pl.DataFrame:
@@ -71,16 +67,16 @@ def rewrite_tables(table: pl.DataFrame) -> list[Table]:
     best layer is bold. ``table`` is what ``analysis.scores`` gives."""
     means = mean_scores(table).filter(pl.col("n") > 0, score="rewrite")
     tables = []
-    for problem in _problems(means):
-        own = means.filter(problem=problem)
+    for problem in in_order(means)["problem"].unique(maintain_order=True):
+        own = in_order(means.filter(problem=problem))
         facts = table.filter(problem=problem)["fact_id"].n_unique()
         layers = own["layer"].unique().sort().to_list()
         shown = new_table(
             f"{_title(problem)}: mean rewrite score of {facts} facts by layer", "method", *map(str, layers)
         )
-        for method, window in _in_order(_settings(own), list(_NAMES)):
+        for method, window in _settings(own):
             row = _by_layer(own.filter(method=method, window=window), "mean")
-            shown.add_row(_short(method, window), *(_cell(row, layer) for layer in layers))
+            shown.add_row(method_name(method, window), *(_cell(row, layer) for layer in layers))
         tables.append(shown)
     return tables
 
@@ -117,11 +113,13 @@ def best_sentences(table: pl.DataFrame) -> list[str]:
     score."""
     means = mean_scores(table).filter(pl.col("n") > 0, score="overall").sort("mean", "layer", descending=[True, False])
     sentences = []
-    for problem in _problems(table):
+    for problem in in_order(table)["problem"].unique(maintain_order=True):
         parts = []
-        for method, window in _in_order(_settings(table.filter(problem=problem)), list(_NAMES)):
+        for method, window in _settings(in_order(table.filter(problem=problem))):
             best = means.filter(problem=problem, method=method, window=window).head(1)
-            parts += [f"{_short(method, window)} at layer {layer} ({mean:.3f})" for layer, mean in _pairs(best, "mean")]
+            parts += [
+                f"{method_name(method, window)} at layer {layer} ({mean:.3f})" for layer, mean in _pairs(best, "mean")
+            ]
         if parts:
             sentences.append(f"{_title(problem)}: the best overall scores are those of {', '.join(parts)}.")
     return sentences
@@ -132,25 +130,9 @@ def _settings(frame: pl.DataFrame) -> list[tuple[str, int]]:
     return frame.select("method", "window").unique(maintain_order=True).rows()
 
 
-def _problems(table: pl.DataFrame) -> list[str]:
-    """The problems of a table, in the order in which they are posed."""
-    found = table["problem"].unique(maintain_order=True).to_list()
-    return [problem for (problem,) in _in_order([(name,) for name in found], PROBLEMS)]
-
-
-def _in_order(keys: Iterable[_Key], names: Sequence[str]) -> list[_Key]:
-    """Sorted by the place of their first part among ``names``, then by the others."""
-    return sorted(keys, key=lambda key: (names.index(key[0]) if key[0] in names else len(names), *key))
-
-
-def _short(method: str, window: int) -> str:
-    """As papers do: FT-1 is fine-tuning of one layer."""
-    return _SHORT.get(method, method) + ("" if method == "rome" else f"-{window}")
-
-
 def _named(method: str, window: int) -> str:
     layers = "one layer" if window == 1 else f"{window} layers"
-    return _NAMES.get(method, method) + ("" if method == "rome" else f" of {layers}")
+    return _LONG.get(method, method) + ("" if method == "rome" else f" of {layers}")
 
 
 def _heading(method: str, window: int) -> str:
