@@ -48,6 +48,24 @@ def folder(tmp_path_factory, tokenizer):
     return folder
 
 
+@pytest.fixture(scope="module")
+def file(folder):
+    """The file of a sweep of six facts, with all that it needs beside it."""
+    from sweeps import write_sweep
+
+    return write_sweep(folder)
+
+
+@pytest.fixture(scope="module")
+def study(file, tmp_path_factory):
+    """The folder of that sweep, carried out: two layers, three methods."""
+    from sweeps import swept
+
+    out = tmp_path_factory.mktemp("study") / "out"
+    assert swept(file, out).status == "complete"
+    return out
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Runs ``causalcone`` with arguments; returns the exit code and what it printed."""

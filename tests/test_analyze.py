@@ -8,7 +8,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from sweeps import swept, write_sweep
+from sweeps import swept
 
 from causalcone.analysis import tracing_effects
 from causalcone.analysis.joined import edits_with_effects
@@ -20,14 +20,6 @@ from causalcone.analysis.table_files import cell, latex, markdown, p_value
 from causalcone.analysis.tables import TableError
 
 DRAWS = ("--draws", "100")
-
-
-@pytest.fixture(scope="module")
-def study(folder, tmp_path_factory):
-    """A sweep of six facts, at two layers by three methods."""
-    out = tmp_path_factory.mktemp("study") / "out"
-    assert swept(write_sweep(folder), out).status == "complete"
-    return out
 
 
 @pytest.fixture

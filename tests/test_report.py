@@ -20,13 +20,6 @@ CHOICE = Choice(draws=100)
 
 
 @pytest.fixture(scope="module")
-def study(folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("study") / "out"
-    assert swept(write_sweep(folder), out).status == "complete"
-    return out
-
-
-@pytest.fixture(scope="module")
 def packed(study):
     return report_data(Study(study), CHOICE)
 

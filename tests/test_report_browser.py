@@ -6,7 +6,6 @@ import time
 
 import pytest
 from odd_texts import ODD, with_odd_texts
-from sweeps import swept, write_sweep
 
 from causalcone.analysis.paper_tables import Choice
 from causalcone.analysis.report import report
@@ -25,13 +24,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="needs Debian's chromium and chromium-driver"),
 ]
-
-
-@pytest.fixture(scope="module")
-def study(folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("study") / "out"
-    assert swept(write_sweep(folder), out).status == "complete"
-    return out
 
 
 @pytest.fixture(scope="module")

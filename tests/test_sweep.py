@@ -10,7 +10,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 from editing_cases import FULL
-from sweeps import assert_same_tables, configured, swept, tables, write_sweep
+from sweeps import assert_same_tables, configured, swept, tables
 
 import causalcone as cc
 from causalcone.analysis import scores
@@ -25,12 +25,6 @@ from causalcone.runners.sweep.work import Worker
 
 PROBLEMS = ("error_injection", "fact_forcing")
 UNITS = 35
-
-
-@pytest.fixture(scope="module")
-def file(folder):
-    """The file of a sweep of six facts."""
-    return write_sweep(folder)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import psutil
 import pytest
-from sweeps import assert_same_tables, configured, swept, tables, write_sweep
+from sweeps import assert_same_tables, configured, swept, tables
 
 from causalcone.engine.errors import ExperimentError, ModelError
 from causalcone.runners.results import ResultError
@@ -29,11 +29,6 @@ pytestmark = pytest.mark.slow
 
 FEW = ("sever=none", "gradients=none", 'edit.methods=["rome","finetune:1"]', 'edit.problems=["error_injection"]')
 DEADLY = "edit/error_injection/rome-1/00001"
-
-
-@pytest.fixture(scope="module")
-def file(folder):
-    return write_sweep(folder)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from sweeps import assert_same_tables, swept, tables, write_sweep
+from sweeps import assert_same_tables, swept, tables
 
 from causalcone.runners.sweep.status import status_of
 
@@ -23,11 +23,6 @@ KILLS = int(os.environ.get("CAUSALCONE_KILLS", "6"))
 
 STAGES = ("filter", "trace", "sever", "zero", "gradients", "edit")
 """Those of several units each."""
-
-
-@pytest.fixture(scope="module")
-def file(folder):
-    return write_sweep(folder)
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,11 @@ import pandas as pd
 import polars as pl
 import pytest
 from rich.console import Console
-from sweeps import TABLES, configured, write_sweep
+from sweeps import TABLES, configured
 
 from causalcone.runners.sweep.crew import Alone
 from causalcone.runners.sweep.driver import Driver
 from causalcone.runners.sweep.work import Worker
-
-
-@pytest.fixture(scope="module")
-def file(folder):
-    return write_sweep(folder)
 
 
 @pytest.fixture
