@@ -75,7 +75,11 @@ def mixed_effects(
         if lack is not None:
             rows.append({**row, "note": lack})
             continue
-        small, large = (_likelihood(sample, each) for each in (layer, np.hstack([layer, effect])))
+        try:
+            small, large = (_likelihood(sample, each) for each in (layer, np.hstack([layer, effect])))
+        except np.linalg.LinAlgError as error:
+            rows.append({**row, "note": f"the model cannot be fitted: {error}"})
+            continue
         statistic, added = max(0.0, 2 * (large[0] - small[0])), effect.shape[1]
         rows.append(
             {**row, "chi2": statistic, "added": added, "p": float(chi2.sf(statistic, added)), "fact_share": small[1]}

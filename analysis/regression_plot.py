@@ -89,7 +89,9 @@ def scatter_by_layer(
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axes, told in zip(grid.flat, found.iter_rows(named=True), strict=False):
         _panel(axes, own.filter(layer=told["layer"]), score)
-        rho = "no correlation" if told["correlation"] is None else f"$\\rho$ = {told['correlation']:.2f}"
+        rho = (
+            "no correlation" if told["correlation"] is None else f"$\\rho$ = {round(told['correlation'], 2) + 0.0:.2f}"
+        )
         axes.set_title(f"layer {told['layer']}: {rho}", fontsize=8.5)
     for axes in list(grid.flat)[len(layers) :]:
         axes.set_visible(False)

@@ -19,7 +19,7 @@ from causalcone.engine.tracing import Tracer
 from causalcone.runners.analyzing import write_page
 from causalcone.runners.demo_model import demo_model
 from causalcone.runners.edit_summary import best_sentences, rewrite_tables, scores_of
-from causalcone.runners.figures import PLOTS, draw_gradients, draw_scores, draw_severed, draw_traces, draw_zeroing
+from causalcone.runners.figures import draw_gradients, draw_scores, draw_severed, draw_traces, draw_zeroing
 from causalcone.runners.summary import effect_tables, find_sites, severed_sentence, zeroing_sentence
 from causalcone.runners.sweep.config import load_sweep
 from causalcone.runners.sweep.driver import Driver, Finished, read_facts
@@ -41,7 +41,7 @@ def run_demo(out: Path, facts: int, edits: int, console: Console, overwrite: boo
     if finished.signal is not None:
         console.print(f"stopped; the same command goes on from what is in {out}", highlight=False)
         return finished
-    if finished.computed or not (out / PLOTS).exists():
+    if finished.computed or not (out / PAGE).exists():  # which is written last
         known, _ = read_facts(sweep)
         draw_traces(out, _first(out / TRACES), table=TRACES)
         draw_severed(out)

@@ -54,15 +54,16 @@ def test_tables_are_those_of_the_functions(study, tmp_path, run):
 
 
 def test_options_are_named_in_the_tables(study, tmp_path, run):
-    options = ("--state", "hidden:1", "--at", "subject_last", "--denominator", "p_clean", "--additive")
+    options = ("--state", "hidden:1", "--at", "subject_last", "--denominator", "p_clean", "--additive", "--mixed")
     code, _, _ = run("analyze", study, "--out", tmp_path, "--no-figures", "--aggregate", "first", *options, *DRAWS)
     assert code == 0
     page = (tmp_path / "tables" / "table3_rewrite.md").read_text()
     assert "hidden:1, at the last subject token, over p_clean; layer and effect additive; scores of the first" in page
+    assert {"p_mixed", "fact_share"} <= set(pl.read_csv(tmp_path / "tables" / "uncertainty.csv").columns)
 
 
 def test_figures_are_drawn_as_png_and_pdf(study, tmp_path, run):
-    code, printed, _ = run("analyze", study, "--out", tmp_path, *DRAWS)
+    code, printed, _ = run("analyze", study, "--out", tmp_path, "--scatter-all", *DRAWS)
     assert code == 0
     figures = {path.name for path in (tmp_path / "figures").iterdir()}
     for name in (
@@ -75,7 +76,12 @@ def test_figures_are_drawn_as_png_and_pdf(study, tmp_path, run):
             "scores_error_injection",
         ),
         *("r2_mlp_3", "scatter_rewrite", "scatter_overall", "scatter_last_subject", "scatter_unscaled"),
-        *("scatter_zeroing_rewrite", "gradients_000"),
+        *(
+            "scatter_zeroing_rewrite",
+            "gradients_000",
+            "scatter_fact_forcing_memit_2",
+            "scatter_error_injection_finetune_1",
+        ),
     ):
         assert {f"{name}.png", f"{name}.pdf"} <= figures
     assert f"{len(figures) // 2} figures" in printed

@@ -208,10 +208,12 @@ def test_moments_of_another_model_are_replaced(quick):
     model, tokenizer = demo_model.demo_model(progress=False)
     with torch.no_grad():
         model.transformer.wte.weight += 1
-    cc.Moments.collect(model, tokenizer, ["Some text."], tokens="all").save(path)
-    demo_moments(progress=False).check(demo_model.demo_model(progress=False)[0], range(3))
-    path.write_bytes(b"half a file")
-    demo_moments(progress=False).check(demo_model.demo_model(progress=False)[0], range(3))
+    other = cc.Moments.collect(model, tokenizer, ["Some text."], tokens="all")
+    for spoil in (lambda: other.save(path), lambda: path.write_bytes(b"half a file")):
+        spoil()
+        found = demo_moments(progress=False)
+        found.check(demo_model.demo_model(progress=False)[0], range(3))
+        assert found.tokens != other.tokens
 
 
 def test_the_example_of_the_page_runs(tmp_path, monkeypatch, capsys):

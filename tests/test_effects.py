@@ -24,6 +24,7 @@ from causalcone.analysis import (
     with_roles,
     zeroing_effects,
 )
+from causalcone.analysis.effects import absolute_effects
 
 # "The city of Big Old Rome lies in": subject tokens 3, 4, 5; further 6 is first subsequent, 7 is last.
 LONG = ["The", " city", " of", " Big", " Old", " Rome", " lies", " in"]
@@ -104,6 +105,12 @@ def test_tracing_effect_at_the_last_subject_token_is_not_clipped(two_facts: pl.D
     effects = tracing_effects(two_facts, at="subject_last")
     assert effects.select("fact_id", "layer", "token").rows() == [("a", 0, 5), ("a", 1, 5), ("b", 0, 0), ("b", 1, 0)]
     assert effects["effect"].to_list() == pytest.approx([0.5, 1.0, -0.2 / 0.2, -0.1 / 0.2])
+
+
+def test_absolute_effect_at_the_last_subject_token(two_facts: pl.DataFrame) -> None:
+    effects = absolute_effects(two_facts)
+    assert effects.select("fact_id", "layer", "token").rows() == [("a", 0, 5), ("a", 1, 5), ("b", 0, 0), ("b", 1, 0)]
+    assert effects["effect"].to_list() == pytest.approx([0.4, 0.8, -0.2, -0.1])
 
 
 def test_first_of_equal_tokens_carries_the_tracing_effect() -> None:
