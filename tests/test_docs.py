@@ -1,22 +1,24 @@
 """The commands on the pages of docs/ do what the pages say, with the demo model and its world in place of others."""
 
-import re
-import shlex
+import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from page_commands import ROOT, blocks, commands
 from typer.testing import CliRunner
 
 from causalcone.runners.cli import app
 from causalcone.runners.demo_model import demo_world
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = ROOT / "docs"
 
 ELSEWHERE = {
     "analysis.md": "test_analyze.py",
     "architectures.md": "test_architectures_llama.py",  # a test of a family, as these files have
     "embedding.md": "test_embedding.py",
-    "cluster.md": "test_sweep_cluster.py",  # commands of clusters
+    "cluster.md": "test_sweep_cluster.py",
     "editors.md": None,  # the form of a method, which is no code
 }
 """Pages whose blocks other tests run."""
@@ -32,20 +34,10 @@ OWN = {
 MADE = ("counterfact.json", "zsre_mend_eval.json")
 """Files that are there."""
 
-HUB = "azhx/counterfact"
-
 SMALL_SWEEP = (
     *("limit=3", "edit.facts=1", "edit.layers=[0]", "edit.generation=false", "edit.references=none"),
     *('edit.problems=["error_injection"]', "gradients=none", "sever=none"),
 )
-
-
-def commands(page):
-    """The commands of a page's blocks, each in one line."""
-    text = (DOCS / page).read_text(encoding="utf-8")
-    blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.strip().startswith("causalcone ")]
 
 
 def smaller(arguments):
@@ -72,17 +64,18 @@ def files(tmp_path, monkeypatch):
     )
     records = ", ".join(record % answer for answer in ("Oslo", "Lima"))
     (tmp_path / "zsre_mend_eval.json").write_text(f"[{records}]")
+    hub = ModuleType("datasets")  # nothing is downloaded by tests
+    hub.load_dataset = lambda name, config, **options: json.loads((tmp_path / "counterfact.json").read_text())
+    monkeypatch.setitem(sys.modules, "datasets", hub)
     return tmp_path
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ["index.md", "sweeps.md", "reproducing.md", "data.md", "editing.md"])
 def test_commands_run(page, files):
-    found = commands(page)
+    found = commands(f"docs/{page}")
     assert found
     for arguments in found:
-        if HUB in arguments:  # nothing is downloaded by tests
-            continue
         is_data = arguments[0] == "data"
         swapped = [word if is_data and word in MADE else OWN.get(word, word) for word in arguments]
         given = [word for word in swapped if word is not None]
@@ -101,6 +94,6 @@ def test_every_page_with_blocks_is_tested():
 def test_the_configuration_of_the_page_is_one(tmp_path):
     from causalcone.runners.sweep.config import load_sweep
 
-    (text,) = re.findall(r"```toml\n(.*?)```", (DOCS / "sweeps.md").read_text(encoding="utf-8"), re.DOTALL)
+    (text,) = blocks("docs/sweeps.md", "toml")
     (tmp_path / "mine.toml").write_text(text)
     assert load_sweep(str(tmp_path / "mine.toml")).edit.generation == ("error_injection",)

@@ -1,28 +1,20 @@
 """What the README shows does what it says, with the demo model in place of a downloaded one."""
 
 import json
-import re
-import shlex
-from pathlib import Path
 
 import pytest
+from page_commands import blocks, commands
 from typer.testing import CliRunner
 
 from causalcone.runners.cli import app
 from causalcone.runners.demo_model import demo_folder, demo_world
 from causalcone.runners.training_text import running_texts
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-
 
 @pytest.mark.slow
 def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    tracing, editing = blocks("python")
+    tracing, editing = blocks("README.md", "python")
     assert len(tracing.splitlines()) <= 11
     names = {}
     exec(tracing.replace('"gpt2"', repr(str(demo_folder(progress=False)))), names)
@@ -56,10 +48,9 @@ def smaller(arguments):
 @pytest.mark.slow
 def test_the_command_lines_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("causalcone")]
-    assert len(lines) >= 2
-    for line in lines:
-        arguments = shlex.split(line, comments=True)[1:]
+    found = commands("README.md")
+    assert len(found) >= 2
+    for arguments in found:
         swapped = [OWN.get(word, word) for word in arguments]
         result = CliRunner().invoke(app, [*swapped, *smaller(swapped)])
         assert result.exit_code == 0, result.output

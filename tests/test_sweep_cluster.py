@@ -11,6 +11,8 @@ from contextlib import suppress
 
 import psutil
 import pytest
+import yaml
+from page_commands import blocks, commands
 from sweeps import assert_same_tables, configured, swept, tables
 
 from causalcone.engine.errors import ExperimentError, ModelError
@@ -252,6 +254,29 @@ def test_a_driver_that_ends_takes_its_workers_along_and_goes_on(file, whole, tmp
     assert "raylet" not in again.stdout
     assert "complete after" in again.stdout
     assert_same_tables(tables(tmp_path / "out"), whole)
+
+
+def test_the_commands_of_the_page(file, whole, tmp_path, run):
+    """Two workers on a cluster that the command starts; a study of its own in place of the page's."""
+    found = commands("docs/cluster.md")
+    assert len(found) == 3
+    for number, arguments in enumerate(found):
+        given = [str(file) if each in ("mine.toml", "/data/mine.toml", "hase2023-gptj") else each for each in arguments]
+        kept = [each for each in given if not each.startswith(("facts=", "moments.")) and each != "--set"]
+        kept[kept.index("--out") + 1] = str(tmp_path / f"out{number}")
+        if "--workers" in kept:
+            kept[kept.index("--workers") + 1] = "2"
+        code, _, error = run(*kept, *[part for change in FEW for part in ("--set", change)])
+        assert code == 0, error
+        assert_same_tables(tables(tmp_path / f"out{number}"), whole)
+
+
+def test_scripts_of_the_page_can_be_read(tmp_path):
+    script, job = blocks("docs/cluster.md", "bash"), blocks("docs/cluster.md", "yaml")
+    (tmp_path / "job.sh").write_text(*script)
+    assert subprocess.run(["bash", "-n", "job.sh"], cwd=tmp_path, check=False).returncode == 0
+    workers = yaml.safe_load(*job)["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert workers[0]["replicas"] == 8
 
 
 def test_a_cluster_that_does_not_answer(file, tmp_path):
