@@ -20,7 +20,7 @@ class Readout:
     weight: Tensor
     bias: Tensor | None
     rows: int = 512
-    vocabulary: int = 8192
+    vocabulary: int = 4096
     softcap: float | None = None
     kept: tuple[tuple[int, Linear], ...] | None = None
 
@@ -38,9 +38,14 @@ class Readout:
         wide = torch.promote_types(states.dtype, torch.float32)
         total = torch.full((len(states),), float("-inf"), dtype=torch.float64, device=states.device)
         logit = torch.zeros(targets.shape, dtype=torch.float64, device=states.device)
+        narrow = states.dtype != wide
+        buffer = states.new_empty(min(self.rows, len(states)) * self.vocabulary if narrow else 0, dtype=wide)
         for start, product in self._products(states):
             for tile in pieces(len(states), self.rows):
-                logits = self._capped(product(states[tile]).to(wide))
+                logits = product(states[tile])
+                if narrow:  # in memory that is there: a tile's own would be fetched anew for each
+                    logits = buffer[: logits.numel()].view(logits.shape).copy_(logits)
+                logits = self._capped(logits)
                 place = targets[tile] - start
                 here = (place >= 0) & (place < logits.shape[1])
                 own = logits.gather(1, place.clamp(0, logits.shape[1] - 1).view(len(logits), -1)).view(place.shape)

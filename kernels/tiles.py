@@ -17,7 +17,7 @@ class Tiles:
     rows: int = 1024
     keys: int = 4096
     readout_rows: int = 512
-    vocabulary: int = 8192
+    vocabulary: int = 4096
 
 
 def pieces(count: int, tile: int) -> Iterator[slice]:
