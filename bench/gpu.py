@@ -1,9 +1,9 @@
 """Times tracing and editing on a GPU in shapes of large models with random weights: ``python bench/gpu.py``.
 
-Causal tracing in the shapes of GPT2-XL and GPT-J-6B, and ROME in that of GPT-J-6B. No files are needed: weights are
-made on the device, prompts are random tokens with the lengths of CounterFact's. The GPT-J shape has GPT-J-6B's sizes in
-GPT-2's architecture. How many facts are traced follows from ``--seconds`` and the device's speed. The naive way is
-timed on a sample of its restorations, and of its edits, and scaled.
+Causal tracing in the shapes of GPT2-XL, GPT-J-6B and Llama-3-8B; ROME, MEMIT, fine-tuning and scoring in that of
+GPT-J-6B. No files are needed: weights are made on the device, prompts are random tokens with the lengths of
+CounterFact's. How many facts are traced follows from ``--seconds`` and the device's speed. The naive way is timed on a
+sample of its restorations, and of its edits, and scaled.
 """
 
 from __future__ import annotations
@@ -12,37 +12,33 @@ import argparse
 import gc
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from editing_methods import METHODS, Setup
 from editing_studies import EFFICIENCY as EDITING_EFFICIENCY
-from editing_studies import NAIVE
+from editing_studies import NAIVE, measure_scoring
 from editing_studies import NOTE as EDITING_NOTE
 from editing_studies import measure as measure_editing
 from editing_workload import NOWHERE, editable_model, editing_workload, second_moments
+from large_models import MODELS, config_of, lacking, shape_of
 from measure import EFFICIENCY, deviation, measure_both, say
 from naive import RESTORING, Limits
 from report import RESULTS, device_name, editing, environment, markdown, record, write_json
 from studies import Tracing, Values
-from workload import LENGTHS, SHAPES, describe_prompts, generated, gpt2, random_model
+from workload import LENGTHS, describe_prompts, generated, random_model
 
 from causalcone import Tracer
-from causalcone.engine.memory import free_bytes
+from causalcone.engine.editing.edits import Edit
+from causalcone.engine.editing.windows import Window
 
-MODELS = ("GPT2-XL", "GPT-J-6B sizes")
-NOTE = (
-    "GPT-J-6B sizes: its depth, width, heads and vocabulary in GPT-2's architecture (sequential blocks, learned "
-    "positions, tied embeddings); the matrix products have GPT-J's sizes"
-)
-TOY = {
-    "GPT2-XL": {"n_layer": 3, "n_embd": 20, "n_head": 5, "vocab_size": 211},
-    "GPT-J-6B sizes": {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 223},
-}
+NOTE = "Architectures are the models' own, weights are random"
 SOURCE = "random tokens with the lengths of CounterFact's first 20"
-EDITED = "GPT-J-6B sizes"
-EDITED_LAYERS = (4, 12, 20)
+EDITED = "GPT-J-6B"
+EDITED_LAYERS = {"rome": (4, 12, 20), "finetune": (4, 12, 20), "memit": (12,)}
+"""By method: more layers of MEMIT would need the second moments of more windows than a device has room for."""
 FEW = 2
 """Facts traced to warm up and to learn the device's speed."""
 
@@ -81,26 +77,24 @@ def trace(device: torch.device, options: argparse.Namespace) -> None:
 
 
 def edit(device: torch.device, options: argparse.Namespace) -> None:
-    """ROME in the shape of GPT-J-6B, with a result per dtype."""
-    say(f"ROME, {EDITED} on {device_name(device)}")
-    shape, layers = shape_of(EDITED, options.toy), (0,) if options.toy else EDITED_LAYERS
+    """Every method in the shape of GPT-J-6B, with a result per method and dtype."""
+    say(f"Editing, {EDITED} on {device_name(device)}")
+    config, shape = config_of(EDITED, options.toy), shape_of(EDITED, options.toy)
     work = editing_workload(NOWHERE, options.edit_facts, shape["vocab_size"])
     results: list[dict[str, Any]] = []
-    model, moments = None, None
+    model: Any = None
+    moments: dict[int, torch.Tensor] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        named = {"name": f"ROME, {str(dtype).removeprefix('torch.')}"}
-        reason = lacking(shape, dtype, device) if model is None else None
+        reason = lacking(config, dtype, device) if model is None else None
         if reason:
-            results.append({**named, "skipped": reason})
+            results.append({"name": str(dtype).removeprefix("torch."), "skipped": reason})
             continue
-        model = editable_model(gpt2(shape), dtype, device) if model is None else model.to(dtype)
-        moments = moments or second_moments(model, layers)
-        setup = Setup(model, work.tokenizer, work.facts, layers, work.contexts, moments, options.memory)
-        limits: Limits = {"fraction": 0.0, "least": options.naive_edits}
-        result, _ = measure_editing(METHODS["rome"], setup, limits, row_counts(options))
-        results.append({**named, "seconds_per_edit": result["seconds"] / result["edits"], **result})
+        model = editable_model(config, dtype, device) if model is None else model.to(dtype)
+        moments = moments or second_moments(model, moment_layers(options.toy))
+        setup = Setup(model, work.tokenizer, work.facts, (), work.contexts, moments, options.memory)
+        results += measure_edits(setup, options)
     report = {
-        "title": f"ROME in the shape of a large model, {device_name(device)}{', toy' * options.toy}",
+        "title": f"Editing in the shape of a large model, {device_name(device)}{', toy' * options.toy}",
         **environment(device),
         "shape": shape,
         "prompts": describe_prompts(work.facts, work.tokenizer, SOURCE),
@@ -111,6 +105,35 @@ def edit(device: torch.device, options: argparse.Namespace) -> None:
         "results": results,
     }
     written(report, editing(report), "gpu-editing", device, options)
+
+
+def measure_edits(setup: Setup, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A result per method, and one of scoring ROME's edits, in the model's dtype."""
+    limits: Limits = {"fraction": 0.0, "least": options.naive_edits}
+    results: list[dict[str, Any]] = []
+    made: list[Edit] = []
+    for key in EDITED_LAYERS:
+        say(f"{METHODS[key].title}, {setup.dtype}")
+        here = replace(setup, layers=edited_layers(key, options.toy))
+        result, edits = measure_editing(METHODS[key], here, limits, row_counts(options))
+        made = edits if key == "rome" else made
+        results.append({"name": f"{METHODS[key].title}, {setup.dtype}", **result})
+        release(setup.device)
+    here = replace(setup, layers=edited_layers("rome", options.toy))
+    scored = measure_scoring(here, made, limits, row_counts(options))
+    results.append({"name": f"scoring ROME's edits, {setup.dtype}", **scored})
+    return [{**result, "seconds_per_edit": result["seconds"] / result["edits"]} for result in results]
+
+
+def edited_layers(method: str, toy: bool) -> tuple[int, ...]:
+    return (0,) if toy else EDITED_LAYERS[method]
+
+
+def moment_layers(toy: bool) -> list[int]:
+    """Those whose second moments ROME and MEMIT need."""
+    depth = config_of(EDITED, toy).num_hidden_layers
+    windows = [Window.around(layer, METHODS["memit"].window, depth).layers for layer in edited_layers("memit", toy)]
+    return sorted({*edited_layers("rome", toy), *(layer for window in windows for layer in window)})
 
 
 PARTS = {"tracing": trace, "editing": edit}
@@ -137,13 +160,14 @@ def measure_model(name: str, device: torch.device, options: argparse.Namespace) 
     shape = shape_of(name, options.toy)
     facts, tokenizer = generated(options.facts, shape["vocab_size"])
     results: list[dict[str, Any]] = []
+    config = config_of(name, options.toy)
     model, sigma, exact = None, 0.0, None
     for dtype in (torch.float32, torch.bfloat16):
-        reason = lacking(shape, dtype, device) if model is None else None
+        reason = lacking(config, dtype, device) if model is None else None
         if reason:
             results.append({"model": name, "dtype": str(dtype).removeprefix("torch."), "skipped": reason})
             continue
-        model = random_model(gpt2(shape), dtype, device) if model is None else model.to(dtype)
+        model = random_model(config, dtype, device) if model is None else model.to(dtype)
         sigma = sigma or Tracer(model, tokenizer).noise_level(facts)
         few = Tracing(facts[:FEW], sigma, samples=options.samples)
         count = facts_within(options.seconds, model, tokenizer, few, options.memory)
@@ -162,14 +186,6 @@ def measure_model(name: str, device: torch.device, options: argparse.Namespace) 
         prompts = describe_prompts(study.facts, tokenizer, SOURCE)
         results.append({"model": name, "prompts": prompts, "sigma": sigma, **result})
     return results
-
-
-def lacking(shape: dict[str, int], dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why the weights do not fit the device, if they do not."""
-    needed, free = dtype.itemsize * parameters(shape), free_bytes(device)
-    if 1.3 * needed <= free:
-        return None
-    return f"its weights take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"
 
 
 def row_counts(options: argparse.Namespace) -> tuple[int, ...]:
@@ -198,26 +214,16 @@ def compare(result: dict[str, Any], values: Values, exact: tuple[dict[str, Any],
         result["deviation_from_float32"] = deviation(values, exact_values)
 
 
-def shape_of(name: str, toy: bool) -> dict[str, int]:
-    return TOY[name] if toy else SHAPES[name]
-
-
-def parameters(shape: dict[str, int]) -> int:
-    """Weights of the matrices and the embeddings, which is all that takes room."""
-    width = shape["n_embd"]
-    return shape["n_layer"] * 12 * width**2 + shape["vocab_size"] * width
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="a torch device (cuda)")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="what is measured (both)")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--facts", type=int, default=400, help="the most facts to trace (400)")
     parser.add_argument("--samples", type=int, default=10, help="noise samples (10)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="for the engine, per model and dtype (60)")
-    parser.add_argument("--naive-seconds", type=float, default=10.0, help="for the naive way, per model and dtype (10)")
-    parser.add_argument("--edit-facts", type=int, default=20, help="facts that are edited at each layer (20)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="for the engine, per model and dtype (20)")
+    parser.add_argument("--naive-seconds", type=float, default=8.0, help="for the naive way, per model and dtype (8)")
+    parser.add_argument("--edit-facts", type=int, default=10, help="facts that are edited at each layer (10)")
     parser.add_argument("--naive-edits", type=int, default=2, help="edits of the naive way, per dtype (2)")
     parser.add_argument("--threads", type=int, help="CPU threads (torch's default)")
     parser.add_argument("--memory", help="memory for a pass, such as 20GiB (half of what is free)")

@@ -23,9 +23,8 @@ SHAPES = {
     "toy": {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 50257},
     "GPT-2 small": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257},
     "GPT2-XL": {"n_layer": 48, "n_embd": 1600, "n_head": 25, "vocab_size": 50257},
-    "GPT-J-6B sizes": {"n_layer": 28, "n_embd": 4096, "n_head": 16, "vocab_size": 50400, "n_positions": 2048},
 }
-"""All are built as GPT-2: for GPT-J that means sequential blocks, learned positions and tied embeddings."""
+"""All are GPT-2's."""
 
 LENGTHS = (
     *((4, 4, 1), (4, 5, 1), (0, 4, 2), (0, 5, 5), (6, 1, 3), (4, 9, 1), (0, 6, 5), (0, 3, 3), (6, 1, 3), (0, 6, 3)),
