@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -58,10 +59,10 @@ class _Wave:
         self.space.reserve(slot_elements(uses, [(group.facts, group.samples) for group in self.groups]))
         stage = place(self.groups, [group.plan.layers[0].inputs for group in self.groups], self.device)
         rows = enter(self.architecture, self.groups, self.dtype, self.device)
-        for layer in range(self.architecture.sizes.depth):
-            block = self.architecture.block(layer, self.dtype, self.device)
-            plans = [group.plan.layers[layer] for group in self.groups]
-            rows, stage = self._layer(rows, stage, block, plans)
+        with closing(self.architecture.blocks(self.dtype, self.device)) as blocks:
+            for layer in range(self.architecture.sizes.depth):
+                plans = [group.plan.layers[layer] for group in self.groups]
+                rows, stage = self._layer(rows, stage, next(blocks), plans)
         return self._read_out(rows, stage)
 
     def _layer(self, rows: Tensor, stage: Stage, block: Block, plans: Sequence[LayerPlan]) -> tuple[Tensor, Stage]:
