@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from causalcone.engine.errors import ModelError
@@ -58,9 +60,11 @@ def saved_dtype(saved: Mapping[str, Entry]) -> torch.dtype:
 def parameters_in(model: Any, saved: Mapping[str, Entry]) -> dict[str, Entry]:
     """The tensor of every parameter of a model, by the parameter's name.
 
-    Files may lack the prefix of the base model (``transformer.``), and hold tied weights under one of their names.
-    Raises ``ModelError`` naming what is missing, or has another shape or a dtype that is not known.
+    Files may lack the prefix of the base model (``transformer.``), use names that transformers changes as it loads
+    them, and hold tied weights under one of their names. Raises ``ModelError`` naming what is missing, has another
+    shape or a dtype that is not known, or is changed itself as transformers loads it.
     """
+    saved = _renamed(model, saved)
     named = dict(model.named_parameters(remove_duplicate=False))
     tied: dict[int, list[str]] = {}
     for name, parameter in named.items():
@@ -81,6 +85,23 @@ def parameters_in(model: Any, saved: Mapping[str, Entry]) -> dict[str, Entry]:
             f"the files of the model hold no tensor for {', '.join(missing[:3])}{more}; its layout is not one that can "
             f"be streamed: {MEND}"
         )
+    return found
+
+
+def _renamed(model: Any, saved: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Tensors by the names that transformers gives them as it loads the model."""
+    transforms = get_model_conversion_mapping(model)
+    found = {}
+    for own, entry in sorted(saved.items()):
+        name = own
+        for transform in transforms:
+            name, matched = transform.rename_source_key(name)
+            if matched is not None and not isinstance(transform, WeightRenaming):
+                raise ModelError(
+                    f"transformers converts the tensor {own!r} of {entry.path} as it loads it, but tensors are "
+                    f"streamed as they are; {MEND}"
+                )
+        found[name] = entry
     return found
 
 
