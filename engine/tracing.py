@@ -103,8 +103,7 @@ class Tracer:
         layer by layer, anew in every pass, for models that are larger than the device. Two layers count as part of
         ``memory`` then, and integrated gradients are refused.
         """
-        if weights not in WEIGHTS:
-            raise ExperimentError(f"weights {weights!r} are unknown; choose from {', '.join(WEIGHTS)}")
+        check_weights(weights)
         if weights == "resident":
             return cls(*load_model(path, dtype, device), memory=memory)
         tracer = cls.__new__(cls)
@@ -387,3 +386,9 @@ def _gradient_batches(
     for done, (fact, attribution) in enumerate(zip(facts, method.of(facts), strict=True), start=1):
         yield gradient_batch(fact.fact.id, attribution)
         progress(done, len(facts))
+
+
+def check_weights(weights: str) -> None:
+    """Raise ``ExperimentError`` where weights are to be at no place that is known."""
+    if weights not in WEIGHTS:
+        raise ExperimentError(f"weights {weights!r} are unknown; choose from {', '.join(WEIGHTS)}")

@@ -140,6 +140,10 @@ class Architecture(ABC):
         """Bytes of weights that every pass reads from files."""
         return 0
 
+    def read_rate(self) -> float | None:
+        """Bytes per second at which weights are read from files, measured now; None where none are."""
+        return None
+
     def versions(self) -> tuple[tuple[int, int | None], ...]:
         """What changes whenever the weights do."""
         return tuple(

@@ -92,10 +92,8 @@ class StreamedMatrix:
         """Rows (R, columns) of a slice without a step."""
         first, last, _ = part.indices(len(self))
         coming, self._coming = self._coming, None
-        if coming and coming[0] == slice(first, last):
-            rows = coming[1].result()
-        else:
-            rows = self._read(first, last)
+        known = coming and coming[0] == slice(first, last)
+        rows = coming[1].result() if coming and known else self._read(first, last)
         if first < last < len(self):
             after = slice(last, min(2 * last - first, len(self)))
             self._executor = self._executor or ThreadPoolExecutor(1, "causalcone-unembedding")

@@ -108,11 +108,11 @@ def _renamed(model: Any, saved: Mapping[str, Entry]) -> dict[str, Entry]:
 def _check(name: str, shape: tuple[int, ...], entry: Entry) -> None:
     if entry.dtype not in DTYPES.values():
         raise ModelError(
-            f"the tensor {entry.name!r} of {entry.path} has no dtype that can be streamed ({', '.join(DTYPES)}); quantized "
-            "weights are not supported"
+            f"the tensor {entry.name!r} of {entry.path} has no dtype that can be streamed ({', '.join(DTYPES)}); "
+            "quantized weights are not supported"
         )
     if entry.shape != shape:
         raise ModelError(
-            f"the tensor {entry.name!r} of {entry.path} has the shape {list(entry.shape)}, where the config makes {name} "
-            f"{list(shape)}; files and config.json are not of one model"
+            f"the tensor {entry.name!r} of {entry.path} has the shape {list(entry.shape)}, where the config makes "
+            f"{name} {list(shape)}; files and config.json are not of one model"
         )
