@@ -114,7 +114,7 @@ def read_rows(entry: Entry, rows: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def _fill(file: object, out: Tensor, entry: Entry) -> None:
-    place = memoryview(out.view(torch.uint8).numpy())
+    place = memoryview(out.view(torch.uint8).numpy().data)
     while len(place):
         count = file.readinto(place)  # type: ignore[attr-defined]
         if not count:
