@@ -145,6 +145,32 @@ def test_a_pass_reads_each_layer_once(saved, reads):
     assert set(layers.values()) == {passes}
 
 
+@pytest.mark.parametrize(("target", "walks"), [("label", 1), ("argmax", 2)])
+def test_a_pass_walks_through_the_unembedding_once(target, walks, tmp_path, reads):
+    folder = save(FAMILIES["llama"](2, dtype=torch.float32), tmp_path)
+    tracer = cc.Tracer.from_pretrained(str(folder), weights="stream", memory="1GiB")
+    tracer.trace(FACTS[:1], **OPTIONS)
+    reads.clear()
+    assert tracer.plan(FACTS, **OPTIONS).passes == 1
+    tracer.trace(FACTS, target=target, **OPTIONS)
+    assert reads["lm_head.weight"] == walks
+    assert reads["model.embed_tokens.weight"] < len(FACTS)
+
+
+def test_slices_of_the_unembedding(tmp_path, reads):
+    """Read ahead, each once, whatever is asked for first."""
+    folder = save(FAMILIES["llama"](1, dtype=torch.float32), tmp_path)
+    tracer = cc.Tracer.from_pretrained(str(folder), weights="stream")
+    matrix, _ = tracer.session.architecture.unembedding()
+    reads.clear()
+    parts = [matrix[first : first + 100] for first in range(0, len(matrix), 100)]
+    assert reads["lm_head.weight"] == pytest.approx(1)
+    whole = load_file(folder / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(matrix[7:9], whole[7:9])
+    assert torch.equal(matrix[50:], whole[50:])
+
+
 def test_a_plan_says_what_is_read(saved):
     tracer = cc.Tracer.from_pretrained(str(saved), weights="stream")
     plan = tracer.plan(FACTS, **OPTIONS)
@@ -184,6 +210,20 @@ def test_two_layers_count_as_memory(saved):
     resident, streamed = (tracer.session for tracer in both(saved, memory="1GiB"))
     layer = sum(p.nbytes for p in gpt2(dtype=torch.float32).transformer.h[0].parameters())
     assert streamed.budget().fixed - resident.budget().fixed >= 2 * layer
+
+
+@pytest.mark.slow
+def test_hub_ids_are_found_in_the_cache(tmp_path):
+    snapshot = tmp_path / "hub" / "models--someone--small" / "snapshots" / ("0" * 40)
+    save(FAMILIES["llama"](4, dtype=torch.float32), snapshot, max_shard_size="30KB")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    script = 'import causalcone as cc; print(cc.Tracer.from_pretrained("someone/small", weights="stream").dtype)'
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True, text=True, env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.stdout.strip() == "torch.float32", done.stderr
 
 
 @pytest.mark.slow
