@@ -253,7 +253,7 @@ def read_logits(
     ]
     likely = _most_likely(readout, states, unknown)
     wanted = []
-    for group, placement in zip(groups, stage.placements, strict=True):
+    for group in groups:
         targets = next(likely) if group.targets is None else group.targets
         place = torch.from_numpy(group.plan.read_place).to(device)
         shared = group.plan.read_rows.rows.shared
