@@ -46,6 +46,7 @@ bench: $(READY)
 	$(BIN)/python bench/architectures.py --prompts 10
 	$(BIN)/python bench/editing.py
 	$(BIN)/python bench/sweep.py --studies long
+	$(BIN)/python bench/streaming.py
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -98,17 +98,24 @@ def weight_bytes(sizes: Sizes, dtype: torch.dtype) -> int:
 
 
 def fixed_bytes(
-    sizes: Sizes, tiles: Tiles, dtype: torch.dtype, device: torch.device, shared: bool, gradient: bool = False
+    sizes: Sizes,
+    tiles: Tiles,
+    dtype: torch.dtype,
+    device: torch.device,
+    shared: bool,
+    gradient: bool = False,
+    streamed: bool = False,
 ) -> int:
     """Bytes a pass needs whatever it holds: tiles, and copies of one layer's weights. ``shared`` says that the model's
     own weights have the dtype and device of the pass; ``gradient`` that the pass goes back as well: then copies of all
-    layers' weights are kept, and rows have their logits over the whole vocabulary."""
+    layers' weights are kept, and rows have their logits over the whole vocabulary; ``streamed`` that slices of the
+    unembedding are read from files: the last one, this one and the next are there at once."""
     itemsize = dtype.itemsize
     heads, kv = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim
     copied = packs(torch.empty(0, dtype=dtype, device=device)) + (not shared)
     layer = copied * itemsize * (sizes.key_value_weights + 2 * sizes.query_weights + sizes.mlp_weights)
     vocabulary = min(tiles.vocabulary, sizes.vocabulary)
-    unembedding = copied * itemsize * vocabulary * sizes.hidden
+    unembedding = (2 * copied + 3 if streamed else copied) * itemsize * vocabulary * sizes.hidden
     product = itemsize * tiles.rows * (3 * sizes.hidden + max(2 * sizes.inner, kv, heads))
     attention = (itemsize + max(4, itemsize)) * tiles.keys * (kv + 2 * heads)
     logits = tiles.readout_rows * vocabulary * (itemsize + 2 * max(4, itemsize))

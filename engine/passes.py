@@ -59,14 +59,26 @@ class Budget:
 
 
 def plan_budget(
-    total: int, sizes: Sizes, dtype: torch.dtype, device: torch.device, shared: bool, gradient: bool = False
+    total: int,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    device: torch.device,
+    shared: bool,
+    gradient: bool = False,
+    held: int | None = None,
 ) -> Budget:
-    """Choose tiles that leave at least half of the budget to rows, down to the smallest."""
+    """Choose tiles that leave at least half of the budget to rows, down to the smallest. ``held`` are the bytes that
+    streamed weights take of it."""
+
+    def fixed_with(tiles: Tiles) -> int:
+        own = fixed_bytes(sizes, tiles, dtype, device, shared, gradient, streamed=held is not None)
+        return own + (held or 0)
+
     tiles = _largest_tiles(dtype, device)
-    fixed = fixed_bytes(sizes, tiles, dtype, device, shared, gradient)
+    fixed = fixed_with(tiles)
     while fixed > total // 2 and tiles != _SMALLEST:
         tiles = Tiles(*(max(low, size // 2) for low, size in zip(_fields(_SMALLEST), _fields(tiles), strict=True)))
-        fixed = fixed_bytes(sizes, tiles, dtype, device, shared, gradient)
+        fixed = fixed_with(tiles)
     return Budget(total, fixed, MAX_ROWS_CPU if device.type == "cpu" else float("inf"), tiles)
 
 

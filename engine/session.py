@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from causalcone.engine.facts import EncodedFact, Fact, check_unique, encode, sub
 from causalcone.engine.job import Case, Job, Result
 from causalcone.engine.memory import default_budget, parse_bytes
 from causalcone.engine.models import check_supported, read_architecture
-from causalcone.engine.models.refusal import refuse_unreadable
+from causalcone.engine.models.base import Architecture
 from causalcone.engine.noise import subject_deviation
 from causalcone.engine.passes import Budget, PlanCache, plan_budget
 from causalcone.engine.verify import verify_model
@@ -42,8 +43,9 @@ class Session:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         memory: int | str | None = None,
+        architecture: Architecture | None = None,
     ) -> None:
-        self.architecture = read_architecture(model)
+        self.architecture = architecture or read_architecture(model)
         if not getattr(tokenizer, "is_fast", False):
             raise ExperimentError("the tokenizer gives no character offsets; load its fast form with AutoTokenizer")
         self.model, self.tokenizer = model, tokenizer
@@ -120,14 +122,15 @@ class Session:
         total = self._memory or default_budget(self.device)
         weight = self.architecture.unembedding()[0]
         shared = weight.device.type == self.device.type and weight.dtype == self.dtype
-        return plan_budget(total, self.sizes, self.dtype, self.device, shared, gradient)
+        held = self.architecture.held_bytes
+        return plan_budget(total, self.sizes, self.dtype, self.device, shared, gradient, held)
 
     def _no_noise(self, span: int, samples: range) -> np.ndarray:
         return np.zeros((len(samples), 1, span, self.sizes.hidden))
 
     def verify(self, tokens: tuple[int, ...]) -> None:
         """Refuse what cannot be read, and compare with the model's own forward once for every state of its weights."""
-        refuse_unreadable(self.model, self.architecture.modules)
+        self.architecture.refuse_unreadable()
         versions = self.versions()
         if versions != self._verified:
             verify_model(self.architecture, tokens, self.budget().tiles)
@@ -135,34 +138,63 @@ class Session:
 
     def versions(self) -> tuple[tuple[int, int | None], ...]:
         """What changes whenever the model's weights do."""
-        return tuple(
-            (id(parameter), None if parameter.is_inference() else parameter._version)
-            for parameter in self.model.parameters()
-        )
+        return self.architecture.versions()
 
 
 def load_model(path: str, dtype: torch.dtype | str | None, device: torch.device | str | None) -> tuple[Any, Any]:
     """The model and tokenizer of a folder or hub id; its weights are kept in ``dtype``, as saved by default."""
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     wanted = None if dtype is None else as_dtype(dtype)
-    if path.startswith((".", "/", "~")):
-        path = str(Path(path).expanduser())
-        if not Path(path).is_dir():
-            raise ModelError(f"the model folder {path} does not exist")
-    try:
-        kind = AutoConfig.from_pretrained(path).model_type
-        check_supported(kind)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted or "auto")
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, CausalconeError):
-            raise
-        raise ModelError(f"no model can be loaded from {path!r}: {error}") from error
+    with _opening(path) as place:
+        tokenizer = _supported(place)[1]
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=wanted or "auto")
     if device is not None:
         model = model.to(as_device(device))  # type: ignore[arg-type]
     return model, tokenizer
+
+
+def stream_model(
+    path: str,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    memory: int | str | None = None,
+) -> Session:
+    """A session on the model of a folder or hub id, whose weights every pass reads from its files anew."""
+    from causalcone.engine.streaming.loading import open_streamed
+
+    wanted, place = None if dtype is None else as_dtype(dtype), as_device("cpu" if device is None else device)
+    with _opening(path) as folder:
+        config, tokenizer = _supported(folder)
+        architecture = open_streamed(folder, config, wanted, place)
+    return Session(architecture.model, tokenizer, memory=memory, architecture=architecture)
+
+
+def _supported(path: str) -> tuple[Any, Any]:
+    """Config and tokenizer of a model, whose architecture is a supported one."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(path)
+    check_supported(config.model_type)
+    return config, AutoTokenizer.from_pretrained(path)
+
+
+@contextmanager
+def _opening(path: str) -> Iterator[str]:
+    """The path as transformers takes it; what goes wrong there is a ``ModelError``."""
+    from safetensors import SafetensorError
+
+    place = path
+    if path.startswith((".", "/", "~")):
+        place = str(Path(path).expanduser())
+        if not Path(place).is_dir():
+            raise ModelError(f"the model folder {place} does not exist")
+    try:
+        yield place
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, CausalconeError):
+            raise
+        raise ModelError(f"no model can be loaded from {place!r}: {error}") from error
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -11,7 +11,7 @@ import torch
 
 from causalcone.engine.branches import Branches, check_tokens, choose_tokens
 from causalcone.engine.cost import forward_flops
-from causalcone.engine.errors import ExperimentError
+from causalcone.engine.errors import ExperimentError, ModelError
 from causalcone.engine.facts import EncodedFact, Fact, token_texts
 from causalcone.engine.gradients import IntegratedGradients
 from causalcone.engine.job import Job
@@ -30,9 +30,12 @@ from causalcone.engine.options import (
 )
 from causalcone.engine.patching import Patching, Prompt, PromptResult, Read, Runs, as_runs
 from causalcone.engine.restoring import Restoring, Zeroing, counterfactual_prompt
-from causalcone.engine.session import Session, load_model
+from causalcone.engine.session import Session, load_model, stream_model
 from causalcone.engine.states import KINDS, State, States, as_states
 from causalcone.engine.tables import GRADIENT_SCHEMA, TRACE_SCHEMA, gradient_batch, trace_batch
+
+WEIGHTS = ("resident", "stream")
+"""Where a model's weights are: on the device, or in their files, from which every pass reads them."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class TracePlan:
     flops: multiply-adds x 2 of all projections and the unembedding, as executed; attention_flops: of attention
     products; naive_flops: what published code spends on the same table (for each state, layer and token one forward
     of 1 + samples sequences with all logits, two where it is severed); rows: rows of all layers' outputs; peak_bytes:
-    predicted peak of a pass.
+    predicted peak of a pass; read_bytes: bytes of weights that each pass reads from files, where they are streamed.
     """
 
     facts: int
@@ -52,6 +55,7 @@ class TracePlan:
     attention_flops: int
     naive_flops: int
     peak_bytes: int
+    read_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,9 +95,20 @@ class Tracer:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         memory: int | str | None = None,
+        weights: str = "resident",
     ) -> Tracer:
-        """A tracer for a model folder or hub id; its weights are kept in ``dtype``, as saved by default."""
-        return cls(*load_model(path, dtype, device), memory=memory)
+        """A tracer for a model folder or hub id; its weights are kept in ``dtype``, as saved by default.
+
+        weights: ``"resident"`` keeps them on the device; ``"stream"`` reads them from the model's safetensors files
+        layer by layer, anew in every pass, for models that are larger than the device. Two layers count as part of
+        ``memory`` then, and integrated gradients are refused.
+        """
+        check_weights(weights)
+        if weights == "resident":
+            return cls(*load_model(path, dtype, device), memory=memory)
+        tracer = cls.__new__(cls)
+        tracer.session = stream_model(path, dtype, device, memory)
+        return tracer
 
     @property
     def dtype(self) -> torch.dtype:
@@ -167,7 +182,8 @@ class Tracer:
             * forward_flops(self.session.sizes, len(fact.tokens))
             for fact, branches in zip(study.facts, study.branches, strict=True)
         )
-        return TracePlan(len(study.facts), passes, rows, flops, attention_flops, naive, peak)
+        read = self.session.architecture.read_bytes
+        return TracePlan(len(study.facts), passes, rows, flops, attention_flops, naive, peak, read)
 
     def zero(
         self,
@@ -239,6 +255,11 @@ class Tracer:
         **options: Unpack[GradientOptions],
     ) -> Iterator[pa.RecordBatch]:
         """``integrated_gradients`` as one batch per fact, handed out as they finish."""
+        if self.session.architecture.held_bytes is not None:
+            raise ModelError(
+                "integrated gradients go back through all layers, whose weights have to be in memory for that; load "
+                "the model with weights='resident'"
+            )
         spec = GradientSpec(kinds, **options)
         check_on_error(on_error)
         encoded = self._encode(facts, spec.target, spec.chosen, on_error)
@@ -365,3 +386,9 @@ def _gradient_batches(
     for done, (fact, attribution) in enumerate(zip(facts, method.of(facts), strict=True), start=1):
         yield gradient_batch(fact.fact.id, attribution)
         progress(done, len(facts))
+
+
+def check_weights(weights: str) -> None:
+    """Raise ``ExperimentError`` where weights are to be at no place that is known."""
+    if weights not in WEIGHTS:
+        raise ExperimentError(f"weights {weights!r} are unknown; choose from {', '.join(WEIGHTS)}")

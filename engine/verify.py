@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
@@ -13,7 +11,6 @@ from causalcone.engine.errors import ModelError
 from causalcone.engine.interventions import CLEAN, Base, Experiment, Overwrites
 from causalcone.engine.layout import Group
 from causalcone.engine.models.base import Architecture
-from causalcone.engine.models.refusal import refuse_unfinite
 from causalcone.engine.wave import run_pass
 from causalcone.engine.workspace import Workspace
 from causalcone.kernels.tiles import Tiles
@@ -28,16 +25,14 @@ def verify_model(architecture: Architecture, tokens: tuple[int, ...], tiles: Til
 
     Both run in the model's own dtype and on its device; the tolerance allows for rounding in that dtype.
     """
-    model = architecture.model
-    refuse_unfinite(model)
     ids = torch.tensor(tokens if len(tokens) > 1 else tokens * 2)
     weight = architecture.unembedding()[0]
+    logits = architecture.forward(ids[None].to(weight.device))[0].double().cpu()
     shape = Shape(len(ids), (0, 0), (tuple(range(len(ids))),))
     clean_only = Experiment((Base(),), np.empty(0, dtype=np.int64), Overwrites.none())
     plan = compile_plan(shape, clean_only, architecture.sizes.depth, architecture.parallel)
     group = Group(plan, ids[None, None], ids.roll(-1)[None], torch.zeros(1, 1, 0, architecture.sizes.hidden))
     ours = run_pass(architecture, [group], tiles, Workspace(weight.dtype, weight.device))[0].log_p[0, 0, CLEAN].cpu()
-    logits = _forward(model, ids[None].to(weight.device))[0].double().cpu()
     theirs = logits.log_softmax(-1).gather(-1, ids.roll(-1)[:, None])[:, 0]
     difference = (ours - theirs).abs().max().item()
     allowed = _ROUNDING.get(weight.dtype, _ROUNDING_HALF) * max(1.0, logits.abs().max().item())
@@ -46,16 +41,3 @@ def verify_model(architecture: Architecture, tokens: tuple[int, ...], tiles: Til
             f"this model's forward gives log-probabilities that differ by {difference:.2g} from those computed from "
             "its parameters: it does something unknown here (a changed forward, an unusual option), so it is refused"
         )
-
-
-@torch.no_grad()
-def _forward(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """The model's logits without dropout, its training mode left as it was."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        return model(ids, use_cache=False, output_hidden_states=False, output_attentions=False, return_dict=True).logits
-    finally:
-        for module in training:
-            module.training = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -58,10 +59,10 @@ class _Wave:
         self.space.reserve(slot_elements(uses, [(group.facts, group.samples) for group in self.groups]))
         stage = place(self.groups, [group.plan.layers[0].inputs for group in self.groups], self.device)
         rows = enter(self.architecture, self.groups, self.dtype, self.device)
-        for layer in range(self.architecture.sizes.depth):
-            block = self.architecture.block(layer, self.dtype, self.device)
-            plans = [group.plan.layers[layer] for group in self.groups]
-            rows, stage = self._layer(rows, stage, block, plans)
+        with closing(self.architecture.blocks(self.dtype, self.device)) as blocks:
+            for layer in range(self.architecture.sizes.depth):
+                plans = [group.plan.layers[layer] for group in self.groups]
+                rows, stage = self._layer(rows, stage, next(blocks), plans)
         return self._read_out(rows, stage)
 
     def _layer(self, rows: Tensor, stage: Stage, block: Block, plans: Sequence[LayerPlan]) -> tuple[Tensor, Stage]:
@@ -224,6 +225,15 @@ def _copy_captured(states: Tensor, rows: Tensor, captured: Captured, placement: 
     states[:, :, number] = rows.index_select(0, flat.flatten()).view(*flat.shape, -1).to(states.dtype)
 
 
+def _most_likely(readout: Readout, states: Tensor, rows: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The most likely token of each row of ``states`` that the index tensors name, in their shapes, by one walk through
+    the unembedding."""
+    if rows:
+        tokens = readout.most_likely(states[torch.cat([own.flatten() for own in rows])])
+        parts = tokens.split([own.numel() for own in rows])
+        yield from (part.view(own.shape) for part, own in zip(parts, rows, strict=True))
+
+
 def read_logits(
     architecture: Architecture,
     states: Tensor,
@@ -236,12 +246,15 @@ def read_logits(
     device = states.device
     readout = Readout(*architecture.unembedding(), tiles.readout_rows, tiles.vocabulary, architecture.logit_softcap)
     read = [torch.from_numpy(group.plan.read).to(device) for group in groups]
+    unknown = [
+        placement.flat(ids[CLEAN], varying=False).flatten(0, 1)
+        for group, placement, ids in zip(groups, stage.placements, read, strict=True)
+        if group.targets is None
+    ]
+    likely = _most_likely(readout, states, unknown)
     wanted = []
-    for group, placement, ids in zip(groups, stage.placements, read, strict=True):
-        targets = group.targets
-        if targets is None:
-            clean = placement.flat(ids[CLEAN], varying=False).flatten(0, 1)
-            targets = readout.most_likely(states[clean.flatten()]).view(clean.shape)
+    for group in groups:
+        targets = next(likely) if group.targets is None else group.targets
         place = torch.from_numpy(group.plan.read_place).to(device)
         shared = group.plan.read_rows.rows.shared
         of_rows = targets.to(device)[:, place]

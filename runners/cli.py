@@ -24,6 +24,7 @@ from causalcone.runners.cli_options import (
     Sampling,
     Scoring,
     Source,
+    StreamableSource,
     Target,
     Texts,
     Tracing,
@@ -73,6 +74,8 @@ _PLAN_EXAMPLES = """
 causalcone plan --model gpt2-xl --facts counterfact.json
 
 causalcone plan --model demo --facts demo --state mlp:5 --memory 2GiB
+
+causalcone plan --model ./large-model --facts counterfact.json --weights stream --memory 16GiB
 """
 _ZERO_EXAMPLES = """
 [bold]Examples[/bold]
@@ -111,9 +114,9 @@ causalcone edit --model demo --facts demo --method memit_joint:3 --layers 1 --pr
 
 
 @app.command(epilog=_TRACE_EXAMPLES)
-@takes(Source, Output, Tracing, Sampling)
+@takes(StreamableSource, Output, Tracing, Sampling)
 def trace(
-    source: Source,
+    source: StreamableSource,
     output: Output,
     tracing: Tracing,
     sampling: Sampling,
@@ -142,8 +145,8 @@ def trace(
 
 
 @app.command(epilog=_PLAN_EXAMPLES)
-@takes(Source, Tracing, Sampling)
-def plan(source: Source, tracing: Tracing, sampling: Sampling) -> None:
+@takes(StreamableSource, Tracing, Sampling)
+def plan(source: StreamableSource, tracing: Tracing, sampling: Sampling) -> None:
     """Show what tracing would take: passes, rows, operations, memory and time; no fact is computed."""
     from causalcone.runners.forecast import forecast_table
     from causalcone.runners.studies import tracing_plan
@@ -153,9 +156,9 @@ def plan(source: Source, tracing: Tracing, sampling: Sampling) -> None:
 
 
 @app.command(epilog=_ZERO_EXAMPLES)
-@takes(Source, Output, Zeroing)
+@takes(StreamableSource, Output, Zeroing)
 def zero(
-    source: Source,
+    source: StreamableSource,
     output: Output,
     zeroing: Zeroing,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the mean effect by layer.")] = False,

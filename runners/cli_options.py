@@ -86,6 +86,19 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StreamableSource(Source):
+    """The model, whose weights may stay in their files, and the facts."""
+
+    weights: Annotated[
+        str,
+        Option(
+            help="resident: keep the weights on the device; stream: read them from the model's files in every pass, "
+            "for models larger than the device."
+        ),
+    ] = "resident"
+
+
+@dataclass(frozen=True, kw_only=True)
 class TuningSource(Source):
     """The model, and the few facts that settings are tuned on."""
 

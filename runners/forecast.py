@@ -11,6 +11,8 @@ from causalcone.engine.tracing import TracePlan, Tracer
 from causalcone.kernels.linear import Linear
 
 USUAL_EFFICIENCY = 0.7
+VERIFYING = 2
+"""Times that the weights are read to compare the engine with the model's own forward."""
 _ROWS = 1024
 _SECONDS = 0.3
 
@@ -37,19 +39,27 @@ def _wait(device: torch.device) -> None:
 
 
 def forecast_table(tracer: Tracer, plan: TracePlan) -> Table:
-    """A plan's numbers, and the time they predict at this machine's measured rate."""
+    """A plan's numbers, and the time they predict at this machine's measured rates. Streamed weights are read while a
+    pass computes: what takes longer counts."""
     rate = matmul_rate(tracer.session.sizes.hidden, tracer.dtype, tracer.device)
     seconds = plan.flops / (USUAL_EFFICIENCY * rate)
+    read_rate = tracer.session.architecture.read_rate()
     table = Table(show_header=False)
     table.add_row("facts", f"{plan.facts:,}")
     table.add_row("passes", f"{plan.passes:,}")
     table.add_row("rows (all layers)", f"{plan.rows:,}")
     table.add_row("operations", f"{plan.flops:.4g} FLOP")
     table.add_row("of published code", f"{plan.naive_flops:.4g} FLOP ({plan.naive_flops / max(1, plan.flops):.1f}x)")
-    table.add_row("peak memory", f"{plan.peak_bytes / 2**20:,.0f} MiB beside the model")
     table.add_row(
-        "time", f"about {_duration(seconds)} at {rate / 1e9:,.0f} GFLOP/s and {USUAL_EFFICIENCY:.0%} efficiency"
+        "peak memory", f"{plan.peak_bytes / 2**20:,.0f} MiB {'beside the model' if read_rate is None else 'in all'}"
     )
+    rates = f"{rate / 1e9:,.0f} GFLOP/s and {USUAL_EFFICIENCY:.0%} efficiency"
+    if read_rate is not None:
+        read = (plan.passes + VERIFYING) * plan.read_bytes
+        table.add_row("reading", f"{plan.read_bytes / 2**20:,.0f} MiB a pass, {read / 2**30:,.1f} GiB in all")
+        seconds = max(seconds, read / read_rate)
+        rates += f", reading {read_rate / 2**20:,.0f} MiB/s"
+    table.add_row("time", f"about {_duration(seconds)} at {rates}")
     return table
 
 

@@ -15,8 +15,8 @@ import transformers
 from causalcone.engine.errors import FactError
 from causalcone.engine.facts import Fact
 from causalcone.engine.session import SkippedFacts, as_dtype
-from causalcone.engine.tracing import Tracer
-from causalcone.runners.cli_options import Computing, Source
+from causalcone.engine.tracing import Tracer, check_weights
+from causalcone.runners.cli_options import Computing, Source, StreamableSource
 from causalcone.runners.fact_files import SkippedRecords, load_facts
 
 DEMO = "demo"
@@ -71,6 +71,7 @@ class Inputs:
             "facts": self.source.facts,
             "dtype": str(self.tracer.dtype).removeprefix("torch."),
             "device": str(self.tracer.device),
+            **({"weights": self.source.weights} if isinstance(self.source, StreamableSource) else {}),
             "limit": self.source.limit,
             "on_error": self.on_error,
             "skipped": self.skipped,
@@ -82,6 +83,8 @@ def open_inputs(source: Source) -> Inputs:
     on_error: Literal["raise", "skip"] = "skip" if source.skip_bad_facts else "raise"
     if source.dtype is not None:
         as_dtype(source.dtype)
+    if isinstance(source, StreamableSource):
+        check_weights(source.weights)
     skipped: list[str] = []
     with noted(skipped):
         facts = _demo_facts() if is_demo(source.facts) else load_facts(source.facts, on_error=on_error)
@@ -113,11 +116,15 @@ def open_tracer(source: Source | Computing) -> Tracer:
     """A tracer for the model, read now."""
     transformers.utils.logging.disable_progress_bar()
     device = source.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = {"dtype": source.dtype, "device": device, "memory": source.memory}
+    weights = source.weights if isinstance(source, StreamableSource) else "resident"
     if is_demo(source.model):
-        from causalcone.runners.demo_model import demo_model
+        from causalcone.runners.demo_model import demo_folder, demo_model
 
-        return Tracer(*demo_model(), dtype=source.dtype, device=device, memory=source.memory)
-    return Tracer.from_pretrained(source.model, dtype=source.dtype, device=device, memory=source.memory)
+        if weights == "resident":
+            return Tracer(*demo_model(), **options)
+        return Tracer.from_pretrained(str(demo_folder()), weights=weights, **options)
+    return Tracer.from_pretrained(source.model, weights=weights, **options)
 
 
 def _demo_facts() -> list[Fact]:

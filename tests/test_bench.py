@@ -269,3 +269,17 @@ def test_a_recorded_section_replaces_the_one_before(bench, tmp_path):
         "# Results\n\n<!-- begin trace -->\nnew trace\n<!-- end trace -->\n\n"
         "<!-- begin gpu x -->\non a GPU\n<!-- end gpu x -->\n"
     )
+
+
+def test_streaming(tmp_path):
+    report, text = run("streaming.py", tmp_path, "--prompts", "2", "--repeats", "1")
+    resident, streamed = report["results"]
+    assert (resident["name"], streamed["name"]) == ("resident", "stream")
+    assert resident["read_bytes"] == 0 < streamed["read_bytes"]
+    assert report["difference"]["largest"] == 0
+    assert report["difference"]["restorations"] > 0
+    assert report["speed"] == pytest.approx(resident["seconds"] / streamed["seconds"])
+    assert min(report["read_bytes_per_second"], report["matmul"]["flops_per_second"]) > 0
+    for result in report["results"]:
+        assert PLANNED - {"planning_seconds"} <= result.keys()
+        assert f"| {result['name']} | " in text

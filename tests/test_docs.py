@@ -71,7 +71,7 @@ def files(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["index.md", "sweeps.md", "reproducing.md", "data.md", "editing.md"])
+@pytest.mark.parametrize("page", ["index.md", "sweeps.md", "reproducing.md", "data.md", "editing.md", "streaming.md"])
 def test_commands_run(page, files):
     found = commands(f"docs/{page}")
     assert found
@@ -85,7 +85,7 @@ def test_commands_run(page, files):
 
 def test_every_page_with_blocks_is_tested():
     pages = {page.name for page in DOCS.glob("*.md") if "```" in page.read_text(encoding="utf-8")}
-    own = {"index.md", "sweeps.md", "reproducing.md", "data.md", "editing.md"}
+    own = {"index.md", "sweeps.md", "reproducing.md", "data.md", "editing.md", "streaming.md"}
     assert pages == own | set(ELSEWHERE)
     tests = Path(__file__).parent
     assert all((tests / name).exists() for name in ELSEWHERE.values() if name)

@@ -6,12 +6,15 @@ All row tensors are (R, width) in the compute dtype; every method treats each ro
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from causalcone.engine.models.forward import model_logits
+from causalcone.engine.models.refusal import refuse_unfinite, refuse_unreadable
 from causalcone.kernels.linear import Linear
 
 
@@ -113,9 +116,47 @@ class Architecture(ABC):
     @abstractmethod
     def block(self, layer: int, dtype: torch.dtype, device: torch.device) -> Block: ...
 
+    def blocks(self, dtype: torch.dtype, device: torch.device) -> Generator[Block]:
+        """The blocks of all layers in turn, to be closed when done; each is good until the next is asked for, and only
+        where the weights are in memory for longer."""
+        for layer in range(self.sizes.depth):
+            yield self.block(layer, dtype, device)
+
     @abstractmethod
     def final_norm(self, rows: Tensor) -> Tensor: ...
 
     @abstractmethod
     def unembedding(self) -> tuple[Tensor, Tensor | None]:
         """Weight (vocabulary, hidden) and bias (vocabulary,) or None of the output projection, the model's own."""
+
+    @property
+    def held_bytes(self) -> int | None:
+        """Bytes of a budget that the weights take where every pass reads them from files; None where they are there
+        anyway."""
+        return None
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of weights that every pass reads from files."""
+        return 0
+
+    def read_rate(self) -> float | None:
+        """Bytes per second at which weights are read from files, measured now; None where none are."""
+        return None
+
+    def versions(self) -> tuple[tuple[int, int | None], ...]:
+        """What changes whenever the weights do."""
+        return tuple(
+            (id(parameter), None if parameter.is_inference() else parameter._version)
+            for parameter in self.model.parameters()
+        )
+
+    def refuse_unreadable(self) -> None:
+        """Raise ``ModelError`` naming what keeps the parameters from being read directly."""
+        refuse_unreadable(self.model, self.modules)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits (1, T, V) of token ids (1, T) by the model's own forward. Raises ``ModelError`` naming a parameter
+        that holds NaN or infinity."""
+        refuse_unfinite(self.model)
+        return model_logits(self.model, ids)

@@ -13,6 +13,17 @@ from causalcone.engine.errors import ModelError
 def refuse_unreadable(model: Any, modules: dict[str, type]) -> None:
     """Raise ``ModelError`` naming what is in the way: quantization, offloading, adapters, hooks, or custom code.
     ``modules`` gives the exact class of modules by name ('*' is any number)."""
+    refuse_changed(model, modules)
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ModelError(
+                f"the parameter {name} is offloaded (on the meta device); load the model onto a device, "
+                "weights='resident' in from_pretrained"
+            )
+
+
+def refuse_changed(model: Any, modules: dict[str, type]) -> None:
+    """The same, but for where the parameters are."""
     if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
         raise ModelError("the model is quantized; load it with full-precision weights (no quantization_config)")
     _refuse_custom_code(model, modules)
@@ -21,16 +32,18 @@ def refuse_unreadable(model: Any, modules: dict[str, type]) -> None:
             raise ModelError(f"{_named(name)} has forward hooks, which would be passed by; remove them first")
         if "forward" in vars(module):
             raise ModelError(f"{_named(name)} has a replaced forward, which would be passed by; load the model afresh")
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ModelError(f"the parameter {name} is offloaded (on the meta device); load the model onto a device")
 
 
 def refuse_unfinite(model: Any) -> None:
-    """Raise ``ModelError`` naming the first parameter that holds NaN or infinity."""
+    """Raise ``ModelError`` naming the first parameter in memory that holds NaN or infinity."""
     for name, parameter in model.named_parameters():
-        if parameter.numel() and not torch.isfinite(torch.stack(torch.aminmax(parameter.detach()))).all():
+        if not parameter.is_meta and not is_finite(parameter.detach()):
             raise ModelError(f"the parameter {name} holds NaN or infinity; the weights are damaged, load them again")
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    return not values.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
 
 
 def _hooks(module: torch.nn.Module) -> bool:

@@ -1,0 +1,31 @@
+"""Traces facts with streamed weights in a fresh process and prints the bytes that its memory grew by:
+``SMALL_FOLDER FOLDER BUDGET_MIB``. What comes with the first model (code, threads) is there before."""
+
+from __future__ import annotations
+
+import sys
+
+import psutil
+import torch
+from memory_growth import Peak
+from models import FACTS
+
+import causalcone as cc
+
+
+def trace(folder: str, memory: str) -> int:
+    tracer = cc.Tracer.from_pretrained(folder, weights="stream", memory=memory)
+    return tracer.trace(FACTS[:2], states=("hidden:1",), samples=2, sigma=0.1, tokens="subject_last").num_rows
+
+
+def main(small: str, folder: str, budget_mib: str) -> None:
+    torch.set_num_threads(1)
+    trace(small, f"{budget_mib}MiB")
+    before = psutil.Process().memory_info().rss
+    with Peak() as peak:
+        rows = trace(folder, f"{budget_mib}MiB")
+    print(rows, peak.bytes - before)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
