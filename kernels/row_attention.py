@@ -44,12 +44,15 @@ def attend_rows(
     key_rows (B, K): which of them belong to each run; tokens (m,): the tokens that query, each below K. Runs are walked
     in batches of about ``tile`` keys, of which copies are made.
     """
+    if not query_rows.numel():
+        return
     visible = visible_keys(tokens, key_rows.shape[1], scoring.window, queries.device)
+    d = scoring.head_dim
     first = 0
     runs = runs_at_once(key_rows.shape[1], tile)
     for q, k in zip(query_rows.split(runs), key_rows.split(runs), strict=True):
-        gathered = keys_values.index_select(0, k.flatten()).view(*k.shape, 2, -1, scoring.head_dim)
-        query = queries.index_select(0, q.flatten()).view(*q.shape, -1, scoring.head_dim)
+        gathered = keys_values.index_select(0, k.flatten()).view(*k.shape, 2, keys_values.shape[1] // (2 * d), d)
+        query = queries.index_select(0, q.flatten()).view(*q.shape, queries.shape[1] // d, d)
         attended = attend(query, gathered[:, :, 0], gathered[:, :, 1], visible, scoring.scale, scoring.softcap)
         out[first : first + q.numel()] = attended.flatten(2).flatten(0, 1)
         first += q.numel()
