@@ -65,9 +65,12 @@ def _tile(rows: int, keys: int, width: int, dtype: torch.dtype) -> tuple[bool, i
     if rows <= FEW:
         few = power_of_two(rows)
         return False, few, 16, min(8, warps_for(few * 16 * width))
-    wide = dtype == torch.float32 or width > 128
-    tall = min(power_of_two(rows, 16), 32 if wide else 64)
-    return True, tall, min(power_of_two(keys, 16), 32 if wide else 64), 8 if tall * width >= 8192 else 4
+    full = dtype == torch.float32
+    most = 32 if full or width > 128 else 64
+    tall = min(power_of_two(rows, 16), most)
+    # four warps spill registers where they multiply such tiles in full float32
+    warps = 8 if tall * width >= 8192 or (full and width >= 128) else 4
+    return True, tall, min(power_of_two(keys, 16), most), warps
 
 
 @triton.jit(do_not_specialize=["m", "K", "window", "blocks"])
