@@ -24,7 +24,8 @@ class Moving:
     @classmethod
     def zeros_like(cls, parameter: Tensor, dtype: torch.dtype) -> Moving:
         """At rest, in ``dtype``."""
-        return cls(*(torch.zeros(parameter.shape, dtype=dtype, device=parameter.device) for _ in range(3)))
+        change = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+        return cls(change, torch.zeros_like(change), torch.zeros_like(change))
 
 
 def step_weight(weight: Moving, slopes: Tensor, keys: Tensor, lr: float, bound: float) -> None:

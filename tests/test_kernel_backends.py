@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from editing_cases import INJECTION
 from families import FAMILIES
 from kernel_cases import devices, random
 from models import FACTS, gpt2, tokenizer
@@ -152,3 +153,21 @@ def test_a_whole_trace(name, device):
     )
     for column in ("p_clean", "p_corrupted", "p_patched"):
         np.testing.assert_allclose(*(np.array(each[column], dtype=float) for each in (found, exact)), atol=1e-5)
+
+
+@devices
+def test_edits_and_their_scores(device):
+    """Fine-tuning in a window of layers; a weight that goes the other way in one step is an error of a third."""
+    pytest.importorskip("triton")
+    model = gpt2(2, 16, dtype=torch.float32).to(device)
+    hparams = cc.FinetuneHparams(steps=3, lr=5e-3, norm_constraint=1.2e-2, stop_loss=None)
+    changes, probes = [], []
+    for kernels in ("triton", "torch"):
+        editor = cc.Editor(model, tokenizer(), kernels=kernels)
+        edits = editor.finetune([INJECTION], (0,), 2, hparams)
+        changes.append(edits[0].delta.changes)
+        probes.append(np.array(editor.score(edits)["p_post"].to_pylist(), dtype=float))
+    for layer, change in changes[0].items():
+        torch.testing.assert_close(change.weight, changes[1][layer].weight, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(change.bias, changes[1][layer].bias, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(*probes, atol=1e-4)

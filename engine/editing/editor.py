@@ -57,11 +57,11 @@ class Scores:
 class Editor:
     """Edits facts in a transformers model, whose weights stay as they are: edits are changes of weights (``Delta``).
 
-    model, tokenizer, dtype, device, memory, kernels: as of ``Tracer``. moments: second moments of the layers to be edited
-    (``Moments``), which ROME and MEMIT need. contexts: texts put before prompts (``Contexts``, or one list for both
-    methods); sampled from the model by default. sigma: the noise level of Tracing Reversal and Fact Forcing, a number
-    or ``"<k>sd"`` for k standard deviations of the subjects' embeddings; ``"3sd"`` by default. seed: of everything that
-    is sampled.
+    model, tokenizer, dtype, device, memory, kernels: as of ``Tracer``. moments: second moments of the layers to be
+    edited (``Moments``), which ROME and MEMIT need. contexts: texts put before prompts (``Contexts``, or one list for
+    both methods); sampled from the model by default. sigma: the noise level of Tracing Reversal and Fact Forcing, a
+    number or ``"<k>sd"`` for k standard deviations of the subjects' embeddings; ``"3sd"`` by default. seed: of
+    everything that is sampled.
     """
 
     def __init__(

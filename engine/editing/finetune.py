@@ -143,9 +143,8 @@ class _Batch:
         for _, window in items:
             for layer in window.layers:
                 blocks.setdefault(layer, self.layers.block(layer))
-            self.trained.append(
-                {layer: _Trained(blocks[layer], dtype, method.hparams, self.layers.backends) for layer in window.layers}
-            )
+            own = method.hparams, self.layers.backends
+            self.trained.append({layer: _Trained(blocks[layer], dtype, *own) for layer in window.layers})
         self.first = np.array([window.layers[0] for _, window in items])
         self.texts: list[list[int]] = []
         self.prompts, self.unedited = self._unedited()

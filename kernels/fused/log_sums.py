@@ -54,7 +54,7 @@ def _add_tile(logits, stride, width, start, softcap, targets, each, total, targe
         base = tl.where(higher == float("-inf"), 0.0, higher)
         sums = sums * tl.exp(top - base) + tl.sum(tl.exp(x - base), 0)
         top = higher
-    tile = top.to(tl.float64) + tl.log(sums.to(tl.float64))
+    tile = tl.cast(top, tl.float64) + tl.log(tl.cast(sums, tl.float64))
     before = tl.load(total + row)
     high = tl.maximum(before, tile)
     low = tl.minimum(before, tile)
