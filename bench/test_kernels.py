@@ -1,4 +1,7 @@
-"""Times single operations in GPT-2-small sizes: ``pytest bench/test_kernels.py --benchmark-only``."""
+"""Times single operations in GPT-2-small sizes: ``pytest bench/test_kernels.py --benchmark-only``.
+
+Those that have a Triton form are timed in both forms on a CUDA device, where there is one, in the sizes of a pass.
+"""
 
 import pytest
 import torch
@@ -11,11 +14,22 @@ from causalcone.engine.interventions import CLEAN_AND_CORRUPTED
 from causalcone.engine.options import DEFAULT_STATES
 from causalcone.engine.states import as_states
 from causalcone.kernels.attention import attend
+from causalcone.kernels.backends import TORCH, Backends
+from causalcone.kernels.finetune_step import Moving
 from causalcone.kernels.linear import Linear
+from causalcone.kernels.norms import LayerNorm, RMSNorm
 from causalcone.kernels.readout import Readout
+from causalcone.kernels.row_attention import Scoring
 
 WIDTH, INNER, HEADS, VOCABULARY, DEPTH = 768, 3072, 12, 50257, 12
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+ON_CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
+ROWS = 65_536 if ON_CUDA else 1024
+BACKENDS = pytest.mark.parametrize(
+    "backends", [TORCH, *([Backends("triton", "triton")] if ON_CUDA else [])], ids=lambda own: own.rows
+)
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +60,77 @@ def test_attention_over_eight_tokens(benchmark, queries, dtype):
 
 
 @DTYPES
-def test_readout(benchmark, dtype):
-    readout = Readout(torch.randn(VOCABULARY, WIDTH).to(dtype), None)
-    benchmark(readout.target_log_probabilities, torch.randn(512, WIDTH).to(dtype), torch.arange(512))
+@BACKENDS
+@pytest.mark.parametrize("queries", [1, 8])
+@pytest.mark.parametrize("keys", [8, 40])
+def test_row_attention(benchmark, backends, queries, keys, dtype):
+    """Runs that share a random half of their key rows with all others."""
+    runs, rows = ROWS // 8, ROWS
+    q, kv = (rows_of(rows, width, dtype) for width in (WIDTH, 2 * WIDTH))
+    key_rows = torch.randint(rows, (runs, keys), device=DEVICE)
+    key_rows[:, : keys // 2] = key_rows[0, : keys // 2]
+    query_rows = torch.randint(rows, (runs, queries), device=DEVICE)
+    out = torch.empty(runs * queries, WIDTH, dtype=dtype, device=DEVICE)
+    arguments = (query_rows, key_rows, tuple(range(keys - queries, keys)), Scoring(WIDTH // HEADS, 0.125), out)
+    benchmark(timed(backends.attend_rows), q, kv, *arguments, 262_144 if ON_CUDA else 4096)
+
+
+@DTYPES
+@BACKENDS
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_gathered_and_normed(benchmark, backends, norm, dtype):
+    rows, index = rows_of(ROWS, WIDTH, dtype), torch.randperm(ROWS, device=DEVICE)
+    benchmark(timed(backends.gather_normed), rows, index, norm_of(norm, dtype))
+
+
+@DTYPES
+@BACKENDS
+@pytest.mark.parametrize("normed", [False, True], ids=["sum", "sum and norm"])
+def test_sums(benchmark, backends, normed, dtype):
+    left, right, out, into = (rows_of(ROWS, WIDTH, dtype) for _ in range(4))
+    index = torch.randperm(ROWS, device=DEVICE)
+    if normed:
+        places = torch.arange(ROWS, device=DEVICE)
+        norm = norm_of("layer", dtype)
+        benchmark(timed(backends.add_normed), left, index, right, index, out, places, norm, into, ROWS)
+    else:
+        benchmark(timed(backends.add_rows), left, index, right, index, out, ROWS)
+
+
+@DTYPES
+@BACKENDS
+def test_readout(benchmark, backends, dtype):
+    rows = 8192 if ON_CUDA else 512
+    readout = Readout(rows_of(VOCABULARY, WIDTH, dtype), None, rows, backends=backends)
+    targets = torch.arange(rows, device=DEVICE)
+    benchmark(timed(readout.target_log_probabilities), rows_of(rows, WIDTH, dtype), targets)
+
+
+@BACKENDS
+def test_step_of_finetuning(benchmark, backends):
+    moving = Moving.zeros_like(torch.empty(WIDTH, INNER, device=DEVICE), torch.float32)
+    slopes, keys = rows_of(12, WIDTH, torch.float32), rows_of(12, INNER, torch.float32)
+    benchmark(timed(backends.step_weight), moving, slopes, keys, 5e-4, 1e-4)
+
+
+def rows_of(rows, width, dtype):
+    return torch.randn(rows, width, device=DEVICE).to(dtype)
+
+
+def norm_of(name, dtype):
+    weight = torch.ones(WIDTH, device=DEVICE)
+    return LayerNorm(weight.to(dtype), weight.to(dtype), 1e-5) if name == "layer" else RMSNorm(weight, 1e-6)
+
+
+def timed(function):
+    """The function until its results are there."""
+
+    def whole(*arguments):
+        function(*arguments)
+        if ON_CUDA:
+            torch.cuda.synchronize()
+
+    return whole
 
 
 def test_plan_compilation(benchmark):

@@ -6,7 +6,7 @@ are functional, since what they save for the way back must stay as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from causalcone.engine.interventions import CLEAN
-from causalcone.engine.layout import Group, Stage, gather_rows, place, place_attention, spread
+from causalcone.engine.layout import Group, Placement, Stage, gather_rows, place, place_attention, spread
 from causalcone.engine.models.base import Architecture, Block
-from causalcone.engine.plan import Given, LayerPlan
-from causalcone.engine.wave import batches, enter, visible_keys
+from causalcone.engine.plan import Given, LayerPlan, Segment
+from causalcone.engine.wave import enter, segment_rows
 from causalcone.kernels.attention import attend
 from causalcone.kernels.readout import Readout
 from causalcone.kernels.readout_gradients import log_probability
+from causalcone.kernels.row_attention import runs_at_once, visible_keys
 from causalcone.kernels.tiles import Tiles, pieces
 
 
@@ -140,13 +141,13 @@ class _GradientWave:
         outputs: dict[bool, list[Tensor]] = {False: [none], True: [none]}
         for varying in (False, True):
             works = [
-                (visible_keys(segment, block.window, self.device), *batch)
+                (visible_keys(segment.tokens, segment.keys.shape[1], block.window, self.device), *batch)
                 for plan, key_place, query_place in zip(
                     plans, keys.stage.placements, queries.stage.placements, strict=True
                 )
                 for segment in plan.segments
                 if segment.varying == varying
-                for batch in batches(segment, query_place, key_place, self.tiles.keys)
+                for batch in self._batches(segment, query_place, key_place)
             ]
             if not works:
                 continue
@@ -165,6 +166,12 @@ class _GradientWave:
                 )
                 outputs[varying].append(attended.reshape(-1, width))
         return torch.cat(outputs[False]), torch.cat(outputs[True])
+
+    def _batches(self, segment: Segment, queried: Placement, keys: Placement) -> Iterator[tuple[Tensor, Tensor]]:
+        """Query rows (B, m) and key rows (B, K) of a segment, in batches of about as many keys as a tile has."""
+        query_rows, key_rows = segment_rows(segment, queried, keys)
+        runs = runs_at_once(key_rows.shape[1], self.tiles.keys)
+        return zip(query_rows.split(runs), key_rows.split(runs), strict=True)
 
     @staticmethod
     def _gathered(varying: bool, rows: _Rows, packed: list[Tensor]) -> tuple[Tensor, ...]:

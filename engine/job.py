@@ -23,6 +23,7 @@ from causalcone.engine.passes import Budget, Part, PlanCache, assemble, split
 from causalcone.engine.plan import Plan
 from causalcone.engine.wave import run_pass
 from causalcone.engine.workspace import Workspace
+from causalcone.kernels.backends import TORCH, Backends
 
 MAX_CELLS = 2**18
 """Runs x tokens of what is compiled at once; a fact with more is split before."""
@@ -69,7 +70,7 @@ class Job:
     """Runs ``cases`` with ``samples`` noise samples in ``dtype`` on ``device``.
 
     noise: the noise of a span of so many tokens, for a range of samples (``NoiseStream``). plans: may be kept from job
-    to job.
+    to job. backends: of passes without gradient.
     """
 
     architecture: Architecture
@@ -80,6 +81,7 @@ class Job:
     device: torch.device
     plans: PlanCache
     gradient: bool = False
+    backends: Backends = TORCH
 
     def plan(self, part: Part) -> tuple[Plan, Footprint]:
         case, architecture = self.cases[part.fact], self.architecture
@@ -159,7 +161,7 @@ class Job:
         groups = [self._group(plans[group[0]], [parts[index] for index in group]) for group in members.values()]
         if self.gradient:
             return self._differentiate(parts, list(members.values()), groups, budget)
-        outcomes = run_pass(self.architecture, groups, budget.tiles, space)
+        outcomes = run_pass(self.architecture, groups, budget.tiles, space, self.backends)
         done = []
         for group, outcome in zip(members.values(), outcomes, strict=True):
             log_p, states, logits = outcome.log_p.sum(-1).cpu().numpy(), outcome.states.cpu(), outcome.logits.cpu()

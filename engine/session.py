@@ -21,6 +21,7 @@ from causalcone.engine.models.base import Architecture
 from causalcone.engine.noise import subject_deviation
 from causalcone.engine.passes import Budget, PlanCache, plan_budget
 from causalcone.engine.verify import verify_model
+from causalcone.kernels.backends import TORCH, BackendError, Backends, choose
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,6 +44,7 @@ class Session:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         memory: int | str | None = None,
+        kernels: str | None = None,
         architecture: Architecture | None = None,
     ) -> None:
         self.architecture = architecture or read_architecture(model)
@@ -53,6 +55,7 @@ class Session:
         weight = self.architecture.unembedding()[0]
         self.dtype = weight.dtype if dtype is None else as_dtype(dtype)
         self.device = weight.device if device is None else as_device(device)
+        self.backends = as_backends(kernels, self.device, self.dtype)
         self._memory = None if memory is None else parse_bytes(memory)
         self._plans, self._gradient_plans = PlanCache(), PlanCache()
         self._verified: tuple[tuple[int, int | None], ...] | None = None
@@ -97,7 +100,7 @@ class Session:
         """The cases made ready to run; with ``gradient``, the gradients of p by the given vectors are results too."""
         plans = self._gradient_plans if gradient else self._plans
         noise = noise or self._no_noise
-        return Job(self.architecture, cases, samples, noise, self.dtype, self.device, plans, gradient)
+        return Job(self.architecture, cases, samples, noise, self.dtype, self.device, plans, gradient, self.backends)
 
     def results(self, job: Job) -> Iterator[tuple[int, Result]]:
         """Verify the model, then run the job: the number of each case in order, with its result."""
@@ -133,8 +136,14 @@ class Session:
         self.architecture.refuse_unreadable()
         versions = self.versions()
         if versions != self._verified:
-            verify_model(self.architecture, tokens, self.budget().tiles)
+            verify_model(self.architecture, tokens, self.budget().tiles, self._verifying)
             self._verified = versions
+
+    @property
+    def _verifying(self) -> Backends:
+        """Backends for a pass in the model's own dtype and on its device."""
+        weight = self.architecture.unembedding()[0]
+        return self.backends if (weight.dtype, weight.device) == (self.dtype, self.device) else TORCH
 
     def versions(self) -> tuple[tuple[int, int | None], ...]:
         """What changes whenever the model's weights do."""
@@ -159,6 +168,7 @@ def stream_model(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     memory: int | str | None = None,
+    kernels: str | None = None,
 ) -> Session:
     """A session on the model of a folder or hub id, whose weights every pass reads from its files anew."""
     from causalcone.engine.streaming.loading import open_streamed
@@ -167,7 +177,7 @@ def stream_model(
     with _opening(path) as folder:
         config, tokenizer = _supported(folder)
         architecture = open_streamed(folder, config, wanted, place)
-    return Session(architecture.model, tokenizer, memory=memory, architecture=architecture)
+    return Session(architecture.model, tokenizer, memory=memory, architecture=architecture, kernels=kernels)
 
 
 def _supported(path: str) -> tuple[Any, Any]:
@@ -203,6 +213,14 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     if named is None or named not in DTYPES.values():
         raise ExperimentError(f"dtype {dtype!r} is not supported; choose from {', '.join(DTYPES)}")
     return named
+
+
+def as_backends(kernels: str | None, device: torch.device, dtype: torch.dtype) -> Backends:
+    """Which kernels passes use (``kernels/backends.py``)."""
+    try:
+        return choose(device, dtype, kernels)
+    except BackendError as error:
+        raise ExperimentError(str(error)) from error
 
 
 def as_device(device: torch.device | str) -> torch.device:

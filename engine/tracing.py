@@ -75,7 +75,11 @@ class Tracer:
     model: a causal language model of a supported architecture; tokenizer: its fast tokenizer (offsets are needed).
     dtype: what to compute in, the model's own by default; device: where, the model's own by default.
     memory: bytes (or a text such as ``"4GiB"``) that a pass may take, half of what is free by default.
-    Raises ``ModelError`` for models whose parameters cannot be read directly.
+    kernels: ``"torch"``, ``"triton"`` or ``"flash"`` (attention with flash-attn, in bfloat16 or float16) forces what
+    passes without gradient compute with; by default Triton on CUDA devices and torch elsewhere, and in float64 always
+    torch. The variable CAUSALCONE_KERNELS says the same for all tracers, CAUSALCONE_ATTENTION for attention alone.
+    Raises ``ModelError`` for models whose parameters cannot be read directly, and ``ExperimentError`` for kernels that
+    cannot be used here.
     """
 
     def __init__(
@@ -85,8 +89,9 @@ class Tracer:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         memory: int | str | None = None,
+        kernels: str | None = None,
     ) -> None:
-        self.session = Session(model, tokenizer, dtype, device, memory)
+        self.session = Session(model, tokenizer, dtype, device, memory, kernels)
 
     @classmethod
     def from_pretrained(
@@ -96,6 +101,7 @@ class Tracer:
         device: torch.device | str | None = None,
         memory: int | str | None = None,
         weights: str = "resident",
+        kernels: str | None = None,
     ) -> Tracer:
         """A tracer for a model folder or hub id; its weights are kept in ``dtype``, as saved by default.
 
@@ -105,9 +111,9 @@ class Tracer:
         """
         check_weights(weights)
         if weights == "resident":
-            return cls(*load_model(path, dtype, device), memory=memory)
+            return cls(*load_model(path, dtype, device), memory=memory, kernels=kernels)
         tracer = cls.__new__(cls)
-        tracer.session = stream_model(path, dtype, device, memory)
+        tracer.session = stream_model(path, dtype, device, memory, kernels)
         return tracer
 
     @property

@@ -13,13 +13,14 @@ from causalcone.engine.layout import Group
 from causalcone.engine.models.base import Architecture
 from causalcone.engine.wave import run_pass
 from causalcone.engine.workspace import Workspace
+from causalcone.kernels.backends import TORCH, Backends
 from causalcone.kernels.tiles import Tiles
 
 _ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-5}  # models take norms and softmax in float32 whatever they are in
 _ROUNDING_HALF = 0.02
 
 
-def verify_model(architecture: Architecture, tokens: tuple[int, ...], tiles: Tiles) -> None:
+def verify_model(architecture: Architecture, tokens: tuple[int, ...], tiles: Tiles, backends: Backends = TORCH) -> None:
     """Raise ``ModelError`` if the model's weights are not finite, or if the engine's log-probabilities of a prompt's
     own tokens differ from those of ``model.forward``.
 
@@ -32,7 +33,8 @@ def verify_model(architecture: Architecture, tokens: tuple[int, ...], tiles: Til
     clean_only = Experiment((Base(),), np.empty(0, dtype=np.int64), Overwrites.none())
     plan = compile_plan(shape, clean_only, architecture.sizes.depth, architecture.parallel)
     group = Group(plan, ids[None, None], ids.roll(-1)[None], torch.zeros(1, 1, 0, architecture.sizes.hidden))
-    ours = run_pass(architecture, [group], tiles, Workspace(weight.dtype, weight.device))[0].log_p[0, 0, CLEAN].cpu()
+    space = Workspace(weight.dtype, weight.device)
+    ours = run_pass(architecture, [group], tiles, space, backends)[0].log_p[0, 0, CLEAN].cpu()
     theirs = logits.log_softmax(-1).gather(-1, ids.roll(-1)[:, None])[:, 0]
     difference = (ours - theirs).abs().max().item()
     allowed = _ROUNDING.get(weight.dtype, _ROUNDING_HALF) * max(1.0, logits.abs().max().item())

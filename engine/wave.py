@@ -15,12 +15,11 @@ from causalcone.engine.mixing import mix_heads
 from causalcone.engine.models.base import Architecture, Block
 from causalcone.engine.plan import Captured, Given, LayerPlan, Segment
 from causalcone.engine.workspace import Workspace, slot_elements, slot_uses
-from causalcone.kernels.attention import attend
+from causalcone.kernels.backends import TORCH, Backends
+from causalcone.kernels.norms import Norm, unchanged
 from causalcone.kernels.readout import Readout
+from causalcone.kernels.row_attention import Scoring
 from causalcone.kernels.tiles import Tiles, pieces
-
-MAX_RUNS = 16_384
-"""Runs in one batch of attention; CUDA grids end at 65,535 blocks in some directions."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +36,30 @@ class Outcome:
 
 
 @torch.inference_mode()
-def run_pass(architecture: Architecture, groups: Sequence[Group], tiles: Tiles, space: Workspace) -> list[Outcome]:
+def run_pass(
+    architecture: Architecture,
+    groups: Sequence[Group],
+    tiles: Tiles,
+    space: Workspace,
+    backends: Backends = TORCH,
+) -> list[Outcome]:
     """What the plans of all groups read out, computed in the space's dtype."""
-    return _Wave(architecture, groups, tiles, space).run()
+    return _Wave(architecture, groups, tiles, space, backends).run()
 
 
 class _Wave:
     """One pass. Row tensors are (rows, width); a stage says which run's row lies where."""
 
-    def __init__(self, architecture: Architecture, groups: Sequence[Group], tiles: Tiles, space: Workspace) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        groups: Sequence[Group],
+        tiles: Tiles,
+        space: Workspace,
+        backends: Backends,
+    ) -> None:
         self.architecture, self.groups, self.tiles, self.space = architecture, groups, tiles, space
+        self.backends = backends
         self.dtype, self.device = space.dtype, space.device
         hidden = architecture.sizes.hidden
         self.states = [
@@ -75,14 +88,20 @@ class _Wave:
         mid_stage = place(self.groups, [plan.mid_input.rows for plan in plans], self.device)
         mid = self.space.take("heads", mid_stage.rows, hidden)
         inputs = gather_rows([plan.mid_input for plan in plans], stage)
-        self._add(rows, inputs, attn, gather_rows([plan.mid_attn for plan in plans], attn_stage), mid)
-
+        attns = gather_rows([plan.mid_attn for plan in plans], attn_stage)
         given = [plan.mlp_given for plan in plans]
         mlp_stage = place(self.groups, [plan.mlp.rows for plan in plans], self.device, given)
         mlp = self.space.take("keys", mlp_stage.rows, hidden)
+        computed = mlp[: mlp_stage.computed]
         read, read_stage = (rows, stage) if self.architecture.parallel else (mid, mid_stage)
         index = gather_rows([plan.mlp for plan in plans], read_stage)
-        self._project(block.mlp, read, index, mlp[: mlp_stage.computed])
+        if not self.architecture.parallel and self.backends.fuses(block.mlp_in, hidden):
+            # normed as they are summed, into the rows that the MLP's outputs then take
+            self.backends.add_normed(rows, inputs, attn, attns, mid, index, block.mlp_in, computed, self.tiles.rows)
+            self._project(block.mlp_of, computed, None, computed)
+        else:
+            self.backends.add_rows(rows, inputs, attn, attns, mid, self.tiles.rows)
+            self._project(block.mlp_of, read, index, computed, norm=block.mlp_in)
         self._give(mlp, mlp_stage, given)
         self._capture("mlp", mlp, mlp_stage, plans)
 
@@ -91,7 +110,7 @@ class _Wave:
         out = self.space.take("stream", out_stage.rows, hidden)
         mids = gather_rows([plan.out_mid for plan in plans], mid_stage)
         mlps = gather_rows([plan.out_mlp for plan in plans], mlp_stage)
-        self._add(mid, mids, mlp, mlps, out[: out_stage.computed])
+        self.backends.add_rows(mid, mids, mlp, mlps, out[: out_stage.computed], self.tiles.rows)
         self._give(out, out_stage, given)
         self._capture("hidden", out, out_stage, plans)
         return out, out_stage
@@ -104,13 +123,13 @@ class _Wave:
         keys_values = self.space.take("keys", key_stage.rows, 2 * sizes.kv_heads * sizes.head_dim)
         index = gather_rows([plan.keys_values for plan in plans], stage)
         positions = spread([plan.key_tokens for plan in plans], key_rows, groups, self.device)
-        self._project(block.keys_values, rows, index, keys_values, positions)
+        self._project(block.keys_values_of, rows, index, keys_values, positions, block.attn_in)
 
         query_stage = place(groups, query_rows, self.device)
         queries = self.space.take("queries", query_stage.rows, sizes.heads * sizes.head_dim)
         index = gather_rows([plan.queries for plan in plans], stage)
         positions = spread([plan.query_tokens for plan in plans], query_rows, groups, self.device)
-        self._project(block.queries, rows, index, queries, positions)
+        self._project(block.queries_of, rows, index, queries, positions, block.attn_in)
 
         attn_stage = place_attention(groups, plans, self.device)
         heads = self.space.take("heads", attn_stage.computed + attn_stage.mixed, sizes.heads * sizes.head_dim)
@@ -132,16 +151,14 @@ class _Wave:
         out: Tensor,
     ) -> None:
         """The heads' outputs, segment by segment: one dense batch for all runs that query for the same tokens."""
+        scoring = Scoring(block.head_dim, block.scale, block.softcap, block.window)
         first = 0
         for plan, keys, queried in zip(plans, key_stage.placements, query_stage.placements, strict=True):
             for segment in plan.segments:
-                visible = visible_keys(segment, block.window, self.device)
-                for q, k in batches(segment, queried, keys, self.tiles.keys):
-                    gathered = keys_values.index_select(0, k.flatten()).view(*k.shape, 2, -1, block.head_dim)
-                    query = queries.index_select(0, q.flatten()).view(*q.shape, -1, block.head_dim)
-                    attended = attend(query, gathered[:, :, 0], gathered[:, :, 1], visible, block.scale, block.softcap)
-                    out[first : first + q.numel()] = attended.flatten(2).flatten(0, 1)
-                    first += q.numel()
+                q, k = segment_rows(segment, queried, keys)
+                part = out[first : first + q.numel()]
+                self.backends.attend_rows(queries, keys_values, q, k, segment.tokens, scoring, part, self.tiles.keys)
+                first += q.numel()
 
     def _project(
         self,
@@ -150,16 +167,13 @@ class _Wave:
         index: Tensor | None,
         out: Tensor,
         positions: Tensor | None = None,
+        norm: Norm = unchanged,
     ) -> None:
-        """``out`` = ``function`` of the indexed rows (all where there is no index), in tiles that stay in cache."""
+        """``out`` = ``function`` of the indexed rows, normed (of all rows as they are where there is no index), in
+        tiles that stay in cache."""
         for part in pieces(len(out), self.tiles.rows):
-            source = rows[part] if index is None else rows.index_select(0, index[part])
+            source = rows[part] if index is None else self.backends.gather_normed(rows, index[part], norm)
             out[part] = function(source) if positions is None else function(source, positions[part])
-
-    def _add(self, left: Tensor, left_index: Tensor, right: Tensor, right_index: Tensor, out: Tensor) -> None:
-        """``out`` = indexed rows of ``left`` + indexed rows of ``right``."""
-        for part in pieces(len(out), self.tiles.rows):
-            torch.add(left.index_select(0, left_index[part]), right.index_select(0, right_index[part]), out=out[part])
 
     def _give(self, out: Tensor, stage: Stage, givens: Sequence[Given]) -> None:
         """Fill the rows of a stage that are given, which lie behind those that it computes."""
@@ -183,7 +197,7 @@ class _Wave:
         self._project(
             self.architecture.final_norm, rows, gather_rows([plan.read_rows for plan in plans], stage), states
         )
-        return read_logits(self.architecture, states, read_stage, self.groups, self.tiles, self.states)
+        return read_logits(self.architecture, states, read_stage, self.groups, self.tiles, self.states, self.backends)
 
 
 def enter(architecture: Architecture, groups: Sequence[Group], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -201,21 +215,12 @@ def enter(architecture: Architecture, groups: Sequence[Group], dtype: torch.dtyp
     return architecture.enter(torch.cat(embedded), torch.cat(positions))
 
 
-def visible_keys(segment: Segment, window: int | None, device: torch.device) -> Tensor:
-    """(m, K) which keys each querying token of a segment sees."""
-    tokens = torch.tensor(segment.tokens, device=device)[:, None]
-    keys = torch.arange(segment.keys.shape[1], device=device)
-    return (keys <= tokens) if window is None else (keys <= tokens) & (keys > tokens - window)
-
-
-def batches(segment: Segment, queried: Placement, keys: Placement, tile: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Query rows (B, m) and key rows (B, K) of a segment, in batches of about ``tile`` keys."""
+def segment_rows(segment: Segment, queried: Placement, keys: Placement) -> tuple[Tensor, Tensor]:
+    """Query rows (B, m) and key rows (B, K) of a segment's runs, for all facts and samples."""
     device = keys.start.device
     query_rows = queried.flat(torch.from_numpy(segment.queries).to(device), segment.varying)
     key_rows = keys.flat(torch.from_numpy(segment.keys).to(device), segment.varying)
-    m, K = segment.queries.shape[1], segment.keys.shape[1]
-    runs = min(max(1, tile // K), MAX_RUNS)
-    return zip(query_rows.view(-1, m).split(runs), key_rows.view(-1, K).split(runs), strict=True)
+    return query_rows.flatten(0, -2), key_rows.flatten(0, -2)
 
 
 def _copy_captured(states: Tensor, rows: Tensor, captured: Captured, placement: Placement) -> None:
@@ -241,10 +246,13 @@ def read_logits(
     groups: Sequence[Group],
     tiles: Tiles,
     captured: Sequence[Tensor],
+    backends: Backends,
 ) -> list[Outcome]:
     """The outcome of normed final rows ``states`` (R, hidden)."""
     device = states.device
-    readout = Readout(*architecture.unembedding(), tiles.readout_rows, tiles.vocabulary, architecture.logit_softcap)
+    readout = Readout(
+        *architecture.unembedding(), tiles.readout_rows, tiles.vocabulary, architecture.logit_softcap, backends=backends
+    )
     read = [torch.from_numpy(group.plan.read).to(device) for group in groups]
     unknown = [
         placement.flat(ids[CLEAN], varying=False).flatten(0, 1)

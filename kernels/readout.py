@@ -8,14 +8,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from causalcone.kernels.backends import TORCH, Backends
 from causalcone.kernels.linear import Linear
+from causalcone.kernels.log_sums import capped
 from causalcone.kernels.tiles import pieces
 
 
 @dataclass(frozen=True)
 class Readout:
     """The output projection: ``weight`` (V, D), ``bias`` (V,) or None, walked in tiles of ``rows`` x ``vocabulary``;
-    ``softcap`` bounds the logits by ``softcap * tanh(logit / softcap)``."""
+    ``softcap`` bounds the logits by ``softcap * tanh(logit / softcap)``. backends: of the sums over logits."""
 
     weight: Tensor
     bias: Tensor | None
@@ -23,6 +25,7 @@ class Readout:
     vocabulary: int = 4096
     softcap: float | None = None
     kept: tuple[tuple[int, Linear], ...] | None = None
+    backends: Backends = TORCH
 
     def keeping(self, dtype: torch.dtype) -> Readout:
         """The same with its weights made ready once, for states of ``dtype``: they take as much memory again."""
@@ -35,24 +38,12 @@ class Readout:
         dtype; everything after them is float32 inside a tile and float64 across tiles, so that large logits cost no
         precision and p stays below 1.
         """
-        wide = torch.promote_types(states.dtype, torch.float32)
         total = torch.full((len(states),), float("-inf"), dtype=torch.float64, device=states.device)
         logit = torch.zeros(targets.shape, dtype=torch.float64, device=states.device)
-        narrow = states.dtype != wide
-        buffer = states.new_empty(min(self.rows, len(states)) * self.vocabulary if narrow else 0, dtype=wide)
         for start, product in self._products(states):
             for tile in pieces(len(states), self.rows):
                 logits = product(states[tile])
-                if narrow:  # in memory that is there: a tile's own would be fetched anew for each
-                    logits = buffer[: logits.numel()].view(logits.shape).copy_(logits)
-                logits = self._capped(logits)
-                place = targets[tile] - start
-                here = (place >= 0) & (place < logits.shape[1])
-                own = logits.gather(1, place.clamp(0, logits.shape[1] - 1).view(len(logits), -1)).view(place.shape)
-                logit[tile] = torch.where(here, own.double(), logit[tile])
-                top = logits.amax(-1, keepdim=True)
-                sums = logits.sub_(top).exp_().sum(-1)
-                total[tile] = torch.logaddexp(total[tile], top[:, 0].double() + sums.double().log())
+                self.backends.add_tile(logits, start, self.softcap, targets[tile], total[tile], logit[tile])
         return logit - (total if targets.dim() == 1 else total[:, None])
 
     def differentiated(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +92,7 @@ class Readout:
             logits = buffer[: len(states[tile])]
             for start, product in products:
                 logits[:, start : start + len(product.weight)] = product(states[tile])
-            bent = None if self.softcap is None else 1 - (self._capped(logits) / self.softcap).square_()
+            bent = None if self.softcap is None else 1 - (capped(logits, self.softcap) / self.softcap).square_()
             numbers[tile], slope = of_logits(logits, tile)
             if bent is not None:
                 slope *= bent
@@ -117,7 +108,7 @@ class Readout:
         if len(states):
             for start, product in self._products(states):
                 tile = product(states)
-                out[:, start : start + tile.shape[1]] = self._capped(tile)
+                out[:, start : start + tile.shape[1]] = capped(tile, self.softcap)
         return out
 
     def most_likely(self, states: Tensor) -> Tensor:
@@ -131,9 +122,6 @@ class Readout:
                 token[tile] = torch.where(better, index + start, token[tile])
                 best[tile] = torch.where(better, value, best[tile])
         return token
-
-    def _capped(self, logits: Tensor) -> Tensor:
-        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def _products(self, states: Tensor) -> Iterator[tuple[int, Linear]]:
         if self.kept is not None:

@@ -2,6 +2,7 @@
 
 import sys
 
+import interpreter  # noqa: F401
 import pytest
 import torch
 from models import FACTS, gpt2, tokenizer

@@ -191,13 +191,13 @@ def test_running_out_of_memory_splits_passes(saved, monkeypatch):
     streamed.trace(FACTS[:1], **OPTIONS)
     run_pass, failed = job.run_pass, []
 
-    def failing(architecture, groups, tiles, space):
+    def failing(architecture, groups, tiles, space, backends):
         if sum(group.facts for group in groups) > 3:
             failed.append(groups)
             with closing(architecture.blocks(space.dtype, space.device)) as blocks:  # in the midst of the layers
                 next(blocks)
             raise torch.OutOfMemoryError("out of memory")
-        return run_pass(architecture, groups, tiles, space)
+        return run_pass(architecture, groups, tiles, space, backends)
 
     monkeypatch.setattr(job, "run_pass", failing)
     assert streamed.trace(FACTS, **OPTIONS).equals(expected)

@@ -57,11 +57,11 @@ class Scores:
 class Editor:
     """Edits facts in a transformers model, whose weights stay as they are: edits are changes of weights (``Delta``).
 
-    model, tokenizer, dtype, device, memory: as of ``Tracer``. moments: second moments of the layers to be edited
-    (``Moments``), which ROME and MEMIT need. contexts: texts put before prompts (``Contexts``, or one list for both
-    methods); sampled from the model by default. sigma: the noise level of Tracing Reversal and Fact Forcing, a number
-    or ``"<k>sd"`` for k standard deviations of the subjects' embeddings; ``"3sd"`` by default. seed: of everything that
-    is sampled.
+    model, tokenizer, dtype, device, memory, kernels: as of ``Tracer``. moments: second moments of the layers to be
+    edited (``Moments``), which ROME and MEMIT need. contexts: texts put before prompts (``Contexts``, or one list for
+    both methods); sampled from the model by default. sigma: the noise level of Tracing Reversal and Fact Forcing, a
+    number or ``"<k>sd"`` for k standard deviations of the subjects' embeddings; ``"3sd"`` by default. seed: of
+    everything that is sampled.
     """
 
     def __init__(
@@ -75,8 +75,9 @@ class Editor:
         memory: int | str | None = None,
         sigma: float | str | None = None,
         seed: int = 0,
+        kernels: str | None = None,
     ) -> None:
-        self.session = Session(model, tokenizer, dtype, device, memory)
+        self.session = Session(model, tokenizer, dtype, device, memory, kernels)
         self.moments, self.seed = moments, seed
         self.sigma = DEFAULT_SIGMA if sigma is None else sigma
         parse_sigma(self.sigma)
@@ -315,7 +316,7 @@ class Editor:
         """The layers that passes go through, and how much goes through them together."""
         session = self.session
         budget, kept = self._budget()
-        layers = Layers(session.architecture, budget.tiles, session.dtype, session.device, kept)
+        layers = Layers(session.architecture, budget.tiles, session.dtype, session.device, kept, session.backends)
         return layers, Batching(session.sizes, budget, session.dtype)
 
     def _budget(self) -> tuple[Budget, bool]:

@@ -27,6 +27,8 @@ from causalcone.engine.editing.requests import Request
 from causalcone.engine.editing.unedited import Unedited, run_unedited
 from causalcone.engine.editing.windows import Window
 from causalcone.engine.models.base import Block
+from causalcone.kernels.backends import Backends
+from causalcone.kernels.finetune_step import Moving, step
 from causalcone.kernels.readout_gradients import log_probability
 
 METHOD = "finetune"
@@ -80,13 +82,11 @@ class Finetune:
 class _Trained:
     """The change of one weight: (hidden, inner), and (hidden,) of its bias, zero at first, under Adam."""
 
-    def __init__(self, block: Block, dtype: torch.dtype, hparams: FinetuneHparams) -> None:
+    def __init__(self, block: Block, dtype: torch.dtype, hparams: FinetuneHparams, backends: Backends) -> None:
         own, bias = block.down.weight, block.down.bias
-        self.bound = hparams.norm_constraint
-        self.weight = torch.zeros(own.shape, dtype=dtype, device=own.device)
-        self.bias = None if bias is None else torch.zeros(bias.shape, dtype=dtype, device=own.device)
-        parameters = [self.weight] if self.bias is None else [self.weight, self.bias]
-        self.adam = torch.optim.Adam(parameters, lr=hparams.lr, fused=True)
+        self.hparams, self.backends = hparams, backends
+        self.moving = Moving.zeros_like(own, dtype)
+        self.moving_bias = None if bias is None else Moving.zeros_like(bias, dtype)
         self.leaf = torch.zeros((), dtype=dtype, device=own.device, requires_grad=True)
         self.products: list[tuple[Tensor, Tensor]] = []
 
@@ -99,15 +99,19 @@ class _Trained:
         """One step of Adam along the gradient of the products since the last, and back within the bounds."""
         keys = torch.cat([keys for keys, _ in self.products])
         slopes = torch.cat([slope for _, slope in self.products])
-        self.weight.grad = (slopes.T @ keys).to(self.weight.dtype)
-        if self.bias is not None:
-            self.bias.grad = slopes.sum(0).to(self.bias.dtype)
-        self.adam.step()
-        for parameter in (self.weight, self.bias):
-            if parameter is not None:
-                parameter.grad = None
-                parameter.clamp_(-self.bound, self.bound)
+        lr, bound = self.hparams.lr, self.hparams.norm_constraint
+        self.backends.step_weight(self.moving, slopes, keys, lr, bound)
+        if self.moving_bias is not None:
+            step(self.moving_bias, slopes.sum(0).to(self.moving_bias.change.dtype), lr, bound)
         self.products.clear()
+
+    @property
+    def weight(self) -> Tensor:
+        return self.moving.change
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self.moving_bias is None else self.moving_bias.change
 
     @property
     def change(self) -> Dense:
@@ -139,7 +143,8 @@ class _Batch:
         for _, window in items:
             for layer in window.layers:
                 blocks.setdefault(layer, self.layers.block(layer))
-            self.trained.append({layer: _Trained(blocks[layer], dtype, method.hparams) for layer in window.layers})
+            own = method.hparams, self.layers.backends
+            self.trained.append({layer: _Trained(blocks[layer], dtype, *own) for layer in window.layers})
         self.first = np.array([window.layers[0] for _, window in items])
         self.texts: list[list[int]] = []
         self.prompts, self.unedited = self._unedited()

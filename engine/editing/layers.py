@@ -13,6 +13,7 @@ from torch import Tensor
 from causalcone.engine.editing.packing import Batch, Runs, Text
 from causalcone.engine.models.base import Architecture, Block
 from causalcone.kernels.attention import attend
+from causalcone.kernels.backends import TORCH, Backends
 from causalcone.kernels.readout import Readout
 from causalcone.kernels.tiles import Tiles, pieces
 
@@ -37,13 +38,14 @@ class Passed:
 @dataclass(frozen=True)
 class Layers:
     """A model's layers, in the dtype and on the device of the pass. keeps: whether weights that were made ready are
-    kept for the passes to come, until ``forget``."""
+    kept for the passes to come, until ``forget``. backends: of the readout, and of steps of fine-tuning."""
 
     architecture: Architecture
     tiles: Tiles
     dtype: torch.dtype
     device: torch.device
     keeps: bool = False
+    backends: Backends = TORCH
     _kept: dict[int | str, Any] = field(default_factory=dict)
 
     @property
@@ -72,7 +74,7 @@ class Layers:
         weight, bias = self.architecture.unembedding()
         readout = Readout(
             weight.detach().to(self.device), None if bias is None else bias.detach().to(self.device),
-            self.tiles.readout_rows, self.tiles.vocabulary, self.architecture.logit_softcap,
+            self.tiles.readout_rows, self.tiles.vocabulary, self.architecture.logit_softcap, backends=self.backends,
         )  # fmt: skip
         return readout.keeping(self.dtype) if self.keeps else readout
 

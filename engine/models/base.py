@@ -16,6 +16,7 @@ from torch import Tensor
 from causalcone.engine.models.forward import model_logits
 from causalcone.engine.models.refusal import refuse_unfinite, refuse_unreadable
 from causalcone.kernels.linear import Linear
+from causalcone.kernels.norms import Norm
 
 
 @dataclass(frozen=True)
@@ -59,30 +60,56 @@ class Block(ABC):
     softcap: float | None = None
     window: int | None = None
 
+    @property
     @abstractmethod
-    def keys_values(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """Keys and values side by side (R, 2 * kv_heads * head_dim) of input rows (R, hidden) at ``positions`` (R,)."""
+    def attn_in(self) -> Norm:
+        """The norm of input rows before keys and values, and before queries."""
+
+    @property
+    @abstractmethod
+    def mlp_in(self) -> Norm:
+        """The norm of the rows that the MLP reads."""
 
     @abstractmethod
-    def queries(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """Queries (R, heads * head_dim) of input rows (R, hidden) at ``positions`` (R,)."""
+    def keys_values_of(self, normed: Tensor, positions: Tensor) -> Tensor:
+        """``keys_values`` of rows that are normed already."""
+
+    @abstractmethod
+    def queries_of(self, normed: Tensor, positions: Tensor) -> Tensor:
+        """``queries`` of rows that are normed already."""
 
     @abstractmethod
     def attention_output(self, rows: Tensor) -> Tensor:
         """What attention adds to the residual stream (R, hidden), from the heads' outputs (R, heads * head_dim)."""
 
     @abstractmethod
+    def mlp_keys_of(self, normed: Tensor) -> Tensor:
+        """``keys_of_mlp`` of rows that are normed already."""
+
+    def keys_values(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Keys and values side by side (R, 2 * kv_heads * head_dim) of input rows (R, hidden) at ``positions`` (R,)."""
+        return self.keys_values_of(self.attn_in(rows), positions)
+
+    def queries(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Queries (R, heads * head_dim) of input rows (R, hidden) at ``positions`` (R,)."""
+        return self.queries_of(self.attn_in(rows), positions)
+
     def keys_of_mlp(self, rows: Tensor) -> Tensor:
         """What enters ``down`` (R, inner), from the residual after attention (R, hidden), or from the layer's input
         where attention and MLP are parallel."""
+        return self.mlp_keys_of(self.mlp_in(rows))
 
     def mlp_output(self, values: Tensor) -> Tensor:
         """What the MLP adds to the residual stream (R, hidden), from the output of ``down`` (R, hidden)."""
         return values
 
+    def mlp_of(self, normed: Tensor) -> Tensor:
+        """``mlp`` of rows that are normed already."""
+        return self.mlp_output(self.down(self.mlp_keys_of(normed)))
+
     def mlp(self, rows: Tensor) -> Tensor:
         """What the MLP adds to the residual stream (R, hidden), from the rows that it reads (R, hidden)."""
-        return self.mlp_output(self.down(self.keys_of_mlp(rows)))
+        return self.mlp_of(self.mlp_in(rows))
 
 
 class Architecture(ABC):

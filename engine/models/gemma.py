@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 from transformers.models.gemma import modeling_gemma
 
 from causalcone.engine.models.llama import Llama, Rows, modules_of, wide
-from causalcone.engine.models.parts import RMSNorm
 from causalcone.engine.models.plain import Reader
+from causalcone.kernels.norms import RMSNorm
 
 
 class Gemma(Llama):

@@ -21,16 +21,12 @@ from transformers.models.smollm3 import modeling_smollm3
 
 from causalcone.engine.errors import ModelError
 from causalcone.engine.models.base import Architecture, Block, Sizes
-from causalcone.engine.models.parts import RMSNorm, RotaryFrequencies, activation_of, refuse_length_dependent
+from causalcone.engine.models.parts import RotaryFrequencies, activation_of, refuse_length_dependent
 from causalcone.engine.models.plain import Reader, free
 from causalcone.kernels.linear import Linear
+from causalcone.kernels.norms import Norm, RMSNorm, unchanged
 
 Rows = Callable[[Tensor], Tensor]
-
-
-def unchanged(rows: Tensor) -> Tensor:
-    """Stands where there is no norm."""
-    return rows
 
 
 @dataclass(frozen=True)
@@ -80,19 +76,26 @@ class LlamaLayer(Block):
     softcap: float | None = None
     window: int | None = None
 
-    def keys_values(self, rows: Tensor, positions: Tensor) -> Tensor:
-        keys, values = self.projections.kv(self.norms.attn_in(rows)).chunk(2, dim=1)
+    @property
+    def attn_in(self) -> Norm:
+        return self.norms.attn_in
+
+    @property
+    def mlp_in(self) -> Norm:
+        return self.norms.mlp_in
+
+    def keys_values_of(self, normed: Tensor, positions: Tensor) -> Tensor:
+        keys, values = self.projections.kv(normed).chunk(2, dim=1)
         return torch.cat([self._placed(self.projections.key_norm(keys), positions), values], dim=1)
 
-    def queries(self, rows: Tensor, positions: Tensor) -> Tensor:
-        queries = self.projections.query(self.norms.attn_in(rows))
-        return self._placed(self.projections.query_norm(queries), positions)
+    def queries_of(self, normed: Tensor, positions: Tensor) -> Tensor:
+        return self._placed(self.projections.query_norm(self.projections.query(normed)), positions)
 
     def attention_output(self, rows: Tensor) -> Tensor:
         return self.norms.attn_out(self.output(rows))
 
-    def keys_of_mlp(self, rows: Tensor) -> Tensor:
-        return self.inner(self.norms.mlp_in(rows))
+    def mlp_keys_of(self, normed: Tensor) -> Tensor:
+        return self.inner(normed)
 
     def mlp_output(self, values: Tensor) -> Tensor:
         return self.norms.mlp_out(values)

@@ -1,4 +1,4 @@
-"""What blocks of several architectures are made of: norms, rotary positions, activations."""
+"""What blocks of several architectures are made of: rotary positions, activations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from causalcone.engine.errors import ModelError
@@ -25,31 +24,6 @@ _FUSED_ACTIVATIONS = {
 def activation_of(module: Any) -> str | Callable[[Tensor], Tensor]:
     """A name that ``Linear`` can apply in its product, or the model's own function."""
     return _FUSED_ACTIVATIONS.get(type(module).__name__, module)
-
-
-@dataclass(frozen=True)
-class LayerNorm:
-    """LayerNorm over the last dimension, with its weight and bias (D,), or None."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        return F.layer_norm(rows, rows.shape[-1:], self.weight, self.bias, self.eps)
-
-
-@dataclass(frozen=True)
-class RMSNorm:
-    """Root-mean-square norm of rows (R, D), in the dtype of its weight, which is float32 or better. A weight (n,)
-    shorter than the rows norms every n values by themselves: each head."""
-
-    weight: Tensor
-    eps: float
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        parts = rows.to(self.weight.dtype).unflatten(-1, (-1, len(self.weight)))
-        return F.rms_norm(parts, self.weight.shape, self.weight, self.eps).flatten(-2).to(rows.dtype)
 
 
 @dataclass(frozen=True)

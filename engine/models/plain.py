@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from causalcone.engine.models.base import Block
-from causalcone.engine.models.parts import LayerNorm, Rotary
+from causalcone.engine.models.parts import Rotary
 from causalcone.kernels.linear import Linear
+from causalcone.kernels.norms import LayerNorm, Norm
 
 
 @dataclass(frozen=True)
@@ -32,21 +33,29 @@ class PlainLayer(Block):
     key_norm: LayerNorm | None = None
     window: int | None = None
 
-    def keys_values(self, rows: Tensor, positions: Tensor) -> Tensor:
-        keys_values = self.kv(self.attn_norm(rows))
+    @property
+    def attn_in(self) -> Norm:
+        return self.attn_norm
+
+    @property
+    def mlp_in(self) -> Norm:
+        return self.mlp_norm
+
+    def keys_values_of(self, normed: Tensor, positions: Tensor) -> Tensor:
+        keys_values = self.kv(normed)
         if self.rotary is None and self.key_norm is None:
             return keys_values
         keys, values = keys_values.chunk(2, dim=1)
         return torch.cat([self._placed(keys, self.key_norm, positions), values], dim=1)
 
-    def queries(self, rows: Tensor, positions: Tensor) -> Tensor:
-        return self._placed(self.query(self.attn_norm(rows)), self.query_norm, positions)
+    def queries_of(self, normed: Tensor, positions: Tensor) -> Tensor:
+        return self._placed(self.query(normed), self.query_norm, positions)
 
     def attention_output(self, rows: Tensor) -> Tensor:
         return self.output(rows)
 
-    def keys_of_mlp(self, rows: Tensor) -> Tensor:
-        return self.up(self.mlp_norm(rows))
+    def mlp_keys_of(self, normed: Tensor) -> Tensor:
+        return self.up(normed)
 
     def _placed(self, rows: Tensor, norm: LayerNorm | None, positions: Tensor) -> Tensor:
         """Keys or queries (R, heads * head_dim), normed and turned by their positions."""

@@ -1,0 +1,64 @@
+"""A step of constrained fine-tuning in one trip over the weight; ``kernels/finetune_step.py`` defines it.
+
+The gradient is a product of few rows, tens of them, and is made tile by tile where it is used, in float32, and never
+written. What passes through memory is the change and Adam's two means, read and written once: 24 bytes per weight. The
+plain form writes the gradient and reads it again, and reads and writes the change once more to clamp it: 40.
+
+Second moments' symmetric products have no kernel: strips of cuBLAS products leave out almost all of the half that is
+not needed (``engine/editing/collecting.py``), and a kernel could save no trip. Low-rank changes have none either: their
+products are thousandths of those with the weights beside them.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from causalcone.kernels.finetune_step import BETAS, EPS, Moving
+from causalcone.kernels.fused.parts import INTERPRETED
+
+TALL, WIDE, DEEP = 32, 64, 16
+
+
+def step_weight(weight: Moving, slopes: Tensor, keys: Tensor, lr: float, bound: float) -> None:
+    """One step along the gradient ``slopes.T @ keys`` of a weight (hidden, inner), clamped to -bound .. bound."""
+    assert weight.change.is_contiguous()
+    weight.steps += 1
+    hidden, inner = weight.change.shape
+    first, second = (1 - beta**weight.steps for beta in BETAS)
+    _step[(triton.cdiv(hidden, TALL) * triton.cdiv(inner, WIDE),)](
+        weight.change, weight.mean, weight.square, slopes.contiguous(), keys.contiguous(), len(keys), hidden, inner,
+        lr / first, second**-0.5, bound, BETA1=BETAS[0], BETA2=BETAS[1], EPS=EPS, TALL=TALL, WIDE=WIDE, DEEP=DEEP,
+        INTERPRETED=INTERPRETED, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _step(change, mean, square, slopes, keys, rows, hidden, inner, rate, root, bound,
+          BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
+          DEEP: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+    across = tl.cdiv(inner, WIDE)
+    number = tl.program_id(0)
+    row = number // across * TALL + tl.arange(0, TALL)
+    column = number % across * WIDE + tl.arange(0, WIDE)
+    gradient = tl.zeros([TALL, WIDE], tl.float32)
+    for first in range(0, rows, DEEP):
+        text = (first + tl.arange(0, DEEP)).to(tl.int64)
+        there = (text < rows)[:, None]
+        slope = tl.load(slopes + text[:, None] * hidden + row[None, :], mask=there & (row < hidden)[None, :], other=0)
+        key = tl.load(keys + text[:, None] * inner + column[None, :], mask=there & (column < inner)[None, :], other=0)
+        if INTERPRETED:  # it multiplies the bits of bfloat16 as integers
+            slope, key = slope.to(tl.float32), key.to(tl.float32)
+        gradient += tl.dot(tl.trans(slope), key, input_precision="ieee")
+
+    place = row.to(tl.int64)[:, None] * inner + column[None, :]
+    inside = (row < hidden)[:, None] & (column < inner)[None, :]
+    m = tl.load(mean + place, mask=inside, other=0)
+    v = tl.load(square + place, mask=inside, other=0)
+    x = tl.load(change + place, mask=inside, other=0)
+    m += (1 - BETA1) * (gradient - m)
+    v = BETA2 * v + (1 - BETA2) * gradient * gradient
+    x -= rate * m / (tl.sqrt(v) * root + EPS)
+    x = tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))  # keeps NaNs, which end an edit
+    tl.store(mean + place, m, mask=inside)
+    tl.store(square + place, v, mask=inside)
+    tl.store(change + place, x, mask=inside)

@@ -1,0 +1,57 @@
+"""Rows gathered and normed in one trip through memory; ``kernels/gathering.py`` defines it.
+
+A row is read once and written once. Every product needs its operand dense, so gathering costs that trip in any case,
+and the norm rides on it: norming where rows are summed, and gathering later, would be a trip more.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from causalcone.kernels.fused.parts import normed, power_of_two, warps_for
+from causalcone.kernels.norms import LayerNorm, RMSNorm
+
+
+def gather_normed(rows: Tensor, index: Tensor, norm: LayerNorm | RMSNorm) -> Tensor:
+    """The norm of rows (S, D) at ``index`` (R,): (R, D) in the rows' dtype."""
+    assert rows.stride(-1) == 1
+    width = rows.shape[1]
+    out = torch.empty(len(index), width, dtype=rows.dtype, device=rows.device)
+    block = power_of_two(width)
+    if len(index):
+        _gather[(len(index),)](
+            rows, index.contiguous(), out, rows.stride(0), *norm_arguments(norm, rows),
+            WIDTH=width, BLOCK=block, **norm_flags(norm), num_warps=warps_for(block),
+        )  # fmt: skip
+    return out
+
+
+def norm_arguments(norm: LayerNorm | RMSNorm, stand_in: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Weight, bias and eps; a tensor that is never read stands in for what a norm lacks."""
+    bias = norm.bias if isinstance(norm, LayerNorm) else None
+    return (
+        stand_in if norm.weight is None else norm.weight.contiguous(),
+        stand_in if bias is None else bias.contiguous(),
+        norm.eps,
+    )
+
+
+def norm_flags(norm: LayerNorm | RMSNorm) -> dict[str, bool]:
+    centred = isinstance(norm, LayerNorm)
+    return {
+        "CENTRED": centred,
+        "WEIGHTED": norm.weight is not None,
+        "BIASED": isinstance(norm, LayerNorm) and norm.bias is not None,
+    }
+
+
+@triton.jit
+def _gather(rows, index, out, stride, weight, bias, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+            CENTRED: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    x = tl.load(rows + tl.load(index + row) * stride + columns, mask=inside, other=0).to(tl.float32)
+    y = normed(x, inside, columns, weight, bias, eps, WIDTH, CENTRED, WEIGHTED, BIASED)
+    tl.store(out + row * WIDTH + columns, y.to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,146 @@
+"""Row-indexed attention that reads queries, keys and values by index; ``kernels/row_attention.py`` defines it.
+
+A program computes one key head of one run: the queries of all its tokens, and of all query heads that this key head
+serves, make the rows of a tile; keys pass by in blocks under an online softmax. Sequences are short, so that most
+programs see one or two blocks, and what takes time is fetching them. Hence:
+
+- Nothing is gathered beforehand. Programs of the heads of a run, and of runs that share ancestors, follow each other,
+  so the L2 cache serves most of what several of them read.
+- A tensor core's smallest tile has 16 rows. The one query of a run that is only read out would leave 15 of them empty;
+  and runs do not share their keys, so that packing several into a tile would compute all scores between strangers to
+  keep the diagonal. Few rows are therefore multiplied elementwise: at one row and 16 keys of width 64 a program does
+  2,000 multiply-adds for 8 KB that it fetches, far below the 10 per byte at which an H100's plain float32 units would
+  hold it up. One warp per such program, 32 of which an SM holds at a time, keeps enough fetches under way.
+- Float32 is multiplied in full ("ieee"), which tensor cores do not do at all.
+- Offsets are 64-bit, since rows x width passes 2^31; the grid has one axis, since the others end at 65,535.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from causalcone.kernels.fused.parts import INTERPRETED, power_of_two, tanh, warps_for
+from causalcone.kernels.row_attention import Scoring
+
+FEW = 4
+"""Rows of a tile up to which they are multiplied elementwise."""
+
+
+def attend_rows(
+    queries: Tensor,
+    keys_values: Tensor,
+    query_rows: Tensor,
+    key_rows: Tensor,
+    tokens: tuple[int, ...],
+    scoring: Scoring,
+    out: Tensor,
+) -> None:
+    """``out`` (B * m, H * d) = the heads' outputs of query rows, run by run, as ``kernels/row_attention.py`` says."""
+    assert queries.is_contiguous()
+    assert keys_values.is_contiguous()
+    assert out.is_contiguous()
+    (runs, m), K = query_rows.shape, key_rows.shape[1]
+    if not runs * m:
+        return
+    d = scoring.head_dim
+    groups = keys_values.shape[1] // (2 * d)
+    sharing = queries.shape[1] // d // groups
+    dot, rows, keys, warps = _tile(m * sharing, K, power_of_two(d, 16), queries.dtype)
+    blocks = triton.cdiv(m * sharing, rows)
+    _attend[(runs * groups * blocks,)](
+        queries, keys_values, query_rows.contiguous(), key_rows.contiguous(), torch.tensor(tokens, device=out.device),
+        out, m, K, scoring.scale, scoring.softcap or 0.0, scoring.window or 0, blocks,
+        HEAD_DIM=d, PADDED=power_of_two(d, 16), GROUPS=groups, SHARING=sharing, ROWS=rows, KEYS=keys,
+        CAPPED=scoring.softcap is not None, WINDOWED=scoring.window is not None, DOT=dot, INTERPRETED=INTERPRETED,
+        num_warps=warps, num_stages=1,
+    )  # fmt: skip
+
+
+def _tile(rows: int, keys: int, width: int, dtype: torch.dtype) -> tuple[bool, int, int, int]:
+    """Whether products are those of tiles, rows and keys of a program, and its warps.
+
+    What a program holds of keys, values and outputs has to stay in registers and in the SM's shared memory.
+    """
+    if rows <= FEW:
+        few = power_of_two(rows)
+        return False, few, 16, min(8, warps_for(few * 16 * width))
+    full = dtype == torch.float32
+    most = 32 if full or width > 128 else 64
+    tall = min(power_of_two(rows, 16), most)
+    # four warps spill registers where they multiply such tiles in full float32
+    warps = 8 if tall * width >= 8192 or (full and width >= 128) else 4
+    return True, tall, min(power_of_two(keys, 16), most), warps
+
+
+@triton.jit(do_not_specialize=["m", "K", "window", "blocks"])
+def _attend(queries, keys_values, query_rows, key_rows, tokens, out, m, K, scale, softcap, window, blocks,
+            HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr, SHARING: tl.constexpr,
+            ROWS: tl.constexpr, KEYS: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, DOT: tl.constexpr,
+            INTERPRETED: tl.constexpr):  # fmt: skip
+    number = tl.program_id(0).to(tl.int64)
+    group = number % GROUPS
+    block = number // GROUPS % blocks
+    run = number // GROUPS // blocks
+    width: tl.constexpr = GROUPS * SHARING * HEAD_DIM
+
+    # row r of the tile is query r // SHARING, in the head r % SHARING of this key head
+    row = block * ROWS + tl.arange(0, ROWS)
+    query = row // SHARING
+    head = group * SHARING + row % SHARING
+    alive = query < m
+    token = tl.load(tokens + query, mask=alive, other=0)
+    query_row = tl.load(query_rows + run * m + query, mask=alive, other=0)
+    dims = tl.arange(0, PADDED)
+    inside = dims < HEAD_DIM
+    here = alive[:, None] & inside[None, :]
+    columns = head[:, None] * HEAD_DIM + dims[None, :]
+    q = tl.load(queries + query_row[:, None] * width + columns, mask=here, other=0)
+
+    last = tl.max(token, 0) + 1
+    first = last * 0
+    if WINDOWED:
+        first = tl.maximum(tl.min(tl.where(alive, token, last), 0) - window + 1, 0)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, PADDED], tl.float32)
+    for start in range(first, last, KEYS):
+        key = start + tl.arange(0, KEYS)
+        there = key < last
+        key_row = tl.load(key_rows + run * K + key, mask=there, other=0)
+        place = keys_values + key_row[:, None] * (2 * GROUPS * HEAD_DIM) + group * HEAD_DIM + dims[None, :]
+        there_inside = there[:, None] & inside[None, :]
+        k = tl.load(place, mask=there_inside, other=0)
+        v = tl.load(place + GROUPS * HEAD_DIM, mask=there_inside, other=0)
+        if DOT:
+            if INTERPRETED:  # it multiplies the bits of bfloat16 as integers
+                scores = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), input_precision="ieee")
+            else:
+                scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        else:
+            scores = tl.sum(q.to(tl.float32)[:, None, :] * k.to(tl.float32)[None, :, :], 2)
+        scores *= scale
+        if CAPPED:
+            scores = softcap * tanh(scores / softcap)
+        seen = key[None, :] <= token[:, None]
+        if WINDOWED:
+            seen = seen & (key[None, :] > token[:, None] - window)
+        scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # where a row sees none of these keys nor any before
+        weights = tl.exp(scores - base[:, None])
+        kept = tl.exp(top - base)
+        total = total * kept + tl.sum(weights, 1)
+        sums *= kept[:, None]
+        if DOT:
+            if INTERPRETED:
+                sums += tl.dot(weights.to(v.dtype).to(tl.float32), v.to(tl.float32), input_precision="ieee")
+            else:
+                sums += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        else:
+            sums += tl.sum(weights[:, :, None] * v.to(tl.float32)[None, :, :], 1)
+        top = higher
+
+    mean = sums / tl.where(total == 0, 1.0, total)[:, None]
+    place = out + (run * m + query)[:, None] * width + columns
+    tl.store(place, mean.to(out.dtype.element_ty), mask=here)

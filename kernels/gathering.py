@@ -1,0 +1,17 @@
+"""Rows gathered and normed: what enters every product of a layer."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from causalcone.kernels.norms import LayerNorm, Norm, RMSNorm, unchanged
+
+
+def gather_normed(rows: Tensor, index: Tensor, norm: Norm = unchanged) -> Tensor:
+    """``norm`` of rows (S, D) at ``index`` (R,): (R, D) in the rows' dtype."""
+    return norm(rows.index_select(0, index))
+
+
+def fuses(norm: Norm, width: int) -> bool:
+    """Whether a kernel can take this norm of rows so wide into its own trip through memory."""
+    return isinstance(norm, LayerNorm) or (isinstance(norm, RMSNorm) and len(norm.weight) == width)

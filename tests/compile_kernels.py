@@ -1,0 +1,68 @@
+"""Compiles every kernel for a CUDA device, in the forms that passes use, on a machine that need not have one.
+
+Run as a script: ``compile_kernels.py COMPUTE_CAPABILITY``, such as 90. Prints the names of the kernels compiled.
+"""
+
+import sys
+from types import SimpleNamespace
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+
+from causalcone.kernels.backends import Backends
+from causalcone.kernels.finetune_step import Moving
+from causalcone.kernels.norms import LayerNorm, RMSNorm
+from causalcone.kernels.row_attention import Scoring
+
+TRITON = Backends("triton", "triton")
+
+
+def only_compile(capability: int) -> set[str]:
+    """From here on, launches compile and do no more; returns the names of what they compile, a set that grows."""
+    names: set[str] = set()
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: GPUTarget("cuda", capability, 32),
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device: 0,
+        )
+    )
+    launch = jit.JITFunction.run
+
+    def run(self, *arguments, warmup, **options):
+        compiled = launch(self, *arguments, warmup=True, **options)
+        assert compiled.asm["ptx"]
+        names.add(self.__name__)
+
+    jit.JITFunction.run = run
+    return names
+
+
+def launch_all(dtype: torch.dtype) -> None:
+    index = torch.arange(4)
+
+    def rows(width, count=4):
+        return torch.empty(count, width, dtype=dtype)
+
+    for heads, groups, head_dim, m, softcap, window in ((2, 2, 64, 1, None, None), (4, 1, 80, 40, 30.0, 8)):
+        tokens = tuple(range(50 - m, 50))
+        query_rows, key_rows = torch.zeros(2, m, dtype=torch.int64), torch.zeros(2, 50, dtype=torch.int64)
+        scoring, out = Scoring(head_dim, 0.125, softcap, window), rows(heads * head_dim, 2 * m)
+        queries, keys_values = rows(heads * head_dim), rows(2 * groups * head_dim)
+        TRITON.attend_rows(queries, keys_values, query_rows, key_rows, tokens, scoring, out, 1)
+    for norm in (LayerNorm(rows(96)[0], rows(96)[0], 1e-5), RMSNorm(torch.empty(96), 1e-6)):
+        TRITON.gather_normed(rows(96), index, norm)
+        TRITON.add_normed(rows(96), index, rows(96), index, rows(96), index[:2], norm, rows(96, 2), 1)
+    TRITON.add_rows(rows(96), index, rows(96), index, rows(96), 1)
+    sums = torch.zeros(4, dtype=torch.float64)
+    for softcap in (None, 30.0):
+        TRITON.add_tile(rows(1000), 0, softcap, index, sums, sums.clone())
+    TRITON.step_weight(Moving.zeros_like(torch.empty(40, 96), torch.float32), rows(40), rows(96), 1e-3, 1e-3)
+
+
+if __name__ == "__main__":
+    compiled = only_compile(int(sys.argv[1]))
+    for dtype in (torch.float32, torch.bfloat16):
+        launch_all(dtype)
+    print(*sorted(compiled))
