@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from causalcone.engine.compiling import compile_plan
 from causalcone.engine.cone import Shape
 from causalcone.engine.cost import Footprint
-from causalcone.engine.errors import MemoryBudgetError, ModelError
+from causalcone.engine.errors import CausalconeError, MemoryBudgetError, ModelError
 from causalcone.engine.gradient_wave import run_gradient_pass
 from causalcone.engine.interventions import Experiment
 from causalcone.engine.layout import Group
@@ -24,9 +25,16 @@ from causalcone.engine.plan import Plan
 from causalcone.engine.wave import run_pass
 from causalcone.engine.workspace import Workspace
 from causalcone.kernels.backends import TORCH, Backends
+from causalcone.kernels.transfer import fetch
 
 MAX_CELLS = 2**18
 """Runs x tokens of what is compiled at once; a fact with more is split before."""
+
+
+def passes_ahead(device: torch.device) -> int:
+    """How many passes a device is given before the results of the first are waited for: it computes one while the host
+    prepares the next. A CPU is done when the host goes on."""
+    return 1 if device.type == "cuda" else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +71,10 @@ class Result:
     states: Tensor
     logits: Tensor
     gradients: dict[int, Tensor]
+
+
+Finish = Callable[[], Iterable[tuple[Part, Result]]]
+"""Waits for a pass and hands out its results."""
 
 
 @dataclass
@@ -111,11 +123,18 @@ class Job:
         self._check_smallest(budget)
         collected = _Collected(self)
         space = Workspace(self.dtype, self.device)
-        for parts, _ in self.passes(budget):
-            for done, outcome in self._run(parts, budget, space):
-                collected.add(done, outcome)
-                del outcome  # the results of a whole pass hang on those of one part
-            yield from collected.complete()
+        ahead = passes_ahead(self.device)
+        running: deque[Finish] = deque()
+        try:
+            for finish in self._begin_all(budget, space):
+                running.append(finish)
+                del finish  # what a pass gave hangs on it
+                if len(running) > ahead:
+                    yield from collected.add_all(running.popleft()())
+        except CausalconeError:  # what is computed is handed out all the same
+            yield from collected.add_all(chain.from_iterable(finish() for finish in running))
+            raise
+        yield from collected.add_all(chain.from_iterable(finish() for finish in running))
 
     def _check_smallest(self, budget: Budget) -> None:
         """Refuse, before anything is computed, what does not fit even one sample of one run at a time."""
@@ -128,31 +147,35 @@ class Job:
                 for _ in assemble([smallest], lambda part: self.plan(part)[1], budget, lambda i: self.cases[i].name):
                     pass
 
-    def _run(self, parts: list[Part], budget: Budget, space: Workspace) -> Iterator[tuple[Part, Result]]:
-        """Run a pass; where memory runs out after all, run it as two smaller ones."""
-        pending = [parts]
-        while pending:
-            current = pending.pop()
-            try:
-                done = self._run_once(current, budget, space)
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                done, halves = [], split(current)
-                if halves is None:
-                    name = self.cases[current[0].fact].name
-                    raise MemoryBudgetError(
-                        f"memory ran out on fact {name!r} even one restoration at a time; free some memory, or use a "
-                        "smaller dtype"
-                    ) from error
-                pending += reversed(halves)
-            if not done:  # the error and the tensors that it held are gone by now
-                space.clear()
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
-            yield from done
+    def _begin_all(self, budget: Budget, space: Workspace) -> Iterator[Finish]:
+        """Begin every pass; where memory runs out after all, two smaller ones in its place."""
+        for parts, _ in self.passes(budget):
+            pending = [parts]
+            while pending:
+                current, begun = pending.pop(), []
+                try:
+                    begun.append(self._begin(current, budget, space))
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    halves = split(current)
+                    if halves is None:
+                        name = self.cases[current[0].fact].name
+                        raise MemoryBudgetError(
+                            f"memory ran out on fact {name!r} even one restoration at a time; free some memory, or use "
+                            "a smaller dtype"
+                        ) from error
+                    pending += reversed(halves)
+                if begun:
+                    yield begun.pop()
+                else:  # the error and the tensors that it held are gone by now
+                    space.clear()
+                    if self.device.type == "cuda":
+                        torch.cuda.empty_cache()
 
-    def _run_once(self, parts: list[Part], budget: Budget, space: Workspace) -> list[tuple[Part, Result]]:
+    def _begin(self, parts: list[Part], budget: Budget, space: Workspace) -> Finish:
+        """Give the device a pass to compute. The results are fetched behind it, and waited for when they are asked
+        for."""
         plans = [self.plan(part)[0] for part in parts]  # held, since the cache may drop them at any time
         members: dict[tuple[int, range, bool], list[int]] = {}
         for index, (part, plan) in enumerate(zip(parts, plans, strict=True)):
@@ -160,13 +183,18 @@ class Job:
             members.setdefault((id(plan), part.samples, labelled), []).append(index)
         groups = [self._group(plans[group[0]], [parts[index] for index in group]) for group in members.values()]
         if self.gradient:
-            return self._differentiate(parts, list(members.values()), groups, budget)
+            done = self._differentiate(parts, list(members.values()), groups, budget)
+            return lambda: done
         outcomes = run_pass(self.architecture, groups, budget.tiles, space, self.backends)
-        done = []
-        for group, outcome in zip(members.values(), outcomes, strict=True):
-            log_p, states, logits = outcome.log_p.sum(-1).cpu().numpy(), outcome.states.cpu(), outcome.logits.cpu()
-            done += [(parts[index], Result(log_p[i], states[i], logits[i], {})) for i, index in enumerate(group)]
-        return done
+        fetched = [fetch(outcome.log_p.sum(-1), outcome.states, outcome.logits) for outcome in outcomes]
+
+        def finish() -> Iterator[tuple[Part, Result]]:
+            for group, on_their_way in zip(members.values(), fetched, strict=True):
+                log_p, states, logits = on_their_way.wait()
+                for i, index in enumerate(group):
+                    yield parts[index], Result(log_p[i].numpy(), states[i], logits[i], {})
+
+        return finish
 
     def _differentiate(
         self, parts: list[Part], members: list[list[int]], groups: list[Group], budget: Budget
@@ -215,6 +243,13 @@ class _Collected:
         self.next = 0
         self.results: dict[int, Result] = {}
         self.missing: dict[int, int] = {}
+
+    def add_all(self, results: Iterable[tuple[Part, Result]]) -> Iterator[tuple[int, Result]]:
+        """Put results of a pass to those that are there; hands out the facts that are complete."""
+        for part, own in results:
+            self.add(part, own)
+            del own  # the results of a whole pass hang on those of one part
+        yield from self.complete()
 
     def add(self, part: Part, own: Result) -> None:
         case = self.job.cases[part.fact]

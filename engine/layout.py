@@ -11,6 +11,7 @@ from torch import Tensor
 
 from causalcone.engine.interventions import ZERO, given
 from causalcone.engine.plan import Gather, Given, LayerPlan, Plan, Rows
+from causalcone.kernels.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Group:
         if source == ZERO:
             return torch.zeros(self.facts, width, device=device)
         number = given(source)
-        return torch.stack([own[number].to(device) for own in self.vectors])
+        return torch.stack([on_device(own[number], device) for own in self.vectors])
 
     def given_rows(self, stage: Given, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """The rows of a stage that are given: (n, width) by fact, and (n, width) by fact and sample."""
@@ -149,7 +150,7 @@ def gather_rows(gathers: Sequence[Gather], source: Stage) -> Tensor:
     """(R,) for each packed row that a stage computes, the packed row of ``source`` that it reads."""
     parts = []
     for gather, placement in zip(gathers, source.placements, strict=True):
-        ids = torch.from_numpy(gather.source).to(placement.start.device)
+        ids = on_device(torch.from_numpy(gather.source), placement.start.device)
         parts.append(placement.flat(ids[: gather.rows.shared], varying=False).flatten())
         parts.append(placement.flat(ids[gather.rows.shared :], varying=True).flatten())
     return torch.cat(parts)
@@ -159,6 +160,6 @@ def spread(values: Sequence[np.ndarray], rows: Sequence[Rows], groups: Sequence[
     """(R,) what each group's local rows have, such as their token, for each packed row."""
     parts = []
     for value, own, group in zip(values, rows, groups, strict=True):
-        local = torch.from_numpy(value).to(device)
+        local = on_device(torch.from_numpy(value), device)
         parts += [local[: own.shared].repeat(group.facts), local[own.shared :].repeat(group.facts * group.samples)]
     return torch.cat(parts)

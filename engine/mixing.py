@@ -10,6 +10,7 @@ from torch import Tensor
 
 from causalcone.engine.layout import Group, Placement, Stage
 from causalcone.engine.plan import LayerPlan, Mix
+from causalcone.kernels.transfer import on_device
 
 
 def mix_heads(heads: Tensor, stage: Stage, groups: Sequence[Group], plans: Sequence[LayerPlan], head_dim: int) -> None:
@@ -24,7 +25,7 @@ def mix_heads(heads: Tensor, stage: Stage, groups: Sequence[Group], plans: Seque
 
 
 def _flat(placement: Placement, rows: np.ndarray, varying: bool) -> Tensor:
-    return placement.flat(torch.from_numpy(rows).to(placement.start.device), varying)
+    return placement.flat(on_device(torch.from_numpy(rows), placement.start.device), varying)
 
 
 def _copy(heads: Tensor, placement: Placement, to: np.ndarray, source: np.ndarray, varying: bool) -> None:
@@ -41,7 +42,7 @@ def _patch(
         if not chosen.any():
             continue
         to = _flat(placement, computed + mix.row[chosen], varying)
-        head = torch.from_numpy(mix.head[chosen]).to(to.device)
+        head = on_device(torch.from_numpy(mix.head[chosen]), to.device)
         if is_given:
             values = torch.stack([_given_head(group, source, heads) for source in mix.source[chosen].tolist()], dim=-2)
         else:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,13 +14,14 @@ from causalcone.engine.interventions import CLEAN
 from causalcone.engine.layout import Group, Placement, Stage, gather_rows, place, place_attention, spread
 from causalcone.engine.mixing import mix_heads
 from causalcone.engine.models.base import Architecture, Block
-from causalcone.engine.plan import Captured, Given, LayerPlan, Segment
+from causalcone.engine.plan import Captured, Given, LayerPlan, Rows, Segment
 from causalcone.engine.workspace import Workspace, slot_elements, slot_uses
 from causalcone.kernels.backends import TORCH, Backends
 from causalcone.kernels.norms import Norm, unchanged
 from causalcone.kernels.readout import Readout
 from causalcone.kernels.row_attention import Scoring
 from causalcone.kernels.tiles import Tiles, pieces
+from causalcone.kernels.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -205,9 +207,11 @@ def enter(architecture: Architecture, groups: Sequence[Group], dtype: torch.dtyp
     embedded, positions = [], []
     for group in groups:
         entries, shared = group.plan.entries, group.plan.layers[0].inputs.shared
-        prompt, token, draw, replaced = (torch.from_numpy(column).to(device) for column in vars(entries).values())
+        prompt, token, draw, replaced = (
+            on_device(torch.from_numpy(column), device) for column in vars(entries).values()
+        )
         embeddings = architecture.embed(group.tokens.flatten()).to(device, dtype).unflatten(0, group.tokens.shape)
-        carried = group.noise.to(device)[:, draw[shared:], token[shared:] - group.plan.shape.noised[0]]
+        carried = on_device(group.noise, device)[:, draw[shared:], token[shared:] - group.plan.shape.noised[0]]
         clean = embeddings[:, None, prompt[shared:], token[shared:]]
         corrupted = (clean.where(~replaced[shared:, None], 0) + carried).to(dtype)
         embedded += [embeddings[:, prompt[:shared], token[:shared]].flatten(0, 1), corrupted.flatten(0, 2)]
@@ -218,14 +222,14 @@ def enter(architecture: Architecture, groups: Sequence[Group], dtype: torch.dtyp
 def segment_rows(segment: Segment, queried: Placement, keys: Placement) -> tuple[Tensor, Tensor]:
     """Query rows (B, m) and key rows (B, K) of a segment's runs, for all facts and samples."""
     device = keys.start.device
-    query_rows = queried.flat(torch.from_numpy(segment.queries).to(device), segment.varying)
-    key_rows = keys.flat(torch.from_numpy(segment.keys).to(device), segment.varying)
+    query_rows = queried.flat(on_device(torch.from_numpy(segment.queries), device), segment.varying)
+    key_rows = keys.flat(on_device(torch.from_numpy(segment.keys), device), segment.varying)
     return query_rows.flatten(0, -2), key_rows.flatten(0, -2)
 
 
 def _copy_captured(states: Tensor, rows: Tensor, captured: Captured, placement: Placement) -> None:
     device = rows.device
-    number, local = (torch.from_numpy(column).to(device) for column in (captured.number, captured.row))
+    number, local = (on_device(torch.from_numpy(column), device) for column in (captured.number, captured.row))
     flat = placement.flat(local, varying=True)
     states[:, :, number] = rows.index_select(0, flat.flatten()).view(*flat.shape, -1).to(states.dtype)
 
@@ -253,7 +257,7 @@ def read_logits(
     readout = Readout(
         *architecture.unembedding(), tiles.readout_rows, tiles.vocabulary, architecture.logit_softcap, backends=backends
     )
-    read = [torch.from_numpy(group.plan.read).to(device) for group in groups]
+    read = [on_device(torch.from_numpy(group.plan.read), device) for group in groups]
     unknown = [
         placement.flat(ids[CLEAN], varying=False).flatten(0, 1)
         for group, placement, ids in zip(groups, stage.placements, read, strict=True)
@@ -263,16 +267,26 @@ def read_logits(
     wanted = []
     for group in groups:
         targets = next(likely) if group.targets is None else group.targets
-        place = torch.from_numpy(group.plan.read_place).to(device)
+        predicted = on_device(torch.from_numpy(group.plan.read_place), device)
         shared = group.plan.read_rows.rows.shared
-        of_rows = targets.to(device)[:, place]
+        of_rows = on_device(targets, device)[:, predicted]
         wanted += [of_rows[:, :shared].flatten(), of_rows[:, None, shared:].expand(-1, group.samples, -1).flatten()]
 
     log_p = readout.target_log_probabilities(states, torch.cat(wanted))
     outcomes = []
     for group, placement, ids, values in zip(groups, stage.placements, read, captured, strict=True):
-        rows = placement.flat(torch.from_numpy(group.plan.logits).to(device), varying=True)
-        distinct, place = rows.unique(return_inverse=True)
-        logits = readout.logits(states[distinct])[place]
+        logits = _logits(readout, states, group, placement)
         outcomes.append(Outcome(log_p[placement.flat(ids, varying=True)], values, logits))
     return outcomes
+
+
+def _logits(readout: Readout, states: Tensor, group: Group, placement: Placement) -> Tensor:
+    """The logits that a group's plan hands out (F, J, n, vocabulary), each row's computed once."""
+    device = states.device
+    distinct, number = np.unique(group.plan.logits, return_inverse=True)
+    shared = int((distinct < group.plan.read_rows.rows.shared).sum())
+    local = on_device(torch.from_numpy(distinct), device)
+    parts = (placement.flat(local[:shared], varying=False), placement.flat(local[shared:], varying=True))
+    computed = readout.logits(states[torch.cat([part.flatten() for part in parts])])
+    (packed,) = place([group], [Rows(shared, len(distinct) - shared)], device).placements
+    return computed[packed.flat(on_device(torch.from_numpy(number), device), varying=True)]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from causalcone.kernels.attention import attend
+from causalcone.kernels.transfer import on_device
 
 MAX_RUNS = 16_384
 """Runs in one batch of attention; CUDA grids end at 65,535 blocks in some directions."""
@@ -60,7 +61,7 @@ def attend_rows(
 
 def visible_keys(tokens: tuple[int, ...], keys: int, window: int | None, device: torch.device) -> Tensor:
     """(m, K) which of the keys 0..K-1 each querying token sees."""
-    token = torch.tensor(tokens, device=device)[:, None]
+    token = on_device(torch.tensor(tokens), device)[:, None]
     key = torch.arange(keys, device=device)
     return (key <= token) if window is None else (key <= token) & (key > token - window)
 

@@ -12,6 +12,7 @@ from causalcone.engine.models.base import Block
 from causalcone.engine.models.parts import Rotary
 from causalcone.kernels.linear import Linear
 from causalcone.kernels.norms import LayerNorm, Norm
+from causalcone.kernels.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -105,4 +106,4 @@ def free(parameter: Tensor) -> Tensor:
 
 def look_up(embedding: torch.nn.Embedding, indices: Tensor) -> Tensor:
     """Rows (R, width) of an embedding at ``indices`` (R,), in its own dtype and on its device."""
-    return embedding.weight[indices.to(embedding.weight.device)]
+    return embedding.weight[on_device(indices, embedding.weight.device)]

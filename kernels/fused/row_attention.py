@@ -22,6 +22,7 @@ from torch import Tensor
 
 from causalcone.kernels.fused.parts import INTERPRETED, power_of_two, tanh, warps_for
 from causalcone.kernels.row_attention import Scoring
+from causalcone.kernels.transfer import on_device
 
 FEW = 4
 """Rows of a tile up to which they are multiplied elementwise."""
@@ -48,9 +49,10 @@ def attend_rows(
     sharing = queries.shape[1] // d // groups
     dot, rows, keys, warps = _tile(m * sharing, K, power_of_two(d, 16), queries.dtype)
     blocks = triton.cdiv(m * sharing, rows)
+    querying = on_device(torch.tensor(tokens), out.device)
     _attend[(runs * groups * blocks,)](
-        queries, keys_values, query_rows.contiguous(), key_rows.contiguous(), torch.tensor(tokens, device=out.device),
-        out, m, K, scoring.scale, scoring.softcap or 0.0, scoring.window or 0, blocks,
+        queries, keys_values, query_rows.contiguous(), key_rows.contiguous(), querying, out,
+        m, K, scoring.scale, scoring.softcap or 0.0, scoring.window or 0, blocks,
         HEAD_DIM=d, PADDED=power_of_two(d, 16), GROUPS=groups, SHARING=sharing, ROWS=rows, KEYS=keys,
         CAPPED=scoring.softcap is not None, WINDOWED=scoring.window is not None, DOT=dot, INTERPRETED=INTERPRETED,
         num_warps=warps, num_stages=1,
