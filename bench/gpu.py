@@ -3,7 +3,7 @@
 Causal tracing in the shapes of GPT2-XL, GPT-J-6B and Llama-3-8B; ROME, MEMIT, fine-tuning and scoring in that of
 GPT-J-6B. No files are needed: weights are made on the device, prompts are random tokens with the lengths of
 CounterFact's. How many facts are traced follows from ``--seconds`` and the device's speed. The naive way is timed on a
-sample of its restorations, and of its edits, and scaled.
+sample of its restorations, and of its edits, and scaled. At last each kernel, beside its torch form.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from editing_studies import NAIVE, measure_scoring
 from editing_studies import NOTE as EDITING_NOTE
 from editing_studies import measure as measure_editing
 from editing_workload import NOWHERE, editable_model, editing_workload, second_moments
+from kernel_times import kernel_report, kernel_table
 from large_models import MODELS, config_of, lacking, shape_of
 from measure import EFFICIENCY, deviation, measure_both, say
 from naive import RESTORING, Limits
@@ -136,7 +137,14 @@ def moment_layers(toy: bool) -> list[int]:
     return sorted({*edited_layers("rome", toy), *(layer for window in windows for layer in window)})
 
 
-PARTS = {"tracing": trace, "editing": edit}
+def kernels(device: torch.device, options: argparse.Namespace) -> None:
+    """Every operation that has a kernel, in its two forms."""
+    say(f"Kernels on {device_name(device)}")
+    report = kernel_report(device, options.toy)
+    written(report, kernel_table(report), "gpu-kernels", device, options)
+
+
+PARTS = {"tracing": trace, "editing": edit, "kernels": kernels}
 
 
 def written(report: dict[str, Any], text: str, name: str, device: torch.device, options: argparse.Namespace) -> None:
@@ -217,7 +225,7 @@ def compare(result: dict[str, Any], values: Values, exact: tuple[dict[str, Any],
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="a torch device (cuda)")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="what is measured (both)")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="what is measured (all)")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--facts", type=int, default=400, help="the most facts to trace (400)")
     parser.add_argument("--samples", type=int, default=10, help="noise samples (10)")

@@ -208,6 +208,26 @@ def test_gpu_script_on_the_cpu(tmp_path):
     assert report["note"] in text
 
 
+def test_kernels_on_the_cpu(tmp_path):
+    """There they have their torch forms alone."""
+    report, text = run("gpu.py", tmp_path, "--device", "cpu", "--parts", "kernels")
+    names = [(result["name"], result["dtype"]) for result in report["results"]]
+    assert len(names) == len(set(names)) == 13
+    assert set(report["matmul_flops_per_second"]) == {"float32", "bfloat16"}
+    for result in report["results"]:
+        (rate,) = result["bytes_per_second"].values()
+        assert rate > 0
+        assert f"| {result['name']} | {result['dtype']} | " in text
+
+
+@pytest.mark.gpu
+def test_kernels(tmp_path):
+    report, _ = run("gpu.py", tmp_path, "--parts", "kernels")
+    for result in report["results"]:
+        assert set(result["seconds"]) == {"torch", "triton"}
+        assert result["difference"] < (1e-5 if result["dtype"] == "float32" else 2e-2)
+
+
 @pytest.mark.gpu
 def test_gpu_script(tmp_path):
     few = ("--parts", "tracing", "--facts", "20", "--seconds", "2", "--naive-seconds", "1")

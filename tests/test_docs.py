@@ -19,6 +19,7 @@ ELSEWHERE = {
     "architectures.md": "test_architectures_llama.py",  # a test of a family, as these files have
     "embedding.md": "test_embedding.py",
     "cluster.md": "test_sweep_cluster.py",
+    "performance.md": "test_bench.py",  # the script, at toy size
     "editors.md": None,  # the form of a method, which is no code
 }
 """Pages whose blocks other tests run."""
