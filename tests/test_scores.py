@@ -160,7 +160,8 @@ def test_failed_edits_have_no_scores_and_edits_keep_their_order() -> None:
 @pytest.mark.parametrize("column", ["p_pre", "p_post", "p_pre_other", "p_post_other"])
 def test_what_is_no_probability_is_refused(column: str, value: float) -> None:
     table = ALL_KINDS.with_columns(pl.when(prompt_kind="rewrite").then(value).otherwise(pl.col(column)).alias(column))
-    with pytest.raises(TableError, match=f"edit 'e', rewrite prompt 0: {column} is .*, which is no probability"):
+    where = "edit_id e, prompt_kind rewrite, prompt_index 0"
+    with pytest.raises(TableError, match=f"{where}: {column} is .*, which is no probability"):
         scores(edit(), table)
 
 
