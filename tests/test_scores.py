@@ -302,6 +302,38 @@ def test_zsre_metrics() -> None:
         counterfact_metrics(edit(), table)
 
 
+def test_metrics_of_two_facts_by_hand() -> None:
+    """Means of both facts, and 1.96 times half of their difference; S before is 3 / (1 / 0.25 + 1 / 0.5 + 1 / 1)."""
+    rows = {
+        "efficacy_score": (0.5, 1.0, 0.0, 0.5),
+        "paraphrase_score": (0.25, 0.5, 0.75, 1.0),
+        "neighborhood_score": (1.0, 0.5, 1.0, 0.5),
+        "efficacy_magnitude": (-0.2, 0.6, -0.4, 0.8),
+        "paraphrase_magnitude": (-0.1, 0.2, -0.3, 0.4),
+        "neighborhood_magnitude": (0.3, 0.1, 0.5, -0.1),
+        "rewrite_accuracy": (0.0, 1.0, 0.5, 0.5),
+    }
+    table = pl.concat(
+        metrics(*((name, *values[start : start + 2]) for name, values in rows.items()), edit_id=fact)
+        for fact, start in (("a", 0), ("b", 2))
+    )
+    edits = pl.concat([edit("a"), edit("b")])
+    found = {row["metric"]: row for row in counterfact_metrics(edits, table).rows(named=True)}
+    expected = {
+        "ES": (0.25, 0.49, 0.75, 0.49), "PS": (0.5, 0.49, 0.75, 0.49), "NS": (1.0, 0.0, 0.5, 0.0),
+        "EM": (-0.3, 0.196, 0.7, 0.196), "PM": (-0.2, 0.196, 0.3, 0.196), "NM": (0.4, 0.196, 0.0, 0.196),
+        "S": (3 / 7, None, 3 / (1 / 0.75 + 1 / 0.75 + 2), None),
+    }  # fmt: skip
+    for name, values in expected.items():
+        row = found[name]
+        assert [row[each] for each in ("pre", "pre_interval", "post", "post_interval")] == [
+            None if value is None else pytest.approx(value, abs=1e-12) for value in values
+        ], name
+    row = only(zsre_metrics(edits, table))
+    assert (row["metric"], row["pre"], row["post"], row["n"]) == ("efficacy", 0.25, 0.75, 2)
+    assert (row["pre_interval"], row["post_interval"]) == (pytest.approx(0.49), pytest.approx(0.49))
+
+
 SETTINGS = (("rome", 1), ("memit", 5), ("finetune", 1), ("finetune", 5))
 
 
