@@ -8,25 +8,32 @@ import polars as pl
 
 from causalcone.analysis.names import method_name
 from causalcone.analysis.paper_tables import Table
+from causalcone.analysis.regressions import GROUP
 
 MAIN = "table3_rewrite"
+
+_NONE = "There is no answer yet"
 
 
 def answer(tables: Sequence[Table]) -> str:
     """What share of the rewrite scores' variance edit layers explain, and what tracing effects add to that; where it
     adds the most, and whether that is more than exchanged effects do."""
     main = next((table.frame for table in tables if table.name == MAIN), None)
-    known = None if main is None else main.drop_nulls("diff")
-    if known is None or known.is_empty():
-        return "There is no answer yet: no regression of rewrite scores could be made."
+    if main is None or main.is_empty():
+        return f"{_NONE}: no regression of rewrite scores could be made."
+    # R^2 of one layer, or of as many coefficients as edits, says nothing
+    known = main.filter(pl.col("p").is_not_null() & (pl.col("layers") > 1))
+    if known.is_empty():
+        reasons = main["note"].drop_nulls().unique(maintain_order=True)
+        return f"{_NONE}: no regression of rewrite scores could be tested ({'; '.join(reasons)})."
     layer, diff = known["r2_layer"].to_numpy(), known["diff"].to_numpy()
     most = known.sort("diff", descending=True).row(0, named=True)
     where = f"{method_name(most['method'], most['window'])} in {most['problem'].replace('_', ' ')}"
     text = (
-        f"The choice of the edit layer explains {layer.min():.0%} to {layer.max():.0%} of the variance of rewrite "
-        f"scores (mean {layer.mean():.0%} over {len(known)} problems and methods). Knowing the tracing effect at that "
-        f"layer adds {diff.min():.1%} to {diff.max():.1%} (mean {diff.mean():.1%}), the most for {where} "
-        f"({most['diff']:.1%})."
+        f"The choice of the edit layer explains {layer.min():z.0%} to {layer.max():z.0%} of the variance of rewrite "
+        f"scores (mean {layer.mean():z.0%} over {len(known)} problems and methods). Knowing the tracing effect at that "
+        f"layer adds {diff.min():z.1%} to {diff.max():z.1%} (mean {diff.mean():z.1%}), the most for {where} "
+        f"({most['diff']:z.1%})."
     )
     chance = _chance(tables, most)
     return text if chance is None else f"{text} {chance}"
@@ -40,7 +47,12 @@ def _chance(tables: Sequence[Table], most: dict[str, object]) -> str | None:
     rewrite = frame.filter(pl.col("score") == "rewrite").drop_nulls("p_permutation")
     if rewrite.is_empty():
         return None
-    own = rewrite.filter(**{name: most[name] for name in ("problem", "method", "window")})
+    there = ""
+    for row in rewrite.filter(**{name: most[name] for name in GROUP}).iter_rows(named=True):
+        there = f"Effects taken from other facts add {row['chance']:z.1%} there by chance"
+        if row["permutation_facts"] < row["facts"]:
+            some = f"{row['permutation_facts']} of {row['facts']} facts"
+            there += f", over the {some} that have all layers, whose own effects add {row['permutation_diff']:z.1%}"
+        there += "; "
     clear = int((rewrite["p_permutation"].to_numpy() < 0.05).sum())
-    there = "" if own.is_empty() else f"Effects taken from other facts add {own['chance'][0]:.1%} there by chance; "
     return f"{there}in {clear} of {len(rewrite)} cases tracing adds more than that (permutation test, p < 0.05)."

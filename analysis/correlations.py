@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import polars as pl
 from scipy.stats import false_discovery_control, pearsonr
 
+from causalcone.analysis.least_squares import same
 from causalcone.analysis.regressions import samples
+from causalcone.analysis.tables import one_of
 
 Correction = Literal["holm", "bh"]
 
@@ -37,6 +39,7 @@ def layer_correlations(
     each problem, method, window and score: "holm" (family-wise error) or "bh" (false discovery rate). Null, with the
     reason in ``note``, where there are fewer than three edits, or score or effect do not vary.
     """
+    one_of("correction", correction, get_args(Correction))
     rows: list[dict[str, Any]] = []
     for sample in samples(table, scores):
         own = []
@@ -59,7 +62,7 @@ def _one(score: np.ndarray, effect: np.ndarray) -> dict[str, Any]:
     if len(score) < 3:
         return {**row, "note": "fewer than three edits"}
     for what, values in (("score", score), ("effect", effect)):
-        if np.ptp(values) == 0:
+        if same(values):
             return {**row, "note": f"the {what} is the same for all edits"}
     correlation, p = pearsonr(effect, score)
     return {**row, "correlation": float(correlation), "p": float(p)}

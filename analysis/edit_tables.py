@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import polars as pl
 
-from causalcone.analysis.tables import Schema, TableError, TraceSource, _parts
+from causalcone.analysis.tables import Schema, TableError, TraceSource, _parts, checked_probabilities
 
 EDIT_SCHEMA: Schema = {
     "edit_id": pl.String,
@@ -31,7 +31,6 @@ PROBE_SCHEMA: Schema = {
 METRIC_SCHEMA: Schema = {"edit_id": pl.String, "metric": pl.String, "pre": pl.Float64, "post": pl.Float64}
 
 _PROBABILITIES = ("p_pre", "p_post", "p_pre_other", "p_post_other")
-_ROUNDING = 1e-6
 
 
 def read_edits(source: TraceSource) -> pl.DataFrame:
@@ -82,18 +81,10 @@ def checked_metrics(metrics: pl.DataFrame) -> pl.DataFrame:
     return metrics
 
 
-def checked_probabilities(probes: pl.DataFrame) -> pl.DataFrame:
-    """``probes`` with what rounding put above 1 at 1; ``TableError`` names the first that is no probability."""
-    for column in _PROBABILITIES:
-        value = pl.col(column)
-        wrong = probes.filter(value.is_nan() | (value < 0) | (value > 1 + _ROUNDING))
-        if wrong.height:
-            row = wrong.row(0, named=True)
-            raise TableError(
-                f"edit {row['edit_id']!r}, {row['prompt_kind']} prompt {row['prompt_index']}: {column} is "
-                f"{row[column]}, which is no probability; give such an edit the status 'failed'"
-            )
-    return probes.with_columns(pl.col(_PROBABILITIES).clip(upper_bound=1))
+def checked_probes(probes: pl.DataFrame) -> pl.DataFrame:
+    """``checked_probabilities`` of probes."""
+    identity = ["edit_id", "prompt_kind", "prompt_index"]
+    return checked_probabilities(probes, _PROBABILITIES, identity, "; give such an edit the status 'failed'")
 
 
 def _read(source: TraceSource, schema: Schema, what: str, key: list[str]) -> pl.DataFrame:

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import polars as pl
 
 from causalcone.analysis.roles import with_roles
-from causalcone.analysis.tables import IDENTITY, STATE, TraceSource, as_traces, single_tokens, trace_parts
+from causalcone.analysis.tables import (
+    IDENTITY,
+    STATE,
+    TableError,
+    TraceSource,
+    one_of,
+    read_traces,
+    single_tokens,
+    trace_parts,
+)
 
+At = Literal["max", "subject_last"]
 Denominator = Literal["p_high", "p_clean"]
+Compat = Literal["published"]
+
+OTHER_LAYERS = 3
+"""So many layers besides that of the largest effect may have half of it, where effects are concentrated."""
 
 _CELL = [*STATE, "role", "layer"]
+_LEN = pl.len().cast(pl.Int64)  # polars counts in 32 bits, whose squares overflow
 
 
 def restore_effects(table: TraceSource, denominator: Denominator = "p_high") -> pl.DataFrame:
@@ -28,7 +43,8 @@ def restore_effects(table: TraceSource, denominator: Denominator = "p_high") -> 
       the published denominator, it lies in [0, 1]; with ``p_clean`` it can exceed 1
     - ``flagged``: whether p_clean <= p_corrupted, so that there was nothing to restore
     """
-    traces = as_traces(table).filter(pl.col("method") != "zero")
+    one_of("denominator", denominator, get_args(Denominator))
+    traces = read_traces(table).filter(pl.col("method") != "zero")
     effect, size = pl.col("restore_effect"), (pl.col(denominator) - pl.col("p_corrupted")).abs()
     return (
         traces.with_columns(
@@ -43,9 +59,7 @@ def restore_effects(table: TraceSource, denominator: Denominator = "p_high") -> 
     )
 
 
-def tracing_effects(
-    table: TraceSource, at: Literal["max", "subject_last"] = "max", denominator: Denominator = "p_high"
-) -> pl.DataFrame:
+def tracing_effects(table: TraceSource, at: At = "max", denominator: Denominator = "p_high") -> pl.DataFrame:
     """The tracing effect of each layer: one row per fact, method, kind, window and layer (METHODS 3, Hase et al. 2023).
 
     ``effect`` is the largest fraction_restored over the prompt tokens (``at="max"``; the first of equals), or the
@@ -53,6 +67,7 @@ def tracing_effects(
     several tokens restored together are left out.
     Columns: fact_id, method, kind, window, layer, token, p_clean, p_corrupted, effect, flagged.
     """
+    one_of("at", at, get_args(At))
     effects = single_tokens(restore_effects(table, denominator))
     layer = ["fact_id", *STATE, "layer"]
     if at == "max":
@@ -70,7 +85,7 @@ def zeroing_effects(table: TraceSource) -> pl.DataFrame:
     Columns: fact_id, method, kind, window, layer, p_clean, p_zeroed, effect; effect is null where p_clean is 0.
     """
     p_clean, p_zeroed = pl.col("p_clean"), pl.col("p_zeroed")
-    zeroed = as_traces(table).filter(pl.col("method") == "zero").rename({"p_patched": "p_zeroed"})
+    zeroed = read_traces(table).filter(pl.col("method") == "zero").rename({"p_patched": "p_zeroed"})
     effect = pl.when(p_clean > 0).then(((p_clean - p_zeroed) / p_clean).clip(0, 1))
     layer = ["fact_id", *STATE, "layer"]
     return zeroed.select(*layer, "p_clean", "p_zeroed", effect=effect).sort(layer)
@@ -86,7 +101,7 @@ def absolute_effects(table: TraceSource) -> pl.DataFrame:
 
 def flagged_facts(table: TraceSource) -> pl.DataFrame:
     """The facts whose clean run is not more probable than the corrupted one: fact_id, p_clean, p_corrupted."""
-    facts = as_traces(table).select("fact_id", "p_clean", "p_corrupted").unique(maintain_order=True)
+    facts = read_traces(table).select("fact_id", "p_clean", "p_corrupted").unique(maintain_order=True)
     return facts.filter(pl.col("p_clean") <= pl.col("p_corrupted"))
 
 
@@ -98,11 +113,13 @@ def average_indirect_effect(table: TraceSource, clip: bool = False) -> pl.DataFr
     together are left out. ``clip`` raises negative effects to 0, as the published heat maps do. ``standard_error`` is
     that of the mean p_patched; facts, not tokens, are taken as independent, which with one token per fact is the usual
     sd / sqrt(n); null for one fact.
-    A folder is read file by file, each holding whole facts, so any number of facts fits in memory.
+    A folder is read file by file, each holding whole facts, so any number of facts fits in memory. Raises
+    ``TableError`` where a fact is in two files.
     Columns: method, kind, window, role, layer, mean_patched, mean_corrupted, effect, standard_error, count (tokens),
     facts.
     """
-    roles, corrupted, together = zip(*(_sums(part) for part in trace_parts(table)), strict=True)
+    roles, corrupted, facts_of, together = zip(*(_sums(part) for part in trace_parts(table)), strict=True)
+    _refuse_twice(pl.concat(facts_of))
     cells = pl.concat(roles).group_by(_CELL).agg(pl.all().sum())
     if cells.is_empty():
         single_tokens(pl.concat(together))
@@ -110,7 +127,7 @@ def average_indirect_effect(table: TraceSource, clip: bool = False) -> pl.DataFr
     total, count, facts = pl.col("patched"), pl.col("count"), pl.col("facts")
     mean = total / count
     squares = pl.col("patched_squared") - 2 * mean * pl.col("patched_times_tokens") + mean**2 * pl.col("tokens_squared")
-    variance = squares.clip(0) * facts / (facts - 1) / count**2
+    variance = squares.clip(0) * facts / (facts - 1) / count.cast(pl.Float64) ** 2
     averages = cells.join(states, on=STATE).with_columns(
         mean_patched=mean,
         mean_corrupted=pl.col("corrupted") / pl.col("corrupted_facts"),
@@ -122,12 +139,19 @@ def average_indirect_effect(table: TraceSource, clip: bool = False) -> pl.DataFr
     return averages.select(columns).sort(_CELL)
 
 
-def _sums(part: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+def _refuse_twice(facts: pl.DataFrame) -> None:
+    twice = facts.filter(facts.is_duplicated())
+    if twice.height:
+        fact, method, kind, window = twice.row(0)
+        raise TableError(f"fact {fact!r} has {method} of {kind}:{window} in several files; give each fact once")
+
+
+def _sums(part: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, pl.DataFrame]:
     """What the averages need of some whole facts, per role and layer and per state: sums, so that any number of facts
-    can pass through; and an example of the rows that have no token."""
+    can pass through; which facts these are; and an example of the rows that have no token."""
     restored = part.filter(pl.col("method") != "zero")
     traces = restored.filter(pl.col("token").is_not_null())
-    per_fact = with_roles(traces).group_by(*_CELL, "fact_id").agg(total=pl.sum("p_patched"), tokens=pl.len())
+    per_fact = with_roles(traces).group_by(*_CELL, "fact_id").agg(total=pl.sum("p_patched"), tokens=_LEN)
     total, tokens = pl.col("total"), pl.col("tokens").cast(pl.Float64)
     cells = per_fact.group_by(_CELL).agg(
         patched=total.sum(),
@@ -135,11 +159,11 @@ def _sums(part: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]
         patched_times_tokens=(total * tokens).sum(),
         tokens_squared=(tokens**2).sum(),
         count=pl.sum("tokens"),
-        facts=pl.len(),
+        facts=_LEN,
     )
-    facts = traces.unique(["fact_id", *STATE]).group_by(STATE)
-    states = facts.agg(corrupted=pl.sum("p_corrupted"), corrupted_facts=pl.len())
-    return cells, states, restored.filter(pl.col("token").is_null()).head(1)
+    facts = traces.unique(["fact_id", *STATE])
+    states = facts.group_by(STATE).agg(corrupted=pl.sum("p_corrupted"), corrupted_facts=_LEN)
+    return cells, states, facts.select("fact_id", *STATE), restored.filter(pl.col("token").is_null()).head(1)
 
 
 def peak_layers(averages: pl.DataFrame) -> pl.DataFrame:
@@ -149,22 +173,44 @@ def peak_layers(averages: pl.DataFrame) -> pl.DataFrame:
     return averages.sort("effect", "layer", descending=[True, False]).unique(group, keep="first").sort(group)
 
 
-def concentrated_facts(layer_effects: pl.DataFrame, others: int = 3, share: float = 0.5) -> pl.DataFrame:
+def mean_effects(effects: pl.DataFrame, compat: Compat | None = None) -> pl.DataFrame:
+    """Means by layer of what ``tracing_effects`` gives of one state (METHODS 3): layer, mean, standard_error, facts.
+
+    Effects that are not positive count as 0; ``compat="published"`` leaves them out, as published plots do. Effects
+    that are not known (null) are left out.
+    """
+    if compat is not None:
+        one_of("compat", compat, get_args(Compat))
+    effect, positive = pl.col("effect"), pl.col("effect") > 0
+    known = effects.drop_nulls("effect")
+    counted = known.filter(positive) if compat == "published" else known.with_columns(effect.clip(lower_bound=0))
+    means = counted.group_by("layer").agg(mean=effect.mean(), spread=effect.std(), facts=_LEN)
+    return means.select("layer", "mean", standard_error=pl.col("spread") / pl.col("facts").sqrt(), facts="facts").sort(
+        "layer"
+    )
+
+
+def concentrated_facts(layer_effects: pl.DataFrame, others: int = OTHER_LAYERS, share: float = 0.5) -> pl.DataFrame:
     """Which facts have their effect in few layers (METHODS 3; Hase et al. 2023, appendix D).
 
-    ``layer_effects`` is ``tracing_effects``'s result. A fact is ``concentrated`` if, besides the layer of its largest
-    effect, at most ``others`` layers have at least ``share`` of it. One row per fact, method, kind and window:
-    ``peak_layer`` (the lowest of equals), ``peak_effect``, ``other_layers``, ``concentrated``.
+    ``layer_effects`` is ``tracing_effects``'s result. A fact is ``concentrated`` if its largest effect is positive and,
+    besides the layer of that, at most ``others`` layers have at least ``share`` of it; in a model of no more than
+    ``others`` + 1 layers that is every fact with a positive effect. One row per fact, method, kind and window:
+    ``peak_layer`` (the lowest of equals), ``peak_effect``, ``other_layers``, ``concentrated``; the first three are null
+    where no effect is known.
     """
     effect = pl.col("effect")
+    largest = effect.max()
     return (
         layer_effects.sort("layer")
         .group_by("fact_id", *STATE, maintain_order=True)
         .agg(
             peak_layer=pl.col("layer").get(effect.arg_max()),
-            peak_effect=effect.max(),
-            other_layers=(effect.clip(0) >= share * effect.max().clip(0)).sum().cast(pl.Int64) - 1,
+            peak_effect=largest,
+            other_layers=pl.when(largest.is_not_null()).then(
+                (effect.clip(0) >= share * largest.clip(0)).sum().cast(pl.Int64) - 1
+            ),
         )
-        .with_columns(concentrated=pl.col("other_layers") <= others)
+        .with_columns(concentrated=((pl.col("peak_effect") > 0) & (pl.col("other_layers") <= others)).fill_null(False))
         .sort("fact_id", *STATE)
     )

@@ -18,6 +18,7 @@ from causalcone.analysis.figure_parts import (
     layer_axis,
     layer_count,
     new_figure,
+    plain,
     rows_of,
     state_title,
     states_of,
@@ -65,13 +66,21 @@ def joint_effect(table: TraceSource, path: PathLike | None = None) -> Figure:
     return finish(_curves(joint_effects(table), "Effect of restoring tokens together", "effect on p(target)"), path)
 
 
-def severed(*tables: TraceSource, role: str = "last_subject", path: PathLike | None = None) -> Figure:
+def severed(
+    *tables: TraceSource,
+    role: str = "last_subject",
+    fact_id: str | None = None,
+    token: int | None = None,
+    path: PathLike | None = None,
+) -> Figure:
     """Mean effect of restoring a state at the tokens of a role, by layer, in the plain model and with MLP outputs,
-    attention outputs or both severed from it (Meng et al. 2022; METHODS 3): one column per kind and window.
+    attention outputs or both severed from it (Meng et al. 2022; METHODS 3): one column per kind and window. With
+    ``fact_id``, and the number of a ``token`` in place of a role, it is of single facts (Meng et al. 2022, Fig. 14).
 
-    ``tables`` hold together plain and severed traces of the same facts. Raises ``TableError`` where one is missing.
+    ``tables`` hold together plain and severed traces; all lines are of the facts and tokens that every severed method
+    has. Raises ``TableError`` where there are none.
     """
-    means = severed_effects(*tables, role=role)
+    means = severed_effects(*tables, role=role, fact_id=fact_id, token=token, common=True)
     states = means.select("kind", "window").unique().sort("kind", "window").rows()
     layers = layer_count(means)
     figure = new_figure(max(6.0, max(3.6, min(7.0, 0.2 * layers + 2.4)) * len(states)), 3.9)
@@ -81,7 +90,9 @@ def severed(*tables: TraceSource, role: str = "last_subject", path: PathLike | N
         axes.set_title(f"Restoring {kind_name(kind, window)}", fontsize=10)
         _frame(axes, window, layers)
     grid[0].set_ylabel("effect on p(target)", fontsize=9)
-    figure.suptitle(f"{role.replace('_', ' ').capitalize()} token, {_over(means)}", fontsize=11, fontweight="bold")
+    place = f"{role.replace('_', ' ').capitalize()} token" if token is None else f"Token {token}"
+    facts = _over(means) if fact_id is None else f"fact {fact_id}"
+    figure.suptitle(f"{place}, {facts}", **plain(11, fontweight="bold"))
     handles, labels = grid[0].get_legend_handles_labels()
     columns = 2 if len(labels) == 4 and len(states) == 1 else 4
     figure.legend(
@@ -92,8 +103,8 @@ def severed(*tables: TraceSource, role: str = "last_subject", path: PathLike | N
 
 def _draw_severed(axes: Axes, means: pl.DataFrame) -> None:
     methods = [name for name in _SEVERED_STYLES if not means.filter(method=name).is_empty()]
-    plain = means.filter(method=methods[0]).select("layer", effect="plain", standard_error="plain_error")
-    lines = {"plain": plain}
+    whole = means.filter(method=methods[0])  # of the same facts as the others
+    lines = {"plain": whole.select("layer", effect="plain", standard_error="plain_error")}
     for name in methods:
         lines[name] = means.filter(method=name).select("layer", effect="severed", standard_error="severed_error")
     for name, line in lines.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -10,15 +10,14 @@ import polars as pl
 from matplotlib.figure import Figure
 
 from causalcone.analysis import plot
+from causalcone.analysis.choice import PUBLISHED, Choice, Material
 from causalcone.analysis.effect_plot import effects_by_window, peak_layers_by_window
-from causalcone.analysis.effects import absolute_effects
 from causalcone.analysis.joined import edits_with_effects
 from causalcone.analysis.names import in_order
-from causalcone.analysis.paper_tables import PUBLISHED, Choice
 from causalcone.analysis.regression_plot import r2_bars, scatter_by_layer
 from causalcone.analysis.regressions import GROUP, regressions
 from causalcone.analysis.scores import SCORES
-from causalcone.analysis.study import RESTORED, ZEROED, State, Study
+from causalcone.analysis.study import RESTORED, SEVERED, ZEROED, State, Study
 from causalcone.analysis.tables import TableError
 
 SUFFIXES = (".png", ".pdf")
@@ -36,7 +35,7 @@ def paper_figures(
     besides those that the papers show. What cannot be drawn is told in words."""
     folder.mkdir(parents=True, exist_ok=True)
     written, missing = [], []
-    for name, draw in _figures(study, choice, every):
+    for name, draw in _figures(Material(study, choice), every):
         try:
             figure = draw()
         except TableError as error:
@@ -49,27 +48,27 @@ def paper_figures(
     return written, missing
 
 
-def _figures(study: Study, choice: Choice, every: bool) -> Iterator[tuple[str, _Draw]]:
+def _figures(material: Material, every: bool) -> Iterator[tuple[str, _Draw]]:
     """Names and how to draw them; the drawing raises ``TableError`` where the study lacks what it needs."""
+    study = material.study
     yield from _of_traces(study)
-    state = choice.state or study.main_state()
-    if state is not None:
-        yield from _of_windows(study, state, choice)
+    states = study.states()
+    if states:
+        yield from _of_windows(material, states)
     edit = study.configuration.get("edit")
     if edit is None:
         return
     for problem in edit["problems"]:
         yield f"scores_{problem}", partial(_scores, study, problem)
-    if state is None:
-        return
-    yield from _of_regressions(study, state, choice)
-    yield from _scatters(study, state, choice, every)
+    if states:
+        yield from _of_regressions(material, states)
+    yield from _scatters(material, every)
 
 
 def _of_traces(study: Study) -> Iterator[tuple[str, _Draw]]:
     if study.has(RESTORED):
         yield "average_indirect_effect", lambda: plot.indirect_effect(study.folder / RESTORED)
-    if any(study.has(f"traces/sever_{part}") for part in ("mlp", "attn", "both")):
+    if any(study.has(f"traces/sever_{part}") for part in SEVERED):
         yield "severed", lambda: plot.severed(study.folder / "traces")
     if study.has(ZEROED):
         yield "zeroing", lambda: plot.zeroing(study.folder / ZEROED)
@@ -78,27 +77,29 @@ def _of_traces(study: Study) -> Iterator[tuple[str, _Draw]]:
 
 
 def _gradients(study: Study) -> Iterator[tuple[str, _Draw]]:
-    """Of the first facts; the tokens' texts are those of their traces."""
-    table = pl.read_parquet(study.folder / "gradients" / "**" / "*.parquet")
+    """Of the first facts; the tokens' texts are those of their traces, which may be of some tokens only."""
+    table = study.scan("gradients").collect()
     for number, fact_id in enumerate(table["fact_id"].unique(maintain_order=True)[:MAPS]):
 
         def draw(fact_id: str = fact_id) -> Figure:
-            own = study.traces.filter(fact_id=fact_id).unique("token").sort("token")
+            own = study.traces.filter(fact_id=fact_id).drop_nulls("token").unique("token")
             if own.is_empty():
                 raise TableError(f"fact {fact_id!r} is not traced, and its tokens' texts are not known")
-            span = own.select("subject_start", "subject_end").row(0)
-            return plot.gradients(table.filter(fact_id=fact_id), fact_id, own["token_text"].to_list(), span)
+            known = dict(own.select("token", "token_text").rows())
+            start, end, tokens = own.select("subject_start", "subject_end", "prompt_tokens").row(0)
+            texts = [known.get(token) or "" for token in range(tokens)]
+            return plot.gradients(table.filter(fact_id=fact_id), fact_id, texts, (start, end))
 
         yield f"gradients_{number:03}", draw
 
 
-def _of_windows(study: Study, state: State, choice: Choice) -> Iterator[tuple[str, _Draw]]:
-    sizes = [(kind, size) for kind, size in study.states() if kind == state[0]]
+def _of_windows(material: Material, states: Sequence[State]) -> Iterator[tuple[str, _Draw]]:
+    sizes = [(kind, size) for kind, size in states if kind == material.state[0]]
 
     def effects() -> dict[int, pl.DataFrame]:
-        return {each[1]: study.effects(each, "max", choice.denominator) for each in sizes}
+        return {each[1]: material.study.effects(each, "max", material.choice.denominator) for each in sizes}
 
-    yield "effects_by_window", lambda: effects_by_window(effects())
+    yield "effects_by_window", lambda: effects_by_window(effects(), compat=material.compat)
     yield "peak_layers", lambda: peak_layers_by_window(effects())
 
 
@@ -107,39 +108,41 @@ def _scores(study: Study, problem: str) -> Figure:
     return plot.scores(own, [name for name in _DRAWN if own[name].is_not_null().any()])
 
 
-def _of_regressions(study: Study, state: State, choice: Choice) -> Iterator[tuple[str, _Draw]]:
+def _of_regressions(material: Material, states: Sequence[State]) -> Iterator[tuple[str, _Draw]]:
     """Of the main state, and of the same kind's other windows."""
-    others = [each for each in study.states() if each[0] == state[0] and each != state]
-    for kind, size in (state, *others):
+    choice, main = material.choice, material.state
+    others = [each for each in states if each[0] == main[0] and each != main]
+    for kind, size in (main, *others):
 
         def draw(state: State = (kind, size)) -> Figure:
-            joined = study.joined(state, choice.at, choice.denominator)
+            joined = material.study.joined(state, choice.at, choice.denominator)
             return r2_bars(in_order(regressions(joined, ["rewrite"], interaction=choice.interaction)))
 
         yield f"r2_{kind}_{size}", draw
 
 
-def _scatters(study: Study, state: State, choice: Choice, every: bool) -> Iterator[tuple[str, _Draw]]:
+def _scatters(material: Material, every: bool) -> Iterator[tuple[str, _Draw]]:
+    study = material.study
+
     def scatter(table: Callable[[], pl.DataFrame], key: tuple[str, str, int], score: str, effect: str) -> _Draw:
         return lambda: scatter_by_layer(table(), *key, score, effect=effect)
 
     def restored() -> pl.DataFrame:
-        return study.joined(state, "max", choice.denominator)
+        return edits_with_effects(study.scores, material.largest)
 
     def at_subject() -> pl.DataFrame:
-        return study.joined(state, "subject_last", choice.denominator)
+        return study.joined(material.state, "subject_last", material.choice.denominator)
 
     def absolute() -> pl.DataFrame:
-        kind, size = state
-        return edits_with_effects(study.scores, absolute_effects(study.traces.filter(kind=kind, window=size)))
+        return material.absolute
 
     def zeroed() -> pl.DataFrame:
-        zero = study.main_state(ZEROED)
-        if zero is None:
-            raise TableError("there are no zeroed states")
-        return edits_with_effects(study.scores, study.zeroing(zero))
+        return material.zeroed
 
-    known = in_order(study.scores.select(GROUP).unique(maintain_order=True)).rows() if study.has("probes") else []
+    try:
+        known = in_order(study.scores.select(GROUP).unique(maintain_order=True)).rows()
+    except TableError:  # which the figures of scores tell of
+        return
     rome = ("error_injection", "rome", 1)
     if rome in known:
         yield "scatter_rewrite", scatter(restored, rome, "rewrite", "tracing effect")

@@ -30,7 +30,7 @@ from causalcone.analysis.layer_plot import joint_effect, severed, zeroing
 from causalcone.analysis.maps import MAP_COLUMNS, draw_map, label_tokens, map_grid, token_grid
 from causalcone.analysis.role_plot import indirect_effect
 from causalcone.analysis.score_plot import scores
-from causalcone.analysis.tables import TableError, TraceSource, as_traces, single_tokens
+from causalcone.analysis.tables import TableError, TraceSource, read_traces, single_tokens
 
 __all__ = ["gradients", "heatmap", "heatmaps", "indirect_effect", "joint_effect", "scores", "severed", "zeroing"]
 
@@ -65,7 +65,7 @@ def heatmaps(table: TraceSource, fact_id: str, path: PathLike | None = None) -> 
 
 
 def _traces_of(table: TraceSource, fact_id: str) -> pl.DataFrame:
-    traces = as_traces(table).filter(pl.col("method") != "zero")
+    traces = read_traces(table).filter(pl.col("method") != "zero")
     fact = traces.filter(pl.col("fact_id") == str(fact_id))
     if fact.is_empty():
         known = traces["fact_id"].unique(maintain_order=True)

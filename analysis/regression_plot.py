@@ -42,7 +42,7 @@ def r2_bars(regressions: pl.DataFrame, score: str = "rewrite", path: PathLike | 
         )
         for x, row in zip(place, rows.iter_rows(named=True), strict=True):
             axes.annotate(
-                f"+{row['diff'] + 0.0:.3f}", (x, row["r2_both"]), (0, 2), textcoords="offset points", ha="center",
+                f"{row['diff']:+z.3f}", (x, row["r2_both"]), (0, 2), textcoords="offset points", ha="center",
                 fontsize=6.5,
             )  # fmt: skip
         axes.set_xticks(
@@ -89,9 +89,7 @@ def scatter_by_layer(
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axes, told in zip(grid.flat, found.iter_rows(named=True), strict=False):
         _panel(axes, own.filter(layer=told["layer"]), score)
-        rho = (
-            "no correlation" if told["correlation"] is None else f"$\\rho$ = {round(told['correlation'], 2) + 0.0:.2f}"
-        )
+        rho = "no correlation" if told["correlation"] is None else f"$\\rho$ = {told['correlation']:z.2f}"
         axes.set_title(f"layer {told['layer']}: {rho}", fontsize=8.5)
     for axes in list(grid.flat)[len(layers) :]:
         axes.set_visible(False)
@@ -112,7 +110,8 @@ def _panel(axes: Axes, rows: pl.DataFrame, score: str) -> None:
     alpha = 0.7 if len(drawn) < 100 else 0.35
     axes.scatter(drawn["effect"].to_numpy(), drawn[score].to_numpy(), s=9, color="#0072B2", alpha=alpha, linewidths=0)
     axes.plot([0, 1], [0, 1], color="#D55E00", linestyle="--", linewidth=1)
-    axes.set_xlim(min(-0.04, float(drawn["effect"].to_numpy().min())), 1.04)
+    effects = drawn["effect"].to_numpy()
+    axes.set_xlim(min(-0.04, float(effects.min())), max(1.04, float(effects.max())))
     axes.set_ylim(-1.04 if score == "rewrite_magnitude" else -0.04, 1.04)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=7.5, length=2.5)

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from causalcone.analysis.least_squares import Fit, Floats, f_test, fit
+from causalcone.analysis.least_squares import Fit, Floats, f_test, fit, same
 from causalcone.analysis.scores import SCORES
 from causalcone.analysis.tables import TableError
 
@@ -58,7 +58,7 @@ class Sample:
         """Why there is nothing to explain, where that is so."""
         if len(self) == 0:
             return "no edit has this score"
-        if np.ptp(self.score) == 0:
+        if same(self.score):
             return "the score is the same for all edits"
         return None
 
@@ -68,7 +68,7 @@ class Sample:
         notes = []
         if len(self.layers) == 1:
             notes.append(f"all edits are at layer {self.layers[0]}")
-        if len(self) and np.ptp(self.effect) == 0:
+        if len(self) and same(self.effect):
             notes.append("the effect is the same for all edits")
         return notes
 
@@ -131,17 +131,14 @@ def _row(sample: Sample, interaction: bool) -> dict[str, Any]:
     if sample.lack is not None:
         return {**row, "note": sample.lack}
     models = fits(sample, interaction)
-    around = sample.score - sample.score.mean()
-    total = float(around @ around)
-    r2 = {name: 1 - model.squares / total for name, model in models.items()}
     test = f_test(models["layer"], models["both"])
     notes = sample.notes
-    if test.p is None:
-        notes.append("there is no F-test: nothing is added, or no degrees of freedom are left")
+    if test.lack is not None:
+        notes.append(f"there is no F-test: {test.lack}")
     return {
         **row,
-        **{f"r2_{name}": value for name, value in r2.items()},
-        "diff": r2["both"] - r2["layer"],
+        **{f"r2_{name}": model.r2 for name, model in models.items()},
+        "diff": models["both"].r2 - models["layer"].r2,
         "f": test.statistic,
         "f_added": test.added,
         "f_left": test.left,

@@ -14,13 +14,16 @@ import polars as pl
 import polars.selectors as cs
 
 from causalcone.analysis.answer import answer
+from causalcone.analysis.choice import Choice, Material
+from causalcone.analysis.effects import mean_effects
 from causalcone.analysis.names import in_order, method_name
-from causalcone.analysis.paper_tables import Choice, Table, paper_tables
+from causalcone.analysis.paper_tables import Table, paper_tables
 from causalcone.analysis.regressions import GROUP
 from causalcone.analysis.study import ZEROED, Study
 from causalcone.analysis.tables import TableError
 
 SCORES = ("rewrite", "paraphrase", "neighborhood", "essence", "overall")
+_PERMUTATION = ("chance", "p_permutation", "permutation_facts", "permutation_diff")
 _SEVERED = ("sever_mlp", "sever_attn", "sever_both")
 
 
@@ -88,12 +91,11 @@ class _Facts:
     """The facts that were traced or edited, in the order of the sweep; their places."""
 
     def __init__(self, study: Study) -> None:
-        table = pl.read_parquet(study.folder / "facts.parquet")
+        table = study.scan("facts.parquet").collect()
         known: set[str] = set()
         for name in ("traces", "edits"):
             if study.has(name):
-                scan = pl.scan_parquet(study.folder / name / "**" / "*.parquet").select("fact_id")
-                known |= set(scan.unique().collect()["fact_id"])
+                known |= set(study.scan(name).select("fact_id").unique().collect()["fact_id"])
         self.table = table.filter(pl.col("fact_id").is_in(list(known)))
         self.place = {fact_id: place for place, fact_id in enumerate(self.table["fact_id"])}
 
@@ -125,7 +127,7 @@ def _r2(tables: Sequence[Table]) -> list[dict[str, Any]]:
         score = table.name.partition("_")[2]
         frame = table.frame.with_columns(score=pl.lit(score))
         if tests is not None:
-            more = tests.select(*GROUP, "score", "diff_low", "diff_high", "chance", "p_permutation")
+            more = tests.select(*GROUP, "score", "diff_low", "diff_high", *_PERMUTATION)
             frame = frame.join(more, on=[*GROUP, "score"], how="left", maintain_order="left")
         rows += _named_rows(frame)
     return rows
@@ -147,8 +149,8 @@ def _windows(study: Study, choice: Choice) -> list[dict[str, Any]]:
     lines = []
     for kind, size in study.states():
         effects = study.effects((kind, size), "max", choice.denominator)
-        means = effects.group_by("layer").agg(pl.col("effect").clip(0).mean()).sort("layer")
-        layers, mean = means["layer"].to_list(), means["effect"].to_list()
+        means = mean_effects(effects, Material(study, choice).compat)
+        layers, mean = means["layer"].to_list(), means["mean"].to_list()
         lines.append({"kind": kind, "window": size, "layer": layers, "mean": mean})
     return lines
 
@@ -181,7 +183,7 @@ def _severed(study: Study, facts: _Facts, numbers: _Numbers) -> dict[str, Any] |
     parts = [name for name in _SEVERED if study.has(f"traces/{name}")]
     if not parts:
         return None
-    rows = pl.concat(pl.read_parquet(study.folder / "traces" / name / "*.parquet") for name in parts)
+    rows = pl.concat(study.scan(f"traces/{name}").collect() for name in parts)
     rows = rows.filter(pl.col("token") == pl.col("subject_end") - 1)
     if rows.is_empty():
         return None
@@ -219,7 +221,7 @@ def _edits(study: Study, facts: _Facts, numbers: _Numbers) -> dict[str, Any] | N
     layers = scores["layer"].unique().sort().to_list()
     values = np.full((len(facts), len(groups), len(layers), len(SCORES)), np.nan, dtype=np.float32)
     order = {row: number for number, row in enumerate(groups.rows())}
-    group = np.array([order[row] for row in scores.select(GROUP).rows()])
+    group = np.array([order[row] for row in scores.select(GROUP).rows()], dtype=np.int64)
     layer = np.searchsorted(layers, scores["layer"].to_numpy())
     place = facts.places(scores["fact_id"])
     for number, name in enumerate(SCORES):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import polars as pl
 
-from causalcone.analysis.tables import TraceSource, as_traces
+from causalcone.analysis.tables import TraceSource, read_traces
 
 _token, _start, _end = pl.col("token"), pl.col("subject_start"), pl.col("subject_end")
 _last = pl.col("prompt_tokens") - 1
@@ -28,7 +28,7 @@ def with_roles(table: TraceSource) -> pl.DataFrame:
     of a prompt that ends in its subject is also the last. Tokens before the subject, and rows about several tokens
     together, have no role and are left out.
     """
-    traces = as_traces(table)
+    traces = read_traces(table)
     return pl.concat(
         traces.filter(condition).with_columns(role=pl.lit(role, dtype=pl.Enum(ROLES)))
         for role, condition in _CONDITIONS.items()

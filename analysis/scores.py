@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import polars as pl
 
 from causalcone.analysis.edit_tables import (
     checked_metrics,
-    checked_probabilities,
+    checked_probes,
     finished,
     read_edits,
     read_metrics,
     read_probes,
 )
-from causalcone.analysis.tables import TableError, TraceSource
+from causalcone.analysis.tables import TableError, TraceSource, one_of
+
+Aggregate = Literal["first", "mean"]
 
 SCORES = ("rewrite", "paraphrase", "neighborhood", "essence", "overall", "overall_essence", "rewrite_magnitude")
 
@@ -48,7 +50,7 @@ def scores(
     edits: TraceSource,
     probes: TraceSource,
     metrics: TraceSource | None = None,
-    aggregate: Literal["first", "mean"] = "first",
+    aggregate: Aggregate = "first",
 ) -> pl.DataFrame:
     """The scores of each edit (Hase et al. 2023; METHODS 5): one row per edit, in the order of ``edits``.
 
@@ -69,12 +71,11 @@ def scores(
     Columns: edit_id, fact_id, problem, method, layer, window, and those above. Raises ``TableError`` for an unknown
     problem, and for probabilities outside [0, 1].
     """
-    if aggregate not in ("first", "mean"):
-        raise TableError(f"aggregate is {aggregate!r}; choose 'first' or 'mean'")
+    one_of("aggregate", aggregate, get_args(Aggregate))
     every = read_edits(edits)
     _refuse_unknown_problems(every)
     done = finished(every).select("edit_id", "problem")
-    prompts = checked_probabilities(read_probes(probes).join(done, on="edit_id")).sort("prompt_index")
+    prompts = checked_probes(read_probes(probes).join(done, on="edit_id")).sort("prompt_index")
     rows = prompts.with_columns(score=_prompt_score(), magnitude=_magnitude())
     kinds = ("rewrite", "paraphrase", "neighborhood")
     per_edit = rows.group_by("edit_id").agg(

@@ -6,20 +6,19 @@ import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import polars as pl
 
-from causalcone.analysis.effects import Denominator, tracing_effects, zeroing_effects
+from causalcone.analysis.effects import At, Denominator, tracing_effects, zeroing_effects
 from causalcone.analysis.joined import edits_with_effects
-from causalcone.analysis.scores import mean_scores, scores
-from causalcone.analysis.tables import TableError
+from causalcone.analysis.scores import Aggregate, mean_scores, scores
+from causalcone.analysis.tables import TableError, scan_folder
 
-Aggregate = Literal["first", "mean"]
-At = Literal["max", "subject_last"]
 State = tuple[str, int]
 
 RESTORED, ZEROED = "traces/restore", "traces/zero"
+SEVERED = {"mlp": "MLP outputs", "attn": "attention outputs", "both": "both outputs"}
 
 
 class Study:
@@ -42,19 +41,24 @@ class Study:
 
     @property
     def aggregate(self) -> Aggregate:
-        """Which of a fact's paraphrases and neighbours count: as asked for, else as the sweep's preset says."""
-        return self._aggregate or self.run.get("analysis", {}).get("aggregate") or "mean"
+        """Which of a fact's paraphrases and neighbours count: as asked for, else as the sweep's preset says, else
+        as published."""
+        return self._aggregate or self.run.get("analysis", {}).get("aggregate") or "first"
 
     def has(self, table: str) -> bool:
         """Whether any part of a table is there."""
         return any((self.folder / table).rglob("*.parquet"))
+
+    def scan(self, table: str) -> pl.LazyFrame:
+        """The rows of a table as far as they are there; ``TableError`` where there are none."""
+        return scan_folder(self.folder / table)
 
     def states(self, table: str = RESTORED) -> list[State]:
         """The restored or zeroed states, (kind, window), in the order of the configuration; the first MLP state is the
         one that edits are compared with, unless another is asked for."""
         if not self.has(table):
             return []
-        found = set(self._scan(table).select("kind", "window").unique().collect().rows())
+        found = set(self.scan(table).select("kind", "window").unique().collect().rows())
         asked = (self.configuration.get("zero" if table == ZEROED else "trace") or {}).get("states", ())
         order = [_state(text) for text in asked]
         return sorted(found, key=lambda state: (order.index(state) if state in order else len(order), state))
@@ -83,7 +87,7 @@ class Study:
         """Rows of restored states."""
         if not self.has(RESTORED):
             raise TableError(f"{self.folder} holds no traces yet")
-        return pl.read_parquet(self.folder / RESTORED / "**" / "*.parquet")
+        return self.scan(RESTORED).collect()
 
     def effects(self, state: State, at: At = "max", denominator: Denominator = "p_high") -> pl.DataFrame:
         """``tracing_effects`` of one restored state."""
@@ -99,7 +103,7 @@ class Study:
         if not self.has(ZEROED):
             raise TableError(f"{self.folder} holds no zeroed states yet")
         kind, window = state
-        return zeroing_effects(self._scan(ZEROED).filter(kind=kind, window=window))
+        return zeroing_effects(self.scan(ZEROED).filter(kind=kind, window=window))
 
     def joined(self, state: State, at: At = "max", denominator: Denominator = "p_high") -> pl.DataFrame:
         """Scores beside tracing effects."""
@@ -107,30 +111,63 @@ class Study:
 
     def missing(self) -> Iterator[str]:
         """What was asked for and is not there, in words."""
-        asked = self.configuration
         if self.run["status"] != "complete":
             yield f"the sweep is {self.run['status']}: tables are of what is finished"
+        yield from self._missing_traces()
+        yield from self._missing_edits()
+        yield from self._left_out()
+        failures = self.folder / "failures"
+        for failed in sorted(failures.glob("*.parquet")):
+            unit, reason = scan_folder(failed).select("unit", "reason").collect().row(0)
+            yield f"{unit} failed: {reason}"
+
+    def _missing_traces(self) -> Iterator[str]:
         for key, table, name in (
             ("trace", RESTORED, "traces"),
             ("zero", ZEROED, "zeroed states"),
             ("gradients", "gradients", "integrated gradients"),
         ):
-            if asked.get(key) is None:
+            if self.configuration.get(key) is None:
                 yield f"the sweep has no {name}"
             elif not self.has(table):
                 yield f"there are no {name} yet"
-        if asked.get("edit") is None:
+        for part in (self.configuration.get("sever") or {}).get("parts", ()):
+            if not self.has(f"traces/sever_{part}"):
+                yield f"there are no traces with {SEVERED[part]} severed yet"
+
+    def _missing_edits(self) -> Iterator[str]:
+        asked = self.configuration.get("edit")
+        if asked is None:
             yield "the sweep has no edits"
             return
-        for problem in asked["edit"]["problems"]:
+        for problem in asked["problems"]:
+            named = problem.replace("_", " ")
             if not self.has(f"edits/{problem}"):
-                yield f"there are no edits of {problem.replace('_', ' ')} yet"
-        for failed in sorted((self.folder / "failures").glob("*.parquet")):
-            unit, reason = pl.read_parquet(failed).select("unit", "reason").row(0)
-            yield f"{unit} failed: {reason}"
+                yield f"there are no edits of {named} yet"
+                continue
+            for method in asked["methods"]:
+                name, _, window = method.partition(":")
+                if not any((self.folder / "edits" / problem).glob(f"{name}-{window or '*'}/*.parquet")):
+                    yield f"there are no edits of {named} by {method} yet"
+        if self.has("edits") and self.has(RESTORED):
+            traced = self.scan(RESTORED).select("fact_id").unique()
+            edits = self.scan("edits").select("fact_id").collect()
+            alone = edits.lazy().join(traced, on="fact_id", how="anti").collect()
+            if len(alone):
+                facts, of = alone["fact_id"].n_unique(), edits["fact_id"].n_unique()
+                yield (
+                    f"{facts} of {of} edited facts are not traced: {len(alone)} of {len(edits)} edits have no tracing "
+                    "effect, and are in no regression on it"
+                )
 
-    def _scan(self, table: str) -> pl.LazyFrame:
-        return pl.scan_parquet(self.folder / table / "**" / "*.parquet")
+    def _left_out(self) -> Iterator[str]:
+        """Facts that some stage could not use."""
+        if not self.has("left_out"):
+            return
+        rows = self.scan("left_out").with_columns(stage=pl.col("unit").str.split("/").list.first())
+        stages = rows.group_by("stage").agg(pl.col("fact_id").n_unique(), pl.first("reason")).sort("stage")
+        for stage, count, reason in stages.collect().rows():
+            yield f"{count} fact{'s' * (count > 1)} left out of {stage}, the first: {reason}"
 
 
 def _run(folder: Path) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def cell(name: str, row: dict[str, Any]) -> str:
     if isinstance(value, float):
         if name == "p" or name.startswith("p_"):
             return p_value(value)
-        return f"{round(value, 3) + 0.0:.3f}"
+        return f"{value:z.3f}"
     return str(value)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -42,6 +42,9 @@ GRADIENT_SCHEMA: Schema = {
 STATE = ["method", "kind", "window"]
 IDENTITY = ["fact_id", *STATE, "layer", "token"]
 
+_PROBABILITIES = ("p_clean", "p_corrupted", "p_patched")
+_ROUNDING = 1e-6
+
 TraceSource: TypeAlias = pl.DataFrame | pl.LazyFrame | pa.Table | pa.RecordBatch | str | os.PathLike[str]
 
 
@@ -55,24 +58,50 @@ def read_traces(source: TraceSource) -> pl.DataFrame:
     ``source`` is an Arrow table or record batch, a polars frame, a Parquet file, or a folder of Parquet files
     (searched in depth, read in the order of their names). One row is one restored state of one fact; probabilities
     are in [0, 1], layers and tokens count from 0, the subject is the half-open token range ``subject_start`` to
-    ``subject_end``. Raises ``TableError`` for files that cannot be read, missing columns, and states that occur twice.
+    ``subject_end``. Raises ``TableError`` for files that cannot be read, missing columns, numbers that are no
+    probabilities, and states that occur twice.
     """
-    frame = as_traces(source)
-    repeated = frame.filter(frame.select(IDENTITY).is_duplicated())
+    return once(pl.concat(trace_parts(source), how="diagonal"))
+
+
+def once(traces: pl.DataFrame) -> pl.DataFrame:
+    """``traces`` as they are; ``TableError`` names the first state that occurs twice, and so would weigh double."""
+    repeated = traces.filter(traces.select(IDENTITY).is_duplicated())
     if repeated.height:
-        first = ", ".join(f"{name} {value}" for name, value in repeated.select(IDENTITY).row(0, named=True).items())
+        first = _named(repeated.select(IDENTITY).row(0, named=True))
         raise TableError(f"{repeated.height} rows are of states that occur more than once, the first: {first}")
-    return frame
-
-
-def as_traces(source: TraceSource) -> pl.DataFrame:
-    """``read_traces`` without the search for repeated states."""
-    return pl.concat(trace_parts(source), how="diagonal")
+    return traces
 
 
 def trace_parts(source: TraceSource) -> Iterator[pl.DataFrame]:
     """A traces table piece by piece: the files of a folder one by one, anything else whole."""
-    return _parts(source, TRACE_SCHEMA, "traces table")
+    for part in _parts(source, TRACE_SCHEMA, "traces table"):
+        yield checked_probabilities(part, _PROBABILITIES, IDENTITY)
+
+
+def checked_probabilities(
+    frame: pl.DataFrame, columns: Sequence[str], identity: Sequence[str], advice: str = ""
+) -> pl.DataFrame:
+    """``frame`` with what rounding put above 1 at 1; ``TableError`` names the first number that is no probability, by
+    the row's ``identity``. Nulls may stay."""
+    for column in columns:
+        value = pl.col(column)
+        wrong = frame.filter(value.is_nan() | (value < 0) | (value > 1 + _ROUNDING))
+        if wrong.height:
+            row = wrong.row(0, named=True)
+            where = _named({name: row[name] for name in identity})
+            raise TableError(f"{where}: {column} is {row[column]}, which is no probability{advice}")
+    return frame.with_columns(pl.col(columns).clip(upper_bound=1))
+
+
+def one_of(name: str, given: object, known: Sequence[str]) -> None:
+    """Refuse an option that is not known."""
+    if given not in known:
+        raise TableError(f"{name} is {given!r}; choose from {', '.join(known)}")
+
+
+def _named(row: dict[str, object]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in row.items())
 
 
 def read_gradients(source: TraceSource) -> pl.DataFrame:
@@ -94,7 +123,7 @@ def single_tokens(traces: pl.DataFrame) -> pl.DataFrame:
 
 def _parts(source: TraceSource, schema: Schema, what: str) -> Iterator[pl.DataFrame]:
     if isinstance(source, str | os.PathLike):
-        for file in _parquet_files(Path(source)):
+        for file in parquet_files(Path(source)):
             yield _conform(_read_parquet(file), schema, f"{file} is no {what}")
         return
     if isinstance(source, pl.LazyFrame):
@@ -116,14 +145,21 @@ def _conform(frame: pl.DataFrame, schema: Schema, complaint: str) -> pl.DataFram
         raise TableError(f"{complaint}: {error}") from error
 
 
+def scan_folder(folder: Path) -> pl.LazyFrame:
+    """All Parquet files below a folder as they are, in the order of their names. Polars would take brackets in a path
+    for a pattern."""
+    return pl.scan_parquet(parquet_files(folder), glob=False)
+
+
 def _read_parquet(file: Path) -> pl.DataFrame:
     try:
-        return pl.read_parquet(file)
+        return pl.read_parquet(file, glob=False)
     except (pl.exceptions.PolarsError, OSError) as error:
         raise TableError(f"{file} is no Parquet file that can be read: {error}") from error
 
 
-def _parquet_files(path: Path) -> list[Path]:
+def parquet_files(path: Path) -> list[Path]:
+    """The Parquet files below a folder in the order of their names, or the one that is given."""
     if path.is_dir():
         files = sorted(path.rglob("*.parquet"))
         if not files:

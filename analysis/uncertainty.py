@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from causalcone.analysis.least_squares import CONSTANT, Floats
+from causalcone.analysis.least_squares import CONSTANT, EXACT, EXPLAINED, Floats, around_mean, same
 from causalcone.analysis.regressions import PREDICTORS, Sample, samples
 
 _STATISTICS = (*(f"r2_{name}" for name in PREDICTORS), "diff")
@@ -57,19 +57,32 @@ def permutation_test(
 
     One row per problem, method, window and score: ``diff``, its mean over ``draws`` exchanges (``chance``), and ``p``,
     the share of exchanges, the sample itself counted as one, that add at least as much. Only facts with edits and
-    effects at all layers take part (``facts``); null where these are fewer than two, or there is nothing to explain.
+    effects at all layers take part (``facts``), and ``diff`` is that of their edits. Null, with the reason in ``note``,
+    where these are fewer than two or less than half of all facts, or there is nothing to explain.
     """
     rows = []
     for sample in samples(table, scores):
         row: dict[str, Any] = {**sample.key, "score": sample.name}
         score, effect = _squares(sample)
-        row["facts"] = len(score)
-        if sample.lack is None and len(score) > 1 and np.ptp(score) > 0:
+        row |= {"facts": len(score), "note": _no_exchange(sample, score)}
+        if row["note"] is None:
             own, others = _exchanged(score, effect, interaction, draws, np.random.default_rng(seed))
             at_least = np.count_nonzero(others >= own * (1 - 1e-12))
             row |= {"diff": own, "chance": float(others.mean()), "p": (1 + at_least) / (1 + draws)}
         rows.append(row)
-    return pl.DataFrame(rows, schema={**_schema(["diff", "chance", "p"]), "facts": pl.Int64})
+    return pl.DataFrame(rows, schema={**_schema(["diff", "chance", "p"]), "facts": pl.Int64, "note": pl.String})
+
+
+def _no_exchange(sample: Sample, score: Floats) -> str | None:
+    """Why effects cannot be exchanged between the facts of these scores (facts, layers), where that is so."""
+    if sample.lack is not None:
+        return sample.lack
+    if len(score) < max(2, len(sample.facts) / 2):
+        return f"{len(score)} of {len(sample.facts)} facts have edits and effects at all layers"
+    if same(score.ravel()):
+        return "the score is the same for all edits"
+    around = score - score.mean(axis=0)
+    return EXPLAINED if float(np.sum(around**2)) <= EXACT * around_mean(score) else None
 
 
 def left_out_layers(table: pl.DataFrame, scores: Sequence[str] = ("rewrite",)) -> pl.DataFrame:

@@ -9,9 +9,11 @@ from rich.console import Console
 from rich.table import Table as Shown
 
 from causalcone.analysis.answer import MAIN, answer
-from causalcone.analysis.effects import Denominator
-from causalcone.analysis.paper_tables import Choice, Table, paper_tables
-from causalcone.analysis.study import Aggregate, At, State, Study
+from causalcone.analysis.choice import Choice
+from causalcone.analysis.effects import At, Compat, Denominator
+from causalcone.analysis.paper_tables import Table, paper_tables
+from causalcone.analysis.scores import Aggregate
+from causalcone.analysis.study import State, Study
 from causalcone.analysis.table_files import cells, index, write_table
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.states import as_states
@@ -89,6 +91,8 @@ def opened(analysis: Analysis, mixed: bool = False) -> tuple[Study, Choice]:
     _one_of("--denominator", analysis.denominator, get_args(Denominator))
     if analysis.aggregate is not None:
         _one_of("--aggregate", analysis.aggregate, get_args(Aggregate))
+    if analysis.compat is not None:
+        _one_of("--compat", analysis.compat, get_args(Compat))
     state: State | None = None
     if analysis.state is not None:
         states = as_states((analysis.state,), MOST_HEADS)
@@ -97,6 +101,7 @@ def opened(analysis: Analysis, mixed: bool = False) -> tuple[Study, Choice]:
         state = (states[0].kind, states[0].window)
     choice = Choice(
         state, analysis.at, analysis.denominator, not analysis.additive, analysis.draws, mixed,  # type: ignore[arg-type]
+        compat=analysis.compat,  # type: ignore[arg-type]
     )  # fmt: skip
     return Study(analysis.folder, analysis.aggregate), choice  # type: ignore[arg-type]
 

@@ -46,6 +46,10 @@ class Analysis:
     additive: Annotated[
         bool, Option("--additive", help="Layer and effect without their interaction (published: with it).")
     ] = False
+    compat: Annotated[
+        str | None,
+        Option(help="published: mean effects by layer are of positive effects only; as the sweep says by default."),
+    ] = None
     draws: Annotated[int, Option(help="Draws of the bootstrap and the permutation test.", min=100)] = 1000
 
 

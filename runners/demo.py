@@ -11,9 +11,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.console import Console
 
+from causalcone.analysis.choice import PUBLISHED
 from causalcone.analysis.effects import average_indirect_effect
 from causalcone.analysis.layer_effects import severed_effects, zeroing_curve
-from causalcone.analysis.paper_tables import PUBLISHED
 from causalcone.analysis.study import Study
 from causalcone.engine.tracing import Tracer
 from causalcone.runners.analyzing import write_page

@@ -98,7 +98,7 @@ def test_what_is_missing_is_named():
         severed_effects(severed)
     with pytest.raises(TableError, match="no common states"):
         severed_effects(plain, severed.with_columns(fact_id=pl.lit("another")))
-    with pytest.raises(TableError, match="no role 'subject'"):
+    with pytest.raises(TableError, match="role is 'subject'; choose from first_subject"):
         severed_effects(plain, severed, role="subject")
     with pytest.raises(TableError, match="no zeroed state"):
         zeroing_curve(plain)

@@ -11,7 +11,7 @@ import pytest
 from odd_texts import ODD, with_odd_texts
 from sweeps import swept, write_sweep
 
-from causalcone.analysis.paper_tables import Choice
+from causalcone.analysis.choice import Choice
 from causalcone.analysis.report import report
 from causalcone.analysis.report_data import SCORES, report_data
 from causalcone.analysis.study import Study

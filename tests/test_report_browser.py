@@ -7,7 +7,7 @@ import time
 import pytest
 from odd_texts import ODD, with_odd_texts
 
-from causalcone.analysis.paper_tables import Choice
+from causalcone.analysis.choice import Choice
 from causalcone.analysis.report import report
 from causalcone.analysis.report_data import report_data
 from causalcone.analysis.study import Study

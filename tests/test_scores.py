@@ -160,7 +160,8 @@ def test_failed_edits_have_no_scores_and_edits_keep_their_order() -> None:
 @pytest.mark.parametrize("column", ["p_pre", "p_post", "p_pre_other", "p_post_other"])
 def test_what_is_no_probability_is_refused(column: str, value: float) -> None:
     table = ALL_KINDS.with_columns(pl.when(prompt_kind="rewrite").then(value).otherwise(pl.col(column)).alias(column))
-    with pytest.raises(TableError, match=f"edit 'e', rewrite prompt 0: {column} is .*, which is no probability"):
+    where = "edit_id e, prompt_kind rewrite, prompt_index 0"
+    with pytest.raises(TableError, match=f"{where}: {column} is .*, which is no probability"):
         scores(edit(), table)
 
 
@@ -299,6 +300,38 @@ def test_zsre_metrics() -> None:
     assert result.select("pre", "post", "n").unique().rows() == [(0.25, 0.5, 1)]
     with pytest.raises(TableError, match="no edit that was done has any of the metrics efficacy_score"):
         counterfact_metrics(edit(), table)
+
+
+def test_metrics_of_two_facts_by_hand() -> None:
+    """Means of both facts, and 1.96 times half of their difference; S before is 3 / (1 / 0.25 + 1 / 0.5 + 1 / 1)."""
+    rows = {
+        "efficacy_score": (0.5, 1.0, 0.0, 0.5),
+        "paraphrase_score": (0.25, 0.5, 0.75, 1.0),
+        "neighborhood_score": (1.0, 0.5, 1.0, 0.5),
+        "efficacy_magnitude": (-0.2, 0.6, -0.4, 0.8),
+        "paraphrase_magnitude": (-0.1, 0.2, -0.3, 0.4),
+        "neighborhood_magnitude": (0.3, 0.1, 0.5, -0.1),
+        "rewrite_accuracy": (0.0, 1.0, 0.5, 0.5),
+    }
+    table = pl.concat(
+        metrics(*((name, *values[start : start + 2]) for name, values in rows.items()), edit_id=fact)
+        for fact, start in (("a", 0), ("b", 2))
+    )
+    edits = pl.concat([edit("a"), edit("b")])
+    found = {row["metric"]: row for row in counterfact_metrics(edits, table).rows(named=True)}
+    expected = {
+        "ES": (0.25, 0.49, 0.75, 0.49), "PS": (0.5, 0.49, 0.75, 0.49), "NS": (1.0, 0.0, 0.5, 0.0),
+        "EM": (-0.3, 0.196, 0.7, 0.196), "PM": (-0.2, 0.196, 0.3, 0.196), "NM": (0.4, 0.196, 0.0, 0.196),
+        "S": (3 / 7, None, 3 / (1 / 0.75 + 1 / 0.75 + 2), None),
+    }  # fmt: skip
+    for name, values in expected.items():
+        row = found[name]
+        assert [row[each] for each in ("pre", "pre_interval", "post", "post_interval")] == [
+            None if value is None else pytest.approx(value, abs=1e-12) for value in values
+        ], name
+    row = only(zsre_metrics(edits, table))
+    assert (row["metric"], row["pre"], row["post"], row["n"]) == ("efficacy", 0.25, 0.75, 2)
+    assert (row["pre_interval"], row["post_interval"]) == (pytest.approx(0.49), pytest.approx(0.49))
 
 
 SETTINGS = (("rome", 1), ("memit", 5), ("finetune", 1), ("finetune", 5))

@@ -21,7 +21,8 @@
   // Plotly reads some tags and entities in texts
   const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   const words = (name) => { const text = String(name).replace(/_/g, " "); return text[0].toUpperCase() + text.slice(1); };
-  const number = (value, digits = 3) => value == null || Number.isNaN(value) ? "–" : value.toFixed(digits);
+  const number = (value, digits = 3) =>
+    value == null || Number.isNaN(value) ? "–" : value.toFixed(digits).replace(/^-(0\.0*)$/, "$1");
   const unique = (values) => [...new Set(values)];
   const shown = (text) => text.replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥") || "∅";
 
@@ -71,15 +72,16 @@
       `tracing adds ${number(row.diff, 4)}` +
       (row.diff_low == null ? "" : ` (95 % ${number(row.diff_low, 4)} to ${number(row.diff_high, 4)})`) +
       `<br>by chance ${number(row.chance, 4)}; p: F-test ${number(row.p, 4)}, permutation ${number(row.p_permutation, 4)}` +
+      (row.permutation_facts < row.facts ? ` (of the ${row.permutation_facts} facts that have all layers)` : "") +
       (row.published_r2_layer == null ? "" :
         `<br>published: layer ${row.published_r2_layer}, trace ${row.published_r2_trace}, both ${row.published_r2_both}`));
     const bar = { type: "bar", x: place, hovertext: hover, hoverinfo: "text" };
-    const chance = rows.map((row) => row.chance == null ? null : row.r2_layer + row.chance);
+    const chance = rows.map((row) => row.chance == null || row.permutation_facts < row.facts ? null : row.r2_layer + row.chance);
     draw("r2", rows.length ? [
       { ...bar, name: "edit layer", y: rows.map((row) => row.r2_layer), marker: { color: "#56B4E9" } },
       {
         ...bar, name: "edit layer and tracing effect", y: rows.map((row) => row.r2_both),
-        marker: { color: "#E69F00", pattern: { shape: "/" } }, text: rows.map((row) => "+" + number(row.diff)),
+        marker: { color: "#E69F00", pattern: { shape: "/" } }, text: rows.map((row) => number(row.diff).replace(/^(?!-)/, "+")),
         textposition: "outside", textfont: { size: 10 }, cliponaxis: false,
       },
       {
