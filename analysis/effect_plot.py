@@ -53,7 +53,10 @@ def effects_by_window(
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", labelsize=8)
     facts = max(each["fact_id"].n_unique() for each in effects.values())
-    figure.suptitle(f"Tracing effect, largest over tokens, mean of {facts} facts", fontsize=11, fontweight="bold")
+    which = ", positive effects only" if compat == "published" else ""
+    figure.suptitle(
+        f"Tracing effect, largest over tokens, mean of {facts} facts{which}", fontsize=11, fontweight="bold"
+    )
     figure.legend(loc="outside lower center", ncols=5, fontsize=8.5, frameon=False, handlelength=3)
     return finish(figure, path)
 

@@ -99,6 +99,7 @@ def test_effects_by_window(compat, second):
     assert (one.get_label(), five.get_label()) == ("one layer", "5 layers")
     assert one.get_ydata().tolist() == near([0.1, 0.3])
     assert five.get_ydata().tolist() == near([0.4, second])
+    assert figure.get_suptitle().endswith("positive effects only") == (compat == "published")
     band = axes.collections[1].get_paths()[0].vertices
     assert band[band[:, 0] == 0, 1].max() == near(0.4 + 1.96 * 0.2 / np.sqrt(3))
     with pytest.raises(TableError, match="no effects to draw"):
