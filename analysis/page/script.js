@@ -40,6 +40,7 @@
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: front, size: 12 },
       margin: { l: 50, r: 15, t: 40, b: 44 }, height: 340, autosize: true,
       legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom" },
+      modebar: { orientation: "v", bgcolor: "rgba(0,0,0,0)", color: "rgba(128,128,128,.7)", activecolor: front },
       xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis }, ...rest,
     };
   }
