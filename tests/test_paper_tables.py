@@ -125,6 +125,11 @@ def test_correlations(tables, name, score):
     assert frame["p"][1] == near(1 / 3)
 
 
+def test_what_the_rewrite_magnitude_is_of(tables):
+    (note,) = tables["unscaled"].notes
+    assert "p(new target) - p(true target) after the edit, in Tracing Reversal p(target) - p(other target)" in note
+
+
 def test_left_out_layers(tables):
     """From layer 1, mean 0.7 and slope -0.3; from layer 0, mean 0.2 and slope 0.5."""
     frame = tables["left_out_layers"].frame.filter(score="rewrite")
