@@ -18,9 +18,18 @@ PROJECTIONS = {"mm", "addmm", "linear"}
 ATTENTION = {"bmm", "baddbmm"}
 
 
+def of_fused_attention(query, key, value, *args, **kwargs):
+    """FLOPs of the two products of an operation that torch's counter does not know, by shapes (B, H, m or K, d)."""
+    batch, heads, queries, width = query
+    return 2 * batch * heads * queries * key[2] * (width + value[3])
+
+
+FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: of_fused_attention}
+
+
 def counted(function):
     """FLOPs (projections, attention products) that a call executes."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FUSED) as counter:
         function()
     by_operation = {
         str(operation).removeprefix("aten."): n for operation, n in counter.get_flop_counts().get("Global", {}).items()
