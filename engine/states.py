@@ -9,6 +9,9 @@ from causalcone.engine.errors import ExperimentError
 
 KINDS = ("hidden", "mlp", "attn")
 
+MOST_HEADS = 1024
+"""More than any model has: what names heads can be checked before a model is read."""
+
 
 def check_kinds(kinds: Sequence[str]) -> None:
     """Raise ``ExperimentError`` unless these are one or more different kinds of whole rows."""

@@ -16,9 +16,8 @@ from causalcone.analysis.scores import Aggregate
 from causalcone.analysis.study import State, Study
 from causalcone.analysis.table_files import cells, index, write_table
 from causalcone.engine.errors import ExperimentError
-from causalcone.engine.states import as_states
+from causalcone.engine.states import MOST_HEADS, as_states
 from causalcone.runners.results import ResultError, write_whole
-from causalcone.runners.studies import MOST_HEADS
 
 if TYPE_CHECKING:
     from causalcone.runners.cli_analyze import Analysis

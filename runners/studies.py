@@ -10,16 +10,13 @@ from causalcone.engine.branches import check_tokens
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.noise import SCALED_NOISES, Noise
 from causalcone.engine.options import DEFAULT_STATES, GradientSpec, TraceSpec, check_target
-from causalcone.engine.states import KINDS, State, as_states
+from causalcone.engine.states import KINDS, MOST_HEADS, State, as_states
 from causalcone.engine.tables import GRADIENT_SCHEMA, TRACE_SCHEMA
 from causalcone.engine.tracing import TracePlan
 from causalcone.runners.cli_options import Gradients, Sampling, Source, Tracing, Zeroing
 from causalcone.runners.fact_files import read_text
 from causalcone.runners.inputs import Inputs, open_inputs
 from causalcone.runners.study import Study
-
-MOST_HEADS = 1024
-"""More than any model has: what names heads can be checked before a model is read."""
 
 
 @dataclass(frozen=True)

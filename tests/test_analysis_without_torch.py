@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from made_up_study import EFFECTS, SCORES, edited, traced, write_study
 from trace_tables import made_up_traces
 
-SCRIPT = """
+MISSING = """
 import sys
 
 class Missing:
@@ -17,7 +19,9 @@ class Missing:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Missing())
+"""
 
+SCRIPT = """
 import causalcone.analysis as analysis
 import causalcone.analysis.report_data, causalcone.analysis.study
 assert "matplotlib" not in sys.modules, "importing the analysis loaded matplotlib"
@@ -32,8 +36,21 @@ print(*peaks.filter(kind="mlp", role="last_subject")["layer"])
 
 def test_analysis_without_torch(tmp_path: Path) -> None:
     made_up_traces([" Big", " Rome", " is", " in"], (0, 2), layers=8).write_parquet(tmp_path / "traces.parquet")
-    arguments = [sys.executable, "-c", SCRIPT, str(tmp_path / "traces.parquet"), str(tmp_path / "map.png")]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = run(SCRIPT, tmp_path / "traces.parquet", tmp_path / "map.png")
     assert done.stdout.strip() == "2"
     assert (tmp_path / "map.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("command", ["analyze", "report"])
+def test_commands_without_torch(command: str, tmp_path: Path) -> None:
+    study = write_study(tmp_path / "study", traced(EFFECTS), [edited(SCORES)])
+    done = run("from causalcone.runners.cli import main; main()", command, study, "--draws", 100)
+    assert "edit layer" in done.stdout
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A script in a process that has no torch."""
+    command = [sys.executable, "-c", MISSING + script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done
