@@ -5,6 +5,7 @@ import sys
 import interpreter  # noqa: F401
 import pytest
 import torch
+from collected_moments import MANY
 from models import FACTS, gpt2, tokenizer
 
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it computes
@@ -35,6 +36,14 @@ def session_tokenizer():
 def model():
     """A float64 GPT-2 of four layers that no test may change."""
     return gpt2()
+
+
+@pytest.fixture(scope="module")
+def collected(model, tokenizer):
+    """Second moments of all layers of the model, from more tokens than its keys have components."""
+    from causalcone.engine.editing.moments import Moments
+
+    return Moments.collect(model, tokenizer, MANY, tokens="all", source="pairs of facts")
 
 
 @pytest.fixture(scope="module")
