@@ -12,6 +12,8 @@ import argparse
 import gc
 import re
 import time
+import traceback
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,12 +57,7 @@ def main() -> None:
 
 
 def trace(device: torch.device, options: argparse.Namespace) -> None:
-    results = []
-    for name in options.models:
-        say(f"{name} on {device_name(device)}")
-        results += measure_model(name, device, options)
-        release(device)
-
+    results: list[dict[str, Any]] = []
     facts, tokenizer = generated(len(LENGTHS), vocabulary=1000)
     report = {
         "title": f"Causal tracing in the shapes of large models, {device_name(device)}{', toy' * options.toy}",
@@ -74,7 +71,12 @@ def trace(device: torch.device, options: argparse.Namespace) -> None:
         "efficiency": EFFICIENCY,
         "results": results,
     }
-    written(report, f"{markdown(report)}\n{NOTE}.\n", "gpu", device, options)
+    for name in options.models:
+        say(f"{name} on {device_name(device)}")
+        for result in measured(measure_model(name, device, options), {"model": name}):
+            results.append(result)
+            written(report, f"{markdown(report)}\n{NOTE}.\n", "gpu", device, options)
+        release(device)
 
 
 def edit(device: torch.device, options: argparse.Namespace) -> None:
@@ -83,17 +85,6 @@ def edit(device: torch.device, options: argparse.Namespace) -> None:
     config, shape = config_of(EDITED, options.toy), shape_of(EDITED, options.toy)
     work = editing_workload(NOWHERE, options.edit_facts, shape["vocab_size"])
     results: list[dict[str, Any]] = []
-    model: Any = None
-    moments: dict[int, torch.Tensor] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        reason = lacking(config, dtype, device) if model is None else None
-        if reason:
-            results.append({"name": str(dtype).removeprefix("torch."), "skipped": reason})
-            continue
-        model = editable_model(config, dtype, device) if model is None else model.to(dtype)
-        moments = moments or second_moments(model, moment_layers(options.toy))
-        setup = Setup(model, work.tokenizer, work.facts, (), work.contexts, moments, options.memory)
-        results += measure_edits(setup, options)
     report = {
         "title": f"Editing in the shape of a large model, {device_name(device)}{', toy' * options.toy}",
         **environment(device),
@@ -105,25 +96,49 @@ def edit(device: torch.device, options: argparse.Namespace) -> None:
         "note": f"{EDITING_NOTE}. {NOTE}",
         "results": results,
     }
-    written(report, editing(report), "gpu-editing", device, options)
+    model: Any = None
+    moments: dict[int, torch.Tensor] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        named = {"name": str(dtype).removeprefix("torch.")}
+        reason = lacking(config, dtype, device) if model is None else None
+        if reason:
+            results.append({**named, "skipped": reason})
+            continue
+        model = editable_model(config, dtype, device) if model is None else model.to(dtype)
+        moments = moments or second_moments(model, moment_layers(options.toy))
+        setup = Setup(model, work.tokenizer, work.facts, (), work.contexts, moments, options.memory)
+        for result in measured(measure_edits(setup, options), named):
+            results.append(result)
+            written(report, editing(report), "gpu-editing", device, options)
 
 
-def measure_edits(setup: Setup, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measured(results: Iterator[dict[str, Any]], named: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The results, as far as they come; what ends them is one more, so that none that is there is lost."""
+    try:
+        yield from results
+    except Exception as error:
+        traceback.print_exc()
+        yield {**named, "skipped": f"{type(error).__name__}: {error}"}
+
+
+def measure_edits(setup: Setup, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A result per method, and one of scoring ROME's edits, in the model's dtype."""
     limits: Limits = {"fraction": 0.0, "least": options.naive_edits}
-    results: list[dict[str, Any]] = []
     made: list[Edit] = []
     for key in EDITED_LAYERS:
         say(f"{METHODS[key].title}, {setup.dtype}")
         here = replace(setup, layers=edited_layers(key, options.toy))
         result, edits = measure_editing(METHODS[key], here, limits, row_counts(options))
         made = edits if key == "rome" else made
-        results.append({"name": f"{METHODS[key].title}, {setup.dtype}", **result})
+        yield per_edit({"name": f"{METHODS[key].title}, {setup.dtype}", **result})
         release(setup.device)
     here = replace(setup, layers=edited_layers("rome", options.toy))
     scored = measure_scoring(here, made, limits, row_counts(options))
-    results.append({"name": f"scoring ROME's edits, {setup.dtype}", **scored})
-    return [{**result, "seconds_per_edit": result["seconds"] / result["edits"]} for result in results]
+    yield per_edit({"name": f"scoring ROME's edits, {setup.dtype}", **scored})
+
+
+def per_edit(result: dict[str, Any]) -> dict[str, Any]:
+    return {**result, "seconds_per_edit": result["seconds"] / result["edits"]}
 
 
 def edited_layers(method: str, toy: bool) -> tuple[int, ...]:
@@ -163,17 +178,16 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def measure_model(name: str, device: torch.device, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_model(name: str, device: torch.device, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A result per dtype. Bfloat16 weights are the float32 weights rounded, where the device has room for those."""
     shape = shape_of(name, options.toy)
     facts, tokenizer = generated(options.facts, shape["vocab_size"])
-    results: list[dict[str, Any]] = []
     config = config_of(name, options.toy)
     model, sigma, exact = None, 0.0, None
     for dtype in (torch.float32, torch.bfloat16):
         reason = lacking(config, dtype, device) if model is None else None
         if reason:
-            results.append({"model": name, "dtype": str(dtype).removeprefix("torch."), "skipped": reason})
+            yield {"model": name, "dtype": str(dtype).removeprefix("torch."), "skipped": reason}
             continue
         model = random_model(config, dtype, device) if model is None else model.to(dtype)
         sigma = sigma or Tracer(model, tokenizer).noise_level(facts)
@@ -192,8 +206,8 @@ def measure_model(name: str, device: torch.device, options: argparse.Namespace) 
         exact = exact or ((result, values) if dtype == torch.float32 else None)
         compare(result, values, exact)
         prompts = describe_prompts(study.facts, tokenizer, SOURCE)
-        results.append({"model": name, "prompts": prompts, "sigma": sigma, **result})
-    return results
+        per_fact = {"seconds_per_fact": result["seconds"] / result["facts"]}
+        yield {"model": name, "prompts": prompts, "sigma": sigma, **per_fact, **result}
 
 
 def row_counts(options: argparse.Namespace) -> tuple[int, ...]:

@@ -95,7 +95,7 @@ def compared(operation: Operation, backends: dict[str, Backends], device: torch.
     for name, own in backends.items():
         function, out = operation.make(own)
         function()
-        filled[name] = out.double()  # before it is filled again
+        filled[name] = out.to(torch.float64, copy=True)  # before it is filled again
         seconds[name] = timed(function, device)
     result: dict[str, Any] = {"name": operation.name, "seconds": seconds}
     result["bytes_per_second"] = {name: operation.moved / each for name, each in seconds.items()}
@@ -183,8 +183,9 @@ def operations(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterat
         slopes, keys = rows(R // 4096 or 1, width), rows(R // 4096 or 1, shape.inner)
 
         def step(own: Backends) -> tuple[Callable[[], None], Tensor]:
+            # the mean is compared: Adam's first change is the gradient's sign, which rounding may turn near zero
             moving = Moving.zeros_like(torch.empty(width, shape.inner, device=device), torch.float32)
-            return lambda: own.step_weight(moving, slopes, keys, 5e-4, 1e-3), moving.change
+            return lambda: own.step_weight(moving, slopes, keys, 5e-4, 1e-3), moving.mean
 
         yield Operation("step of fine-tuning", step, 6 * 4 * width * shape.inner)
 

@@ -107,7 +107,8 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     for result in report["results"]:
         if "skipped" in result:
-            lines.append(f"Not measured: {result['model']} in {result['dtype']}: {result['skipped']}.")
+            dtype = f" in {result['dtype']}" if "dtype" in result else ""
+            lines.append(f"Not measured: {result['model']}{dtype}: {result['skipped']}.")
     return "\n".join([*lines, ""])
 
 

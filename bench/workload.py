@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2TokenizerFast, PreTrainedTokenizerFast
 
-from causalcone import Fact, load_facts
+from causalcone import Fact
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 """Folder of counterfact_prompts.json and gpt2-tokenizer/."""
@@ -60,6 +60,8 @@ def prompts(folder: Path, count: int, vocabulary: int) -> tuple[list[Fact], Any,
 
 def counterfact(folder: Path, count: int) -> tuple[list[Fact], Any]:
     """The first CounterFact prompts and GPT-2's tokenizer."""
+    from causalcone import load_facts  # needs what is not installed everywhere
+
     files = folder / "gpt2-tokenizer"
     tokenizer = GPT2TokenizerFast(vocab=str(files / "vocab.json"), merges=str(files / "merges.txt"))
     return load_facts(folder / "counterfact_prompts.json", limit=count), tokenizer

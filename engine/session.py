@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from causalcone.engine.noise import subject_deviation
 from causalcone.engine.passes import Budget, PlanCache, plan_budget
 from causalcone.engine.verify import verify_model
 from causalcone.kernels.backends import TORCH, BackendError, Backends, choose
+from causalcone.kernels.precision import each_within, float32_products
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,6 +47,7 @@ class Session:
         memory: int | str | None = None,
         kernels: str | None = None,
         architecture: Architecture | None = None,
+        tf32: bool = False,
     ) -> None:
         self.architecture = architecture or read_architecture(model)
         if not getattr(tokenizer, "is_fast", False):
@@ -55,6 +57,7 @@ class Session:
         weight = self.architecture.unembedding()[0]
         self.dtype = weight.dtype if dtype is None else as_dtype(dtype)
         self.device = weight.device if device is None else as_device(device)
+        self.kernels, self.tf32 = kernels, tf32
         self.backends = as_backends(kernels, self.device, self.dtype)
         self._memory = None if memory is None else parse_bytes(memory)
         self._plans, self._gradient_plans = PlanCache(), PlanCache()
@@ -107,7 +110,7 @@ class Session:
         if job.cases:
             budget = self.budget(job.gradient)
             self.verify(job.cases[0].prompts[0])
-            yield from job.results(budget)
+            yield from each_within(self.computing, job.results(budget))
 
     def costs(self, job: Job) -> Iterator[tuple[int, list[Cost]]]:
         """For each pass, the bytes it needs at its peak, and what each of its parts costs; nothing is computed."""
@@ -131,12 +134,17 @@ class Session:
     def _no_noise(self, span: int, samples: range) -> np.ndarray:
         return np.zeros((len(samples), 1, span, self.sizes.hidden))
 
+    def computing(self) -> AbstractContextManager[None]:
+        """Within it float32 products are as exact as asked for, and kernels start on the session's device."""
+        return _computing(self.device, self.tf32)
+
     def verify(self, tokens: tuple[int, ...]) -> None:
         """Refuse what cannot be read, and compare with the model's own forward once for every state of its weights."""
         self.architecture.refuse_unreadable()
         versions = self.versions()
         if versions != self._verified:
-            verify_model(self.architecture, tokens, self.budget().tiles, self._verifying)
+            with _computing(self.architecture.unembedding()[0].device, tf32=False):
+                verify_model(self.architecture, tokens, self.budget().tiles, self._verifying)
             self._verified = versions
 
     @property
@@ -148,6 +156,15 @@ class Session:
     def versions(self) -> tuple[tuple[int, int | None], ...]:
         """What changes whenever the model's weights do."""
         return self.architecture.versions()
+
+
+@contextmanager
+def _computing(device: torch.device, tf32: bool) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(float32_products(tf32))
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+        yield
 
 
 def load_model(path: str, dtype: torch.dtype | str | None, device: torch.device | str | None) -> tuple[Any, Any]:
@@ -169,6 +186,7 @@ def stream_model(
     device: torch.device | str | None = None,
     memory: int | str | None = None,
     kernels: str | None = None,
+    tf32: bool = False,
 ) -> Session:
     """A session on the model of a folder or hub id, whose weights every pass reads from its files anew."""
     from causalcone.engine.streaming.loading import open_streamed
@@ -177,7 +195,7 @@ def stream_model(
     with _opening(path) as folder:
         config, tokenizer = _supported(folder)
         architecture = open_streamed(folder, config, wanted, place)
-    return Session(architecture.model, tokenizer, memory=memory, architecture=architecture, kernels=kernels)
+    return Session(architecture.model, tokenizer, memory=memory, architecture=architecture, kernels=kernels, tf32=tf32)
 
 
 def _supported(path: str) -> tuple[Any, Any]:
@@ -231,4 +249,4 @@ def as_device(device: torch.device | str) -> torch.device:
         raise ExperimentError(f"unknown device {device!r}; choose cpu, cuda, or cuda:N") from None
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ExperimentError(f"there is no device {device}; this machine has {torch.cuda.device_count()} CUDA devices")
-    return chosen
+    return torch.device("cuda", torch.cuda.current_device()) if chosen == torch.device("cuda") else chosen

@@ -78,6 +78,8 @@ class Tracer:
     kernels: ``"torch"``, ``"triton"`` or ``"flash"`` (attention with flash-attn, in bfloat16 or float16) forces what
     passes without gradient compute with; by default Triton on CUDA devices and torch elsewhere, and in float64 always
     torch. The variable CAUSALCONE_KERNELS says the same for all tracers, CAUSALCONE_ATTENTION for attention alone.
+    tf32: multiply float32 rows with weights in TF32 on CUDA devices, faster and with 10 bits of mantissa; else in full
+    float32, whatever torch is set to.
     Raises ``ModelError`` for models whose parameters cannot be read directly, and ``ExperimentError`` for kernels that
     cannot be used here.
     """
@@ -90,8 +92,9 @@ class Tracer:
         device: torch.device | str | None = None,
         memory: int | str | None = None,
         kernels: str | None = None,
+        tf32: bool = False,
     ) -> None:
-        self.session = Session(model, tokenizer, dtype, device, memory, kernels)
+        self.session = Session(model, tokenizer, dtype, device, memory, kernels, tf32=tf32)
 
     @classmethod
     def from_pretrained(
@@ -102,6 +105,7 @@ class Tracer:
         memory: int | str | None = None,
         weights: str = "resident",
         kernels: str | None = None,
+        tf32: bool = False,
     ) -> Tracer:
         """A tracer for a model folder or hub id; its weights are kept in ``dtype``, as saved by default.
 
@@ -111,9 +115,9 @@ class Tracer:
         """
         check_weights(weights)
         if weights == "resident":
-            return cls(*load_model(path, dtype, device), memory=memory, kernels=kernels)
+            return cls(*load_model(path, dtype, device), memory=memory, kernels=kernels, tf32=tf32)
         tracer = cls.__new__(cls)
-        tracer.session = stream_model(path, dtype, device, memory, kernels)
+        tracer.session = stream_model(path, dtype, device, memory, kernels, tf32)
         return tracer
 
     @property

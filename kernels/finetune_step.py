@@ -38,7 +38,7 @@ def step_weight(weight: Moving, slopes: Tensor, keys: Tensor, lr: float, bound: 
 
 def step(parameter: Moving, gradient: Tensor, lr: float, bound: float) -> None:
     """One step along the gradient, clamped to -bound .. bound."""
-    taken = torch.tensor(parameter.steps, dtype=torch.float32, device=gradient.device)
+    taken = torch.full((), parameter.steps, dtype=torch.float32, device=gradient.device)  # no copy to wait for
     adam(
         [parameter.change], [gradient], [parameter.mean], [parameter.square], [], [taken], fused=True, amsgrad=False,
         beta1=BETAS[0], beta2=BETAS[1], lr=lr, weight_decay=0.0, eps=EPS, maximize=False,

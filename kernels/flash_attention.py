@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from causalcone.kernels.row_attention import Scoring
+from causalcone.kernels.row_attention import MAX_RUNS, Scoring
 
 
 def attend_rows(
@@ -25,10 +25,24 @@ def attend_rows(
 ) -> None:
     """``out`` (B * m, H * d) = the heads' outputs of query rows, run by run, as ``row_attention.py`` says.
 
-    In bfloat16 or float16, on CUDA devices.
+    In bfloat16 or float16, on CUDA devices. The host waits for the device here: it has to know how long sequences are.
     """
     if not query_rows.numel():
         return
+    parts = (query_rows.split(MAX_RUNS), key_rows.split(MAX_RUNS), out.split(MAX_RUNS * len(tokens)))
+    for of_queries, of_keys, results in zip(*parts, strict=True):
+        _attend_runs(queries, keys_values, of_queries, of_keys, tokens, scoring, results)
+
+
+def _attend_runs(
+    queries: Tensor,
+    keys_values: Tensor,
+    query_rows: Tensor,
+    key_rows: Tensor,
+    tokens: tuple[int, ...],
+    scoring: Scoring,
+    out: Tensor,
+) -> None:
     d = scoring.head_dim
     heads, packed = queries.unflatten(1, (-1, d)), keys_values.unflatten(1, (2, -1, d))
     results = out.view(*query_rows.shape, *heads.shape[1:])

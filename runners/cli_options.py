@@ -56,6 +56,11 @@ _Memory = Annotated[
     str | None, Option(help="Bytes that a pass may take, such as 4GiB; half of what is free by default.")
 ]
 
+_Kernels = Annotated[
+    str | None, Option(help="Force torch, triton or flash (attention); by default triton on CUDA devices, else torch.")
+]
+_Tf32 = Annotated[bool, Option("--tf32", help="Multiply float32 in TF32 on CUDA devices: faster, 10 bits of mantissa.")]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Computing:
@@ -65,6 +70,8 @@ class Computing:
     dtype: _Dtype = None
     device: _Device = None
     memory: _Memory = None
+    kernels: _Kernels = None
+    tf32: _Tf32 = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +90,8 @@ class Source:
     dtype: _Dtype = None
     device: _Device = None
     memory: _Memory = None
+    kernels: _Kernels = None
+    tf32: _Tf32 = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -140,7 +140,7 @@ def editor_of(inputs: Inputs, choice: Editing, plan: Plan, contexts: Contexts | 
     sigma = inputs.noise_level(plan.sigma) if plan.problem in _NOISY else plan.sigma
     return Editor(
         session.model, session.tokenizer, contexts=contexts, dtype=session.dtype, device=session.device,
-        memory=inputs.source.memory, sigma=sigma, seed=choice.seed,
+        memory=inputs.source.memory, sigma=sigma, seed=choice.seed, kernels=session.kernels, tf32=session.tf32,
     )  # fmt: skip
 
 

@@ -71,6 +71,8 @@ class Inputs:
             "facts": self.source.facts,
             "dtype": str(self.tracer.dtype).removeprefix("torch."),
             "device": str(self.tracer.device),
+            "kernels": vars(self.tracer.session.backends),
+            "tf32": self.source.tf32,
             **({"weights": self.source.weights} if isinstance(self.source, StreamableSource) else {}),
             "limit": self.source.limit,
             "on_error": self.on_error,
@@ -117,6 +119,7 @@ def open_tracer(source: Source | Computing) -> Tracer:
     transformers.utils.logging.disable_progress_bar()
     device = source.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = {"dtype": source.dtype, "device": device, "memory": source.memory}
+    options |= {"kernels": source.kernels, "tf32": source.tf32}
     weights = source.weights if isinstance(source, StreamableSource) else "resident"
     if is_demo(source.model):
         from causalcone.runners.demo_model import demo_folder, demo_model

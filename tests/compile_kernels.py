@@ -17,6 +17,20 @@ from causalcone.kernels.row_attention import Scoring
 
 TRITON = Backends("triton", "triton")
 
+SHARED_BYTES = 163 * 1024
+"""What a block may have of an SM's shared memory on an A100; an H100 has more."""
+
+ATTENTIONS = (
+    (2, 2, 64, 1, None, None),
+    (4, 1, 80, 40, 30.0, 8),
+    (4, 1, 128, 1, None, None),
+    (4, 1, 128, 12, None, None),
+    (2, 2, 256, 1, None, None),
+    (2, 2, 256, 12, None, None),
+    (2, 1, 256, 40, 50.0, 8),
+)
+"""Heads, key heads, head size, querying tokens, soft cap and window: as in GPT-2, GPT-J, Llama and Gemma."""
+
 
 def only_compile(capability: int) -> set[str]:
     """From here on, launches compile and do no more; returns the names of what they compile, a set that grows."""
@@ -32,7 +46,8 @@ def only_compile(capability: int) -> set[str]:
 
     def run(self, *arguments, warmup, **options):
         compiled = launch(self, *arguments, warmup=True, **options)
-        assert compiled.asm["ptx"]
+        assert compiled.asm["cubin"]
+        assert compiled.metadata.shared <= SHARED_BYTES, self.__name__
         names.add(self.__name__)
 
     jit.JITFunction.run = run
@@ -45,16 +60,17 @@ def launch_all(dtype: torch.dtype) -> None:
     def rows(width, count=4):
         return torch.empty(count, width, dtype=dtype)
 
-    for heads, groups, head_dim, m, softcap, window in ((2, 2, 64, 1, None, None), (4, 1, 80, 40, 30.0, 8)):
+    for heads, groups, head_dim, m, softcap, window in ATTENTIONS:
         tokens = tuple(range(50 - m, 50))
         query_rows, key_rows = torch.zeros(2, m, dtype=torch.int64), torch.zeros(2, 50, dtype=torch.int64)
         scoring, out = Scoring(head_dim, 0.125, softcap, window), rows(heads * head_dim, 2 * m)
         queries, keys_values = rows(heads * head_dim), rows(2 * groups * head_dim)
         TRITON.attend_rows(queries, keys_values, query_rows, key_rows, tokens, scoring, out, 1)
-    for norm in (LayerNorm(rows(96)[0], rows(96)[0], 1e-5), RMSNorm(torch.empty(96), 1e-6)):
-        TRITON.gather_normed(rows(96), index, norm)
-        TRITON.add_normed(rows(96), index, rows(96), index, rows(96), index[:2], norm, rows(96, 2), 1)
-    TRITON.add_rows(rows(96), index, rows(96), index, rows(96), 1)
+    for width in (96, 4096, 8192):
+        for norm in (LayerNorm(rows(width)[0], rows(width)[0], 1e-5), RMSNorm(torch.empty(width), 1e-6)):
+            TRITON.gather_normed(rows(width), index, norm)
+            TRITON.add_normed(rows(width), index, rows(width), index, rows(width), index[:2], norm, rows(width, 2), 1)
+        TRITON.add_rows(rows(width), index, rows(width), index, rows(width), 1)
     sums = torch.zeros(4, dtype=torch.float64)
     for softcap in (None, 30.0):
         TRITON.add_tile(rows(1000), 0, softcap, index, sums, sums.clone())
@@ -63,6 +79,6 @@ def launch_all(dtype: torch.dtype) -> None:
 
 if __name__ == "__main__":
     compiled = only_compile(int(sys.argv[1]))
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         launch_all(dtype)
     print(*sorted(compiled))

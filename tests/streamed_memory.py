@@ -1,11 +1,13 @@
-"""Traces facts with streamed weights in a fresh process and prints the bytes that its memory grew by:
-``SMALL_FOLDER FOLDER BUDGET_MIB``. What comes with the first model (code, threads) is there before."""
+"""Traces facts with streamed weights in a fresh process, writes the table and prints the bytes that its memory grew by:
+``SMALL_FOLDER FOLDER BUDGET_MIB TABLE``. What comes with the first model (code, threads) is there before."""
 
 from __future__ import annotations
 
 import sys
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from memory_growth import Peak
 from models import FACTS
@@ -13,18 +15,19 @@ from models import FACTS
 import causalcone as cc
 
 
-def trace(folder: str, memory: str) -> int:
-    tracer = cc.Tracer.from_pretrained(folder, weights="stream", memory=memory)
-    return tracer.trace(FACTS[:2], states=("hidden:1",), samples=2, sigma=0.1, tokens="subject_last").num_rows
+def trace(folder: str, memory: str | None = None, weights: str = "stream") -> pa.Table:
+    tracer = cc.Tracer.from_pretrained(folder, weights=weights, memory=memory)
+    return tracer.trace(FACTS[:2], states=("hidden:1",), samples=2, sigma=0.1, tokens="subject_last")
 
 
-def main(small: str, folder: str, budget_mib: str) -> None:
+def main(small: str, folder: str, budget_mib: str, table: str) -> None:
     torch.set_num_threads(1)
     trace(small, f"{budget_mib}MiB")
     before = psutil.Process().memory_info().rss
     with Peak() as peak:
-        rows = trace(folder, f"{budget_mib}MiB")
-    print(rows, peak.bytes - before)
+        traced = trace(folder, f"{budget_mib}MiB")
+    print(peak.bytes - before)
+    pq.write_table(traced, table)
 
 
 if __name__ == "__main__":

@@ -236,6 +236,16 @@ def test_gpu_script(tmp_path):
     assert report["machine"]["device"] != "cpu"
 
 
+def test_what_is_measured_is_kept_where_the_rest_fails(bench, capsys):
+    def results():
+        yield {"model": "a"}
+        raise RuntimeError("the device is gone")
+
+    found = list(bench("gpu").measured(results(), {"model": "b"}))
+    assert found == [{"model": "a"}, {"model": "b", "skipped": "RuntimeError: the device is gone"}]
+    assert "the device is gone" in capsys.readouterr().err
+
+
 @pytest.fixture
 def bench(monkeypatch):
     """Imports the scripts' helpers, which lie beside them."""

@@ -55,6 +55,14 @@ def test_tokens_and_dtype(folder, tmp_path, run):
     assert json.loads((out / "run.json").read_text())["dtype"] == "float64"
 
 
+def test_kernels_and_precision(folder, tmp_path, run):
+    out = tmp_path / "out"
+    assert run("trace", *basic(folder, out=out, kernels="torch"), "--tf32", "--quiet")[0] == 0
+    kept = json.loads((out / "run.json").read_text())
+    assert kept["kernels"] == {"attention": "torch", "rows": "torch"}
+    assert kept["tf32"] is True
+
+
 def test_plan_computes_nothing(folder, monkeypatch, run):
     monkeypatch.setattr("causalcone.engine.job.run_pass", lambda *_: pytest.fail("a pass was computed"))
     code, printed, _ = run("plan", *basic(folder))
@@ -105,6 +113,7 @@ def test_bad_fact_files(kind, folder, tmp_path, run):
         ("dtype", "int8", "int8"),
         ("memory", "lots", "lots"),
         ("memory", "1KiB", "MiB"),
+        ("kernels", "cuda", "torch, triton, flash"),
         ("tokens", "subjects", "subjects"),
         ("target", "best", "best"),
         ("seed", -1, "seed"),

@@ -323,7 +323,7 @@ def test_a_model_may_be_on_another_device_and_move_meanwhile():
         with applied(model, delta):
             weight = down(model, 0).weight.detach().cpu()
             model.to(end)
-        assert torch.equal(down(model, 0).weight.device, torch.device(end, 0) if end == "cuda" else torch.device(end))
+        assert down(model, 0).weight.device.type == end
         assert bits(model.cpu()) == before
         wanted = down(model, 0).weight.detach() + (low_rank(model).left @ low_rank(model).right.T).T.float()
         torch.testing.assert_close(weight, wanted)

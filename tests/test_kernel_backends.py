@@ -137,6 +137,10 @@ def test_flash_attention(monkeypatch, window, softcap, tokens, count):
     row_attention.attend_rows(*arguments, exact, 1000)
     flash_attention.attend_rows(*arguments, found)
     torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(flash_attention, "MAX_RUNS", 4)
+    found.fill_(torch.nan)
+    flash_attention.attend_rows(*arguments, found)
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)
 
 
 @devices

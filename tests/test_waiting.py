@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES
-from models import FACTS, gpt2
+from models import FACTS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import causalcone as cc
@@ -51,7 +51,7 @@ def test_no_operation_of_a_pass_is_waited_for(kind, tokenizer, strict):
     assert len(strict) >= 3
 
 
-def test_what_would_be_waited_for_is_seen(strict, monkeypatch):
+def test_what_would_be_waited_for_is_seen():
     with NoWaiting(), pytest.raises(AssertionError, match="_local_scalar_dense"):
         torch.ones(2).sum().item()
     with NoWaiting(), pytest.raises(AssertionError, match="mask"):
@@ -111,8 +111,9 @@ def test_what_is_computed_is_handed_out_before_memory_runs_out_for_good(model, t
 
 
 @pytest.mark.gpu
-def test_no_pass_waits_for_the_device(tokenizer, monkeypatch):
-    model = gpt2(dtype=torch.float32).cuda()
+@pytest.mark.parametrize("kind", ["gpt2", "gptj", "llama", "gemma2"])
+def test_no_pass_waits_for_the_device(kind, tokenizer, monkeypatch):
+    model = FAMILIES[kind](dtype=torch.float32).cuda()
     tracer = cc.Tracer(model, tokenizer)
     expected = tracer.trace(FACTS, STATES, samples=2)  # compiles kernels, which waits
     run_pass = job.run_pass

@@ -232,7 +232,8 @@ def _count(
             session.verify(packed[0][:_CHECKED_TOKENS])
             verified = True
         sums.whole = False
-        _run(layers, packed, sums)
+        with session.computing():
+            _run(layers, packed, sums)
         sums.tokens += sum(map(len, packed))
         sums.ids = _checksum(packed, sums.ids)
         sums.whole = True

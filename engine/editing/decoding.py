@@ -38,7 +38,8 @@ def continuations(
     """``decode`` by a session's model, in its dtype, on its device and within its budget of memory."""
     budget = session.budget()
     layers = Layers(session.architecture, budget.tiles, session.dtype, session.device)
-    return decode(layers, texts, lengths, top_k=top_k, seeds=seeds, deltas=deltas, memory=max(0, budget.for_rows))
+    with session.computing():
+        return decode(layers, texts, lengths, top_k=top_k, seeds=seeds, deltas=deltas, memory=max(0, budget.for_rows))
 
 
 @torch.no_grad()

@@ -36,6 +36,7 @@ from causalcone.engine.noise import parse_sigma
 from causalcone.engine.options import DEFAULT_SIGMA
 from causalcone.engine.passes import Budget
 from causalcone.engine.session import Session, load_model
+from causalcone.kernels.precision import each_within
 
 METHODS = ("rome", "memit", JOINT_MEMIT, "finetune")
 
@@ -57,11 +58,11 @@ class Scores:
 class Editor:
     """Edits facts in a transformers model, whose weights stay as they are: edits are changes of weights (``Delta``).
 
-    model, tokenizer, dtype, device, memory, kernels: as of ``Tracer``. moments: second moments of the layers to be
-    edited (``Moments``), which ROME and MEMIT need. contexts: texts put before prompts (``Contexts``, or one list for
-    both methods); sampled from the model by default. sigma: the noise level of Tracing Reversal and Fact Forcing, a
-    number or ``"<k>sd"`` for k standard deviations of the subjects' embeddings; ``"3sd"`` by default. seed: of
-    everything that is sampled.
+    model, tokenizer, dtype, device, memory, tf32: as of ``Tracer``. kernels: likewise, but attention is torch's always,
+    since most of it needs gradients. moments: second moments of the layers to be edited (``Moments``), which ROME and
+    MEMIT need. contexts: texts put before prompts (``Contexts``, or one list for both methods); sampled from the model
+    by default. sigma: the noise level of Tracing Reversal and Fact Forcing, a number or ``"<k>sd"`` for k standard
+    deviations of the subjects' embeddings; ``"3sd"`` by default. seed: of everything that is sampled.
     """
 
     def __init__(
@@ -76,8 +77,9 @@ class Editor:
         sigma: float | str | None = None,
         seed: int = 0,
         kernels: str | None = None,
+        tf32: bool = False,
     ) -> None:
-        self.session = Session(model, tokenizer, dtype, device, memory, kernels)
+        self.session = Session(model, tokenizer, dtype, device, memory, kernels, tf32=tf32)
         self.moments, self.seed = moments, seed
         self.sigma = DEFAULT_SIGMA if sigma is None else sigma
         parse_sigma(self.sigma)
@@ -162,7 +164,8 @@ class Editor:
             raise ExperimentError("there are no requests; give at least one")
         (window,) = as_windows([tuple(layers)], 1, self.session.sizes.depth)
         self._prepare(own, window.layers)
-        return self._memit(_checked(hparams, MemitHparams)).joint(own, window)
+        with self.session.computing():
+            return self._memit(_checked(hparams, MemitHparams)).joint(own, window)
 
     def finetune(
         self,
@@ -187,6 +190,16 @@ class Editor:
     ) -> Iterator[list[Edit]]:
         """The edits of a method, ``"rome"``, ``"memit"``, ``"memit_joint"`` or ``"finetune"``, as many at a time as are
         made together."""
+        return each_within(self.session.computing, self._batches(requests, method, layers, window, hparams))
+
+    def _batches(
+        self,
+        requests: Sequence[Request],
+        method: str,
+        layers: LayerChoice,
+        window: int | None,
+        hparams: Hparams | None,
+    ) -> Iterator[list[Edit]]:
         if method not in METHODS:
             raise ExperimentError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
         own, depth = _listed(requests), self.session.sizes.depth
@@ -265,7 +278,8 @@ class Editor:
         def ask(edit: Edit) -> Questions:
             return questions_about(edit.request, self._encoder, texts.get(edit.fact_id, ()))
 
-        yield from map(_checked_scores, Scoring(*self._means(), ask, accuracy).score(edits))
+        scored = Scoring(*self._means(), ask, accuracy).score(edits)
+        yield from each_within(self.session.computing, map(_checked_scores, scored))
 
     def _essence_of(self, facts: Iterable[Fact]) -> dict[str, list[str]]:
         """The essence texts of facts, by their ids: sampled once from the model as it is."""

@@ -25,6 +25,7 @@ from causalcone.engine.models.parts import RotaryFrequencies, activation_of, ref
 from causalcone.engine.models.plain import Reader, free
 from causalcone.kernels.linear import Linear
 from causalcone.kernels.norms import Norm, RMSNorm, unchanged
+from causalcone.kernels.transfer import on_device
 
 Rows = Callable[[Tensor], Tensor]
 
@@ -172,7 +173,7 @@ class Llama(Architecture):
 
     def embed(self, tokens: Tensor) -> Tensor:
         embedding = self.model.model.embed_tokens
-        return embedding(tokens.to(embedding.weight.device))
+        return embedding(on_device(tokens, embedding.weight.device))
 
     def enter(self, embeddings: Tensor, positions: Tensor) -> Tensor:
         return embeddings

@@ -149,6 +149,8 @@ class Sweep(CheckedTable):
     dtype: Dtype | None = None
     device: StrictStr | None = None
     memory: StrictStr | StrictInt | None = None
+    kernels: Literal["torch", "triton", "flash"] | None = None
+    tf32: StrictBool = False
     seed: StrictInt = 0
     compat: Literal["published"] | None = None
     shape: dict[str, Any] | None = None
@@ -166,7 +168,7 @@ class Sweep(CheckedTable):
     @property
     def decisive(self) -> dict[str, Any]:
         """What decides the results, as JSON has it: all but where and in how much memory they are computed."""
-        return self.model_dump(mode="json", exclude={"device", "memory", "shape", "published"})
+        return self.model_dump(mode="json", exclude={"device", "memory", "kernels", "shape", "published"})
 
     @property
     def hash(self) -> str:

@@ -114,7 +114,12 @@ class Worker:
     def tracer(self) -> Tracer:
         sweep = self.sweep
         memory = None if sweep.memory is None else str(sweep.memory)
-        return open_tracer(Computing(model=sweep.model, dtype=sweep.dtype, device=sweep.device, memory=memory))
+        return open_tracer(
+            Computing(
+                model=sweep.model, dtype=sweep.dtype, device=sweep.device, memory=memory, kernels=sweep.kernels,
+                tf32=sweep.tf32,
+            )
+        )  # fmt: skip
 
     @cached_property
     def facts(self) -> list[Fact]:
@@ -141,6 +146,7 @@ class Worker:
         return Editor(
             session.model, session.tokenizer, moments, contexts, dtype=session.dtype, device=session.device,
             memory=sweep.memory, sigma=None if noise is None else noise["sigma"], seed=sweep.seed,
+            kernels=session.kernels, tf32=session.tf32,
         )  # fmt: skip
 
     # --- what is prepared once ---

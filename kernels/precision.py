@@ -1,0 +1,64 @@
+"""How exactly float32 products are computed, whatever the rest of the process has set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+
+_PRODUCTS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+
+
+@contextmanager
+def float32_products(tf32: bool = False) -> Iterator[None]:
+    """Float32 products in full, or with ``tf32`` in TF32, where the device has it; then as they were before.
+
+    TF32 rounds what is multiplied to 10 bits of mantissa. Triton kernels compute in full float32 all the same.
+    """
+    before = _precisions()
+    if not tf32 and set(before) == {"none"}:  # as torch comes
+        yield
+        return
+    legacy = _legacy()
+    try:
+        # torch has two interfaces, and refuses to read the one where only the other was set; this sets both
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        yield
+    finally:
+        if legacy is not None:
+            torch.set_float32_matmul_precision(legacy)
+        for products, precision in zip(_PRODUCTS, before, strict=True):
+            if products.fp32_precision != precision:
+                products.fp32_precision = precision  # type: ignore[assignment]
+
+
+def _precisions() -> tuple[str, ...]:
+    return tuple(products.fp32_precision for products in _PRODUCTS)
+
+
+def _legacy() -> str | None:
+    """What the older interface says; nothing where it cannot be read."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
+def each_within(context: Callable[[], AbstractContextManager[object]], items: Iterator[Item]) -> Iterator[Item]:
+    """The items, each of them computed within a context of its own, which whoever takes them never sees."""
+    taken: list[Item] = []
+    try:
+        while True:
+            with context():
+                try:
+                    taken.append(next(items))
+                except StopIteration:
+                    return
+            yield taken.pop()  # kept here no longer than it is needed
+    finally:
+        if isinstance(items, Generator):
+            items.close()
