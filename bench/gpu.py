@@ -75,8 +75,9 @@ def trace(device: torch.device, options: argparse.Namespace) -> None:
         say(f"{name} on {device_name(device)}")
         for result in measured(measure_model(name, device, options), {"model": name}):
             results.append(result)
-            written(report, f"{markdown(report)}\n{NOTE}.\n", "gpu", device, options)
+            kept(report, "gpu", device, options)
         release(device)
+    written(report, f"{markdown(report)}\n{NOTE}.\n", "gpu", device, options)
 
 
 def edit(device: torch.device, options: argparse.Namespace) -> None:
@@ -109,7 +110,8 @@ def edit(device: torch.device, options: argparse.Namespace) -> None:
         setup = Setup(model, work.tokenizer, work.facts, (), work.contexts, moments, options.memory)
         for result in measured(measure_edits(setup, options), named):
             results.append(result)
-            written(report, editing(report), "gpu-editing", device, options)
+            kept(report, "gpu-editing", device, options)
+    written(report, editing(report), "gpu-editing", device, options)
 
 
 def measured(results: Iterator[dict[str, Any]], named: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -165,10 +167,18 @@ PARTS = {"tracing": trace, "editing": edit, "kernels": kernels}
 def written(report: dict[str, Any], text: str, name: str, device: torch.device, options: argparse.Namespace) -> None:
     """Print the text and put it into the page, if asked for; the report goes into a file of its own."""
     print(text)
-    slug = re.sub(r"\W+", "-", device_name(device)).lower()
-    say(f"written to {write_json(report, options.out, f'{name}-{slug}' + '-toy' * options.toy)}")
+    say(f"written to {kept(report, name, device, options)}")
     if options.record:
-        record(text, f"{name.replace('-', ' ')} {slug}")
+        record(text, f"{name.replace('-', ' ')} {slug(device)}")
+
+
+def kept(report: dict[str, Any], name: str, device: torch.device, options: argparse.Namespace) -> Path:
+    """Write the report as it is by now into its file."""
+    return write_json(report, options.out, f"{name}-{slug(device)}" + "-toy" * options.toy)
+
+
+def slug(device: torch.device) -> str:
+    return re.sub(r"\W+", "-", device_name(device)).lower()
 
 
 def release(device: torch.device) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 Item = TypeVar("Item")
 
-_PRODUCTS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+_PRODUCTS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def float32_products(tf32: bool = False) -> Iterator[None]:
             torch.set_float32_matmul_precision(legacy)
         for products, precision in zip(_PRODUCTS, before, strict=True):
             if products.fp32_precision != precision:
-                products.fp32_precision = precision  # type: ignore[assignment]
+                products.fp32_precision = precision
 
 
 def _precisions() -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import transformers
@@ -118,7 +118,7 @@ def open_tracer(source: Source | Computing) -> Tracer:
     """A tracer for the model, read now."""
     transformers.utils.logging.disable_progress_bar()
     device = source.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options = {"dtype": source.dtype, "device": device, "memory": source.memory}
+    options: dict[str, Any] = {"dtype": source.dtype, "device": device, "memory": source.memory}
     options |= {"kernels": source.kernels, "tf32": source.tf32}
     weights = source.weights if isinstance(source, StreamableSource) else "resident"
     if is_demo(source.model):
