@@ -3,10 +3,6 @@
 The gradient is a product of few rows, tens of them, and is made tile by tile where it is used, in float32, and never
 written. What passes through memory is the change and Adam's two means, read and written once: 24 bytes per weight. The
 plain form writes the gradient and reads it again, and reads and writes the change once more to clamp it: 40.
-
-Second moments' symmetric products have no kernel: strips of cuBLAS products leave out almost all of the half that is
-not needed (``engine/editing/collecting.py``), and a kernel could save no trip. Low-rank changes have none either: their
-products are thousandths of those with the weights beside them.
 """
 
 import triton
