@@ -39,10 +39,8 @@ def _wait(device: torch.device) -> None:
 
 
 def forecast_table(tracer: Tracer, plan: TracePlan) -> Table:
-    """A plan's numbers, and the time they predict at this machine's measured rates. Streamed weights are read while a
-    pass computes: what takes longer counts."""
+    """A plan's numbers, and the time they predict at this machine's measured rates."""
     rate = matmul_rate(tracer.session.sizes.hidden, tracer.dtype, tracer.device)
-    seconds = plan.flops / (USUAL_EFFICIENCY * rate)
     read_rate = tracer.session.architecture.read_rate()
     table = Table(show_header=False)
     table.add_row("facts", f"{plan.facts:,}")
@@ -57,10 +55,19 @@ def forecast_table(tracer: Tracer, plan: TracePlan) -> Table:
     if read_rate is not None:
         read = (plan.passes + VERIFYING) * plan.read_bytes
         table.add_row("reading", f"{plan.read_bytes / 2**20:,.0f} MiB a pass, {read / 2**30:,.1f} GiB in all")
-        seconds = max(seconds, read / read_rate)
         rates += f", reading {read_rate / 2**20:,.0f} MiB/s"
-    table.add_row("time", f"about {_duration(seconds)} at {rates}")
+    table.add_row("time", f"about {_duration(predicted_seconds(plan, rate, read_rate))} at {rates}")
     return table
+
+
+def predicted_seconds(plan: TracePlan, rate: float, read_rate: float | None = None) -> float:
+    """Seconds at so many operations, and bytes read, per second. Streamed weights are read while a pass computes: what
+    takes longer counts. What verifies the engine before has nothing to compute beside."""
+    computing = plan.flops / (USUAL_EFFICIENCY * rate)
+    if read_rate is None:
+        return computing
+    a_pass = plan.read_bytes / read_rate
+    return VERIFYING * a_pass + max(computing, plan.passes * a_pass)
 
 
 def _duration(seconds: float) -> str:
