@@ -26,7 +26,7 @@ from editing_studies import NOTE as EDITING_NOTE
 from editing_studies import measure as measure_editing
 from editing_workload import NOWHERE, editable_model, editing_workload, second_moments
 from kernel_times import kernel_report, kernel_table
-from large_models import MODELS, config_of, lacking, shape_of
+from large_models import MODELS, config_of, lacking, rounded, shape_of
 from measure import EFFICIENCY, deviation, measure_both, say
 from naive import RESTORING, Limits
 from report import RESULTS, device_name, editing, environment, markdown, record, write_json
@@ -105,7 +105,7 @@ def edit(device: torch.device, options: argparse.Namespace) -> None:
         if reason:
             results.append({**named, "skipped": reason})
             continue
-        model = editable_model(config, dtype, device) if model is None else model.to(dtype)
+        model = editable_model(config, dtype, device) if model is None else rounded(model, dtype)
         moments = moments or second_moments(model, moment_layers(options.toy))
         setup = Setup(model, work.tokenizer, work.facts, (), work.contexts, moments, options.memory)
         for result in measured(measure_edits(setup, options), named):
@@ -199,7 +199,7 @@ def measure_model(name: str, device: torch.device, options: argparse.Namespace) 
         if reason:
             yield {"model": name, "dtype": str(dtype).removeprefix("torch."), "skipped": reason}
             continue
-        model = random_model(config, dtype, device) if model is None else model.to(dtype)
+        model = random_model(config, dtype, device) if model is None else rounded(model, dtype)
         sigma = sigma or Tracer(model, tokenizer).noise_level(facts)
         few = Tracing(facts[:FEW], sigma, samples=options.samples)
         count = facts_within(options.seconds, model, tokenizer, few, options.memory)
@@ -232,7 +232,7 @@ def facts_within(seconds: float, model: Any, tokenizer: Any, few: Tracing, memor
         few.compute(Tracer(model, tokenizer, memory=memory))
         took = time.perf_counter() - began
     count = len(few.facts) * seconds / took
-    return len(LENGTHS) * round(count / len(LENGTHS)) or max(FEW, int(count))
+    return int(count / len(LENGTHS)) * len(LENGTHS) or max(FEW, int(count))
 
 
 def compare(result: dict[str, Any], values: Values, exact: tuple[dict[str, Any], Values] | None) -> None:

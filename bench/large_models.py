@@ -48,3 +48,11 @@ def lacking(config: Any, dtype: torch.dtype, device: torch.device) -> str | None
     if 1.3 * needed <= free:
         return None
     return f"its weights take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"
+
+
+def rounded(model: Any, dtype: torch.dtype) -> Any:
+    """The model with its weights rounded to ``dtype``, one after the other; the frequencies of its positions stay as
+    they are, as in models that are loaded in ``dtype``."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
