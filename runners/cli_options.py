@@ -70,6 +70,12 @@ class Computing:
     dtype: _Dtype = None
     device: _Device = None
     memory: _Memory = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passing(Computing):
+    """The model, and how passes compute."""
+
     kernels: _Kernels = None
     tf32: _Tf32 = False
 

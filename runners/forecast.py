@@ -40,7 +40,8 @@ def _wait(device: torch.device) -> None:
 
 def forecast_table(tracer: Tracer, plan: TracePlan) -> Table:
     """A plan's numbers, and the time they predict at this machine's measured rates."""
-    rate = matmul_rate(tracer.session.sizes.hidden, tracer.dtype, tracer.device)
+    with tracer.session.computing():
+        rate = matmul_rate(tracer.session.sizes.hidden, tracer.dtype, tracer.device)
     read_rate = tracer.session.architecture.read_rate()
     table = Table(show_header=False)
     table.add_row("facts", f"{plan.facts:,}")

@@ -16,7 +16,7 @@ from causalcone.engine.errors import FactError
 from causalcone.engine.facts import Fact
 from causalcone.engine.session import SkippedFacts, as_dtype
 from causalcone.engine.tracing import Tracer, check_weights
-from causalcone.runners.cli_options import Computing, Source, StreamableSource
+from causalcone.runners.cli_options import Computing, Passing, Source, StreamableSource
 from causalcone.runners.fact_files import SkippedRecords, load_facts
 
 DEMO = "demo"
@@ -119,7 +119,8 @@ def open_tracer(source: Source | Computing) -> Tracer:
     transformers.utils.logging.disable_progress_bar()
     device = source.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {"dtype": source.dtype, "device": device, "memory": source.memory}
-    options |= {"kernels": source.kernels, "tf32": source.tf32}
+    if isinstance(source, Source | Passing):
+        options |= {"kernels": source.kernels, "tf32": source.tf32}
     weights = source.weights if isinstance(source, StreamableSource) else "resident"
     if is_demo(source.model):
         from causalcone.runners.demo_model import demo_folder, demo_model

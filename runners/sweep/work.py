@@ -24,7 +24,7 @@ from causalcone.engine.facts import Fact, encode
 from causalcone.engine.session import SkippedFacts
 from causalcone.engine.tables import GRADIENT_SCHEMA, TRACE_SCHEMA
 from causalcone.engine.tracing import Tracer
-from causalcone.runners.cli_options import Computing, Scoring, Texts
+from causalcone.runners.cli_options import Passing, Scoring, Texts
 from causalcone.runners.edit_checks import EditChecks
 from causalcone.runners.edit_settings import read_contexts
 from causalcone.runners.fingerprints import model_fingerprint
@@ -115,7 +115,7 @@ class Worker:
         sweep = self.sweep
         memory = None if sweep.memory is None else str(sweep.memory)
         return open_tracer(
-            Computing(
+            Passing(
                 model=sweep.model, dtype=sweep.dtype, device=sweep.device, memory=memory, kernels=sweep.kernels,
                 tf32=sweep.tf32,
             )
