@@ -4,14 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from causalcone.analysis.edit_tables import (
-    EDIT_SCHEMA,
-    METRIC_SCHEMA,
-    PROBE_SCHEMA,
-    read_edits,
-    read_metrics,
-    read_probes,
-)
 from causalcone.analysis.effects import (
     average_indirect_effect,
     concentrated_facts,
@@ -25,7 +17,15 @@ from causalcone.analysis.gradients import gradient_norms, gradient_summary
 from causalcone.analysis.layer_effects import joint_effects, severed_effects, zeroing_curve
 from causalcone.analysis.roles import ROLES, with_roles
 from causalcone.analysis.scores import SCORES, counterfact_metrics, mean_scores, scores, zsre_metrics
-from causalcone.analysis.tables import GRADIENT_SCHEMA, TRACE_SCHEMA, TableError, read_gradients, read_traces
+from causalcone.analysis.tables.edits import (
+    EDIT_SCHEMA,
+    METRIC_SCHEMA,
+    PROBE_SCHEMA,
+    read_edits,
+    read_metrics,
+    read_probes,
+)
+from causalcone.analysis.tables.traces import GRADIENT_SCHEMA, TRACE_SCHEMA, TableError, read_gradients, read_traces
 
 if TYPE_CHECKING:
     from causalcone.analysis import plot

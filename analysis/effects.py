@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import polars as pl
 
 from causalcone.analysis.roles import with_roles
-from causalcone.analysis.tables import (
+from causalcone.analysis.tables.traces import (
     IDENTITY,
     STATE,
     TableError,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import polars as pl
 
-from causalcone.analysis.tables import TraceSource, read_gradients
+from causalcone.analysis.tables.traces import TraceSource, read_gradients
 
 
 def gradient_norms(table: TraceSource) -> pl.DataFrame:

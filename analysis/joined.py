@@ -5,7 +5,7 @@ from __future__ import annotations
 import polars as pl
 
 from causalcone.analysis.scores import SCORES
-from causalcone.analysis.tables import TableError
+from causalcone.analysis.tables.traces import TableError
 
 EDIT = ["fact_id", "problem", "method", "window", "layer"]
 

@@ -8,7 +8,16 @@ import polars as pl
 
 from causalcone.analysis.effects import zeroing_effects
 from causalcone.analysis.roles import ROLES, with_roles
-from causalcone.analysis.tables import IDENTITY, STATE, TableError, TraceSource, once, one_of, read_traces, trace_parts
+from causalcone.analysis.tables.traces import (
+    IDENTITY,
+    STATE,
+    TableError,
+    TraceSource,
+    once,
+    one_of,
+    read_traces,
+    trace_parts,
+)
 
 _LAYER = [*STATE, "layer"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import polars as pl
 
-from causalcone.analysis.tables import TraceSource, read_traces
+from causalcone.analysis.tables.traces import TraceSource, read_traces
 
 _token, _start, _end = pl.col("token"), pl.col("subject_start"), pl.col("subject_end")
 _last = pl.col("prompt_tokens") - 1

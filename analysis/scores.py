@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import polars as pl
 
-from causalcone.analysis.edit_tables import (
+from causalcone.analysis.tables.edits import (
     checked_metrics,
     checked_probes,
     finished,
@@ -15,7 +15,7 @@ from causalcone.analysis.edit_tables import (
     read_metrics,
     read_probes,
 )
-from causalcone.analysis.tables import TableError, TraceSource, one_of
+from causalcone.analysis.tables.traces import TableError, TraceSource, one_of
 
 Aggregate = Literal["first", "mean"]
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from causalcone.engine.editing import flops
-from causalcone.engine.editing.edits import Edit
-from causalcone.engine.editing.flops import Asked, Searched
-from causalcone.engine.editing.prompts import ESSENCE, Encoder
-from causalcone.engine.editing.questions import Questions, questions_about
-from causalcone.engine.editing.requests import Request
-from causalcone.engine.editing.windows import Window
+from causalcone.engine.edit.methods.edits import Edit
+from causalcone.engine.edit.requests.prompts import ESSENCE, Encoder
+from causalcone.engine.edit.requests.requests import Request
+from causalcone.engine.edit.requests.windows import Window
+from causalcone.engine.edit.scoring import flops
+from causalcone.engine.edit.scoring.flops import Asked, Searched
+from causalcone.engine.edit.scoring.probes import Questions, questions_about
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Of edits that were made together, on a model of the encoder's sizes: ``causalcone.engine.editing.flops`` says
+    """Of edits that were made together, on a model of the encoder's sizes: ``engine/edit/scoring/flops.py`` says
     what is counted. Every edit takes all ``steps``: none may have stopped early."""
 
     encoder: Encoder

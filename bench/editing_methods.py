@@ -14,12 +14,12 @@ from naive_editing import NaiveEdits
 from torch import Tensor
 
 from causalcone import Editor, Fact, Moments
-from causalcone.engine.editing.contexts import Contexts
-from causalcone.engine.editing.edits import Edit
-from causalcone.engine.editing.hparams import FinetuneHparams, Hparams, MemitHparams, RomeHparams
-from causalcone.engine.editing.prompts import Encoder
-from causalcone.engine.editing.requests import Request
-from causalcone.engine.editing.windows import Window
+from causalcone.engine.edit.methods.edits import Edit
+from causalcone.engine.edit.methods.hparams import FinetuneHparams, Hparams, MemitHparams, RomeHparams
+from causalcone.engine.edit.requests.prompts import Encoder
+from causalcone.engine.edit.requests.requests import Request
+from causalcone.engine.edit.requests.windows import Window
+from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.models import read_architecture
 
 

@@ -21,10 +21,10 @@ from editing_methods import Method, Setup
 from measure import PeakMemory, matmul_rate, say, synchronize
 from naive_editing import Key, NaiveEdits
 from naive_scoring import Probe
-from oracle_editing import Change
+from oracles.editing import Change
 
-from causalcone.engine.editing.deltas import Delta, Dense
-from causalcone.engine.editing.edits import Edit
+from causalcone.engine.edit.deltas.delta import Delta, Dense
+from causalcone.engine.edit.methods.edits import Edit
 
 NAIVE = (
     "as named, one edit at a time, with all layers, tokens and logits of sequences padded to one length; weights that "

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from workload import prompts, random_model
 
 from causalcone import Fact
-from causalcone.engine.editing.contexts import Contexts
+from causalcone.engine.edit.texts.contexts import Contexts
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
-from oracle_editing import down
+from oracles.editing import down
 
 NOWHERE = Path("no such folder")
 """Where there are no prompts, so that they are generated, in a vocabulary of any size."""

@@ -34,8 +34,8 @@ from studies import Tracing, Values
 from workload import LENGTHS, describe_prompts, generated, random_model
 
 from causalcone import Tracer
-from causalcone.engine.editing.edits import Edit
-from causalcone.engine.editing.windows import Window
+from causalcone.engine.edit.methods.edits import Edit
+from causalcone.engine.edit.requests.windows import Window
 
 NOTE = "Architectures are the models' own, weights are random"
 SOURCE = "random tokens with the lengths of CounterFact's first 20"

@@ -19,9 +19,9 @@ from naive import Limits
 from studies import Study, Values, key_of
 
 from causalcone import Tracer
+from causalcone.engine.localize.tracer import TracePlan
 from causalcone.engine.models import read_architecture
 from causalcone.engine.models.base import Sizes
-from causalcone.engine.tracing import TracePlan
 from causalcone.kernels.linear import Linear
 from causalcone.kernels.tiles import Tiles
 

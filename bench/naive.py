@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
-import oracle
-from oracle_facts import Case, Corruption, corruption
-from oracle_model import Hook, Site, predict, sites
+from oracles import tracing as oracle
+from oracles.facts import Case, Corruption, corruption
+from oracles.model import Hook, Site, predict, sites
 
 RESTORING = (
     "for every state, layer and prompt token one forward of the clean and all corrupted sequences, with hooks, "

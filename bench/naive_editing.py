@@ -18,12 +18,12 @@ import naive
 import torch
 from measure import synchronize
 from naive_scoring import Probe, padded, score
-from oracle_editing import Change, Prompt, about_subject, down, down_weight, kept, training_prompts
-from oracle_model import Site, hooked, sites
-from oracle_rome import divergence
+from oracles.editing import Change, Prompt, about_subject, down, down_weight, kept, training_prompts
+from oracles.model import Site, hooked, sites
+from oracles.rome import divergence
 from torch import Tensor, nn
 
-from causalcone.engine.editing.hparams import FinetuneHparams, MemitHparams, RomeHparams
+from causalcone.engine.edit.methods.hparams import FinetuneHparams, MemitHparams, RomeHparams
 from causalcone.engine.facts import target_ids
 
 ROME = (

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
-from oracle_editing import Change, changed
+from oracles.editing import Change, changed
 
 from causalcone.engine.facts import target_ids
 

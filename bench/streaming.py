@@ -25,7 +25,7 @@ from studies import Tracing
 from workload import describe_prompts, generated, gpt2, random_model
 
 from causalcone import Tracer
-from causalcone.engine.tracing import WEIGHTS
+from causalcone.engine.localize.tracer import WEIGHTS
 
 SHAPES = {
     False: {"n_layer": 40, "n_embd": 512, "n_head": 8, "n_positions": 64, "vocab_size": 1024},

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from causalcone import Fact, Tracer
+from causalcone.engine.localize.tracer import TracePlan
 from causalcone.engine.noise import Noise
-from causalcone.engine.tracing import TracePlan
 
 States = tuple[tuple[str, int], ...]
 Values = dict[tuple[str, str, int, int, int | None], float]

@@ -29,16 +29,16 @@ from report import RESULTS, Growing, environment, where
 from rich.console import Console
 from workload import DATA, SHAPES, gpt2, prompts, random_model
 
-from causalcone.runners.fact_files import save_facts
-from causalcone.runners.sweep.cluster import crews
+from causalcone.runners.demo.world import World
+from causalcone.runners.facts.files import save_facts
+from causalcone.runners.results.store import Store
+from causalcone.runners.sweep.cluster.ray_executor import crews
 from causalcone.runners.sweep.config import Sweep
-from causalcone.runners.sweep.crew import Alone, Crew, Outcome
 from causalcone.runners.sweep.driver import COMPLETE, Driver
-from causalcone.runners.sweep.stopping import Stop
-from causalcone.runners.sweep.store import Store
+from causalcone.runners.sweep.executor import Alone, Crew, Outcome
+from causalcone.runners.sweep.signals import Stop
 from causalcone.runners.sweep.units import Unit
-from causalcone.runners.sweep.work import Worker
-from causalcone.runners.world import World
+from causalcone.runners.sweep.worker import Worker
 
 LONG, CLUSTER = "long", "cluster"
 METHODS = ("rome", "finetune:1")

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from causalcone.engine.branches import restoration_branches
-from causalcone.engine.compiling import compile_plan
-from causalcone.engine.cone import Shape
-from causalcone.engine.interventions import CLEAN_AND_CORRUPTED
-from causalcone.engine.options import DEFAULT_STATES
-from causalcone.engine.states import as_states
+from causalcone.engine.localize.branches import restoration_branches
+from causalcone.engine.localize.options import DEFAULT_STATES
+from causalcone.engine.localize.states import as_states
+from causalcone.engine.plan.compiler import compile_plan
+from causalcone.engine.plan.cone import Shape
+from causalcone.engine.plan.interventions import CLEAN_AND_CORRUPTED
 from causalcone.kernels.attention import attend
 from causalcone.kernels.backends import TORCH, Backends
 from causalcone.kernels.finetune_step import Moving

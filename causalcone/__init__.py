@@ -10,49 +10,49 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from causalcone.analysis import plot
-    from causalcone.engine.editing.applying import applied, apply, export
-    from causalcone.engine.editing.contexts import Contexts
-    from causalcone.engine.editing.deltas import Delta
-    from causalcone.engine.editing.editor import Editor
-    from causalcone.engine.editing.hparams import FinetuneHparams, MemitHparams, RomeHparams
-    from causalcone.engine.editing.moments import Moments
-    from causalcone.engine.editing.tables import edit_batch
+    from causalcone.engine.edit.deltas.apply import applied, apply, export
+    from causalcone.engine.edit.deltas.delta import Delta
+    from causalcone.engine.edit.editor import Editor
+    from causalcone.engine.edit.methods.hparams import FinetuneHparams, MemitHparams, RomeHparams
+    from causalcone.engine.edit.moments.moments import Moments
+    from causalcone.engine.edit.scoring.tables import edit_batch
+    from causalcone.engine.edit.texts.contexts import Contexts
     from causalcone.engine.errors import CausalconeError
     from causalcone.engine.facts import Fact
+    from causalcone.engine.localize.patching import Intervention, Prompt, PromptResult, Read
+    from causalcone.engine.localize.states import State
+    from causalcone.engine.localize.tracer import TracePlan, Tracer
     from causalcone.engine.noise import Noise
-    from causalcone.engine.patching import Intervention, Prompt, PromptResult, Read
-    from causalcone.engine.session import SkippedFacts
-    from causalcone.engine.states import State
-    from causalcone.engine.tracing import TracePlan, Tracer
-    from causalcone.runners.fact_files import load_facts, save_facts
+    from causalcone.engine.run.session import SkippedFacts
+    from causalcone.runners.facts.files import load_facts, save_facts
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "CausalconeError": "causalcone.engine.errors",
-    "Contexts": "causalcone.engine.editing.contexts",
-    "Delta": "causalcone.engine.editing.deltas",
-    "Editor": "causalcone.engine.editing.editor",
+    "Contexts": "causalcone.engine.edit.texts.contexts",
+    "Delta": "causalcone.engine.edit.deltas.delta",
+    "Editor": "causalcone.engine.edit.editor",
     "Fact": "causalcone.engine.facts",
-    "FinetuneHparams": "causalcone.engine.editing.hparams",
-    "Intervention": "causalcone.engine.patching",
-    "MemitHparams": "causalcone.engine.editing.hparams",
-    "Moments": "causalcone.engine.editing.moments",
+    "FinetuneHparams": "causalcone.engine.edit.methods.hparams",
+    "Intervention": "causalcone.engine.localize.patching",
+    "MemitHparams": "causalcone.engine.edit.methods.hparams",
+    "Moments": "causalcone.engine.edit.moments.moments",
     "Noise": "causalcone.engine.noise",
-    "Prompt": "causalcone.engine.patching",
-    "PromptResult": "causalcone.engine.patching",
-    "Read": "causalcone.engine.patching",
-    "RomeHparams": "causalcone.engine.editing.hparams",
-    "SkippedFacts": "causalcone.engine.session",
-    "State": "causalcone.engine.states",
-    "TracePlan": "causalcone.engine.tracing",
-    "Tracer": "causalcone.engine.tracing",
-    "applied": "causalcone.engine.editing.applying",
-    "apply": "causalcone.engine.editing.applying",
-    "edit_batch": "causalcone.engine.editing.tables",
-    "export": "causalcone.engine.editing.applying",
-    "load_facts": "causalcone.runners.fact_files",
-    "save_facts": "causalcone.runners.fact_files",
+    "Prompt": "causalcone.engine.localize.patching",
+    "PromptResult": "causalcone.engine.localize.patching",
+    "Read": "causalcone.engine.localize.patching",
+    "RomeHparams": "causalcone.engine.edit.methods.hparams",
+    "SkippedFacts": "causalcone.engine.run.session",
+    "State": "causalcone.engine.localize.states",
+    "TracePlan": "causalcone.engine.localize.tracer",
+    "Tracer": "causalcone.engine.localize.tracer",
+    "applied": "causalcone.engine.edit.deltas.apply",
+    "apply": "causalcone.engine.edit.deltas.apply",
+    "edit_batch": "causalcone.engine.edit.scoring.tables",
+    "export": "causalcone.engine.edit.deltas.apply",
+    "load_facts": "causalcone.runners.facts.files",
+    "save_facts": "causalcone.runners.facts.files",
 }
 
 __all__ = [

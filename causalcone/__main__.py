@@ -1,6 +1,6 @@
 """``python -m causalcone`` and the ``causalcone`` command."""
 
-from causalcone.runners.cli import main
+from causalcone.runners.commands.app import main
 
 if __name__ == "__main__":
     main()

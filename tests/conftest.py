@@ -2,11 +2,11 @@
 
 import sys
 
-import interpreter  # noqa: F401
 import pytest
 import torch
-from collected_moments import MANY
-from models import FACTS, gpt2, tokenizer
+from helpers import interpreter  # noqa: F401
+from helpers.collected_moments import MANY
+from helpers.models import FACTS, gpt2, tokenizer
 
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it computes
 
@@ -41,7 +41,7 @@ def model():
 @pytest.fixture(scope="module")
 def collected(model, tokenizer):
     """Second moments of all layers of the model, from more tokens than its keys have components."""
-    from causalcone.engine.editing.moments import Moments
+    from causalcone.engine.edit.moments.moments import Moments
 
     return Moments.collect(model, tokenizer, MANY, tokens="all", source="pairs of facts")
 
@@ -49,7 +49,7 @@ def collected(model, tokenizer):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
     """A model folder and a fact file, as a user has them."""
-    from causalcone.runners.fact_files import save_facts
+    from causalcone.runners.facts.files import save_facts
 
     folder = tmp_path_factory.mktemp("user")
     gpt2(dtype=torch.float32).save_pretrained(folder / "model")
@@ -61,7 +61,7 @@ def folder(tmp_path_factory, tokenizer):
 @pytest.fixture(scope="module")
 def file(folder):
     """The file of a sweep of six facts, with all that it needs beside it."""
-    from sweeps import write_sweep
+    from helpers.sweeps import write_sweep
 
     return write_sweep(folder)
 
@@ -69,7 +69,7 @@ def file(folder):
 @pytest.fixture(scope="module")
 def study(file, tmp_path_factory):
     """The folder of that sweep, carried out: two layers, three methods."""
-    from sweeps import swept
+    from helpers.sweeps import swept
 
     out = tmp_path_factory.mktemp("study") / "out"
     assert swept(file, out).status == "complete"
@@ -79,7 +79,7 @@ def study(file, tmp_path_factory):
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Runs ``causalcone`` with arguments; returns the exit code and what it printed."""
-    from causalcone.runners.cli import main
+    from causalcone.runners.commands.app import main
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["causalcone", *map(str, arguments)])

@@ -13,7 +13,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from causalcone.engine.errors import ModelError
-from causalcone.engine.streaming.files import DTYPES, Entry, entries_of
+from causalcone.engine.streaming.tensor_files import DTYPES, Entry, entries_of
 
 MEND = "load it with weights='resident'"
 

@@ -11,8 +11,8 @@ from transformers.initialization import no_init_weights
 from causalcone.engine.errors import ModelError
 from causalcone.engine.models import ARCHITECTURES, check_supported
 from causalcone.engine.models.refusal import refuse_changed
+from causalcone.engine.streaming.architecture import Streamed
 from causalcone.engine.streaming.checkpoint import MEND, parameters_in, saved_dtype, saved_tensors
-from causalcone.engine.streaming.streamed import Streamed
 
 
 def open_streamed(path: str, config: Any, dtype: torch.dtype | None, device: torch.device) -> Streamed:

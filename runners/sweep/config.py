@@ -12,14 +12,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
 
-from causalcone.engine.branches import check_tokens
-from causalcone.engine.editing.requests import FACT_FORCING, TRACING_REVERSAL
+from causalcone.engine.edit.requests.requests import FACT_FORCING, TRACING_REVERSAL
 from causalcone.engine.errors import CausalconeError, ExperimentError
+from causalcone.engine.localize.branches import check_tokens
+from causalcone.engine.localize.states import MOST_HEADS, as_states
 from causalcone.engine.memory import parse_bytes
-from causalcone.engine.states import MOST_HEADS, as_states
-from causalcone.runners.checked_tables import CheckedTable, Count, complaints, noise_level, read_toml
-from causalcone.runners.cli_options import Editing
-from causalcone.runners.edit_settings import Plan, plan_of
+from causalcone.runners.edits.settings import Plan, plan_of
+from causalcone.runners.inputs.checked_tables import CheckedTable, Count, complaints, noise_level, read_toml
+from causalcone.runners.options import Editing
 
 Problem = Literal["error_injection", "tracing_reversal", "fact_erasure", "fact_amplification", "fact_forcing"]
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]

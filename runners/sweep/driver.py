@@ -14,17 +14,17 @@ from rich.console import Console
 
 from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.engine.facts import Fact
-from causalcone.runners.fact_files import SkippedRecords, load_facts
-from causalcone.runners.fingerprints import facts_fingerprint
-from causalcone.runners.inputs import is_demo
-from causalcone.runners.progress import shown_progress
-from causalcone.runners.results import ResultError, differences, versions
+from causalcone.runners.facts.files import SkippedRecords, load_facts
+from causalcone.runners.inputs.fingerprints import facts_fingerprint
+from causalcone.runners.inputs.inputs import is_demo
+from causalcone.runners.results.folder import ResultError, differences, versions
+from causalcone.runners.results.store import Store
+from causalcone.runners.show.progress import shown_progress
 from causalcone.runners.sweep.config import Sweep
-from causalcone.runners.sweep.crew import Alone, Crew, Outcome
+from causalcone.runners.sweep.executor import Alone, Crew, Outcome
+from causalcone.runners.sweep.facts_table import FACTS, chosen, fact_table, filtered
 from causalcone.runners.sweep.log import Log
-from causalcone.runners.sweep.stopping import Stop, stopping
-from causalcone.runners.sweep.store import Store
-from causalcone.runners.sweep.tables import FACTS, chosen, fact_table, filtered
+from causalcone.runners.sweep.signals import Stop, stopping
 from causalcone.runners.sweep.units import (
     FAILURE_SCHEMA,
     FILTER,
@@ -38,7 +38,7 @@ from causalcone.runners.sweep.units import (
     filter_stage,
     later_stages,
 )
-from causalcone.runners.sweep.work import Description, Worker
+from causalcone.runners.sweep.worker import Description, Worker
 
 RUN = "run.json"
 RUNNING, STOPPED, COMPLETE, INCOMPLETE = "running", "stopped", "complete", "incomplete"
@@ -168,7 +168,7 @@ class Driver:
             facts = self._checked(facts, skipped)
             self.store.write_table(FACTS, fact_table(facts), {})
         else:
-            from causalcone.runners.sweep.tables import facts_of
+            from causalcone.runners.sweep.facts_table import facts_of
 
             facts = facts_of(self.store.read_table(FACTS))
         self._write_run(RUNNING)
@@ -281,7 +281,7 @@ def _alone(sweep: Sweep, place: str) -> Crew:
 def read_facts(sweep: Sweep) -> tuple[list[Fact], list[str]]:
     """The facts of the sweep's file, within its limit, and why records were skipped."""
     if is_demo(sweep.facts):
-        from causalcone.runners.demo_model import demo_world
+        from causalcone.runners.demo.model import demo_world
 
         return demo_world().facts[: sweep.limit], []
     skipped: list[str] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 
-from causalcone.runners.sweep.store import Store
+from causalcone.runners.results.store import Store
 
 LOG = "sweep.log"
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from causalcone.runners.results import ResultError
+from causalcone.runners.results.folder import ResultError
+from causalcone.runners.results.store import Store
 from causalcone.runners.sweep.config import Sweep
 from causalcone.runners.sweep.driver import RUN
-from causalcone.runners.sweep.store import Store
-from causalcone.runners.sweep.tables import FACTS, chosen
+from causalcone.runners.sweep.facts_table import FACTS, chosen
 from causalcone.runners.sweep.units import FAILURES, LEFT_OUT, PREPARED, Stage, filter_stage, later_stages
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from causalcone.engine.editing.requests import FACT_ERASURE
-from causalcone.engine.editing.windows import as_layers, as_windows
+from causalcone.engine.edit.requests.requests import FACT_ERASURE
+from causalcone.engine.edit.requests.windows import as_layers, as_windows
 from causalcone.engine.errors import ExperimentError
+from causalcone.runners.results.store import Part, Store
 from causalcone.runners.sweep.config import NOISY, Sweep
-from causalcone.runners.sweep.store import Part, Store
 
 FILTER, NOISE, CONTEXTS, MOMENTS = "filter", "noise", "contexts", "moments"
 TRACE, SEVER, ZERO, GRADIENTS, EDIT = "trace", "sever", "zero", "gradients", "edit"

@@ -1,0 +1,161 @@
+"""The figures of Hase et al. 2023 (6-22) and Meng et al. 2022 (14-16) from a sweep's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import polars as pl
+from matplotlib.figure import Figure
+
+from causalcone.analysis import plot
+from causalcone.analysis.joined import edits_with_effects
+from causalcone.analysis.papers.inputs import PUBLISHED, Choice, Material
+from causalcone.analysis.plot.effects import effects_by_window, peak_layers_by_window
+from causalcone.analysis.plot.regressions import r2_bars, scatter_by_layer
+from causalcone.analysis.scores import SCORES
+from causalcone.analysis.stats.regressions import GROUP, regressions
+from causalcone.analysis.sweep_results import RESTORED, SEVERED, ZEROED, State, Study
+from causalcone.analysis.tables.names import in_order
+from causalcone.analysis.tables.traces import TableError
+
+SUFFIXES = (".png", ".pdf")
+MAPS = 6
+"""Of so many facts there are maps."""
+
+_Draw = Callable[[], Figure]
+_DRAWN = tuple(name for name in SCORES if name != "rewrite_magnitude")
+
+
+def paper_figures(
+    study: Study, folder: Path, choice: Choice = PUBLISHED, *, every: bool = False
+) -> tuple[list[Path], list[str]]:
+    """Draw what the study has data for, each as PNG and PDF. every: the scatter plots of all problems and methods,
+    besides those that the papers show. What cannot be drawn is told in words."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written, missing = [], []
+    for name, draw in _figures(Material(study, choice), every):
+        try:
+            figure = draw()
+        except TableError as error:
+            missing.append(f"no figure {name}: {error}")
+            continue
+        for suffix in SUFFIXES:
+            written.append(folder / f"{name}{suffix}")
+            figure.savefig(written[-1], dpi=200)
+            figure.set_layout_engine("none")  # it is laid out now
+    return written, missing
+
+
+def _figures(material: Material, every: bool) -> Iterator[tuple[str, _Draw]]:
+    """Names and how to draw them; the drawing raises ``TableError`` where the study lacks what it needs."""
+    study = material.study
+    yield from _of_traces(study)
+    states = study.states()
+    if states:
+        yield from _of_windows(material, states)
+    edit = study.configuration.get("edit")
+    if edit is None:
+        return
+    for problem in edit["problems"]:
+        yield f"scores_{problem}", partial(_scores, study, problem)
+    if states:
+        yield from _of_regressions(material, states)
+    yield from _scatters(material, every)
+
+
+def _of_traces(study: Study) -> Iterator[tuple[str, _Draw]]:
+    if study.has(RESTORED):
+        yield "average_indirect_effect", lambda: plot.indirect_effect(study.folder / RESTORED)
+    if any(study.has(f"traces/sever_{part}") for part in SEVERED):
+        yield "severed", lambda: plot.severed(study.folder / "traces")
+    if study.has(ZEROED):
+        yield "zeroing", lambda: plot.zeroing(study.folder / ZEROED)
+    if study.has("gradients"):
+        yield from _gradients(study)
+
+
+def _gradients(study: Study) -> Iterator[tuple[str, _Draw]]:
+    """Of the first facts; the tokens' texts are those of their traces, which may be of some tokens only."""
+    table = study.scan("gradients").collect()
+    for number, fact_id in enumerate(table["fact_id"].unique(maintain_order=True)[:MAPS]):
+
+        def draw(fact_id: str = fact_id) -> Figure:
+            own = study.traces.filter(fact_id=fact_id).drop_nulls("token").unique("token")
+            if own.is_empty():
+                raise TableError(f"fact {fact_id!r} is not traced, and its tokens' texts are not known")
+            known = dict(own.select("token", "token_text").rows())
+            start, end, tokens = own.select("subject_start", "subject_end", "prompt_tokens").row(0)
+            texts = [known.get(token) or "" for token in range(tokens)]
+            return plot.gradients(table.filter(fact_id=fact_id), fact_id, texts, (start, end))
+
+        yield f"gradients_{number:03}", draw
+
+
+def _of_windows(material: Material, states: Sequence[State]) -> Iterator[tuple[str, _Draw]]:
+    sizes = [(kind, size) for kind, size in states if kind == material.state[0]]
+
+    def effects() -> dict[int, pl.DataFrame]:
+        return {each[1]: material.study.effects(each, "max", material.choice.denominator) for each in sizes}
+
+    yield "effects_by_window", lambda: effects_by_window(effects(), compat=material.compat)
+    yield "peak_layers", lambda: peak_layers_by_window(effects())
+
+
+def _scores(study: Study, problem: str) -> Figure:
+    own = study.scores.filter(problem=problem)
+    return plot.scores(own, [name for name in _DRAWN if own[name].is_not_null().any()])
+
+
+def _of_regressions(material: Material, states: Sequence[State]) -> Iterator[tuple[str, _Draw]]:
+    """Of the main state, and of the same kind's other windows."""
+    choice, main = material.choice, material.state
+    others = [each for each in states if each[0] == main[0] and each != main]
+    for kind, size in (main, *others):
+
+        def draw(state: State = (kind, size)) -> Figure:
+            joined = material.study.joined(state, choice.at, choice.denominator)
+            return r2_bars(in_order(regressions(joined, ["rewrite"], interaction=choice.interaction)))
+
+        yield f"r2_{kind}_{size}", draw
+
+
+def _scatters(material: Material, every: bool) -> Iterator[tuple[str, _Draw]]:
+    study = material.study
+
+    def scatter(table: Callable[[], pl.DataFrame], key: tuple[str, str, int], score: str, effect: str) -> _Draw:
+        return lambda: scatter_by_layer(table(), *key, score, effect=effect)
+
+    def restored() -> pl.DataFrame:
+        return edits_with_effects(study.scores, material.largest)
+
+    def at_subject() -> pl.DataFrame:
+        return study.joined(material.state, "subject_last", material.choice.denominator)
+
+    def absolute() -> pl.DataFrame:
+        return material.absolute
+
+    def zeroed() -> pl.DataFrame:
+        return material.zeroed
+
+    try:
+        known = in_order(study.scores.select(GROUP).unique(maintain_order=True)).rows()
+    except TableError:  # which the figures of scores tell of
+        return
+    rome = ("error_injection", "rome", 1)
+    if rome in known:
+        yield "scatter_rewrite", scatter(restored, rome, "rewrite", "tracing effect")
+        yield "scatter_overall", scatter(restored, rome, "overall", "tracing effect")
+        yield "scatter_last_subject", scatter(at_subject, rome, "rewrite", "tracing effect, last subject token")
+        yield "scatter_unscaled", scatter(absolute, rome, "rewrite_magnitude", "absolute tracing effect")
+        yield "scatter_zeroing_rewrite", scatter(zeroed, rome, "rewrite", "zeroing effect")
+        yield "scatter_zeroing_overall", scatter(zeroed, rome, "overall", "zeroing effect")
+    forced = ("fact_forcing", "finetune", 5)
+    if forced in known:
+        yield "scatter_fact_forcing", scatter(restored, forced, "rewrite", "tracing effect")
+    if every:
+        for problem, method, window in known:
+            if (problem, method, window) not in (rome, forced):
+                key = (problem, method, window)
+                yield f"scatter_{problem}_{method}_{window}", scatter(restored, key, "rewrite", "tracing effect")

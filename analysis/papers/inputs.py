@@ -1,0 +1,114 @@
+"""How a study is analysed, and what its tables and figures are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import polars as pl
+
+from causalcone.analysis.effects import At, Compat, Denominator, absolute_effects
+from causalcone.analysis.joined import edits_with_effects
+from causalcone.analysis.stats.correlations import Correction
+from causalcone.analysis.sweep_results import ZEROED, State, Study
+from causalcone.analysis.tables.traces import TableError
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the tables are computed; published protocol: interaction, the largest effect over tokens, p_high.
+
+    state: whose effects, the study's main state by default; draws: of the bootstrap and the permutation test; mixed:
+    whether mixed-effects models are fitted, which takes long; compat: "published" leaves effects that are not positive
+    out of means by layer, as published plots do, by default as the sweep says.
+    """
+
+    state: State | None = None
+    at: At = "max"
+    denominator: Denominator = "p_high"
+    interaction: bool = True
+    draws: int = 1000
+    mixed: bool = False
+    correction: Correction = "holm"
+    level: float = 0.95
+    seed: int = 0
+    compat: Compat | None = None
+
+
+PUBLISHED = Choice()
+
+
+class Material:
+    """What several tables and figures of a study are made of, as chosen, computed once. What the study lacks raises
+    ``TableError`` where it is asked for."""
+
+    def __init__(self, study: Study, choice: Choice) -> None:
+        self.study, self.choice = study, choice
+
+    @property
+    def state(self) -> State:
+        """Whose effects are looked at."""
+        state = self.choice.state or self.study.main_state()
+        if state is None:
+            raise TableError("there are no traces")
+        return state
+
+    @property
+    def zeroed_state(self) -> State:
+        state = self.study.main_state(ZEROED)
+        if state is None:
+            raise TableError("there are no zeroed states")
+        return state
+
+    @cached_property
+    def largest(self) -> pl.DataFrame:
+        """Effects, each the largest over the tokens."""
+        return self.study.effects(self.state, "max", self.choice.denominator)
+
+    @cached_property
+    def joined(self) -> pl.DataFrame:
+        """Scores beside effects as chosen."""
+        if self.choice.at == "max":
+            return edits_with_effects(self.study.scores, self.largest)
+        return self.study.joined(self.state, self.choice.at, self.choice.denominator)
+
+    @cached_property
+    def absolute(self) -> pl.DataFrame:
+        """Scores beside absolute effects at the last subject token."""
+        kind, window = self.state
+        own = self.study.traces.filter(kind=kind, window=window)
+        return edits_with_effects(self.study.scores, absolute_effects(own))
+
+    @cached_property
+    def zeroed(self) -> pl.DataFrame:
+        """Scores beside effects of zeroing."""
+        return edits_with_effects(self.study.scores, self.study.zeroing(self.zeroed_state))
+
+    @property
+    def compat(self) -> Compat | None:
+        return self.choice.compat or self.study.configuration.get("compat")
+
+    @property
+    def published(self) -> str | None:
+        """The study whose printed values are set beside: only where ours are computed as they were."""
+        choice = self.choice
+        chosen = (choice.at, choice.denominator, choice.interaction, self.study.aggregate)
+        as_printed = chosen == ("max", "p_high", True, "first") and self.state == self.study.main_state()
+        return self.study.published if as_printed else None
+
+    @property
+    def form(self) -> str:
+        return f"layer and effect {'with interaction' if self.choice.interaction else 'additive'}"
+
+    @property
+    def notes(self) -> list[str]:
+        """What tables were computed with, in words, the last of them always."""
+        where = "largest over prompt tokens" if self.choice.at == "max" else "at the last subject token"
+        prompts = "the first paraphrase and neighbour" if self.study.aggregate == "first" else "means over prompts"
+        kind, window = self.state
+        header = (
+            f"effects of {kind}:{window}, {where}, over {self.choice.denominator}; {self.form}; scores of {prompts}"
+        )
+        apart = self.study.published is not None and self.published is None
+        told = ["the paper's values are of other options, and not set beside"] if apart else []
+        return [*told, f"{header}, floored at 0"]

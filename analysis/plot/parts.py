@@ -1,0 +1,126 @@
+"""What the figures share: fonts, tokens made visible, colours, and the way to a file."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+from matplotlib.ticker import MaxNLocator
+
+from causalcone.analysis.tables.traces import STATE
+
+# One hue per kind of state, as in the published figures; lightness falls steadily, so they read in grey as well.
+# Heads and what else there may be are blue.
+KIND_COLORS = {"hidden": "Purples", "mlp": "Greens", "attn": "Reds"}
+KIND_NAMES = {"hidden": "hidden state", "mlp": "MLP output", "attn": "attention output"}
+METHOD_NAMES = {
+    "sever_mlp": "MLP severed",
+    "sever_attn": "attention severed",
+    "sever_both": "MLP and attention severed",
+}
+
+State = tuple[str, str, int]
+
+_SPACES = {" ": "␣", "\n": "↵", "\r": "⇤", "\t": "⇥"}
+_OTHER_FONTS = ("Noto Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans Arabic", "Noto Sans Devanagari")
+_LONGEST_TOKEN = 24
+
+
+@cache
+def font_families() -> tuple[str, ...]:
+    """Matplotlib's own font, and fonts for other scripts where they are installed."""
+    installed = set(fontManager.get_font_names())
+    return ("DejaVu Sans", *(name for name in _OTHER_FONTS if name in installed))
+
+
+@cache
+def _drawable_characters() -> frozenset[int]:
+    fonts = (get_font(findfont(FontProperties(family=name))) for name in font_families())
+    return frozenset(code for font in fonts for code in font.get_charmap())
+
+
+def drawable(text: str) -> str:
+    """``text`` with an empty box for every character that is unprintable or in none of the fonts."""
+    return "".join(c if c.isprintable() and ord(c) in _drawable_characters() else "▯" for c in text)
+
+
+def visible_token(text: str) -> str:
+    """A token's text with spaces and line breaks as signs, shortened if very long."""
+    shown = drawable("".join(_SPACES.get(character, character) for character in text)) or "∅"
+    return shown if len(shown) <= _LONGEST_TOKEN else shown[: _LONGEST_TOKEN - 1] + "…"
+
+
+def plain(size: float, **more: Any) -> dict[str, Any]:
+    """Text properties for text that is shown as it is: "$" starts no formula, whatever the user's settings."""
+    return {"fontsize": size, "fontfamily": list(font_families()), "parse_math": False, "usetex": False, **more}
+
+
+def states_of(frame: pl.DataFrame) -> list[State]:
+    """The states of a table: plain restoring before severed, kinds in their usual order, small windows first."""
+
+    def order(state: State) -> tuple[bool, str, tuple[int, str, int], int]:
+        method, kind, window = state
+        return method != "restore", method, kind_order(kind), window
+
+    return sorted(frame.select(STATE).unique().rows(), key=order)
+
+
+def kind_order(kind: str) -> tuple[int, str, int]:
+    """Sorts kinds in their usual order, and heads by number behind them."""
+    place = list(KIND_NAMES).index(kind) if kind in KIND_NAMES else len(KIND_NAMES)
+    name, _, number = kind.partition(".")
+    return place, name, int(number) if number.isdigit() else -1
+
+
+def rows_of(frame: pl.DataFrame, state: State) -> pl.DataFrame:
+    return frame.filter(**dict(zip(STATE, state, strict=True)))
+
+
+def layer_count(frame: pl.DataFrame) -> int:
+    return int(frame["layer"].to_numpy().max()) + 1
+
+
+def state_title(state: State) -> str:
+    """What was done, as a heading."""
+    method, kind, window = state
+    severed = METHOD_NAMES.get(method)
+    deed = "Zeroing" if method == "zero" else "Restoring"
+    return f"{deed} {kind_name(kind, window)}" + (f",\n{severed}" if severed else "")
+
+
+def kind_name(kind: str, window: int) -> str:
+    """A state in words."""
+    head = kind.removeprefix("head.")
+    if head != kind:
+        return f"head {head}" if window == 1 else f"head {head} of {window} layers"
+    name = KIND_NAMES.get(kind, kind)
+    return f"one {name}" if window == 1 else f"{window} {name}s"
+
+
+def layer_axis(axes: Axes, window: int, layers: int) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 4, 5, 10], integer=True))
+    axes.set_xlim(-0.5, layers - 0.5)
+    axes.set_xlabel("layer" if window == 1 else "centre layer of the window", fontsize=9)
+    axes.tick_params(axis="x", labelsize=8, length=3, color="0.4")
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of its own, drawn without a display and without pyplot's list of figures."""
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def finish(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
+    """Write the figure where a path is given; the suffix chooses the format."""
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=200)
+    return figure

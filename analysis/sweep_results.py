@@ -1,0 +1,187 @@
+"""The folder of a sweep as the analysis sees it: what it holds by now, and what was asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from causalcone.analysis.effects import At, Denominator, tracing_effects, zeroing_effects
+from causalcone.analysis.joined import edits_with_effects
+from causalcone.analysis.scores import Aggregate, mean_scores, scores
+from causalcone.analysis.tables.traces import TableError, scan_folder
+
+State = tuple[str, int]
+
+RESTORED, ZEROED = "traces/restore", "traces/zero"
+SEVERED = {"mlp": "MLP outputs", "attn": "attention outputs", "both": "both outputs"}
+
+
+class Study:
+    """A sweep's folder, which may be unfinished: every table is read when it is asked for first.
+
+    Raises ``TableError`` where the folder holds no sweep.
+    """
+
+    def __init__(self, folder: str | Path, aggregate: Aggregate | None = None) -> None:
+        self.folder = Path(folder)
+        self.run = _run(self.folder)
+        self.configuration: dict[str, Any] = self.run["configuration"]
+        self._aggregate = aggregate
+
+    @property
+    def published(self) -> str | None:
+        """The study of a paper that this one repeats, whose tables are to be set beside."""
+        found = self.run.get("analysis", {}).get("published")
+        return None if found is None else str(found)
+
+    @property
+    def aggregate(self) -> Aggregate:
+        """Which of a fact's paraphrases and neighbours count: as asked for, else as the sweep's preset says, else
+        as published."""
+        return self._aggregate or self.run.get("analysis", {}).get("aggregate") or "first"
+
+    def has(self, table: str) -> bool:
+        """Whether any part of a table is there."""
+        return any((self.folder / table).rglob("*.parquet"))
+
+    def scan(self, table: str) -> pl.LazyFrame:
+        """The rows of a table as far as they are there; ``TableError`` where there are none."""
+        return scan_folder(self.folder / table)
+
+    def states(self, table: str = RESTORED) -> list[State]:
+        """The restored or zeroed states, (kind, window), in the order of the configuration; the first MLP state is the
+        one that edits are compared with, unless another is asked for."""
+        if not self.has(table):
+            return []
+        found = set(self.scan(table).select("kind", "window").unique().collect().rows())
+        asked = (self.configuration.get("zero" if table == ZEROED else "trace") or {}).get("states", ())
+        order = [_state(text) for text in asked]
+        return sorted(found, key=lambda state: (order.index(state) if state in order else len(order), state))
+
+    def main_state(self, table: str = RESTORED) -> State | None:
+        """Hase et al. 2023 restore MLP outputs."""
+        states = self.states(table)
+        return next((state for state in states if state[0] == "mlp"), states[0] if states else None)
+
+    @cached_property
+    def scores(self) -> pl.DataFrame:
+        """``analysis.scores`` of all edits that are done by now."""
+        for table in ("edits", "probes"):
+            if not self.has(table):
+                raise TableError(f"{self.folder} holds no {table} yet")
+        metrics = self.folder / "metrics" if self.has("metrics") else None
+        return scores(self.folder / "edits", self.folder / "probes", metrics, self.aggregate)
+
+    @cached_property
+    def mean_scores(self) -> pl.DataFrame:
+        """``analysis.mean_scores`` by problem, method, window and layer."""
+        return mean_scores(self.scores)
+
+    @cached_property
+    def traces(self) -> pl.DataFrame:
+        """Rows of restored states."""
+        if not self.has(RESTORED):
+            raise TableError(f"{self.folder} holds no traces yet")
+        return self.scan(RESTORED).collect()
+
+    def effects(self, state: State, at: At = "max", denominator: Denominator = "p_high") -> pl.DataFrame:
+        """``tracing_effects`` of one restored state."""
+        kind, window = state
+        own = self.traces.filter(kind=kind, window=window)
+        if own.is_empty():
+            known = ", ".join(f"{kind}:{window}" for kind, window in self.states())
+            raise TableError(f"{kind}:{window} was not restored; there are {known}")
+        return tracing_effects(own, at, denominator)
+
+    def zeroing(self, state: State) -> pl.DataFrame:
+        """``zeroing_effects`` of one state."""
+        if not self.has(ZEROED):
+            raise TableError(f"{self.folder} holds no zeroed states yet")
+        kind, window = state
+        return zeroing_effects(self.scan(ZEROED).filter(kind=kind, window=window))
+
+    def joined(self, state: State, at: At = "max", denominator: Denominator = "p_high") -> pl.DataFrame:
+        """Scores beside tracing effects."""
+        return edits_with_effects(self.scores, self.effects(state, at, denominator))
+
+    def missing(self) -> Iterator[str]:
+        """What was asked for and is not there, in words."""
+        if self.run["status"] != "complete":
+            yield f"the sweep is {self.run['status']}: tables are of what is finished"
+        yield from self._missing_traces()
+        yield from self._missing_edits()
+        yield from self._left_out()
+        failures = self.folder / "failures"
+        for failed in sorted(failures.glob("*.parquet")):
+            unit, reason = scan_folder(failed).select("unit", "reason").collect().row(0)
+            yield f"{unit} failed: {reason}"
+
+    def _missing_traces(self) -> Iterator[str]:
+        for key, table, name in (
+            ("trace", RESTORED, "traces"),
+            ("zero", ZEROED, "zeroed states"),
+            ("gradients", "gradients", "integrated gradients"),
+        ):
+            if self.configuration.get(key) is None:
+                yield f"the sweep has no {name}"
+            elif not self.has(table):
+                yield f"there are no {name} yet"
+        for part in (self.configuration.get("sever") or {}).get("parts", ()):
+            if not self.has(f"traces/sever_{part}"):
+                yield f"there are no traces with {SEVERED[part]} severed yet"
+
+    def _missing_edits(self) -> Iterator[str]:
+        asked = self.configuration.get("edit")
+        if asked is None:
+            yield "the sweep has no edits"
+            return
+        for problem in asked["problems"]:
+            named = problem.replace("_", " ")
+            if not self.has(f"edits/{problem}"):
+                yield f"there are no edits of {named} yet"
+                continue
+            for method in asked["methods"]:
+                name, _, window = method.partition(":")
+                if not any((self.folder / "edits" / problem).glob(f"{name}-{window or '*'}/*.parquet")):
+                    yield f"there are no edits of {named} by {method} yet"
+        if self.has("edits") and self.has(RESTORED):
+            traced = self.scan(RESTORED).select("fact_id").unique()
+            edits = self.scan("edits").select("fact_id").collect()
+            alone = edits.lazy().join(traced, on="fact_id", how="anti").collect()
+            if len(alone):
+                facts, of = alone["fact_id"].n_unique(), edits["fact_id"].n_unique()
+                yield (
+                    f"{facts} of {of} edited facts are not traced: {len(alone)} of {len(edits)} edits have no tracing "
+                    "effect, and are in no regression on it"
+                )
+
+    def _left_out(self) -> Iterator[str]:
+        """Facts that some stage could not use."""
+        if not self.has("left_out"):
+            return
+        rows = self.scan("left_out").with_columns(stage=pl.col("unit").str.split("/").list.first())
+        stages = rows.group_by("stage").agg(pl.col("fact_id").n_unique(), pl.first("reason")).sort("stage")
+        for stage, count, reason in stages.collect().rows():
+            yield f"{count} fact{'s' * (count > 1)} left out of {stage}, the first: {reason}"
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    try:
+        run = dict(json.loads((folder / "run.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise TableError(f"{folder} holds no run.json; give the folder that 'causalcone sweep' wrote to") from None
+    except (OSError, ValueError) as error:
+        raise TableError(f"{folder / 'run.json'} cannot be read: {error}") from error
+    if run.get("command") != "sweep":
+        raise TableError(f"{folder} holds results of {run.get('command')!r}; give the folder of a sweep")
+    return run
+
+
+def _state(text: str) -> State:
+    kind, _, window = text.partition(":")
+    return kind, int(window or 1)

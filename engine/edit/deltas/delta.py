@@ -1,0 +1,142 @@
+"""Changes of a model's weights: what an edit adds to the MLP down-projections of some layers.
+
+Weights are seen as (out, in) = (hidden, inner), whichever way round a model keeps them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from causalcone.engine.errors import ExperimentError
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """Adds ``left @ right.T`` to a weight: left (hidden, r), right (inner, r)."""
+
+    left: Tensor
+    right: Tensor
+
+    def __post_init__(self) -> None:
+        if self.left.ndim != 2 or self.right.ndim != 2 or self.left.shape[1] != self.right.shape[1]:
+            raise ExperimentError(
+                f"a low-rank change of left {tuple(self.left.shape)} and right {tuple(self.right.shape)}; "
+                "give them as (hidden, r) and (inner, r)"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(hidden, inner) of the weight that it is for."""
+        return self.left.shape[0], self.right.shape[0]
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm, from the Gram matrices (r, r) of left and right: ||L R^T||^2 = sum(L^T L * R^T R)."""
+        left, right = self.left.detach().double(), self.right.detach().double()
+        square = (left.T @ left * (right.T @ right)).sum().item()
+        return max(square, 0.0) ** 0.5
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> LowRank:
+        return LowRank(self.left.detach().to(device, dtype), self.right.detach().to(device, dtype))
+
+    def rows(self, chosen: slice) -> Tensor:
+        """What is added to rows ``chosen`` of the weight: (rows, inner)."""
+        return self.left[chosen] @ self.right.T
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """Adds ``weight`` (hidden, inner) to a weight and ``bias`` (hidden,), where there is one, to its bias."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        bias = None if self.bias is None else tuple(self.bias.shape)
+        if self.weight.ndim != 2 or bias not in (None, (self.weight.shape[0],)):
+            raise ExperimentError(
+                f"a dense change of weight {tuple(self.weight.shape)} and bias {bias}; "
+                "give them as (hidden, inner) and (hidden,) or None"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(hidden, inner) of the weight that it is for."""
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of weight and bias together."""
+        parts = [self.weight] if self.bias is None else [self.weight, self.bias]
+        return sum(torch.linalg.vector_norm(part, dtype=torch.float64).item() ** 2 for part in parts) ** 0.5
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Dense:
+        bias = None if self.bias is None else self.bias.detach().to(device, dtype)
+        return Dense(self.weight.detach().to(device, dtype), bias)
+
+    def rows(self, chosen: slice) -> Tensor:
+        """What is added to rows ``chosen`` of the weight: (rows, inner)."""
+        return self.weight[chosen]
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """A change of a model's weights: what is added to the MLP down-projection, by its 0-based layer."""
+
+    changes: Mapping[int, LowRank | Dense]
+
+    def __post_init__(self) -> None:
+        changes = {}
+        for layer, change in self.changes.items():
+            if not isinstance(change, LowRank | Dense):
+                raise ExperimentError(
+                    f"the change of layer {layer!r} is a {type(change).__name__}; give a LowRank or a Dense"
+                )
+            changes[_layer_number(layer)] = change
+        object.__setattr__(self, "changes", dict(sorted(changes.items())))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that it changes, in order."""
+        return tuple(self.changes)
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm over the changes of all layers, biases included; no low-rank product is formed."""
+        return sum(change.norm**2 for change in self.changes.values()) ** 0.5
+
+    def save(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+        """Write a safetensors file with the changes, dtypes kept, and ``metadata`` of your own (strings by name).
+
+        The file appears whole or not at all. Raises ``ExperimentError`` for metadata that are not strings and for a
+        file that cannot be written.
+        """
+        from causalcone.engine.edit.deltas.files import save_delta
+
+        save_delta(self, path, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Delta:
+        """The delta of a file that ``save`` wrote, on the CPU; ``delta_files.load_delta`` returns its metadata too.
+
+        Raises ``ExperimentError`` naming a file that is missing, damaged or no delta file.
+        """
+        from causalcone.engine.edit.deltas.files import load_delta
+
+        return load_delta(path)[0]
+
+
+def _layer_number(layer: object) -> int:
+    try:
+        number = -1 if isinstance(layer, bool) else operator.index(layer)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise ExperimentError(f"a delta has the layer {layer!r}; layers are numbers from 0")
+    return number

@@ -1,0 +1,41 @@
+"""Rows of many edited models in one tensor: each edit's rows get what its own change of weights adds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from causalcone.engine.edit.deltas.delta import Dense, LowRank
+
+Addition = Callable[[Tensor], Tensor]
+"""What a change of weights adds to values (R, hidden), from their keys (R, inner)."""
+
+
+def addition(change: LowRank | Dense, device: torch.device, dtype: torch.dtype) -> Addition:
+    """What the change adds to values in ``dtype``; one of low rank is computed in float32 at least."""
+    if isinstance(change, LowRank):
+        wide = torch.promote_types(dtype, torch.float32)
+        low = change.to(device, wide)
+        return lambda keys: ((keys.to(wide) @ low.right) @ low.left.T).to(dtype)
+    own = change.to(device, dtype)
+    return lambda keys: torch.nn.functional.linear(keys, own.weight, own.bias)
+
+
+def slices(of: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, slice]]:
+    """The rows of each edit, from the edit (N,) and the number of rows (N,) of each run: neighbours are one slice."""
+    if not len(of):
+        return
+    ends = np.cumsum(rows)
+    last = np.flatnonzero(np.append(of[1:] != of[:-1], True))
+    start = 0
+    for run in last:
+        yield int(of[run]), slice(start, int(ends[run]))
+        start = int(ends[run])
+
+
+def changed(keys: Tensor, values: Tensor, parts: Sequence[tuple[slice, Addition | None]]) -> Tensor:
+    """New values: each part, in order and without gaps, with its addition. Gradient flows."""
+    return torch.cat([values[part] if add is None else values[part] + add(keys[part]) for part, add in parts])

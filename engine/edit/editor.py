@@ -1,0 +1,381 @@
+"""``Editor``: edits facts in a transformers model, at many layers at once, and scores the edited models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from causalcone.engine.edit.methods.batching import Batching
+from causalcone.engine.edit.methods.edits import FAILED, JOINT_MEMIT, Edit, JointEdit
+from causalcone.engine.edit.methods.finetune import Finetune
+from causalcone.engine.edit.methods.hparams import FinetuneHparams, Hparams, MemitHparams, RomeHparams
+from causalcone.engine.edit.methods.memit import Memit
+from causalcone.engine.edit.methods.rome import Rome
+from causalcone.engine.edit.moments.moments import Moments
+from causalcone.engine.edit.requests.problems import essence_texts, make_requests
+from causalcone.engine.edit.requests.prompts import Encoder, check_contexts
+from causalcone.engine.edit.requests.requests import Request
+from causalcone.engine.edit.requests.windows import as_layers, as_windows
+from causalcone.engine.edit.runs.layers import Layers
+from causalcone.engine.edit.scoring.generation_metrics import Generation, References
+from causalcone.engine.edit.scoring.metrics import Row, metrics_of
+from causalcone.engine.edit.scoring.probes import Questions, questions_about
+from causalcone.engine.edit.scoring.scoring import Scored, Scoring, check_edits
+from causalcone.engine.edit.scoring.tables import PROBE_SCHEMA, metric_batch, probe_batch
+from causalcone.engine.edit.scoring.text_metrics import ReferenceScorer
+from causalcone.engine.edit.texts.contexts import Contexts, sample_contexts
+from causalcone.engine.errors import ExperimentError
+from causalcone.engine.facts import Fact, encode
+from causalcone.engine.localize.options import DEFAULT_SIGMA
+from causalcone.engine.noise import parse_sigma
+from causalcone.engine.plan.cost import weight_bytes
+from causalcone.engine.run.scheduler import Budget
+from causalcone.engine.run.session import Session, load_model
+from causalcone.kernels.precision import each_within
+
+METHODS = ("rome", "memit", JOINT_MEMIT, "finetune")
+
+_SHARE_OF_WEIGHTS = 0.25
+
+LayerChoice = str | Sequence[int | Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What scoring gives: the edits, of which those that give no finite probabilities count as failed; probes, with the
+    columns of ``PROBE_SCHEMA``; metrics, with those of ``METRIC_SCHEMA``."""
+
+    edits: list[Edit]
+    probes: pa.RecordBatch
+    metrics: pa.RecordBatch
+
+
+class Editor:
+    """Edits facts in a transformers model, whose weights stay as they are: edits are changes of weights (``Delta``).
+
+    model, tokenizer, dtype, device, memory, tf32: as of ``Tracer``. kernels: likewise, but attention is torch's always,
+    since most of it needs gradients. moments: second moments of the layers to be edited (``Moments``), which ROME and
+    MEMIT need. contexts: texts put before prompts (``Contexts``, or one list for both methods); sampled from the model
+    by default. sigma: the noise level of Tracing Reversal and Fact Forcing, a number or ``"<k>sd"`` for k standard
+    deviations of the subjects' embeddings; ``"3sd"`` by default. seed: of everything that is sampled.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        moments: Moments | None = None,
+        contexts: Contexts | Sequence[str] | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        memory: int | str | None = None,
+        sigma: float | str | None = None,
+        seed: int = 0,
+        kernels: str | None = None,
+        tf32: bool = False,
+    ) -> None:
+        self.session = Session(model, tokenizer, dtype, device, memory, kernels, tf32=tf32)
+        self.moments, self.seed = moments, seed
+        self.sigma = DEFAULT_SIGMA if sigma is None else sigma
+        parse_sigma(self.sigma)
+        if contexts is not None:
+            texts = contexts if isinstance(contexts, Contexts) else Contexts(*2 * (check_contexts(contexts),))
+            self.__dict__["contexts"] = texts
+        self._encoder = Encoder(tokenizer, self.session.sizes)
+        self._essence: dict[tuple[object, ...], list[str]] = {}
+        self._scorer: tuple[References, ReferenceScorer] | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        moments: Moments | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        memory: int | str | None = None,
+        **options: Any,
+    ) -> Editor:
+        """An editor for a model folder or hub id; its weights are kept in ``dtype``, as saved by default."""
+        return cls(*load_model(path, dtype, device), moments, memory=memory, **options)
+
+    @cached_property
+    def contexts(self) -> Contexts:
+        """The texts that ROME and MEMIT put before prompts; those given, or sampled once from the model."""
+        return sample_contexts(self.session, self.seed)
+
+    def requests(
+        self,
+        facts: Iterable[Fact],
+        problem: str = "error_injection",
+        *,
+        filtered: bool = True,
+        on_error: str = "raise",
+        compat: str | None = None,
+    ) -> list[Request]:
+        """What a problem (METHODS 4; Hase et al. 2023) asks of facts: error_injection, tracing_reversal, fact_erasure,
+        fact_amplification or fact_forcing.
+
+        filtered: leave out facts that the model does not complete, and warn which. on_error: ``"skip"`` leaves out
+        facts that cannot be used. Raises ``FactError`` or ``ExperimentError``, each naming the item and the mend.
+        """
+        given = list(facts)
+        return make_requests(
+            self.session, given, problem, self._level(given, problem), filtered=filtered, on_error=on_error,
+            compat=compat, seed=self.seed,
+        )  # fmt: skip
+
+    def rome(self, requests: Sequence[Request], layers: LayerChoice, hparams: RomeHparams | None = None) -> list[Edit]:
+        """ROME (Meng et al. 2022): an edit of each request at each layer, request by request.
+
+        layers: numbers from 0, or ``"all"``. Edits that fail carry the reason; the others are made all the same.
+        Raises ``ExperimentError`` for layers without moments, and moments of another model.
+        """
+        return _flat(self.batches(requests, "rome", layers, hparams=hparams))
+
+    def memit(
+        self,
+        requests: Sequence[Request],
+        layers: LayerChoice,
+        window: int = 5,
+        hparams: MemitHparams | None = None,
+        *,
+        joint: bool = False,
+    ) -> list[Edit]:
+        """MEMIT (Meng et al. 2023): an edit of each request by itself in each window of layers.
+
+        layers: the windows' centres, from 0, or ``"all"``; or lists of layers, one for each window. joint: all requests
+        together make one change of each window's weights, which their edits share (window by window).
+        """
+        return _flat(self.batches(requests, JOINT_MEMIT if joint else "memit", layers, window, hparams))
+
+    def memit_joint(
+        self, requests: Sequence[Request], layers: Sequence[int], hparams: MemitHparams | None = None
+    ) -> JointEdit:
+        """MEMIT of all requests at once: one change of the layers, which are given in order. The result's ``edits``
+        can be scored; ``memit(..., joint=True)`` gives these."""
+        own = _listed(requests)
+        if not own:
+            raise ExperimentError("there are no requests; give at least one")
+        (window,) = as_windows([tuple(layers)], 1, self.session.sizes.depth)
+        self._prepare(own, window.layers)
+        with self.session.computing():
+            return self._memit(_checked(hparams, MemitHparams)).joint(own, window)
+
+    def finetune(
+        self,
+        requests: Sequence[Request],
+        layers: LayerChoice,
+        window: int = 1,
+        hparams: FinetuneHparams | None = None,
+    ) -> list[Edit]:
+        """Constrained fine-tuning (Zhu et al. 2020; FT-1, FT-5) of the down-projections of each window of layers.
+
+        Each edit holds a dense change; ``run`` makes and scores them batch by batch, and holds one batch at a time.
+        """
+        return _flat(self.batches(requests, "finetune", layers, window, hparams))
+
+    def batches(
+        self,
+        requests: Sequence[Request],
+        method: str,
+        layers: LayerChoice,
+        window: int | None = None,
+        hparams: Hparams | None = None,
+    ) -> Iterator[list[Edit]]:
+        """The edits of a method, ``"rome"``, ``"memit"``, ``"memit_joint"`` or ``"finetune"``, as many at a time as are
+        made together."""
+        return each_within(self.session.computing, self._batches(requests, method, layers, window, hparams))
+
+    def _batches(
+        self,
+        requests: Sequence[Request],
+        method: str,
+        layers: LayerChoice,
+        window: int | None,
+        hparams: Hparams | None,
+    ) -> Iterator[list[Edit]]:
+        if method not in METHODS:
+            raise ExperimentError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+        own, depth = _listed(requests), self.session.sizes.depth
+        if method == "rome":
+            if window not in (None, 1):
+                raise ExperimentError(f"ROME edits one layer, not a window of {window}; use memit or finetune")
+            at = as_layers(layers, depth)
+            chosen = _checked(hparams, RomeHparams)
+            self._prepare(own, at)
+            return self._rome(chosen).batches(own, at) if own else iter(())
+        windows = as_windows(layers, (1 if method == "finetune" else 5) if window is None else window, depth)
+        if method != "finetune":
+            chosen = _checked(hparams, MemitHparams)
+            self._prepare(own, sorted({layer for each in windows for layer in each.layers}))
+            if not own:
+                return iter(())
+            memit = self._memit(chosen)
+            if method == JOINT_MEMIT:
+                return (memit.joint(own, each).edits() for each in windows)
+            return memit.batches(own, windows)
+        chosen = _checked(hparams, FinetuneHparams) or FinetuneHparams()
+        self._prepare(own, None)
+        all_layers, batching = self._means()
+        return Finetune(all_layers, self._encoder, chosen, batching).batches(own, windows)
+
+    def run(
+        self,
+        requests: Sequence[Request],
+        method: str,
+        layers: LayerChoice,
+        window: int | None = None,
+        hparams: Hparams | None = None,
+    ) -> Iterator[tuple[Edit, pa.RecordBatch]]:
+        """Make edits and score them, batch by batch: each edit with its probes. One batch is held at a time."""
+        batches = self.batches(requests, method, layers, window, hparams)
+        while batch := next(batches, None):
+            for scored in self._scored(batch, False, False):
+                yield scored.edit, probe_batch([scored])
+                del scored
+            del batch
+
+    def score(self, edits: Sequence[Edit]) -> pa.Table:
+        """The probabilities of both targets on all prompts of the edits' facts, before and after each edit: a row for
+        every edit and prompt, with the columns of ``PROBE_SCHEMA``. No weight is written."""
+        return pa.Table.from_batches([self.evaluate(edits).probes], schema=PROBE_SCHEMA)
+
+    def evaluate(
+        self,
+        edits: Sequence[Edit],
+        *,
+        essence: bool = False,
+        accuracy: bool = False,
+        generation: bool = False,
+        references: References | None = None,
+    ) -> Scores:
+        """Probes and metrics of edits (METHODS 5). Facts without evaluation prompts have rewrite probes only.
+
+        essence: the perplexity of five texts about each subject, sampled from the unedited model; accuracy: the share
+        of the targets' tokens that are most likely; generation: the entropy of what the edited models write, and, with
+        ``references``, how alike it is to texts about the new target.
+        """
+        scored = list(self._scored(edits, essence, accuracy))
+        rows: list[Row] = [row for each in scored for row in metrics_of(each, accuracy)]
+        final = [each.edit for each in scored]
+        if generation or references is not None:
+            rows += Generation(self.session, self.seed, references, self._scorer_of(references)).rows(final)
+        return Scores(final, probe_batch(scored), metric_batch(rows))
+
+    def _scored(self, edits: Sequence[Edit], essence: bool, accuracy: bool) -> Iterator[Scored]:
+        if not edits:
+            return
+        self._verify(edits[0].request)
+        check_edits(edits, self.session.sizes)
+        texts = self._essence_of([edit.request.fact for edit in edits]) if essence else {}
+
+        def ask(edit: Edit) -> Questions:
+            return questions_about(edit.request, self._encoder, texts.get(edit.fact_id, ()))
+
+        scored = Scoring(*self._means(), ask, accuracy).score(edits)
+        yield from each_within(self.session.computing, map(_checked_scores, scored))
+
+    def _essence_of(self, facts: Iterable[Fact]) -> dict[str, list[str]]:
+        """The essence texts of facts, by their ids: sampled once from the model as it is."""
+        of_weights = self.session.versions()
+        keys = {fact.id: (fact.id, fact.subject, of_weights) for fact in facts}
+        new = {fact.id: fact for fact in facts if keys[fact.id] not in self._essence}
+        sampled = essence_texts(self.session, new.values(), self.seed)
+        self._essence.update({keys[name]: own for name, own in sampled.items()})
+        return {name: self._essence[key] for name, key in keys.items()}
+
+    def _scorer_of(self, references: References | None) -> ReferenceScorer | None:
+        """Words weighed by the references, once for as long as these are asked for."""
+        if references is None:
+            return None
+        if self._scorer is None or self._scorer[0] is not references:
+            self._scorer = references, ReferenceScorer(references.corpus)
+        return self._scorer[1]
+
+    def _level(self, facts: Sequence[Fact], problem: str) -> float | None:
+        """The noise level, where the problem has noise."""
+        if problem not in ("tracing_reversal", "fact_forcing"):
+            return None
+        value, in_deviations = parse_sigma(self.sigma)
+        return value * self.session.subject_deviation(facts) if in_deviations else value
+
+    def _prepare(self, requests: Sequence[Request], moments_of: Sequence[int] | None) -> None:
+        """Check what is asked, before anything is computed."""
+        for request in requests:
+            if not isinstance(request, Request):
+                raise ExperimentError(f"{request!r} is no request; make requests with Editor.requests(facts, problem)")
+            prompt = self._encoder.prompted(request, request.fact.prompt)
+            self._encoder.followed(request, prompt.text, request.target)
+        if moments_of is not None:
+            if self.moments is None:
+                raise ExperimentError(
+                    "ROME and MEMIT need second moments: Editor(model, tokenizer, moments=Moments.collect(...))"
+                )
+            self.moments.check(self.session.model, moments_of)
+        if requests:
+            self._verify(requests[0])
+
+    def _verify(self, request: Request) -> None:
+        sizes = self.session.sizes
+        prompt = encode(request.fact, self.session.tokenizer, "argmax", sizes.vocabulary, sizes.positions).prompt
+        self.session.verify(prompt)
+
+    def _means(self) -> tuple[Layers, Batching]:
+        """The layers that passes go through, and how much goes through them together."""
+        session = self.session
+        budget, kept = self._budget()
+        layers = Layers(session.architecture, budget.tiles, session.dtype, session.device, kept, session.backends)
+        return layers, Batching(session.sizes, budget, session.dtype)
+
+    def _budget(self) -> tuple[Budget, bool]:
+        """What a pass may take, and whether weights made ready are kept from step to step: where they take little."""
+        budget = self.session.budget(gradient=True)
+        kept = 2 * weight_bytes(self.session.sizes, self.session.dtype)
+        if kept > _SHARE_OF_WEIGHTS * budget.total:
+            return budget, False
+        return replace(budget, fixed=budget.fixed + kept), True
+
+    def _rome(self, hparams: RomeHparams | None) -> Rome:
+        assert self.moments is not None
+        layers, batching = self._means()
+        return Rome(layers, self._encoder, self.moments, self.contexts.rome, hparams or RomeHparams(), batching)
+
+    def _memit(self, hparams: MemitHparams | None) -> Memit:
+        assert self.moments is not None
+        layers, batching = self._means()
+        return Memit(layers, self._encoder, self.moments, self.contexts.memit, hparams or MemitHparams(), batching)
+
+
+def _listed(requests: Any) -> list[Request]:
+    if isinstance(requests, Request) or not isinstance(requests, Iterable):
+        raise ExperimentError(f"requests are {requests!r}; give a list, as Editor.requests makes it")
+    return list(requests)
+
+
+def _flat(batches: Iterable[list[Edit]]) -> list[Edit]:
+    return [edit for batch in batches for edit in batch]
+
+
+def _checked(hparams: Any, kind: type) -> Any:
+    if hparams is not None and not isinstance(hparams, kind):
+        raise ExperimentError(f"the hyperparameters are {type(hparams).__name__}; give {kind.__name__}")
+    return hparams
+
+
+def _checked_scores(scored: Scored) -> Scored:
+    """The same, with an edit as failed where the model, edited or not, gives no finite probabilities."""
+    if not scored.pre.finite:
+        reason = "the unedited model gives probabilities that are not finite; compute in float32 or bfloat16"
+    elif scored.post is None or scored.post.finite:
+        return scored
+    else:
+        reason = "the edited model gives probabilities that are not finite"
+    edit = replace(scored.edit, delta=None, reason=reason)
+    assert edit.status == FAILED
+    return replace(scored, edit=edit, post=None)

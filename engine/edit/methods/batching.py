@@ -1,0 +1,125 @@
+"""How many requests and edits go through the model together: as many as the memory budget holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from causalcone.engine.edit.methods.objective import Training
+from causalcone.engine.edit.methods.value_search import Found, VectorSearch
+from causalcone.engine.edit.requests.requests import Request
+from causalcone.engine.errors import MemoryBudgetError
+from causalcone.engine.memory import out_of_memory
+from causalcone.engine.models.base import Sizes
+from causalcone.engine.run.scheduler import Budget
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def edit_name(request: Request) -> str:
+    """What an edit is called in messages."""
+    return f"the edit of fact {request.fact.id!r}"
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Splits work so that it fits a budget of memory, in a dtype."""
+
+    sizes: Sizes
+    budget: Budget
+    dtype: torch.dtype
+
+    def of_items(
+        self,
+        items: Iterable[Item],
+        weigh: Callable[[Item], int],
+        name: Callable[[Item], str],
+        share: float = 1.0,
+    ) -> list[list[Item]]:
+        """Consecutive items whose bytes fit a share of the budget together, at least one. Raises ``MemoryBudgetError``
+        with the name of one that alone takes more than the whole budget."""
+        limit, held = share * self.budget.for_rows, 0
+        parts: list[list[Item]] = []
+        for item in items:
+            weight = weigh(item)
+            if weight > self.budget.for_rows:
+                raise MemoryBudgetError(
+                    f"{name(item)} alone needs about {(weight + self.budget.fixed) / 2**20:.1f} MiB, the budget is "
+                    f"{self.budget.total / 2**20:.1f} MiB; give more memory"
+                )
+            if not parts or held + weight > limit:
+                parts.append([])
+                held = 0
+            parts[-1].append(item)
+            held += weight
+        return parts
+
+    def of_requests(
+        self, requests: Sequence[Request], at: Collection[int], training: Callable[[Sequence[Request]], Training]
+    ) -> list[list[Request]]:
+        """Requests of which what the unedited model makes of their contexts takes half of the budget."""
+        return self.of_items(requests, lambda each: self._unedited_bytes(training([each]), at), edit_name, 0.5)
+
+    def of_vectors(
+        self, edits: Sequence[tuple[int, int]], search: VectorSearch
+    ) -> Iterator[tuple[tuple[int, int], Found]]:
+        """Each edit (a goal and a layer) with its vector, in order; the search takes the other half of the budget."""
+
+        def name(edit: tuple[int, int]) -> str:
+            return f"an edit of layer {edit[1]}"
+
+        for part in self.of_items(edits, lambda edit: self._cone_bytes(search, *edit), name, 0.5):
+            yield from zip(part, self.run(part, search.find), strict=True)
+
+    def run(self, items: list[Item], function: Callable[[list[Item]], list[Result]]) -> list[Result]:
+        """``function`` of the items; of halves of them, where memory runs out after all."""
+        try:
+            return function(items)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            if len(items) == 1:
+                raise MemoryBudgetError(
+                    "memory ran out on a single edit; free some memory, or use a smaller dtype"
+                ) from error
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        middle = len(items) // 2
+        return [result for half in (items[:middle], items[middle:]) for result in self.run(half, function)]
+
+    @property
+    def row_bytes(self) -> int:
+        """What a row weighs that goes through a layer without gradient."""
+        sizes = self.sizes
+        own, kv = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim
+        return self.dtype.itemsize * (4 * sizes.hidden + 2 * own + kv)
+
+    def _unedited_bytes(self, training: Training, at: Collection[int]) -> int:
+        """Stored keys and values, what is kept at the layers, and the pass itself."""
+        sizes, texts = self.sizes, training.prompts.texts
+        kv, rows = 2 * sizes.kv_heads * sizes.head_dim, sum(map(len, texts))
+        tails = int(training.prompts.tail_rows.sum())
+        stored = rows * kv * (sizes.depth - min(at) - 1)
+        kept = len(at) * (tails * sizes.hidden + len(texts) * (2 * sizes.hidden + sizes.inner))
+        return self.dtype.itemsize * (stored + kept) + rows * self.row_bytes + 12 * sizes.vocabulary
+
+    def _cone_bytes(self, search: VectorSearch, number: int, layer: int) -> int:
+        """What autograd keeps of an edit's rows at all layers after its own, and works with at one of them."""
+        sizes, goal, prompts = self.sizes, search.goals[number], search.prompts
+        texts = np.array([*goal.contexts, goal.essence])
+        rows, seen = prompts.tail_rows[texts], np.array([len(prompts.texts[text]) for text in texts])
+        attention = seen * 2 * sizes.kv_heads * sizes.head_dim + 3 * sizes.heads * rows * seen
+        saved = int(rows.sum()) * self.saved_row_bytes + self.dtype.itemsize * int(attention.sum())
+        return (sizes.depth - 1 - layer) * saved + 3 * int(rows.sum()) * self.saved_row_bytes
+
+    @property
+    def saved_row_bytes(self) -> int:
+        """What autograd keeps of a row that goes through a layer."""
+        sizes = self.sizes
+        own, kv = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim
+        return self.dtype.itemsize * (8 * sizes.hidden + 3 * own + 2 * kv + sizes.mlp_weights // sizes.hidden)

@@ -1,0 +1,248 @@
+"""Constrained fine-tuning of the down-projections of a window of layers: FT-1, FT-5 and any other (Zhu et al. 2020).
+
+Every edit has weights of its own. Since a text has few tokens, the gradient of a weight is known from few rows: those
+that went into its product and the gradients of those that came out of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from causalcone.engine.edit.deltas.delta import Delta, Dense, LowRank
+from causalcone.engine.edit.deltas.rows import Addition, changed, slices
+from causalcone.engine.edit.methods.batching import Batching, edit_name
+from causalcone.engine.edit.methods.edits import Edit, failed, made
+from causalcone.engine.edit.methods.hparams import FinetuneHparams
+from causalcone.engine.edit.requests.prompts import Encoder
+from causalcone.engine.edit.requests.requests import Request
+from causalcone.engine.edit.requests.windows import Window
+from causalcone.engine.edit.runs.edited_runs import Cone, Join, Prompts
+from causalcone.engine.edit.runs.frozen_prefix import Unedited, run_unedited
+from causalcone.engine.edit.runs.layers import Change, Layers
+from causalcone.engine.edit.runs.packed_runs import Text
+from causalcone.engine.models.base import Block
+from causalcone.kernels.backends import Backends
+from causalcone.kernels.finetune_step import Moving, step
+from causalcone.kernels.readout_gradients import log_probability
+
+METHOD = "finetune"
+
+Item = tuple[Request, Window]
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """The method on a model."""
+
+    layers: Layers
+    encoder: Encoder
+    hparams: FinetuneHparams
+    batching: Batching
+
+    def batches(self, requests: Sequence[Request], windows: Sequence[Window]) -> Iterator[list[Edit]]:
+        """An edit of each request in each window, request by request; as many together as memory holds."""
+        items = [(request, window) for request in requests for window in windows]
+        for part in self.batching.of_items(items, self._bytes, lambda item: edit_name(item[0])):
+            yield self.batching.run(part, self._train)
+
+    def texts(self, request: Request) -> list[Text]:
+        """The bare prompt with the target: once, or once for each sample of noise."""
+        samples = 1 if request.sigma is None else self.hparams.noise_samples
+        prompts = [
+            self.encoder.prompted(request, request.fact.prompt, sample, samples).text for sample in range(samples)
+        ]
+        return [self.encoder.followed(request, text, request.target) for text in prompts]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _train(self, items: list[Item]) -> list[Edit]:
+        self.layers.forget()
+        edits = _Batch(self, items).run()
+        self.layers.forget()
+        return edits
+
+    def _bytes(self, item: Item) -> int:
+        """Weights and what Adam keeps of them; rows at all layers behind the first that is edited."""
+        request, window = item
+        sizes = self.layers.architecture.sizes
+        wide = torch.promote_types(self.layers.dtype, torch.float32).itemsize
+        rows = sum(map(len, self.texts(request)))
+        trained = 3 * len(window.layers) * sizes.hidden * sizes.inner * wide
+        saved = rows * (sizes.depth - window.layers[0]) * self.batching.saved_row_bytes
+        kept = rows * self.layers.dtype.itemsize * (2 * sizes.hidden + sizes.inner)
+        return trained + saved + kept
+
+
+class _Trained:
+    """The change of one weight: (hidden, inner), and (hidden,) of its bias, zero at first, under Adam."""
+
+    def __init__(self, block: Block, dtype: torch.dtype, hparams: FinetuneHparams, backends: Backends) -> None:
+        own, bias = block.down.weight, block.down.bias
+        self.hparams, self.backends = hparams, backends
+        self.moving = Moving.zeros_like(own, dtype)
+        self.moving_bias = None if bias is None else Moving.zeros_like(bias, dtype)
+        self.leaf = torch.zeros((), dtype=dtype, device=own.device, requires_grad=True)
+        self.products: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, keys: Tensor) -> Tensor:
+        """What the change adds to values, (R, hidden), from keys (R, inner); gradient flows to the keys, and what the
+        weight's own gradient is made of is kept."""
+        return _Product.apply(keys, self.leaf, self)
+
+    def step(self) -> None:
+        """One step of Adam along the gradient of the products since the last, and back within the bounds."""
+        keys = torch.cat([keys for keys, _ in self.products])
+        slopes = torch.cat([slope for _, slope in self.products])
+        lr, bound = self.hparams.lr, self.hparams.norm_constraint
+        self.backends.step_weight(self.moving, slopes, keys, lr, bound)
+        if self.moving_bias is not None:
+            step(self.moving_bias, slopes.sum(0).to(self.moving_bias.change.dtype), lr, bound)
+        self.products.clear()
+
+    @property
+    def weight(self) -> Tensor:
+        return self.moving.change
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self.moving_bias is None else self.moving_bias.change
+
+    @property
+    def change(self) -> Dense:
+        return Dense(self.weight, self.bias)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keys: Tensor, leaf: Tensor, trained: _Trained) -> Tensor:
+        ctx.keys, ctx.trained = keys, trained
+        bias = None if trained.bias is None else trained.bias.to(keys.dtype)
+        return torch.nn.functional.linear(keys, trained.weight.to(keys.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        trained: _Trained = ctx.trained
+        trained.products.append((ctx.keys, grads[0]))
+        return grads[0] @ trained.weight.to(grads[0].dtype) if ctx.needs_input_grad[0] else None, None, None
+
+
+class _Batch:
+    """Edits that are trained together."""
+
+    def __init__(self, method: Finetune, items: list[Item]) -> None:
+        self.method, self.items, self.layers = method, items, method.layers
+        dtype = torch.promote_types(self.layers.dtype, torch.float32)
+        self.trained: list[dict[int, _Trained]] = []
+        blocks: dict[int, Block] = {}
+        for _, window in items:
+            for layer in window.layers:
+                blocks.setdefault(layer, self.layers.block(layer))
+            own = method.hparams, self.layers.backends
+            self.trained.append({layer: _Trained(blocks[layer], dtype, *own) for layer in window.layers})
+        self.first = np.array([window.layers[0] for _, window in items])
+        self.texts: list[list[int]] = []
+        self.prompts, self.unedited = self._unedited()
+
+    def _unedited(self) -> tuple[Prompts, Unedited]:
+        """All texts, once for every request, and what enters the first layer that is edited."""
+        texts: list[Text] = []
+        read: list[int] = []
+        known: dict[int, list[int]] = {}
+        for request, _ in self.items:
+            if id(request) not in known:
+                own = self.method.texts(request)
+                known[id(request)] = list(range(len(texts), len(texts) + len(own)))
+                texts += own
+                read += [len(request.target)] * len(own)
+            self.texts.append(known[id(request)])
+        prompts = Prompts(texts, np.zeros(len(texts), dtype=np.int64), np.array(read))
+        wanted = {(name, layer): prompts.tails for layer in set(self.first.tolist()) for name in _KEPT}
+        return prompts, run_unedited(self.layers, texts, wanted)
+
+    def run(self) -> list[Edit]:
+        hparams, count = self.method.hparams, len(self.items)
+        loss, steps = np.full(count, np.nan), np.zeros(count, dtype=np.int64)
+        live = np.arange(count)
+        pass_ = _Pass(self, live)
+        for _ in range(hparams.steps):
+            loss[live] = pass_.evaluate()
+            # a loss that no step follows stays what it is: five checks in a row would all find the same
+            low = np.zeros(len(live), dtype=bool) if hparams.stop_loss is None else loss[live] < hparams.stop_loss
+            goes_on = np.isfinite(loss[live]) & ~low
+            for place, item in enumerate(live):
+                for trained in self.trained[item].values():
+                    if goes_on[place]:
+                        trained.step()
+                    else:
+                        trained.products.clear()
+            steps[live[goes_on]] += 1
+            if not goes_on.all():
+                live = live[goes_on]
+                if not len(live):
+                    break
+                pass_ = _Pass(self, live)
+        return [self._edit(item, int(steps[item]), float(loss[item])) for item in range(count)]
+
+    def _edit(self, item: int, steps: int, loss: float) -> Edit:
+        request, window = self.items[item]
+        common = (request, METHOD, window.layer, window.size, steps, loss)
+        listed = window.layers if window.listed else ()
+        if not np.isfinite(loss):
+            return replace(failed(*common, f"the loss is {loss} after {steps} steps"), listed=listed)
+        changes: dict[int, LowRank | Dense] = {layer: own.change for layer, own in self.trained[item].items()}
+        return replace(made(*common, Delta(changes)), listed=listed)
+
+
+_KEPT = ("mid", "keys", "values")
+
+
+class _Pass:
+    """The runs of the items that are still trained."""
+
+    def __init__(self, batch: _Batch, live: np.ndarray) -> None:
+        self.batch, self.count = batch, len(live)
+        of = np.repeat(np.arange(len(live)), [len(batch.texts[item]) for item in live])
+        texts = np.concatenate([batch.texts[item] for item in live])
+        self.cone = Cone(batch.layers, batch.prompts, batch.first[live], of, texts)
+        self.trained = [batch.trained[item] for item in live]
+        requests = [batch.items[item][0] for item in live]
+        owners, device = of[self.cone.order], batch.layers.device
+        self.targets = torch.tensor([token for owner in owners for token in requests[owner].target], device=device)
+        self.owner = torch.from_numpy(np.repeat(owners, [len(requests[owner].target) for owner in owners])).to(device)
+        self.erases = torch.tensor([request.erases for request in requests], device=device)
+
+    def evaluate(self) -> np.ndarray:
+        """The loss of each item; the gradients of its weights are left with them."""
+        with torch.enable_grad():
+            states = self.cone.read_out(self._joining, self._changing)
+            log_p = log_probability(states, self.batch.layers.readout(), self.targets)
+            none = torch.zeros(self.count, dtype=torch.float64, device=log_p.device)
+            nll = none.index_add(0, self.owner, -log_p)
+            loss = torch.where(self.erases, torch.exp(-nll), nll)
+            leaves = [own.leaf for trained in self.trained for own in trained.values()]
+            torch.autograd.grad(loss.sum(), leaves, allow_unused=True)  # the products keep what they need
+        return loss.detach().cpu().numpy()
+
+    def _joining(self, block: Block, layer: int, join: Join) -> Tensor:
+        mid, keys, values = (self.batch.unedited.kept[name, layer].index_select(0, join.tails) for name in _KEPT)
+        parts = [(rows, self._addition(edit, layer)) for edit, rows in slices(join.edits, join.rows)]
+        return mid + block.mlp_output(changed(keys, values, parts))
+
+    def _changing(self, layer: int, live: Join, read_only: bool) -> Change | None:
+        if not any(layer in trained for trained in self.trained):
+            return None
+        parts = [
+            (rows, self._addition(edit, layer))
+            for edit, rows in slices(live.of, live.runs.read if read_only else live.runs.rows)
+        ]
+        return lambda keys, values: changed(keys, values, parts)
+
+    def _addition(self, edit: int, layer: int) -> Addition | None:
+        trained = self.trained[edit].get(layer)
+        return None if trained is None else trained.add

@@ -1,0 +1,206 @@
+"""The search for v* and z*: vectors that, added at the lookup, make the model say the target (METHODS 4).
+
+All edits of a batch, at any layers, take their steps together; an edit that is done leaves the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from causalcone.engine.edit.methods.adam import Adam
+from causalcone.engine.edit.methods.hparams import MemitHparams, RomeHparams
+from causalcone.engine.edit.runs.edited_runs import Cone, Join, Prompts
+from causalcone.engine.edit.runs.frozen_prefix import Places, Unedited, Wanted
+from causalcone.engine.edit.runs.layers import Layers
+from causalcone.engine.models.base import Block
+from causalcone.kernels.readout_gradients import divergence, log_probability
+
+Site = Literal["values", "out"]
+"""What a vector is added to: the output of a layer's down-projection, or the layer's own output."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a request wants, by its number: contexts and essence are texts of the prompts, by number; the target's token
+    ids are read after each context, the divergence at the end of ``essence``. erases: the target is to become unlikely.
+    """
+
+    contexts: tuple[int, ...]
+    essence: int
+    target: tuple[int, ...]
+    erases: bool
+
+
+@dataclass(frozen=True)
+class Found:
+    """delta (hidden,): what was found, in float32 or better; base (hidden,): what it is added to, in the bare prompt;
+    steps: updates taken; loss: the last evaluated; reason: why it failed, or None."""
+
+    delta: Tensor
+    base: Tensor
+    steps: int
+    loss: float
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class VectorSearch:
+    """Searches for the vectors of ``goals`` at a site."""
+
+    layers: Layers
+    prompts: Prompts
+    unedited: Unedited
+    goals: Sequence[Goal]
+    site: Site
+    hparams: RomeHparams | MemitHparams
+
+    def base(self, goal: int, layer: int) -> Tensor:
+        """(hidden,) what the vector is added to at the lookup of the bare prompt."""
+        bare = self.goals[goal].contexts[0]
+        row = bare if self.site == "values" else self.prompts.tail_start[bare]
+        return self.unedited.kept[self.site, layer][row]
+
+    @torch.inference_mode(False)
+    def find(self, edits: Sequence[tuple[int, int]]) -> list[Found]:
+        """The vector of each edit: a goal, by number, and a layer."""
+        wide = torch.promote_types(self.layers.dtype, torch.float32)
+        base = torch.stack([self.base(*edit) for edit in edits]).to(wide)
+        delta, size = torch.zeros_like(base), base.norm(dim=1)
+        adam = Adam(self.hparams.lr, delta)
+        found: list[Found | None] = [None] * len(edits)
+        live = list(range(len(edits)))
+        readings = _Readings(self, edits, size)
+        for step in range(self.hparams.steps):
+            if not live:
+                break
+            loss, gradient = readings.evaluate(delta)
+            updates = self._updates(step, [edits[i] for i in live])
+            done = self._done(loss, updates)
+            for place, edit in enumerate(live):
+                if done[place]:
+                    found[edit] = _found(delta[place], base[edit], step, loss[place])
+            if done.any():
+                kept = torch.from_numpy(np.flatnonzero(~done)).to(delta.device)
+                live = [edit for place, edit in enumerate(live) if not done[place]]
+                delta, gradient = delta[kept], gradient[kept]
+                loss = loss[~done]
+                adam.keep(kept)
+                readings = _Readings(self, [edits[i] for i in live], size[live])
+            if live:
+                delta = _clamped(delta + adam.change(gradient), self.hparams.clamp * size[live])
+                if step == self.hparams.steps - 1:
+                    for place, edit in enumerate(live):
+                        found[edit] = _found(delta[place], base[edit], step + 1, loss[place])
+        return [each for each in found if each is not None]
+
+    def joining(self, block: Block, layer: int, join: Join, vectors: Tensor) -> Tensor:
+        """The rows of runs behind the layer where their vectors, among (E, hidden), are added."""
+        kept = self.unedited.kept
+        added = vectors[torch.from_numpy(join.edits).to(vectors.device)]
+        rows = kept["out", layer].index_select(0, join.tails)
+        if self.site == "out":
+            return rows.index_add(0, join.lookups, added.to(rows.dtype))
+        values = (kept["values", layer].index_select(0, join.texts) + added).to(rows.dtype)
+        edited = kept["mid", layer].index_select(0, join.texts) + block.mlp_output(values)
+        return rows.index_copy(0, join.lookups, edited)
+
+    def _updates(self, step: int, edits: Sequence[tuple[int, int]]) -> np.ndarray:
+        """(E,) which edits are updated in this step: the last one only evaluates, but where ROME erases a fact."""
+        last = step == self.hparams.steps - 1
+        rome = isinstance(self.hparams, RomeHparams)
+        return np.array([not last or (rome and self.goals[goal].erases) for goal, _ in edits])
+
+    def _done(self, loss: np.ndarray, updates: np.ndarray) -> np.ndarray:
+        stop = self.hparams.stop_loss
+        low = np.zeros(len(loss), dtype=bool) if stop is None else loss < stop
+        return ~np.isfinite(loss) | low | ~updates
+
+
+def wanted_by_vectors(prompts: Prompts, at: Collection[int], site: Site) -> Wanted:
+    """What the search for vectors at the layers ``at`` starts from."""
+    wanted: dict[tuple[str, int], Places] = {("out", layer): prompts.tails for layer in at}
+    if site == "values":
+        wanted.update({(name, layer): prompts.lookups for layer in at for name in ("values", "mid")})
+    return wanted
+
+
+def _found(delta: Tensor, base: Tensor, steps: int, loss: float) -> Found:
+    reason = None if np.isfinite(loss) else f"the loss is {loss} after {steps} steps"
+    return Found(delta.clone(), base, steps, float(loss), reason)
+
+
+def _clamped(delta: Tensor, largest: Tensor) -> Tensor:
+    """Rows scaled down to norms of at most ``largest`` (E,)."""
+    norm = delta.norm(dim=1)
+    return delta * torch.where(norm > largest, largest / norm, 1.0)[:, None]
+
+
+class _Readings:
+    """What is read out of the runs of a batch of edits, and the loss that it makes."""
+
+    def __init__(self, search: VectorSearch, edits: Sequence[tuple[int, int]], size: Tensor) -> None:
+        self.search, self.size = search, size
+        self.count = len(edits)
+        if not edits:
+            return
+        goals = search.goals
+        texts = [(*goals[goal].contexts, goals[goal].essence) for goal, _ in edits]
+        of = np.repeat(np.arange(len(edits)), [len(own) for own in texts])
+        layer = np.array([layer for _, layer in edits])
+        members = np.array([text for own in texts for text in own])
+        self.cone = Cone(search.layers, search.prompts, layer, of, members, search.unedited)
+        # by run, then in the order of what is read: the edit, its target's tokens and their weight, or its divergence
+        essence = np.concatenate([np.arange(len(own)) == len(own) - 1 for own in texts])
+        order = self.cone.order
+        device = search.layers.device
+        run_goal = np.array([goal for goal, _ in edits])[of]
+        targets: list[int] = []
+        weights: list[float] = []
+        owner: list[int] = []
+        divergent: list[tuple[int, int, int]] = []
+        reference: list[int] = []
+        place = 0
+        for run in order:
+            goal = goals[run_goal[run]]
+            if essence[run]:
+                divergent.append((place, of[run], run_goal[run]))
+                place += 1
+                continue
+            tokens = len(goal.target)
+            targets += goal.target
+            weights += [1 / (tokens * len(goal.contexts))] * tokens
+            owner += [of[run]] * tokens
+            reference += range(place, place + tokens)
+            place += tokens
+        self.targets, self.read = (torch.tensor(column, device=device) for column in (targets, reference))
+        self.owner = torch.tensor(np.array(owner), device=device)
+        self.weights = torch.tensor(weights, dtype=torch.float64, device=device)
+        self.divergent, self.divergent_owner, self.reference = torch.tensor(np.array(divergent), device=device).unbind(
+            1
+        )
+        self.erases = torch.tensor([goals[goal].erases for goal, _ in edits], device=device)
+
+    def evaluate(self, delta: Tensor) -> tuple[np.ndarray, Tensor]:
+        """The loss (E,) of each edit, and its gradient by the vectors delta (E, hidden)."""
+        hparams, size = self.search.hparams, self.size
+        leaf = delta.detach().requires_grad_()
+        with torch.enable_grad():
+            states = self.cone.read_out(lambda block, layer, join: self.search.joining(block, layer, join, leaf))
+            readout = self.search.layers.readout()
+            log_p = log_probability(states.index_select(0, self.read), readout, self.targets)
+            none = torch.zeros(self.count, dtype=torch.float64, device=log_p.device)
+            nll = none.index_add(0, self.owner, -log_p * self.weights)
+            kl = divergence(states.index_select(0, self.divergent), readout, self.search.unedited.log_p, self.reference)
+            decay = hparams.weight_decay * leaf.norm(dim=1) / size.square()
+            loss = torch.where(self.erases, torch.exp(-nll), nll) + decay
+            # where nothing is added nothing diverges: rounding must not become a direction, which Adam would magnify
+            kl = kl * (delta != 0).any(1)[self.divergent_owner]
+            loss = loss + hparams.kl_factor * none.index_add(0, self.divergent_owner, kl)
+            (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        return loss.detach().cpu().numpy(), gradient

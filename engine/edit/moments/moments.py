@@ -1,0 +1,376 @@
+"""Second moments of keys: how much of each direction in them a layer's down-projection has to keep (METHODS 4)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from causalcone.engine.errors import ExperimentError
+from causalcone.engine.models import read_architecture
+from causalcone.engine.models.base import Architecture
+
+CONDITION_LIMITS = {torch.float64: 1e12, torch.float32: 1e8}
+"""The largest condition number with which a moment in this dtype is inverted. It is that of the moment scaled to a unit
+diagonal: rounding leaves each element an error relative to itself, which components of any size survive. In float64
+the inverse is then good to four digits. In float32 an element's error of 3e-8 is, over d components, one of about
+3e-8 x 2 / sqrt(d) of the largest eigenvalue: beyond the limit, rounding decides what the smallest directions are."""
+
+_FACTOR_BYTES = 4 * 2**30
+_SAMPLED = 4096
+_ITERATIONS = 30
+_ROUNDED = {
+    torch.float64: (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    torch.float32: (torch.float32, torch.bfloat16, torch.float16),
+    torch.bfloat16: (torch.bfloat16,),
+    torch.float16: (torch.float16,),
+}
+"""For a dtype, those that its values can be rounded to, the finest first."""
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """The uncentred second moments C = E[k k^T] of the keys k of some layers: of what enters the MLP's down-projection
+    (Meng et al. 2022).
+
+    matrices: by layer C (inner, inner), in float64, or in float32 where it is no more exact; tokens: by layer, of how
+    many tokens it is the mean; source: what texts they are of, in words; identity: the model that they are of, None
+    where it is not known; ridge: what ``solve`` adds to the diagonal, in units of the diagonal's mean.
+    """
+
+    matrices: Mapping[int, Tensor] = field(repr=False)
+    tokens: Mapping[int, int]
+    source: str | None = None
+    identity: Identity | None = None
+    ridge: float = 0.0
+    _factors: _Factors = field(default_factory=lambda: _Factors(), repr=False)
+
+    def __post_init__(self) -> None:
+        _checked_ridge(self.ridge)
+        if not self.matrices or self.matrices.keys() != self.tokens.keys():
+            raise ExperimentError(
+                f"moments of the layers {_listed(self.matrices)} with token counts of {_listed(self.tokens)}; "
+                "give both for the same layers, one at least"
+            )
+        for layer, matrix in self.matrices.items():
+            if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.dtype not in CONDITION_LIMITS:
+                raise ExperimentError(
+                    f"the moment of layer {layer} is {tuple(matrix.shape)} in {matrix.dtype}; "
+                    "give (inner, inner) in float32 or float64"
+                )
+
+    @classmethod
+    def collect(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        texts: Iterable[str | Mapping[str, Any]],
+        layers: Sequence[int] | None = None,
+        tokens: int | str | None = None,
+        *,
+        source: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        memory: int | str | None = None,
+        length: int | None = None,
+        progress: Callable[[int, int | None], None] | None = None,
+        resume: str | Path | None = None,
+    ) -> Moments:
+        """The second moments of a model's keys over running text, of all layers in one pass over the texts.
+
+        texts: any iterable of strings, or of mappings whose ``"text"`` is one; each is tokenized alone, with the
+        tokenizer's default special tokens, and cut into pieces of ``length`` tokens (512 by default, or the model's
+        positions where these are fewer), which start at position 0 and see themselves alone. layers: which, all by
+        default. tokens: how many are taken, counted from the first text on, the last text cut to give exactly so many;
+        10 x inner by default, which Gupta et al. 2025 report to be enough; ``"all"`` takes all tokens of all texts.
+        source: what texts these are, in words; it is kept with the moments. dtype, device, memory: as of ``Tracer``;
+        sums of all layers (8 x inner^2 bytes each) count towards ``memory`` on a CPU; where they would take more than
+        half of a GPU's share, they lie in the machine's memory. progress: called with the number of tokens done and
+        wanted (None for all). resume: a file that is written every minute or so, and whenever the collection ends or is
+        interrupted between passes; the same call goes on where it says, and returns what it holds where nothing is
+        left to do. It is never deleted here.
+
+        Keys are those of the compute dtype; products are in float32 (in float64 for float64) over at most 1,024 tokens,
+        and summed in float64. Warns ``FewTokens`` where the texts end before ``tokens``. Raises ``ExperimentError``
+        for texts without tokens, and for a file of ``resume`` that is of another model or other texts; ``ModelError``;
+        ``MemoryBudgetError``.
+        """
+        from causalcone.engine.edit.moments.collect import collect
+
+        return collect(
+            model, tokenizer, texts, layers, tokens,
+            source=source, dtype=dtype, device=device, memory=memory, length=length, progress=progress, resume=resume,
+        )  # fmt: skip
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that there are moments of."""
+        return tuple(sorted(self.matrices))
+
+    def width(self, layer: int) -> int:
+        """``inner``, the width of a layer's keys."""
+        return len(self._matrix(layer))
+
+    def matrix(self, layer: int) -> Tensor:
+        """C (inner, inner) of a layer in float64, without ridge."""
+        return self._matrix(layer).double()
+
+    def with_ridge(self, ridge: float) -> Moments:
+        """These moments, solved with ``ridge`` x the mean of C's diagonal added to the diagonal."""
+        return replace(self, ridge=ridge)
+
+    @torch.no_grad()
+    def solve(self, layer: int, keys: Tensor, ridge: float | None = None) -> Tensor:
+        """(C + ridge x mean(diag C) x I)^-1 keys: (inner, n) in float64, for keys (inner, n), on their device.
+
+        ridge: these moments' own by default. The factor is computed once for each layer, ridge and device, and kept
+        with as many others as 4 GiB hold. Raises ``ExperimentError`` for a layer without moment, keys of another width,
+        and a moment that is singular or conditioned beyond ``CONDITION_LIMITS``.
+        """
+        matrix = self._matrix(layer)
+        if keys.ndim != 2 or len(keys) != len(matrix):
+            raise ExperimentError(
+                f"keys {tuple(keys.shape)} for the moment of layer {layer}; give them as ({len(matrix)}, n)"
+            )
+        ridge = self.ridge if ridge is None else _checked_ridge(ridge)
+        factor = self._factors.get((layer, ridge, keys.device), lambda: self._factorised(layer, ridge, keys.device))
+        return factor.solve(keys)
+
+    def check(self, model: Any, layers: Iterable[int]) -> None:
+        """Raise ``ExperimentError`` unless these are moments of the model, for each of the layers.
+
+        Moments of unknown identity are only checked for the width of the model's keys. The model may be in another
+        dtype than the one the moments were collected from, if one of the two is a rounding of the other.
+        """
+        layers = tuple(layers)
+        lacking = [layer for layer in layers if layer not in self.matrices]
+        if lacking:
+            raise ExperimentError(
+                f"there is no moment of layer {_listed(lacking)}, only of {_listed(self.matrices)}; "
+                "collect those that are missing too"
+            )
+        architecture = read_architecture(model)
+        difference = None
+        if self.identity is not None:
+            difference = self.identity.difference(Identity.of(architecture, layers), layers)
+        elif layers and max(layers) >= architecture.sizes.depth:
+            difference = f"it has no layer {max(layers)}"
+        else:
+            for layer in layers:
+                width = key_width(architecture, layer)
+                if width != self.width(layer):
+                    difference = f"the keys of layer {layer} have a width of {width}, not {self.width(layer)}"
+        if difference is not None:
+            named = "" if self.identity is None or not self.identity.name else f" {self.identity.name}"
+            raise ExperimentError(
+                f"the moments are of another model{named}: in this one, {difference}; load the model that they are of, "
+                "take off its edits, or collect moments of this one"
+            )
+
+    def save(self, path: str | Path, dtype: torch.dtype | str | None = None) -> None:
+        """Write the moments to one safetensors file, whole or not at all.
+
+        dtype: float32 halves what float64 takes; each moment's own by default. The ridge is not saved. Raises
+        ``ExperimentError`` for a file that cannot be written.
+        """
+        from causalcone.engine.edit.moments.files import save_moments
+
+        save_moments(self, path, dtype)
+
+    @classmethod
+    def load(cls, path: str | Path | Mapping[int, str | Path], layers: int | Sequence[int] | None = None) -> Moments:
+        """The moments of a file that ``save`` wrote, or those published with ROME: an ``.npz`` file, a folder of them,
+        or such files by layer.
+
+        layers: read these only. The name of a published file tells its layer
+        (``transformer.h.17.mlp.c_proj_float32_mom2_100000.npz``); where it does not, ``layers`` says which it is. Of
+        published moments the identity is not known. Raises ``ExperimentError`` naming a file or layer that is missing,
+        or a file that is damaged.
+        """
+        from causalcone.engine.edit.moments.files import load_moments
+
+        return load_moments(path, layers)
+
+    def _matrix(self, layer: int) -> Tensor:
+        if layer not in self.matrices:
+            raise ExperimentError(f"there is no moment of layer {layer}, only of {_listed(self.matrices)}; collect it")
+        return self.matrices[layer]
+
+    def _factorised(self, layer: int, ridge: float, device: torch.device) -> _Factor:
+        matrix = self.matrices[layer]
+        width, tokens, limit = len(matrix), self.tokens[layer], CONDITION_LIMITS[matrix.dtype]
+        condition, factor = math.inf, None
+        wide = matrix.to(device, torch.float64, copy=True)
+        wide.diagonal().add_(ridge * wide.diagonal().mean())
+        silent = int((wide.diagonal() <= 0).sum())
+        if tokens < width and not ridge:
+            reason = f"they cannot span keys of width {width}"
+        elif silent:
+            reason = f"{silent} of the {width} components of its keys are zero in all of them"
+        else:
+            factor, reason = _Factor.of(wide), "its keys hardly vary in some directions"
+            condition = math.inf if factor is None else factor.condition()
+        if factor is None or not condition <= limit:
+            number = "infinite" if math.isinf(condition) else f"{condition:.1e}"
+            raise ExperimentError(
+                f"the second moment of layer {layer}, over {tokens:,} tokens, cannot be inverted: {reason} (condition "
+                f"number {number}, at most {limit:.0e} can be trusted); collect more tokens (10 x {width} are usual), "
+                f"or use moments.with_ridge({0.01 if not ridge else 10 * ridge:g})"
+            )
+        return factor
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """A matrix M = D L L^T D with a unit diagonal in L L^T: scale (d,) = the diagonal of D^-1, lower (d, d) = L."""
+
+    scale: Tensor
+    lower: Tensor
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> _Factor | None:
+        """The factor of a symmetric matrix with a positive diagonal, which is overwritten; None where it is not
+        positive definite."""
+        scale = matrix.diagonal().rsqrt()
+        matrix.mul_(scale).mul_(scale[:, None])
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+        return None if failed.item() else cls(scale, lower)
+
+    def solve(self, right: Tensor) -> Tensor:
+        scale = self.scale[:, None]
+        return scale * torch.cholesky_solve(scale * right.detach().double(), self.lower)
+
+    def condition(self) -> float:
+        """The condition number of L L^T, hardly underestimated: by power iteration, and inverse iteration."""
+        largest = _growth(lambda x: self.lower @ (self.lower.T @ x), self.lower)
+        return largest * _growth(lambda x: torch.cholesky_solve(x, self.lower), self.lower)
+
+
+def _growth(apply: Callable[[Tensor], Tensor], like: Tensor) -> float:
+    """The largest eigenvalue of what is applied, by power iteration from random vectors, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(len(like), 1, generator=generator, dtype=torch.float64).to(like.device)
+    norm = 1.0
+    for _ in range(_ITERATIONS):
+        rows = apply(rows / torch.linalg.vector_norm(rows))
+        norm = torch.linalg.vector_norm(rows).item()
+    return norm
+
+
+class _Factors:
+    """Factors by layer, ridge and device; the longest unused are dropped beyond a number of bytes, but for the last."""
+
+    def __init__(self) -> None:
+        self.entries: OrderedDict[tuple[int, float, torch.device], _Factor] = OrderedDict()
+
+    def get(self, key: tuple[int, float, torch.device], make: Callable[[], _Factor]) -> _Factor:
+        if key in self.entries:
+            self.entries.move_to_end(key)
+        else:
+            self.entries[key] = make()
+            while len(self.entries) > 1 and sum(each.lower.nbytes for each in self.entries.values()) > _FACTOR_BYTES:
+                self.entries.popitem(last=False)
+        return self.entries[key]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which model keys are of.
+
+    name: where it was loaded from, for messages; sizes: by name; fingerprints: by layer, and by dtype, of the weights
+    that this layer's keys depend on, rounded to that dtype: a hash of up to 4,096 values, evenly spaced, of every
+    parameter outside of layers, in the layers below, and in the layer itself but for its down-projection. So an edit
+    changes the identity for all layers above it, and for its own layer not.
+    """
+
+    model_type: str
+    name: str
+    sizes: Mapping[str, int]
+    fingerprints: Mapping[int, Mapping[str, str]]
+
+    @classmethod
+    def of(cls, architecture: Architecture, layers: Collection[int]) -> Identity:
+        """The identity of a model for the keys of some layers; those that it does not have are left out."""
+        sizes, config = architecture.sizes, architecture.model.config
+        return cls(
+            model_type=config.model_type,
+            name=str(getattr(config, "name_or_path", "") or ""),
+            sizes={
+                "number of layers": sizes.depth,
+                "width of hidden states": sizes.hidden,
+                "width of keys": sizes.inner,
+                "size of the vocabulary": sizes.vocabulary,
+            },
+            fingerprints=_fingerprints(architecture, [layer for layer in layers if layer < sizes.depth]),
+        )
+
+    def difference(self, other: Identity, layers: Iterable[int]) -> str | None:
+        """In words, how another model differs from this one for the keys of some layers; None if it does not."""
+        if other.model_type != self.model_type:
+            return f"the architecture is {other.model_type}, not {self.model_type}"
+        for size, value in self.sizes.items():
+            if other.sizes.get(size) != value:
+                return f"the {size} is {other.sizes.get(size)}, not {value}"
+        for layer in layers:
+            own, others = self.fingerprints[layer], other.fingerprints[layer]
+            common = [dtype for dtype in own if dtype in others]
+            if not common:
+                return f"the weights are in {next(iter(others))}, which cannot be compared with {next(iter(own))}"
+            if own[common[0]] != others[common[0]]:
+                return f"the weights that the keys of layer {layer} depend on are others"
+        return None
+
+
+def key_width(architecture: Architecture, layer: int) -> int:
+    """``inner``, the width of the keys of a layer."""
+    weight = architecture.model.get_submodule(architecture.down_projection.format(layer)).weight
+    return int(weight.numel()) // architecture.sizes.hidden
+
+
+def _fingerprints(architecture: Architecture, layers: Collection[int]) -> dict[int, dict[str, str]]:
+    parameters = dict(architecture.model.named_parameters())
+    dtypes = [
+        dtype
+        for dtype in _ROUNDED[torch.float64]
+        if all(dtype in _ROUNDED[parameter.dtype] for parameter in parameters.values())
+    ]
+    hashes = {dtype: hashlib.sha256() for dtype in dtypes}
+
+    def add(names: Iterable[str]) -> None:
+        for name in names:
+            flat = parameters[name].detach().reshape(-1)
+            count = min(len(flat), _SAMPLED)
+            places = torch.arange(count, device=flat.device) * (len(flat) - 1) // max(1, count - 1)
+            values = flat[places].cpu()
+            for dtype, digest in hashes.items():
+                digest.update(repr(tuple(parameters[name].shape)).encode())
+                digest.update(values.to(dtype).view(torch.uint8).numpy())
+
+    in_layers = architecture.down_projection.split("{}")[0]
+    add(sorted(name for name in parameters if not name.startswith(in_layers)))
+    found: dict[int, dict[str, str]] = {}
+    for layer in range(max(layers, default=-1) + 1):
+        own = sorted(name for name in parameters if name.startswith(f"{in_layers}{layer}."))
+        down = architecture.down_projection.format(layer) + "."
+        add(name for name in own if not name.startswith(down))
+        if layer in layers:
+            found[layer] = {str(d).removeprefix("torch."): digest.hexdigest() for d, digest in hashes.items()}
+        add(name for name in own if name.startswith(down))
+    return found
+
+
+def _checked_ridge(ridge: float) -> float:
+    if not 0 <= ridge < math.inf:
+        raise ExperimentError(f"the ridge is {ridge!r}; give a number from 0, such as 0.01")
+    return float(ridge)
+
+
+def _listed(layers: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(layers))) or "none"

@@ -1,0 +1,341 @@
+"""Requests from facts: what each problem trains towards, and which facts it is posed for; and the texts that edits are
+scored on, drawn from models (METHODS 4 and 5)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from causalcone.engine.edit.deltas.delta import Delta
+from causalcone.engine.edit.requests.prompts import ESSENCE, NOISE_SEED, Encoder
+from causalcone.engine.edit.requests.requests import (
+    ERROR_INJECTION,
+    FACT_ERASURE,
+    FACT_FORCING,
+    PROBLEMS,
+    TRACING_REVERSAL,
+    Request,
+)
+from causalcone.engine.edit.runs.decoding import continuations, text_seed
+from causalcone.engine.edit.runs.packed_runs import Text
+from causalcone.engine.edit.texts.contexts import TOP_K, continued
+from causalcone.engine.edit.texts.recall import COMPLETION_TOKENS, answer_probabilities, completes, completions
+from causalcone.engine.errors import ExperimentError, FactError
+from causalcone.engine.facts import EncodedFact, Fact, check_unique, encode, target_ids
+from causalcone.engine.localize.options import check_on_error
+from causalcone.engine.noise import parse_sigma
+from causalcone.engine.run.session import Session, SkippedFacts
+
+REVERSAL_TOKENS = 12
+ERASABLE = 0.02
+ESSENCE_TEXTS = 5
+TEXT_TOKENS = 100
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class FilteredFacts(UserWarning):
+    """Facts that a problem is not posed for, because of what the model makes of them; ``reasons`` has a line for each,
+    and so has the message."""
+
+    def __init__(self, problem: str, reasons: Sequence[str]) -> None:
+        self.reasons = tuple(reasons)
+        super().__init__(f"{problem} is not posed for {len(reasons)} facts:\n" + "\n".join(reasons))
+
+
+def make_requests(
+    session: Session,
+    facts: Iterable[Fact],
+    problem: str,
+    sigma: float | None = None,
+    *,
+    filtered: bool = True,
+    on_error: str = "raise",
+    compat: str | None = None,
+    seed: int = 0,
+) -> list[Request]:
+    """What a problem asks of facts, in their order.
+
+    sigma: the level of the noise on the subject, which Fact Forcing and Tracing Reversal need. filtered: leave out
+    facts that the model does not complete (none of its 36 likeliest tokens, one after the other, brings the answer), in
+    Fact Erasure also those whose answer has p < 0.02, and warn ``FilteredFacts``. on_error: ``"skip"`` leaves out facts
+    that cannot be used and warns ``SkippedFacts``. compat: ``"published"`` drops p <= 0.02 in every problem, and trains
+    Tracing Reversal towards the prompt followed by a continuation that is drawn (top-k 5), under ``seed``.
+
+    Raises ``FactError`` naming a fact that has no target, or whose target is what the model says already, and
+    ``ExperimentError`` for arguments that make no sense.
+    """
+    making = _Making(session, problem, sigma, filtered, compat, seed)
+    check_on_error(on_error)
+    given, bad = list(facts), _Bad(on_error)
+    check_unique(given)
+    posed = bad.left_out(given, making.checked)
+    if filtered:
+        reasons: list[str] = []
+        posed = list(making.likely(making.completed(posed, reasons), reasons))
+        if reasons:
+            warnings.warn(FilteredFacts(problem, reasons), stacklevel=2)
+    if problem == TRACING_REVERSAL:
+        requests = bad.left_out(making.noised(posed), making.reversal)
+    else:
+        requests = [making.request(fact) for fact in posed]
+    if bad.reasons:
+        warnings.warn(SkippedFacts(bad.reasons), stacklevel=2)
+    return requests
+
+
+@dataclass
+class _Bad:
+    """Why facts cannot be used, where that is no error."""
+
+    on_error: str
+    reasons: list[str] = field(default_factory=list)
+
+    def left_out(self, items: Iterable[Item], function: Callable[[Item], Result]) -> list[Result]:
+        """What the function makes of the items, but for those that it refuses."""
+        results = []
+        for item in items:
+            try:
+                results.append(function(item))
+            except FactError as error:
+                if self.on_error == "raise":
+                    raise
+                self.reasons.append(str(error))
+        return results
+
+
+@dataclass(frozen=True)
+class _Posed:
+    """A fact, its prompt and target_true as token ids, and its target_new, if it has one."""
+
+    encoded: EncodedFact
+    new: tuple[int, ...] | None
+
+    @property
+    def fact(self) -> Fact:
+        return self.encoded.fact
+
+
+@dataclass(frozen=True)
+class _Noised:
+    """A fact, what the model says after its prompt with noise on the subject, and what without, where that counts."""
+
+    posed: _Posed
+    said: tuple[int, ...]
+    clean: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class _Making:
+    """The arguments of ``make_requests``, and its steps."""
+
+    session: Session
+    problem: str
+    sigma: float | None
+    filtered: bool
+    compat: str | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.problem not in PROBLEMS:
+            raise ExperimentError(f"unknown problem {self.problem!r}; choose from {', '.join(PROBLEMS)}")
+        if self.compat not in (None, "published"):
+            raise ExperimentError(f"unknown compat {self.compat!r}; the only one is 'published'")
+        if self.problem in (TRACING_REVERSAL, FACT_FORCING) and self.level == 0:
+            raise ExperimentError(
+                f"sigma is {self.sigma!r}; {self.problem} needs the level of the subject's noise, a positive number"
+            )
+
+    @property
+    def level(self) -> float:
+        """The level of the noise, zero where there is none."""
+        value, in_deviations = parse_sigma(0.0 if self.sigma is None else self.sigma)
+        if in_deviations:
+            raise ExperimentError(f"sigma is {self.sigma!r}; give a number (Tracer.noise_level turns '3sd' into one)")
+        return value
+
+    def checked(self, fact: Fact) -> _Posed:
+        """The fact as token ids; refuses what can be seen to be wrong before the model runs."""
+        sizes = self.session.sizes
+        encoded = encode(fact, self.session.tokenizer, "label", sizes.vocabulary, sizes.positions)
+        new = None if fact.target_new is None else self._new(fact, fact.target_new, len(encoded.prompt))
+        if self.problem == ERROR_INJECTION and new is None:
+            raise FactError(f"fact {fact.id!r} has no target_new; give the answer that the error injects")
+        if self.problem == ERROR_INJECTION and new == encoded.target:
+            raise FactError(
+                f"fact {fact.id!r}: target_new {fact.target_new!r} is the same answer as target_true; give another"
+            )
+        needed = len(encoded.prompt) + COMPLETION_TOKENS - 1
+        if self.filtered and needed > sizes.positions:
+            raise FactError(
+                f"fact {fact.id!r}: to see whether the model knows it takes {needed} positions, the model has "
+                f"{sizes.positions}; shorten the prompt, or give filtered=False"
+            )
+        return _Posed(encoded, new)
+
+    def _new(self, fact: Fact, target: str, prompt: int) -> tuple[int, ...]:
+        """Token ids of target_new behind a prompt of so many tokens."""
+        sizes, ids = self.session.sizes, target_ids(target, self.session.tokenizer)
+        if not ids or not target.strip():
+            raise FactError(f"fact {fact.id!r}: target_new {target!r} is empty; give a visible word, or None")
+        if max(ids) >= sizes.vocabulary:
+            raise FactError(
+                f"fact {fact.id!r}: token id {max(ids)} of target_new is outside the model's vocabulary of "
+                f"{sizes.vocabulary}; use the model's own tokenizer"
+            )
+        if prompt + len(ids) - 1 > sizes.positions:
+            raise FactError(
+                f"fact {fact.id!r}: prompt and target_new need {prompt + len(ids) - 1} positions, the model has "
+                f"{sizes.positions}; shorten the prompt"
+            )
+        return ids
+
+    def completed(self, posed: Sequence[_Posed], reasons: list[str]) -> list[_Posed]:
+        """The facts whose answer the model says; why it does not say the others' goes to ``reasons``."""
+        kept = []
+        for each, said in zip(posed, completions(self.session, [each.encoded for each in posed]), strict=True):
+            if completes(each.fact, said):
+                kept.append(each)
+            else:
+                reasons.append(f"fact {each.fact.id!r}: the model says {said!r}, not {each.fact.target_true!r}")
+        return kept
+
+    def likely(self, posed: Sequence[_Posed], reasons: list[str]) -> list[_Posed]:
+        """The facts whose answer is likely enough for the problem; why the others are not goes to ``reasons``."""
+        published = self.compat == "published"
+        if self.problem != FACT_ERASURE and not published:
+            return list(posed)
+        probabilities = answer_probabilities(self.session, [each.encoded for each in posed])
+        kept = []
+        for each, p in zip(posed, probabilities, strict=True):
+            if p > ERASABLE or (p == ERASABLE and not published):
+                kept.append(each)
+            else:
+                least = "more than" if published else "at least"
+                reasons.append(
+                    f"fact {each.fact.id!r}: p({each.fact.target_true!r}) is {p:.3g}, not {least} {ERASABLE}"
+                )
+        return kept
+
+    def noised(self, posed: Sequence[_Posed]) -> list[_Noised]:
+        """What the model says under noise until there are 12 tokens with the prompt's, at least one: the likeliest, or
+        as published, drawn ones."""
+        prompts = [Text(each.encoded.prompt) for each in posed]
+        noised = [replace(text, **self._noise(each.encoded)) for each, text in zip(posed, prompts, strict=True)]
+        lengths = [max(1, REVERSAL_TOKENS - len(text)) for text in prompts]
+        if self.compat == "published":
+            seeds = [text_seed(self.seed, "reversal", each.fact.id) for each in posed]
+            said = continuations(self.session, noised, lengths, top_k=TOP_K, seeds=seeds)
+            return [_Noised(each, tokens, None) for each, tokens in zip(posed, said, strict=True)]
+        said = continuations(self.session, noised + prompts, lengths * 2)
+        both = zip(posed, said[: len(posed)], said[len(posed) :], strict=True)
+        return [_Noised(each, tokens, clean) for each, tokens, clean in both]
+
+    def _noise(self, encoded: EncodedFact) -> dict[str, Any]:
+        """One sample on the subject."""
+        start, end = encoded.span
+        drawn = np.random.RandomState(NOISE_SEED).randn(1, end - start, self.session.sizes.hidden)
+        return {"noise": self.level * drawn[0], "noised": start}
+
+    def reversal(self, noised: _Noised) -> Request:
+        """The request for what is said under noise."""
+        encoded, fact = noised.posed.encoded, noised.posed.fact
+        if self.compat == "published":
+            text = fact.text + continued(self.session, encoded.prompt, noised.said)
+            return Request(fact, self.problem, target_ids(text, self.session.tokenizer), encoded.target)
+        if noised.said in (noised.clean, encoded.target):
+            raise FactError(
+                f"fact {fact.id!r}: with noise of level {self.level:g} on its subject the model says "
+                f"{self.session.tokenizer.decode(list(noised.said))!r}, which is its answer without noise too; raise "
+                "sigma, or leave the fact out"
+            )
+        return Request(fact, self.problem, noised.said, encoded.target)
+
+    def request(self, posed: _Posed) -> Request:
+        """The request for one of the fact's own targets."""
+        if self.problem == ERROR_INJECTION and posed.new is not None:
+            return Request(posed.fact, self.problem, posed.new, posed.encoded.target)
+        sigma = self.level if self.problem == FACT_FORCING else None
+        return Request(posed.fact, self.problem, posed.encoded.target, posed.new, sigma)
+
+
+def essence_texts(session: Session, facts: Iterable[Fact], seed: int) -> dict[str, list[str]]:
+    """By fact, five texts that the unedited model gives to "{subject} is a": up to 100 tokens with the prompt's (and no
+    more when the text is tokenized anew, nor than the model has positions), each one of the five likeliest.
+
+    A fact's texts depend on the model, the seed and the fact's id alone. Raises ``FactError`` for a subject that is too
+    long.
+    """
+    given, sizes = list(facts), session.sizes
+    check_unique(given)
+    about = [replace(fact, prompt=ESSENCE) for fact in given]
+    prompts = [encode(fact, session.tokenizer, "argmax", sizes.vocabulary, sizes.positions).prompt for fact in about]
+    texts = [Text(prompt) for prompt in prompts for _ in range(ESSENCE_TEXTS)]
+    lengths = [_left(session, fact, prompt) for fact, prompt in zip(about, prompts, strict=True)]
+    new = continuations(
+        session,
+        texts,
+        [length for length in lengths for _ in range(ESSENCE_TEXTS)],
+        top_k=TOP_K,
+        seeds=[text_seed(seed, "essence", fact.id, number) for fact in given for number in range(ESSENCE_TEXTS)],
+    )
+    whole = [
+        [_whole(session, fact.text, prompt, new[number * ESSENCE_TEXTS + i]) for i in range(ESSENCE_TEXTS)]
+        for number, (fact, prompt) in enumerate(zip(about, prompts, strict=True))
+    ]
+    return {fact.id: own for fact, own in zip(given, whole, strict=True)}
+
+
+def _whole(session: Session, text: str, prompt: Sequence[int], new: tuple[int, ...]) -> str:
+    """A text and what new tokens add to it: so many that it has no more tokens than there may be, tokenized anew."""
+    limit = len(prompt) + len(new)
+    while True:
+        whole = text + continued(session, prompt, new)
+        if len(session.tokenizer(whole)["input_ids"]) <= limit:
+            return whole
+        new = new[:-1]
+
+
+def generate_texts(
+    session: Session, requests: Sequence[Request], seed: int, deltas: Sequence[Delta | None] | None = None
+) -> list[list[str]]:
+    """For each request the texts that the model, changed by the request's delta where there is one, gives to the fact's
+    generation prompts: up to 100 tokens with the prompt's, or as many as the model has positions, each one of the five
+    likeliest. In Fact Forcing the subject carries its noise.
+
+    What is drawn depends on the seed, the fact's id and the prompt's number alone, so that texts before and after an
+    edit differ by the edit. Raises ``FactError`` for a prompt that is too long.
+    """
+    if deltas is not None and len(deltas) != len(requests):
+        raise ExperimentError(f"there are {len(requests)} requests and {len(deltas)} deltas; give one for each")
+    encoder = Encoder(session.tokenizer, session.sizes)
+    own = [(number, i) for number, each in enumerate(requests) for i in range(len(each.fact.generation_prompts))]
+    prompts = [requests[number].fact.generation_prompts[i] for number, i in own]
+    texts = [encoder.written(requests[number], prompt) for (number, _), prompt in zip(own, prompts, strict=True)]
+    new = continuations(
+        session,
+        texts,
+        [_left(session, requests[number].fact, text.tokens) for (number, _), text in zip(own, texts, strict=True)],
+        top_k=TOP_K,
+        seeds=[text_seed(seed, "generation", requests[number].fact.id, i) for number, i in own],
+        deltas=None if deltas is None else [deltas[number] for number, _ in own],
+    )
+    written: list[list[str]] = [[] for _ in requests]
+    for (number, _), prompt, text, tokens in zip(own, prompts, texts, new, strict=True):
+        written[number].append(prompt + continued(session, text.tokens, tokens))
+    return written
+
+
+def _left(session: Session, fact: Fact, prompt: Sequence[int]) -> int:
+    """How many tokens a text may have behind its prompt."""
+    limit = min(TEXT_TOKENS, session.sizes.positions)
+    if len(prompt) >= limit:
+        raise FactError(
+            f"fact {fact.id!r}: a prompt of {len(prompt)} tokens leaves no room for a text of {limit}; shorten it"
+        )
+    return limit - len(prompt)

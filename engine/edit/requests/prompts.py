@@ -1,0 +1,96 @@
+"""Prompts of requests as token sequences: contexts, the prompt of the subject's essence, and noise on the subject."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from causalcone.engine.edit.requests.requests import Request
+from causalcone.engine.edit.runs.packed_runs import Text
+from causalcone.engine.errors import ExperimentError, FactError
+from causalcone.engine.facts import encode, encode_text
+from causalcone.engine.models.base import Sizes
+
+ESSENCE = "{} is a"
+NOISE_SEED = 1
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A prompt about a request's subject: its text, without a target, and the tokens of the subject."""
+
+    text: Text
+    span: tuple[int, int]
+
+    @property
+    def lookup(self) -> int:
+        """The last subject token."""
+        return self.span[1] - 1
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns prompts into token ids as a model of ``sizes`` needs them."""
+
+    tokenizer: Any
+    sizes: Sizes
+
+    def prompted(self, request: Request, template: str, sample: int = 0, samples: int = 1) -> Prompted:
+        """A template filled with the request's subject, which carries the given one of its samples of noise."""
+        fact = replace(request.fact, prompt=template)
+        encoded = encode(fact, self.tokenizer, "argmax", self.sizes.vocabulary, self.sizes.positions)
+        text = Text(encoded.prompt, *self._noise(request, encoded.span, sample, samples))
+        return Prompted(text, encoded.span)
+
+    def written(self, request: Request, text: str) -> Text:
+        """A text as it is; where it holds the subject, its first occurrence carries the request's noise."""
+        at = text.find(request.fact.subject)
+        ids, span = encode_text(text, (at, at + len(request.fact.subject)) if at >= 0 else (0, 0), self.tokenizer)
+        if not ids:
+            raise FactError(f"fact {request.fact.id!r}: the prompt {text!r} has no tokens")
+        if max(ids) >= self.sizes.vocabulary:
+            raise FactError(
+                f"fact {request.fact.id!r}: token id {max(ids)} of the prompt {text!r} is outside the model's "
+                f"vocabulary of {self.sizes.vocabulary}; use the model's own tokenizer"
+            )
+        return Text(ids) if span is None else Text(ids, *self._noise(request, span, 0, 1))
+
+    def followed(self, request: Request, text: Text, target: Sequence[int]) -> Text:
+        """A text and all tokens of a target but the last."""
+        if not target or not 0 <= min(target) <= max(target) < self.sizes.vocabulary:
+            raise FactError(
+                f"fact {request.fact.id!r}: the target's token ids {tuple(target)} are not of the model's vocabulary "
+                f"of {self.sizes.vocabulary}; use the model's own tokenizer, and a target that has tokens"
+            )
+        whole = replace(text, tokens=text.tokens + tuple(target[:-1]))
+        if len(whole) > self.sizes.positions:
+            raise FactError(
+                f"fact {request.fact.id!r}: prompt and target need {len(whole)} positions, the model has "
+                f"{self.sizes.positions}; shorten the prompt or the contexts"
+            )
+        return whole
+
+    def contexts(self, request: Request, texts: Sequence[str]) -> list[Prompted]:
+        """The bare prompt, then the prompt behind each of the texts."""
+        plain = [text.replace("{", "").replace("}", "") for text in texts]
+        return [
+            self.prompted(request, t) for t in (request.fact.prompt, *(f"{c}. {request.fact.prompt}" for c in plain))
+        ]
+
+    def _noise(
+        self, request: Request, span: tuple[int, int], sample: int, samples: int
+    ) -> tuple[np.ndarray | None, int]:
+        if request.sigma is None:
+            return None, 0
+        drawn = np.random.RandomState(NOISE_SEED).randn(samples, span[1] - span[0], self.sizes.hidden)
+        return request.sigma * drawn[sample], span[0]
+
+
+def check_contexts(texts: Sequence[str]) -> tuple[str, ...]:
+    """Context texts, none of which may be empty."""
+    if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ExperimentError(f"contexts are {texts!r}; give a list of texts, or None to sample them from the model")
+    return tuple(texts)

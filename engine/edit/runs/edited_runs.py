@@ -1,0 +1,166 @@
+"""The cones of edits: of each text the tokens from the lookup on, in the layers behind the edit, over a frozen past."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from causalcone.engine.edit.runs.frozen_prefix import Places, Unedited
+from causalcone.engine.edit.runs.layers import Change, Layers
+from causalcone.engine.edit.runs.packed_runs import Runs, Text, in_order, spans
+from causalcone.engine.models.base import Block
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Texts by number: ``lookup`` (N,) is the token that vectors are added at, ``read`` (N,) how many of the last
+    tokens are read out."""
+
+    texts: Sequence[Text]
+    lookup: np.ndarray
+    read: np.ndarray
+
+    @property
+    def tails(self) -> Places:
+        """All tokens from the lookup on."""
+        count = self.tail_rows
+        return np.repeat(np.arange(len(count)), count), spans(self.lookup, count)
+
+    @property
+    def lookups(self) -> Places:
+        return np.arange(len(self.lookup)), self.lookup
+
+    @property
+    def tail_rows(self) -> np.ndarray:
+        """(N,) how many tokens there are from the lookup on."""
+        return np.array([len(text) for text in self.texts]) - self.lookup
+
+    @property
+    def tail_start(self) -> np.ndarray:
+        """(N,) where each text's rows begin among the tails."""
+        return np.cumsum(self.tail_rows) - self.tail_rows
+
+
+@dataclass(frozen=True)
+class Join:
+    """Runs that join the pass behind a layer: texts (n,) and edits (n,) by number; tails: the texts' rows from the
+    lookup on, among those of all texts; lookups (n,): which of these are lookups; merged: for each row of the pass from
+    here on, its place in the rows before and the joining rows behind them; ``runs`` are all from here on, ``of`` (N,)
+    their edits."""
+
+    texts: Tensor
+    edits: np.ndarray
+    rows: np.ndarray
+    tails: Tensor
+    lookups: Tensor
+    merged: Tensor
+    runs: Runs
+    of: np.ndarray
+
+
+Joining = Callable[[Block, int, Join], Tensor]
+"""The rows (n, hidden) behind a layer of the runs that join there."""
+
+Changing = Callable[[int, "Join", bool], Change | None]
+"""How runs that joined before are edited at a layer too; the flag says that only rows that are read out are there."""
+
+
+class Cone:
+    """The runs of edits: run i is of edit ``of[i]``, in text ``texts[i]``, and differs from the unedited run behind
+    layer ``layer[of[i]]``, from the text's lookup on.
+
+    What is read out comes in the order of ``order``: run ``order[0]``'s rows, then run ``order[1]``'s, ...
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        prompts: Prompts,
+        layer: np.ndarray,
+        of: np.ndarray,
+        texts: np.ndarray,
+        unedited: Unedited | None = None,
+    ) -> None:
+        """``unedited`` holds the keys and values of what is before the lookups, where there is anything."""
+        self.layers, self.prompts = layers, prompts
+        self.keys_values = {} if unedited is None else unedited.keys_values
+        self.stored = np.zeros(len(prompts.texts), dtype=np.int64) if unedited is None else unedited.start
+        past, rows, read = prompts.lookup[texts], prompts.tail_rows[texts], prompts.read[texts]
+        self.order = in_order(past, rows, read)
+        self.joins = dict(self._joins(layer, of[self.order], texts[self.order]))
+
+    def _joins(self, layer: np.ndarray, of: np.ndarray, texts: np.ndarray) -> Iterator[tuple[int, Join]]:
+        device, last = self.layers.device, self.layers.depth - 1
+        live, own = np.empty(0, dtype=np.int64), layer[of]
+        count, read = self.prompts.tail_rows[texts], self.prompts.read[texts]
+        for at in np.unique(layer):
+            new = np.flatnonzero(own == at)
+            kept = count if at < last else read  # behind the last layer only what is read out is there
+            sizes = np.concatenate([kept[live], count[new]])
+            first = np.cumsum(sizes) - sizes
+            if at == last:
+                first[len(live) :] += (count - read)[new]
+            place = np.argsort(np.concatenate([live, new]), kind="stable")
+            live = np.sort(np.concatenate([live, new]))
+            join = Join(
+                texts=torch.from_numpy(texts[new]).to(device),
+                edits=of[new],
+                rows=count[new],
+                tails=torch.from_numpy(spans(self.prompts.tail_start[texts[new]], count[new])).to(device),
+                lookups=torch.from_numpy(np.cumsum(count[new]) - count[new]).to(device),
+                merged=torch.from_numpy(spans(first[place], kept[live])).to(device),
+                runs=self._runs(texts[live]),
+                of=of[live],
+            )
+            yield int(at), join
+
+    def _runs(self, texts: np.ndarray) -> Runs:
+        return Runs(
+            past=self.prompts.lookup[texts],
+            rows=self.prompts.tail_rows[texts],
+            read=self.prompts.read[texts],
+            stored=self.stored[texts],
+            device=self.layers.device,
+        )
+
+    def read_out(self, joining: Joining, changing: Changing | None = None) -> Tensor:
+        """Final, normed rows (n, hidden) of what is read out."""
+        wave = self.wave(joining, changing)
+        for layer in range(min(self.joins), self.layers.depth):
+            wave.advance(layer, self.layers.block(layer))
+        return wave.states()
+
+    def wave(self, joining: Joining, changing: Changing | None = None) -> Wave:
+        """The same in steps of one layer, for a pass that has other runs beside these."""
+        return Wave(self, joining, changing)
+
+
+class Wave:
+    """The rows of a cone on their way through the layers."""
+
+    def __init__(self, cone: Cone, joining: Joining, changing: Changing | None) -> None:
+        self.cone, self.joining, self.changing = cone, joining, changing
+        self.rows: Tensor | None = None
+        self.live: Join | None = None
+
+    def advance(self, layer: int, block: Block) -> None:
+        """Go through a layer; then the runs that differ behind it join."""
+        layers, joins = self.cone.layers, self.cone.joins
+        if self.rows is not None and self.live is not None:
+            last = layer == layers.depth - 1
+            change = self.changing(layer, self.live, last) if self.changing else None
+            past = self.cone.keys_values.get(layer)
+            self.rows = layers.advance(block, self.rows, self.live.runs, past=past, read_only=last, change=change).out
+        if layer in joins:
+            self.live = joins[layer]
+            own = self.joining(block, layer, self.live)
+            self.rows = (own if self.rows is None else torch.cat([self.rows, own])).index_select(0, self.live.merged)
+
+    def states(self) -> Tensor:
+        """Final, normed rows (n, hidden) of what is read out."""
+        assert self.rows is not None
+        return self.cone.layers.architecture.final_norm(self.rows)

@@ -1,0 +1,174 @@
+"""Goes through the layers of a model with packed runs, forwards or under autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from causalcone.engine.edit.runs.packed_runs import Batch, Runs, Text
+from causalcone.engine.models.base import Architecture, Block
+from causalcone.kernels.attention import attend
+from causalcone.kernels.backends import TORCH, Backends
+from causalcone.kernels.readout import Readout
+from causalcone.kernels.tiles import Tiles, pieces
+
+Ready = TypeVar("Ready")
+
+Change = Callable[[Tensor, Tensor], Tensor]
+"""Values (R, hidden) of an edited down-projection, from its keys (R, inner) and the values of the unedited one."""
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What a layer makes of rows: keys and values of attention; the residual before the MLP is added; the keys (where
+    they were asked for) and values of the MLP's down-projection; the layer's output."""
+
+    keys_values: Tensor
+    mid: Tensor
+    keys: Tensor | None
+    values: Tensor
+    out: Tensor
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A model's layers, in the dtype and on the device of the pass. keeps: whether weights that were made ready are
+    kept for the passes to come, until ``forget``. backends: of the readout, and of steps of fine-tuning."""
+
+    architecture: Architecture
+    tiles: Tiles
+    dtype: torch.dtype
+    device: torch.device
+    keeps: bool = False
+    backends: Backends = TORCH
+    _kept: dict[int | str, Any] = field(default_factory=dict)
+
+    @property
+    def depth(self) -> int:
+        return self.architecture.sizes.depth
+
+    def block(self, layer: int) -> Block:
+        return self._ready(layer, lambda: self.architecture.block(layer, self.dtype, self.device))
+
+    def readout(self) -> Readout:
+        return self._ready("readout", self._readout)
+
+    def forget(self) -> None:
+        """Read the model's weights anew from here on: it may have been edited."""
+        self._kept.clear()
+
+    @torch.no_grad()
+    def _ready(self, name: int | str, make: Callable[[], Ready]) -> Ready:
+        if not self.keeps:
+            return make()
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
+
+    def _readout(self) -> Readout:
+        weight, bias = self.architecture.unembedding()
+        readout = Readout(
+            weight.detach().to(self.device), None if bias is None else bias.detach().to(self.device),
+            self.tiles.readout_rows, self.tiles.vocabulary, self.architecture.logit_softcap, backends=self.backends,
+        )  # fmt: skip
+        return readout.keeping(self.dtype) if self.keeps else readout
+
+    @torch.no_grad()
+    def enter(self, texts: Sequence[Text]) -> Tensor:
+        """Input rows of the first layer, of all tokens of all texts."""
+        tokens = torch.tensor([token for text in texts for token in text.tokens])
+        positions = torch.cat([torch.arange(len(text)) for text in texts]).to(self.device)
+        rows = self.architecture.embed(tokens).to(self.device, self.dtype)
+        starts = np.cumsum([0, *map(len, texts)])
+        for text, start in zip(texts, starts, strict=False):
+            if text.noise is not None:
+                noised = slice(start + text.noised, start + text.noised + len(text.noise))
+                rows[noised] = (rows[noised] + torch.from_numpy(text.noise).to(self.device)).to(self.dtype)
+        return self.architecture.enter(rows, positions)
+
+    def advance(
+        self,
+        block: Block,
+        rows: Tensor,
+        runs: Runs,
+        *,
+        past: Tensor | None = None,
+        read_only: bool = False,
+        change: Change | None = None,
+        keep_keys: bool = False,
+    ) -> Passed:
+        """One layer. past: stored keys and values of attention (S, 2 * kv_heads * head_dim); read_only: only the rows
+        that are read out go beyond attention's keys and values, as in the last layer."""
+        keys_values = self.by_tiles(block.keys_values, rows, runs.positions)
+        asking, positions = rows, runs.positions
+        if read_only:
+            asking, positions = rows.index_select(0, runs.read_rows), positions[runs.read_rows]
+        queries = self.by_tiles(block.queries, asking, positions)
+        heads = self._attend(block, queries, keys_values, runs, past, read_only)
+        return self.behind_attention(block, asking, heads, keys_values, change, keep_keys)
+
+    def behind_attention(
+        self,
+        block: Block,
+        rows: Tensor,
+        heads: Tensor,
+        keys_values: Tensor,
+        change: Change | None = None,
+        keep_keys: bool = False,
+    ) -> Passed:
+        """The rest of a layer, from its input rows (R, hidden) and their heads' outputs (R, heads * head_dim)."""
+        mid = rows + self.by_tiles(block.attention_output, heads)
+        keys, values = self._project(block, rows if self.architecture.parallel else mid, change, keep_keys)
+        return Passed(keys_values, mid, keys, values, mid + self.by_tiles(block.mlp_output, values))
+
+    def _project(
+        self, block: Block, rows: Tensor, change: Change | None, keep_keys: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        """Keys, if asked for, and values of the down-projection."""
+        if not keep_keys and change is None:
+            return None, self.by_tiles(lambda tile: block.down(block.keys_of_mlp(tile)), rows)
+        keys = self.by_tiles(block.keys_of_mlp, rows)
+        values = self.by_tiles(block.down, keys)
+        return keys, values if change is None else change(keys, values)
+
+    def _attend(
+        self, block: Block, queries: Tensor, keys_values: Tensor, runs: Runs, past: Tensor | None, read_only: bool
+    ) -> Tensor:
+        """The heads' outputs (Q, heads * head_dim): one dense batch for all runs of one form."""
+        outputs = []
+        # split, not sliced: the way back of a slice goes through all rows
+        queried = queries.split([batch.queries(read_only) for batch in runs.batches])
+        own_keys = keys_values.split([batch.count * batch.length for batch in runs.batches])
+        for batch, own, key_rows in zip(runs.batches, queried, own_keys, strict=True):
+            if not len(own):
+                continue
+            keys = self._keys(batch, key_rows, past, block.head_dim)
+            query = own.view(batch.count, -1, self.architecture.sizes.heads, block.head_dim)
+            visible = batch.visible(query.shape[1], keys.shape[1], block.window)
+            runs_at_once = max(1, self.tiles.keys // keys.shape[1])
+            for q, k in zip(query.split(runs_at_once), keys.split(runs_at_once), strict=True):
+                key, value = k.unbind(2)
+                attended = attend(q, key, value, visible, block.scale, block.softcap)
+                outputs.append(attended.flatten(2).flatten(0, 1))
+        return torch.cat(outputs) if outputs else queries
+
+    @staticmethod
+    def _keys(batch: Batch, keys_values: Tensor, past: Tensor | None, head_dim: int) -> Tensor:
+        """(B, K, 2, kv_heads, head_dim) what runs of one form see, stored and own."""
+        own = keys_values.view(batch.count, -1, 2, keys_values.shape[1] // 2 // head_dim, head_dim)
+        if past is None or not batch.past.shape[1]:
+            return own
+        stored = past.index_select(0, batch.past.flatten()).view(*batch.past.shape, *own.shape[2:])
+        return torch.cat([stored, own], dim=1)
+
+    def by_tiles(self, function: Callable[..., Tensor], rows: Tensor, *more: Tensor) -> Tensor:
+        """``function`` of rows; without gradient in tiles that stay in cache."""
+        if (rows.requires_grad and torch.is_grad_enabled()) or len(rows) <= self.tiles.rows:
+            return function(rows, *more)
+        parts = [function(rows[part], *(other[part] for other in more)) for part in pieces(len(rows), self.tiles.rows)]
+        return torch.cat(parts)

@@ -1,0 +1,94 @@
+"""Result tables of editing: edits, probes (a row for every prompt of every edit) and metrics, as Arrow batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pyarrow as pa
+
+from causalcone.engine.edit.methods.edits import Edit
+from causalcone.engine.edit.scoring.probes import OTHER, PROMPT_KINDS, TARGET
+from causalcone.engine.edit.scoring.scoring import Answers, Scored
+
+EDIT_SCHEMA = pa.schema(
+    [
+        ("edit_id", pa.string()),
+        ("fact_id", pa.string()),
+        ("problem", pa.string()),
+        ("method", pa.string()),
+        ("layer", pa.int32()),
+        ("window", pa.int32()),
+        ("steps", pa.int32()),
+        ("loss", pa.float64()),
+        ("delta_norm", pa.float64()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
+
+PROBE_SCHEMA = pa.schema(
+    [
+        ("edit_id", pa.string()),
+        ("prompt_kind", pa.string()),
+        ("prompt_index", pa.int32()),
+        ("p_pre", pa.float64()),
+        ("p_post", pa.float64()),
+        ("p_pre_other", pa.float64()),
+        ("p_post_other", pa.float64()),
+    ]
+)
+
+METRIC_SCHEMA = pa.schema(
+    [("edit_id", pa.string()), ("metric", pa.string()), ("pre", pa.float64()), ("post", pa.float64())]
+)
+
+
+def edit_batch(edits: Iterable[Edit]) -> pa.RecordBatch:
+    """The table of edits. A loss that is not finite is null: the reason says what it was."""
+    rows = [
+        {
+            **{name: getattr(edit, name) for name in EDIT_SCHEMA.names},
+            "loss": edit.loss if np.isfinite(edit.loss) else None,
+        }
+        for edit in edits
+    ]
+    return pa.RecordBatch.from_pylist(rows, schema=EDIT_SCHEMA)
+
+
+def probe_batch(scored: Iterable[Scored]) -> pa.RecordBatch:
+    """The table of probes: probabilities of the problem's target and of the other one, before and after each edit; null
+    where there is no other target, the edit failed, or they are not finite."""
+    rows = [row for each in scored for row in _probe_rows(each)]
+    return pa.RecordBatch.from_pylist(rows, schema=PROBE_SCHEMA)
+
+
+def metric_batch(rows: Iterable[tuple[str, str, float, float | None]]) -> pa.RecordBatch:
+    """The table of metrics, from edit, metric, and its values before and after the edit."""
+    return pa.RecordBatch.from_pylist(
+        [dict(zip(METRIC_SCHEMA.names, row, strict=True)) for row in rows], schema=METRIC_SCHEMA
+    )
+
+
+def _probe_rows(scored: Scored) -> list[dict[str, object]]:
+    places = {(each.kind, each.index, each.answer): n for n, each in enumerate(scored.questions.asked)}
+
+    def p(answers: Answers | None, kind: str, index: int, answer: str) -> float | None:
+        place = places.get((kind, index, answer))
+        if answers is None or place is None or not np.isfinite(answers.log_p[place]):
+            return None
+        return float(np.exp(answers.log_p[place]))
+
+    return [
+        {
+            "edit_id": scored.edit.edit_id,
+            "prompt_kind": kind,
+            "prompt_index": index,
+            "p_pre": p(scored.pre, kind, index, TARGET),
+            "p_post": p(scored.post, kind, index, TARGET),
+            "p_pre_other": p(scored.pre, kind, index, OTHER),
+            "p_post_other": p(scored.post, kind, index, OTHER),
+        }
+        for kind, index, answer in places
+        if kind in PROMPT_KINDS and answer == TARGET
+    ]

@@ -1,0 +1,104 @@
+"""Contexts: texts drawn from the unedited model, behind which prompts are seen in editing (METHODS 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from causalcone.engine.edit.requests.prompts import check_contexts
+from causalcone.engine.edit.runs.decoding import continuations, text_seed
+from causalcone.engine.edit.runs.packed_runs import Text
+from causalcone.engine.errors import ExperimentError
+from causalcone.engine.facts import encode_text
+from causalcone.engine.run.session import Session
+
+TOP_K = 5
+ROME_TOKENS = (5,) * 10 + (10,) * 10
+MEMIT_WORDS = ("The", "Therefore", "Because", "I", "You")
+MEMIT_TOKENS = 10
+ATTEMPTS = 100
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """What ROME and MEMIT put before a prompt, besides nothing: ``"{text}. {prompt}"``.
+
+    ``dataclasses.asdict`` makes a value for JSON of it, and ``Contexts(**value)`` the contexts again.
+    """
+
+    rome: tuple[str, ...]
+    memit: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("rome", "memit"):
+            object.__setattr__(self, name, check_contexts(getattr(self, name)))
+
+
+@dataclass(frozen=True)
+class _Start:
+    """The text's words, as token ids, and how many tokens it is to have in all."""
+
+    words: str
+    tokens: tuple[int, ...]
+    total: int
+
+    @property
+    def length(self) -> int:
+        return max(0, self.total - len(self.tokens))
+
+
+def sample_contexts(session: Session, seed: int) -> Contexts:
+    """Texts that go on by one of the five likeliest tokens each time, the same for a model and a seed.
+
+    ROME's are 10 texts of 5 tokens and 10 of 10, begun from the BOS token (the EOS token of tokenizers that have no BOS
+    token), MEMIT's 5 of 10 tokens, begun from a word each. All tokens that run through the model count, special ones
+    too, as in published code; the texts hold what is no special token, without braces. A text of nothing but white
+    space is drawn anew. Raises ``ExperimentError`` where the model gives no text.
+    """
+    start = _start_token(session)
+    starts = [_Start("", (start,), total) for total in ROME_TOKENS]
+    starts += [_Start(word, encode_text(word, (0, 0), session.tokenizer)[0], MEMIT_TOKENS) for word in MEMIT_WORDS]
+    texts = [""] * len(starts)
+    for attempt in range(ATTEMPTS):
+        missing = [number for number, text in enumerate(texts) if not text.strip()]
+        if not missing:
+            return Contexts(tuple(texts[: len(ROME_TOKENS)]), tuple(texts[len(ROME_TOKENS) :]))
+        seeds = [text_seed(seed, "context", number, attempt) for number in missing]
+        for number, text in zip(missing, _sampled(session, [starts[n] for n in missing], seeds), strict=True):
+            texts[number] = text
+    raise ExperimentError(
+        f"the model says nothing but white space after its token {start} ({ATTEMPTS} tries); give contexts of your own"
+    )
+
+
+def _sampled(session: Session, starts: Sequence[_Start], seeds: Sequence[int]) -> list[str]:
+    texts = [Text(start.tokens) for start in starts]
+    new = continuations(session, texts, [start.length for start in starts], top_k=TOP_K, seeds=seeds)
+    return [
+        (start.words + continued(session, start.tokens, tokens)).replace("{", "").replace("}", "")
+        for start, tokens in zip(starts, new, strict=True)
+    ]
+
+
+def continued(session: Session, tokens: Sequence[int], new: Sequence[int]) -> str:
+    """The text that new tokens add to tokens before them, without special tokens. Decoders may treat the beginning of a
+    text in their own way, so all is decoded, and what the tokens before stand for taken off."""
+
+    def text(ids: Sequence[int]) -> str:
+        return str(session.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    return text([*tokens, *new])[len(text(tokens)) :]
+
+
+def _start_token(session: Session) -> int:
+    """The token that texts begin from."""
+    tokenizer, vocabulary = session.tokenizer, session.sizes.vocabulary
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            if token >= vocabulary:
+                raise ExperimentError(
+                    f"the tokenizer's token {token}, which begins texts, is outside the model's vocabulary of "
+                    f"{vocabulary}; use the model's own tokenizer, or give contexts of your own"
+                )
+            return int(token)
+    raise ExperimentError("the tokenizer has neither a BOS nor an EOS token to begin texts from; give contexts")

@@ -1,0 +1,42 @@
+"""What a model knows of facts: what it says after their prompts, and how likely it thinks their answers (METHODS 4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from causalcone.engine.edit.runs.decoding import continuations
+from causalcone.engine.edit.runs.packed_runs import Text
+from causalcone.engine.facts import EncodedFact, Fact
+from causalcone.engine.localize.causal_tracing import target_tokens
+from causalcone.engine.plan.cone import Shape
+from causalcone.engine.plan.interventions import Base, Experiment, Overwrites
+from causalcone.engine.run.runner import Case
+from causalcone.engine.run.session import Session
+
+COMPLETION_TOKENS = 36
+
+
+def completions(session: Session, facts: Sequence[EncodedFact], tokens: int = COMPLETION_TOKENS) -> list[str]:
+    """The text of so many tokens, each the likeliest, that the model says after each prompt."""
+    texts = [Text(each.prompt) for each in facts]
+    said = continuations(session, texts, [tokens] * len(texts))
+    return [session.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False) for ids in said]
+
+
+def completes(fact: Fact, said: str) -> bool:
+    """Whether what the model says holds the fact's answer, in whichever case."""
+    return fact.target_true.strip().lower() in said.lower()
+
+
+def answer_probabilities(session: Session, facts: Sequence[EncodedFact]) -> list[float]:
+    """p(target_true) after each prompt, all of its tokens."""
+    clean = Experiment((Base(),), np.empty(0, dtype=np.int64), Overwrites.none())
+    cases = []
+    for each in facts:
+        shape = Shape(len(each.tokens), (0, 0), (target_tokens(each),))
+        cases.append(Case(each.fact.id, (each.tokens,), each.target, shape, clean))
+    results = session.results(session.job(cases))
+    return [math.exp(result.log_p[0, 0]) for _, result in results]

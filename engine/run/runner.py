@@ -1,0 +1,291 @@
+"""Experiments on many facts: plans their passes, runs them, and hands out each fact's results once complete."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from causalcone.engine.errors import CausalconeError, MemoryBudgetError, ModelError
+from causalcone.engine.memory import out_of_memory
+from causalcone.engine.models.base import Architecture
+from causalcone.engine.plan.buffers import Workspace
+from causalcone.engine.plan.compiler import compile_plan
+from causalcone.engine.plan.cone import Shape
+from causalcone.engine.plan.cost import Footprint
+from causalcone.engine.plan.interventions import Experiment
+from causalcone.engine.plan.plan import Plan
+from causalcone.engine.run.forward import run_pass
+from causalcone.engine.run.forward_autograd import run_gradient_pass
+from causalcone.engine.run.packing import Group
+from causalcone.engine.run.scheduler import Budget, Part, PlanCache, assemble, split
+from causalcone.kernels.backends import TORCH, Backends
+from causalcone.kernels.transfer import fetch
+
+MAX_CELLS = 2**18
+"""Runs x tokens of what is compiled at once; a fact with more is split before."""
+
+
+def passes_ahead(device: torch.device) -> int:
+    """How many passes a device is given before the results of the first are waited for: it computes one while the host
+    prepares the next. A CPU is done when the host goes on."""
+    return 1 if device.type == "cuda" else 0
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One fact and the experiment on it.
+
+    name: for messages; prompts: the token ids that run through the model, prompt by prompt; targets: ids of the target,
+    none where it is the clean run's most likely token; vectors: the given ones, each (width,), or (samples, width).
+    """
+
+    name: str
+    prompts: tuple[tuple[int, ...], ...]
+    targets: tuple[int, ...]
+    shape: Shape
+    experiment: Experiment
+    vectors: tuple[Tensor, ...] = ()
+
+    @property
+    def padded(self) -> list[list[int]]:
+        """The prompts at one length; what is added is never read."""
+        return [[*prompt, *[0] * (self.shape.tokens - len(prompt))] for prompt in self.prompts]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an experiment gave for one fact.
+
+    log_p (J, R) float64: the target's log-probability in each sample of each run; states (J, captures, hidden): the
+    captured values; logits (J, n, vocabulary); gradients: of the sum of log p over all runs, by each of the given
+    vectors, (J, width); none unless asked for.
+    """
+
+    log_p: np.ndarray
+    states: Tensor
+    logits: Tensor
+    gradients: dict[int, Tensor]
+
+
+Finish = Callable[[], Iterable[tuple[Part, Result]]]
+"""Waits for a pass and hands out its results."""
+
+
+@dataclass
+class Job:
+    """Runs ``cases`` with ``samples`` noise samples in ``dtype`` on ``device``.
+
+    noise: the noise of a span of so many tokens, for a range of samples (``NoiseStream``). plans: may be kept from job
+    to job. backends: of passes without gradient.
+    """
+
+    architecture: Architecture
+    cases: Sequence[Case]
+    samples: int
+    noise: Callable[[int, range], np.ndarray]
+    dtype: torch.dtype
+    device: torch.device
+    plans: PlanCache
+    gradient: bool = False
+    backends: Backends = TORCH
+
+    def plan(self, part: Part) -> tuple[Plan, Footprint]:
+        case, architecture = self.cases[part.fact], self.architecture
+
+        def make() -> tuple[Plan, Footprint]:
+            experiment = case.experiment.part(part.branches)
+            plan = compile_plan(case.shape, experiment, architecture.sizes.depth, architecture.parallel)
+            footprint = Footprint.of_gradient if self.gradient else Footprint.of
+            return plan, footprint(plan, architecture.sizes, self.dtype.itemsize)
+
+        return self.plans.get((case.shape, case.experiment.digest, part.branches), make)
+
+    def parts(self) -> Iterator[Part]:
+        """Each fact whole, but for those too large to be compiled at once."""
+        for index, case in enumerate(self.cases):
+            branches = case.experiment.branches
+            step = max(1, MAX_CELLS // case.shape.tokens)
+            for first in range(0, max(1, branches), step):
+                yield Part(index, range(self.samples), range(first, min(first + step, branches)))
+
+    def passes(self, budget: Budget) -> Iterator[tuple[list[Part], int]]:
+        """Passes of consecutive facts, or of parts of large ones, each with its predicted peak of bytes."""
+        return assemble(self.parts(), lambda part: self.plan(part)[1], budget, lambda index: self.cases[index].name)
+
+    def results(self, budget: Budget) -> Iterator[tuple[int, Result]]:
+        """The number of each case in order, with its result."""
+        self._check_smallest(budget)
+        collected = _Collected(self)
+        space = Workspace(self.dtype, self.device)
+        ahead = passes_ahead(self.device)
+        running: deque[Finish] = deque()
+        try:
+            for finish in self._begin_all(budget, space):
+                running.append(finish)
+                del finish  # what a pass gave hangs on it
+                if len(running) > ahead:
+                    yield from collected.add_all(running.popleft()())
+        except CausalconeError:  # what is computed is handed out all the same
+            yield from collected.add_all(chain.from_iterable(finish() for finish in running))
+            raise
+        yield from collected.add_all(chain.from_iterable(finish() for finish in running))
+
+    def _check_smallest(self, budget: Budget) -> None:
+        """Refuse, before anything is computed, what does not fit even one sample of one run at a time."""
+        known = set()
+        for index, case in enumerate(self.cases):
+            key = (case.shape, case.experiment.digest)
+            if key not in known:
+                known.add(key)
+                smallest = Part(index, range(1), range(min(1, case.experiment.branches)))
+                for _ in assemble([smallest], lambda part: self.plan(part)[1], budget, lambda i: self.cases[i].name):
+                    pass
+
+    def _begin_all(self, budget: Budget, space: Workspace) -> Iterator[Finish]:
+        """Begin every pass; where memory runs out after all, two smaller ones in its place."""
+        for parts, _ in self.passes(budget):
+            pending = [parts]
+            while pending:
+                current, begun = pending.pop(), []
+                try:
+                    begun.append(self._begin(current, budget, space))
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    halves = split(current)
+                    if halves is None:
+                        name = self.cases[current[0].fact].name
+                        raise MemoryBudgetError(
+                            f"memory ran out on fact {name!r} even one restoration at a time; free some memory, or use "
+                            "a smaller dtype"
+                        ) from error
+                    pending += reversed(halves)
+                if begun:
+                    yield begun.pop()
+                else:  # the error and the tensors that it held are gone by now
+                    space.clear()
+                    if self.device.type == "cuda":
+                        torch.cuda.empty_cache()
+
+    def _begin(self, parts: list[Part], budget: Budget, space: Workspace) -> Finish:
+        """Give the device a pass to compute. The results are fetched behind it, and waited for when they are asked
+        for."""
+        plans = [self.plan(part)[0] for part in parts]  # held, since the cache may drop them at any time
+        members: dict[tuple[int, range, bool], list[int]] = {}
+        for index, (part, plan) in enumerate(zip(parts, plans, strict=True)):
+            labelled = bool(self.cases[part.fact].targets)
+            members.setdefault((id(plan), part.samples, labelled), []).append(index)
+        groups = [self._group(plans[group[0]], [parts[index] for index in group]) for group in members.values()]
+        if self.gradient:
+            done = self._differentiate(parts, list(members.values()), groups, budget)
+            return lambda: done
+        outcomes = run_pass(self.architecture, groups, budget.tiles, space, self.backends)
+        fetched = [fetch(outcome.log_p.sum(-1), outcome.states, outcome.logits) for outcome in outcomes]
+
+        def finish() -> Iterator[tuple[Part, Result]]:
+            for group, on_their_way in zip(members.values(), fetched, strict=True):
+                log_p, states, logits = on_their_way.wait()
+                for i, index in enumerate(group):
+                    yield parts[index], Result(log_p[i].numpy(), states[i], logits[i], {})
+
+        return finish
+
+    def _differentiate(
+        self, parts: list[Part], members: list[list[int]], groups: list[Group], budget: Budget
+    ) -> list[tuple[Part, Result]]:
+        groups = [
+            replace(group, vectors=tuple(tuple(_leaf(v) for v in own) for own in group.vectors)) for group in groups
+        ]
+        leaves = [vector for group in groups for own in group.vectors for vector in own]
+        with torch.inference_mode(False), torch.enable_grad():
+            by_group = run_gradient_pass(self.architecture, groups, budget.tiles, self.dtype, self.device)
+            log_p = [values.sum(-1) for values in by_group]
+            total = torch.stack([values.sum() for values in log_p]).sum()
+            depends = total.requires_grad  # not where nothing read out depends on any vector
+            found = torch.autograd.grad(total, leaves, allow_unused=True) if depends else (None,) * len(leaves)
+        gradients = iter(found)
+        done = []
+        for group, indices, values in zip(groups, members, log_p, strict=True):
+            nothing = torch.empty(group.samples, 0, 0)
+            for index, own, of_fact in zip(indices, group.vectors, values, strict=True):
+                of_vectors = enumerate(islice(gradients, len(own)))
+                used = {number: gradient.cpu() for number, gradient in of_vectors if gradient is not None}
+                done.append((parts[index], Result(of_fact.detach().cpu().numpy(), nothing, nothing, used)))
+        return done
+
+    def _group(self, plan: Plan, parts: list[Part]) -> Group:
+        cases = [self.cases[part.fact] for part in parts]
+        samples = parts[0].samples
+        start, end = cases[0].shape.noised
+        return Group(
+            plan=plan,
+            tokens=torch.tensor([case.padded for case in cases]),
+            targets=torch.tensor([case.targets for case in cases]) if cases[0].targets else None,
+            noise=torch.from_numpy(self.noise(end - start, samples)),
+            vectors=tuple(
+                tuple(each[samples.start : samples.stop] if each.dim() == 2 else each for each in case.vectors)
+                for case in cases
+            ),
+        )
+
+
+class _Collected:
+    """Results of parts, put together per fact and handed out in the facts' order."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.next = 0
+        self.results: dict[int, Result] = {}
+        self.missing: dict[int, int] = {}
+
+    def add_all(self, results: Iterable[tuple[Part, Result]]) -> Iterator[tuple[int, Result]]:
+        """Put results of a pass to those that are there; hands out the facts that are complete."""
+        for part, own in results:
+            self.add(part, own)
+            del own  # the results of a whole pass hang on those of one part
+        yield from self.complete()
+
+    def add(self, part: Part, own: Result) -> None:
+        case = self.job.cases[part.fact]
+        experiment, samples = case.experiment, slice(part.samples.start, part.samples.stop)
+        if not np.isfinite(own.log_p).all():
+            raise ModelError(
+                f"fact {case.name!r}: probabilities are not finite in {self.job.dtype}; compute in float32 or bfloat16"
+            )
+        if part.fact not in self.results:
+            self.results[part.fact] = self._empty(experiment, own)
+            self.missing[part.fact] = self.job.samples * max(1, experiment.branches)
+        whole = self.results[part.fact]
+        runs, captures, logits = experiment.kept(part.branches)
+        whole.log_p[samples, runs] = own.log_p
+        whole.states[samples, captures] = own.states
+        whole.logits[samples, logits] = own.logits
+        for number, gradient in own.gradients.items():
+            empty = gradient.new_empty(self.job.samples, gradient.shape[1])
+            whole.gradients.setdefault(number, empty)[samples] = gradient
+        self.missing[part.fact] -= len(part.samples) * max(1, len(part.branches))
+
+    def _empty(self, experiment: Experiment, part: Result) -> Result:
+        J = self.job.samples
+        states = part.states.new_empty(J, len(experiment.captures), part.states.shape[-1])
+        logits = part.logits.new_empty(J, len(experiment.logits), part.logits.shape[-1])
+        return Result(np.empty((J, len(experiment.base))), states, logits, {})
+
+    def complete(self) -> Iterator[tuple[int, Result]]:
+        while self.missing.get(self.next) == 0:
+            del self.missing[self.next]
+            yield self.next, self.results.pop(self.next)
+            self.next += 1
+
+
+def _leaf(vector: Tensor) -> Tensor:
+    """The vector as a start of gradients, whatever mode it was made in."""
+    with torch.inference_mode(False):
+        plain = vector.clone() if vector.is_inference() else vector
+        return plain.detach().requires_grad_()

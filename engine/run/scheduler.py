@@ -1,0 +1,156 @@
+"""Groups facts into passes that fit a memory budget, and splits what does not fit."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from causalcone.engine.errors import MemoryBudgetError
+from causalcone.engine.models.base import Sizes
+from causalcone.engine.plan.cost import Footprint, fixed_bytes, peak_bytes
+from causalcone.engine.plan.plan import Plan, plan_bytes
+from causalcone.kernels.tiles import Tiles
+
+MAX_ROWS_CPU = 131_072
+"""Rows of a pass's widest layer beyond which a CPU gains nothing; smaller passes report and stop sooner."""
+
+_SMALLEST = Tiles(rows=64, keys=64, readout_rows=64, vocabulary=1024)
+_PLAN_CACHE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some samples and branches of one fact; most facts are one part.
+
+    fact: its index in the run; samples, branches: what of its noise samples and branch runs this part computes.
+    """
+
+    fact: int
+    samples: range
+    branches: range
+
+    def halves(self) -> tuple[Part, Part] | None:
+        """Two smaller parts, by samples first (they share only the clean run); None if it cannot be split."""
+        if len(self.samples) > 1:
+            middle = len(self.samples) // 2
+            return replace(self, samples=self.samples[:middle]), replace(self, samples=self.samples[middle:])
+        if len(self.branches) > 1:
+            middle = len(self.branches) // 2
+            return replace(self, branches=self.branches[:middle]), replace(self, branches=self.branches[middle:])
+        return None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes for a pass: ``fixed`` for tiles and weights, the rest for rows; at most ``max_rows`` at any layer."""
+
+    total: int
+    fixed: int
+    max_rows: float
+    tiles: Tiles
+
+    @property
+    def for_rows(self) -> int:
+        return self.total - self.fixed
+
+
+def plan_budget(
+    total: int,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    device: torch.device,
+    shared: bool,
+    gradient: bool = False,
+    held: int | None = None,
+) -> Budget:
+    """Choose tiles that leave at least half of the budget to rows, down to the smallest. ``held`` are the bytes that
+    streamed weights take of it."""
+
+    def fixed_with(tiles: Tiles) -> int:
+        own = fixed_bytes(sizes, tiles, dtype, device, shared, gradient, streamed=held is not None)
+        return own + (held or 0)
+
+    tiles = _largest_tiles(dtype, device)
+    fixed = fixed_with(tiles)
+    while fixed > total // 2 and tiles != _SMALLEST:
+        tiles = Tiles(*(max(low, size // 2) for low, size in zip(_fields(_SMALLEST), _fields(tiles), strict=True)))
+        fixed = fixed_with(tiles)
+    return Budget(total, fixed, MAX_ROWS_CPU if device.type == "cpu" else float("inf"), tiles)
+
+
+def _largest_tiles(dtype: torch.dtype, device: torch.device) -> Tiles:
+    if device.type != "cpu":
+        return Tiles(rows=65_536, keys=262_144, readout_rows=8192, vocabulary=8192)
+    # on two threads, half-precision products of 512 to 1,024 rows run at half of the rate of larger ones
+    return Tiles(rows=2048) if dtype.itemsize == 2 else Tiles()
+
+
+def _fields(tiles: Tiles) -> tuple[int, int, int, int]:
+    return tiles.rows, tiles.keys, tiles.readout_rows, tiles.vocabulary
+
+
+def assemble(
+    parts: Iterable[Part], footprint: Callable[[Part], Footprint], budget: Budget, name: Callable[[int], str]
+) -> Iterator[tuple[list[Part], int]]:
+    """Passes of consecutive parts that fit the budget, and the bytes each will need at its peak.
+
+    Raises ``MemoryBudgetError`` where not even one sample of one branch of a fact fits; ``name`` names a fact.
+    """
+    queue = list(parts)[::-1]
+    current: list[Part] = []
+    held: np.ndarray | int = 0
+    rows = 0
+    while queue:
+        part = queue.pop()
+        own = footprint(part)
+        weight, own_rows = own.bytes(len(part.samples)), own.row_count(len(part.samples))
+        fits_alone = peak_bytes(weight) <= budget.for_rows and own_rows <= budget.max_rows
+        halves = None if fits_alone else part.halves()
+        if halves:
+            queue += halves[::-1]
+            continue
+        if peak_bytes(weight) > budget.for_rows:
+            needed = peak_bytes(weight) + budget.fixed
+            raise MemoryBudgetError(
+                f"fact {name(part.fact)!r} needs at least {needed / 2**20:.1f} MiB even one restoration at a time, the "
+                f"budget is {budget.total / 2**20:.1f} MiB; give more memory"
+            )
+        if current and (peak_bytes(held + weight) > budget.for_rows or rows + own_rows > budget.max_rows):
+            yield current, peak_bytes(held) + budget.fixed
+            current, held, rows = [], 0, 0
+        current.append(part)
+        held = held + weight
+        rows += own_rows
+    if current:
+        yield current, peak_bytes(held) + budget.fixed
+
+
+def split(parts: Sequence[Part]) -> list[list[Part]] | None:
+    """A pass that ran out of memory as two smaller ones, or None if it cannot be smaller."""
+    if len(parts) > 1:
+        middle = len(parts) // 2
+        return [list(parts[:middle]), list(parts[middle:])]
+    halves = parts[0].halves()
+    return [[half] for half in halves] if halves else None
+
+
+class PlanCache:
+    """Plans and footprints by what they depend on; the longest unused are dropped beyond a fixed size."""
+
+    def __init__(self, limit: int = _PLAN_CACHE_BYTES) -> None:
+        self.limit, self.held = limit, 0
+        self.entries: OrderedDict[Hashable, tuple[Plan, Footprint]] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], tuple[Plan, Footprint]]) -> tuple[Plan, Footprint]:
+        if key in self.entries:
+            self.entries.move_to_end(key)
+        else:
+            self.entries[key] = make()
+            self.held += plan_bytes(self.entries[key][0])
+            while self.held > self.limit and len(self.entries) > 1:
+                self.held -= plan_bytes(self.entries.popitem(last=False)[1][0])
+        return self.entries[key]

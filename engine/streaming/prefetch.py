@@ -1,0 +1,108 @@
+"""Reading ahead: while a pass computes with one layer's weights, a thread reads those of the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from causalcone.engine.streaming.staging import landing
+from causalcone.engine.streaming.tensor_files import Entry, read_rows, read_values
+
+_ALIGNED = 64
+"""Bytes that vector instructions like addresses to be multiples of."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a layer's tensors lie in one flat buffer of a dtype: the first element of each, and the buffer's size."""
+
+    entries: tuple[Entry, ...]
+    first: tuple[int, ...]
+    elements: int
+
+    @classmethod
+    def of(cls, entries: Sequence[Entry], dtype: torch.dtype) -> Layout:
+        step = _ALIGNED // dtype.itemsize
+        *first, elements = accumulate((-(-entry.elements // step) * step for entry in entries), initial=0)
+        return cls(tuple(entries), tuple(first), elements)
+
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        """The tensors in a buffer that they have been read into."""
+        return [
+            buffer[first : first + entry.elements].view(entry.shape)
+            for first, entry in zip(self.first, self.entries, strict=True)
+        ]
+
+    def read(self, buffer: Tensor) -> None:
+        """Fill a buffer on the CPU from the files."""
+        for entry, own in zip(self.entries, self.views(buffer), strict=True):
+            read_values(entry, [(0, own.view(-1))])
+
+
+def read_layers(layouts: Sequence[Layout], dtype: torch.dtype, device: torch.device) -> Generator[list[Tensor]]:
+    """The tensors of one layer after another, each read once, the next one while the caller works with this one.
+
+    They are good until the following layer is asked for: two buffers take turns. To be closed when the caller is done.
+    """
+    place = landing(max(layout.elements for layout in layouts), dtype, device)
+
+    def read(layer: int) -> None:
+        place.wait(layer % 2)
+        layouts[layer].read(place.host[layer % 2])
+        place.land(layer % 2)
+
+    with closing(place), _thread() as submit:
+        coming = submit(read, 0)
+        for layer, layout in enumerate(layouts):
+            coming.result()
+            if layer + 1 < len(layouts):
+                coming = submit(read, layer + 1)
+            yield layout.views(place.take(layer % 2))
+            place.release(layer % 2)
+
+
+@contextmanager
+def _thread() -> Iterator[Callable[..., Future[None]]]:
+    """What starts a function in a thread, which has ended when the block has."""
+    with ThreadPoolExecutor(1, "causalcone-weights") as executor:
+        yield executor.submit
+
+
+class StreamedMatrix:
+    """A matrix (rows, columns) in a file of which slices of rows are read, in ``dtype`` and onto ``device``.
+
+    The slice behind the one that was asked for is read meanwhile, so that walking through the matrix does not wait.
+    """
+
+    def __init__(self, entry: Entry, dtype: torch.dtype, device: torch.device) -> None:
+        self.entry, self.dtype, self.device, self.shape = entry, dtype, device, torch.Size(entry.shape)
+        self._executor: ThreadPoolExecutor | None = None
+        self._coming: tuple[slice, Future[Tensor]] | None = None
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, part: slice) -> Tensor:
+        """Rows (R, columns) of a slice without a step."""
+        first, last, _ = part.indices(len(self))
+        coming, self._coming = self._coming, None
+        known = coming and coming[0] == slice(first, last)
+        rows = coming[1].result() if coming and known else self._read(first, last)
+        if first < last < len(self):
+            after = slice(last, min(2 * last - first, len(self)))
+            self._executor = self._executor or ThreadPoolExecutor(1, "causalcone-unembedding")
+            self._coming = after, self._executor.submit(self._read, after.start, after.stop)
+        return rows.to(self.device, non_blocking=True)
+
+    def new_empty(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(*size, dtype=dtype or self.dtype, device=self.device)
+
+    def _read(self, first: int, last: int) -> Tensor:
+        rows = read_rows(self.entry, range(first, last), self.dtype)
+        return rows.pin_memory() if self.device.type == "cuda" else rows

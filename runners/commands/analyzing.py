@@ -1,0 +1,125 @@
+"""Carries out ``causalcone analyze`` and ``report``: tables, figures and a page, and the answer on the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from rich.console import Console
+from rich.table import Table as Shown
+
+from causalcone.analysis.effects import At, Compat, Denominator
+from causalcone.analysis.papers.answer import MAIN, answer
+from causalcone.analysis.papers.inputs import Choice
+from causalcone.analysis.papers.table_files import cells, index, write_table
+from causalcone.analysis.papers.tables import Table, paper_tables
+from causalcone.analysis.scores import Aggregate
+from causalcone.analysis.sweep_results import State, Study
+from causalcone.engine.errors import ExperimentError
+from causalcone.engine.localize.states import MOST_HEADS, as_states
+from causalcone.runners.results.folder import ResultError, write_whole
+
+if TYPE_CHECKING:
+    from causalcone.runners.commands.analyze import Analysis
+
+_TABLES, _FIGURES = "tables", "figures"
+_COLUMNS = ("problem", "method", "window", "r2_layer", "r2_trace", "r2_both", "diff", "p")
+
+
+def analyze_folder(
+    analysis: Analysis, out: Path, console: Console, *, mixed: bool, scatter: bool, figures: bool
+) -> None:
+    """Raises ``TableError`` for a folder that is no sweep's, and ``ResultError`` where nothing can be written."""
+    study, choice = opened(analysis, mixed)
+    tables, missing = paper_tables(study, choice)
+    drawn: list[Path] = []
+    try:
+        for table in tables:
+            write_table(table, out / _TABLES)
+        if figures:
+            from causalcone.analysis.papers.figures import paper_figures
+
+            drawn, undrawn = paper_figures(study, out / _FIGURES, choice, every=scatter)
+            missing += undrawn
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "tables.md", index(tables, missing))
+    except OSError as error:
+        raise _unwritten(out, error) from error
+    for table in tables:
+        if table.name == MAIN:
+            console.print(_shown(table))
+    lines = [
+        answer(tables),
+        *(f"missing: {reason}" for reason in missing),
+        f"{len(tables)} tables -> {out / 'tables.md'} (and {out / _TABLES}, as CSV, Markdown and LaTeX)",
+        *([f"{len(drawn) // 2} figures -> {out / _FIGURES}"] if drawn else []),
+    ]
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+
+
+def report_folder(analysis: Analysis, out: Path, console: Console) -> None:
+    """Errors are those of ``analyze_folder``."""
+    study, choice = opened(analysis)
+    write_page(study, choice, out, console)
+
+
+def write_page(study: Study, choice: Choice, out: Path, console: Console) -> None:
+    """Write the page of a study, and say its answer and what is missing."""
+    from causalcone.analysis.page.data import report_data
+    from causalcone.analysis.page.report import report
+
+    data = report_data(study, choice)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(out, report(data))
+    except OSError as error:
+        raise _unwritten(out, error) from error
+    lines = [
+        str(data.about["answer"]),
+        *(f"missing: {reason}" for reason in data.about["missing"]),
+        f"report -> {out} ({out.stat().st_size / 2**20:.1f} MiB; open it in a browser)",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+
+
+def opened(analysis: Analysis, mixed: bool = False) -> tuple[Study, Choice]:
+    """The folder, and the options as they were typed, checked."""
+    _one_of("--at", analysis.at, get_args(At))
+    _one_of("--denominator", analysis.denominator, get_args(Denominator))
+    if analysis.aggregate is not None:
+        _one_of("--aggregate", analysis.aggregate, get_args(Aggregate))
+    if analysis.compat is not None:
+        _one_of("--compat", analysis.compat, get_args(Compat))
+    state: State | None = None
+    if analysis.state is not None:
+        states = as_states((analysis.state,), MOST_HEADS)
+        if len(states) > 1:
+            raise ExperimentError(f"--state is {analysis.state!r}; give one state, such as mlp:5 or head.3:1")
+        state = (states[0].kind, states[0].window)
+    choice = Choice(
+        state, analysis.at, analysis.denominator, not analysis.additive, analysis.draws, mixed,  # type: ignore[arg-type]
+        compat=analysis.compat,  # type: ignore[arg-type]
+    )  # fmt: skip
+    return Study(analysis.folder, analysis.aggregate), choice  # type: ignore[arg-type]
+
+
+def _shown(table: Table) -> Shown:
+    frame = table.frame.select([name for name in _COLUMNS if name in table.frame.columns])
+    shown = Shown(title=table.title, title_justify="left", caption="; ".join(table.notes), caption_justify="left")
+    header, rows = cells(frame)
+    for name in header:
+        shown.add_column(name, justify="left" if name in ("problem", "method") else "right")
+    for row in rows:
+        shown.add_row(*row)
+    return shown
+
+
+def _unwritten(place: Path, error: OSError) -> ResultError:
+    return ResultError(f"cannot write to {place}: {error.strerror or error}")
+
+
+def _one_of(option: str, given: Any, known: tuple[str, ...]) -> None:
+    if given not in known:
+        raise ExperimentError(f"{option} is {given!r}; choose from {', '.join(known)}")

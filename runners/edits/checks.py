@@ -1,0 +1,51 @@
+"""What is wrong with a request is seen before anything is computed for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from causalcone.engine.edit.methods.objective import Training
+from causalcone.engine.edit.requests.problems import TEXT_TOKENS
+from causalcone.engine.edit.requests.prompts import ESSENCE, Encoder
+from causalcone.engine.edit.requests.requests import Request
+from causalcone.engine.edit.scoring.probes import questions_about
+from causalcone.engine.edit.texts.contexts import Contexts
+from causalcone.engine.errors import FactError
+from causalcone.engine.run.session import Session
+from causalcone.runners.edits.settings import Plan
+from causalcone.runners.inputs.reference_texts import ReferenceTexts
+from causalcone.runners.options import Scoring
+
+
+@dataclass(frozen=True)
+class EditChecks:
+    """Raises ``FactError`` for a request that some prompt or text to be used of it is wrong of. contexts: those that
+    prompts are to be put behind, where they are known."""
+
+    session: Session
+    plan: Plan
+    contexts: Contexts | None
+    scoring: Scoring
+    references: ReferenceTexts | None
+
+    def __call__(self, request: Request) -> None:
+        encoder = Encoder(self.session.tokenizer, self.session.sizes)
+        questions_about(request, encoder)
+        if self.contexts is not None:
+            for setting in self.plan.of_moments:
+                Training.of([request], encoder, getattr(self.contexts, str(setting.contexts)))
+        if self.scoring.essence:
+            self._room(request, len(encoder.prompted(request, ESSENCE).text))
+        if self.scoring.generation or self.references is not None:
+            for prompt in request.fact.generation_prompts:
+                self._room(request, len(encoder.written(request, prompt)))
+        if self.references is not None and request.fact.generation_prompts:
+            self.references.of(request.fact)
+
+    def _room(self, request: Request, tokens: int) -> None:
+        limit = min(TEXT_TOKENS, self.session.sizes.positions)
+        if tokens >= limit:
+            raise FactError(
+                f"fact {request.fact.id!r}: a prompt of {tokens} tokens leaves no room for a text of {limit}; "
+                "shorten it"
+            )

@@ -1,0 +1,223 @@
+"""An editing study made from the command line's options: all is checked, it is found out what the model knows and says,
+and no edit is made yet."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from causalcone.engine.edit.editor import Editor
+from causalcone.engine.edit.moments.moments import Moments
+from causalcone.engine.edit.requests.problems import FilteredFacts
+from causalcone.engine.edit.requests.requests import FACT_FORCING, TRACING_REVERSAL, Request
+from causalcone.engine.edit.requests.windows import as_windows
+from causalcone.engine.edit.texts.contexts import Contexts
+from causalcone.engine.errors import ExperimentError, FactError
+from causalcone.engine.run.session import SkippedFacts
+from causalcone.runners.edits.checks import EditChecks
+from causalcone.runners.edits.moments import collected
+from causalcone.runners.edits.settings import Plan, plan_of, read_contexts
+from causalcone.runners.edits.study import EditStudy
+from causalcone.runners.inputs.inputs import Inputs, is_demo, noted, open_inputs
+from causalcone.runners.inputs.reference_texts import ReferenceTexts, load_reference_texts
+from causalcone.runners.inputs.running_text import RunningText, texts_at
+from causalcone.runners.options import Editing, Output, Scoring, Source
+from causalcone.runners.results.folder import refuse_occupied
+
+
+@dataclass(frozen=True)
+class PreparedEdits:
+    """A study ready to be carried out. given: what to keep of the options beside its results; filtered: why the problem
+    is not posed for some facts."""
+
+    study: EditStudy
+    given: dict[str, Any]
+    filtered: list[str]
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What to keep beside the results."""
+        return {"command": "edit", **self.given, **self.study.configuration}
+
+
+@dataclass(frozen=True)
+class GivenTexts:
+    """What the files that options name hold. running: text to collect moments over."""
+
+    contexts: Contexts | None
+    references: ReferenceTexts | None
+    running: RunningText | None
+
+
+def editing(source: Source, choice: Editing, scoring: Scoring, output: Output) -> PreparedEdits:
+    """The study that the options ask for; moments are collected, if so asked."""
+    refuse_occupied(output.out, output.overwrite)
+    plan = plan_of(choice, scoring.aggregate)
+    texts = given_texts(choice, plan, scoring)
+    inputs = open_inputs(source)
+    inputs.check_memory()
+    editor = editor_of(inputs, choice, plan, texts.contexts)
+    moments = moments_of(inputs, choice, plan, texts.running, output.quiet)
+    prepared = prepared_edits(editor, moments, inputs, choice, plan, scoring, texts.references)
+    if texts.running is None:
+        return prepared
+    return replace(prepared, study=replace(prepared.study, collected=moments))
+
+
+def given_texts(choice: Editing, plan: Plan, scoring: Scoring) -> GivenTexts:
+    """Read them before the model is; refuses methods without moments."""
+    contexts = None if choice.contexts is None else read_contexts(choice.contexts)
+    references = None if scoring.references is None else load_reference_texts(scoring.references)
+    return GivenTexts(contexts, references, _running_text(choice, plan))
+
+
+def prepared_edits(
+    editor: Editor,
+    moments: Moments | None,
+    inputs: Inputs,
+    choice: Editing,
+    plan: Plan,
+    scoring: Scoring,
+    references: ReferenceTexts | None = None,
+) -> PreparedEdits:
+    """The plan made ready with what was read: requests that nothing is wrong with, and what to keep of the options."""
+    editor.moments = None if moments is None else moments.with_ridge(choice.ridge)
+    filtered: list[str] = []
+    with noted(inputs.skipped):
+        requests = _requests(editor, inputs, choice, plan, filtered)
+        contexts = editor.contexts if plan.of_moments else None
+        checks = EditChecks(editor.session, plan, contexts, scoring, references)
+        requests = _checked(requests, inputs, checks)
+    _tell(plan, inputs, requests, filtered, scoring)
+    evaluate = {
+        "essence": scoring.essence,
+        "accuracy": scoring.accuracy,
+        "generation": scoring.generation,
+        "references": references,
+    }
+    study = EditStudy(editor, requests, plan, evaluate, scoring.keep_deltas)
+    study.check()
+    given = {
+        **inputs.configuration,
+        "preset": choice.preset,
+        "set": list(choice.changes or ()),
+        "moments_given": choice.moments or choice.texts,
+        "contexts_given": None if choice.contexts is None else str(choice.contexts),
+        "sigma": editor.sigma if plan.problem in _NOISY else None,
+        "filtered": choice.filtered,
+        "facts_filtered": len(filtered),
+        "compat": choice.compat,
+        **evaluate,
+        "references": None if scoring.references is None else str(scoring.references),
+        "keep_deltas": scoring.keep_deltas,
+    }
+    return PreparedEdits(study, given, filtered)
+
+
+_NOISY = (TRACING_REVERSAL, FACT_FORCING)
+
+
+def _running_text(choice: Editing, plan: Plan) -> RunningText | None:
+    """The running text to collect moments over, if so asked; refuses methods without moments."""
+    if not plan.of_moments:
+        return None
+    if (choice.moments is None) == (choice.texts is None):
+        raise ExperimentError(
+            f"{plan.of_moments[0].method} needs second moments: give --moments with a file of 'causalcone moments', or "
+            "--texts to collect them now, one of the two"
+        )
+    return None if choice.texts is None else texts_at(choice.texts)
+
+
+def editor_of(inputs: Inputs, choice: Editing, plan: Plan, contexts: Contexts | None) -> Editor:
+    """Without moments yet; the level of the noise is that of all facts of the file."""
+    session = inputs.tracer.session
+    sigma = inputs.noise_level(plan.sigma) if plan.problem in _NOISY else plan.sigma
+    return Editor(
+        session.model, session.tokenizer, contexts=contexts, dtype=session.dtype, device=session.device,
+        memory=inputs.source.memory, sigma=sigma, seed=choice.seed, kernels=session.kernels, tf32=session.tf32,
+    )  # fmt: skip
+
+
+def moments_of(
+    inputs: Inputs,
+    choice: Editing,
+    plan: Plan,
+    texts: RunningText | None,
+    quiet: bool,
+    resume: Path | None = None,
+) -> Moments | None:
+    """The moments of the layers that are edited, where a method needs them. resume: a file that keeps a collection
+    under way."""
+    depth = inputs.tracer.session.sizes.depth
+    windows = [window for each in plan.of_moments for window in as_windows(plan.layers, each.window, depth)]
+    layers = sorted({layer for window in windows for layer in window.layers})
+    if not layers:
+        return None
+    if texts is not None:
+        return collected(inputs.tracer, texts, layers, Console(), quiet, memory=inputs.source.memory, resume=resume)
+    if is_demo(str(choice.moments)):
+        from causalcone.runners.demo.model import demo_moments
+
+        return demo_moments()
+    return Moments.load(str(choice.moments), layers)
+
+
+def _requests(editor: Editor, inputs: Inputs, choice: Editing, plan: Plan, filtered: list[str]) -> list[Request]:
+    """What the problem asks of the facts; why it is not posed for some goes to ``filtered``."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        requests = editor.requests(
+            inputs.facts, plan.problem, filtered=choice.filtered, on_error=inputs.on_error, compat=choice.compat
+        )
+    for each in caught:
+        if isinstance(each.message, FilteredFacts):
+            filtered += each.message.reasons
+        else:
+            warnings.warn(each.message, stacklevel=2)
+    return requests
+
+
+def _checked(requests: Sequence[Request], inputs: Inputs, check: Callable[[Request], None]) -> list[Request]:
+    """The requests that nothing is wrong with; those of others are skipped, if asked."""
+    good, reasons = [], []
+    for request in requests:
+        try:
+            check(request)
+        except FactError as error:
+            if inputs.on_error == "raise":
+                raise
+            reasons.append(str(error))
+        else:
+            good.append(request)
+    if reasons:
+        warnings.warn(SkippedFacts(reasons), stacklevel=2)
+    return good
+
+
+def _tell(plan: Plan, inputs: Inputs, requests: Sequence[Request], filtered: Sequence[str], scoring: Scoring) -> None:
+    """Which facts are not edited, and which are not scored; an error where none is edited."""
+    if filtered:
+        warnings.warn(
+            f"{plan.problem} is not posed for {len(filtered)} of {len(inputs.facts)} facts, which run.json lists; "
+            f"{filtered[0]}",
+            stacklevel=2,
+        )
+    if not requests:
+        more = "; --no-filter edits facts that the model does not know too" if filtered else ""
+        raise FactError(f"none of the facts of {inputs.source.facts} can be edited{more}")
+    lacking = {
+        kind: sum(not getattr(request.fact, f"{kind}_prompts") for request in requests)
+        for kind in ("paraphrase", "neighborhood", *(["generation"] if scoring.generation else []))
+    }
+    told = [f"{count} have no {kind} prompts" for kind, count in lacking.items() if count]
+    if told:
+        warnings.warn(
+            f"of {len(requests)} facts, {' and '.join(told)}: they are edited, but those scores are missing",
+            stacklevel=2,
+        )

@@ -1,0 +1,96 @@
+"""Second moments on the command line: collected over running text with progress, and written to a file."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from rich.console import Console
+
+from causalcone.engine.edit.moments.moments import Moments
+from causalcone.engine.errors import ExperimentError
+from causalcone.engine.localize.tracer import Tracer
+from causalcone.runners.edits.settings import parse_layers
+from causalcone.runners.inputs.inputs import open_tracer
+from causalcone.runners.inputs.running_text import RunningText, open_texts
+from causalcone.runners.options import Collecting, Computing, Target, Texts
+from causalcone.runners.results.folder import ResultError
+from causalcone.runners.show.progress import shown_progress
+
+
+def collect_to_file(computing: Computing, texts: Texts, choice: Collecting, target: Target) -> str:
+    """Collect moments into the file ``target.out``; says what is there.
+
+    A collection that ends early is kept beside it, or in ``target.resume``, and taken up from there; once the moments
+    are written, that file is deleted.
+    """
+    parsed, tokens, text = parse_layers(choice.layers), _tokens(choice.tokens), open_texts(texts)
+    layers = None if isinstance(parsed, str) else parsed
+    _make_ready(target)
+    kept = target.resume or target.out.with_name(f"{target.out.name}.partial")
+    tracer, console = open_tracer(computing), Console()
+    if kept.exists() and not target.quiet:
+        console.print(f"going on with {kept}", highlight=False)
+    started = time.monotonic()
+    moments = collected(
+        tracer, text, layers, console, target.quiet,
+        memory=computing.memory, tokens=tokens, length=choice.length, resume=kept,
+    )  # fmt: skip
+    moments.save(target.out)
+    with suppress(OSError):
+        kept.unlink(missing_ok=True)
+    _warn_of_few(moments)
+    count, seconds = moments.tokens[moments.layers[0]], time.monotonic() - started
+    return f"second moments of {len(moments.layers)} layers over {count:,} tokens in {seconds:.1f} s -> {target.out}"
+
+
+def _make_ready(target: Target) -> None:
+    """Refuse a file that cannot be written before hours go into what is to be written there."""
+    out, folder = target.out, target.out.parent
+    if out.is_dir():
+        raise ResultError(f"{out} is a folder; name a file to write the moments to")
+    if out.exists() and not target.overwrite:
+        raise ResultError(f"{out} exists already; choose another file, or give --overwrite")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResultError(f"cannot write to {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise ResultError(f"cannot write to {folder}: permission denied")
+
+
+def _warn_of_few(moments: Moments) -> None:
+    """Fewer keys than they have components do not span them."""
+    few = [layer for layer in moments.layers if moments.tokens[layer] < moments.width(layer)]
+    if few:
+        warnings.warn(
+            f"{moments.tokens[few[0]]:,} tokens are too few for keys of width {moments.width(few[0])}: these moments "
+            "are singular, and of use with a ridge only (edit --ridge 0.01); take more tokens",
+            stacklevel=2,
+        )
+
+
+def collected(
+    tracer: Tracer, text: RunningText, layers: Sequence[int] | None, console: Console, quiet: bool, **options: Any
+) -> Moments:
+    """The moments of a tracer's model; options are those of ``Moments.collect``."""
+    session = tracer.session
+    with shown_progress(console, "second moments", "tokens", quiet) as progress:
+        return Moments.collect(
+            session.model, session.tokenizer, text.texts, layers,
+            source=text.source, dtype=session.dtype, device=session.device, progress=progress, **options,
+        )  # fmt: skip
+
+
+def _tokens(tokens: str | None) -> int | str | None:
+    """A number, ``"all"``, or None."""
+    if tokens is None or tokens == "all":
+        return tokens
+    try:
+        return int(tokens)
+    except ValueError:
+        raise ExperimentError(f"tokens are {tokens!r}; give a positive number, or all") from None

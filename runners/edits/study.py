@@ -1,0 +1,148 @@
+"""An editing study: requests made ready, then edits made, scored, written and dropped, batch by batch."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from rich.console import Console
+
+from causalcone.engine.edit.editor import Editor
+from causalcone.engine.edit.methods.edits import JOINT_MEMIT, Edit
+from causalcone.engine.edit.moments.moments import Moments
+from causalcone.engine.edit.requests.requests import Request
+from causalcone.engine.edit.requests.windows import as_windows
+from causalcone.engine.edit.scoring.tables import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA, edit_batch
+from causalcone.runners.edits.settings import Plan, Setting
+from causalcone.runners.results.folder import ResultFolder, TableWriter
+from causalcone.runners.show.progress import shown_progress
+
+EDITS_AT_ONCE = 256
+"""Beyond so many edits nothing is gained by making them together; fewer are finished, and written, sooner."""
+
+DELTAS, MOMENTS = "deltas", "moments.safetensors"
+
+
+@dataclass(frozen=True)
+class EditsDone:
+    """What a study left in ``path``: so many edits of ``facts`` facts in ``seconds``; failed: how many for which
+    reason."""
+
+    path: Path
+    facts: int
+    edits: int
+    failed: Mapping[str, int]
+    seconds: float
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What ``run.json`` keeps of it."""
+        counts = {"facts": self.facts, "edits": self.edits, "failed": dict(self.failed)}
+        return {**counts, "seconds": round(self.seconds, 3)}
+
+    def sentence(self) -> str:
+        failed = sum(self.failed.values())
+        rate = f"{self.seconds:.1f} s ({self.edits / self.seconds:.2f} edits/s)"
+        return f"{self.edits} edits of {self.facts} facts, {failed} failed, in {rate} -> {self.path}"
+
+
+@dataclass(frozen=True)
+class EditStudy:
+    """What is yet to be computed: every setting of the plan, at all of its layers, for all requests.
+
+    evaluate: what ``Editor.evaluate`` is asked besides probabilities; keep_deltas: whether changes of weights are kept;
+    collected: moments to keep with the results.
+    """
+
+    editor: Editor
+    requests: Sequence[Request]
+    plan: Plan
+    evaluate: Mapping[str, Any]
+    keep_deltas: bool = False
+    collected: Moments | None = None
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What to keep of it beside the results."""
+        moments = self.editor.moments if self.plan.of_moments else None
+        return {
+            "problem": self.plan.problem,
+            "methods": [setting.configuration for setting in self.plan.settings],
+            "layers": list(self.layers),
+            "seed": self.editor.seed,
+            "aggregate": self.plan.aggregate,
+            "contexts": asdict(self.editor.contexts) if self.plan.of_moments else None,
+            "moments": moments and {"source": moments.source, "tokens": moments.tokens, "ridge": moments.ridge},
+        }
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The edited layers, or the centres of windows."""
+        return tuple(window.layer for window in as_windows(self.plan.layers, 1, self.editor.session.sizes.depth))
+
+    def check(self) -> None:
+        """Refuse what the editor would refuse, before anything is computed."""
+        for setting in self.plan.settings:
+            self._edits(self.requests, setting)
+
+    def carry_out(self, folder: ResultFolder, console: Console, quiet: bool = False) -> EditsDone:
+        """Compute the study into the tables ``edits``, ``probes`` and ``metrics`` of the folder.
+
+        Whatever ends it early, the batches finished by then are in the tables.
+        """
+        if self.collected is not None:
+            self.collected.save(folder.path / MOMENTS)
+        started = time.monotonic()
+        failed: Counter[str] = Counter()
+        count = 0
+        with ExitStack() as stack:
+            schemas = {"edits": EDIT_SCHEMA, "probes": PROBE_SCHEMA, "metrics": METRIC_SCHEMA}
+            tables = {name: stack.enter_context(folder.table(name, schema)) for name, schema in schemas.items()}
+            for setting in self.plan.settings:
+                total, done = len(self.requests) * len(self.layers), 0
+                with shown_progress(console, f"editing, {setting}", "edits", quiet) as progress:
+                    progress(0, total)
+                    for batch in self._batches(setting):
+                        failed.update(self._written(batch, tables, folder.path / DELTAS))
+                        done += len(batch)
+                        progress(done, total)
+                        del batch  # its changes of weights, before those of the next one are made
+                count += done
+        return EditsDone(folder.path / "edits", len(self.requests), count, failed, time.monotonic() - started)
+
+    def _written(self, batch: Sequence[Edit], tables: Mapping[str, TableWriter], deltas: Path) -> list[str]:
+        """Score edits and write what there is to keep of them; why some failed."""
+        scores = self.editor.evaluate(batch, **self.evaluate)
+        if self.keep_deltas:
+            _save_deltas(scores.edits, deltas)
+        tables["probes"].write(scores.probes)
+        tables["metrics"].write(scores.metrics)
+        tables["edits"].write(edit_batch(scores.edits))  # the last, so that no edit stands there without its scores
+        return [edit.reason for edit in scores.edits if edit.reason is not None]
+
+    def _batches(self, setting: Setting) -> Iterator[list[Edit]]:
+        step = len(self.requests) if setting.joint else max(1, EDITS_AT_ONCE // len(self.layers))
+        for start in range(0, len(self.requests), step):
+            yield from self._edits(self.requests[start : start + step], setting)
+
+    def _edits(self, requests: Sequence[Request], setting: Setting) -> Iterator[list[Edit]]:
+        return self.editor.batches(requests, setting.method, self.plan.layers, setting.window, setting.hparams)
+
+
+def _save_deltas(edits: Sequence[Edit], folder: Path) -> None:
+    """Each change of weights in a file named for method, window, layer and fact; one that all facts share is there
+    once, as that of ``all``."""
+    saved: set[int] = set()
+    for edit in edits:
+        if edit.delta is not None and id(edit.delta) not in saved:
+            saved.add(id(edit.delta))
+            fact = "all" if edit.method == JOINT_MEMIT else quote(edit.fact_id, safe=" ")
+            path = folder / f"{edit.method}-{edit.window}" / str(edit.layer) / f"{fact}.safetensors"
+            described = {name: str(getattr(edit, name)) for name in EDIT_SCHEMA.names if name != "reason"}
+            edit.delta.save(path, described)

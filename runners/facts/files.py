@@ -1,0 +1,227 @@
+"""Reading facts from the published file formats, and the project's own JSON lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from causalcone.engine.errors import FactError
+from causalcone.engine.facts import Fact
+from causalcone.runners.facts.schemas import SCHEMAS, Convert, ZsreForm, converter, detect_schema
+
+
+class SkippedRecords(UserWarning):
+    """Records left out under ``on_error="skip"``: ``problems`` says why, one by one."""
+
+    def __init__(self, path: Path, problems: Sequence[str]) -> None:
+        super().__init__(f"skipped {len(problems)} records of {path}:{listed(problems, 10)}")
+        self.problems = tuple(problems)
+
+
+def load_facts(
+    path: str | os.PathLike[str],
+    limit: int | None = None,
+    seed: int = 0,
+    *,
+    zsre_form: ZsreForm = "hase",
+    on_error: Literal["raise", "skip"] = "raise",
+) -> list[Fact]:
+    """Facts of a JSON or JSON-lines file, in the file's order; its schema is recognised by content (METHODS 1).
+
+    Read are CounterFact, MEND's zsRE evaluation file, ROME's known facts and the lines ``save_facts`` writes.
+    ``limit`` takes the first N facts. ``seed`` draws zsRE's ``target_new``. ``zsre_form`` is "hase" (question
+    and answer prompts, false targets from other records) or "meng" (raw questions; the answer is both targets).
+    Ids are case_id, known_id or id where the file gives one, else the record's index, which counts from 0.
+
+    Raises ``FactError``, naming the file and the record at fault. With ``on_error="skip"`` bad records, and later
+    ones of an id that was there before, are left out and listed in one warning.
+    """
+    path = Path(path)
+    if limit is not None and limit < 1:
+        raise FactError(f"limit is {limit}; it must be at least 1, or None for all facts")
+    if on_error not in ("raise", "skip"):
+        raise FactError(f"on_error is {on_error!r}; it must be 'raise' or 'skip'")
+    if zsre_form not in ("hase", "meng"):
+        raise FactError(f"zsre_form is {zsre_form!r}; it must be 'hase' or 'meng'")
+
+    records = read_records(path)
+    convert = converter(known_schema(path, records), records, seed, zsre_form)
+    if on_error == "raise":
+        facts = [_convert(path, index, record, convert) for index, record in enumerate(records[:limit])]
+        _refuse_duplicates(path, facts)
+        return facts
+    facts, problems = good_facts(path, records, convert, limit)
+    if not facts:
+        raise FactError(f"{path} holds no usable fact; the first problem: {problems[0]}")
+    if problems:
+        warnings.warn(SkippedRecords(path, problems), stacklevel=2)
+    return facts
+
+
+def save_facts(facts: Iterable[Fact], path: str | os.PathLike[str]) -> None:
+    """Write one JSON object per line (UTF-8), with Fact's field names; fields left at their default are omitted.
+
+    ``load_facts`` reads the same facts back. Raises ``FactError`` where the file cannot be written.
+    """
+    lines = [json.dumps(_filled_fields(fact), ensure_ascii=False) + "\n" for fact in facts]
+    try:
+        Path(path).write_text("".join(lines), encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise FactError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _filled_fields(fact: Fact) -> dict[str, Any]:
+    values = ((field, getattr(fact, field.name)) for field in dataclasses.fields(fact))
+    return {field.name: value for field, value in values if value != field.default}
+
+
+def good_facts(
+    place: str | Path, records: Iterable[Any], convert: Convert, limit: int | None
+) -> tuple[list[Fact], list[str]]:
+    """The first ``limit`` records that are facts, and what is wrong with those between them, a line each.
+
+    No further record is taken. Of several with one id the first counts; ``place`` is what records are said to be of.
+    """
+    facts: dict[str, Fact] = {}
+    problems: list[str] = []
+    for index, record in enumerate(records):
+        try:
+            fact = _convert(place, index, record, convert)
+        except FactError as error:
+            problems.append(str(error))
+            continue
+        if fact.id in facts:
+            problems.append(f"{_place(place, index, record)}: the id {fact.id!r} was there before")
+            continue
+        facts[fact.id] = fact
+        if len(facts) == limit:
+            break
+    return list(facts.values()), problems
+
+
+def listed(problems: Sequence[str], most: int) -> str:
+    """Problems on indented lines, each behind a line break; how many there are beyond the first ``most``."""
+    more = f"\n  and {len(problems) - most} more" if len(problems) > most else ""
+    return "".join(f"\n  {problem}" for problem in problems[:most]) + more
+
+
+def _refuse_duplicates(path: Path, facts: Sequence[Fact]) -> None:
+    repeated = [name for name, count in Counter(fact.id for fact in facts).items() if count > 1]
+    if repeated:
+        more = f" and {len(repeated) - 10} more" if len(repeated) > 10 else ""
+        raise FactError(
+            f"{path}: ids must be unique, but {', '.join(map(repr, repeated[:10]))}{more} occur more than once; "
+            "rename them, or load with on_error='skip' to keep the first of each"
+        )
+
+
+def _convert(place: str | Path, index: int, record: Any, convert: Convert) -> Fact:
+    if not isinstance(record, Mapping):
+        raise FactError(f"{_place(place, index, record)} is {_kind(record)}, not an object")
+    try:
+        return convert(index, record)
+    except ValidationError as error:
+        raise FactError(f"{_place(place, index, record)}: {'; '.join(_complaints(error))}") from error
+    except ValueError as error:
+        raise FactError(f"{_place(place, index, record)}: {error}") from error
+
+
+_PLAINER = {
+    "missing": "is missing",
+    "string_type": "must be a string",
+    "tuple_type": "must be a list",
+    "too_short": "is empty",
+    "model_type": "must be an object",
+    "extra_forbidden": "is no field of a fact",
+}
+
+
+def _complaints(error: ValidationError) -> Iterator[str]:
+    for problem in error.errors(include_url=False):
+        yield f"{'.'.join(map(str, problem['loc']))} {_PLAINER.get(problem['type'], problem['msg'])}"
+
+
+def _place(place: str | Path, index: int, record: Any) -> str:
+    if isinstance(record, Mapping):
+        for key in ("case_id", "known_id", "id"):
+            if record.get(key) is not None:
+                return f"{place}: record {index} ({key} {record[key]})"
+    return f"{place}: record {index}"
+
+
+def read_records(path: Path) -> list[Any]:
+    """The items of a JSON list, the one object of a file, or one object per line."""
+    text = read_text(path)
+    if not text.strip():
+        raise FactError(f"{path} is empty")
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise FactError(f"{path} is nested too deeply to be a fact file") from None
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text.lstrip().startswith("{"):
+            return _read_lines(path, text)
+        raise FactError(f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
+    return content if isinstance(content, list) else [content]
+
+
+def _read_lines(path: Path, text: str) -> list[Any]:
+    records = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise FactError(
+                    f"{path} is not JSON lines: {error.msg} at line {number}, column {error.colno}"
+                ) from error
+    return records
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file; ``FactError`` says what is wrong with it."""
+    if path.is_dir():
+        raise FactError(f"{path} is a folder; give a file in it")
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise FactError(f"{path} does not exist") from None
+    except OSError as error:
+        raise FactError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise FactError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+
+
+def known_schema(path: Path, records: Sequence[Any]) -> str:
+    """The schema of a file's records; ``FactError`` where it is none that is supported."""
+    schema = detect_schema(records)
+    if schema is None:
+        raise FactError(f"{path} is JSON, but holds no facts: {_found(records)}. Supported are {supported()}")
+    return schema
+
+
+def _found(records: Sequence[Any]) -> str:
+    if not records:
+        return "it is an empty list"
+    if isinstance(records[0], Mapping):
+        keys = ", ".join(map(repr, list(records[0])[:8])) or "no keys"
+        return f"its first record has the keys {keys}" if records[0] else "its first record is an empty object"
+    return f"its first item is {_kind(records[0])}"
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), "a number")
+
+
+def supported() -> str:
+    """The schemas that are read, in words."""
+    return "; ".join(description for _, description in SCHEMAS.values())

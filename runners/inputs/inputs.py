@@ -1,0 +1,142 @@
+"""What a command works on: a tracer, facts, and a record of those that were left out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import transformers
+
+from causalcone.engine.errors import FactError
+from causalcone.engine.facts import Fact
+from causalcone.engine.localize.tracer import Tracer, check_weights
+from causalcone.engine.run.session import SkippedFacts, as_dtype
+from causalcone.runners.facts.files import SkippedRecords, load_facts
+from causalcone.runners.options import Computing, Passing, Source, StreamableSource
+
+DEMO = "demo"
+
+Started = TypeVar("Started")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A tracer and facts.
+
+    every: all facts of the file, which the noise level is that of; facts: those within the limit. skipped: why records
+    and facts were left out.
+    """
+
+    source: Source
+    tracer: Tracer
+    every: list[Fact]
+    on_error: Literal["raise", "skip"]
+    skipped: list[str] = field(default_factory=list)
+
+    @property
+    def facts(self) -> list[Fact]:
+        return self.every[: self.source.limit]
+
+    def started(self, start: Callable[[], Started]) -> tuple[Started, int]:
+        """What ``start`` returns, which checks all facts, and how many of them are left."""
+        with noted(self.skipped) as now:
+            batches = start()
+        if len(now) == len(self.facts):
+            raise FactError(f"none of the facts of {self.source.facts} can be traced")
+        self.check_memory()
+        return batches, len(self.facts) - len(now)
+
+    def check_memory(self) -> None:
+        """Refuse memory that is too little for the least there is to compute: one run of the longest fact."""
+        longest = max(self.facts, key=lambda fact: len(fact.text))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SkippedFacts)
+            self.tracer.plan([longest], (("hidden", 1),), samples=1, sigma=0.0, tokens="last", on_error=self.on_error)
+
+    def noise_level(self, sigma: str) -> float:
+        """The noise level as a number."""
+        with noted(self.skipped):
+            return self.tracer.noise_level(self.every, sigma, self.on_error)
+
+    @property
+    def configuration(self) -> dict[str, object]:
+        """What to keep of all this beside the results."""
+        return {
+            "model": self.source.model,
+            "facts": self.source.facts,
+            "dtype": str(self.tracer.dtype).removeprefix("torch."),
+            "device": str(self.tracer.device),
+            "kernels": vars(self.tracer.session.backends),
+            "tf32": self.source.tf32,
+            **({"weights": self.source.weights} if isinstance(self.source, StreamableSource) else {}),
+            "limit": self.source.limit,
+            "on_error": self.on_error,
+            "skipped": self.skipped,
+        }
+
+
+def open_inputs(source: Source) -> Inputs:
+    """Read the facts, then the model."""
+    on_error: Literal["raise", "skip"] = "skip" if source.skip_bad_facts else "raise"
+    if source.dtype is not None:
+        as_dtype(source.dtype)
+    if isinstance(source, StreamableSource):
+        check_weights(source.weights)
+    skipped: list[str] = []
+    with noted(skipped):
+        facts = _demo_facts() if is_demo(source.facts) else load_facts(source.facts, on_error=on_error)
+    return Inputs(source, open_tracer(source), facts, on_error, skipped)
+
+
+@contextmanager
+def noted(skipped: list[str]) -> Iterator[list[str]]:
+    """Add to ``skipped`` what warnings say of facts left out; they are shown all the same. Gives those of this time."""
+    now: list[str] = []
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            for kind in (SkippedFacts, SkippedRecords):
+                warnings.simplefilter("always", kind)
+            yield now
+            for each in caught:
+                if isinstance(each.message, SkippedRecords):
+                    now += each.message.problems
+                elif isinstance(each.message, SkippedFacts):
+                    now += each.message.reasons
+    finally:
+        for each in caught:
+            warnings.showwarning(each.message, each.category, each.filename, each.lineno)
+        skipped += [reason for reason in now if reason not in skipped]
+
+
+def open_tracer(source: Source | Computing) -> Tracer:
+    """A tracer for the model, read now."""
+    transformers.utils.logging.disable_progress_bar()
+    device = source.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options: dict[str, Any] = {"dtype": source.dtype, "device": device, "memory": source.memory}
+    if isinstance(source, Source | Passing):
+        options |= {"kernels": source.kernels, "tf32": source.tf32}
+    weights = source.weights if isinstance(source, StreamableSource) else "resident"
+    if is_demo(source.model):
+        from causalcone.runners.demo.model import demo_folder, demo_model
+
+        if weights == "resident":
+            return Tracer(*demo_model(), **options)
+        return Tracer.from_pretrained(str(demo_folder()), weights=weights, **options)
+    return Tracer.from_pretrained(source.model, weights=weights, **options)
+
+
+def _demo_facts() -> list[Fact]:
+    from causalcone.runners.demo.model import demo_world
+
+    return demo_world().facts
+
+
+def is_demo(name: str) -> bool:
+    """Whether the demo model or its world is meant, and no file of that name."""
+    return name == DEMO and not Path(name).exists()

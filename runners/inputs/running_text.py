@@ -1,0 +1,173 @@
+"""Running text that second moments are collected over: files, folders of them, and data sets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from causalcone.engine.errors import ExperimentError
+from causalcone.runners.inputs.inputs import is_demo
+from causalcone.runners.options import Texts
+
+COLUMN = "text"
+_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class RunningText:
+    """Texts, read while they are used, and what they are, in words."""
+
+    texts: Iterable[str]
+    source: str
+
+
+def open_texts(choice: Texts) -> RunningText:
+    """The chosen texts. Raises ``ExperimentError`` where there are none, or both kinds are chosen."""
+    if (choice.texts is None) == (choice.dataset is None):
+        raise ExperimentError("which texts? Give --texts with a file or folder, or --dataset, one of the two")
+    if choice.dataset is not None:
+        return _data_set(choice.dataset, choice.dataset_config, choice.split, choice.column)
+    if choice.dataset_config is not None:
+        raise ExperimentError("--dataset-config goes with --dataset, not with --texts")
+    return texts_at(str(choice.texts), choice.column)
+
+
+def texts_at(place: str, column: str = COLUMN) -> RunningText:
+    """The texts of a file or of a folder's files in the order of their names, or what the demo model was trained on.
+
+    A ``.parquet`` file has them in a column, a ``.jsonl`` or ``.json`` file in the string of each line, or in its field
+    of that name; any other file has a text a line. Empty ones are passed over. Raises ``ExperimentError`` naming the
+    file, and the line or column when it gets there.
+    """
+    if is_demo(place):
+        return _demo_texts()
+    path = Path(place)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in _READERS and file.is_file())
+        if not files:
+            raise ExperimentError(f"the folder {path} holds no texts; give one with files {', '.join(_READERS)}")
+        return RunningText(_Files(files, column), f"{len(files)} files of {path}")
+    if not path.exists():
+        raise ExperimentError(f"there are no texts {path}; check the path")
+    return RunningText(_Files([path], column), str(path))
+
+
+@dataclass(frozen=True)
+class _Files:
+    files: list[Path]
+    column: str
+
+    def __iter__(self) -> Iterator[str]:
+        for file in self.files:
+            try:
+                yield from _READERS.get(file.suffix, _lines)(file, self.column)
+            except OSError as error:
+                raise ExperimentError(f"cannot read {file}: {error.strerror or error}") from error
+
+
+def _lines(file: Path, column: str) -> Iterator[str]:
+    for _, line in _numbered(file):
+        yield line
+
+
+def _numbered(file: Path) -> Iterator[tuple[int, str]]:
+    """The lines that hold something, counted from 1."""
+    with open(file, "rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ExperimentError(f"{file}: line {number} is not UTF-8 text; save it as UTF-8") from error
+            if line.strip():
+                yield number, line.rstrip("\r\n")
+
+
+def _json_lines(file: Path, column: str) -> Iterator[str]:
+    for number, line in _numbered(file):
+        try:
+            found = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ExperimentError(f"{file} is not JSON lines: line {number} is no JSON ({error})") from error
+        text = found.get(column) if isinstance(found, dict) else found
+        if not isinstance(text, str):
+            raise ExperimentError(f"{file}: line {number} has no text {column!r}; name the field with --column")
+        yield text
+
+
+def _parquet(file: Path, column: str) -> Iterator[str]:
+    try:
+        with pq.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            if column not in names or not _is_text(table.schema_arrow.field(column).type):
+                raise ExperimentError(
+                    f"{file} has no column {column!r} of texts, but {', '.join(names)}; name it with --column"
+                )
+            for batch in table.iter_batches(_BATCH, columns=[column]):
+                yield from filter(None, batch[column].to_pylist())
+    except pa.ArrowException as error:
+        raise ExperimentError(f"{file} is not Parquet: {error}") from error
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+    ".txt": _lines,
+    ".jsonl": _json_lines,
+    ".json": _json_lines,
+    ".parquet": _parquet,
+}
+
+
+def _data_set(name: str, config: str | None, split: str, column: str) -> RunningText:
+    """A data set of Hugging Face's hub or of a folder, which is read, and downloaded, no further than it is used."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ExperimentError(
+            f"the data set {name!r} needs the package datasets (pip install 'causalcone[datasets]'); "
+            "files of texts can be given with --texts"
+        ) from None
+    rows = _told(name, lambda: load_dataset(name, config, split=split, streaming=True))
+    parts = [f"data set {name}", *([config] if config else []), f"split {split}"]
+    return RunningText(_Rows(name, rows, column), ", ".join(parts))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    name: str
+    rows: Any
+    column: str
+
+    def __iter__(self) -> Iterator[str]:
+        rows = iter(self.rows)
+        while (row := _told(self.name, lambda: next(rows, None))) is not None:
+            if self.column not in row:
+                raise ExperimentError(
+                    f"the data set {self.name!r} has no column {self.column!r}, but {', '.join(row)}; "
+                    "name it with --column"
+                )
+            if row[self.column]:
+                yield row[self.column]
+
+
+def _told(name: str, read: Callable[[], Any]) -> Any:
+    """What is read of a data set; whatever goes wrong is bad input: names, network and files are the user's."""
+    try:
+        return read()
+    except Exception as error:
+        raise ExperimentError(f"the data set {name!r} cannot be read: {error}") from error
+
+
+def _demo_texts() -> RunningText:
+    from causalcone.runners.demo.corpus import running_texts
+    from causalcone.runners.demo.model import DEMO_TEXTS, demo_world
+
+    return RunningText(running_texts(demo_world()), DEMO_TEXTS)

@@ -1,0 +1,242 @@
+"""The folder of a sweep, on a local disk or any other file system: files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+from causalcone.runners.results.folder import ResultError
+
+LOCK_SECONDS = 30.0
+"""How often a lock on a file system without locks is renewed; one that was not for four times as long is none."""
+
+LOCK = "sweep.lock"
+"""The file that is there while a process holds the folder."""
+
+_PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A Parquet file that is whole: its rows, and what was noted in it."""
+
+    rows: int
+    notes: Mapping[str, Any]
+
+
+class Store:
+    """Reads and writes named files below ``root`` of a file system. Names are relative, with slashes."""
+
+    def __init__(self, system: pafs.FileSystem, root: str, place: str) -> None:
+        self.system, self.root, self.place = system, root.rstrip("/"), place
+        self.local = Path(root) if isinstance(system, pafs.LocalFileSystem) else None
+
+    @classmethod
+    def open(cls, place: str | os.PathLike[str]) -> Store:
+        """The store at a path, or at a URI of any file system that Arrow or fsspec knows (s3://bucket/folder)."""
+        text = str(place)
+        scheme, separator, _ = text.partition("://")
+        if not separator:
+            return cls(pafs.LocalFileSystem(), str(Path(text).absolute()), text)
+        try:
+            system, root = pafs.FileSystem.from_uri(text)
+        except (pa.ArrowException, ValueError, OSError) as error:
+            system, root = _by_fsspec(scheme, text, error)
+        return cls(system, root, text)
+
+    def write_table(self, name: str, table: pa.Table, notes: Mapping[str, Any]) -> None:
+        """Write a Parquet file, whole or not at all, in the place of one that is there."""
+        noted = table.replace_schema_metadata({"causalcone": json.dumps(notes)})
+
+        def write(sink: pa.NativeFile) -> None:
+            pq.write_table(noted, sink, compression="zstd")
+
+        self._write(name, write)
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        self._write(name, lambda sink: sink.write(content))
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_bytes(name, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+    def put(self, name: str, file: Path) -> None:
+        """Write a copy of a local file."""
+
+        def write(sink: pa.NativeFile) -> None:
+            with open(file, "rb") as source:
+                while block := source.read(2**24):
+                    sink.write(block)
+
+        self._write(name, write)
+
+    @contextmanager
+    def as_file(self, name: str) -> Iterator[Path]:
+        """A local file with the content of one that is there."""
+        if self.local is not None:
+            yield self.local / name
+            return
+        from tempfile import TemporaryDirectory
+
+        with TemporaryDirectory() as folder:
+            copy = Path(folder) / Path(name).name
+            with self.system.open_input_stream(self._path(name)) as source, open(copy, "wb") as sink:
+                while block := source.read(2**24):
+                    sink.write(block)
+            yield copy
+
+    def read_json(self, name: str) -> Any:
+        """What a JSON file holds; None where there is none, or half of one."""
+        try:
+            with self.system.open_input_stream(self._path(name)) as source:
+                return json.loads(source.read())
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def read_table(self, name: str) -> pa.Table:
+        with self.system.open_input_file(self._path(name)) as source:
+            return pq.read_table(source)
+
+    def part(self, name: str) -> Part | None:
+        """What a Parquet file says of itself; None where there is none, or a damaged one."""
+        try:
+            with self.system.open_input_file(self._path(name)) as source:
+                footer = pq.read_metadata(source)
+            notes = json.loads((footer.metadata or {}).get(b"causalcone", b"{}"))
+        except (FileNotFoundError, ValueError, pa.ArrowException, OSError):
+            return None
+        return Part(footer.num_rows, notes)
+
+    def exists(self, name: str) -> bool:
+        return self.system.get_file_info(self._path(name)).type == pafs.FileType.File
+
+    def names(self, folder: str = "") -> list[str]:
+        """All files below a folder, in order; none where it does not exist."""
+        base = self._path(folder) if folder else self.root
+        found = self.system.get_file_info(pafs.FileSelector(base, allow_not_found=True, recursive=True))
+        start = len(self.root) + 1
+        own = (each.path[start:] for each in found if each.type == pafs.FileType.File)
+        return sorted(name for name in own if not name.startswith(_PARTIAL))
+
+    def delete(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            self.system.delete_file(self._path(name))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder for this process; ``ResultError`` where another one holds it."""
+        if self.local is not None:
+            self._make(self.local)
+            lock = FileLock(self.local / LOCK, timeout=0)
+            try:
+                lock.acquire()
+            except Timeout:
+                raise ResultError(f"another process is at work in {self.place}; wait for it, or stop it") from None
+            except OSError as error:
+                raise ResultError(f"cannot write to {self.place}: {error.strerror or error}") from error
+            try:
+                self._sweep_partial()
+                yield
+            finally:
+                lock.release()
+            return
+        with self._leased():
+            yield
+
+    @contextmanager
+    def _leased(self) -> Iterator[None]:
+        """A lock by a file that is renewed, where a file system has no locks: it does not hold against a second process
+        that begins in the same moment."""
+        own = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "process": os.getpid()}
+        held = self.read_json(LOCK)
+        if held is not None and time.time() - held["time"] < 4 * LOCK_SECONDS:
+            raise ResultError(
+                f"process {held['process']} on {held['host']} is at work in {self.place} (or was "
+                f"{time.time() - held['time']:.0f} s ago); wait for it, or for {4 * LOCK_SECONDS:.0f} s after its end"
+            )
+        done = threading.Event()
+
+        def renew() -> None:
+            while not done.is_set():
+                with suppress(ResultError):
+                    self.write_json(LOCK, {**own, "time": time.time()})
+                done.wait(LOCK_SECONDS)
+
+        self.write_json(LOCK, {**own, "time": time.time()})
+        renewing = threading.Thread(target=renew, daemon=True)
+        renewing.start()
+        try:
+            yield
+        finally:
+            done.set()
+            renewing.join()
+            self.delete(LOCK)
+
+    def _path(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def _write(self, name: str, write: Any) -> None:
+        try:
+            if self.local is None:  # other file systems show a file when it is closed
+                with self.system.open_output_stream(self._path(name)) as sink:
+                    write(sink)
+            else:
+                self._write_locally(self.local, name, write)
+        except (OSError, pa.ArrowException) as error:
+            told = getattr(error, "strerror", None) or str(error)
+            raise ResultError(
+                f"cannot write {name} of {self.place}: {told}; what is finished is kept, and the same command goes on "
+                "from there"
+            ) from error
+
+    def _write_locally(self, root: Path, name: str, write: Any) -> None:
+        partial = root / _PARTIAL / f"{uuid.uuid4().hex}"
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(partial, "wb") as file:
+                write(pa.PythonFile(file, "w"))
+                file.flush()
+                os.fsync(file.fileno())
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(partial, root / name)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+    def _make(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResultError(f"cannot write to {self.place}: {error.strerror or error}") from error
+
+    def _sweep_partial(self) -> None:
+        """Drop what a process left half written when it was killed."""
+        assert self.local is not None
+        for left in (self.local / _PARTIAL).glob("*"):
+            left.unlink(missing_ok=True)
+
+
+def _by_fsspec(scheme: str, text: str, error: Exception) -> tuple[pafs.FileSystem, str]:
+    import fsspec
+
+    try:
+        system, root = fsspec.core.url_to_fs(text, use_listings_cache=False)  # others write there too
+    except (ImportError, ValueError) as other:
+        raise ResultError(
+            f"{text} is on no file system that is known here: {error}; {other}. For {scheme}:// files install its "
+            "fsspec package"
+        ) from other
+    return pafs.PyFileSystem(pafs.FSSpecHandler(system)), root

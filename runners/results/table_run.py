@@ -1,0 +1,69 @@
+"""Carrying out a study: its results stream to disk fact by fact, and can be read while it runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from rich.console import Console
+
+from causalcone.runners.results.folder import ResultFolder
+from causalcone.runners.show.progress import shown_progress
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is yet to be computed: ``batches`` of ``facts`` facts, one each, which make the table called ``table``."""
+
+    title: str
+    table: str
+    schema: pa.Schema
+    facts: int
+    batches: Iterator[pa.RecordBatch]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a study left in ``path``: so many ``rows`` of ``facts`` facts in ``seconds``, of which ``first`` are the
+    first facts'."""
+
+    path: Path
+    facts: int
+    rows: int
+    seconds: float
+    first: tuple[pa.RecordBatch, ...]
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What ``run.json`` keeps of it."""
+        return {"facts": self.facts, "rows": self.rows, "seconds": round(self.seconds, 3)}
+
+    def sentence(self) -> str:
+        rate = f"{self.seconds:.1f} s ({self.facts / self.seconds:.2f} facts/s)"
+        return f"{self.facts} facts, {self.rows} rows in {rate} -> {self.path}"
+
+
+def carry_out(study: Study, folder: ResultFolder, console: Console, quiet: bool = False, keep: int = 0) -> Done:
+    """Compute a study into its table in ``folder``; the first ``keep`` facts' batches are kept for figures.
+
+    Whatever ends it early, the facts finished by then are in the table.
+    """
+    first: list[pa.RecordBatch] = []
+    finished = 0
+    started = time.monotonic()
+    with (
+        shown_progress(console, study.title, quiet=quiet) as progress,
+        folder.table(study.table, study.schema) as table,
+    ):
+        progress(0, study.facts)
+        for batch in study.batches:
+            table.write(batch)
+            if finished < keep:
+                first.append(batch)
+            finished += 1
+            progress(finished, study.facts)
+    return Done(folder.path / study.table, finished, table.rows, time.monotonic() - started, tuple(first))

@@ -1,0 +1,163 @@
+"""What tables of edits show, for the terminal."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import polars as pl
+from rich.table import Table
+
+from causalcone.analysis.scores import SCORES, counterfact_metrics, mean_scores, scores, zsre_metrics
+from causalcone.analysis.tables.names import METHODS, in_order, method_name
+from causalcone.analysis.tables.traces import TableError
+from causalcone.runners.options import Scoring
+from causalcone.runners.show.tables import new_table
+
+MOST_REASONS = 3
+
+_SHOWN = [name for name in SCORES if name != "rewrite_magnitude"]
+_LONG = {**METHODS, "finetune": "fine-tuning"}
+
+
+def scores_of(folder: Path, aggregate: str, essence: bool) -> pl.DataFrame:
+    """The scores of the edits in a folder of results."""
+    metrics = folder / "metrics" if essence else None
+    return scores(folder / "edits", folder / "probes", metrics, aggregate)  # type: ignore[arg-type]
+
+
+def metrics_of(folder: Path, choice: Scoring) -> list[Table]:
+    """Tables of the metrics that were asked for: accuracies, and what edited models write."""
+    tables = []
+    for asked, names, means in (
+        (choice.accuracy, ("efficacy", "paraphrase", "specificity"), zsre_metrics),
+        (choice.generation or choice.references is not None, ("GE", "RS"), counterfact_metrics),
+    ):
+        if asked:
+            try:
+                tables += metric_tables(means(folder / "edits", folder / "metrics"), names)
+            except TableError as error:
+                warnings.warn(f"there is no table of {' and '.join(names)}: {error}", stacklevel=2)
+    return tables
+
+
+def score_tables(table: pl.DataFrame) -> list[Table]:
+    """Mean scores by layer, a table for each method and window; the best layer by each score in bold. ``table`` is what
+    ``analysis.scores`` gives."""
+    means = mean_scores(table).filter(pl.col("n") > 0)
+    tables = []
+    for method, window in _settings(table):
+        own = means.filter(method=method, window=window)
+        facts = table.filter(method=method, window=window)["fact_id"].n_unique()
+        names = [name for name in _SHOWN if not own.filter(score=name).is_empty()]
+        rows = {name: _by_layer(own.filter(score=name), "mean") for name in names}
+        shown = new_table(
+            f"{_heading(method, window)}: mean scores of {facts} facts by layer", "layer", *map(_spoken, names)
+        )
+        for layer in own["layer"].unique().sort():
+            shown.add_row(str(layer), *(_cell(rows[name], layer) for name in names))
+        if names:
+            tables.append(shown)
+    return tables
+
+
+def rewrite_tables(table: pl.DataFrame) -> list[Table]:
+    """The mean rewrite score by layer (columns), a table for each problem, with a row for each method and window, whose
+    best layer is bold. ``table`` is what ``analysis.scores`` gives."""
+    means = mean_scores(table).filter(pl.col("n") > 0, score="rewrite")
+    tables = []
+    for problem in in_order(means)["problem"].unique(maintain_order=True):
+        own = in_order(means.filter(problem=problem))
+        facts = table.filter(problem=problem)["fact_id"].n_unique()
+        layers = own["layer"].unique().sort().to_list()
+        shown = new_table(
+            f"{_title(problem)}: mean rewrite score of {facts} facts by layer", "method", *map(str, layers)
+        )
+        for method, window in _settings(own):
+            row = _by_layer(own.filter(method=method, window=window), "mean")
+            shown.add_row(method_name(method, window), *(_cell(row, layer) for layer in layers))
+        tables.append(shown)
+    return tables
+
+
+def metric_tables(metrics: pl.DataFrame, names: Sequence[str]) -> list[Table]:
+    """Means of metrics by layer after the edits, and before them; a table for each method and window. ``metrics`` is
+    what ``analysis.counterfact_metrics`` or ``zsre_metrics`` gives."""
+    tables = []
+    for method, window in _settings(metrics):
+        own = metrics.filter(pl.col("metric").is_in(names), method=method, window=window)
+        there = [name for name in names if not own.filter(metric=name).is_empty()]
+        table = new_table(f"{_heading(method, window)}: metrics by layer", "layer", *map(_spoken, there))
+        before = own.group_by("metric").agg(pl.mean("pre")).select("metric", "pre").rows()
+        table.add_row("unedited", *(f"{dict(before)[name]:.3f}" for name in there))
+        for layer in own["layer"].unique().sort():
+            values = [_by_layer(own.filter(metric=name), "post") for name in there]
+            table.add_row(str(layer), *(f"{each[layer]:.3f}" if layer in each else "-" for each in values))
+        if there:
+            tables.append(table)
+    return tables
+
+
+def failed_lines(failed: Mapping[str, int]) -> list[str]:
+    """How many edits failed, and why."""
+    often = sorted(failed.items(), key=lambda item: (-item[1], item[0]))
+    lines = [f"{count} edits failed: {reason}" for reason, count in often[:MOST_REASONS]]
+    if rest := often[MOST_REASONS:]:
+        lines.append(f"{sum(count for _, count in rest)} edits failed for {len(rest)} other reasons")
+    return lines
+
+
+def best_sentences(table: pl.DataFrame) -> list[str]:
+    """For each problem, method and window, the layer with the best mean of rewrite, paraphrase and neighbourhood
+    score."""
+    means = mean_scores(table).filter(pl.col("n") > 0, score="overall").sort("mean", "layer", descending=[True, False])
+    sentences = []
+    for problem in in_order(table)["problem"].unique(maintain_order=True):
+        parts = []
+        for method, window in _settings(in_order(table.filter(problem=problem))):
+            best = means.filter(problem=problem, method=method, window=window).head(1)
+            parts += [
+                f"{method_name(method, window)} at layer {layer} ({mean:.3f})" for layer, mean in _pairs(best, "mean")
+            ]
+        if parts:
+            sentences.append(f"{_title(problem)}: the best overall scores are those of {', '.join(parts)}.")
+    return sentences
+
+
+def _settings(frame: pl.DataFrame) -> list[tuple[str, int]]:
+    """Methods and windows in the table's order."""
+    return frame.select("method", "window").unique(maintain_order=True).rows()
+
+
+def _named(method: str, window: int) -> str:
+    layers = "one layer" if window == 1 else f"{window} layers"
+    return _LONG.get(method, method) + ("" if method == "rome" else f" of {layers}")
+
+
+def _heading(method: str, window: int) -> str:
+    name = _named(method, window)
+    return name[0].upper() + name[1:]
+
+
+def _title(problem: str) -> str:
+    return _spoken(problem).capitalize()
+
+
+def _spoken(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _by_layer(rows: pl.DataFrame, column: str) -> dict[int, float]:
+    return dict(_pairs(rows, column))
+
+
+def _pairs(rows: pl.DataFrame, column: str) -> list[tuple[int, float]]:
+    return rows.select("layer", column).drop_nulls().rows()
+
+
+def _cell(values: Mapping[int, float], layer: int) -> str:
+    if layer not in values:
+        return "-"
+    shown = f"{values[layer]:.3f}"
+    return f"[bold]{shown}[/bold]" if values[layer] == max(values.values()) else shown

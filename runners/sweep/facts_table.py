@@ -1,0 +1,102 @@
+"""The facts of a sweep as a table, and what the filter found of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from causalcone.engine.facts import Fact
+from causalcone.runners.results.store import Store
+from causalcone.runners.sweep.config import Sweep
+from causalcone.runners.sweep.units import FILTER, Chosen, Unit, filter_stage
+
+FACTS = "facts.parquet"
+
+_TEXTS = ("prompt", "subject", "target_true", "target_new", "relation_id")
+
+FACT_SCHEMA = pa.schema(
+    [
+        ("fact_id", pa.string()),
+        *((name, pa.string()) for name in _TEXTS),
+        ("paraphrase_prompts", pa.int32()),
+        ("neighborhood_prompts", pa.int32()),
+        ("fact", pa.string()),
+        ("said", pa.string()),
+        ("completes", pa.bool_()),
+        ("argmax", pa.bool_()),
+        ("p_true", pa.float64()),
+    ]
+)
+"""Facts, how many evaluation prompts they have, and all of them as JSON; what the filter finds (``said`` to ``p_true``)
+is null until it has been through, and where nobody asked for it."""
+
+FILTER_SCHEMA = pa.schema(
+    [
+        ("fact_id", pa.string()),
+        ("said", pa.string()),
+        ("completes", pa.bool_()),
+        ("argmax", pa.bool_()),
+        ("p_true", pa.float64()),
+    ]
+)
+
+
+def fact_table(facts: Sequence[Fact], filtered: pa.Table | None = None) -> pa.Table:
+    """The table of facts, with what the filter found of them, where it has been."""
+    rows = [
+        {
+            "fact_id": fact.id,
+            **{name: getattr(fact, name) for name in _TEXTS},
+            "paraphrase_prompts": len(fact.paraphrase_prompts),
+            "neighborhood_prompts": len(fact.neighborhood_prompts),
+            "fact": json.dumps(dataclasses.asdict(fact), ensure_ascii=False),
+        }
+        for fact in facts
+    ]
+    table = pa.Table.from_pylist(rows, schema=FACT_SCHEMA)
+    if filtered is None:
+        return table
+    for name in FILTER_SCHEMA.names[1:]:
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, FACT_SCHEMA.field(name), filtered[name])
+    return table
+
+
+def facts_of(table: pa.Table) -> list[Fact]:
+    """The facts of a table of them."""
+    return [_fact(json.loads(text)) for text in table["fact"].to_pylist()]
+
+
+def _fact(values: dict[str, object]) -> Fact:
+    return Fact(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})  # type: ignore[arg-type]
+
+
+def filtered(store: Store, sweep: Sweep, facts: int) -> pa.Table:
+    """What the filter found, of all facts in their order; all of its units must be done."""
+    return pa.concat_tables(store.read_table(unit.file(FILTER)) for unit in filter_stage(sweep, facts).units).select(
+        FILTER_SCHEMA.names
+    )
+
+
+def chosen(sweep: Sweep, table: pa.Table) -> Chosen:
+    """Which facts go on, from what the filter found of them. Published code drops those that are not erasable from
+    everything."""
+    published = sweep.compat == "published"
+    least = sweep.filter.erasable
+    known, erasable = [], []
+    for place, row in enumerate(table.select(("completes", "argmax", "p_true")).to_pylist()):
+        likely = row["p_true"] > least if published else row["p_true"] >= least
+        right = (row["completes"] or not sweep.filter.completes) and (row["argmax"] or not sweep.filter.argmax)
+        if right and (likely or not published):
+            known.append(place)
+            if likely:
+                erasable.append(place)
+    return Chosen(tuple(known), tuple(erasable))
+
+
+def left_out_of(unit: Unit, reasons: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """Rows of the table of facts that a unit could not use: each with its reason."""
+    return [{"fact_id": fact_id, "unit": unit.name, "reason": reason} for fact_id, reason in reasons]

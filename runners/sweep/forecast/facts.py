@@ -1,0 +1,84 @@
+"""The facts that a sweep is planned for: how many, and how long their texts are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from causalcone.engine.edit.requests.prompts import Encoder
+from causalcone.engine.edit.texts.contexts import Contexts
+from causalcone.engine.errors import CausalconeError
+from causalcone.engine.facts import Fact
+from causalcone.engine.models.base import Sizes
+from causalcone.runners.edits.settings import read_contexts
+from causalcone.runners.inputs.inputs import is_demo
+from causalcone.runners.sweep.config import Sweep
+from causalcone.runners.sweep.driver import read_facts
+from causalcone.runners.sweep.forecast.counterfact_lengths import typical_facts
+from causalcone.runners.sweep.forecast.lengths import FactLengths, measured_lengths
+from causalcone.runners.sweep.forecast.model_outline import known_tokenizer
+
+MEASURED = 1000
+"""Of so many facts the texts are measured, evenly spaced ones, where there are more."""
+
+USUAL_FACTS = 1000
+"""How many facts are taken to be there, where neither the file nor a limit says it."""
+
+Weighted = list[tuple[FactLengths, float]]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The facts of a sweep. count: how many; each: lengths of all of them one by one, or (``every`` false) of some
+    that stand for all; lines: in words, where this is from."""
+
+    count: int
+    each: tuple[tuple[FactLengths, float], ...]
+    every: bool
+    lines: tuple[str, ...]
+
+    def some(self, count: int, first: bool) -> Weighted:
+        """Lengths of so many facts, with how many have them: of the ``first``, or of any."""
+        if self.every and first:
+            return list(self.each[:count])
+        whole = sum(weight for _, weight in self.each)
+        return [(lengths, weight * count / whole) for lengths, weight in self.each]
+
+
+def facts_of(sweep: Sweep, sizes: Sizes) -> Facts:
+    """What can be known of the sweep's facts: the file's, measured with the model's tokenizer; else typical ones."""
+    if not is_demo(sweep.facts) and not Path(sweep.facts).expanduser().is_file():
+        count = sweep.limit or USUAL_FACTS
+        source = "the sweep's limit" if sweep.limit else "a guess; set limit"
+        return _typical(count, f"facts: {count:,} ({source}), since {sweep.facts} is not there")
+    given, _ = read_facts(sweep)
+    line = f"facts: {len(given):,} of {sweep.facts}"
+    tokenizer = known_tokenizer(sweep)
+    if tokenizer is None:
+        return _typical(len(given), line, f"no tokenizer of {sweep.model} is at hand")
+    encoder = Encoder(tokenizer, sizes)
+    contexts = None if sweep.contexts is None else read_contexts(Path(sweep.contexts))
+    chosen = [given[number * len(given) // MEASURED] for number in range(MEASURED)] if len(given) > MEASURED else given
+    measured = tuple((lengths, 1.0) for lengths in _measured(sweep, chosen, encoder, contexts))
+    told = f"lengths: those of {len(measured):,} facts, by the tokenizer of {sweep.model}"
+    every = len(measured) == len(given)
+    count = len(given) if len(chosen) < len(given) else len(measured)
+    return Facts(count, measured, every, (line, told))
+
+
+def _typical(count: int, line: str, reason: str | None = None) -> Facts:
+    why = f", since {reason}" if reason else ""
+    return Facts(count, typical_facts(), False, (line, f"lengths: those typical of CounterFact in GPT-2's tokens{why}"))
+
+
+def _measured(sweep: Sweep, facts: Sequence[Fact], encoder: Encoder, contexts: Contexts | None) -> list[FactLengths]:
+    """Of facts that can be used; the others are errors, unless the sweep skips them."""
+    found = []
+    for fact in facts:
+        try:
+            found.append(measured_lengths(fact, encoder, contexts))
+        except CausalconeError:
+            if not sweep.skip_bad_facts:
+                raise
+    return found

@@ -1,0 +1,99 @@
+"""How long the texts about facts are: what a sweep takes depends on that alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from causalcone.engine.edit.requests.problems import REVERSAL_TOKENS
+from causalcone.engine.edit.requests.prompts import ESSENCE, Encoder
+from causalcone.engine.edit.requests.requests import FACT_AMPLIFICATION, TRACING_REVERSAL, Request
+from causalcone.engine.edit.scoring.flops import Asked, Searched
+from causalcone.engine.edit.texts.contexts import MEMIT_TOKENS, MEMIT_WORDS, ROME_TOKENS, Contexts
+from causalcone.engine.facts import EncodedFact, Fact, encode, target_ids
+
+DRAWN = {"rome": ROME_TOKENS, "memit": (MEMIT_TOKENS + 1,) * len(MEMIT_WORDS)}
+"""Tokens that contexts put before a prompt, where they are still to be drawn. Each ends in a full stop, which in ROME's
+comes in the place of the token that they begin from."""
+
+
+@dataclass(frozen=True)
+class FactLengths:
+    """Tokens of the texts about a fact.
+
+    prompt: its own; span: those of the subject in it; target, new: of both answers, ``new`` None where there is none;
+    essence: of the essence prompt up to the subject's end; asked: of each further prompt that edits are scored on, and
+    of the prompt's own answer (0: none); generation: of each generation prompt; contexts: by method, tokens and lookup
+    of the prompt, bare and behind each context.
+    """
+
+    prompt: int
+    span: tuple[int, int]
+    target: int
+    new: int | None
+    essence: int
+    asked: tuple[tuple[int, int], ...]
+    generation: tuple[int, ...]
+    contexts: Mapping[str, Sequence[tuple[int, int]]]
+
+    @property
+    def said(self) -> int:
+        """Tokens that the model is to say under noise in Tracing Reversal."""
+        return max(1, REVERSAL_TOKENS - self.prompt)
+
+    def targets(self, problem: str, published: bool) -> tuple[int, int | None]:
+        """Tokens of the target that is trained, and of the other one."""
+        if problem == TRACING_REVERSAL:
+            return self.said + self.prompt * published, self.target
+        if problem == "error_injection":
+            return self.new or self.target, self.target
+        return self.target, self.new
+
+    def searched(self, method: str, target: int) -> Searched:
+        """What a vector is searched on."""
+        return Searched.of(self.contexts[method], self.essence, target)
+
+    def answers(self, target: int, other: int | None) -> Asked:
+        """What edits are scored on, but for essence texts."""
+        both = [target] if other is None else [target, other]
+        prompts = [(self.prompt, 0), *self.asked]
+        return Asked.total((Asked.after(tokens, [*both, own] if own else both), 1) for tokens, own in prompts)
+
+    def encoded(self, target: str) -> EncodedFact:
+        """A fact of these lengths."""
+        fact = Fact("of these lengths", "{}", "subject", "target")
+        return EncodedFact(fact, (0,) * self.prompt, self.span, (0,) * self.target if target == "label" else ())
+
+
+def measured_lengths(fact: Fact, encoder: Encoder, contexts: Contexts | None) -> FactLengths:
+    """The lengths of a fact's texts, with given contexts, or those that are still to be drawn. Raises ``FactError``
+    where the fact cannot be encoded."""
+    tokenizer, sizes = encoder.tokenizer, encoder.sizes
+    encoded = encode(fact, tokenizer, "label", sizes.vocabulary, sizes.positions)
+    request = Request(fact, FACT_AMPLIFICATION, encoded.target)
+    own = 0 if fact.neighborhood_target is None else len(target_ids(fact.neighborhood_target, tokenizer))
+    plain, neighbours = fact.paraphrase_prompts + fact.attribute_prompts, fact.neighborhood_prompts
+    by_method = {} if contexts is None else {"rome": contexts.rome, "memit": contexts.memit}
+    return FactLengths(
+        prompt=len(encoded.prompt),
+        span=encoded.span,
+        target=len(encoded.target),
+        new=None if fact.target_new is None else len(target_ids(fact.target_new, tokenizer)),
+        essence=encoder.prompted(request, ESSENCE).lookup + 1,
+        asked=tuple(
+            (len(encoder.written(request, text)), answer)
+            for texts, answer in ((plain, 0), (neighbours, own))
+            for text in texts
+        ),
+        generation=tuple(len(encoder.written(request, text)) for text in fact.generation_prompts),
+        contexts={
+            method: [(len(each.text), each.lookup) for each in encoder.contexts(request, texts)]
+            for method, texts in by_method.items()
+        }
+        or drawn_contexts(len(encoded.prompt), encoded.span[1] - 1),
+    )
+
+
+def drawn_contexts(prompt: int, lookup: int) -> dict[str, list[tuple[int, int]]]:
+    """By method: tokens and lookup of a prompt, bare and behind contexts that are still to be drawn."""
+    return {method: [(prompt + more, lookup + more) for more in (0, *lengths)] for method, lengths in DRAWN.items()}

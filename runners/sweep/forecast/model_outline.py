@@ -1,0 +1,106 @@
+"""The shape of a sweep's model, and its tokenizer: what there is of them without reading weights."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+from urllib.request import getproxies
+
+from causalcone.engine.errors import CausalconeError, ExperimentError
+from causalcone.engine.models.base import Architecture
+from causalcone.engine.models.outline import outline
+from causalcone.runners.inputs.inputs import is_demo
+from causalcone.runners.sweep.config import Sweep
+
+_EXAMPLE = "--set 'shape={model_type=\"gpt2\", n_layer=48, n_embd=1600, n_head=25, vocab_size=50257}'"
+
+
+def model_outline(sweep: Sweep) -> Architecture:
+    """The sweep's model without weights: by the config of its folder, else by the sweep's ``shape``, else by the
+    config on the hub. Raises ``ExperimentError`` naming ``shape`` where none of them can be had or used."""
+    named, config = _config(sweep)
+    try:
+        return outline(config)
+    except CausalconeError as error:
+        raise ExperimentError(f"{named}: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+        raise ExperimentError(f"{named}: no model can be made of it: {error}") from error
+
+
+def known_tokenizer(sweep: Sweep) -> Any:
+    """The tokenizer of the model's folder, or of the hub where this machine keeps a copy; None where there is none."""
+    from transformers import AutoTokenizer
+
+    if is_demo(sweep.model):
+        from causalcone.runners.demo.model import demo_world, train_tokenizer
+
+        return train_tokenizer(demo_world())
+    folder = _folder(sweep.model)
+    try:  # the hub itself is not asked: without a network that takes a minute
+        found = AutoTokenizer.from_pretrained(sweep.model if folder is None else folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
+    return found if found.is_fast else None
+
+
+def _config(sweep: Sweep) -> tuple[str, Any]:
+    """Where the model's config is from, and the config."""
+    from transformers import AutoConfig
+
+    if is_demo(sweep.model):
+        from causalcone.runners.demo.model import RECIPES, demo_world, train_tokenizer
+        from causalcone.runners.demo.training import config_of
+
+        return "the demo model", config_of(train_tokenizer(demo_world()), RECIPES["demo"])
+    folder = _folder(sweep.model)
+    if folder is None and sweep.shape is not None:
+        return "shape", _shaped(sweep.shape)
+    try:
+        return f"the model {sweep.model}", _saved(sweep.model) if folder is None else AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ExperimentError(
+            f"the config of the model {sweep.model!r} cannot be had: {error}. To plan without it, give its shape, such "
+            f"as {_EXAMPLE}"
+        ) from error
+
+
+def _saved(model: str) -> Any:
+    """The config of a model that is no folder: this machine's copy, or the hub's."""
+    from huggingface_hub.constants import ENDPOINT
+    from transformers import AutoConfig
+
+    if model.startswith((".", "/", "~")):
+        raise OSError("there is no such folder")
+    with suppress(OSError, ValueError):
+        return AutoConfig.from_pretrained(model, local_files_only=True)
+    if not getproxies():  # asking a hub that is not there takes a minute
+        socket.getaddrinfo(urlparse(ENDPOINT).hostname, None)
+    return AutoConfig.from_pretrained(model)
+
+
+def _folder(model: str) -> Path | None:
+    folder = Path(model).expanduser()
+    return folder if folder.is_dir() else None
+
+
+def _shaped(shape: dict[str, Any]) -> Any:
+    """The config that a ``shape`` describes; what it leaves out is as transformers has it by default."""
+    from transformers import AutoConfig
+
+    rest = dict(shape)
+    kind = rest.pop("model_type", None)
+    if not isinstance(kind, str):
+        raise ExperimentError(f"shape: model_type is {kind!r}; give one such as gpt2, as in {_EXAMPLE}")
+    try:
+        usual = AutoConfig.for_model(kind)
+        unknown = [key for key in rest if not hasattr(usual, key)]
+        if unknown:
+            raise ExperimentError(
+                f"shape: a config of {kind} has no {', '.join(unknown)}; give what its config.json has"
+            )
+        return AutoConfig.for_model(kind, **rest)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ExperimentError(f"shape: {error}") from error

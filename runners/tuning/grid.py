@@ -1,0 +1,160 @@
+"""Which settings of editing are tried: for each method of each problem, all combinations of the grid's values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any
+
+from causalcone.engine.edit.requests.requests import ERROR_INJECTION
+from causalcone.engine.errors import ExperimentError
+from causalcone.runners.edits.preset_files import place_of
+from causalcone.runners.edits.settings import Change, Plan, Setting, changed, check_known, plan_of
+from causalcone.runners.options import Tuning
+
+_KL_FACTORS = "kl_factor=0.0625,0.9,1"
+DEFAULTS = {
+    "rome": _KL_FACTORS,
+    "memit": _KL_FACTORS,
+    "memit_joint": _KL_FACTORS,
+    "finetune": "norm_constraint=1e-4,5e-5,2e-5,1e-5",
+}
+"""The grids of Hase et al. 2023 (METHODS 4)."""
+
+_CAUTIOUS = {
+    "kl_factor": 1, "covariance_weight": 1, "weight_decay": 1, "stop_loss": 1,
+    "norm_constraint": -1, "clamp": -1, "lr": -1, "steps": -1,
+}  # fmt: skip
+"""Whether more of it makes an edit more cautious (1) or bolder (-1)."""
+
+
+@dataclass(frozen=True)
+class GridPoint:
+    """A setting that is tried, and what of it the grid varies."""
+
+    number: int
+    setting: Setting
+    values: Mapping[str, int | float | None]
+
+    @property
+    def caution(self) -> tuple[float, ...]:
+        """Larger for a more cautious setting, name by name."""
+        return tuple(_CAUTIOUS.get(name, 0) * (value or 0.0) for name, value in self.values.items())
+
+    def __str__(self) -> str:
+        shown = {name: "never" if value is None else f"{value:g}" for name, value in self.values.items()}
+        return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The settings of a method that are tried for a problem."""
+
+    problem: str
+    setting: Setting
+    points: tuple[GridPoint, ...]
+
+    def __str__(self) -> str:
+        return f"{self.setting} for {self.problem}"
+
+
+@dataclass(frozen=True)
+class ProblemGrids:
+    """What is tried for a problem: ``plan`` with each setting of the grids."""
+
+    plan: Plan
+    grids: tuple[Grid, ...]
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What decides the results, name by name."""
+        points = {
+            str(grid.setting): {str(point.number): asdict(point.setting.hparams) for point in grid.points}
+            for grid in self.grids
+        }
+        return {"sigma": self.plan.sigma, "aggregate": self.plan.aggregate, "grid": points}
+
+
+def problem_grids(choice: Tuning) -> list[ProblemGrids]:
+    """The grids that the options ask for. Raises ``ExperimentError`` naming the option that is wrong."""
+    problems = choice.problem or [ERROR_INJECTION]
+    if len(set(problems)) < len(problems):
+        raise ExperimentError(f"a problem is given twice among {', '.join(problems)}; give each once")
+    axes = [_Axis.parsed(text) for text in choice.grid or ()]
+    found = []
+    for problem in problems:
+        plan = plan_of(choice.editing(problem), choice.aggregate)
+        _check(plan.settings, axes, choice.changes or ())
+        grids = tuple(_grid(problem, setting, axes) for setting in plan.settings)
+        found.append(ProblemGrids(plan, grids))
+    return found
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """The values of a hyperparameter, of one method or of all that have it."""
+
+    text: str
+    changes: tuple[Change, ...]
+
+    @classmethod
+    def parsed(cls, text: str) -> _Axis:
+        key, _, listed = text.partition("=")
+        values = [value.strip() for value in listed.split(",")]
+        if not key.strip() or not all(values):
+            raise ExperimentError(
+                f"--grid {text!r} is no grid; give NAME=V1,V2,... such as finetune.norm_constraint=1e-2,3e-3"
+            )
+        return cls(text, tuple(Change.parsed(f"{key}={value}", "--grid") for value in values))
+
+    @property
+    def name(self) -> str:
+        return self.changes[0].name
+
+    def is_of(self, setting: Setting) -> bool:
+        return self.changes[0].is_of(setting.method, setting.hparams)
+
+
+def _check(settings: Sequence[Setting], axes: Iterable[_Axis], given: Iterable[str]) -> None:
+    """Refuse grids of nothing, given values of what grids vary, and settings that a preset cannot tell apart."""
+    for axis in axes:
+        check_known(axis.changes[0], settings)
+    for change in map(Change.parsed, given):
+        for setting in settings:
+            if change.is_of(setting.method, setting.hparams) and change.name in _names(_axes_of(setting, axes)):
+                raise ExperimentError(
+                    f"{change}: that is what the grid of {setting} varies; leave it out, or give --grid"
+                )
+    for number, setting in enumerate(settings):
+        same = next((each for each in settings[:number] if place_of(each) == place_of(setting)), None)
+        if same is not None:
+            raise ExperimentError(
+                f"a preset has one setting for {same} and {setting}; tune one of them, or each into a folder of its own"
+            )
+
+
+def _grid(problem: str, setting: Setting, axes: Iterable[_Axis]) -> Grid:
+    own = _axes_of(setting, axes)
+    names = _names(own)
+    if len(set(names)) < len(names):
+        raise ExperimentError(f"--grid has {', '.join(names)} for {setting}; give each name once")
+    points: list[GridPoint] = []
+    for changes in product(*(axis.changes for axis in own)):
+        hparams = changed(setting.method, setting.hparams, changes)
+        values = {name: getattr(hparams, name) for name in names}
+        if any(point.values == values for point in points):
+            raise ExperimentError(
+                f"--grid {', '.join(axis.text for axis in own)}: a value is given twice; give it once"
+            )
+        points.append(GridPoint(len(points), replace(setting, hparams=hparams), values))
+    return Grid(problem, setting, tuple(points))
+
+
+def _axes_of(setting: Setting, axes: Iterable[_Axis]) -> list[_Axis]:
+    """Those given for the setting's method, or by default the published one."""
+    return [axis for axis in axes if axis.is_of(setting)] or [_Axis.parsed(DEFAULTS[setting.method])]
+
+
+def _names(axes: Iterable[_Axis]) -> list[str]:
+    return [axis.name for axis in axes]

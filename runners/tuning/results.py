@@ -1,0 +1,162 @@
+"""What a tuning found: scores of all settings, the chosen ones, and the preset that they make."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from rich.table import Table
+
+from causalcone.analysis.scores import mean_scores
+from causalcone.engine.errors import ExperimentError
+from causalcone.runners.edits.preset_files import preset_text, tuned_preset
+from causalcone.runners.options import Source, Tuning
+from causalcone.runners.show.edit_tables import failed_lines, scores_of
+from causalcone.runners.show.tables import new_table
+from causalcone.runners.tuning.choice import Candidate, Choice, choose
+from causalcone.runners.tuning.grid import Grid, GridPoint, ProblemGrids
+
+SCORES = ("rewrite", "paraphrase", "neighborhood")
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A setting that was tried: what is in its folder."""
+
+    point: GridPoint
+    folder: Path
+    facts: int
+    edits: int
+    failed: Mapping[str, int]
+    means: Candidate
+
+    @classmethod
+    def read(cls, point: GridPoint, folder: Path, aggregate: str) -> Tried:
+        """Raises ``TableError`` for tables that are damaged."""
+        results = json.loads((folder / "run.json").read_text(encoding="utf-8"))["results"]
+        means = mean_scores(scores_of(folder, aggregate, essence=False)).filter(pl.col("score").is_in(SCORES))
+        scores = dict(means.select("score", "mean").iter_rows())
+        candidate = Candidate(scores["rewrite"], scores["paraphrase"], scores["neighborhood"], point.caution)
+        return cls(point, folder, results["facts"], results["edits"], results["failed"], candidate)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """All settings of a grid, and which is chosen."""
+
+    grid: Grid
+    tried: tuple[Tried, ...]
+    choice: Choice
+
+    @classmethod
+    def of(cls, grid: Grid, tried: Sequence[Tried], most: float, give_up: float) -> Tuned:
+        """Raises ``ExperimentError`` where no setting has a score, saying what failed."""
+        try:
+            return cls(grid, tuple(tried), choose([each.means for each in tried], most, give_up))
+        except ExperimentError as error:
+            reasons: Counter[str] = Counter()
+            for each in tried:
+                reasons.update(each.failed)
+            raise ExperimentError("; ".join([f"{grid}: {error}", *failed_lines(reasons)])) from error
+
+    @property
+    def chosen(self) -> Tried:
+        return self.tried[self.choice.number]
+
+    def comment(self) -> str:
+        """What was chosen, in a line."""
+        chosen = self.chosen
+        means = (f"{name} {_shown(getattr(chosen.means, name))}" for name in SCORES)
+        note = "" if self.choice.note is None else f" ({self.choice.note})"
+        return (
+            f"{self.grid.problem}, {self.grid.setting}: {chosen.point} of {len(self.tried)} settings on "
+            f"{chosen.facts} facts: {', '.join(means)}{note}"
+        )
+
+
+def tuning_table(tuned: Sequence[Tuned], layer: int, path: Path) -> pl.DataFrame:
+    """A row for each setting: what was varied of it (null where that is of another method), mean scores, and whether it
+    is chosen. folder: where its edits are, below ``path``."""
+    names = dict.fromkeys(name for each in tuned for name in each.grid.points[0].values)
+    rows = [
+        {
+            "problem": each.grid.problem,
+            "method": tried.point.setting.method,
+            "window": tried.point.setting.window,
+            "layer": layer,
+            "folder": tried.folder.relative_to(path).as_posix(),
+            "setting": str(tried.point),
+            **{name: _number(tried.point.values.get(name)) for name in names},
+            "facts": tried.facts,
+            "edits": tried.edits,
+            "failed": sum(tried.failed.values()),
+            **{name: getattr(tried.means, name) for name in SCORES},
+            "chosen": tried is each.chosen,
+        }
+        for each in tuned
+        for tried in each.tried
+    ]
+    return pl.DataFrame(rows, schema_overrides=dict.fromkeys([*names, *SCORES], pl.Float64), infer_schema_length=None)
+
+
+def score_tables(tuned: Sequence[Tuned]) -> list[Table]:
+    """Mean scores of all settings, a table for each problem; the chosen ones are marked."""
+    tables = []
+    for problem in dict.fromkeys(each.grid.problem for each in tuned):
+        own = [each for each in tuned if each.grid.problem == problem]
+        facts = own[0].chosen.facts
+        title = f"{problem.replace('_', ' ').capitalize()}: mean scores of {facts} facts by setting"
+        table = new_table(title, "method", "setting", "rewrite", "paraphrase", "neighbourhood", "chosen")
+        for each in own:
+            for tried in each.tried:
+                scores = [_shown(getattr(tried.means, name)) for name in SCORES]
+                chosen = tried is each.chosen
+                row = (str(each.grid.setting), str(tried.point), *scores, "chosen" if chosen else "")
+                table.add_row(*row, style="bold" if chosen else None, end_section=tried is each.tried[-1])
+        tables.append(table)
+    return tables
+
+
+def chosen_preset(
+    source: Source, choice: Tuning, grids: Sequence[ProblemGrids], depth: int, tuned: Sequence[Tuned]
+) -> str:
+    """The text of a preset with the chosen settings; its comments say where they are from."""
+    begun = "" if choice.preset is None else f", begun from the preset {choice.preset}"
+    comments = [
+        f"Tuned on {time.strftime('%Y-%m-%d')} by causalcone tune: the model {source.model}, facts of {source.facts}, "
+        f"layer {choice.layer + 1} (counted from 1){begun}; rewrite score at most {choice.most:g}, of the best "
+        f"paraphrase and neighbourhood score {choice.give_up:g} given up at most.",
+        *(each.comment() for each in tuned),
+    ]
+    chosen = [(each.grid.problem, each.chosen.point.setting, tuple(each.chosen.point.values)) for each in tuned]
+    plan = grids[0].plan  # all problems have its noise and its prompts
+    return preset_text(tuned_preset(choice.preset, depth, plan.sigma, plan.aggregate, chosen), comments)
+
+
+def told(tuned: Sequence[Tuned]) -> list[dict[str, Any]]:
+    """The choices for JSON."""
+    return [
+        {
+            "problem": each.grid.problem,
+            **each.chosen.point.setting.configuration,
+            "setting": str(each.chosen.point),
+            "means": {name: getattr(each.chosen.means, name) for name in SCORES},
+            "facts": each.chosen.facts,
+            "note": each.choice.note,
+        }
+        for each in tuned
+    ]
+
+
+def _number(value: int | float | None) -> float | None:
+    return None if value is None else float(value)
+
+
+def _shown(score: float | None) -> str:
+    return "-" if score is None else f"{score:.3f}"

@@ -1,0 +1,172 @@
+"""Tuning of editing as Hase et al. 2023 did it: few facts at one layer are edited with every setting of a grid, one
+setting is chosen by the mean scores, and a preset says which (METHODS 4)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from causalcone.engine.edit.moments.moments import Moments
+from causalcone.engine.edit.requests.windows import as_windows
+from causalcone.runners.edits.inputs import (
+    GivenTexts,
+    PreparedEdits,
+    editor_of,
+    given_texts,
+    moments_of,
+    prepared_edits,
+)
+from causalcone.runners.edits.study import MOMENTS
+from causalcone.runners.inputs.fingerprints import facts_fingerprint, model_fingerprint
+from causalcone.runners.inputs.inputs import Inputs, open_inputs
+from causalcone.runners.options import Output, Scoring, Source, Tuning
+from causalcone.runners.results.folder import ResultError, ResultFolder
+from causalcone.runners.tuning.folder import COMPLETE, PARTIAL, PRESET, TABLE, TuningFolder
+from causalcone.runners.tuning.grid import Grid, GridPoint, ProblemGrids, problem_grids
+from causalcone.runners.tuning.results import Tried, Tuned, chosen_preset, told, tuning_table
+
+_UNSCORED = Scoring()
+"""Probabilities alone are measured of edits."""
+
+
+def tune(source: Source, choice: Tuning, output: Output, console: Console) -> list[Tuned]:
+    """Try what is not tried yet, choose, and write the table, the preset and the record.
+
+    Whatever ends it early, settings that are done stay, and the same call goes on. A folder whose tuning is complete is
+    chosen from again, and the model is not read. Raises ``ResultError`` for a folder of another configuration.
+    """
+    grids = problem_grids(choice)
+    folder = TuningFolder(output.out, _configuration(source, choice, grids), output.overwrite)
+    if not folder.holds(grids):
+        texts = given_texts(choice.editing(grids[0].plan.problem), grids[0].plan, _UNSCORED)
+        try:
+            _Trying(source, choice, output, console, folder, texts).all_of(grids)
+        except BaseException:
+            with suppress(ResultError):  # of the two errors, the one that ended it is told
+                if folder.stopped():
+                    console.print("stopped; finished settings are kept, and the same command goes on", highlight=False)
+            raise
+        finally:
+            folder.release()
+    return _chosen(source, choice, grids, folder)
+
+
+def _configuration(source: Source, choice: Tuning, grids: Sequence[ProblemGrids]) -> dict[str, Any]:
+    """What decides the scores."""
+    return {
+        "command": "tune",
+        "model": source.model,
+        "facts": source.facts,
+        "limit": source.limit,
+        "skip_bad_facts": source.skip_bad_facts,
+        "dtype": source.dtype,
+        "layer": choice.layer,
+        "problems": {each.plan.problem: each.configuration for each in grids},
+        "moments": choice.moments,
+        "texts": choice.texts,
+        "ridge": choice.ridge,
+        "contexts": None if choice.contexts is None else str(choice.contexts),
+        "seed": choice.seed,
+        "filtered": choice.filtered,
+        "compat": choice.compat,
+    }
+
+
+@dataclass(frozen=True)
+class _Trying:
+    """Edits facts with every setting, and scores that, a folder for each."""
+
+    source: Source
+    choice: Tuning
+    output: Output
+    console: Console
+    folder: TuningFolder
+    texts: GivenTexts
+
+    def all_of(self, grids: Sequence[ProblemGrids]) -> None:
+        """All settings of all problems; the model, moments and contexts are the same for each."""
+        inputs = open_inputs(self.source)
+        inputs.check_memory()
+        as_windows((self.choice.layer,), 1, inputs.tracer.session.sizes.depth)
+        contexts, moments = self.texts.contexts, None
+        fingerprints = {
+            "facts_fingerprint": facts_fingerprint(inputs.facts),
+            "model_fingerprint": model_fingerprint(inputs.tracer.session.architecture),
+        }
+        for number, each in enumerate(grids):
+            own = replace(inputs, skipped=list(inputs.skipped))
+            editing = self.choice.editing(each.plan.problem)
+            editor = editor_of(own, editing, each.plan, contexts)
+            if number == 0:
+                moments = self._moments(inputs, each)
+            prepared = prepared_edits(editor, moments, own, editing, each.plan, _UNSCORED)
+            self.folder.begin(inputs.tracer.session.sizes.depth)
+            self._settings_of(each, prepared, fingerprints)
+            contexts = editor.contexts if each.plan.of_moments else contexts
+
+    def _moments(self, inputs: Inputs, grids: ProblemGrids) -> Moments | None:
+        """Those given; or collected once, and kept in the folder."""
+        editing = self.choice.editing(grids.plan.problem)
+        if self.texts.running is None:
+            return moments_of(inputs, editing, grids.plan, None, self.output.quiet)
+        self.folder.begin(inputs.tracer.session.sizes.depth)
+        kept, partial = self.folder.path / MOMENTS, self.folder.path / PARTIAL
+        if kept.exists():
+            return Moments.load(kept)
+        moments = moments_of(inputs, editing, grids.plan, self.texts.running, self.output.quiet, partial)
+        assert moments is not None
+        moments.save(kept)
+        partial.unlink(missing_ok=True)
+        return moments
+
+    def _settings_of(self, grids: ProblemGrids, prepared: PreparedEdits, fingerprints: dict[str, str]) -> None:
+        """The settings of a problem that are not done."""
+        todo = []
+        for grid in grids.grids:
+            for point in grid.points:
+                plan = replace(grids.plan, settings=(point.setting,))
+                own = replace(prepared, study=replace(prepared.study, plan=plan))
+                configuration = {**own.configuration, "command": "tune", **fingerprints}
+                place = self.folder.place(grid, point)
+                if not self.folder.is_done(place, configuration):
+                    todo.append((grid, point, own, configuration, place))
+        count = sum(len(grid.points) for grid in grids.grids)
+        for number, each in enumerate(todo, start=count - len(todo) + 1):
+            self._try(*each, f"{number} of {count}")
+
+    def _try(
+        self, grid: Grid, point: GridPoint, own: PreparedEdits, configuration: dict[str, Any], place: Path, which: str
+    ) -> None:
+        if not self.output.quiet:
+            self.console.print(f"{grid}, setting {which}: {point}", highlight=False)
+        with ResultFolder(place, configuration, overwrite=True) as results:
+            done = own.study.carry_out(results, self.console, self.output.quiet)
+            results.finish(**done.results, filtered=own.filtered)
+
+
+def _chosen(source: Source, choice: Tuning, grids: Sequence[ProblemGrids], folder: TuningFolder) -> list[Tuned]:
+    """Choose from what was tried, and write what is chosen."""
+    tuned = []
+    for each in grids:
+        for grid in each.grids:
+            tried = [Tried.read(point, folder.place(grid, point), each.plan.aggregate) for point in grid.points]
+            tuned.append(Tuned.of(grid, tried, choice.most, choice.give_up))
+            if tuned[-1].choice.note is not None:
+                warnings.warn(f"{grid}: {tuned[-1].choice.note}", stacklevel=2)
+    table = tuning_table(tuned, choice.layer, folder.path)
+    try:
+        table.write_parquet(folder.path / f"{TABLE}.tmp")
+        (folder.path / f"{TABLE}.tmp").replace(folder.path / TABLE)
+    except OSError as error:
+        raise ResultError(
+            f"cannot write {folder.path / TABLE}: {error.strerror}; finished settings are kept"
+        ) from error
+    folder.write_text(PRESET, chosen_preset(source, choice, grids, folder.record["depth"], tuned))
+    folder.write(COMPLETE, most=choice.most, give_up=choice.give_up, chosen=told(tuned), tried=table.to_dicts())
+    return tuned

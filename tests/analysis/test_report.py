@@ -1,0 +1,104 @@
+"""The report's page: what is in it, and that texts stay texts. ``test_report_browser.py`` opens it."""
+
+import base64
+import json
+import re
+import zlib
+
+import numpy as np
+import polars as pl
+import pytest
+from helpers.odd_texts import ODD, with_odd_texts
+from helpers.sweeps import swept, write_sweep
+
+from causalcone.analysis.page.data import SCORES, report_data
+from causalcone.analysis.page.report import report
+from causalcone.analysis.papers.inputs import Choice
+from causalcone.analysis.sweep_results import Study
+
+CHOICE = Choice(draws=100)
+
+
+@pytest.fixture(scope="module")
+def packed(study):
+    return report_data(Study(study), CHOICE)
+
+
+def test_the_grids_are_the_traces(study, packed):
+    traces = pl.read_parquet(study / "traces/restore/*.parquet")
+    grids = packed.about["grids"]
+    for place, fact in enumerate(packed.about["facts"]):
+        own, entry = traces.filter(fact_id=fact["id"]), grids["facts"][place]
+        shape = (len(grids["states"]), grids["layers"], len(entry["tokens"]))
+        values = packed.numbers[entry["at"] :][: np.prod(shape)].reshape(shape)
+        for row in own.iter_rows(named=True):
+            state = grids["states"].index([row["kind"], row["window"]])
+            assert values[state, row["layer"], row["token"]] == np.float32(row["p_patched"])
+            assert entry["tokens"][row["token"]] == row["token_text"]
+        assert entry["span"] == [own["subject_start"][0], own["subject_end"][0]]
+        assert (entry["clean"], entry["corrupted"]) == (own["p_clean"][0], own["p_corrupted"][0])
+
+
+def test_the_edits_are_the_scores(study, packed):
+    edits, scores = packed.about["edits"], Study(study).scores
+    shape = (len(packed.about["facts"]), len(edits["groups"]), len(edits["layers"]), len(SCORES))
+    values = packed.numbers[edits["at"] :][: np.prod(shape)].reshape(shape)
+    places = [fact["id"] for fact in packed.about["facts"]]
+    for row in scores.iter_rows(named=True):
+        group = next(
+            number
+            for number, each in enumerate(edits["groups"])
+            if all(each[name] == row[name] for name in ("problem", "method", "window"))
+        )
+        found = values[places.index(row["fact_id"]), group, edits["layers"].index(row["layer"])]
+        expected = np.array([np.nan if row[name] is None else row[name] for name in SCORES], dtype=np.float32)
+        assert np.array_equal(found, expected, equal_nan=True)
+
+
+def test_severed_and_zeroed_states(study, packed):
+    traces = pl.read_parquet(study / "traces/sever_mlp/*.parquet").sort("layer")
+    severed, zeroed = packed.about["severed"], packed.about["zeroed"]
+    assert (severed["parts"], zeroed["parts"]) == (["sever_mlp"], ["mlp:3"])
+    effects = Study(study).zeroing(("mlp", 3)).sort("layer")
+    for place, fact in enumerate(packed.about["facts"]):
+        for own, table, value in ((severed, traces, "p_patched"), (zeroed, effects, "effect")):
+            start = own["at"] + place * own["layers"]
+            expected = table.filter(fact_id=fact["id"])[value].cast(pl.Float32).to_list()
+            assert packed.numbers[start : start + own["layers"]].tolist() == expected
+
+
+def test_the_page_needs_nothing_else(packed):
+    page = report(packed)
+    assert not re.findall(r"""<(?:script|link|img)[^>]+(?:src|href)=["']?(?!#)""", page)
+    assert "__" not in re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL).partition("<style>")[0]
+    (data,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
+    assert json.loads(data) == json.loads(json.dumps(packed.about))
+    (text,) = re.findall(r'<script id="numbers" type="text/plain">(.*?)</script>', page, re.DOTALL)
+    numbers = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype="<f4")
+    assert np.array_equal(numbers, packed.numbers, equal_nan=True)
+
+
+def test_texts_cannot_leave_their_element(study, tmp_path):
+    page = report(report_data(Study(with_odd_texts(study, tmp_path / "odd")), CHOICE))
+    (data,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
+    assert "<" not in data
+    assert json.loads(data)["facts"][0]["subject"] == ODD
+
+
+def test_a_sweep_of_traces_only(folder, tmp_path, run):
+    out = tmp_path / "out"
+    swept(write_sweep(folder), out, "edit=none", "gradients=none", "zero=none", "sever=none")
+    code, printed, error = run("report", out, "--draws", "100")
+    assert (code, error) == (0, "")
+    assert "There is no answer yet" in printed
+    assert "missing: the sweep has no edits" in printed
+    assert (out / "report.html").stat().st_size > 1_000_000
+
+
+def test_the_command_says_where_the_page_is(study, tmp_path, run):
+    page = tmp_path / "new" / "page.html"
+    code, printed, _ = run("report", study, "--out", page, "--draws", "100")
+    assert (code, page.exists(), str(page) in printed) == (0, True, True)
+    assert "The choice of the edit layer explains" in printed
+    code, _, error = run("report", tmp_path / "nowhere")
+    assert (code, "give the folder that 'causalcone sweep' wrote to" in error) == (2, True)

@@ -1,0 +1,178 @@
+"""The report's page in a real browser: Debian's chromium, driven by selenium (``make test-browser``)."""
+
+import csv
+import shutil
+import time
+
+import pytest
+from helpers.odd_texts import ODD, with_odd_texts
+
+from causalcone.analysis.page.data import report_data
+from causalcone.analysis.page.report import report
+from causalcone.analysis.papers.inputs import Choice
+from causalcone.analysis.sweep_results import Study
+
+selenium = pytest.importorskip("selenium")
+from selenium.webdriver import Chrome, ChromeOptions  # noqa: E402
+from selenium.webdriver.chrome.service import Service  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="needs Debian's chromium and chromium-driver"),
+]
+
+
+@pytest.fixture(scope="module")
+def page(study, tmp_path_factory):
+    return written(study, tmp_path_factory.mktemp("page") / "report.html")
+
+
+@pytest.fixture(scope="module")
+def odd_page(study, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("odd")
+    return written(with_odd_texts(study, folder / "study"), folder / "report.html")
+
+
+def written(study, path):
+    path.write_text(report(report_data(Study(study), Choice(draws=100))), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def downloads(tmp_path_factory):
+    return tmp_path_factory.mktemp("downloads")
+
+
+@pytest.fixture(scope="module")
+def browser(downloads):
+    options = ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1300,1000"):
+        options.add_argument(argument)
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = Chrome(options=options, service=Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def at(browser):
+    """Opens a page and waits until it is drawn; finds elements by their ids."""
+
+    def opened(path):
+        browser.get(path.as_uri())
+        WebDriverWait(browser, 30).until(lambda it: it.find_element(By.TAG_NAME, "body").get_attribute("data-ready"))
+        return lambda name: browser.find_element(By.ID, name)
+
+    return opened
+
+
+def test_it_opens_without_errors_and_without_a_network(browser, at, page):
+    find = at(page)
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+    loaded = browser.execute_script("return performance.getEntriesByType('resource').map(each => each.name)")
+    assert [name for name in loaded if name.startswith(("http:", "https:"))] == []
+    assert "The choice of the edit layer explains" in find("answer").text
+    for name in ("r2", "scores", "windows", "severed", "zeroed", "edits"):
+        assert find(name).find_elements(By.CSS_SELECTOR, ".main-svg"), name
+        assert find(name).size["width"] > 200
+    assert len(find("maps").find_elements(By.CSS_SELECTOR, ".heatmaplayer image, .hm image")) == 2
+
+
+def test_the_explorer_shows_the_chosen_fact_and_its_exact_values(browser, at, page, study):
+    find = at(page)
+    grid = "return document.querySelector('#maps > div').data[0].z"
+    first, text = browser.execute_script(grid), find("fact-text").text
+    Select(find("facts")).select_by_index(2)
+    second = browser.execute_script(grid)
+    assert find("fact-text").text != text
+    assert first != second
+    traces = Study(study).traces.filter(fact_id=Study(study).traces["fact_id"].unique(maintain_order=True)[2])
+    for row in traces.filter(kind="hidden", window=1).iter_rows(named=True):
+        assert second[row["token"]][row["layer"]] == pytest.approx(row["p_patched"], rel=1e-6)
+    hover = browser.execute_script("return document.querySelector('#maps > div').data[0].text[0][1]")
+    assert f"layer 1<br>p(target) {second[0][1]:.5g}"[:24] in hover
+
+
+def test_the_search_finds_subjects(browser, at, page):
+    find = at(page)
+    every = len(Select(find("facts")).options)
+    subject = Select(find("facts")).options[1].text.split(" — ")[0]
+    find("search").send_keys(subject)
+    found = [option.text for option in Select(find("facts")).options]
+    assert 1 <= len(found) < every
+    assert all(subject in text for text in found)
+    assert f"{len(found)} of {every} facts" in find("found").text
+    find("search").send_keys(" nobody")
+    assert Select(find("facts")).options == []
+
+
+def test_it_is_usable_by_keyboard(browser, at, page):
+    find = at(page)
+    find("search").send_keys(Keys.TAB)
+    assert browser.switch_to.active_element.get_attribute("id") == "facts"
+    before = find("fact-text").text
+    browser.switch_to.active_element.send_keys(Keys.ARROW_DOWN)
+    assert find("fact-text").text != before
+
+
+def test_scores_follow_the_choice(browser, at, page):
+    find = at(page)
+    lines = "return document.getElementById('scores').data.map(each => each.y)"
+    first = browser.execute_script(lines)
+    Select(find("scores-problem")).select_by_value("fact_forcing")
+    assert browser.execute_script(lines) != first
+    Select(find("r2-score")).select_by_value("overall")
+    assert len(browser.execute_script("return document.getElementById('r2').data")) == 3
+
+
+def test_light_and_dark(browser, at, page):
+    find = at(page)
+    back = "return getComputedStyle(document.body).backgroundColor"
+    light = browser.execute_script(back)
+    font = browser.execute_script("return document.getElementById('r2').layout.font.color")
+    find("theme").click()
+    assert browser.execute_script(back) != light
+    assert browser.execute_script("return document.getElementById('r2').layout.font.color") != font
+
+
+def test_the_table_filters_sorts_and_downloads(browser, at, page, downloads):
+    find = at(page)
+
+    def rows():
+        return [row.text for row in find("table").find_elements(By.CSS_SELECTOR, "tbody tr")]
+
+    every = rows()
+    subject = Select(find("facts")).options[1].text.split(" — ")[0]
+    find("filter").send_keys(subject)
+    assert 1 <= len(rows()) < len(every)
+    find("download").click()
+    file = downloads / "facts.csv"
+    WebDriverWait(browser, 10).until(lambda _: file.exists())
+    time.sleep(0.2)
+    header, *found = csv.reader(file.read_text(encoding="utf-8").splitlines())
+    assert header[:4] == ["fact", "subject", "prompt", "target"]
+    assert len(found) == len(rows())
+    assert all(subject in " ".join(row) for row in found)
+    find("filter").clear()
+    find("filter").send_keys(Keys.SPACE, Keys.BACKSPACE)
+    button = find("table").find_elements(By.CSS_SELECTOR, "thead button")[4]
+    button.click()
+    cells = find("table").find_elements(By.CSS_SELECTOR, "tbody td:nth-child(5)")
+    values = [float(cell.text) for cell in cells]
+    assert values == sorted(values)
+
+
+def test_texts_from_data_stay_texts(browser, at, odd_page):
+    find = at(odd_page)
+    assert browser.title == "Does localization inform editing?"
+    assert ODD in find("fact-text").text
+    labels = browser.execute_script("return document.querySelector('#maps > div .yaxislayer-above').textContent")
+    assert "<img" in labels.replace("␣", " ")
+    assert browser.find_elements(By.CSS_SELECTOR, "img") == []
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []

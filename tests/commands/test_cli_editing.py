@@ -1,0 +1,349 @@
+"""``causalcone edit``: what it writes is what the editor computes; what it refuses, and what is left when it ends
+early."""
+
+import dataclasses
+import json
+import sys
+
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+import torch
+from helpers.edit_command import CONTEXTS, FAST, arguments, assert_same, read, run_json, write_inputs
+from helpers.editing_cases import FULL
+from helpers.models import FACTS
+
+import causalcone as cc
+from causalcone.analysis import mean_scores, read_edits, read_metrics, read_probes, scores
+from causalcone.engine.edit.deltas.files import load_delta
+from causalcone.engine.edit.scoring.tables import edit_batch
+from causalcone.runners.commands.app import main
+from causalcone.runners.edits import study as edit_study
+from causalcone.runners.edits.presets import load_hparams
+from causalcone.runners.show.edit_tables import failed_lines
+
+DEPTH = 4
+
+
+@pytest.fixture(scope="module")
+def user(folder):
+    """What a user has."""
+    return write_inputs(folder)
+
+
+@pytest.fixture
+def editor(user):
+    """An editor as the command makes one."""
+    moments = cc.Moments.load(user / "moments.safetensors")
+    return cc.Editor.from_pretrained(str(user / "model"), moments, contexts=cc.Contexts(**CONTEXTS))
+
+
+def computed(editor, requests, chosen, layers="all", **asked):
+    """The tables of what an editor computes by methods with windows and hyperparameters, and the edits."""
+    edits, probes, metrics = [], [], []
+    for method, window, hparams in chosen:
+        own = [edit for batch in editor.batches(requests, method, layers, window, hparams) for edit in batch]
+        found = editor.evaluate(own, **asked)
+        edits += found.edits
+        probes.append(read_probes(found.probes))
+        metrics.append(read_metrics(found.metrics))
+    return (read_edits(edit_batch(edits)), pl.concat(probes), pl.concat(metrics)), edits
+
+
+METHODS = (
+    ("rome", 1, cc.RomeHparams(steps=3, stop_loss=None)),
+    ("memit", 3, cc.MemitHparams(steps=3, clamp=2.0, stop_loss=None)),
+    ("finetune", 1, cc.FinetuneHparams(steps=3, stop_loss=None)),
+    ("finetune", 2, cc.FinetuneHparams(steps=3, stop_loss=None)),
+)
+
+
+def test_edits_and_scores_are_those_that_the_editor_computes(user, editor, tmp_path, run):
+    out = tmp_path / "out"
+    several = ["--method", "memit:3", "--method", "finetune", "--method", "finetune:2"]
+    changes = ["--set", "steps=3", "--set", "stop_loss=never", "--set", "memit.clamp=2"]
+    more = ["--essence", "--accuracy", "--keep-deltas", "--plot"]
+    code, printed, error = run(*arguments(user, out, *several, *changes, *more))
+    assert (code, error) == (0, "")
+    requests = editor.requests(FULL, filtered=False)
+    expected, edits = computed(editor, requests, METHODS, essence=True, accuracy=True)
+    assert_same(read(out), expected)
+
+    for edit in edits:
+        name = f"deltas/{edit.method}-{edit.window}/{edit.layer}/{edit.fact_id}.safetensors"
+        delta, described = load_delta(out / name)
+        assert described["edit_id"] == edit.edit_id
+        assert delta.layers == edit.delta.layers
+        assert delta.norm == edit.delta.norm
+    assert (out / "plots" / "scores.png").stat().st_size > 10_000
+
+    means = mean_scores(scores(*expected)).filter(method="memit", score="essence")
+    best = means.sort("mean", descending=True).row(0, named=True)
+    table = printed[printed.index("MEMIT of 3 layers: mean scores of 6 facts") :]
+    assert f"{best['mean']:.3f}" in next(line for line in table.splitlines() if line.startswith(f"│ {best['layer']} "))
+    for part in ("ROME: mean scores", "Fine-tuning of 2 layers", "overall essence", "unedited", "specificity"):
+        assert part in printed
+    assert "96 edits of 6 facts, 0 failed" in printed
+    assert "editing, memit:3: 24/24 edits" in printed
+
+
+def test_all_facts_in_one_change_of_the_weights(user, editor, tmp_path, run):
+    """Whatever number of edits goes together else; the change is kept once for each window."""
+    out = tmp_path / "out"
+    several = ["--method", "memit:2", "--set", "steps=2", "--set", "memit_joint.clamp=2", "--keep-deltas"]
+    code, printed, error = run(*arguments(user, out, *several, method="memit_joint:2", layers="1,2"))
+    assert (code, error) == (0, "")
+    requests = editor.requests(FULL, filtered=False)
+    chosen = [("memit_joint", 2, cc.MemitHparams(steps=2, clamp=2.0)), ("memit", 2, cc.MemitHparams(steps=2))]
+    expected, edits = computed(editor, requests, chosen, (1, 2))
+    assert_same(read(out), expected)
+    assert "Joint MEMIT of 2 layers: mean scores of 6 facts by layer" in printed
+    kept = sorted(path.relative_to(out / "deltas").as_posix() for path in (out / "deltas").glob("memit_joint-2/*/*"))
+    assert kept == [f"memit_joint-2/{layer}/all.safetensors" for layer in (1, 2)]
+    delta, described = load_delta(out / "deltas" / kept[0])
+    assert (delta.layers, described["layer"]) == ((0, 1), "1")
+    assert delta.norm == pytest.approx(edits[0].delta.norm, rel=1e-9)
+
+
+def test_everything_that_decides_the_results_is_kept_with_them(user, tmp_path, run):
+    out = tmp_path / "out"
+    assert run(*arguments(user, out, *FAST, layers="3,1", seed=5, ridge=0.5))[0] == 0
+    kept = run_json(out)
+    assert kept["status"] == "complete"
+    assert (kept["command"], kept["problem"], kept["layers"], kept["seed"]) == ("edit", "error_injection", [3, 1], 5)
+    assert kept["methods"] == [{"method": "rome", "window": 1, "hparams": vars(cc.RomeHparams(steps=2))}]
+    assert kept["contexts"] == CONTEXTS
+    assert kept["moments"]["ridge"] == 0.5
+    assert kept["moments"]["tokens"] == {"1": 1280, "3": 1280}
+    assert (kept["results"]["edits"], kept["results"]["failed"]) == (12, {})
+    for table in ("edits", "probes", "metrics"):
+        (part,) = (out / table).glob("*.parquet")
+        metadata = json.loads(pq.read_schema(part).metadata[b"causalcone"])
+        assert metadata["methods"] == kept["methods"]
+        assert metadata["versions"]["torch"] == torch.__version__
+    assert read_edits(out / "edits")["layer"].to_list() == [3, 1] * 6
+
+
+# --- presets and overrides ---
+
+PRESET = """
+[own]
+edit_layers = [1, 3]
+sigma = 0.4
+tracing_window = 3
+aggregate = "mean"
+defaults.rome.steps = 2
+defaults.memit.covariance_weight = 7.0
+[own.problems.error_injection]
+rome.kl_factor = 0.9
+finetune.1.norm_constraint = 1e-3
+finetune.5.norm_constraint = 1e-5
+[own.problems.fact_forcing]
+finetune.1.steps = 2
+"""
+
+
+@pytest.fixture
+def preset(tmp_path):
+    (tmp_path / "mine.toml").write_text(PRESET)
+    return str(tmp_path / "mine.toml")
+
+
+def test_a_preset_fills_in_what_is_not_said(user, preset, tmp_path, run):
+    out, several = tmp_path / "out", ["--method", "memit:2", "--method", "finetune", "--window", "4"]
+    code, _, error = run(*arguments(user, out, *several, "--set", "memit.steps=1", "--quiet", preset=preset, limit=1))
+    assert (code, error) == (0, "")
+    kept = run_json(out)
+    assert (kept["layers"], kept["aggregate"], kept["sigma"]) == ([0, 2], "mean", None)
+    hparams = [each["hparams"] for each in kept["methods"]]
+    own = [load_hparams(preset, method, "error_injection", w) for method, w in (("rome", 1), ("finetune", 4))]
+    assert [hparams[0], hparams[2]] == [vars(each) for each in own]
+    assert (hparams[0]["steps"], hparams[0]["kl_factor"], hparams[2]["norm_constraint"]) == (2, 0.9, 1e-5)
+    assert (hparams[1]["steps"], hparams[1]["covariance_weight"]) == (1, 7.0)
+    assert [each["window"] for each in kept["methods"]] == [1, 2, 4]
+
+
+def test_what_is_said_wins_over_the_preset(user, preset, tmp_path, run):
+    out, own = tmp_path / "out", {"problem": "fact_forcing", "method": "finetune", "layers": "1", "sigma": "0.3"}
+    flags = ["--aggregate", "first", "--set", "norm_constraint=0.02", "--quiet"]
+    assert run(*arguments(user, out, *flags, preset=preset, limit=2, moments=None, **own))[0] == 0
+    kept = run_json(out)
+    assert (kept["layers"], kept["aggregate"], kept["sigma"], kept["moments"]) == ([1], "first", 0.3, None)
+    (method,) = kept["methods"]
+    assert method["hparams"] == vars(cc.FinetuneHparams(steps=2, norm_constraint=0.02))
+
+
+# --- problems, facts, moments and contexts ---
+
+
+def test_essence_texts_under_noise(user, editor, tmp_path, run):
+    out, own = tmp_path / "out", {"problem": "fact_forcing", "method": "finetune", "layers": "1", "sigma": "0.3"}
+    assert run(*arguments(user, out, *FAST, "--essence", limit=2, moments=None, **own))[0] == 0
+    assert read_metrics(out / "metrics").filter(metric="perplexity").height == 2
+
+
+def test_the_noise_level_is_that_of_all_facts(user, tmp_path, run):
+    out, own = tmp_path / "out", {"problem": "fact_forcing", "method": "finetune", "layers": "1", "limit": 2}
+    assert run(*arguments(user, out, *FAST, **own))[0] == 0
+    level = cc.Tracer.from_pretrained(str(user / "model")).noise_level(FULL)
+    assert run_json(out)["sigma"] == pytest.approx(level)
+    assert read_edits(out / "edits")["fact_id"].n_unique() == 2
+
+
+def test_facts_that_the_model_does_not_know_are_left_out_and_listed(user, tmp_path, run):
+    editor = cc.Editor.from_pretrained(str(user / "model"))
+    said = editor.session.tokenizer.decode(
+        editor.session.model.generate(
+            **editor.session.tokenizer(FULL[0].text, return_tensors="pt"), max_new_tokens=1, do_sample=False
+        )[0, -1:]
+    )
+    facts = tmp_path / "facts.jsonl"
+    cc.save_facts([dataclasses.replace(FULL[0], target_true=said), *FULL[1:3]], facts)
+    given = arguments(user, tmp_path / "out", *FAST, facts=facts, layers="2")
+    given.remove("--no-filter")
+    code, _, error = run(*given)
+    assert code == 0
+    assert "not posed for 2 of 3 facts" in error
+    assert read_edits(tmp_path / "out" / "edits")["fact_id"].to_list() == ["start"]
+    kept = run_json(tmp_path / "out")
+    assert kept["facts_filtered"] == 2
+    assert [reason[:13] for reason in kept["results"]["filtered"]] == ["fact 'middle'", "fact 'end': t"]
+
+    cc.save_facts(FULL[1:3], facts)
+    given[given.index(tmp_path / "out")] = tmp_path / "none"
+    code, _, error = run(*given)
+    assert (code, "--no-filter" in error, (tmp_path / "none").exists()) == (2, True, False)
+
+
+def test_facts_without_prompts_are_edited_and_not_scored(user, tmp_path, run):
+    out, facts = tmp_path / "out", tmp_path / "facts.jsonl"
+    bare = dataclasses.replace(FACTS[1], target_new="Latin")
+    cc.save_facts([FULL[0], bare], facts)
+    code, printed, error = run(*arguments(user, out, "--set", "steps=2", facts=facts))
+    assert code == 0
+    assert "of 2 facts, 1 have no paraphrase prompts and 1 have no neighborhood prompts" in error
+    table = scores(*read(out)[:2]).filter(fact_id="middle")
+    assert table["rewrite"].null_count() == 0
+    assert table["paraphrase"].null_count() == table["neighborhood"].null_count() == DEPTH
+    assert "mean scores of 2 facts" in printed
+
+    cc.save_facts([bare], facts)
+    code, printed, _ = run(*arguments(user, out, "--set", "steps=2", "--plot", "--overwrite", facts=facts))
+    assert (code, "paraphrase" in printed) == (0, False)
+    assert (out / "plots" / "scores.png").exists()
+
+
+def test_moments_can_be_collected_on_the_way(user, tmp_path, run):
+    first, second = tmp_path / "first", tmp_path / "second"
+    method = {"method": "memit:2", "layers": "2"}
+    assert run(*arguments(user, first, *FAST, **method))[0] == 0
+    assert run(*arguments(user, second, *FAST, moments=None, texts=user / "texts.txt", **method))[0] == 0
+    assert_same(read(second), read(first))
+    kept = cc.Moments.load(second / "moments.safetensors")
+    assert (kept.layers, kept.source) == ((1, 2), str(user / "texts.txt"))
+
+
+def test_contexts_of_another_run(user, tmp_path, run):
+    first, second = tmp_path / "first", tmp_path / "second"
+    one = {"layers": "1", "limit": 2}
+    assert run(*arguments(user, first, *FAST, contexts=None, seed=3, **one))[0] == 0
+    assert run(*arguments(user, second, *FAST, contexts=first / "run.json", **one))[0] == 0
+    assert_same(read(second), read(first))
+    assert len(run_json(first)["contexts"]["rome"]) == 20
+
+
+def test_what_edited_models_write(user, editor, tmp_path, run):
+    out, facts, snippets = tmp_path / "out", tmp_path / "facts.jsonl", tmp_path / "snippets.json"
+    known = {"relation_id": "P1", "target_new_id": "Q1"}
+    fact = dataclasses.replace(FULL[0], generation_prompts=("Ann Lee is", "Bo is"), **known)
+    cc.save_facts([fact], facts)
+    texts = [{"text": "Ann Lee plays golf in the city"}]
+    snippets.write_text(json.dumps([{"relation_id": "P1", "target_id": "Q1", "samples": texts}]))
+    given = arguments(user, out, "--set", "steps=2", "--references", snippets, facts=facts, layers="1")
+    code, printed, _ = run(*given)
+    assert code == 0
+    from causalcone.runners.inputs.reference_texts import load_reference_texts
+
+    chosen = [("rome", 1, cc.RomeHparams(steps=2))]
+    references = load_reference_texts(snippets)
+    expected, _ = computed(editor, editor.requests([fact], filtered=False), chosen, (1,), references=references)
+    assert_same(read(out), expected)
+    entropy = expected[2].filter(metric="generation_entropy").row(0, named=True)
+    assert f"│ unedited │ {entropy['pre']:.3f}" in printed
+    assert f"│ 1        │ {entropy['post']:.3f}" in printed
+
+    cc.save_facts([dataclasses.replace(fact, target_new_id="Q2")], facts)
+    code, _, error = run(*given, "--overwrite")
+    assert (code, "Q2" in error) == (2, True)
+
+
+def test_edits_that_fail_are_counted(user, tmp_path, run):
+    out = tmp_path / "out"
+    code, printed, _ = run(*arguments(user, out, "--set", "lr=1e38", "--set", "clamp=1e38", layers="0,1"))
+    assert code == 0
+    edits = read_edits(out / "edits")
+    failed = edits.filter(status="failed")
+    assert len(failed) > 0
+    reason, count = failed["reason"].value_counts().sort("count", descending=True).row(0)
+    assert f"{count} edits failed: {reason}" in printed.replace("\n", " ")
+    assert f"{len(failed)} failed" in printed
+    assert sum(run_json(out)["results"]["failed"].values()) == len(failed)
+
+
+def test_a_folder_is_not_overwritten_unasked(user, tmp_path, run):
+    out, one = tmp_path / "out", {"layers": "1", "limit": 1}
+    assert run(*arguments(user, out, *FAST, "--keep-deltas", **one))[0] == 0
+    before = read(out)
+    code, _, error = run(*arguments(user, out, *FAST, model="nowhere", **one))
+    assert (code, "--overwrite" in error) == (2, True)
+    assert_same(read(out), before)
+    assert run(*arguments(user, out, *FAST, "--overwrite", **{**one, "layers": "2"}))[0] == 0
+    assert read_edits(out / "edits")["layer"].to_list() == [2]
+    assert not (out / "deltas").exists()
+
+
+def test_the_commonest_reasons_are_told():
+    lines = failed_lines({"rare": 1, "often": 9, "a": 2, "b": 2, "c": 1})
+    assert lines == [
+        "9 edits failed: often",
+        "2 edits failed: a",
+        "2 edits failed: b",
+        "2 edits failed for 2 other reasons",
+    ]
+    assert failed_lines({}) == []
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError("the disk is on fire")])
+def test_what_was_finished_stays_readable(failure, user, tmp_path, monkeypatch, run):
+    whole = tmp_path / "whole"
+    assert run(*arguments(user, whole, *FAST))[0] == 0
+    evaluate, calls = cc.Editor.evaluate, []
+
+    def failing(self, edits, **asked):
+        calls.append(edits)
+        if len(calls) > 2:
+            raise failure
+        return evaluate(self, edits, **asked)
+
+    monkeypatch.setattr(cc.Editor, "evaluate", failing)
+    monkeypatch.setattr(edit_study, "EDITS_AT_ONCE", 8)  # of two facts
+    out = tmp_path / "out"
+    given = arguments(user, out, *FAST)
+    if failure is KeyboardInterrupt:
+        code, printed, _ = run(*given)
+        assert (code, f"finished by now is in {out / 'edits'}" in printed) == (130, True)
+    else:
+        monkeypatch.setattr(sys, "argv", ["causalcone", *map(str, given)])
+        with pytest.raises(RuntimeError, match="fire"):
+            main()
+    assert run_json(out)["status"] == "stopped"
+    edits = read(whole)[0].head(16)
+    for found, expected in zip(read(out), read(whole), strict=True):
+        expected = expected.join(edits, on="edit_id", how="semi", maintain_order="left")
+        assert found["edit_id"].to_list() == expected["edit_id"].to_list()
+    assert scores(*read(out)[:2])["rewrite"].null_count() == 0
+
+
+def test_help_has_examples(run):
+    code, printed, _ = run("edit", "--help")
+    assert (code, "causalcone edit --model" in printed) == (0, True)

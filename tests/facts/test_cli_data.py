@@ -1,0 +1,462 @@
+"""``causalcone data``: the fact files that it writes, from every source; what it lists, and what it refuses."""
+
+import json
+import re
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers.models import FACTS, ZERO_WIDTH_SPACE
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import causalcone as cc
+from causalcone.runners.demo.model import demo_world
+from causalcone.runners.facts import data as fact_data
+from causalcone.runners.facts.files import SkippedRecords
+
+COUNTERFACT = {
+    "case_id": 17,
+    "pararel_idx": 3,
+    "requested_rewrite": {
+        "prompt": "{} was born in",
+        "relation_id": "P19",
+        "target_new": {"str": "Lima", "id": "Q2868"},
+        "target_true": {"str": "Oslo", "id": "Q585"},
+        "subject": "Åse Lund",
+    },
+    "paraphrase_prompts": ["Åse Lund's home town is"],
+    "neighborhood_prompts": ["Kari Moe was born in"],
+    "attribute_prompts": ["Ana Paz was born in"],
+    "generation_prompts": ["Åse Lund's childhood was"],
+}
+ZSRE = {
+    "subject": "Bo",
+    "src": "Who taught Bo?",
+    "rephrase": "By whom was Bo taught?",
+    "answers": ["Ida Falk"],
+    "loc": "nq question: where do swallows go",
+    "loc_ans": "Africa",
+}
+KNOWN = {"known_id": 5, "prompt": "Rome lies in", "subject": "Rome", "attribute": "Italy", "relation_id": "P17"}
+OWN = {"id": "a", "prompt": "{} plays", "subject": "Ann Lee", "target_true": "tennis"}
+KNOWN_AS_REWRITE = {
+    "prompt": "{} lies in",
+    "subject": "Rome",
+    "target_true": {"str": "Italy"},
+    "relation_id": "P17",
+}
+TWO = {  # two records of every schema
+    "counterfact": [COUNTERFACT, {**COUNTERFACT, "case_id": 18}],
+    "zsre": [ZSRE, {**ZSRE, "subject": "Ek", "src": "Who taught Ek?", "answers": ["Al", "Alf"]}],
+    "known": [KNOWN, {**KNOWN, "known_id": 6}],
+    "own": [OWN, {**OWN, "id": "b", "target_new": "golf", "paraphrase_prompts": ["It is said that Ann Lee plays"]}],
+}
+
+
+def own(count, bad=()):
+    """Records of the project's own schema; those at the places ``bad`` lack a subject."""
+    return [{**OWN, "id": str(k), "subject": "" if k in bad else f"Ann {k}"} for k in range(count)]
+
+
+def write(path, records):
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix == ".parquet":
+        columns = dict.fromkeys(key for record in records for key in record)  # pyarrow would take the first one's
+        pq.write_table(pa.table({key: [record.get(key) for record in records] for key in columns}), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    else:
+        path.write_text(json.dumps(records))
+    return path
+
+
+@pytest.fixture
+def convert(run, tmp_path):
+    """Runs the command into a file; returns the exit code, what it printed, and the facts, where there are some."""
+
+    def convert(source, *options):
+        out = tmp_path / "out" / "facts.jsonl"
+        code, printed, error = run("data", source, "--out", out, *options)
+        assert "Traceback" not in error
+        assert not out.parent.exists() or [path.name for path in out.parent.iterdir()] in ([], ["facts.jsonl"])
+        return code, printed, error, cc.load_facts(out) if out.exists() else None
+
+    return convert
+
+
+# --- files ---
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("schema", TWO)
+def test_facts_of_a_file_are_those_that_load_facts_reads(schema, suffix, convert, tmp_path):
+    path = write(tmp_path / f"in{suffix}", TWO[schema])
+    code, printed, error, found = convert(path)
+    assert (code, error) == (0, "")
+    assert found == cc.load_facts(path)
+    assert len(found) == 2
+    assert "facts: 2" in printed
+
+
+def test_zsre_takes_its_form_and_seed(convert, tmp_path):
+    path = write(tmp_path / "in.json", [{**ZSRE, "answers": [f"answer {k}"]} for k in range(30)])
+    for number, options in enumerate(({"zsre_form": "meng"}, {"seed": 1}, {"seed": 2, "limit": 5})):
+        flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+        _, _, _, found = convert(path, *flags, *["--overwrite"] * (number > 0))
+        assert found == cc.load_facts(path, **options)
+
+
+def test_the_summary_counts(convert, tmp_path):
+    records = [
+        *TWO["counterfact"],
+        {**COUNTERFACT, "case_id": 19, "paraphrase_prompts": [], "requested_rewrite": KNOWN_AS_REWRITE},
+    ]
+    code, printed, _, _ = convert(write(tmp_path / "in.json", records))
+    assert code == 0
+    assert printed.splitlines()[:5] == [
+        "schema: CounterFact (requested_rewrite, case_id)",
+        "facts: 3",
+        "of them with target_new 2, paraphrase_prompts 2, neighborhood_prompts 3, attribute_prompts 3, "
+        "generation_prompts 3",
+        "distinct relations: 2",
+        "duplicates of (prompt, subject): 1",
+    ]
+    assert str(tmp_path / "out" / "facts.jsonl") in printed.splitlines()[5]
+
+
+def test_quiet_says_nothing(convert, tmp_path):
+    assert convert(write(tmp_path / "in.json", own(3)), "--quiet")[:3] == (0, "", "")
+
+
+def test_the_demo_world(convert):
+    code, printed, _, found = convert("demo")
+    assert (code, found) == (0, demo_world().facts)
+    assert "the demo world" in printed
+
+
+def test_a_written_file_is_converted_into_itself(convert, run, tmp_path):
+    convert(write(tmp_path / "in.json", TWO["counterfact"]))
+    out = tmp_path / "out" / "facts.jsonl"
+    before = out.read_bytes()
+    assert run("data", out, "--out", out, "--overwrite")[0] == 0
+    assert out.read_bytes() == before
+
+
+# --- bad records ---
+
+
+def test_bad_records_are_listed_and_nothing_is_written(convert, tmp_path):
+    records = [own(1)[0], 3, *own(4, bad=[2])[1:], {**OWN, "id": "0"}]
+    code, printed, error, found = convert(write(tmp_path / "in.json", records))
+    assert (code, printed, found) == (2, "", None)
+    assert f"3 records of {tmp_path / 'in.json'} cannot be used" in error
+    assert "in.json: record 1 is a number, not an object" in error
+    assert "in.json: record 3 (id 2): subject is empty" in error
+    assert "in.json: record 5 (id 0): the id '0' was there before" in error
+    assert "--skip-bad-facts" in error
+
+
+def test_bad_records_are_left_out_when_asked(convert, tmp_path):
+    path = write(tmp_path / "in.json", own(5, bad=[0, 3]))
+    code, printed, error, found = convert(path, "--skip-bad-facts")
+    assert (code, [fact.id for fact in found]) == (0, ["1", "2", "4"])
+    assert "2 records" in error
+    assert "record 0 (id 0): subject is empty" in error
+    assert "record 3 (id 3): subject is empty" in error
+    assert "facts: 3" in printed
+
+
+@pytest.mark.parametrize("flags", [[], ["--skip-bad-facts"]])
+def test_the_first_twenty_are_listed(flags, convert, tmp_path):
+    _, _, error, _ = convert(write(tmp_path / "in.json", own(30, bad=range(25))), *flags)
+    listed = [line for line in error.splitlines() if "subject is empty" in line]
+    assert len(listed) == 20
+    assert "record 19 (id 19)" in listed[-1]
+    assert "and 5 more" in error
+    assert "25 records" in error
+
+
+def test_no_fact_is_left(convert, tmp_path):
+    code, _, error, found = convert(write(tmp_path / "in.json", own(2, bad=[0, 1])), "--skip-bad-facts")
+    assert (code, found) == (2, None)
+    assert "record 1 (id 1)" in error
+    assert "no fact is left" in error
+
+
+def test_a_limit_reads_no_further(convert, tmp_path):
+    path = write(tmp_path / "in.json", own(9, bad=[1, 5]))
+    assert [fact.id for fact in convert(path, "--limit", 1)[3]] == ["0"]
+    code, _, error, _ = convert(path, "--limit", 3, "--overwrite")
+    assert (code, "record 1" in error, "record 5" in error) == (2, True, False)
+    _, _, _, found = convert(path, "--limit", 3, "--overwrite", "--skip-bad-facts")
+    assert [fact.id for fact in found] == ["0", "2", "3"]
+
+
+LINES = st.one_of(
+    st.builds(
+        lambda k, who: {**OWN, "id": k, "subject": who}, st.integers(0, 5), st.sampled_from(["Bo", "Ek", "", " "])
+    ),
+    st.sampled_from([None, 3, [], {}, {"id": "x"}, {**OWN, "prompt": "plays"}, {**OWN, "other": 1}]),
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(records=st.lists(LINES, min_size=1, max_size=12), limit=st.none() | st.integers(1, 6))
+def test_every_record_is_a_fact_or_a_problem(records, limit, tmp_path):
+    path = write(tmp_path / "in.json", [OWN, *records])
+    opened = fact_data.open_records(str(path))
+    facts, problems = opened.facts(limit)
+    taken = len(facts) + len(problems)
+    assert taken == len(records) + 1 or len(facts) == limit
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SkippedRecords)
+        assert cc.load_facts(path, limit=limit, on_error="skip") == facts
+    if problems:
+        assert all(problem.startswith(f"{path}: record ") for problem in problems)
+    else:
+        assert cc.load_facts(path, limit=limit) == facts
+    fact_data.write_facts(facts, tmp_path / "out.jsonl")
+    assert cc.load_facts(tmp_path / "out.jsonl") == facts
+
+
+# --- a model ---
+
+
+def test_facts_are_checked_for_a_model(folder, convert, tmp_path):
+    code, _, error, found = convert(folder / "facts.jsonl", "--model", folder / "model")
+    assert (code, error, found) == (0, "", list(FACTS))
+
+    long = {**OWN, "id": "long", "prompt": "{} is" + " so" * 70}
+    unseen = {**OWN, "id": "unseen", "prompt": "It is {}", "subject": ZERO_WIDTH_SPACE}
+    path = write(tmp_path / "in.json", [long, OWN, unseen])
+    code, _, error, _ = convert(path, "--model", folder / "model", "--overwrite")
+    assert code == 2
+    assert "record 0 (id long): fact 'long': prompt and target need" in error
+    assert "record 2 (id unseen): fact 'unseen': the subject" in error
+    options = ["--model", folder / "model", "--overwrite", "--skip-bad-facts", "--limit", "1"]
+    code, _, error, found = convert(path, *options)
+    assert (code, [fact.id for fact in found]) == (0, ["a"])
+    assert "record 2" not in error
+
+
+def test_a_vocabulary_that_is_too_small(folder, tokenizer, convert, tmp_path):
+    model = tmp_path / "model"
+    tokenizer.save_pretrained(model)
+    config = json.loads((folder / "model" / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "vocab_size": 3}))
+    code, _, error, _ = convert(folder / "facts.jsonl", "--model", model)
+    assert (code, "outside the model's vocabulary of 3" in error) == (2, True)
+
+
+def test_the_demo_model(folder, convert, monkeypatch):
+    monkeypatch.setattr("causalcone.runners.demo.model.demo_folder", lambda: folder / "model")
+    assert convert(folder / "facts.jsonl", "--model", "demo")[0] == 0
+
+
+def test_models_that_cannot_be_used(folder, tokenizer, convert, tmp_path):
+    for model, reason in ((tmp_path / "nowhere", "does not exist"), (tmp_path, "no tokenizer and configuration")):
+        code, _, error, found = convert(folder / "facts.jsonl", "--model", model)
+        assert (code, str(model) in error, reason in error, found) == (2, True, True, None)
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "bert"}')
+    code, _, error, _ = convert(folder / "facts.jsonl", "--model", tmp_path / "model")
+    assert (code, "'bert' is not supported" in error) == (2, True)
+
+
+# --- the file written ---
+
+
+def test_a_file_is_replaced_only_when_asked(convert, tmp_path):
+    path = write(tmp_path / "in.json", own(3))
+    assert convert(path)[0] == 0
+    code, _, error, found = convert(path, "--limit", 1)
+    assert (code, "--overwrite" in error, len(found)) == (2, True, 3)
+    write(path, own(3, bad=[1]))
+    code, _, _, found = convert(path, "--overwrite")
+    assert (code, len(found)) == (2, 3)
+    assert len(convert(path, "--overwrite", "--skip-bad-facts")[3]) == 2
+
+
+def test_what_cannot_be_written(run, tmp_path, monkeypatch):
+    path = write(tmp_path / "in.json", own(3))
+    for out, reason in ((tmp_path, "is no file"), (path / "inside.jsonl", "cannot write")):
+        code, _, error = run("data", path, "--out", out, "--overwrite")
+        assert (code, reason in error, str(out) in error) == (2, True, True)
+
+
+def test_a_write_that_fails_leaves_what_was_there(convert, tmp_path, monkeypatch):
+    path = write(tmp_path / "in.json", own(3))
+    convert(path)
+
+    def full(facts, place):
+        place.write_text('{"id": ')
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fact_data, "save_facts", full)
+    code, _, error, found = convert(path, "--limit", 1, "--overwrite")
+    assert (code, "No space left" in error, len(found)) == (2, True, 3)
+
+
+# --- what is refused ---
+
+REFUSED = {
+    "no such file": (["nowhere.json"], "there is no 'nowhere.json'"),
+    "no such place": (["./nowhere/facts"], "there is no './nowhere/facts'"),
+    "no name": ([""], "give a file of facts"),
+    "no JSON": (["bad.txt"], "bad.txt is not JSON"),
+    "no facts": (["other.json"], "its first record has the keys 'relation', 'answer'"),
+    "split of a file": (["good.json", "--split", "test"], "--split"),
+    "configuration of a file": (["good.json", "--dataset-config", "x"], "--dataset-config"),
+    "split of the demo world": (["demo", "--split", "test"], "--split"),
+    "form": (["good.json", "--zsre-form", "zhu"], "'zhu'; choose from hase, meng"),
+    "limit": (["good.json", "--limit", "0"], "--limit"),
+    "seed": (["good.json", "--seed", "-1"], "--seed"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(case, convert, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "good.json", own(2))
+    write(tmp_path / "other.json", [{"relation": "r", "answer": "x"}])
+    (tmp_path / "bad.txt").write_text("not this")
+    arguments, reason = REFUSED[case]
+    code, _, error, found = convert(*arguments)
+    assert (code, found) == (2, None)
+    assert reason in error
+
+
+# --- data sets ---
+
+
+class Rows:
+    """Rows of a data set, which counts those that are taken."""
+
+    def __init__(self, rows):
+        self.rows, self.taken = rows, 0
+
+    def __iter__(self):
+        for row in self.rows:
+            self.taken += 1
+            yield row
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Data sets by name, in place of the hub's, and what was asked of it."""
+    sets, asked = {}, []
+
+    def load_dataset(name, config, **options):
+        asked.append((name, config, options))
+        if name not in sets:
+            raise FileNotFoundError("there is no such data set")
+        return sets[name]
+
+    package = ModuleType("datasets")
+    package.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", package)
+    return sets, asked
+
+
+def test_data_sets_need_their_package(convert, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    code, _, error, _ = convert("someone/counterfact")
+    assert (code, "causalcone[datasets]" in error) == (2, True)
+
+
+@pytest.mark.parametrize("schema", TWO)
+def test_a_data_set_is_read_like_a_file(schema, convert, hub, tmp_path):
+    sets, asked = hub
+    columns = {key: None for record in TWO[schema] for key in record}
+    sets["someone/facts"] = Rows([{**columns, **record} for record in TWO[schema]])
+    code, printed, error, found = convert("someone/facts", "--split", "test", "--dataset-config", "small")
+    assert (code, error) == (0, "")
+    assert found == cc.load_facts(write(tmp_path / "in.json", TWO[schema]))
+    assert asked == [("someone/facts", "small", {"split": "test", "streaming": True})]
+    assert "data set someone/facts, small, split test" in printed
+
+
+def test_nulls_of_a_data_set_are_what_a_record_lacks(convert, hub):
+    rewrite = {**KNOWN_AS_REWRITE, "target_new": {"str": None, "id": None}, "relation_id": None}
+    row = {**dict.fromkeys(COUNTERFACT), "requested_rewrite": rewrite}
+    lacking = {**row, "requested_rewrite": {**rewrite, "subject": None}}
+    hub[0]["facts"] = [row, lacking]
+    code, _, error, found = convert("facts", "--skip-bad-facts")
+    assert (code, found) == (0, [cc.Fact("0", "{} lies in", "Rome", "Italy")])
+    assert "data set facts, split train: record 1: requested_rewrite.subject is missing" in error
+
+
+def test_a_limit_takes_no_more_rows_of_a_data_set(convert, hub):
+    hub[0]["facts"] = rows = Rows(own(50, bad=[1]))
+    assert len(convert("facts", "--limit", 3, "--skip-bad-facts")[3]) == 3
+    assert rows.taken == 4
+
+
+def test_false_targets_of_a_data_set_do_not_depend_on_the_limit(convert, hub):
+    hub[0]["zsre"] = [{**ZSRE, "answers": [f"answer {k}"]} for k in range(30)]
+    whole = convert("zsre", "--seed", 3)[3]
+    assert convert("zsre", "--seed", 3, "--limit", 4, "--overwrite")[3] == whole[:4]
+    assert not {fact.target_new for fact in whole[:4]} <= {fact.target_true for fact in whole[:4]}
+    hub[0]["zsre"] = rows = Rows(hub[0]["zsre"])
+    convert("zsre", "--zsre-form", "meng", "--limit", 4, "--overwrite")
+    assert rows.taken == 4
+
+
+UNKNOWN = {
+    "flat": ["relation", "prompt", "subject", "target_true", "target_false"],
+    "answers of another kind": ["id", "context", "question", "answers"],
+    "text": ["text"],
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_a_data_set_of_no_known_schema(kind, convert, hub):
+    hub[0]["facts"] = [dict.fromkeys(UNKNOWN[kind], "{}")]
+    code, _, error, found = convert("facts", "--skip-bad-facts")
+    assert (code, found) == (2, None)
+    assert f"its columns are {', '.join(UNKNOWN[kind])}. Supported are CounterFact" in error
+
+
+def test_data_sets_that_cannot_be_read(convert, hub):
+    hub[0]["empty"] = []
+    for name, reason in (("gone", "there is no such data set"), ("empty", "is empty")):
+        code, _, error, _ = convert(name)
+        assert (code, name in error, reason in error) == (2, True, True)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("schema", TWO)
+def test_a_folder_of_a_data_set(schema, suffix, convert, tmp_path):
+    pytest.importorskip("datasets", reason="the extra 'datasets' is not installed")
+    write(tmp_path / "data" / f"train{suffix}", TWO[schema])
+    code, _, error, found = convert(tmp_path / "data")
+    assert (code, error) == (0, "")
+    assert found == cc.load_facts(write(tmp_path / "in.json", TWO[schema]))
+    code, _, error, _ = convert(tmp_path / "data", "--split", "other", "--overwrite")
+    assert (code, "'other'" in error) == (2, True)
+
+
+def test_rows_of_a_folder_that_lack_something(convert, tmp_path):
+    pytest.importorskip("datasets", reason="the extra 'datasets' is not installed")
+    short = {"case_id": 18, "requested_rewrite": KNOWN_AS_REWRITE}
+    write(tmp_path / "data" / "train.parquet", [COUNTERFACT, short])
+    code, _, _, found = convert(tmp_path / "data")
+    assert (code, found) == (0, cc.load_facts(write(tmp_path / "in.json", [COUNTERFACT, short])))
+
+
+def test_help_has_examples(run):
+    code, printed, _ = run("data", "--help")
+    assert (code, "causalcone data counterfact.json --out" in printed) == (0, True)
+
+
+def test_the_line_in_the_documentation_is_a_fact(convert, tmp_path):
+    text = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "in.jsonl").write_text(line, encoding="utf-8")
+    assert convert(tmp_path / "in.jsonl")[0] == 0
+    assert (tmp_path / "out" / "facts.jsonl").read_text(encoding="utf-8") == line

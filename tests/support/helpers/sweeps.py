@@ -1,0 +1,88 @@
+"""What tests of sweeps share: a sweep of every stage on a small model, and reading what it wrote."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from rich.console import Console
+
+from causalcone.runners.sweep.config import Sweep, load_sweep
+from causalcone.runners.sweep.driver import Driver, Finished
+from helpers.edit_command import write_inputs
+
+TABLES = ("traces", "gradients", "edits", "probes", "metrics")
+
+CONFIGURATION = """
+model = "{user}/model"
+facts = "{user}/full.jsonl"
+contexts = "{user}/contexts.json"
+moments.file = "{user}/moments.safetensors"
+filter.completes = false
+filter.erasable = 0.0
+noise = {{ sigma = 0.4, samples = 2 }}
+units = {{ facts = 2, edits = 4 }}
+
+[trace]
+states = ["hidden:1", "mlp:3"]
+
+[sever]
+parts = ["mlp"]
+
+[zero]
+states = ["mlp:3"]
+
+[gradients]
+kinds = ["mlp"]
+steps = 2
+facts = 3
+
+[edit]
+problems = ["error_injection", "fact_forcing"]
+methods = ["rome", "memit:2", "finetune:1"]
+layers = [0, 2]
+set = ["steps=2"]
+accuracy = true
+"""
+
+
+def write_sweep(folder: Path) -> Path:
+    """Beside a model: facts, moments, contexts and the file of a sweep."""
+    write_inputs(folder)
+    file = folder / "sweep.toml"
+    file.write_text(CONFIGURATION.format(user=folder))
+    return file
+
+
+def swept(file: Path, out: Path | str, *changes: str, **options: Any) -> Finished:
+    """A sweep carried out in this process."""
+    console = Console(file=io.StringIO(), width=200)
+    return Driver(configured(file, *changes), str(out), console, **options).run()
+
+
+def configured(file: Path, *changes: str) -> Sweep:
+    return load_sweep(str(file), changes)
+
+
+def tables(out: Path) -> dict[str, pl.DataFrame]:
+    """All data sets of a sweep, part by part in the order of their names."""
+    found = {name: sorted((out / name).rglob("*.parquet")) for name in TABLES}
+    return {name: pl.concat(map(pl.read_parquet, files)) for name, files in found.items() if files}
+
+
+def assert_same_tables(found: dict[str, pl.DataFrame], expected: dict[str, pl.DataFrame], within: float = 1e-6) -> None:
+    """Row for row; numbers within so much of their size, or of 1 where that is larger."""
+    assert found.keys() == expected.keys()
+    for name, table in found.items():
+        other = expected[name]
+        assert table.shape == other.shape, name
+        for column in table.columns:
+            one, two = table[column], other[column]
+            if not one.dtype.is_float():
+                assert one.equals(two), (name, column)
+                continue
+            assert one.is_null().equals(two.is_null()), (name, column)
+            apart = ((one - two).abs() / two.abs().clip(lower_bound=1.0)).drop_nulls()
+            assert apart.is_empty() or apart.max() <= within, (name, column, apart.max())
