@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from causalcone import _moved
+
 if TYPE_CHECKING:
     from causalcone.analysis import plot
     from causalcone.engine.edit.deltas.apply import applied, apply, export
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from causalcone.engine.noise import Noise
     from causalcone.engine.run.session import SkippedFacts
     from causalcone.runners.facts.files import load_facts, save_facts
+
+_moved.install()
 
 __version__ = "0.1.0"
 
