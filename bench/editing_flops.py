@@ -11,7 +11,7 @@ from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
 from causalcone.engine.edit.scoring import flops
 from causalcone.engine.edit.scoring.flops import Asked, Searched
-from causalcone.engine.edit.scoring.probes import Questions, questions_about
+from causalcone.engine.edit.scoring.probes import ProbeSet, questions_about
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,6 @@ def by_request(edits: Sequence[Edit]) -> list[tuple[Request, list[Edit]]]:
     return [(each[0].request, each) for each in own.values()]
 
 
-def distinct_rows(questions: Questions) -> int:
+def distinct_rows(questions: ProbeSet) -> int:
     """Rows that the answers are read at: several of them may be read at one."""
     return len({(asked.run, place) for asked in questions.asked for place in range(len(asked.tokens))})

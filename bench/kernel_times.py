@@ -17,7 +17,7 @@ from torch import Tensor
 from causalcone.kernels.backends import TORCH, Backends
 from causalcone.kernels.finetune_step import Moving
 from causalcone.kernels.norms import LayerNorm
-from causalcone.kernels.row_attention import Scoring
+from causalcone.kernels.row_attention import ScoreRule
 
 TRITON = Backends("triton", "triton")
 LEAST_SECONDS, REPEATS = 0.2, 5
@@ -197,7 +197,7 @@ def attention(shape: Shape, m: int, rows: Callable[..., Tensor], places: Callabl
     key_rows = places(runs, K)
     key_rows[:, : K - m] = key_rows[torch.arange(runs, device=key_rows.device) // 10 * 10, : K - m]
     query_rows = places(runs, m)
-    scoring = Scoring(shape.head_dim, shape.head_dim**-0.5)
+    scoring = ScoreRule(shape.head_dim, shape.head_dim**-0.5)
     tile = 262_144 if queries.device.type == "cuda" else 4096
 
     def make(own: Backends) -> tuple[Callable[[], None], Tensor]:

@@ -35,7 +35,7 @@ from causalcone.runners.results.store import Store
 from causalcone.runners.sweep.cluster.ray_executor import crews
 from causalcone.runners.sweep.config import Sweep
 from causalcone.runners.sweep.driver import COMPLETE, Driver
-from causalcone.runners.sweep.executor import Alone, Crew, Outcome
+from causalcone.runners.sweep.executor import Executor, LocalExecutor, UnitResult
 from causalcone.runners.sweep.signals import Stop
 from causalcone.runners.sweep.units import Unit
 from causalcone.runners.sweep.worker import Worker
@@ -72,14 +72,14 @@ class Step:
     peak_bytes: int
 
 
-class Watched(Alone):
+class Watched(LocalExecutor):
     """A crew of one that is watched."""
 
     def __init__(self, worker: Worker, steps: list[Step]) -> None:
         super().__init__(worker)
         self.steps = steps
 
-    def run(self, units: Sequence[Unit], stop: Stop) -> Iterator[Outcome]:
+    def run(self, units: Sequence[Unit], stop: Stop) -> Iterator[UnitResult]:
         with highest_memory() as peak:
             began = time.perf_counter()
             for outcome in super().run(units, stop):
@@ -172,11 +172,11 @@ def taken(steps: Sequence[Step], facts: int) -> list[Step]:
 class Timed:
     """A crew whose stages are timed."""
 
-    def __init__(self, crew: Crew, seconds: dict[str, float]) -> None:
+    def __init__(self, crew: Executor, seconds: dict[str, float]) -> None:
         self.crew, self.seconds = crew, seconds
         self.describe, self.bad_facts = crew.describe, crew.bad_facts
 
-    def run(self, units: Sequence[Unit], stop: Stop) -> Iterator[Outcome]:
+    def run(self, units: Sequence[Unit], stop: Stop) -> Iterator[UnitResult]:
         began = time.perf_counter()
         yield from self.crew.run(units, stop)
         self.seconds[units[0].stage] = time.perf_counter() - began
@@ -204,8 +204,8 @@ def measure_cluster(options: argparse.Namespace) -> dict[str, Any]:
             say(f"  {way}")
             with crews(address, options.workers if address else None) as make:
 
-                def timed(sweep: Sweep, place: str, way: str = way, make: Any = make) -> Crew:
-                    crew = Alone(Worker(sweep, place)) if make is None else make(sweep, place)
+                def timed(sweep: Sweep, place: str, way: str = way, make: Any = make) -> Executor:
+                    crew = LocalExecutor(Worker(sweep, place)) if make is None else make(sweep, place)
                     return Timed(crew, ways[way])
 
                 carry_out(sweep, folder / way, timed)
@@ -236,7 +236,7 @@ def difference(one: Store, other: Store) -> float:
 # --- both ---
 
 
-def carry_out(sweep: Sweep, out: Path, crew_of: Callable[[Sweep, str], Crew]) -> None:
+def carry_out(sweep: Sweep, out: Path, crew_of: Callable[[Sweep, str], Executor]) -> None:
     finished = Driver(sweep, str(out), Console(stderr=True), crew_of=crew_of).run()
     if finished.status != COMPLETE:
         raise RuntimeError(f"the sweep is {finished.status}: {finished.failed}")

@@ -19,7 +19,7 @@ from causalcone.kernels.finetune_step import Moving
 from causalcone.kernels.linear import Linear
 from causalcone.kernels.norms import LayerNorm, RMSNorm
 from causalcone.kernels.readout import Readout
-from causalcone.kernels.row_attention import Scoring
+from causalcone.kernels.row_attention import ScoreRule
 
 WIDTH, INNER, HEADS, VOCABULARY, DEPTH = 768, 3072, 12, 50257, 12
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -71,7 +71,7 @@ def test_row_attention(benchmark, backends, queries, keys, dtype):
     key_rows[:, : keys // 2] = key_rows[0, : keys // 2]
     query_rows = torch.randint(rows, (runs, queries), device=DEVICE)
     out = torch.empty(runs * queries, WIDTH, dtype=dtype, device=DEVICE)
-    arguments = (query_rows, key_rows, tuple(range(keys - queries, keys)), Scoring(WIDTH // HEADS, 0.125), out)
+    arguments = (query_rows, key_rows, tuple(range(keys - queries, keys)), ScoreRule(WIDTH // HEADS, 0.125), out)
     benchmark(timed(backends.attend_rows), q, kv, *arguments, 262_144 if ON_CUDA else 4096)
 
 

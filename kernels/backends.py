@@ -19,7 +19,7 @@ from torch import Tensor
 from causalcone.kernels import adding, finetune_step, gathering, log_sums, row_attention
 from causalcone.kernels.finetune_step import Moving
 from causalcone.kernels.norms import Norm
-from causalcone.kernels.row_attention import Scoring
+from causalcone.kernels.row_attention import ScoreRule
 
 KERNELS, ATTENTION = "CAUSALCONE_KERNELS", "CAUSALCONE_ATTENTION"
 """Variables of the environment that force a backend, for all operations and for attention alone."""
@@ -48,7 +48,7 @@ class Backends:
         query_rows: Tensor,
         key_rows: Tensor,
         tokens: tuple[int, ...],
-        scoring: Scoring,
+        scoring: ScoreRule,
         out: Tensor,
         tile: int,
     ) -> None:

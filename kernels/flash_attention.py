@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from causalcone.kernels.row_attention import MAX_RUNS, Scoring
+from causalcone.kernels.row_attention import MAX_RUNS, ScoreRule
 
 
 def attend_rows(
@@ -20,7 +20,7 @@ def attend_rows(
     query_rows: Tensor,
     key_rows: Tensor,
     tokens: tuple[int, ...],
-    scoring: Scoring,
+    scoring: ScoreRule,
     out: Tensor,
 ) -> None:
     """``out`` (B * m, H * d) = the heads' outputs of query rows, run by run, as ``row_attention.py`` says.
@@ -40,7 +40,7 @@ def _attend_runs(
     query_rows: Tensor,
     key_rows: Tensor,
     tokens: tuple[int, ...],
-    scoring: Scoring,
+    scoring: ScoreRule,
     out: Tensor,
 ) -> None:
     d = scoring.head_dim
@@ -59,7 +59,7 @@ def _attend_runs(
 
 
 def _attend(
-    heads: Tensor, packed: Tensor, query_rows: Tensor, key_rows: Tensor, prefix: Tensor, new: Tensor, scoring: Scoring
+    heads: Tensor, packed: Tensor, query_rows: Tensor, key_rows: Tensor, prefix: Tensor, new: Tensor, scoring: ScoreRule
 ) -> Tensor:
     """(B * m, H, d) of runs in order: the first ``prefix`` (B,) key rows are those of the run before, but where a
     prefix is ``new``."""
@@ -92,7 +92,7 @@ def _flash(
     rows: Tensor,
     asking: Tensor,
     seen: Tensor,
-    scoring: Scoring,
+    scoring: ScoreRule,
     causal: bool = False,
     window: tuple[int, int] = (-1, -1),
 ) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ MAX_RUNS = 16_384
 
 
 @dataclass(frozen=True)
-class Scoring:
+class ScoreRule:
     """How scores come about. ``scale`` multiplies them; ``softcap`` bounds them by ``softcap * tanh(score / softcap)``,
     where it is a number; ``window`` is how many tokens a query sees, its own included, None for all before it."""
 
@@ -35,7 +35,7 @@ def attend_rows(
     query_rows: Tensor,
     key_rows: Tensor,
     tokens: tuple[int, ...],
-    scoring: Scoring,
+    scoring: ScoreRule,
     out: Tensor,
     tile: int,
 ) -> None:

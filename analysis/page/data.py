@@ -15,7 +15,7 @@ import polars.selectors as cs
 
 from causalcone.analysis.effects import mean_effects
 from causalcone.analysis.papers.answer import answer
-from causalcone.analysis.papers.inputs import Choice, Material
+from causalcone.analysis.papers.inputs import AnalysisInputs, AnalysisOptions
 from causalcone.analysis.papers.tables import Table, paper_tables
 from causalcone.analysis.stats.regressions import GROUP
 from causalcone.analysis.sweep_results import ZEROED, Study
@@ -44,11 +44,11 @@ class Packed:
         return base64.b64encode(zlib.compress(self.numbers.astype("<f4").tobytes(), 6)).decode()
 
 
-def report_data(study: Study, choice: Choice) -> Packed:
+def report_data(study: Study, choice: AnalysisOptions) -> Packed:
     """Raises ``TableError`` where there is nothing to show."""
     tables, missing = paper_tables(study, choice)
     numbers = _Numbers()
-    facts = _Facts(study)
+    facts = _PageFacts(study)
     about = {
         "title": f"Model {study.configuration.get('model')}, facts {study.configuration.get('facts')}",
         "status": study.run["status"],
@@ -87,7 +87,7 @@ class _Numbers:
         return np.concatenate(self.parts) if self.parts else np.zeros(0, dtype=np.float32)
 
 
-class _Facts:
+class _PageFacts:
     """The facts that were traced or edited, in the order of the sweep; their places."""
 
     def __init__(self, study: Study) -> None:
@@ -144,18 +144,18 @@ def _mean_scores(study: Study) -> list[dict[str, Any]]:
     return _named_rows(in_order(rows))
 
 
-def _windows(study: Study, choice: Choice) -> list[dict[str, Any]]:
+def _windows(study: Study, choice: AnalysisOptions) -> list[dict[str, Any]]:
     """The mean tracing effect by layer of every state."""
     lines = []
     for kind, size in study.states():
         effects = study.effects((kind, size), "max", choice.denominator)
-        means = mean_effects(effects, Material(study, choice).compat)
+        means = mean_effects(effects, AnalysisInputs(study, choice).compat)
         layers, mean = means["layer"].to_list(), means["mean"].to_list()
         lines.append({"kind": kind, "window": size, "layer": layers, "mean": mean})
     return lines
 
 
-def _grids(study: Study, facts: _Facts, numbers: _Numbers) -> dict[str, Any] | None:
+def _grids(study: Study, facts: _PageFacts, numbers: _Numbers) -> dict[str, Any] | None:
     """p(target) after restoring each state: (states, layers, tokens) for each fact, NaN where it was not."""
     states = study.states()
     if not states:
@@ -178,7 +178,7 @@ def _grids(study: Study, facts: _Facts, numbers: _Numbers) -> dict[str, Any] | N
     return {"states": [list(state) for state in states], "layers": depth, "facts": entries}
 
 
-def _severed(study: Study, facts: _Facts, numbers: _Numbers) -> dict[str, Any] | None:
+def _severed(study: Study, facts: _PageFacts, numbers: _Numbers) -> dict[str, Any] | None:
     """p(target) after restoring hidden:1 at the last subject token with modules severed: (facts, parts, layers)."""
     parts = [name for name in _SEVERED if study.has(f"traces/{name}")]
     if not parts:
@@ -190,7 +190,7 @@ def _severed(study: Study, facts: _Facts, numbers: _Numbers) -> dict[str, Any] |
     return {"parts": parts, **_by_layer(rows, "method", parts, "p_patched", facts, numbers)}
 
 
-def _zeroed(study: Study, facts: _Facts, numbers: _Numbers) -> dict[str, Any] | None:
+def _zeroed(study: Study, facts: _PageFacts, numbers: _Numbers) -> dict[str, Any] | None:
     """The effect of zeroing: (facts, states, layers)."""
     states = study.states(ZEROED)
     if not states:
@@ -202,7 +202,7 @@ def _zeroed(study: Study, facts: _Facts, numbers: _Numbers) -> dict[str, Any] | 
 
 
 def _by_layer(
-    rows: pl.DataFrame, key: str, parts: Sequence[str], value: str, facts: _Facts, numbers: _Numbers
+    rows: pl.DataFrame, key: str, parts: Sequence[str], value: str, facts: _PageFacts, numbers: _Numbers
 ) -> dict[str, Any]:
     layers = int(rows["layer"].max()) + 1  # type: ignore[arg-type]
     values = np.full((len(facts), len(parts), layers), np.nan, dtype=np.float32)
@@ -211,7 +211,7 @@ def _by_layer(
     return {"at": numbers.add(values), "layers": layers}
 
 
-def _edits(study: Study, facts: _Facts, numbers: _Numbers) -> dict[str, Any] | None:
+def _edits(study: Study, facts: _PageFacts, numbers: _Numbers) -> dict[str, Any] | None:
     """Scores of single edits: (facts, groups, layers, scores)."""
     try:
         scores = study.scores

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from causalcone.analysis import plot
 from causalcone.analysis.joined import edits_with_effects
-from causalcone.analysis.papers.inputs import PUBLISHED, Choice, Material
+from causalcone.analysis.papers.inputs import PUBLISHED, AnalysisInputs, AnalysisOptions
 from causalcone.analysis.plot.effects import effects_by_window, peak_layers_by_window
 from causalcone.analysis.plot.regressions import r2_bars, scatter_by_layer
 from causalcone.analysis.scores import SCORES
@@ -29,13 +29,13 @@ _DRAWN = tuple(name for name in SCORES if name != "rewrite_magnitude")
 
 
 def paper_figures(
-    study: Study, folder: Path, choice: Choice = PUBLISHED, *, every: bool = False
+    study: Study, folder: Path, choice: AnalysisOptions = PUBLISHED, *, every: bool = False
 ) -> tuple[list[Path], list[str]]:
     """Draw what the study has data for, each as PNG and PDF. every: the scatter plots of all problems and methods,
     besides those that the papers show. What cannot be drawn is told in words."""
     folder.mkdir(parents=True, exist_ok=True)
     written, missing = [], []
-    for name, draw in _figures(Material(study, choice), every):
+    for name, draw in _figures(AnalysisInputs(study, choice), every):
         try:
             figure = draw()
         except TableError as error:
@@ -48,7 +48,7 @@ def paper_figures(
     return written, missing
 
 
-def _figures(material: Material, every: bool) -> Iterator[tuple[str, _Draw]]:
+def _figures(material: AnalysisInputs, every: bool) -> Iterator[tuple[str, _Draw]]:
     """Names and how to draw them; the drawing raises ``TableError`` where the study lacks what it needs."""
     study = material.study
     yield from _of_traces(study)
@@ -93,7 +93,7 @@ def _gradients(study: Study) -> Iterator[tuple[str, _Draw]]:
         yield f"gradients_{number:03}", draw
 
 
-def _of_windows(material: Material, states: Sequence[State]) -> Iterator[tuple[str, _Draw]]:
+def _of_windows(material: AnalysisInputs, states: Sequence[State]) -> Iterator[tuple[str, _Draw]]:
     sizes = [(kind, size) for kind, size in states if kind == material.state[0]]
 
     def effects() -> dict[int, pl.DataFrame]:
@@ -108,7 +108,7 @@ def _scores(study: Study, problem: str) -> Figure:
     return plot.scores(own, [name for name in _DRAWN if own[name].is_not_null().any()])
 
 
-def _of_regressions(material: Material, states: Sequence[State]) -> Iterator[tuple[str, _Draw]]:
+def _of_regressions(material: AnalysisInputs, states: Sequence[State]) -> Iterator[tuple[str, _Draw]]:
     """Of the main state, and of the same kind's other windows."""
     choice, main = material.choice, material.state
     others = [each for each in states if each[0] == main[0] and each != main]
@@ -121,7 +121,7 @@ def _of_regressions(material: Material, states: Sequence[State]) -> Iterator[tup
         yield f"r2_{kind}_{size}", draw
 
 
-def _scatters(material: Material, every: bool) -> Iterator[tuple[str, _Draw]]:
+def _scatters(material: AnalysisInputs, every: bool) -> Iterator[tuple[str, _Draw]]:
     study = material.study
 
     def scatter(table: Callable[[], pl.DataFrame], key: tuple[str, str, int], score: str, effect: str) -> _Draw:

@@ -15,7 +15,7 @@ from causalcone.analysis.tables.traces import TableError
 
 
 @dataclass(frozen=True)
-class Choice:
+class AnalysisOptions:
     """How the tables are computed; published protocol: interaction, the largest effect over tokens, p_high.
 
     state: whose effects, the study's main state by default; draws: of the bootstrap and the permutation test; mixed:
@@ -35,14 +35,14 @@ class Choice:
     compat: Compat | None = None
 
 
-PUBLISHED = Choice()
+PUBLISHED = AnalysisOptions()
 
 
-class Material:
+class AnalysisInputs:
     """What several tables and figures of a study are made of, as chosen, computed once. What the study lacks raises
     ``TableError`` where it is asked for."""
 
-    def __init__(self, study: Study, choice: Choice) -> None:
+    def __init__(self, study: Study, choice: AnalysisOptions) -> None:
         self.study, self.choice = study, choice
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 import polars as pl
 
 from causalcone.analysis.effects import OTHER_LAYERS, concentrated_facts
-from causalcone.analysis.papers.inputs import PUBLISHED, Choice, Material
+from causalcone.analysis.papers.inputs import PUBLISHED, AnalysisInputs, AnalysisOptions
 from causalcone.analysis.papers.published_values import (
     PUBLISHED_UNSCALED,
     published_concentrated,
@@ -42,10 +42,10 @@ class Table:
     notes: Sequence[str] = ()
 
 
-def paper_tables(study: Study, choice: Choice = PUBLISHED) -> tuple[list[Table], list[str]]:
+def paper_tables(study: Study, choice: AnalysisOptions = PUBLISHED) -> tuple[list[Table], list[str]]:
     """All tables that the study has data for, and in words what there are none of, and why."""
-    material = Material(study, choice)
-    makers: list[tuple[str, Callable[[Material], Table]]] = [
+    material = AnalysisInputs(study, choice)
+    makers: list[tuple[str, Callable[[AnalysisInputs], Table]]] = [
         ("table2", _concentrated),
         *(
             (f"table{number}", partial(_score_table, number=number, score=score))
@@ -69,7 +69,7 @@ def paper_tables(study: Study, choice: Choice = PUBLISHED) -> tuple[list[Table],
     return tables, [*study.missing(), *missing]
 
 
-def _score_table(material: Material, number: int, score: str) -> Table:
+def _score_table(material: AnalysisInputs, number: int, score: str) -> Table:
     found = in_order(regressions(material.joined, [score], interaction=material.choice.interaction))
     own = found.select(*GROUP, *_R2, "edits", "facts", "layers", "note")
     printed = None if material.published is None else published_regressions(material.published, score)
@@ -85,7 +85,7 @@ def beside(own: pl.DataFrame, printed: pl.DataFrame | None) -> pl.DataFrame:
     return own.join(named, on=GROUP, how="left", maintain_order="left")
 
 
-def _concentrated(material: Material) -> Table:
+def _concentrated(material: AnalysisInputs) -> Table:
     """Facts are chosen by their largest effects over tokens, whatever effects their scores are compared with."""
     facts = concentrated_facts(material.largest)
     chosen = facts.filter("concentrated")["fact_id"]
@@ -103,7 +103,7 @@ def _concentrated(material: Material) -> Table:
     return Table("table2_concentrated", title, beside(found, printed), [told, *material.notes])
 
 
-def _error_table(material: Material) -> Table:
+def _error_table(material: AnalysisInputs) -> Table:
     found = in_order(regressions(material.joined, ["rewrite", "overall"], interaction=material.choice.interaction))
     rows = []
     for row in found.iter_rows(named=True):
@@ -122,7 +122,7 @@ def _error_table(material: Material) -> Table:
     return Table(f"table{number}_errors", title, pl.DataFrame(rows, infer_schema_length=None), material.notes)
 
 
-def _uncertainty(material: Material) -> Table:
+def _uncertainty(material: AnalysisInputs) -> Table:
     """What tracing adds, with intervals and tests that do not take a fact's edits for independent."""
     joined, choice, scores = material.joined, material.choice, list(SCORE_TABLES.values())
     drawn: dict[str, Any] = {"interaction": choice.interaction, "draws": choice.draws, "seed": choice.seed}
@@ -155,14 +155,14 @@ def _uncertainty(material: Material) -> Table:
     return Table("uncertainty", "What tracing adds to the edit layer, and how sure that is", in_order(own), notes)
 
 
-def _correlations(material: Material) -> Table:
+def _correlations(material: AnalysisInputs) -> Table:
     correction = material.choice.correction
     found = in_order(layer_correlations(material.joined, ["rewrite", "overall"], correction=correction))
     notes = [f"p_corrected: over the layers of a problem, method and score, {correction}", *material.notes]
     return Table("correlations", "Correlation of score and tracing effect at each edit layer", found, notes)
 
 
-def _unscaled(material: Material) -> Table:
+def _unscaled(material: AnalysisInputs) -> Table:
     """Rewrite magnitude and the absolute effect at the last subject token, as Meng et al. 2022 measure."""
     kind, window = material.state
     correction = material.choice.correction
@@ -178,13 +178,13 @@ def _unscaled(material: Material) -> Table:
     return Table("unscaled", title, found, notes)
 
 
-def _left_out(material: Material) -> Table:
+def _left_out(material: AnalysisInputs) -> Table:
     found = in_order(left_out_layers(material.joined, ["rewrite", "overall"]))
     notes = ["a row without a layer is of all layers together", *material.notes]
     return Table("left_out_layers", "Error of predicting the edits at a layer from those at all others", found, notes)
 
 
-def _zeroing(material: Material) -> Table:
+def _zeroing(material: AnalysisInputs) -> Table:
     kind, window = material.zeroed_state
     found = in_order(regressions(material.zeroed, ["rewrite", "overall"], interaction=material.choice.interaction))
     own = found.select(*GROUP, "score", *_R2, "edits", "facts", "layers", "note")

@@ -14,7 +14,7 @@ from scipy.stats import chi2
 from statsmodels.tools.sm_exceptions import ConvergenceWarning, SingularMatrixWarning
 
 from causalcone.analysis.stats.least_squares import CONSTANT, EXPLAINED, centred
-from causalcone.analysis.stats.regressions import Sample, fits, samples
+from causalcone.analysis.stats.regressions import RegressionData, fits, samples
 
 LEAST_FACTS = 2
 """So many for each coefficient that is tested; a covariance of fewer clusters is far too small."""
@@ -101,7 +101,7 @@ def mixed_effects(
     return pl.DataFrame(rows, schema=schema)
 
 
-def _lack(sample: Sample, effect: np.ndarray, interaction: bool) -> str | None:
+def _lack(sample: RegressionData, effect: np.ndarray, interaction: bool) -> str | None:
     """Why nothing can be tested, where that is so."""
     if sample.lack is not None:
         return sample.lack
@@ -110,7 +110,7 @@ def _lack(sample: Sample, effect: np.ndarray, interaction: bool) -> str | None:
     return EXPLAINED if fits(sample, interaction)["both"].exact else None
 
 
-def _few(sample: Sample, layer: np.ndarray, effect: np.ndarray, interaction: bool) -> str | None:
+def _few(sample: RegressionData, layer: np.ndarray, effect: np.ndarray, interaction: bool) -> str | None:
     """Why clusters are too few for a covariance, where they are. A fact has one edit at a layer."""
     added = effect.shape[1]
     if len(sample.facts) < LEAST_FACTS * added:
@@ -122,7 +122,7 @@ def _few(sample: Sample, layer: np.ndarray, effect: np.ndarray, interaction: boo
     return "no degrees of freedom are left" if len(sample) <= layer.shape[1] + added else None
 
 
-def _design(sample: Sample, interaction: bool) -> tuple[np.ndarray, np.ndarray]:
+def _design(sample: RegressionData, interaction: bool) -> tuple[np.ndarray, np.ndarray]:
     """Columns of the layers, and of the effect around its layer's mean, in one column or in one for each layer; those
     that do not vary are left out."""
     layers = len(sample.layers)
@@ -142,7 +142,7 @@ class _Mixed:
     converged: bool
 
 
-def _mixed(sample: Sample, design: np.ndarray) -> _Mixed:
+def _mixed(sample: RegressionData, design: np.ndarray) -> _Mixed:
     with warnings.catch_warnings():
         for about_equal_facts in (ConvergenceWarning, SingularMatrixWarning):
             warnings.simplefilter("ignore", about_equal_facts)

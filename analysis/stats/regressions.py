@@ -37,7 +37,7 @@ REGRESSION_SCHEMA: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Sample:
+class RegressionData:
     """The edits of a problem, method and window that have a score and an effect. score, effect: (n,); layer, fact:
     (n,), numbers from 0 without gaps, in the order of ``layers`` and ``facts``."""
 
@@ -73,7 +73,7 @@ class Sample:
         return notes
 
 
-def samples(table: pl.DataFrame, names: Sequence[str] = ("rewrite",)) -> Iterator[Sample]:
+def samples(table: pl.DataFrame, names: Sequence[str] = ("rewrite",)) -> Iterator[RegressionData]:
     """What there is to explain: a sample for each problem, method, window, and score of ``names``. ``table`` is what
     ``edits_with_effects`` gives."""
     unknown = [name for name in names if name not in SCORES]
@@ -83,7 +83,7 @@ def samples(table: pl.DataFrame, names: Sequence[str] = ("rewrite",)) -> Iterato
         for name in names:
             there = own.filter(pl.col(name).is_not_null() & pl.col("effect").is_not_null())
             layers, facts = (there[column].unique().sort() for column in ("layer", "fact_id"))
-            yield Sample(
+            yield RegressionData(
                 key=dict(zip(GROUP, key, strict=True)),
                 name=name,
                 score=there[name].to_numpy(),
@@ -110,7 +110,7 @@ def regressions(table: pl.DataFrame, scores: Sequence[str] = ("rewrite",), *, in
     return pl.DataFrame(rows, schema=REGRESSION_SCHEMA)
 
 
-def fits(sample: Sample, interaction: bool = True) -> dict[str, Fit]:
+def fits(sample: RegressionData, interaction: bool = True) -> dict[str, Fit]:
     """The three models of a sample."""
     both = "interaction" if interaction else "additive"
     return {
@@ -120,7 +120,7 @@ def fits(sample: Sample, interaction: bool = True) -> dict[str, Fit]:
     }
 
 
-def _row(sample: Sample, interaction: bool) -> dict[str, Any]:
+def _row(sample: RegressionData, interaction: bool) -> dict[str, Any]:
     row = {
         **sample.key,
         "score": sample.name,

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from causalcone.analysis.stats.least_squares import CONSTANT, EXACT, EXPLAINED, Floats, around_mean, same
-from causalcone.analysis.stats.regressions import PREDICTORS, Sample, samples
+from causalcone.analysis.stats.regressions import PREDICTORS, RegressionData, samples
 
 _STATISTICS = (*(f"r2_{name}" for name in PREDICTORS), "diff")
 _AT_ONCE = 200
@@ -73,7 +73,7 @@ def permutation_test(
     return pl.DataFrame(rows, schema={**_schema(["diff", "chance", "p"]), "facts": pl.Int64, "note": pl.String})
 
 
-def _no_exchange(sample: Sample, score: Floats) -> str | None:
+def _no_exchange(sample: RegressionData, score: Floats) -> str | None:
     """Why effects cannot be exchanged between the facts of these scores (facts, layers), where that is so."""
     if sample.lack is not None:
         return sample.lack
@@ -114,7 +114,7 @@ def _schema(columns: Sequence[str]) -> dict[str, Any]:
     return {**key, **dict.fromkeys(columns, pl.Float64)}
 
 
-def _predicted(sample: Sample, out: np.ndarray) -> tuple[float, Floats]:
+def _predicted(sample: RegressionData, out: np.ndarray) -> tuple[float, Floats]:
     """What the edits that are not ``out`` say of those that are."""
     score, effect = sample.score[~out], sample.effect[~out]
     mean, around = float(score.mean()), effect - effect.mean()
@@ -128,7 +128,7 @@ def _errors(errors: np.ndarray) -> dict[str, Any]:
     return {"edits": errors.shape[1], "rmse_mean": float(mean), "rmse_trace": float(trace)}
 
 
-def _squares(sample: Sample) -> tuple[Floats, Floats]:
+def _squares(sample: RegressionData) -> tuple[Floats, Floats]:
     """Scores and effects, (facts, layers) each, of the facts that have all layers."""
     shape = (len(sample.facts), len(sample.layers))
     score, effect = np.full(shape, np.nan), np.full(shape, np.nan)
@@ -161,7 +161,7 @@ def _exchanged(
     return float(added((y * x).sum(axis=0, keepdims=True))[0]), added(np.concatenate(products))
 
 
-def _resampled(sample: Sample, interaction: bool, draws: int, rng: np.random.Generator) -> dict[str, Floats]:
+def _resampled(sample: RegressionData, interaction: bool, draws: int, rng: np.random.Generator) -> dict[str, Floats]:
     """The statistics of samples of facts, from each fact's sums at each layer: (facts, layers, 6)."""
     facts, layers = len(sample.facts), len(sample.layers)
     x, y = sample.effect - sample.effect.mean(), sample.score - sample.score.mean()

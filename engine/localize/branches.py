@@ -20,7 +20,7 @@ SEVERED = {None: (), "mlp": ("mlp",), "attn": ("attn",), "both": ("mlp", "attn")
 
 
 @dataclass(frozen=True, eq=False)
-class Branches:
+class TraceGrid:
     """The experiment on one shape, and its table: what each row is about (``state``, an index; centre ``layer``;
     ``token``), and the ``run`` that shows it; all (rows,)."""
 
@@ -39,7 +39,7 @@ def restoration_branches(
     bases: tuple[Base, ...],
     sever: str | None = None,
     joint: bool = False,
-) -> Branches:
+) -> TraceGrid:
     """Causal tracing, plain or severed: corrupted runs with one window restored to its clean values.
 
     One table row per (state, centre layer, token), or per (state, centre layer) where the tokens are restored jointly.
@@ -55,14 +55,14 @@ def restoration_branches(
         start = own.end if len(bases) == 2 else np.zeros_like(own.end)
         held.append(Overwrites.of(np.array(SITES.index(site)), start, np.array(depth), own.run, own.token, CORRUPTED))
     experiment = Experiment(bases, np.full(len(windows), len(bases) - 1), Overwrites.joined(*held[::-1]))
-    return Branches(experiment, *table)
+    return TraceGrid(experiment, *table)
 
 
-def zeroing_branches(states: Sequence[State], depth: int, tokens: Sequence[int]) -> Branches:
+def zeroing_branches(states: Sequence[State], depth: int, tokens: Sequence[int]) -> TraceGrid:
     """Zeroing: clean runs with one window set to zero at all of ``tokens``; a table row per (state, centre layer)."""
     table, windows = _windows(states, depth, tokens, tuple(tokens), 1, joint=True)
     overwrites = _overwritten(windows, 1, tuple(tokens), ZERO)
-    return Branches(Experiment((Base(),), np.full(len(windows), CLEAN), overwrites), *table)
+    return TraceGrid(Experiment((Base(),), np.full(len(windows), CLEAN), overwrites), *table)
 
 
 def _windows(

@@ -10,13 +10,13 @@ import numpy as np
 
 from causalcone.engine.errors import FactError
 from causalcone.engine.facts import EncodedFact, encode
-from causalcone.engine.localize.branches import Branches, choose_tokens, restoration_branches, zeroing_branches
+from causalcone.engine.localize.branches import TraceGrid, choose_tokens, restoration_branches, zeroing_branches
 from causalcone.engine.localize.options import TraceSpec
 from causalcone.engine.localize.states import State
 from causalcone.engine.models.base import Sizes
 from causalcone.engine.plan.cone import Shape
 from causalcone.engine.plan.interventions import Base
-from causalcone.engine.run.runner import Case
+from causalcone.engine.run.runner import Trial
 
 
 def target_tokens(fact: EncodedFact) -> tuple[int, ...]:
@@ -46,12 +46,12 @@ def counterfactual_prompt(fact: EncodedFact, tokenizer: Any, sizes: Sizes) -> tu
 
 
 @dataclass
-class Restoring:
+class CausalTracing:
     """Causal tracing as ``spec`` says, in a model of ``depth`` layers; facts of one shape share their branches."""
 
     spec: TraceSpec
     depth: int
-    _branches: dict[tuple, Branches] = field(default_factory=dict)
+    _branches: dict[tuple, TraceGrid] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:
@@ -71,7 +71,7 @@ class Restoring:
     def draws(self) -> int:
         return 1 + max(base.draw or 0 for base in self.bases)
 
-    def branches(self, fact: EncodedFact, first_corrupted: int) -> Branches:
+    def branches(self, fact: EncodedFact, first_corrupted: int) -> TraceGrid:
         spec = self.spec
         tokens = choose_tokens(spec.chosen, len(fact.prompt), fact.span)
         key = (tokens, first_corrupted)
@@ -81,19 +81,19 @@ class Restoring:
             )
         return self._branches[key]
 
-    def case(self, fact: EncodedFact, counterfactual: tuple[int, ...] | None) -> tuple[Case, Branches]:
+    def case(self, fact: EncodedFact, counterfactual: tuple[int, ...] | None) -> tuple[Trial, TraceGrid]:
         read = target_tokens(fact)
         tokens = len(fact.tokens)
         if counterfactual is None:
             span = corrupted_span(fact, self.spec.extra_tokens)
             branches = self.branches(fact, span[0])
             shape = Shape(tokens, span, (read,))
-            return Case(fact.fact.id, (fact.tokens,), fact.target, shape, branches.experiment), branches
+            return Trial(fact.fact.id, (fact.tokens,), fact.target, shape, branches.experiment), branches
         other = counterfactual + fact.target[:-1]
         alike = tuple(bool(same) for same in np.array(fact.tokens) == np.array(other))
         branches = self.branches(fact, alike.index(False))
         shape = Shape(tokens, (0, 0), (read, read), (alike,))
-        return Case(fact.fact.id, (fact.tokens, other), fact.target, shape, branches.experiment), branches
+        return Trial(fact.fact.id, (fact.tokens, other), fact.target, shape, branches.experiment), branches
 
 
 @dataclass
@@ -103,12 +103,12 @@ class Zeroing:
     states: Sequence[State]
     tokens: str | tuple[int, ...]
     depth: int
-    _branches: dict[tuple, Branches] = field(default_factory=dict)
+    _branches: dict[tuple, TraceGrid] = field(default_factory=dict)
 
-    def case(self, fact: EncodedFact) -> tuple[Case, Branches]:
+    def case(self, fact: EncodedFact) -> tuple[Trial, TraceGrid]:
         tokens = choose_tokens(self.tokens, len(fact.prompt), fact.span)
         if tokens not in self._branches:
             self._branches[tokens] = zeroing_branches(self.states, self.depth, tokens)
         branches = self._branches[tokens]
         shape = Shape(len(fact.tokens), (0, 0), (target_tokens(fact),))
-        return Case(fact.fact.id, (fact.tokens,), fact.target, shape, branches.experiment), branches
+        return Trial(fact.fact.id, (fact.tokens,), fact.target, shape, branches.experiment), branches

@@ -28,7 +28,7 @@ from causalcone.engine.plan.interventions import (
     Overwrites,
     given,
 )
-from causalcone.engine.run.runner import Case, Result
+from causalcone.engine.run.runner import Result, Trial
 from causalcone.engine.run.session import Session
 
 
@@ -90,7 +90,7 @@ class IntegratedGradients:
         captures = Captures(site, layer, np.repeat(np.arange(len(bases)), states), token)
         experiment = Experiment(bases, np.empty(0, dtype=np.int64), Overwrites.none(), captures=captures)
         shape = Shape(len(fact.tokens), fact.span if self.noise else (0, 0), (target_tokens(fact),))
-        case = Case(fact.fact.id, (fact.tokens,), fact.target, shape, experiment)
+        case = Trial(fact.fact.id, (fact.tokens,), fact.target, shape, experiment)
         ((_, result),) = self.session.results(self.session.job([case], self._samples, self.noise))
         clean = result.states[:1, :states].double()
         return clean, result.states[:, states:].double() if self.noise else torch.zeros_like(clean)
@@ -127,7 +127,7 @@ class IntegratedGradients:
     def _run(self, fact: EncodedFact, at: np.ndarray, vectors: tuple[Tensor, ...]) -> Result:
         """Each state set to its vectors (points, hidden), in a run of its own."""
         shape = Shape(len(fact.tokens), (0, 0), (target_tokens(fact),))
-        case = Case(fact.fact.id, (fact.tokens,), fact.target, shape, runs_along(at), vectors)
+        case = Trial(fact.fact.id, (fact.tokens,), fact.target, shape, runs_along(at), vectors)
         ((_, result),) = self.session.results(self.session.job([case], len(vectors[0]), gradient=True))
         return result
 

@@ -20,7 +20,7 @@ from causalcone.engine.models.base import Sizes
 from causalcone.engine.noise import Noise
 from causalcone.engine.plan.cone import Shape
 from causalcone.engine.plan.interventions import SITES, ZERO, Base, Captures, Experiment, Overwrites, given
-from causalcone.engine.run.runner import Case, Result
+from causalcone.engine.run.runner import Result, Trial
 
 NO_SUBJECT = (0, 0)
 """The span of a prompt that is about no subject."""
@@ -173,7 +173,7 @@ class Patching:
         takes_others = self.base.startswith("other") or any(each.from_other for run in self.runs for each in run)
         return encode_prompt(prompt, number, tokenizer, self.sizes, takes_others)
 
-    def case(self, prompt: EncodedPrompt, number: int) -> Case:
+    def case(self, prompt: EncodedPrompt, number: int) -> Trial:
         """The experiment on one prompt, the ``number``-th."""
         bases, names = self._bases(prompt)
         own = _Places(prompt, self._base_text(self.base))
@@ -188,9 +188,9 @@ class Patching:
         experiment = Experiment(bases, branch_base, Overwrites(*table), (False,) * len(vectors), captures, logits)
         target = prompt.own.target
         prompts = tuple(prompt.text(i) + target[:-1] for i in range(1 + len(prompt.others)))
-        return Case(prompt.own.fact.id, prompts, target, self._shape(prompt, prompts), experiment, tuple(vectors))
+        return Trial(prompt.own.fact.id, prompts, target, self._shape(prompt, prompts), experiment, tuple(vectors))
 
-    def result(self, prompt: EncodedPrompt, case: Case, result: Result) -> PromptResult:
+    def result(self, prompt: EncodedPrompt, case: Trial, result: Result) -> PromptResult:
         bases = case.experiment.bases
         runs = result.log_p.shape[1]
         values, at = [], {"logits": 0, "states": 0}

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from causalcone.engine.facts import EncodedFact
-from causalcone.engine.localize.branches import TOGETHER, Branches
+from causalcone.engine.localize.branches import TOGETHER, TraceGrid
 from causalcone.engine.localize.gradients import Attribution
 from causalcone.engine.localize.states import State
 from causalcone.engine.plan.interventions import CLEAN, CORRUPTED, SITES
@@ -64,7 +64,7 @@ def gradient_batch(fact_id: str, attribution: Attribution) -> pa.RecordBatch:
 def trace_batch(
     fact: EncodedFact,
     method: str,
-    branches: Branches,
+    branches: TraceGrid,
     states: Sequence[State],
     texts: Sequence[str],
     log_p: np.ndarray,

@@ -11,8 +11,8 @@ import torch
 
 from causalcone.engine.errors import ExperimentError, ModelError
 from causalcone.engine.facts import EncodedFact, Fact, token_texts
-from causalcone.engine.localize.branches import Branches, check_tokens, choose_tokens
-from causalcone.engine.localize.causal_tracing import Restoring, Zeroing, counterfactual_prompt
+from causalcone.engine.localize.branches import TraceGrid, check_tokens, choose_tokens
+from causalcone.engine.localize.causal_tracing import CausalTracing, Zeroing, counterfactual_prompt
 from causalcone.engine.localize.gradients import IntegratedGradients
 from causalcone.engine.localize.options import (
     DEFAULT_SIGMA,
@@ -31,7 +31,7 @@ from causalcone.engine.localize.states import KINDS, State, States, as_states
 from causalcone.engine.localize.tables import GRADIENT_SCHEMA, TRACE_SCHEMA, gradient_batch, trace_batch
 from causalcone.engine.noise import SCALED_NOISES, Noise, NoiseStream, parse_sigma
 from causalcone.engine.plan.cost import forward_flops
-from causalcone.engine.run.runner import Job
+from causalcone.engine.run.runner import PassRunner
 from causalcone.engine.run.session import Session, load_model, stream_model
 
 WEIGHTS = ("resident", "stream")
@@ -59,12 +59,12 @@ class TracePlan:
 
 
 @dataclass(frozen=True)
-class _Study:
+class _TraceRun:
     """Facts with what runs for each, and how their results become a table."""
 
-    job: Job
+    job: PassRunner
     facts: list[EncodedFact]
-    branches: list[Branches]
+    branches: list[TraceGrid]
     states: tuple[State, ...]
     method: str
 
@@ -232,7 +232,7 @@ class Tracer:
         zeroing = Zeroing(parsed, chosen, self.session.sizes.depth)
         cases = [zeroing.case(fact) for fact in encoded]
         job = self.session.job([case for case, _ in cases])
-        return self._batches(_Study(job, encoded, [branches for _, branches in cases], parsed, "zero"), progress)
+        return self._batches(_TraceRun(job, encoded, [branches for _, branches in cases], parsed, "zero"), progress)
 
     def integrated_gradients(
         self,
@@ -346,7 +346,7 @@ class Tracer:
             list(facts), target, on_error, lambda each: choose_tokens(tokens, len(each.prompt), each.span, each.fact.id)
         )
 
-    def _tracing(self, facts: Iterable[Fact], states: States, on_error: str, options: TraceOptions) -> _Study:
+    def _tracing(self, facts: Iterable[Fact], states: States, on_error: str, options: TraceOptions) -> _TraceRun:
         """Check every argument and every fact."""
         session = self.session
         spec = TraceSpec(as_states(states, session.sizes.heads), **options)
@@ -361,11 +361,11 @@ class Tracer:
 
         encoded = session.encode(list(facts), spec.target, on_error, check)
         sigma = self._sigma(spec.sigma, noise, [each.fact for each in encoded])
-        restoring = Restoring(spec, session.sizes.depth)
+        restoring = CausalTracing(spec, session.sizes.depth)
         cases = [restoring.case(fact, others.get(fact.fact.id)) for fact in encoded]
         stream = NoiseStream(noise, sigma, spec.seed, restoring.samples, session.sizes.hidden, restoring.draws)
         job = session.job([case for case, _ in cases], restoring.samples, stream)
-        return _Study(job, encoded, [branches for _, branches in cases], spec.states, spec.method)
+        return _TraceRun(job, encoded, [branches for _, branches in cases], spec.states, spec.method)
 
     def _sigma(self, sigma: float | str, noise: Noise, facts: Sequence[Fact]) -> float:
         """The noise level as a number, where the noise has one; all facts are checked by now."""
@@ -378,7 +378,7 @@ class Tracer:
         value, in_deviations = parse_sigma(sigma)
         return value * self.session.subject_deviation(facts) if in_deviations else value
 
-    def _batches(self, study: _Study, progress: Progress | None) -> Iterator[pa.RecordBatch]:
+    def _batches(self, study: _TraceRun, progress: Progress | None) -> Iterator[pa.RecordBatch]:
         total = len(study.facts)
         report = progress or (lambda done, of: None)
         report(0, total)

@@ -22,7 +22,7 @@ from causalcone.engine.plan.plan import Plan, Rows, together
 SLOTS = ("stream", "keys", "queries", "heads")
 
 
-class Workspace:
+class Buffers:
     """Slots of rows in one dtype on one device. What a slot held is lost when it is taken again."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:

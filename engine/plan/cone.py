@@ -100,7 +100,7 @@ class Cone:
 def find_cone(shape: Shape, experiment: Experiment, depth: int, parallel: bool) -> Cone:
     """Number the values of an experiment through all layers. Runs become active in the layer where they fork."""
     entries, state = _enter(shape, experiment.bases)
-    rows = _Inputs(state, entries.token, entries.draw >= 0)
+    rows = _LayerInputs(state, entries.token, entries.draw >= 0)
 
     row_of = experiment.base.copy()  # runs that have not forked yet are their base
     layers = []
@@ -130,7 +130,7 @@ def _enter(shape: Shape, bases: tuple[Base, ...]) -> tuple[Entries, np.ndarray]:
 
 
 @dataclass
-class _Inputs:
+class _LayerInputs:
     """A layer's input rows: their numbers for each active run and token, and of each number the token it belongs to
     and whether it varies."""
 
@@ -140,13 +140,13 @@ class _Inputs:
 
 
 class _Layer:
-    def __init__(self, experiment: Experiment, inputs: _Inputs, row_of: np.ndarray, layer: int) -> None:
+    def __init__(self, experiment: Experiment, inputs: _LayerInputs, row_of: np.ndarray, layer: int) -> None:
         self.experiment, self.inputs, self.row_of, self.layer = experiment, inputs, row_of, layer
         o = experiment.overwrites
         self.now = (o.start <= layer) & (layer < o.end)
         self.given_varies = np.array([False, *experiment.varying_vectors])
 
-    def number(self, parallel: bool) -> tuple[LayerValues, _Inputs]:
+    def number(self, parallel: bool) -> tuple[LayerValues, _LayerInputs]:
         state, varies = self.inputs.state, self.inputs.varies
         prefix, first = _number_prefixes(state)
         attn_run, attn_token = np.divmod(first, state.shape[1])
@@ -171,7 +171,7 @@ class _Layer:
             state, self.inputs.token, varies, attn_run, attn_token, attn_varies, mixes, mid_input, mid_attn, mid_varies,
             mlp_varies, out_mid[behind], out_mlp[behind], out_given, out_varies, captured,
         )  # fmt: skip
-        return values, _Inputs(out, out_token, out_varies)
+        return values, _LayerInputs(out, out_token, out_varies)
 
     def _with_given(self, varies: np.ndarray) -> np.ndarray:
         return np.concatenate([varies, self.given_varies])

@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 
 from causalcone.engine.models.base import Architecture, Block
-from causalcone.engine.plan.buffers import Workspace, slot_elements, slot_uses
+from causalcone.engine.plan.buffers import Buffers, slot_elements, slot_uses
 from causalcone.engine.plan.interventions import CLEAN
 from causalcone.engine.plan.plan import Captured, Given, LayerPlan, Rows, Segment
 from causalcone.engine.run.head_patching import mix_heads
-from causalcone.engine.run.packing import Group, Placement, Stage, gather_rows, place, place_attention, spread
+from causalcone.engine.run.packing import Group, PackedStage, Placement, gather_rows, place, place_attention, spread
 from causalcone.kernels.backends import TORCH, Backends
 from causalcone.kernels.norms import Norm, unchanged
 from causalcone.kernels.readout import Readout
-from causalcone.kernels.row_attention import Scoring
+from causalcone.kernels.row_attention import ScoreRule
 from causalcone.kernels.tiles import Tiles, pieces
 from causalcone.kernels.transfer import on_device
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PassResult:
     """What a pass gives for a group's facts (F) and samples (J), on its device.
 
     log_p (F, J, R, k) float64: log-probability of each target token in each run; states (F, J, captures, hidden): the
@@ -42,14 +42,14 @@ def run_pass(
     architecture: Architecture,
     groups: Sequence[Group],
     tiles: Tiles,
-    space: Workspace,
+    space: Buffers,
     backends: Backends = TORCH,
-) -> list[Outcome]:
+) -> list[PassResult]:
     """What the plans of all groups read out, computed in the space's dtype."""
-    return _Wave(architecture, groups, tiles, space, backends).run()
+    return _ForwardPass(architecture, groups, tiles, space, backends).run()
 
 
-class _Wave:
+class _ForwardPass:
     """One pass. Row tensors are (rows, width); a stage says which run's row lies where."""
 
     def __init__(
@@ -57,7 +57,7 @@ class _Wave:
         architecture: Architecture,
         groups: Sequence[Group],
         tiles: Tiles,
-        space: Workspace,
+        space: Buffers,
         backends: Backends,
     ) -> None:
         self.architecture, self.groups, self.tiles, self.space = architecture, groups, tiles, space
@@ -69,7 +69,7 @@ class _Wave:
             for group in groups
         ]
 
-    def run(self) -> list[Outcome]:
+    def run(self) -> list[PassResult]:
         uses = [slot_uses(group.plan, self.architecture.sizes) for group in self.groups]
         self.space.reserve(slot_elements(uses, [(group.facts, group.samples) for group in self.groups]))
         stage = place(self.groups, [group.plan.layers[0].inputs for group in self.groups], self.device)
@@ -80,7 +80,9 @@ class _Wave:
                 rows, stage = self._layer(rows, stage, next(blocks), plans)
         return self._read_out(rows, stage)
 
-    def _layer(self, rows: Tensor, stage: Stage, block: Block, plans: Sequence[LayerPlan]) -> tuple[Tensor, Stage]:
+    def _layer(
+        self, rows: Tensor, stage: PackedStage, block: Block, plans: Sequence[LayerPlan]
+    ) -> tuple[Tensor, PackedStage]:
         """One layer: input rows to output rows. An overwritten value is a row gathered from another run."""
         hidden = self.architecture.sizes.hidden
         attn, attn_stage = self._attention(rows, stage, block, plans)
@@ -117,7 +119,9 @@ class _Wave:
         self._capture("hidden", out, out_stage, plans)
         return out, out_stage
 
-    def _attention(self, rows: Tensor, stage: Stage, block: Block, plans: Sequence[LayerPlan]) -> tuple[Tensor, Stage]:
+    def _attention(
+        self, rows: Tensor, stage: PackedStage, block: Block, plans: Sequence[LayerPlan]
+    ) -> tuple[Tensor, PackedStage]:
         """What attention adds to the residual stream, and where its rows lie."""
         sizes, groups = self.architecture.sizes, self.groups
         key_rows, query_rows = [plan.keys_values.rows for plan in plans], [plan.queries.rows for plan in plans]
@@ -145,15 +149,15 @@ class _Wave:
     def _attend(
         self,
         queries: Tensor,
-        query_stage: Stage,
+        query_stage: PackedStage,
         keys_values: Tensor,
-        key_stage: Stage,
+        key_stage: PackedStage,
         block: Block,
         plans: Sequence[LayerPlan],
         out: Tensor,
     ) -> None:
         """The heads' outputs, segment by segment: one dense batch for all runs that query for the same tokens."""
-        scoring = Scoring(block.head_dim, block.scale, block.softcap, block.window)
+        scoring = ScoreRule(block.head_dim, block.scale, block.softcap, block.window)
         first = 0
         for plan, keys, queried in zip(plans, key_stage.placements, query_stage.placements, strict=True):
             for segment in plan.segments:
@@ -177,7 +181,7 @@ class _Wave:
             source = rows[part] if index is None else self.backends.gather_normed(rows, index[part], norm)
             out[part] = function(source) if positions is None else function(source, positions[part])
 
-    def _give(self, out: Tensor, stage: Stage, givens: Sequence[Given]) -> None:
+    def _give(self, out: Tensor, stage: PackedStage, givens: Sequence[Given]) -> None:
         """Fill the rows of a stage that are given, which lie behind those that it computes."""
         first = stage.computed + stage.mixed
         for group, given in zip(self.groups, givens, strict=True):
@@ -186,13 +190,13 @@ class _Wave:
                 out[first : first + count] = torch.cat(group.given_rows(given, out.shape[1], out.device))
             first += count
 
-    def _capture(self, site: str, rows: Tensor, stage: Stage, plans: Sequence[LayerPlan]) -> None:
+    def _capture(self, site: str, rows: Tensor, stage: PackedStage, plans: Sequence[LayerPlan]) -> None:
         """Keep the rows of a stage that are handed out."""
         for states, plan, placement in zip(self.states, plans, stage.placements, strict=True):
             if site in plan.captured:
                 _copy_captured(states, rows, plan.captured[site], placement)
 
-    def _read_out(self, rows: Tensor, stage: Stage) -> list[Outcome]:
+    def _read_out(self, rows: Tensor, stage: PackedStage) -> list[PassResult]:
         plans = [group.plan for group in self.groups]
         read_stage = place(self.groups, [plan.read_rows.rows for plan in plans], self.device)
         states = rows.new_empty(read_stage.rows, rows.shape[1])
@@ -246,12 +250,12 @@ def _most_likely(readout: Readout, states: Tensor, rows: Sequence[Tensor]) -> It
 def read_logits(
     architecture: Architecture,
     states: Tensor,
-    stage: Stage,
+    stage: PackedStage,
     groups: Sequence[Group],
     tiles: Tiles,
     captured: Sequence[Tensor],
     backends: Backends,
-) -> list[Outcome]:
+) -> list[PassResult]:
     """The outcome of normed final rows ``states`` (R, hidden)."""
     device = states.device
     readout = Readout(
@@ -276,7 +280,7 @@ def read_logits(
     outcomes = []
     for group, placement, ids, values in zip(groups, stage.placements, read, captured, strict=True):
         logits = _logits(readout, states, group, placement)
-        outcomes.append(Outcome(log_p[placement.flat(ids, varying=True)], values, logits))
+        outcomes.append(PassResult(log_p[placement.flat(ids, varying=True)], values, logits))
     return outcomes
 
 

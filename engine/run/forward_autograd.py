@@ -18,7 +18,7 @@ from causalcone.engine.models.base import Architecture, Block
 from causalcone.engine.plan.interventions import CLEAN
 from causalcone.engine.plan.plan import Given, LayerPlan, Segment
 from causalcone.engine.run.forward import enter, segment_rows
-from causalcone.engine.run.packing import Group, Placement, Stage, gather_rows, place, place_attention, spread
+from causalcone.engine.run.packing import Group, PackedStage, Placement, gather_rows, place, place_attention, spread
 from causalcone.kernels.attention import attend
 from causalcone.kernels.readout import Readout
 from causalcone.kernels.readout_gradients import log_probability
@@ -30,13 +30,13 @@ def run_gradient_pass(
     architecture: Architecture, groups: Sequence[Group], tiles: Tiles, dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
     """Log-probabilities (F, J, R, k) float64 of the target tokens, differentiable by the groups' varying vectors."""
-    return _GradientWave(architecture, groups, tiles, dtype, device).run()
+    return _AutogradPass(architecture, groups, tiles, dtype, device).run()
 
 
-class _Rows:
+class _GradientRows:
     """A stage's rows, those without gradient and those with it; ``position`` finds packed rows in ``joined``."""
 
-    def __init__(self, stage: Stage, shared: Tensor, varying: Tensor) -> None:
+    def __init__(self, stage: PackedStage, shared: Tensor, varying: Tensor) -> None:
         self.stage, self.shared, self.varying = stage, shared, varying
 
     @cached_property
@@ -50,10 +50,10 @@ class _Rows:
 
     def of_any(self, packed: Tensor) -> Tensor:
         """Rows with their gradient, where they have one."""
-        return _Gather.apply(self.varying, self.shared, self.position[packed])
+        return _RowGather.apply(self.varying, self.shared, self.position[packed])
 
 
-class _Gather(torch.autograd.Function):
+class _RowGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, varying: Tensor, shared: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
@@ -73,7 +73,7 @@ class _Gather(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class _GradientWave:
+class _AutogradPass:
     architecture: Architecture
     groups: Sequence[Group]
     tiles: Tiles
@@ -85,14 +85,14 @@ class _GradientWave:
         with torch.no_grad():
             entered = enter(self.architecture, self.groups, self.dtype, self.device)
         varies = _varies(stage)
-        rows = _Rows(stage, entered[~varies], entered[varies])
+        rows = _GradientRows(stage, entered[~varies], entered[varies])
         for layer in range(self.architecture.sizes.depth):
             with torch.no_grad():
                 block = self.architecture.block(layer, self.dtype, self.device)
             rows = self._layer(rows, block, [group.plan.layers[layer] for group in self.groups])
         return self._read_out(rows)
 
-    def _layer(self, rows: _Rows, block: Block, plans: Sequence[LayerPlan]) -> _Rows:
+    def _layer(self, rows: _GradientRows, block: Block, plans: Sequence[LayerPlan]) -> _GradientRows:
         attn = self._attention(rows, block, plans)
         mid_stage = place(self.groups, [plan.mid_input.rows for plan in plans], self.device)
         inputs = gather_rows([plan.mid_input for plan in plans], rows.stage)
@@ -112,7 +112,7 @@ class _GradientWave:
         mlps = gather_rows([plan.out_mlp for plan in plans], mlp_stage)
         return self._compute(out_stage, torch.add, [(mid, mids), (mlp, mlps)], given=given)
 
-    def _attention(self, rows: _Rows, block: Block, plans: Sequence[LayerPlan]) -> _Rows:
+    def _attention(self, rows: _GradientRows, block: Block, plans: Sequence[LayerPlan]) -> _GradientRows:
         key_rows, query_rows = [plan.keys_values.rows for plan in plans], [plan.queries.rows for plan in plans]
         key_stage, query_stage = (place(self.groups, own, self.device) for own in (key_rows, query_rows))
         keys = self._compute(
@@ -134,7 +134,9 @@ class _GradientWave:
             own = block.attention_output(shared)
         return self._with_given(stage, own, block.attention_output(varying), [plan.attn_given for plan in plans])
 
-    def _attend(self, queries: _Rows, keys: _Rows, block: Block, plans: Sequence[LayerPlan]) -> tuple[Tensor, Tensor]:
+    def _attend(
+        self, queries: _GradientRows, keys: _GradientRows, block: Block, plans: Sequence[LayerPlan]
+    ) -> tuple[Tensor, Tensor]:
         """The heads' outputs, segment by segment, without gradient and with it."""
         width = self.architecture.sizes.heads * block.head_dim
         none = torch.empty(0, width, dtype=self.dtype, device=self.device)
@@ -174,19 +176,19 @@ class _GradientWave:
         return zip(query_rows.split(runs), key_rows.split(runs), strict=True)
 
     @staticmethod
-    def _gathered(varying: bool, rows: _Rows, packed: list[Tensor]) -> tuple[Tensor, ...]:
+    def _gathered(varying: bool, rows: _GradientRows, packed: list[Tensor]) -> tuple[Tensor, ...]:
         index = torch.cat([part.flatten() for part in packed])
         every = rows.of_any(index) if varying else rows.of_shared(index)
         return every.split([part.numel() for part in packed])
 
     def _compute(
         self,
-        stage: Stage,
+        stage: PackedStage,
         function: Callable[..., Tensor],
-        sources: Sequence[tuple[_Rows, Tensor]],
+        sources: Sequence[tuple[_GradientRows, Tensor]],
         positions: Tensor | None = None,
         given: Sequence[Given] = (),
-    ) -> _Rows:
+    ) -> _GradientRows:
         """A stage's rows as ``function`` of indexed rows of the sources."""
         varies = _varies(stage)[: stage.computed]
         shared, varying = (mask.nonzero()[:, 0] for mask in (~varies, varies))
@@ -199,15 +201,15 @@ class _GradientWave:
         parts = [function(*tile) for tile in tiles] or [own[:0]]
         return self._with_given(stage, own, torch.cat(parts), given)
 
-    def _with_given(self, stage: Stage, shared: Tensor, varying: Tensor, given: Sequence[Given]) -> _Rows:
+    def _with_given(self, stage: PackedStage, shared: Tensor, varying: Tensor, given: Sequence[Given]) -> _GradientRows:
         """The computed rows of a stage and the given ones behind them."""
         parts = ([shared], [varying])
         for group, own in zip(self.groups, given, strict=False):
             for part, rows in zip(parts, group.given_rows(own, shared.shape[1], self.device), strict=True):
                 part.append(rows.to(self.dtype))
-        return _Rows(stage, torch.cat(parts[0]), torch.cat(parts[1]))
+        return _GradientRows(stage, torch.cat(parts[0]), torch.cat(parts[1]))
 
-    def _read_out(self, rows: _Rows) -> list[Tensor]:
+    def _read_out(self, rows: _GradientRows) -> list[Tensor]:
         plans = [group.plan for group in self.groups]
         stage = place(self.groups, [plan.read_rows.rows for plan in plans], self.device)
         index = gather_rows([plan.read_rows for plan in plans], rows.stage)
@@ -227,7 +229,7 @@ class _GradientWave:
             first = group.plan.read_rows.rows.shared
             shared.append(of_rows[:, :first].flatten())
             varying.append(of_rows[:, None, first:].expand(-1, group.samples, -1).flatten())
-        log_p = _Rows(
+        log_p = _GradientRows(
             stage,
             readout.target_log_probabilities(states.shared, torch.cat(shared))[:, None],
             log_probability(states.varying, readout, torch.cat(varying))[:, None],
@@ -236,7 +238,7 @@ class _GradientWave:
         return [log_p.of_any(rows.flatten()).view(rows.shape) for rows in flat]
 
 
-def _varies(stage: Stage) -> Tensor:
+def _varies(stage: PackedStage) -> Tensor:
     """(R,) which packed rows of a stage differ from sample to sample."""
     device = stage.placements[0].start.device
     varies = torch.zeros(stage.rows, dtype=torch.bool, device=device)

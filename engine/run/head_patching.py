@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from causalcone.engine.plan.plan import LayerPlan, Mix
-from causalcone.engine.run.packing import Group, Placement, Stage
+from causalcone.engine.run.packing import Group, PackedStage, Placement
 from causalcone.kernels.transfer import on_device
 
 
-def mix_heads(heads: Tensor, stage: Stage, groups: Sequence[Group], plans: Sequence[LayerPlan], head_dim: int) -> None:
+def mix_heads(
+    heads: Tensor, stage: PackedStage, groups: Sequence[Group], plans: Sequence[LayerPlan], head_dim: int
+) -> None:
     """Fill the mixed rows of ``heads`` (R, H * head_dim), which lie behind those that attention computes."""
     for group, plan, placement in zip(groups, plans, stage.placements, strict=True):
         mix, computed = plan.mix, plan.attn.total

@@ -80,7 +80,7 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Stage:
+class PackedStage:
     """A packed stage: how many rows are computed, mixed and given, in this order, and each group's placement."""
 
     computed: int
@@ -89,7 +89,9 @@ class Stage:
     placements: tuple[Placement, ...]
 
 
-def place(groups: Sequence[Group], rows: Sequence[Rows], device: torch.device, givens: Sequence[Given] = ()) -> Stage:
+def place(
+    groups: Sequence[Group], rows: Sequence[Rows], device: torch.device, givens: Sequence[Given] = ()
+) -> PackedStage:
     """Each group's shared rows by fact, then its varying rows by fact and sample; behind all groups' the given ones."""
     parts = []
     first = 0
@@ -99,7 +101,7 @@ def place(groups: Sequence[Group], rows: Sequence[Rows], device: torch.device, g
     return _stage(groups, parts, first, first, [given.rows for given in givens], device)
 
 
-def place_attention(groups: Sequence[Group], plans: Sequence[LayerPlan], device: torch.device) -> Stage:
+def place_attention(groups: Sequence[Group], plans: Sequence[LayerPlan], device: torch.device) -> PackedStage:
     """Attention rows lie segment by segment, so that each segment's output is one slice; then mixes and given rows."""
     parts = []
     first = 0
@@ -128,13 +130,13 @@ def _stage(
     first: int,
     givens: Sequence[Rows],
     device: torch.device,
-) -> Stage:
+) -> PackedStage:
     mixed = first - computed
     for group, part, own in zip(groups, parts, givens, strict=False):
         part.append(_placed(group, own, first, device))
         first += own.count(group.facts, group.samples)
     placements = (Placement(group, *torch.cat(part, dim=1)) for group, part in zip(groups, parts, strict=True))
-    return Stage(computed, mixed, first, tuple(placements))
+    return PackedStage(computed, mixed, first, tuple(placements))
 
 
 def _placed(group: Group, own: Rows, first: int, device: torch.device) -> Tensor:
@@ -146,7 +148,7 @@ def _placed(group: Group, own: Rows, first: int, device: torch.device) -> Tensor
     return torch.stack([start, per_fact, torch.where(shared, 0, own.varying)])
 
 
-def gather_rows(gathers: Sequence[Gather], source: Stage) -> Tensor:
+def gather_rows(gathers: Sequence[Gather], source: PackedStage) -> Tensor:
     """(R,) for each packed row that a stage computes, the packed row of ``source`` that it reads."""
     parts = []
     for gather, placement in zip(gathers, source.placements, strict=True):

@@ -14,7 +14,7 @@ from torch import Tensor
 from causalcone.engine.errors import CausalconeError, MemoryBudgetError, ModelError
 from causalcone.engine.memory import out_of_memory
 from causalcone.engine.models.base import Architecture
-from causalcone.engine.plan.buffers import Workspace
+from causalcone.engine.plan.buffers import Buffers
 from causalcone.engine.plan.compiler import compile_plan
 from causalcone.engine.plan.cone import Shape
 from causalcone.engine.plan.cost import Footprint
@@ -23,7 +23,7 @@ from causalcone.engine.plan.plan import Plan
 from causalcone.engine.run.forward import run_pass
 from causalcone.engine.run.forward_autograd import run_gradient_pass
 from causalcone.engine.run.packing import Group
-from causalcone.engine.run.scheduler import Budget, Part, PlanCache, assemble, split
+from causalcone.engine.run.scheduler import Budget, PlanCache, TrialPart, assemble, split
 from causalcone.kernels.backends import TORCH, Backends
 from causalcone.kernels.transfer import fetch
 
@@ -38,7 +38,7 @@ def passes_ahead(device: torch.device) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
+class Trial:
     """One fact and the experiment on it.
 
     name: for messages; prompts: the token ids that run through the model, prompt by prompt; targets: ids of the target,
@@ -73,12 +73,12 @@ class Result:
     gradients: dict[int, Tensor]
 
 
-Finish = Callable[[], Iterable[tuple[Part, Result]]]
+Finish = Callable[[], Iterable[tuple[TrialPart, Result]]]
 """Waits for a pass and hands out its results."""
 
 
 @dataclass
-class Job:
+class PassRunner:
     """Runs ``cases`` with ``samples`` noise samples in ``dtype`` on ``device``.
 
     noise: the noise of a span of so many tokens, for a range of samples (``NoiseStream``). plans: may be kept from job
@@ -86,7 +86,7 @@ class Job:
     """
 
     architecture: Architecture
-    cases: Sequence[Case]
+    cases: Sequence[Trial]
     samples: int
     noise: Callable[[int, range], np.ndarray]
     dtype: torch.dtype
@@ -95,7 +95,7 @@ class Job:
     gradient: bool = False
     backends: Backends = TORCH
 
-    def plan(self, part: Part) -> tuple[Plan, Footprint]:
+    def plan(self, part: TrialPart) -> tuple[Plan, Footprint]:
         case, architecture = self.cases[part.fact], self.architecture
 
         def make() -> tuple[Plan, Footprint]:
@@ -106,23 +106,23 @@ class Job:
 
         return self.plans.get((case.shape, case.experiment.digest, part.branches), make)
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[TrialPart]:
         """Each fact whole, but for those too large to be compiled at once."""
         for index, case in enumerate(self.cases):
             branches = case.experiment.branches
             step = max(1, MAX_CELLS // case.shape.tokens)
             for first in range(0, max(1, branches), step):
-                yield Part(index, range(self.samples), range(first, min(first + step, branches)))
+                yield TrialPart(index, range(self.samples), range(first, min(first + step, branches)))
 
-    def passes(self, budget: Budget) -> Iterator[tuple[list[Part], int]]:
+    def passes(self, budget: Budget) -> Iterator[tuple[list[TrialPart], int]]:
         """Passes of consecutive facts, or of parts of large ones, each with its predicted peak of bytes."""
         return assemble(self.parts(), lambda part: self.plan(part)[1], budget, lambda index: self.cases[index].name)
 
     def results(self, budget: Budget) -> Iterator[tuple[int, Result]]:
         """The number of each case in order, with its result."""
         self._check_smallest(budget)
-        collected = _Collected(self)
-        space = Workspace(self.dtype, self.device)
+        collected = _TrialResults(self)
+        space = Buffers(self.dtype, self.device)
         ahead = passes_ahead(self.device)
         running: deque[Finish] = deque()
         try:
@@ -143,11 +143,11 @@ class Job:
             key = (case.shape, case.experiment.digest)
             if key not in known:
                 known.add(key)
-                smallest = Part(index, range(1), range(min(1, case.experiment.branches)))
+                smallest = TrialPart(index, range(1), range(min(1, case.experiment.branches)))
                 for _ in assemble([smallest], lambda part: self.plan(part)[1], budget, lambda i: self.cases[i].name):
                     pass
 
-    def _begin_all(self, budget: Budget, space: Workspace) -> Iterator[Finish]:
+    def _begin_all(self, budget: Budget, space: Buffers) -> Iterator[Finish]:
         """Begin every pass; where memory runs out after all, two smaller ones in its place."""
         for parts, _ in self.passes(budget):
             pending = [parts]
@@ -173,7 +173,7 @@ class Job:
                     if self.device.type == "cuda":
                         torch.cuda.empty_cache()
 
-    def _begin(self, parts: list[Part], budget: Budget, space: Workspace) -> Finish:
+    def _begin(self, parts: list[TrialPart], budget: Budget, space: Buffers) -> Finish:
         """Give the device a pass to compute. The results are fetched behind it, and waited for when they are asked
         for."""
         plans = [self.plan(part)[0] for part in parts]  # held, since the cache may drop them at any time
@@ -188,7 +188,7 @@ class Job:
         outcomes = run_pass(self.architecture, groups, budget.tiles, space, self.backends)
         fetched = [fetch(outcome.log_p.sum(-1), outcome.states, outcome.logits) for outcome in outcomes]
 
-        def finish() -> Iterator[tuple[Part, Result]]:
+        def finish() -> Iterator[tuple[TrialPart, Result]]:
             for group, on_their_way in zip(members.values(), fetched, strict=True):
                 log_p, states, logits = on_their_way.wait()
                 for i, index in enumerate(group):
@@ -197,8 +197,8 @@ class Job:
         return finish
 
     def _differentiate(
-        self, parts: list[Part], members: list[list[int]], groups: list[Group], budget: Budget
-    ) -> list[tuple[Part, Result]]:
+        self, parts: list[TrialPart], members: list[list[int]], groups: list[Group], budget: Budget
+    ) -> list[tuple[TrialPart, Result]]:
         groups = [
             replace(group, vectors=tuple(tuple(_leaf(v) for v in own) for own in group.vectors)) for group in groups
         ]
@@ -219,7 +219,7 @@ class Job:
                 done.append((parts[index], Result(of_fact.detach().cpu().numpy(), nothing, nothing, used)))
         return done
 
-    def _group(self, plan: Plan, parts: list[Part]) -> Group:
+    def _group(self, plan: Plan, parts: list[TrialPart]) -> Group:
         cases = [self.cases[part.fact] for part in parts]
         samples = parts[0].samples
         start, end = cases[0].shape.noised
@@ -235,23 +235,23 @@ class Job:
         )
 
 
-class _Collected:
+class _TrialResults:
     """Results of parts, put together per fact and handed out in the facts' order."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: PassRunner) -> None:
         self.job = job
         self.next = 0
         self.results: dict[int, Result] = {}
         self.missing: dict[int, int] = {}
 
-    def add_all(self, results: Iterable[tuple[Part, Result]]) -> Iterator[tuple[int, Result]]:
+    def add_all(self, results: Iterable[tuple[TrialPart, Result]]) -> Iterator[tuple[int, Result]]:
         """Put results of a pass to those that are there; hands out the facts that are complete."""
         for part, own in results:
             self.add(part, own)
             del own  # the results of a whole pass hang on those of one part
         yield from self.complete()
 
-    def add(self, part: Part, own: Result) -> None:
+    def add(self, part: TrialPart, own: Result) -> None:
         case = self.job.cases[part.fact]
         experiment, samples = case.experiment, slice(part.samples.start, part.samples.stop)
         if not np.isfinite(own.log_p).all():

@@ -23,7 +23,7 @@ _PLAN_CACHE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Part:
+class TrialPart:
     """Some samples and branches of one fact; most facts are one part.
 
     fact: its index in the run; samples, branches: what of its noise samples and branch runs this part computes.
@@ -33,7 +33,7 @@ class Part:
     samples: range
     branches: range
 
-    def halves(self) -> tuple[Part, Part] | None:
+    def halves(self) -> tuple[TrialPart, TrialPart] | None:
         """Two smaller parts, by samples first (they share only the clean run); None if it cannot be split."""
         if len(self.samples) > 1:
             middle = len(self.samples) // 2
@@ -94,14 +94,14 @@ def _fields(tiles: Tiles) -> tuple[int, int, int, int]:
 
 
 def assemble(
-    parts: Iterable[Part], footprint: Callable[[Part], Footprint], budget: Budget, name: Callable[[int], str]
-) -> Iterator[tuple[list[Part], int]]:
+    parts: Iterable[TrialPart], footprint: Callable[[TrialPart], Footprint], budget: Budget, name: Callable[[int], str]
+) -> Iterator[tuple[list[TrialPart], int]]:
     """Passes of consecutive parts that fit the budget, and the bytes each will need at its peak.
 
     Raises ``MemoryBudgetError`` where not even one sample of one branch of a fact fits; ``name`` names a fact.
     """
     queue = list(parts)[::-1]
-    current: list[Part] = []
+    current: list[TrialPart] = []
     held: np.ndarray | int = 0
     rows = 0
     while queue:
@@ -129,7 +129,7 @@ def assemble(
         yield current, peak_bytes(held) + budget.fixed
 
 
-def split(parts: Sequence[Part]) -> list[list[Part]] | None:
+def split(parts: Sequence[TrialPart]) -> list[list[TrialPart]] | None:
     """A pass that ran out of memory as two smaller ones, or None if it cannot be smaller."""
     if len(parts) > 1:
         middle = len(parts) // 2

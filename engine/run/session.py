@@ -18,7 +18,7 @@ from causalcone.engine.models import check_supported, read_architecture
 from causalcone.engine.models.base import Architecture
 from causalcone.engine.noise import subject_deviation
 from causalcone.engine.plan.cost import Cost, cost
-from causalcone.engine.run.runner import Case, Job, Result
+from causalcone.engine.run.runner import PassRunner, Result, Trial
 from causalcone.engine.run.scheduler import Budget, PlanCache, plan_budget
 from causalcone.engine.run.verify import verify_model
 from causalcone.kernels.backends import TORCH, BackendError, Backends, choose
@@ -95,24 +95,26 @@ class Session:
 
     def job(
         self,
-        cases: Sequence[Case],
+        cases: Sequence[Trial],
         samples: int = 1,
         noise: Callable[[int, range], np.ndarray] | None = None,
         gradient: bool = False,
-    ) -> Job:
+    ) -> PassRunner:
         """The cases made ready to run; with ``gradient``, the gradients of p by the given vectors are results too."""
         plans = self._gradient_plans if gradient else self._plans
         noise = noise or self._no_noise
-        return Job(self.architecture, cases, samples, noise, self.dtype, self.device, plans, gradient, self.backends)
+        return PassRunner(
+            self.architecture, cases, samples, noise, self.dtype, self.device, plans, gradient, self.backends
+        )
 
-    def results(self, job: Job) -> Iterator[tuple[int, Result]]:
+    def results(self, job: PassRunner) -> Iterator[tuple[int, Result]]:
         """Verify the model, then run the job: the number of each case in order, with its result."""
         if job.cases:
             budget = self.budget(job.gradient)
             self.verify(job.cases[0].prompts[0])
             yield from each_within(self.computing, job.results(budget))
 
-    def costs(self, job: Job) -> Iterator[tuple[int, list[Cost]]]:
+    def costs(self, job: PassRunner) -> Iterator[tuple[int, list[Cost]]]:
         """For each pass, the bytes it needs at its peak, and what each of its parts costs; nothing is computed."""
         for parts, bytes_needed in job.passes(self.budget(job.gradient)):
             yield (

@@ -7,7 +7,7 @@ import torch
 
 from causalcone.engine.errors import ModelError
 from causalcone.engine.models.base import Architecture
-from causalcone.engine.plan.buffers import Workspace
+from causalcone.engine.plan.buffers import Buffers
 from causalcone.engine.plan.compiler import compile_plan
 from causalcone.engine.plan.cone import Shape
 from causalcone.engine.plan.interventions import CLEAN, Base, Experiment, Overwrites
@@ -33,7 +33,7 @@ def verify_model(architecture: Architecture, tokens: tuple[int, ...], tiles: Til
     clean_only = Experiment((Base(),), np.empty(0, dtype=np.int64), Overwrites.none())
     plan = compile_plan(shape, clean_only, architecture.sizes.depth, architecture.parallel)
     group = Group(plan, ids[None, None], ids.roll(-1)[None], torch.zeros(1, 1, 0, architecture.sizes.hidden))
-    space = Workspace(weight.dtype, weight.device)
+    space = Buffers(weight.dtype, weight.device)
     ours = run_pass(architecture, [group], tiles, space, backends)[0].log_p[0, 0, CLEAN].cpu()
     theirs = logits.log_softmax(-1).gather(-1, ids.roll(-1)[:, None])[:, 0]
     difference = (ours - theirs).abs().max().item()

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from causalcone.kernels.fused.parts import INTERPRETED, power_of_two, tanh, warps_for
-from causalcone.kernels.row_attention import Scoring
+from causalcone.kernels.row_attention import ScoreRule
 from causalcone.kernels.transfer import on_device
 
 FEW = 4
@@ -34,7 +34,7 @@ def attend_rows(
     query_rows: Tensor,
     key_rows: Tensor,
     tokens: tuple[int, ...],
-    scoring: Scoring,
+    scoring: ScoreRule,
     out: Tensor,
 ) -> None:
     """``out`` (B * m, H * d) = the heads' outputs of query rows, run by run, as ``kernels/row_attention.py`` says."""

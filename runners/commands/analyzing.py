@@ -10,7 +10,7 @@ from rich.table import Table as Shown
 
 from causalcone.analysis.effects import At, Compat, Denominator
 from causalcone.analysis.papers.answer import MAIN, answer
-from causalcone.analysis.papers.inputs import Choice
+from causalcone.analysis.papers.inputs import AnalysisOptions
 from causalcone.analysis.papers.table_files import cells, index, write_table
 from causalcone.analysis.papers.tables import Table, paper_tables
 from causalcone.analysis.scores import Aggregate
@@ -64,7 +64,7 @@ def report_folder(analysis: Analysis, out: Path, console: Console) -> None:
     write_page(study, choice, out, console)
 
 
-def write_page(study: Study, choice: Choice, out: Path, console: Console) -> None:
+def write_page(study: Study, choice: AnalysisOptions, out: Path, console: Console) -> None:
     """Write the page of a study, and say its answer and what is missing."""
     from causalcone.analysis.page.data import report_data
     from causalcone.analysis.page.report import report
@@ -84,7 +84,7 @@ def write_page(study: Study, choice: Choice, out: Path, console: Console) -> Non
         console.print(line, highlight=False, markup=False)
 
 
-def opened(analysis: Analysis, mixed: bool = False) -> tuple[Study, Choice]:
+def opened(analysis: Analysis, mixed: bool = False) -> tuple[Study, AnalysisOptions]:
     """The folder, and the options as they were typed, checked."""
     _one_of("--at", analysis.at, get_args(At))
     _one_of("--denominator", analysis.denominator, get_args(Denominator))
@@ -98,7 +98,7 @@ def opened(analysis: Analysis, mixed: bool = False) -> tuple[Study, Choice]:
         if len(states) > 1:
             raise ExperimentError(f"--state is {analysis.state!r}; give one state, such as mlp:5 or head.3:1")
         state = (states[0].kind, states[0].window)
-    choice = Choice(
+    choice = AnalysisOptions(
         state, analysis.at, analysis.denominator, not analysis.additive, analysis.draws, mixed,  # type: ignore[arg-type]
         compat=analysis.compat,  # type: ignore[arg-type]
     )  # fmt: skip

@@ -40,9 +40,9 @@ if TYPE_CHECKING:  # commands import what they need, so that help is there at on
 
     from causalcone.runners.edits.study import EditsDone
     from causalcone.runners.results.folder import ResultFolder
-    from causalcone.runners.results.table_run import Done
+    from causalcone.runners.results.table_run import RunSummary
 
-_Done = TypeVar("_Done", "Done", "EditsDone")
+_Done = TypeVar("_Done", "RunSummary", "EditsDone")
 
 app = typer.Typer(
     name="causalcone",
@@ -136,10 +136,10 @@ def trace(
     from causalcone.runners.show import tables as summary
     from causalcone.runners.show.figures import draw_traces
 
-    def figures(done: Done) -> list[Path]:
+    def figures(done: RunSummary) -> list[Path]:
         return draw_traces(output.out, done.first, tracing.joint) if plot else []
 
-    def tables(done: Done) -> list[Any]:
+    def tables(done: RunSummary) -> list[Any]:
         if tracing.joint:
             return summary.layer_tables(joint_effects(done.path), "Effect of restoring tokens together")
         return summary.effect_tables(average_indirect_effect(done.path))
@@ -177,10 +177,10 @@ def zero(
     from causalcone.runners.show import tables as summary
     from causalcone.runners.show.figures import draw_zeroing
 
-    def figures(done: Done) -> list[Path]:
+    def figures(done: RunSummary) -> list[Path]:
         return draw_zeroing(output.out) if plot else []
 
-    def tables(done: Done) -> list[Any]:
+    def tables(done: RunSummary) -> list[Any]:
         return summary.layer_tables(zeroing_curve(done.path), "Share of p(target) lost by zeroing", ".3f")
 
     prepared = studies.zeroing(source, zeroing)
@@ -209,10 +209,10 @@ def gradients(
 
     prepared = studies.gradients(source, choice, sampling)
 
-    def figures(done: Done) -> list[Path]:
+    def figures(done: RunSummary) -> list[Path]:
         return draw_gradients(output.out, done.first, prepared.inputs.facts, prepared.inputs.tracer)
 
-    def tables(done: Done) -> list[Any]:
+    def tables(done: RunSummary) -> list[Any]:
         by_kind = gradient_summary(done.path)
         needs_note = choice.baseline == "zero" and "hidden" in by_kind["kind"]
         return [summary.gradient_table(by_kind), *[summary.GAP_NOTE] * needs_note]

@@ -22,7 +22,7 @@ from causalcone.runners.show.edit_tables import best_sentences, rewrite_tables, 
 from causalcone.runners.show.figures import draw_gradients, draw_scores, draw_severed, draw_traces, draw_zeroing
 from causalcone.runners.show.tables import effect_tables, find_sites, severed_sentence, zeroing_sentence
 from causalcone.runners.sweep.config import load_sweep
-from causalcone.runners.sweep.driver import Driver, Finished, read_facts
+from causalcone.runners.sweep.driver import Driver, SweepSummary, read_facts
 
 PRESET, PAGE = "demo", "report.html"
 MAPS = 6
@@ -32,7 +32,7 @@ TRACES, ZEROED, GRADIENTS = "traces/restore", "traces/zero", "gradients"
 TABLES = ("traces", "gradients", "edits", "probes", "metrics")
 
 
-def run_demo(out: Path, facts: int, edits: int, console: Console, overwrite: bool = False) -> Finished:
+def run_demo(out: Path, facts: int, edits: int, console: Console, overwrite: bool = False) -> SweepSummary:
     """Carry the sweep "demo" out in ``out``, of ``facts`` facts of the demo world of which ``edits`` are edited, or go
     on with it; draw and show what it found, unless it was stopped."""
     model, tokenizer = demo_model()

@@ -16,7 +16,7 @@ from causalcone.engine.noise import SCALED_NOISES, Noise
 from causalcone.runners.facts.files import read_text
 from causalcone.runners.inputs.inputs import Inputs, open_inputs
 from causalcone.runners.options import Gradients, Sampling, Source, Tracing, Zeroing
-from causalcone.runners.results.table_run import Study
+from causalcone.runners.results.table_run import TableRun
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Prepared:
     """A study ready to be carried out, and the configuration to keep beside its results."""
 
     inputs: Inputs
-    study: Study
+    study: TableRun
     configuration: dict[str, Any]
 
 
@@ -42,7 +42,7 @@ def tracing(source: Source, choice: Tracing, sampling: Sampling) -> Prepared:
         digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
         noise |= {"noise_texts": str(choice.noise_texts), "noise_texts_sha256": digest}
     configuration = _configuration("trace", inputs, {**vars(spec), **noise})
-    return Prepared(inputs, Study("tracing", "traces", TRACE_SCHEMA, facts, batches), configuration)
+    return Prepared(inputs, TableRun("tracing", "traces", TRACE_SCHEMA, facts, batches), configuration)
 
 
 def tracing_plan(source: Source, choice: Tracing, sampling: Sampling) -> tuple[Inputs, TracePlan]:
@@ -63,7 +63,7 @@ def zeroing(source: Source, choice: Zeroing) -> Prepared:
     options: dict[str, Any] = {"states": states, "target": choice.target, "tokens": tokens}
     start = {"on_error": inputs.on_error, **options}
     batches, facts = inputs.started(lambda: inputs.tracer.stream_zero(inputs.facts, **start))
-    study = Study("zeroing", "traces", TRACE_SCHEMA, facts, batches)
+    study = TableRun("zeroing", "traces", TRACE_SCHEMA, facts, batches)
     return Prepared(inputs, study, _configuration("zero", inputs, options))
 
 
@@ -89,7 +89,7 @@ def gradients(source: Source, choice: Gradients, sampling: Sampling) -> Prepared
         noise = {"sigma_given": sampling.sigma}
     start = {"on_error": inputs.on_error, **options}
     batches, facts = inputs.started(lambda: inputs.tracer.stream_integrated_gradients(inputs.facts, **start))
-    study = Study("integrating gradients", "gradients", GRADIENT_SCHEMA, facts, batches)
+    study = TableRun("integrating gradients", "gradients", GRADIENT_SCHEMA, facts, batches)
     return Prepared(inputs, study, _configuration("gradients", inputs, {**options, **noise}))
 
 

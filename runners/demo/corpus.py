@@ -32,7 +32,7 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class Batch:
+class TrainingBatch:
     """Rows of packed sentences; all tensors are (rows, tokens) but the masks.
 
     ``weights`` are those of a token as a prediction. ``closed`` and ``open`` are masks (rows, 1, tokens, tokens), added
@@ -79,7 +79,9 @@ def tokenized(world: World, tokenizer: PreTrainedTokenizerFast, packing: Packing
     return Corpus(flat, np.concatenate(places), np.concatenate(weights), [0, *ends[:-1]], ends)
 
 
-def batches(opening: Corpus, inner: Corpus, bos: int, packing: Packing, random: np.random.Generator) -> Iterator[Batch]:
+def batches(
+    opening: Corpus, inner: Corpus, bos: int, packing: Packing, random: np.random.Generator
+) -> Iterator[TrainingBatch]:
     """Batches without end, every sentence once per round.
 
     ``opening`` holds the sentences as they start a text, ``inner`` as they go on with one.
@@ -112,7 +114,9 @@ def batches(opening: Corpus, inner: Corpus, bos: int, packing: Packing, random: 
                 at, segment = at + end - start, segment + 1
         weights[positions == 0] = 0  # nothing comes before the first word
         closed, opened = _masks(places, segments, isolated, masked)
-        yield Batch(torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(weights), closed, opened)
+        yield TrainingBatch(
+            torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(weights), closed, opened
+        )
 
 
 def running_texts(world: World) -> list[str]:

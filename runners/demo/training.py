@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from causalcone.runners.demo.corpus import Batch, Packing, batches, tokenized
+from causalcone.runners.demo.corpus import Packing, TrainingBatch, batches, tokenized
 from causalcone.runners.demo.world import World
 
 
@@ -82,7 +82,7 @@ def config_of(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> GPT2Config:
     )
 
 
-def _loss(model: GPT2LMHeadModel, batch: Batch, first_open_layer: int) -> torch.Tensor:
+def _loss(model: GPT2LMHeadModel, batch: TrainingBatch, first_open_layer: int) -> torch.Tensor:
     """The weighted mean loss of the next words, the unembedding computed only where one counts."""
     weights = batch.weights[:, 1:].flatten()
     counts = weights > 0
@@ -91,7 +91,7 @@ def _loss(model: GPT2LMHeadModel, batch: Batch, first_open_layer: int) -> torch.
     return (losses * weights[counts]).sum() / weights.sum()
 
 
-def _hidden(model: GPT2LMHeadModel, batch: Batch, first_open_layer: int) -> torch.Tensor:
+def _hidden(model: GPT2LMHeadModel, batch: TrainingBatch, first_open_layer: int) -> torch.Tensor:
     """GPT-2's forward pass up to the unembedding, with a mask per layer: (rows, tokens, width)."""
     body = model.transformer
     hidden = body.wte(batch.ids) + body.wpe(batch.positions)

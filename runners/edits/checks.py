@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from causalcone.engine.edit.methods.objective import Training
+from causalcone.engine.edit.methods.objective import EditObjective
 from causalcone.engine.edit.requests.problems import TEXT_TOKENS
 from causalcone.engine.edit.requests.prompts import ESSENCE, Encoder
 from causalcone.engine.edit.requests.requests import Request
@@ -12,7 +12,7 @@ from causalcone.engine.edit.scoring.probes import questions_about
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.errors import FactError
 from causalcone.engine.run.session import Session
-from causalcone.runners.edits.settings import Plan
+from causalcone.runners.edits.settings import EditPlan
 from causalcone.runners.inputs.reference_texts import ReferenceTexts
 from causalcone.runners.options import Scoring
 
@@ -23,7 +23,7 @@ class EditChecks:
     prompts are to be put behind, where they are known."""
 
     session: Session
-    plan: Plan
+    plan: EditPlan
     contexts: Contexts | None
     scoring: Scoring
     references: ReferenceTexts | None
@@ -33,7 +33,7 @@ class EditChecks:
         questions_about(request, encoder)
         if self.contexts is not None:
             for setting in self.plan.of_moments:
-                Training.of([request], encoder, getattr(self.contexts, str(setting.contexts)))
+                EditObjective.of([request], encoder, getattr(self.contexts, str(setting.contexts)))
         if self.scoring.essence:
             self._room(request, len(encoder.prompted(request, ESSENCE).text))
         if self.scoring.generation or self.references is not None:

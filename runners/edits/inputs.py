@@ -21,7 +21,7 @@ from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.engine.run.session import SkippedFacts
 from causalcone.runners.edits.checks import EditChecks
 from causalcone.runners.edits.moments import collected
-from causalcone.runners.edits.settings import Plan, plan_of, read_contexts
+from causalcone.runners.edits.settings import EditPlan, plan_of, read_contexts
 from causalcone.runners.edits.study import EditStudy
 from causalcone.runners.inputs.inputs import Inputs, is_demo, noted, open_inputs
 from causalcone.runners.inputs.reference_texts import ReferenceTexts, load_reference_texts
@@ -69,7 +69,7 @@ def editing(source: Source, choice: Editing, scoring: Scoring, output: Output) -
     return replace(prepared, study=replace(prepared.study, collected=moments))
 
 
-def given_texts(choice: Editing, plan: Plan, scoring: Scoring) -> GivenTexts:
+def given_texts(choice: Editing, plan: EditPlan, scoring: Scoring) -> GivenTexts:
     """Read them before the model is; refuses methods without moments."""
     contexts = None if choice.contexts is None else read_contexts(choice.contexts)
     references = None if scoring.references is None else load_reference_texts(scoring.references)
@@ -81,7 +81,7 @@ def prepared_edits(
     moments: Moments | None,
     inputs: Inputs,
     choice: Editing,
-    plan: Plan,
+    plan: EditPlan,
     scoring: Scoring,
     references: ReferenceTexts | None = None,
 ) -> PreparedEdits:
@@ -122,7 +122,7 @@ def prepared_edits(
 _NOISY = (TRACING_REVERSAL, FACT_FORCING)
 
 
-def _running_text(choice: Editing, plan: Plan) -> RunningText | None:
+def _running_text(choice: Editing, plan: EditPlan) -> RunningText | None:
     """The running text to collect moments over, if so asked; refuses methods without moments."""
     if not plan.of_moments:
         return None
@@ -134,7 +134,7 @@ def _running_text(choice: Editing, plan: Plan) -> RunningText | None:
     return None if choice.texts is None else texts_at(choice.texts)
 
 
-def editor_of(inputs: Inputs, choice: Editing, plan: Plan, contexts: Contexts | None) -> Editor:
+def editor_of(inputs: Inputs, choice: Editing, plan: EditPlan, contexts: Contexts | None) -> Editor:
     """Without moments yet; the level of the noise is that of all facts of the file."""
     session = inputs.tracer.session
     sigma = inputs.noise_level(plan.sigma) if plan.problem in _NOISY else plan.sigma
@@ -147,7 +147,7 @@ def editor_of(inputs: Inputs, choice: Editing, plan: Plan, contexts: Contexts | 
 def moments_of(
     inputs: Inputs,
     choice: Editing,
-    plan: Plan,
+    plan: EditPlan,
     texts: RunningText | None,
     quiet: bool,
     resume: Path | None = None,
@@ -168,7 +168,7 @@ def moments_of(
     return Moments.load(str(choice.moments), layers)
 
 
-def _requests(editor: Editor, inputs: Inputs, choice: Editing, plan: Plan, filtered: list[str]) -> list[Request]:
+def _requests(editor: Editor, inputs: Inputs, choice: Editing, plan: EditPlan, filtered: list[str]) -> list[Request]:
     """What the problem asks of the facts; why it is not posed for some goes to ``filtered``."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -200,7 +200,9 @@ def _checked(requests: Sequence[Request], inputs: Inputs, check: Callable[[Reque
     return good
 
 
-def _tell(plan: Plan, inputs: Inputs, requests: Sequence[Request], filtered: Sequence[str], scoring: Scoring) -> None:
+def _tell(
+    plan: EditPlan, inputs: Inputs, requests: Sequence[Request], filtered: Sequence[str], scoring: Scoring
+) -> None:
     """Which facts are not edited, and which are not scored; an error where none is edited."""
     if filtered:
         warnings.warn(

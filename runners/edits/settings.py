@@ -52,7 +52,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EditPlan:
     """What can be said of a study without model and facts. layers: numbers from 0, or ``"all"``; sigma: noise on the
     subject; aggregate: which paraphrase and neighbour the summary's scores are of."""
 
@@ -68,7 +68,7 @@ class Plan:
         return [setting for setting in self.settings if setting.contexts]
 
 
-def plan_of(choice: Editing, aggregate: str | None) -> Plan:
+def plan_of(choice: Editing, aggregate: str | None) -> EditPlan:
     """The checked options, those that are left out filled in from the preset."""
     if choice.problem not in PROBLEMS:
         raise ExperimentError(f"unknown problem {choice.problem!r}; choose from {', '.join(PROBLEMS)}")
@@ -80,7 +80,7 @@ def plan_of(choice: Editing, aggregate: str | None) -> Plan:
         raise ExperimentError(f"aggregate is {aggregate!r}; choose first or mean")
     if choice.layers is not None:
         layers = parse_layers(choice.layers)
-    return Plan(choice.problem, settings, layers, choice.sigma or sigma, aggregate or which)
+    return EditPlan(choice.problem, settings, layers, choice.sigma or sigma, aggregate or which)
 
 
 def parse_layers(layers: str) -> Layers:

@@ -19,7 +19,7 @@ from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import as_windows
 from causalcone.engine.edit.scoring.tables import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA, edit_batch
-from causalcone.runners.edits.settings import Plan, Setting
+from causalcone.runners.edits.settings import EditPlan, Setting
 from causalcone.runners.results.folder import ResultFolder, TableWriter
 from causalcone.runners.show.progress import shown_progress
 
@@ -62,7 +62,7 @@ class EditStudy:
 
     editor: Editor
     requests: Sequence[Request]
-    plan: Plan
+    plan: EditPlan
     evaluate: Mapping[str, Any]
     keep_deltas: bool = False
     collected: Moments | None = None

@@ -45,7 +45,7 @@ class _Sample(BaseModel):
     text: StrictStr
 
 
-class _Entry(BaseModel):
+class _ReferenceRecord(BaseModel):
     relation_id: StrictStr
     target_id: StrictStr
     samples: list[_Sample]
@@ -79,9 +79,9 @@ def as_reference_texts(entries: Sequence[Any], source: str) -> ReferenceTexts:
     return ReferenceTexts({key: found for key, found in texts.items() if found})
 
 
-def _entry(path: str, index: int, given: Any) -> _Entry:
+def _entry(path: str, index: int, given: Any) -> _ReferenceRecord:
     try:
-        return _Entry.model_validate(given)
+        return _ReferenceRecord.model_validate(given)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         place = ".".join(map(str, problem["loc"])) or "it"

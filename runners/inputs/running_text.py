@@ -137,11 +137,11 @@ def _data_set(name: str, config: str | None, split: str, column: str) -> Running
         ) from None
     rows = _told(name, lambda: load_dataset(name, config, split=split, streaming=True))
     parts = [f"data set {name}", *([config] if config else []), f"split {split}"]
-    return RunningText(_Rows(name, rows, column), ", ".join(parts))
+    return RunningText(_DataSetRows(name, rows, column), ", ".join(parts))
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _DataSetRows:
     name: str
     rows: Any
     column: str

@@ -31,7 +31,7 @@ _PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredPart:
     """A Parquet file that is whole: its rows, and what was noted in it."""
 
     rows: int
@@ -110,7 +110,7 @@ class Store:
         with self.system.open_input_file(self._path(name)) as source:
             return pq.read_table(source)
 
-    def part(self, name: str) -> Part | None:
+    def part(self, name: str) -> StoredPart | None:
         """What a Parquet file says of itself; None where there is none, or a damaged one."""
         try:
             with self.system.open_input_file(self._path(name)) as source:
@@ -118,7 +118,7 @@ class Store:
             notes = json.loads((footer.metadata or {}).get(b"causalcone", b"{}"))
         except (FileNotFoundError, ValueError, pa.ArrowException, OSError):
             return None
-        return Part(footer.num_rows, notes)
+        return StoredPart(footer.num_rows, notes)
 
     def exists(self, name: str) -> bool:
         return self.system.get_file_info(self._path(name)).type == pafs.FileType.File

@@ -16,7 +16,7 @@ from causalcone.runners.show.progress import shown_progress
 
 
 @dataclass(frozen=True)
-class Study:
+class TableRun:
     """What is yet to be computed: ``batches`` of ``facts`` facts, one each, which make the table called ``table``."""
 
     title: str
@@ -27,7 +27,7 @@ class Study:
 
 
 @dataclass(frozen=True)
-class Done:
+class RunSummary:
     """What a study left in ``path``: so many ``rows`` of ``facts`` facts in ``seconds``, of which ``first`` are the
     first facts'."""
 
@@ -47,7 +47,9 @@ class Done:
         return f"{self.facts} facts, {self.rows} rows in {rate} -> {self.path}"
 
 
-def carry_out(study: Study, folder: ResultFolder, console: Console, quiet: bool = False, keep: int = 0) -> Done:
+def carry_out(
+    study: TableRun, folder: ResultFolder, console: Console, quiet: bool = False, keep: int = 0
+) -> RunSummary:
     """Compute a study into its table in ``folder``; the first ``keep`` facts' batches are kept for figures.
 
     Whatever ends it early, the facts finished by then are in the table.
@@ -66,4 +68,4 @@ def carry_out(study: Study, folder: ResultFolder, console: Console, quiet: bool 
                 first.append(batch)
             finished += 1
             progress(finished, study.facts)
-    return Done(folder.path / study.table, finished, table.rows, time.monotonic() - started, tuple(first))
+    return RunSummary(folder.path / study.table, finished, table.rows, time.monotonic() - started, tuple(first))

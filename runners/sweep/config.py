@@ -17,7 +17,7 @@ from causalcone.engine.errors import CausalconeError, ExperimentError
 from causalcone.engine.localize.branches import check_tokens
 from causalcone.engine.localize.states import MOST_HEADS, as_states
 from causalcone.engine.memory import parse_bytes
-from causalcone.runners.edits.settings import Plan, plan_of
+from causalcone.runners.edits.settings import EditPlan, plan_of
 from causalcone.runners.inputs.checked_tables import CheckedTable, Count, complaints, noise_level, read_toml
 from causalcone.runners.options import Editing
 
@@ -31,7 +31,7 @@ Share = Annotated[StrictFloat, Field(ge=0, le=1)]
 NOISY = (TRACING_REVERSAL, FACT_FORCING)
 
 
-class Filter(CheckedTable):
+class FilterSettings(CheckedTable):
     """Which facts are traced and edited. completes: those whose answer is among the model's 36 likeliest tokens, one
     after the other; argmax: those whose answer is the likeliest next token; erasable: in Fact Erasure those whose
     answer is at least so likely."""
@@ -41,7 +41,7 @@ class Filter(CheckedTable):
     erasable: Share = 0.02
 
 
-class Noise(CheckedTable):
+class NoiseSettings(CheckedTable):
     """Of corrupted runs. sigma: a number, or "3sd" for three standard deviations of the subjects' embeddings."""
 
     sigma: Annotated[float | str, PlainValidator(noise_level)] = "3sd"
@@ -49,7 +49,7 @@ class Noise(CheckedTable):
     seed: StrictInt = 1
 
 
-class Trace(CheckedTable):
+class TraceSettings(CheckedTable):
     """Causal tracing: what is restored, at which tokens, of how many facts (all by default)."""
 
     states: Names = ("hidden:1", "mlp:10", "attn:10")
@@ -58,7 +58,7 @@ class Trace(CheckedTable):
     facts: Count | None = None
 
 
-class Sever(CheckedTable):
+class SeverSettings(CheckedTable):
     """Severed tracing of hidden states, once for each of the parts that are held."""
 
     parts: Annotated[tuple[Literal["mlp", "attn", "both"], ...], Field(min_length=1)] = ("mlp", "attn")
@@ -67,7 +67,7 @@ class Sever(CheckedTable):
     facts: Count | None = None
 
 
-class Zero(CheckedTable):
+class ZeroSettings(CheckedTable):
     """Representation zeroing."""
 
     states: Names = ("mlp:5",)
@@ -76,7 +76,7 @@ class Zero(CheckedTable):
     facts: Count | None = None
 
 
-class Gradients(CheckedTable):
+class GradientSettings(CheckedTable):
     """Integrated gradients."""
 
     kinds: Annotated[tuple[Literal["hidden", "mlp", "attn"], ...], Field(min_length=1)] = ("hidden", "mlp", "attn")
@@ -86,7 +86,7 @@ class Gradients(CheckedTable):
     facts: Count | None = None
 
 
-class Edit(CheckedTable):
+class EditSettings(CheckedTable):
     """Which edits are made of how many facts, and how they are scored.
 
     methods: as of ``causalcone edit``, such as "memit:5"; layers: "preset", "all", or numbers from 0; preset: where
@@ -114,7 +114,7 @@ class Edit(CheckedTable):
         return self.generation or self.references is not None
 
 
-class Moments(CheckedTable):
+class MomentSettings(CheckedTable):
     """Second moments for ROME and MEMIT: a file, or the texts that they are collected over."""
 
     file: StrictStr | None = None
@@ -127,7 +127,7 @@ class Moments(CheckedTable):
     ridge: Annotated[float, Field(ge=0)] = 0.0
 
 
-class Units(CheckedTable):
+class UnitSettings(CheckedTable):
     """How much is computed, and written, at a time: so many facts, or so many edits."""
 
     facts: Count = 32
@@ -154,16 +154,16 @@ class Sweep(CheckedTable):
     seed: StrictInt = 0
     compat: Literal["published"] | None = None
     shape: dict[str, Any] | None = None
-    filter: Filter = Filter()
-    noise: Noise = Noise()
-    trace: Trace | None = None
-    sever: Sever | None = None
-    zero: Zero | None = None
-    gradients: Gradients | None = None
-    edit: Edit | None = None
-    moments: Moments = Moments()
+    filter: FilterSettings = FilterSettings()
+    noise: NoiseSettings = NoiseSettings()
+    trace: TraceSettings | None = None
+    sever: SeverSettings | None = None
+    zero: ZeroSettings | None = None
+    gradients: GradientSettings | None = None
+    edit: EditSettings | None = None
+    moments: MomentSettings = MomentSettings()
     contexts: StrictStr | None = None
-    units: Units = Units()
+    units: UnitSettings = UnitSettings()
 
     @property
     def decisive(self) -> dict[str, Any]:
@@ -174,7 +174,7 @@ class Sweep(CheckedTable):
     def hash(self) -> str:
         return hashlib.sha256(json.dumps(self.decisive, sort_keys=True).encode()).hexdigest()[:16]
 
-    def plan(self, problem: str) -> Plan:
+    def plan(self, problem: str) -> EditPlan:
         """What is done to the facts that a problem is posed for."""
         assert self.edit is not None
         chosen = self.edit.layers

@@ -21,7 +21,7 @@ from causalcone.runners.results.folder import ResultError, differences, versions
 from causalcone.runners.results.store import Store
 from causalcone.runners.show.progress import shown_progress
 from causalcone.runners.sweep.config import Sweep
-from causalcone.runners.sweep.executor import Alone, Crew, Outcome
+from causalcone.runners.sweep.executor import Executor, LocalExecutor, UnitResult
 from causalcone.runners.sweep.facts_table import FACTS, chosen, fact_table, filtered
 from causalcone.runners.sweep.log import Log
 from causalcone.runners.sweep.signals import Stop, stopping
@@ -48,14 +48,14 @@ _SHOWN = 10
 
 
 @dataclass(frozen=True)
-class Finished:
+class SweepSummary:
     """How a sweep ended: by which signal, if by any; failed: units that could not be computed; computed: how many were
     computed now."""
 
     place: str
     seconds: float
     computed: int
-    failed: Sequence[Outcome]
+    failed: Sequence[UnitResult]
     signal: int | None
 
     @property
@@ -81,11 +81,11 @@ class Driver:
     quiet: bool = False
     retry_failed: bool = False
     overwrite: bool = False
-    crew_of: Callable[[Sweep, str], Crew] | None = None
-    failed: list[Outcome] = field(default_factory=list)
+    crew_of: Callable[[Sweep, str], Executor] | None = None
+    failed: list[UnitResult] = field(default_factory=list)
     computed: int = 0
 
-    def run(self) -> Finished:
+    def run(self) -> SweepSummary:
         """Compute what is not there yet. Raises ``ResultError`` where the folder cannot be used or written, and
         ``FactError``, ``ModelError`` or ``ExperimentError`` for input that is wrong."""
         self.store = Store.open(self.place)
@@ -93,12 +93,12 @@ class Driver:
         with self.store.locked(), stopping(self._tell) as stop:
             kept = self._kept()
             self.log = Log(self.store)
-            self.crew: Crew = (self.crew_of or _alone)(self.sweep, self.place)
+            self.crew: Executor = (self.crew_of or _alone)(self.sweep, self.place)
             facts, description = self._begin(kept)
             finished = None
             try:
                 self._stages(facts, description, stop)
-                finished = Finished(self.place, time.monotonic() - started, self.computed, self.failed, stop.signal)
+                finished = SweepSummary(self.place, time.monotonic() - started, self.computed, self.failed, stop.signal)
             finally:
                 status = STOPPED if finished is None else finished.status
                 with suppress(ResultError):  # of the two errors, the one that ended the sweep is told
@@ -237,7 +237,7 @@ class Driver:
                 done += outcome.unit.items
                 progress(done, stage.items)
 
-    def _sorted(self, stage: Stage) -> tuple[list[Unit], int, list[Outcome]]:
+    def _sorted(self, stage: Stage) -> tuple[list[Unit], int, list[UnitResult]]:
         """The units of a stage that are to be computed, how many items are done, and what failed before."""
         todo, done, failed = [], 0, []
         for unit in stage.units:
@@ -245,13 +245,13 @@ class Driver:
                 done += unit.items
             elif not self.retry_failed and self.store.part(unit.failure) is not None:
                 reason = self.store.read_table(unit.failure)["reason"][0].as_py()
-                failed.append(Outcome(unit, 0.0, reason))
+                failed.append(UnitResult(unit, 0.0, reason))
                 done += unit.items
             else:
                 todo.append(unit)
         return todo, done, failed
 
-    def _note(self, outcome: Outcome) -> None:
+    def _note(self, outcome: UnitResult) -> None:
         unit = outcome.unit
         if outcome.reason is None:
             self.computed += 1
@@ -274,8 +274,8 @@ class Driver:
             self.console.print(text, highlight=False, markup=False)
 
 
-def _alone(sweep: Sweep, place: str) -> Crew:
-    return Alone(Worker(sweep, place))
+def _alone(sweep: Sweep, place: str) -> Executor:
+    return LocalExecutor(Worker(sweep, place))
 
 
 def read_facts(sweep: Sweep) -> tuple[list[Fact], list[str]]:

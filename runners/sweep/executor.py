@@ -17,7 +17,7 @@ from causalcone.runners.sweep.worker import Description, Worker
 
 
 @dataclass(frozen=True)
-class Outcome:
+class UnitResult:
     """What became of a unit: the seconds it took, or the reason why it failed, and where in the code."""
 
     unit: Unit
@@ -26,17 +26,17 @@ class Outcome:
     trace: str | None = None
 
 
-class Crew(Protocol):
+class Executor(Protocol):
     """Carries out units, in any order; no unit begins once ``stop`` is set."""
 
     def describe(self) -> Description: ...
 
     def bad_facts(self, facts: Sequence[Fact]) -> list[tuple[str, str]]: ...
 
-    def run(self, units: Sequence[Unit], stop: Stop) -> Iterator[Outcome]: ...
+    def run(self, units: Sequence[Unit], stop: Stop) -> Iterator[UnitResult]: ...
 
 
-class Alone:
+class LocalExecutor:
     """A crew of one, in this process."""
 
     def __init__(self, worker: Worker) -> None:
@@ -48,24 +48,24 @@ class Alone:
     def bad_facts(self, facts: Sequence[Fact]) -> list[tuple[str, str]]:
         return self.worker.bad_facts(facts)
 
-    def run(self, units: Sequence[Unit], stop: Stop) -> Iterator[Outcome]:
+    def run(self, units: Sequence[Unit], stop: Stop) -> Iterator[UnitResult]:
         for unit in units:
             if stop:
                 return
             yield carried_out(self.worker, unit)
 
 
-def carried_out(worker: Worker, unit: Unit) -> Outcome:
+def carried_out(worker: Worker, unit: Unit) -> UnitResult:
     """A unit's outcome. What it cannot compute is a failure of its own; where results cannot be written, that ends the
     sweep (``ResultError``)."""
     try:
-        return Outcome(unit, worker.run(unit))
+        return UnitResult(unit, worker.run(unit))
     except ResultError:
         raise
     except Exception as error:  # whatever it is, the other units of the night go on
         what = "memory ran out" if out_of_memory(error) else type(error).__name__
         told = str(error) if isinstance(error, CausalconeError) else f"{what}: {first_line(error)}"
-        return Outcome(unit, 0.0, told, traceback.format_exc())
+        return UnitResult(unit, 0.0, told, traceback.format_exc())
 
 
 def first_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from causalcone.engine.edit.requests.requests import FACT_ERASURE
 from causalcone.engine.edit.requests.windows import as_layers, as_windows
 from causalcone.engine.errors import ExperimentError
-from causalcone.runners.results.store import Part, Store
+from causalcone.runners.results.store import Store, StoredPart
 from causalcone.runners.sweep.config import NOISY, Sweep
 
 FILTER, NOISE, CONTEXTS, MOMENTS = "filter", "noise", "contexts", "moments"
@@ -74,10 +74,10 @@ class Unit:
         """The file of the facts that it could not use, where there are any."""
         return f"{LEFT_OUT}/{self.name.replace('/', '-')}.parquet"
 
-    def parts(self, store: Store) -> list[Part] | None:
+    def parts(self, store: Store) -> list[StoredPart] | None:
         """The files that it wrote, if all of them are there and whole, and its own."""
         if self.stage in PREPARED:
-            return [Part(0, {})] if store.exists(self.files[0]) else None
+            return [StoredPart(0, {})] if store.exists(self.files[0]) else None
         parts = [store.part(file) for file in self.files]
         if any(part is None or part.notes.get("unit") != self.name for part in parts):
             return None

@@ -23,14 +23,14 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Choice:
+class TunedChoice:
     """The number of the chosen setting. note: what rule it does not meet, where none of the settings does."""
 
     number: int
     note: str | None = None
 
 
-def choose(candidates: Sequence[Candidate], most: float = 0.99, give_up: float = 0.05) -> Choice:
+def choose(candidates: Sequence[Candidate], most: float = 0.99, give_up: float = 0.05) -> TunedChoice:
     """The setting with the highest rewrite score that is not above ``most`` and gives up little for it.
 
     - Admissible are settings whose rewrite score is at most ``most``. If there are none, the one with the lowest
@@ -52,13 +52,13 @@ def choose(candidates: Sequence[Candidate], most: float = 0.99, give_up: float =
     admissible = [number for number, rewrite in scored.items() if rewrite <= most]
     if not admissible:
         lowest = min(scored, key=lambda number: (scored[number], bolder(number)))
-        return Choice(lowest, f"every setting has a rewrite score above {most:g}; the lowest is taken")
+        return TunedChoice(lowest, f"every setting has a rewrite score above {most:g}; the lowest is taken")
     losses = dict(zip(admissible, _losses([candidates[number] for number in admissible]), strict=True))
     kept = [number for number in admissible if losses[number] <= give_up + ROUNDING]
     if kept:
-        return Choice(min(kept, key=lambda number: (-scored[number], bolder(number))))
+        return TunedChoice(min(kept, key=lambda number: (-scored[number], bolder(number))))
     least = min(admissible, key=lambda number: (losses[number], -scored[number], bolder(number)))
-    return Choice(
+    return TunedChoice(
         least,
         f"every setting gives up more than {give_up:g} of the best paraphrase or neighbourhood score; the one that "
         f"gives up the least, {losses[least]:.3f}, is taken",

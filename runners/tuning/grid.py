@@ -10,7 +10,7 @@ from typing import Any
 from causalcone.engine.edit.requests.requests import ERROR_INJECTION
 from causalcone.engine.errors import ExperimentError
 from causalcone.runners.edits.preset_files import place_of
-from causalcone.runners.edits.settings import Change, Plan, Setting, changed, check_known, plan_of
+from causalcone.runners.edits.settings import Change, EditPlan, Setting, changed, check_known, plan_of
 from causalcone.runners.options import Tuning
 
 _KL_FACTORS = "kl_factor=0.0625,0.9,1"
@@ -63,7 +63,7 @@ class Grid:
 class ProblemGrids:
     """What is tried for a problem: ``plan`` with each setting of the grids."""
 
-    plan: Plan
+    plan: EditPlan
     grids: tuple[Grid, ...]
 
     @property

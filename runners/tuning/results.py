@@ -19,14 +19,14 @@ from causalcone.runners.edits.preset_files import preset_text, tuned_preset
 from causalcone.runners.options import Source, Tuning
 from causalcone.runners.show.edit_tables import failed_lines, scores_of
 from causalcone.runners.show.tables import new_table
-from causalcone.runners.tuning.choice import Candidate, Choice, choose
+from causalcone.runners.tuning.choice import Candidate, TunedChoice, choose
 from causalcone.runners.tuning.grid import Grid, GridPoint, ProblemGrids
 
 SCORES = ("rewrite", "paraphrase", "neighborhood")
 
 
 @dataclass(frozen=True)
-class Tried:
+class TrialResult:
     """A setting that was tried: what is in its folder."""
 
     point: GridPoint
@@ -37,7 +37,7 @@ class Tried:
     means: Candidate
 
     @classmethod
-    def read(cls, point: GridPoint, folder: Path, aggregate: str) -> Tried:
+    def read(cls, point: GridPoint, folder: Path, aggregate: str) -> TrialResult:
         """Raises ``TableError`` for tables that are damaged."""
         results = json.loads((folder / "run.json").read_text(encoding="utf-8"))["results"]
         means = mean_scores(scores_of(folder, aggregate, essence=False)).filter(pl.col("score").is_in(SCORES))
@@ -47,15 +47,15 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Tuned:
+class TuningResult:
     """All settings of a grid, and which is chosen."""
 
     grid: Grid
-    tried: tuple[Tried, ...]
-    choice: Choice
+    tried: tuple[TrialResult, ...]
+    choice: TunedChoice
 
     @classmethod
-    def of(cls, grid: Grid, tried: Sequence[Tried], most: float, give_up: float) -> Tuned:
+    def of(cls, grid: Grid, tried: Sequence[TrialResult], most: float, give_up: float) -> TuningResult:
         """Raises ``ExperimentError`` where no setting has a score, saying what failed."""
         try:
             return cls(grid, tuple(tried), choose([each.means for each in tried], most, give_up))
@@ -66,7 +66,7 @@ class Tuned:
             raise ExperimentError("; ".join([f"{grid}: {error}", *failed_lines(reasons)])) from error
 
     @property
-    def chosen(self) -> Tried:
+    def chosen(self) -> TrialResult:
         return self.tried[self.choice.number]
 
     def comment(self) -> str:
@@ -80,7 +80,7 @@ class Tuned:
         )
 
 
-def tuning_table(tuned: Sequence[Tuned], layer: int, path: Path) -> pl.DataFrame:
+def tuning_table(tuned: Sequence[TuningResult], layer: int, path: Path) -> pl.DataFrame:
     """A row for each setting: what was varied of it (null where that is of another method), mean scores, and whether it
     is chosen. folder: where its edits are, below ``path``."""
     names = dict.fromkeys(name for each in tuned for name in each.grid.points[0].values)
@@ -105,7 +105,7 @@ def tuning_table(tuned: Sequence[Tuned], layer: int, path: Path) -> pl.DataFrame
     return pl.DataFrame(rows, schema_overrides=dict.fromkeys([*names, *SCORES], pl.Float64), infer_schema_length=None)
 
 
-def score_tables(tuned: Sequence[Tuned]) -> list[Table]:
+def score_tables(tuned: Sequence[TuningResult]) -> list[Table]:
     """Mean scores of all settings, a table for each problem; the chosen ones are marked."""
     tables = []
     for problem in dict.fromkeys(each.grid.problem for each in tuned):
@@ -124,7 +124,7 @@ def score_tables(tuned: Sequence[Tuned]) -> list[Table]:
 
 
 def chosen_preset(
-    source: Source, choice: Tuning, grids: Sequence[ProblemGrids], depth: int, tuned: Sequence[Tuned]
+    source: Source, choice: Tuning, grids: Sequence[ProblemGrids], depth: int, tuned: Sequence[TuningResult]
 ) -> str:
     """The text of a preset with the chosen settings; its comments say where they are from."""
     begun = "" if choice.preset is None else f", begun from the preset {choice.preset}"
@@ -139,7 +139,7 @@ def chosen_preset(
     return preset_text(tuned_preset(choice.preset, depth, plan.sigma, plan.aggregate, chosen), comments)
 
 
-def told(tuned: Sequence[Tuned]) -> list[dict[str, Any]]:
+def told(tuned: Sequence[TuningResult]) -> list[dict[str, Any]]:
     """The choices for JSON."""
     return [
         {

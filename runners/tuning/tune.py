@@ -29,13 +29,13 @@ from causalcone.runners.options import Output, Scoring, Source, Tuning
 from causalcone.runners.results.folder import ResultError, ResultFolder
 from causalcone.runners.tuning.folder import COMPLETE, PARTIAL, PRESET, TABLE, TuningFolder
 from causalcone.runners.tuning.grid import Grid, GridPoint, ProblemGrids, problem_grids
-from causalcone.runners.tuning.results import Tried, Tuned, chosen_preset, told, tuning_table
+from causalcone.runners.tuning.results import TrialResult, TuningResult, chosen_preset, told, tuning_table
 
 _UNSCORED = Scoring()
 """Probabilities alone are measured of edits."""
 
 
-def tune(source: Source, choice: Tuning, output: Output, console: Console) -> list[Tuned]:
+def tune(source: Source, choice: Tuning, output: Output, console: Console) -> list[TuningResult]:
     """Try what is not tried yet, choose, and write the table, the preset and the record.
 
     Whatever ends it early, settings that are done stay, and the same call goes on. A folder whose tuning is complete is
@@ -150,13 +150,13 @@ class _Trying:
             results.finish(**done.results, filtered=own.filtered)
 
 
-def _chosen(source: Source, choice: Tuning, grids: Sequence[ProblemGrids], folder: TuningFolder) -> list[Tuned]:
+def _chosen(source: Source, choice: Tuning, grids: Sequence[ProblemGrids], folder: TuningFolder) -> list[TuningResult]:
     """Choose from what was tried, and write what is chosen."""
     tuned = []
     for each in grids:
         for grid in each.grids:
-            tried = [Tried.read(point, folder.place(grid, point), each.plan.aggregate) for point in grid.points]
-            tuned.append(Tuned.of(grid, tried, choice.most, choice.give_up))
+            tried = [TrialResult.read(point, folder.place(grid, point), each.plan.aggregate) for point in grid.points]
+            tuned.append(TuningResult.of(grid, tried, choice.most, choice.give_up))
             if tuned[-1].choice.note is not None:
                 warnings.warn(f"{grid}: {tuned[-1].choice.note}", stacklevel=2)
     table = tuning_table(tuned, choice.layer, folder.path)

@@ -12,7 +12,7 @@ from helpers.sweeps import swept
 
 from causalcone.analysis import tracing_effects
 from causalcone.analysis.joined import edits_with_effects
-from causalcone.analysis.papers.inputs import Choice
+from causalcone.analysis.papers.inputs import AnalysisOptions
 from causalcone.analysis.papers.published_values import published_concentrated, published_errors, published_regressions
 from causalcone.analysis.papers.table_files import cell, latex, markdown, p_value
 from causalcone.analysis.papers.tables import beside, paper_tables
@@ -132,7 +132,7 @@ def test_one_layer_and_a_constant_score(copy):
         pl.read_parquet(file).filter(layer=2).write_parquet(file)
     for file in (copy / "probes" / "error_injection" / "rome-1").glob("*.parquet"):
         pl.read_parquet(file).with_columns(p_post=pl.col("p_pre")).write_parquet(file)
-    tables, missing = paper_tables(Study(copy), Choice(draws=100))
+    tables, missing = paper_tables(Study(copy), AnalysisOptions(draws=100))
     (table,) = (table for table in tables if table.name == "table3_rewrite")
     notes = {(row["problem"], row["method"]): row["note"] for row in table.frame.iter_rows(named=True)}
     assert notes["error_injection", "rome"] == "the score is the same for all edits"
@@ -188,7 +188,7 @@ def test_the_examples_of_the_page_run(study, tmp_path, monkeypatch, capsys, run)
 
 def test_published_values_are_set_beside(copy):
     run_json(copy, analysis={"published": "hase2023-gptj", "aggregate": "first"})
-    tables, _ = paper_tables(Study(copy), Choice(draws=100))
+    tables, _ = paper_tables(Study(copy), AnalysisOptions(draws=100))
     by_name = {table.name: table.frame for table in tables}
     (row,) = by_name["table3_rewrite"].filter(problem="error_injection", method="rome").rows(named=True)
     printed = [row[f"published_{name}"] for name in ("r2_layer", "r2_trace", "r2_both", "diff", "p")]
@@ -229,7 +229,7 @@ def test_cells():
 
 
 def test_markdown_and_latex_escape(study):
-    (table, *_), _ = paper_tables(Study(study), Choice(draws=100))
+    (table, *_), _ = paper_tables(Study(study), AnalysisOptions(draws=100))
     odd = table.frame.head(1).with_columns(problem=pl.lit("a|b_50%"), note=pl.lit("x & y <z>"))
     shown = type(table)("odd", "R^2 & more", odd, ["note_1"])
     assert "a\\|b 50%" in markdown(shown)

@@ -12,7 +12,7 @@ from helpers.made_up_study import EFFECTS, SCORES, edited, traced, write_study, 
 
 from causalcone.analysis.page.data import report_data
 from causalcone.analysis.papers.answer import answer
-from causalcone.analysis.papers.inputs import Choice
+from causalcone.analysis.papers.inputs import AnalysisOptions
 from causalcone.analysis.papers.tables import paper_tables
 from causalcone.analysis.sweep_results import Study
 
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tables(folder):
-    found, _ = paper_tables(Study(folder), Choice(draws=100, mixed=True))
+    found, _ = paper_tables(Study(folder), AnalysisOptions(draws=100, mixed=True))
     return {table.name: table for table in found}
 
 
@@ -75,7 +75,7 @@ def test_concentration_is_of_the_largest_effects_wherever_scores_look(tmp_path):
     """At the last token all layers have the same effect, which is larger than any at the subject."""
     subject, last = traced(ALL_EFFECTS), traced(dict.fromkeys("abc", (1.0,) * 6), token=2)
     study = Study(write_study(tmp_path, pl.concat([subject, last]), [edited(SCORES)]))
-    found, missing = paper_tables(study, Choice(at="subject_last", draws=100))
+    found, missing = paper_tables(study, AnalysisOptions(at="subject_last", draws=100))
     assert "no table2: 0 of 3 facts have concentrated effects, and none of them is edited" in missing
     (table,) = (table for table in found if table.name == "table3_rewrite")
     assert row_of(table)["r2_both"] == near(0.545 / 0.575)
@@ -83,7 +83,7 @@ def test_concentration_is_of_the_largest_effects_wherever_scores_look(tmp_path):
 
 def test_few_layers_are_told(tmp_path):
     study = Study(write_study(tmp_path, traced(EFFECTS), [edited(SCORES)]))
-    (table, *_), _ = paper_tables(study, Choice(draws=100))
+    (table, *_), _ = paper_tables(study, AnalysisOptions(draws=100))
     assert table.notes[0] == "2 of 3 facts have concentrated effects, as all positive effects are that over 2 layers"
 
 
@@ -143,7 +143,7 @@ def test_left_out_layers(tables):
 
 
 def said(folder, draws=100):
-    return answer(paper_tables(Study(folder), Choice(draws=draws))[0])
+    return answer(paper_tables(Study(folder), AnalysisOptions(draws=draws))[0])
 
 
 def test_the_answer(tmp_path):
@@ -177,7 +177,7 @@ def test_exchanges_of_some_facts_are_told(tmp_path):
     scores = {"a": SCORES["a"], "c": SCORES["c"], "b": SCORES["b"][:1], "d": (0.3,)}
     effects = ALL_EFFECTS | {"d": (0.9, 0.1, 0.1, 0.1, 0.1, 0.1)}
     folder = write_study(tmp_path, traced(effects), [edited(scores)])
-    tables, _ = paper_tables(Study(folder), Choice(draws=100))
+    tables, _ = paper_tables(Study(folder), AnalysisOptions(draws=100))
     (table,) = (table for table in tables if table.name == "uncertainty")
     row = row_of(table, score="rewrite")
     assert (row["facts"], row["permutation_facts"], row["permutation_diff"]) == (4, 2, near(0.17 / 0.42))
@@ -191,12 +191,12 @@ def test_exchanges_of_some_facts_are_told(tmp_path):
 @pytest.mark.parametrize(
     ("choice", "aggregate", "beside"),
     [
-        (Choice(draws=100), None, True),
-        (Choice(draws=100, state=("mlp", 5)), "first", True),
-        (Choice(draws=100, at="subject_last"), None, False),
-        (Choice(draws=100, denominator="p_clean"), None, False),
-        (Choice(draws=100, interaction=False), None, False),
-        (Choice(draws=100), "mean", False),
+        (AnalysisOptions(draws=100), None, True),
+        (AnalysisOptions(draws=100, state=("mlp", 5)), "first", True),
+        (AnalysisOptions(draws=100, at="subject_last"), None, False),
+        (AnalysisOptions(draws=100, denominator="p_clean"), None, False),
+        (AnalysisOptions(draws=100, interaction=False), None, False),
+        (AnalysisOptions(draws=100), "mean", False),
     ],
 )
 def test_published_values_are_beside_those_of_the_published_protocol(tmp_path, choice, aggregate, beside):
@@ -234,7 +234,7 @@ def test_states_are_in_the_order_they_were_asked_for(tmp_path):
 
 
 def test_numbers_of_the_page(folder):
-    about = report_data(Study(folder), Choice(draws=100)).about
+    about = report_data(Study(folder), AnalysisOptions(draws=100)).about
     (row,) = [row for row in about["r2"] if row["score"] == "rewrite"]
     assert (row["name"], row["r2_layer"], row["permutation_facts"]) == ("ROME", near(0.375 / 0.575), 3)
     lines = {row["score"]: row for row in about["scores"]}
@@ -250,7 +250,7 @@ def test_numbers_of_the_page(folder):
 @pytest.mark.parametrize("compat", ["published", None])
 def test_means_by_layer_may_be_of_positive_effects_only(tmp_path, compat):
     folder = write_study(tmp_path, traced(ALL_EFFECTS), [edited(SCORES)], compat=compat)
-    (line,) = report_data(Study(folder), Choice(draws=100)).about["windows"]
+    (line,) = report_data(Study(folder), AnalysisOptions(draws=100)).about["windows"]
     assert line["mean"][0] == near(0.75 if compat else 0.5)
-    (line,) = report_data(Study(folder), Choice(draws=100, compat="published")).about["windows"]
+    (line,) = report_data(Study(folder), AnalysisOptions(draws=100, compat="published")).about["windows"]
     assert line["mean"][0] == near(0.75)

@@ -7,11 +7,11 @@ from helpers.made_up_study import EFFECTS, SCORES, TOKENS, edited, traced, write
 from causalcone.analysis import plot
 from causalcone.analysis.page.data import report_data
 from causalcone.analysis.papers.figures import paper_figures
-from causalcone.analysis.papers.inputs import Choice
+from causalcone.analysis.papers.inputs import AnalysisOptions
 from causalcone.analysis.papers.tables import paper_tables
 from causalcone.analysis.sweep_results import Study
 
-QUICK = Choice(draws=100)
+QUICK = AnalysisOptions(draws=100)
 DRAWS = ("--draws", "100")
 
 
@@ -53,7 +53,7 @@ def test_facts_without_a_known_effect(tmp_path, run):
     code, printed, error = run("analyze", folder, "--denominator", "p_clean", *DRAWS)
     assert (code, error) == (0, "")
     assert "no figure" not in printed.replace("no figure scatter_zeroing", "")
-    report_data(Study(folder), Choice(denominator="p_clean", draws=100))
+    report_data(Study(folder), AnalysisOptions(denominator="p_clean", draws=100))
 
 
 def test_zeroing_without_traces(tmp_path):

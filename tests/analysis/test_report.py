@@ -13,10 +13,10 @@ from helpers.sweeps import swept, write_sweep
 
 from causalcone.analysis.page.data import SCORES, report_data
 from causalcone.analysis.page.report import report
-from causalcone.analysis.papers.inputs import Choice
+from causalcone.analysis.papers.inputs import AnalysisOptions
 from causalcone.analysis.sweep_results import Study
 
-CHOICE = Choice(draws=100)
+CHOICE = AnalysisOptions(draws=100)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from helpers.odd_texts import ODD, with_odd_texts
 
 from causalcone.analysis.page.data import report_data
 from causalcone.analysis.page.report import report
-from causalcone.analysis.papers.inputs import Choice
+from causalcone.analysis.papers.inputs import AnalysisOptions
 from causalcone.analysis.sweep_results import Study
 
 selenium = pytest.importorskip("selenium")
@@ -38,7 +38,7 @@ def odd_page(study, tmp_path_factory):
 
 
 def written(study, path):
-    path.write_text(report(report_data(Study(study), Choice(draws=100))), encoding="utf-8")
+    path.write_text(report(report_data(Study(study), AnalysisOptions(draws=100))), encoding="utf-8")
     return path
 
 

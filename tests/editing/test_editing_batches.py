@@ -27,8 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import causalcone as cc
 from causalcone.engine.edit.methods.finetune import Finetune
-from causalcone.engine.edit.methods.value_search import VectorSearch
-from causalcone.engine.edit.scoring.scoring import Scoring
+from causalcone.engine.edit.methods.value_search import ValueOptimizer
+from causalcone.engine.edit.scoring.scoring import EditScorer
 from causalcone.engine.errors import MemoryBudgetError
 
 ROME = cc.RomeHparams(steps=6, stop_loss=5.0)
@@ -39,7 +39,7 @@ METHODS = {
     "memit": lambda ed, requests, layers: ed.memit(requests, layers, 3, MEMIT),
     "finetune": lambda ed, requests, layers: ed.finetune(requests, layers, 3, FINETUNE),
 }
-PASSES = {"rome": (VectorSearch, "find"), "memit": (VectorSearch, "find"), "finetune": (Finetune, "_train")}
+PASSES = {"rome": (ValueOptimizer, "find"), "memit": (ValueOptimizer, "find"), "finetune": (Finetune, "_train")}
 LAYERS = (0, 1, 2, 3)
 BUDGETS = ("4.5MB", "7MB", "12MB", "25MB")
 NOTHING = 1e-5
@@ -73,7 +73,7 @@ def passes(monkeypatch):
 
         monkeypatch.setattr(owner, name, run)
 
-    for owner, name in {*PASSES.values(), (Scoring, "_together")}:
+    for owner, name in {*PASSES.values(), (EditScorer, "_together")}:
         counted(owner, name)
     return seen
 
@@ -161,7 +161,7 @@ def test_every_budget_gives_the_same_scores(model, moments, whole, passes, memor
     expected = editor(model, moments).evaluate(edits, accuracy=True)
     passes.clear()
     found = editor(model, moments, memory=memory).evaluate(edits, accuracy=True)
-    assert memory == BUDGETS[-1] or len(passes[Scoring]) > 1
+    assert memory == BUDGETS[-1] or len(passes[EditScorer]) > 1
     assert_same_table(found.probes, expected.probes)
     assert_same_table(found.metrics, expected.metrics)
 
@@ -313,7 +313,7 @@ def test_running_out_of_memory_again_and_again(model, moments, whole, monkeypatc
 
 def test_running_out_of_memory_while_scoring(model, moments, whole, monkeypatch):
     expected = editor(model, moments).score(whole["rome"])
-    seen = failing(monkeypatch, Scoring, "_together", CUDA_ERROR, 7, times=2)
+    seen = failing(monkeypatch, EditScorer, "_together", CUDA_ERROR, 7, times=2)
     assert_same_table(editor(model, moments).score(whole["rome"]), expected)
     assert seen == [5, 2, 1, 1, 3]
 
@@ -340,7 +340,7 @@ def test_long_prompts_and_short_ones_in_one_pass(passes):
     requests = [request(fact) for fact in facts]
     moments = random_moments(model)
     together = editor(model, moments, CONTEXTS[:1]).rome(requests, (0,), ROME)
-    assert passes[VectorSearch] == [6]
+    assert passes[ValueOptimizer] == [6]
     for edit in together:
         (alone,) = editor(model, moments, CONTEXTS[:1]).rome([edit.request], (0,), ROME)
         assert_alike(alone, edit)

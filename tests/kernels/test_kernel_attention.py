@@ -6,7 +6,7 @@ from helpers.kernel_cases import assert_near, devices, dtypes, random
 
 from causalcone.kernels import row_attention
 from causalcone.kernels.backends import Backends
-from causalcone.kernels.row_attention import Scoring, visible_keys
+from causalcone.kernels.row_attention import ScoreRule, visible_keys
 
 TRITON = Backends(attention="triton")
 
@@ -29,7 +29,7 @@ def assert_like_torch(device, dtype, heads, groups, head_dim, tokens, keys, coun
     rows, query_rows, key_rows = runs_of(count, tokens, keys, device)
     queries = random(rows, heads * head_dim, device=device, dtype=dtype)
     keys_values = random(rows, 2 * groups * head_dim, device=device, dtype=dtype, seed=1)
-    scoring = Scoring(head_dim, 1.7 * head_dim**-0.5, softcap, window)
+    scoring = ScoreRule(head_dim, 1.7 * head_dim**-0.5, softcap, window)
     index = (query_rows, key_rows, tokens, scoring)
     width = (count * len(tokens), heads * head_dim)
     exact = torch.empty(width, device=device)
@@ -82,7 +82,7 @@ def test_it_writes_nothing_beside_its_slice(device):
     rows, query_rows, key_rows = runs_of(2, (3, 4), 5, device)
     queries, keys_values = random(rows, 2 * 20, device=device), random(rows, 4 * 20, device=device)
     whole = torch.full((8, 40), 7.0, device=device)
-    TRITON.attend_rows(queries, keys_values, query_rows, key_rows, (3, 4), Scoring(20, 0.2), whole[2:6], 16)
+    TRITON.attend_rows(queries, keys_values, query_rows, key_rows, (3, 4), ScoreRule(20, 0.2), whole[2:6], 16)
     assert (whole[:2] == 7).all()
     assert (whole[6:] == 7).all()
     assert (whole[2:6] != 7).all()
@@ -95,7 +95,7 @@ def test_rows_beyond_two_to_the_31_elements():
     keys_values = torch.zeros(rows, 2 * width, dtype=torch.bfloat16, device="cuda")
     queries[-4:], keys_values[-4:] = random(4, width), random(4, 2 * width)
     index = torch.arange(rows - 4, rows, device="cuda").repeat(100_000, 1)
-    scoring = Scoring(64, 0.125)
+    scoring = ScoreRule(64, 0.125)
     out = torch.empty(100_000, width, dtype=torch.bfloat16, device="cuda")
     TRITON.attend_rows(queries, keys_values, index[:, 3:], index, (3,), scoring, out, 16)
     exact = torch.empty(1, width, device="cuda")

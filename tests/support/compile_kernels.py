@@ -13,7 +13,7 @@ from triton.runtime import driver, jit
 from causalcone.kernels.backends import Backends
 from causalcone.kernels.finetune_step import Moving
 from causalcone.kernels.norms import LayerNorm, RMSNorm
-from causalcone.kernels.row_attention import Scoring
+from causalcone.kernels.row_attention import ScoreRule
 
 TRITON = Backends("triton", "triton")
 
@@ -63,7 +63,7 @@ def launch_all(dtype: torch.dtype) -> None:
     for heads, groups, head_dim, m, softcap, window in ATTENTIONS:
         tokens = tuple(range(50 - m, 50))
         query_rows, key_rows = torch.zeros(2, m, dtype=torch.int64), torch.zeros(2, 50, dtype=torch.int64)
-        scoring, out = Scoring(head_dim, 0.125, softcap, window), rows(heads * head_dim, 2 * m)
+        scoring, out = ScoreRule(head_dim, 0.125, softcap, window), rows(heads * head_dim, 2 * m)
         queries, keys_values = rows(heads * head_dim), rows(2 * groups * head_dim)
         TRITON.attend_rows(queries, keys_values, query_rows, key_rows, tokens, scoring, out, 1)
     for width in (96, 4096, 8192):

@@ -19,7 +19,7 @@ from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.runners.results import store as stores
 from causalcone.runners.results.folder import ResultError
 from causalcone.runners.sweep import worker as work
-from causalcone.runners.sweep.executor import Alone
+from causalcone.runners.sweep.executor import LocalExecutor
 from causalcone.runners.sweep.status import status_of
 from causalcone.runners.sweep.worker import Worker
 
@@ -422,5 +422,5 @@ def test_units_are_cut_alike_whatever_is_done(file, whole):
     assert titles[-2:] == ["error injection", "fact forcing"]
     names = [unit.name for each in status_of(str(whole)).stages for unit in each.stage.units]
     assert len(set(names)) == len(names) == UNITS
-    assert isinstance(Alone(Worker(configured(file), str(whole))).describe().depth, int)
+    assert isinstance(LocalExecutor(Worker(configured(file), str(whole))).describe().depth, int)
     assert not list(Path(whole / ".partial").iterdir())

@@ -130,7 +130,7 @@ def test_no_unit_begins_when_it_is_to_stop(file, two, tmp_path):
     units = filter_stage(sweep, 6).units
     make = overridden(run=slow)
     with store.locked(), crews("local", 2, make) as crew_of, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster.Cluster, "_see", lambda self, unit: None)
+        patch.setattr(cluster.RayExecutor, "_see", lambda self, unit: None)
         crew = crew_of(sweep, str(tmp_path))
         crew.describe()
         while not all(hand.free for hand in crew._hands):

@@ -27,7 +27,7 @@ from causalcone.runners.facts.files import save_facts
 from causalcone.runners.sweep.config import load_sweep, sweep_names
 from causalcone.runners.sweep.forecast.counterfact_lengths import SHAPES, typical_facts
 from causalcone.runners.sweep.forecast.facts import MEASURED, facts_of
-from causalcone.runners.sweep.forecast.flop_counts import Counting, Editing, grouped
+from causalcone.runners.sweep.forecast.flop_counts import Counting, EditCounts, grouped
 from causalcone.runners.sweep.forecast.forecast import forecast
 from causalcone.runners.sweep.forecast.lengths import FactLengths
 from causalcone.runners.sweep.forecast.model_outline import model_outline
@@ -135,7 +135,7 @@ def test_edits_are_counted_as_in_the_benchmark(sweep, monkeypatch, problem):
     encoder = Encoder(tokenizer(), sizes)
     benched = importlib.import_module("editing_flops").Flops(encoder)
     contexts = {"rome": ["They say", "Bo"], "memit": ["In the city"]}
-    editing = Editing(whole, problem, whole.facts.some(len(FULL), first=True))
+    editing = EditCounts(whole, problem, whole.facts.some(len(FULL), first=True))
     requests = [_request(fact, problem, encoder) for fact in FULL]
 
     def edits(method: str, window: int) -> list[Edit]:

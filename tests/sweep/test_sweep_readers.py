@@ -11,7 +11,7 @@ from helpers.sweeps import TABLES, configured
 from rich.console import Console
 
 from causalcone.runners.sweep.driver import Driver
-from causalcone.runners.sweep.executor import Alone
+from causalcone.runners.sweep.executor import LocalExecutor
 from causalcone.runners.sweep.worker import Worker
 
 
@@ -36,7 +36,7 @@ def counted(out):
 def test_tables_can_be_read_at_any_moment(file, tmp_path, console):
     out, seen = tmp_path / "out", []
 
-    class Read(Alone):
+    class Read(LocalExecutor):
         def run(self, units, stop):
             for outcome in super().run(units, stop):
                 seen.append(counted(out))

@@ -62,7 +62,7 @@ def test_what_would_be_waited_for_is_seen():
 def ahead(monkeypatch):
     """What a device does: a pass is begun before the one before is asked for its results. The order of things."""
     monkeypatch.setattr(job, "passes_ahead", lambda device: 1)
-    began, order = job.Job._begin, []
+    began, order = job.PassRunner._begin, []
 
     def begin(self, parts, *rest):
         finish = began(self, parts, *rest)
@@ -74,7 +74,7 @@ def ahead(monkeypatch):
 
         return finished
 
-    monkeypatch.setattr(job.Job, "_begin", begin)
+    monkeypatch.setattr(job.PassRunner, "_begin", begin)
     return order
 
 

@@ -9,8 +9,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from causalcone.engine.edit.methods.objective import Training
-from causalcone.engine.edit.methods.value_search import Found, VectorSearch
+from causalcone.engine.edit.methods.objective import EditObjective
+from causalcone.engine.edit.methods.value_search import FoundValue, ValueOptimizer
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.errors import MemoryBudgetError
 from causalcone.engine.memory import out_of_memory
@@ -60,14 +60,14 @@ class Batching:
         return parts
 
     def of_requests(
-        self, requests: Sequence[Request], at: Collection[int], training: Callable[[Sequence[Request]], Training]
+        self, requests: Sequence[Request], at: Collection[int], training: Callable[[Sequence[Request]], EditObjective]
     ) -> list[list[Request]]:
         """Requests of which what the unedited model makes of their contexts takes half of the budget."""
         return self.of_items(requests, lambda each: self._unedited_bytes(training([each]), at), edit_name, 0.5)
 
     def of_vectors(
-        self, edits: Sequence[tuple[int, int]], search: VectorSearch
-    ) -> Iterator[tuple[tuple[int, int], Found]]:
+        self, edits: Sequence[tuple[int, int]], search: ValueOptimizer
+    ) -> Iterator[tuple[tuple[int, int], FoundValue]]:
         """Each edit (a goal and a layer) with its vector, in order; the search takes the other half of the budget."""
 
         def name(edit: tuple[int, int]) -> str:
@@ -99,7 +99,7 @@ class Batching:
         own, kv = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim
         return self.dtype.itemsize * (4 * sizes.hidden + 2 * own + kv)
 
-    def _unedited_bytes(self, training: Training, at: Collection[int]) -> int:
+    def _unedited_bytes(self, training: EditObjective, at: Collection[int]) -> int:
         """Stored keys and values, what is kept at the layers, and the pass itself."""
         sizes, texts = self.sizes, training.prompts.texts
         kv, rows = 2 * sizes.kv_heads * sizes.head_dim, sum(map(len, texts))
@@ -108,7 +108,7 @@ class Batching:
         kept = len(at) * (tails * sizes.hidden + len(texts) * (2 * sizes.hidden + sizes.inner))
         return self.dtype.itemsize * (stored + kept) + rows * self.row_bytes + 12 * sizes.vocabulary
 
-    def _cone_bytes(self, search: VectorSearch, number: int, layer: int) -> int:
+    def _cone_bytes(self, search: ValueOptimizer, number: int, layer: int) -> int:
         """What autograd keeps of an edit's rows at all layers after its own, and works with at one of them."""
         sizes, goal, prompts = self.sizes, search.goals[number], search.prompts
         texts = np.array([*goal.contexts, goal.essence])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from causalcone.engine.edit.deltas.delta import Delta
-from causalcone.engine.edit.methods.value_search import Found
+from causalcone.engine.edit.methods.value_search import FoundValue
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
 
@@ -75,7 +75,7 @@ class JointEdit:
 
     requests: tuple[Request, ...]
     window: Window
-    found: tuple[Found, ...]
+    found: tuple[FoundValue, ...]
     delta: Delta | None
 
     def edits(self) -> list[Edit]:

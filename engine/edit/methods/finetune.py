@@ -22,8 +22,8 @@ from causalcone.engine.edit.methods.hparams import FinetuneHparams
 from causalcone.engine.edit.requests.prompts import Encoder
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
-from causalcone.engine.edit.runs.edited_runs import Cone, Join, Prompts
-from causalcone.engine.edit.runs.frozen_prefix import Unedited, run_unedited
+from causalcone.engine.edit.runs.edited_runs import EditedRuns, Join, Prompts
+from causalcone.engine.edit.runs.frozen_prefix import FrozenPrefix, run_unedited
 from causalcone.engine.edit.runs.layers import Change, Layers
 from causalcone.engine.edit.runs.packed_runs import Text
 from causalcone.engine.models.base import Block
@@ -63,7 +63,7 @@ class Finetune:
     @torch.no_grad()
     def _train(self, items: list[Item]) -> list[Edit]:
         self.layers.forget()
-        edits = _Batch(self, items).run()
+        edits = _EditBatch(self, items).run()
         self.layers.forget()
         return edits
 
@@ -93,7 +93,7 @@ class _Trained:
     def add(self, keys: Tensor) -> Tensor:
         """What the change adds to values, (R, hidden), from keys (R, inner); gradient flows to the keys, and what the
         weight's own gradient is made of is kept."""
-        return _Product.apply(keys, self.leaf, self)
+        return _WeightProduct.apply(keys, self.leaf, self)
 
     def step(self) -> None:
         """One step of Adam along the gradient of the products since the last, and back within the bounds."""
@@ -118,7 +118,7 @@ class _Trained:
         return Dense(self.weight, self.bias)
 
 
-class _Product(torch.autograd.Function):
+class _WeightProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keys: Tensor, leaf: Tensor, trained: _Trained) -> Tensor:
         ctx.keys, ctx.trained = keys, trained
@@ -132,7 +132,7 @@ class _Product(torch.autograd.Function):
         return grads[0] @ trained.weight.to(grads[0].dtype) if ctx.needs_input_grad[0] else None, None, None
 
 
-class _Batch:
+class _EditBatch:
     """Edits that are trained together."""
 
     def __init__(self, method: Finetune, items: list[Item]) -> None:
@@ -149,7 +149,7 @@ class _Batch:
         self.texts: list[list[int]] = []
         self.prompts, self.unedited = self._unedited()
 
-    def _unedited(self) -> tuple[Prompts, Unedited]:
+    def _unedited(self) -> tuple[Prompts, FrozenPrefix]:
         """All texts, once for every request, and what enters the first layer that is edited."""
         texts: list[Text] = []
         read: list[int] = []
@@ -205,11 +205,11 @@ _KEPT = ("mid", "keys", "values")
 class _Pass:
     """The runs of the items that are still trained."""
 
-    def __init__(self, batch: _Batch, live: np.ndarray) -> None:
+    def __init__(self, batch: _EditBatch, live: np.ndarray) -> None:
         self.batch, self.count = batch, len(live)
         of = np.repeat(np.arange(len(live)), [len(batch.texts[item]) for item in live])
         texts = np.concatenate([batch.texts[item] for item in live])
-        self.cone = Cone(batch.layers, batch.prompts, batch.first[live], of, texts)
+        self.cone = EditedRuns(batch.layers, batch.prompts, batch.first[live], of, texts)
         self.trained = [batch.trained[item] for item in live]
         requests = [batch.items[item][0] for item in live]
         owners, device = of[self.cone.order], batch.layers.device

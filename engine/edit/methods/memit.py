@@ -13,9 +13,9 @@ from causalcone.engine.edit.deltas.delta import Delta, LowRank
 from causalcone.engine.edit.methods.batching import Batching
 from causalcone.engine.edit.methods.edits import Edit, JointEdit, failed, made
 from causalcone.engine.edit.methods.hparams import MemitHparams
-from causalcone.engine.edit.methods.memit_prefixes import Heads, Update, head_places
-from causalcone.engine.edit.methods.objective import Training
-from causalcone.engine.edit.methods.value_search import Found, VectorSearch
+from causalcone.engine.edit.methods.memit_prefixes import Prefixes, Update, head_places
+from causalcone.engine.edit.methods.objective import EditObjective
+from causalcone.engine.edit.methods.value_search import FoundValue, ValueOptimizer
 from causalcone.engine.edit.requests.prompts import Encoder
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
@@ -64,8 +64,8 @@ class Memit:
         """One change of the model for all requests together."""
         end = window.layers[-1]
         self.layers.forget()
-        parts: list[Heads] = []
-        found: list[Found] = []
+        parts: list[Prefixes] = []
+        found: list[FoundValue] = []
         for own in self.batching.of_requests(requests, [end], self._training):
             training = self._training(own)
             search = self._search(training, [window], [end])
@@ -76,7 +76,7 @@ class Memit:
         self.layers.forget()
         return JointEdit(tuple(requests), window, tuple(found), delta)
 
-    def _solve_together(self, window: Window, parts: Sequence[Heads]) -> Delta | None:
+    def _solve_together(self, window: Window, parts: Sequence[Prefixes]) -> Delta | None:
         """The change that takes all keys to their goals, layer by layer; None where no request found its vector."""
         changes: dict[int, LowRank] = {}
         for place, layer in enumerate(window.layers if parts else ()):
@@ -97,29 +97,31 @@ class Memit:
                     part.apply(_shared_update(changes[layer]))
         return Delta(changes) if changes else None
 
-    def _training(self, requests: Sequence[Request]) -> Training:
-        return Training.of(requests, self.encoder, self.contexts)
+    def _training(self, requests: Sequence[Request]) -> EditObjective:
+        return EditObjective.of(requests, self.encoder, self.contexts)
 
-    def _search(self, training: Training, windows: Sequence[Window], ends: Sequence[int]) -> VectorSearch:
+    def _search(self, training: EditObjective, windows: Sequence[Window], ends: Sequence[int]) -> ValueOptimizer:
         heads = head_places(training)
         more = {("inputs", window.layers[0]): heads for window in windows}
         return training.search(self.layers, ends, "out", self.hparams, more)
 
-    def _heads(self, window: Window, search: VectorSearch, training: Training, found: Sequence[Found]) -> list[Heads]:
+    def _heads(
+        self, window: Window, search: ValueOptimizer, training: EditObjective, found: Sequence[FoundValue]
+    ) -> list[Prefixes]:
         """The contexts of the requests that found their vector, if there are any."""
         kept = [number for number, each in enumerate(found) if each.reason is None]
         if not kept:
             return []
         goal = torch.stack([found[number].base + found[number].delta for number in kept])
-        return [Heads(self.layers, window, search.unedited, training, kept, goal)]
+        return [Prefixes(self.layers, window, search.unedited, training, kept, goal)]
 
     def _spread_each(
         self,
         requests: Sequence[Request],
         window: Window,
-        search: VectorSearch,
-        training: Training,
-        found: Sequence[Found],
+        search: ValueOptimizer,
+        training: EditObjective,
+        found: Sequence[FoundValue],
     ) -> list[Edit]:
         """The edit of each request by itself."""
         changes: list[dict[int, LowRank]] = [{} for each in found if each.reason is None]

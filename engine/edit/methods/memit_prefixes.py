@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from causalcone.engine.edit.methods.objective import Training
+from causalcone.engine.edit.methods.objective import EditObjective
 from causalcone.engine.edit.requests.windows import Window
-from causalcone.engine.edit.runs.frozen_prefix import Places, Unedited
+from causalcone.engine.edit.runs.frozen_prefix import FrozenPrefix, Places
 from causalcone.engine.edit.runs.layers import Layers, Passed
 from causalcone.engine.edit.runs.packed_runs import Runs, in_order, spans
 from causalcone.kernels.tiles import pieces
@@ -19,14 +19,14 @@ Update = Callable[[Tensor, slice], Tensor]
 """What a change adds to the values (R, hidden) of rows with keys (R, inner): a slice of all rows."""
 
 
-def head_places(training: Training) -> Places:
+def head_places(training: EditObjective) -> Places:
     """All tokens of all contexts up to the lookup, of all requests."""
     texts = training.contexts.flatten()
     count = training.prompts.lookup[texts] + 1
     return np.repeat(texts, count), spans(np.zeros_like(count), count)
 
 
-class Heads:
+class Prefixes:
     """The contexts up to the lookups of n requests, each bare prompt first, on their way through the window.
 
     goal (n, hidden) is what the bare prompts' outputs at the window's last layer are to become.
@@ -36,8 +36,8 @@ class Heads:
         self,
         layers: Layers,
         window: Window,
-        unedited: Unedited,
-        training: Training,
+        unedited: FrozenPrefix,
+        training: EditObjective,
         numbers: Sequence[int],
         goal: Tensor,
     ) -> None:

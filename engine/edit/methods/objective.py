@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from causalcone.engine.edit.methods.hparams import MemitHparams, RomeHparams
-from causalcone.engine.edit.methods.value_search import Goal, Site, VectorSearch, wanted_by_vectors
+from causalcone.engine.edit.methods.value_search import Goal, Site, ValueOptimizer, wanted_by_vectors
 from causalcone.engine.edit.requests.prompts import ESSENCE, Encoder
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.runs.edited_runs import Prompts
@@ -18,14 +18,14 @@ from causalcone.engine.edit.runs.packed_runs import Text
 
 
 @dataclass(frozen=True)
-class Training:
+class EditObjective:
     """The texts of some requests, and each request's goal."""
 
     prompts: Prompts
     goals: list[Goal]
 
     @classmethod
-    def of(cls, requests: Sequence[Request], encoder: Encoder, contexts: Sequence[str]) -> Training:
+    def of(cls, requests: Sequence[Request], encoder: Encoder, contexts: Sequence[str]) -> EditObjective:
         texts: list[Text] = []
         lookup: list[int] = []
         read: list[int] = []
@@ -56,11 +56,11 @@ class Training:
         site: Site,
         hparams: RomeHparams | MemitHparams,
         more: Wanted,
-    ) -> VectorSearch:
+    ) -> ValueOptimizer:
         """The search for vectors at the layers ``at``, with what the unedited model makes of the texts, ``more`` of it
         than the search needs."""
         essence = np.array([goal.essence for goal in self.goals])
         wanted: Wanted = {**wanted_by_vectors(self.prompts, at, site), **more}
         distributions = essence, self.prompts.lookup[essence]
         unedited = run_unedited(layers, self.prompts.texts, wanted, min(at) + 1, distributions)
-        return VectorSearch(layers, self.prompts, unedited, self.goals, site, hparams)
+        return ValueOptimizer(layers, self.prompts, unedited, self.goals, site, hparams)

@@ -14,8 +14,8 @@ from causalcone.engine.edit.deltas.delta import Delta, LowRank
 from causalcone.engine.edit.methods.batching import Batching
 from causalcone.engine.edit.methods.edits import Edit, failed, made
 from causalcone.engine.edit.methods.hparams import RomeHparams
-from causalcone.engine.edit.methods.objective import Training
-from causalcone.engine.edit.methods.value_search import Found, VectorSearch
+from causalcone.engine.edit.methods.objective import EditObjective
+from causalcone.engine.edit.methods.value_search import FoundValue, ValueOptimizer
 from causalcone.engine.edit.requests.prompts import Encoder
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.runs.layers import Layers
@@ -55,17 +55,17 @@ class Rome:
         self.layers.forget()
         return [self._edit(own[n], (n, layer), found[n, layer], search, directions[layer][n]) for n, layer in wanted]
 
-    def _directions(self, search: VectorSearch, layer: int) -> Tensor:
+    def _directions(self, search: ValueOptimizer, layer: int) -> Tensor:
         """(requests, inner) float64: C^-1 k* of each."""
         keys = search.unedited.kept["keys", layer]
         means = torch.stack([keys[list(goal.contexts)].double().mean(0) for goal in search.goals])
         return self.moments.solve(layer, means.T).T
 
-    def _training(self, requests: Sequence[Request]) -> Training:
-        return Training.of(requests, self.encoder, self.contexts)
+    def _training(self, requests: Sequence[Request]) -> EditObjective:
+        return EditObjective.of(requests, self.encoder, self.contexts)
 
     def _edit(
-        self, request: Request, edit: tuple[int, int], found: Found, search: VectorSearch, direction: Tensor
+        self, request: Request, edit: tuple[int, int], found: FoundValue, search: ValueOptimizer, direction: Tensor
     ) -> Edit:
         number, layer = edit
         if found.reason is not None:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from causalcone.engine.edit.methods.adam import Adam
 from causalcone.engine.edit.methods.hparams import MemitHparams, RomeHparams
-from causalcone.engine.edit.runs.edited_runs import Cone, Join, Prompts
-from causalcone.engine.edit.runs.frozen_prefix import Places, Unedited, Wanted
+from causalcone.engine.edit.runs.edited_runs import EditedRuns, Join, Prompts
+from causalcone.engine.edit.runs.frozen_prefix import FrozenPrefix, Places, Wanted
 from causalcone.engine.edit.runs.layers import Layers
 from causalcone.engine.models.base import Block
 from causalcone.kernels.readout_gradients import divergence, log_probability
@@ -38,7 +38,7 @@ class Goal:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundValue:
     """delta (hidden,): what was found, in float32 or better; base (hidden,): what it is added to, in the bare prompt;
     steps: updates taken; loss: the last evaluated; reason: why it failed, or None."""
 
@@ -50,12 +50,12 @@ class Found:
 
 
 @dataclass(frozen=True)
-class VectorSearch:
+class ValueOptimizer:
     """Searches for the vectors of ``goals`` at a site."""
 
     layers: Layers
     prompts: Prompts
-    unedited: Unedited
+    unedited: FrozenPrefix
     goals: Sequence[Goal]
     site: Site
     hparams: RomeHparams | MemitHparams
@@ -67,13 +67,13 @@ class VectorSearch:
         return self.unedited.kept[self.site, layer][row]
 
     @torch.inference_mode(False)
-    def find(self, edits: Sequence[tuple[int, int]]) -> list[Found]:
+    def find(self, edits: Sequence[tuple[int, int]]) -> list[FoundValue]:
         """The vector of each edit: a goal, by number, and a layer."""
         wide = torch.promote_types(self.layers.dtype, torch.float32)
         base = torch.stack([self.base(*edit) for edit in edits]).to(wide)
         delta, size = torch.zeros_like(base), base.norm(dim=1)
         adam = Adam(self.hparams.lr, delta)
-        found: list[Found | None] = [None] * len(edits)
+        found: list[FoundValue | None] = [None] * len(edits)
         live = list(range(len(edits)))
         readings = _Readings(self, edits, size)
         for step in range(self.hparams.steps):
@@ -130,9 +130,9 @@ def wanted_by_vectors(prompts: Prompts, at: Collection[int], site: Site) -> Want
     return wanted
 
 
-def _found(delta: Tensor, base: Tensor, steps: int, loss: float) -> Found:
+def _found(delta: Tensor, base: Tensor, steps: int, loss: float) -> FoundValue:
     reason = None if np.isfinite(loss) else f"the loss is {loss} after {steps} steps"
-    return Found(delta.clone(), base, steps, float(loss), reason)
+    return FoundValue(delta.clone(), base, steps, float(loss), reason)
 
 
 def _clamped(delta: Tensor, largest: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def _clamped(delta: Tensor, largest: Tensor) -> Tensor:
 class _Readings:
     """What is read out of the runs of a batch of edits, and the loss that it makes."""
 
-    def __init__(self, search: VectorSearch, edits: Sequence[tuple[int, int]], size: Tensor) -> None:
+    def __init__(self, search: ValueOptimizer, edits: Sequence[tuple[int, int]], size: Tensor) -> None:
         self.search, self.size = search, size
         self.count = len(edits)
         if not edits:
@@ -154,7 +154,7 @@ class _Readings:
         of = np.repeat(np.arange(len(edits)), [len(own) for own in texts])
         layer = np.array([layer for _, layer in edits])
         members = np.array([text for own in texts for text in own])
-        self.cone = Cone(search.layers, search.prompts, layer, of, members, search.unedited)
+        self.cone = EditedRuns(search.layers, search.prompts, layer, of, members, search.unedited)
         # by run, then in the order of what is read: the edit, its target's tokens and their weight, or its divergence
         essence = np.concatenate([np.arange(len(own)) == len(own) - 1 for own in texts])
         order = self.cone.order

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from causalcone.engine.edit.runs.frozen_prefix import Places, Unedited
+from causalcone.engine.edit.runs.frozen_prefix import FrozenPrefix, Places
 from causalcone.engine.edit.runs.layers import Change, Layers
 from causalcone.engine.edit.runs.packed_runs import Runs, Text, in_order, spans
 from causalcone.engine.models.base import Block
@@ -69,7 +69,7 @@ Changing = Callable[[int, "Join", bool], Change | None]
 """How runs that joined before are edited at a layer too; the flag says that only rows that are read out are there."""
 
 
-class Cone:
+class EditedRuns:
     """The runs of edits: run i is of edit ``of[i]``, in text ``texts[i]``, and differs from the unedited run behind
     layer ``layer[of[i]]``, from the text's lookup on.
 
@@ -83,7 +83,7 @@ class Cone:
         layer: np.ndarray,
         of: np.ndarray,
         texts: np.ndarray,
-        unedited: Unedited | None = None,
+        unedited: FrozenPrefix | None = None,
     ) -> None:
         """``unedited`` holds the keys and values of what is before the lookups, where there is anything."""
         self.layers, self.prompts = layers, prompts
@@ -134,15 +134,15 @@ class Cone:
             wave.advance(layer, self.layers.block(layer))
         return wave.states()
 
-    def wave(self, joining: Joining, changing: Changing | None = None) -> Wave:
+    def wave(self, joining: Joining, changing: Changing | None = None) -> EditedPass:
         """The same in steps of one layer, for a pass that has other runs beside these."""
-        return Wave(self, joining, changing)
+        return EditedPass(self, joining, changing)
 
 
-class Wave:
+class EditedPass:
     """The rows of a cone on their way through the layers."""
 
-    def __init__(self, cone: Cone, joining: Joining, changing: Changing | None) -> None:
+    def __init__(self, cone: EditedRuns, joining: Joining, changing: Changing | None) -> None:
         self.cone, self.joining, self.changing = cone, joining, changing
         self.rows: Tensor | None = None
         self.live: Join | None = None

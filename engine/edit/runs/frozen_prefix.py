@@ -20,7 +20,7 @@ Wanted = Mapping[tuple[str, int], Places]
 
 
 @dataclass(frozen=True)
-class Unedited:
+class FrozenPrefix:
     """start (N,): the row of each text's first token; keys_values: of attention, of all rows, by layer; kept: the rows
     asked for, in the order of their places; log_p (n, V): distributions of the next token asked for, in float32 or
     better."""
@@ -39,7 +39,7 @@ def run_unedited(
     wanted: Wanted,
     past_from: int | None = None,
     distributions: Places | None = None,
-) -> Unedited:
+) -> FrozenPrefix:
     """Run texts through the unedited model.
 
     past_from: the first layer of which attention's keys and values are kept (None: of no layer); distributions: where
@@ -71,4 +71,4 @@ def run_unedited(
         states = layers.architecture.final_norm(rows.index_select(0, rows_of(distributions)))
         logits = layers.readout().logits(states)
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    return Unedited(start, keys_values, kept, log_p)
+    return FrozenPrefix(start, keys_values, kept, log_p)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from causalcone.engine.edit.runs.packed_runs import Batch, Runs, Text
+from causalcone.engine.edit.runs.packed_runs import RunBatch, Runs, Text
 from causalcone.engine.models.base import Architecture, Block
 from causalcone.kernels.attention import attend
 from causalcone.kernels.backends import TORCH, Backends
@@ -158,7 +158,7 @@ class Layers:
         return torch.cat(outputs) if outputs else queries
 
     @staticmethod
-    def _keys(batch: Batch, keys_values: Tensor, past: Tensor | None, head_dim: int) -> Tensor:
+    def _keys(batch: RunBatch, keys_values: Tensor, past: Tensor | None, head_dim: int) -> Tensor:
         """(B, K, 2, kv_heads, head_dim) what runs of one form see, stored and own."""
         own = keys_values.view(batch.count, -1, 2, keys_values.shape[1] // 2 // head_dim, head_dim)
         if past is None or not batch.past.shape[1]:

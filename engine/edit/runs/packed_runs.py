@@ -28,7 +28,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Batch:
+class RunBatch:
     """Runs of one form, whose rows are neighbours: ``count`` (B) runs of ``length`` (m) rows each, of which the last
     ``read`` are read out, and before them stored rows: past (B, p)."""
 
@@ -93,10 +93,10 @@ class Runs:
         return torch.from_numpy(spans(self.start + self.rows - self.read, self.read)).to(self.device)
 
     @cached_property
-    def batches(self) -> list[Batch]:
+    def batches(self) -> list[RunBatch]:
         return list(self._batches())
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[RunBatch]:
         if not len(self):
             return
         forms = np.stack([self.past, self.rows, self.read])
@@ -104,7 +104,7 @@ class Runs:
         for first, end in zip([0, *edges], [*edges, len(self)], strict=True):
             past, length, read = (int(column[first]) for column in (self.past, self.rows, self.read))
             stored = self.stored[first:end, None] + np.arange(past)
-            yield Batch(int(end - first), length, read, torch.from_numpy(stored).to(self.device))
+            yield RunBatch(int(end - first), length, read, torch.from_numpy(stored).to(self.device))
 
 
 def in_order(*columns: np.ndarray) -> np.ndarray:

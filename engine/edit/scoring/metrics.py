@@ -15,9 +15,9 @@ from causalcone.engine.edit.scoring.probes import (
     PARAPHRASE,
     REWRITE,
     TARGET,
-    Questions,
+    ProbeSet,
 )
-from causalcone.engine.edit.scoring.scoring import Answers, Scored
+from causalcone.engine.edit.scoring.scoring import ProbeResults, Scored
 
 Values = tuple[float, float | None]
 """A metric before and after an edit; None where the edit failed."""
@@ -49,7 +49,7 @@ def _perplexity(scored: Scored) -> dict[str, Values]:
         return {}
     lengths = np.array([1 + len(scored.questions.asked[place].tokens) for place in texts])
 
-    def mean(answers: Answers) -> float:
+    def mean(answers: ProbeResults) -> float:
         return float(np.exp(-answers.log_p[texts] / lengths).mean())
 
     return {"perplexity": _before_and_after(scored, mean)}
@@ -66,7 +66,7 @@ def _success(scored: Scored, kind: str) -> Iterator[tuple[str, Values]]:
         new, true = true, new
     counts = np.array([len(each.tokens) for each in scored.questions.asked])
 
-    def differences(answers: Answers) -> np.ndarray:
+    def differences(answers: ProbeResults) -> np.ndarray:
         p = np.exp(answers.log_p / counts)
         return p[new] - p[true]
 
@@ -74,7 +74,7 @@ def _success(scored: Scored, kind: str) -> Iterator[tuple[str, Values]]:
     yield f"{_NAMES[kind]}_magnitude", _before_and_after(scored, lambda own: float(differences(own).mean()))
 
 
-def _pairs(questions: Questions, kind: str) -> list[tuple[int, int]]:
+def _pairs(questions: ProbeSet, kind: str) -> list[tuple[int, int]]:
     """For each prompt of a kind, the questions about the new target and about the true one."""
     places = {(each.index, each.answer): n for n, each in enumerate(questions.asked) if each.kind == kind}
     new, true = (TARGET, OTHER) if questions.request.trains_new else (OTHER, TARGET)
@@ -95,9 +95,9 @@ def _accuracies(scored: Scored) -> Iterator[tuple[str, Values]]:
             yield f"{kind}_accuracy", _before_and_after(scored, partial(_mean_right, at=chosen))
 
 
-def _mean_right(answers: Answers, at: list[int]) -> float:
+def _mean_right(answers: ProbeResults, at: list[int]) -> float:
     return float(answers.right[at].mean())
 
 
-def _before_and_after(scored: Scored, metric: Callable[[Answers], float]) -> Values:
+def _before_and_after(scored: Scored, metric: Callable[[ProbeResults], float]) -> Values:
     return metric(scored.pre), None if scored.post is None else metric(scored.post)

@@ -16,7 +16,7 @@ TARGET, OTHER, OWN = "target", "other", "own"
 
 
 @dataclass(frozen=True)
-class Question:
+class Probe:
     """How likely the tokens of an answer are after a prompt: kind and index of the prompt; answer: the request's
     ``target``, its ``other`` one, or the prompt's ``own``; run: which of the request's runs reads it, from the first
     of the rows read on."""
@@ -29,13 +29,13 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Questions:
+class ProbeSet:
     """The questions about a request, and the runs that answer them, with how many of their last tokens are read."""
 
     request: Request
     runs: tuple[Text, ...]
     read: tuple[int, ...]
-    asked: tuple[Question, ...]
+    asked: tuple[Probe, ...]
 
     @property
     def rows(self) -> int:
@@ -43,7 +43,7 @@ class Questions:
         return sum(map(len, self.runs))
 
 
-def questions_about(request: Request, encoder: Encoder, essence: Sequence[str] = ()) -> Questions:
+def questions_about(request: Request, encoder: Encoder, essence: Sequence[str] = ()) -> ProbeSet:
     """Both targets after all prompts of the fact, a neighbour's own answer where it has one, and the essence texts."""
     fact = request.fact
     prompts = [(REWRITE, 0, encoder.prompted(request, fact.prompt).text)]
@@ -53,7 +53,7 @@ def questions_about(request: Request, encoder: Encoder, essence: Sequence[str] =
         (ATTRIBUTE, fact.attribute_prompts),
     ):
         prompts += [(kind, index, encoder.written(request, text)) for index, text in enumerate(texts)]
-    collected = _Collected([], [], [])
+    collected = _ProbeCollector([], [], [])
     for kind, index, text in prompts:
         answers = {TARGET: request.target}
         if request.other is not None:
@@ -65,14 +65,14 @@ def questions_about(request: Request, encoder: Encoder, essence: Sequence[str] =
         text = encoder.written(request, written)
         first = replace(text, tokens=text.tokens[:1])
         collected.ask(request, encoder, ESSENCE, index, first, {OWN: text.tokens[1:]})
-    return Questions(request, tuple(collected.runs), tuple(collected.read), tuple(collected.asked))
+    return ProbeSet(request, tuple(collected.runs), tuple(collected.read), tuple(collected.asked))
 
 
 @dataclass
-class _Collected:
+class _ProbeCollector:
     runs: list[Text]
     read: list[int]
-    asked: list[Question]
+    asked: list[Probe]
 
     def ask(
         self, request: Request, encoder: Encoder, kind: str, index: int, text: Text, answers: dict[str, tuple[int, ...]]
@@ -88,4 +88,4 @@ class _Collected:
                 run = len(self.runs)
                 self.runs.append(whole)
                 self.read.append(len(tokens))
-            self.asked.append(Question(kind, index, name, tokens, run))
+            self.asked.append(Probe(kind, index, name, tokens, run))

@@ -16,16 +16,16 @@ from causalcone.engine.edit.deltas.rows import Addition, addition, changed, slic
 from causalcone.engine.edit.methods.batching import Batching, edit_name
 from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.requests.windows import check_layer
-from causalcone.engine.edit.runs.edited_runs import Cone, Join, Prompts
+from causalcone.engine.edit.runs.edited_runs import EditedRuns, Join, Prompts
 from causalcone.engine.edit.runs.layers import Change, Layers, Passed
 from causalcone.engine.edit.runs.packed_runs import Runs
-from causalcone.engine.edit.scoring.probes import Questions
+from causalcone.engine.edit.scoring.probes import ProbeSet
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.models.base import Block, Sizes
 
 
 @dataclass(frozen=True)
-class Answers:
+class ProbeResults:
     """log_p (Q,) float64: of each question's answer, summed over its tokens; right (Q,): the share of its tokens that
     are the most likely ones, NaN where that was not asked."""
 
@@ -42,25 +42,25 @@ class Scored:
     """An edit with its request's questions, and how the model answers them without and with it; None if it failed."""
 
     edit: Edit
-    questions: Questions
-    pre: Answers
-    post: Answers | None
+    questions: ProbeSet
+    pre: ProbeResults
+    post: ProbeResults | None
 
 
 @dataclass(frozen=True)
-class Scoring:
+class EditScorer:
     """ask: the questions about a request; accuracy: whether the most likely tokens are read as well."""
 
     layers: Layers
     batching: Batching
-    ask: Callable[[Edit], Questions]
+    ask: Callable[[Edit], ProbeSet]
     accuracy: bool = False
 
     def score(self, edits: Sequence[Edit]) -> Iterator[Scored]:
         """Each edit's answers, in order. Edits of one request should follow each other: they share its unedited run."""
         groups = [(self.ask(own[0]), own) for own in (list(own) for _, own in groupby(edits, _same_request))]
 
-        def name(group: tuple[Questions, list[Edit]]) -> str:
+        def name(group: tuple[ProbeSet, list[Edit]]) -> str:
             return edit_name(group[0].request)
 
         for part in self.batching.of_items(self._pieces(groups), self._bytes, name):
@@ -68,28 +68,28 @@ class Scoring:
             self.layers.forget()
             yield from scored
 
-    def _pieces(self, groups: Sequence[tuple[Questions, list[Edit]]]) -> Iterator[tuple[Questions, list[Edit]]]:
+    def _pieces(self, groups: Sequence[tuple[ProbeSet, list[Edit]]]) -> Iterator[tuple[ProbeSet, list[Edit]]]:
         """Requests with their edits; with as many at once as the budget holds."""
         for questions, own in groups:
             weigh = partial(self._edit_bytes, questions)
             for part in self.batching.of_items(own, weigh, lambda edit: f"the edit {edit.edit_id!r}", 0.5):
                 yield questions, part
 
-    def _edit_bytes(self, questions: Questions, edit: Edit) -> int:
+    def _edit_bytes(self, questions: ProbeSet, edit: Edit) -> int:
         if edit.delta is None:
             return 0
         later = len(edit.delta.changes) > 1
         keys = self.layers.architecture.sizes.inner * self.layers.dtype.itemsize
         return questions.rows * (2 * self.batching.row_bytes + later * keys)
 
-    def _bytes(self, group: tuple[Questions, list[Edit]]) -> int:
+    def _bytes(self, group: tuple[ProbeSet, list[Edit]]) -> int:
         questions, own = group
         keys = self.layers.architecture.sizes.inner * self.layers.dtype.itemsize
         return questions.rows * (2 * self.batching.row_bytes + keys) + sum(
             self._edit_bytes(questions, edit) for edit in own
         )
 
-    def _together(self, groups: list[tuple[Questions, list[Edit]]]) -> list[Scored]:
+    def _together(self, groups: list[tuple[ProbeSet, list[Edit]]]) -> list[Scored]:
         return [scored for own in _ScoringPass(self, groups).run() for scored in own]
 
 
@@ -121,7 +121,7 @@ def _same_request(edit: Edit) -> int:
 class _ScoringPass:
     """The unedited runs of some requests, and beside them those of their edits."""
 
-    def __init__(self, scoring: Scoring, groups: list[tuple[Questions, list[Edit]]]) -> None:
+    def __init__(self, scoring: EditScorer, groups: list[tuple[ProbeSet, list[Edit]]]) -> None:
         self.layers, self.accuracy, self.groups = scoring.layers, scoring.accuracy, groups
         texts = [text for questions, _ in groups for text in questions.runs]
         read = np.array([count for questions, _ in groups for count in questions.read])
@@ -143,7 +143,7 @@ class _ScoringPass:
         for number, (questions, own) in enumerate(self.groups):
             yield [Scored(edit, questions, pre[number], next(edited) if edit.delta else None) for edit in own]
 
-    def _answers(self) -> tuple[list[Answers], list[Answers]]:
+    def _answers(self) -> tuple[list[ProbeResults], list[ProbeResults]]:
         """Of each request without an edit, and of each edit."""
         layers = self.layers
         joined = {min(delta.changes) for _, delta in self.edits}
@@ -180,13 +180,13 @@ class _ScoringPass:
         texts = [self.of_group[number] for number, _ in self.edits]
         return np.repeat(np.arange(len(texts)), [len(own) for own in texts]), np.concatenate(texts)
 
-    def _cone(self) -> Cone:
+    def _cone(self) -> EditedRuns:
         first = np.array([min(delta.changes) for _, delta in self.edits])
         self.additions = [
             {layer: addition(change, self.layers.device, self.layers.dtype) for layer, change in delta.changes.items()}
             for _, delta in self.edits
         ]
-        return Cone(self.layers, self.prompts, first, *self._edit_runs())
+        return EditedRuns(self.layers, self.prompts, first, *self._edit_runs())
 
     def _joining(self, block: Block, layer: int, join: Join) -> Tensor:
         base = self.unedited
@@ -208,7 +208,7 @@ class _ScoringPass:
 
     def _read(
         self, states: Tensor, group: np.ndarray, order: np.ndarray, of: np.ndarray, texts: np.ndarray
-    ) -> list[Answers]:
+    ) -> list[ProbeResults]:
         """Answers of askers, asker i about the requests of ``group[i]``. ``order``: how the runs, each with its asker
         and its text, follow each other in what is read, ``states`` (n, hidden)."""
         read = self.prompts.read[texts[order]]
@@ -230,7 +230,9 @@ class _ScoringPass:
         total = np.bincount(questions, log_p, asked)
         shares = np.bincount(questions, right, asked) / np.array(width)
         ends = np.cumsum([len(self.groups[number][0].asked) for number in group])
-        return [Answers(*pair) for pair in zip(np.split(total, ends[:-1]), np.split(shares, ends[:-1]), strict=True)]
+        return [
+            ProbeResults(*pair) for pair in zip(np.split(total, ends[:-1]), np.split(shares, ends[:-1]), strict=True)
+        ]
 
     def _token_answers(self, states: Tensor, rows: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """log p and whether it is the most likely one, of tokens (n,) read at ``rows`` (n,) of the states."""

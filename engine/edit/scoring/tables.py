@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.scoring.probes import OTHER, PROMPT_KINDS, TARGET
-from causalcone.engine.edit.scoring.scoring import Answers, Scored
+from causalcone.engine.edit.scoring.scoring import ProbeResults, Scored
 
 EDIT_SCHEMA = pa.schema(
     [
@@ -73,7 +73,7 @@ def metric_batch(rows: Iterable[tuple[str, str, float, float | None]]) -> pa.Rec
 def _probe_rows(scored: Scored) -> list[dict[str, object]]:
     places = {(each.kind, each.index, each.answer): n for n, each in enumerate(scored.questions.asked)}
 
-    def p(answers: Answers | None, kind: str, index: int, answer: str) -> float | None:
+    def p(answers: ProbeResults | None, kind: str, index: int, answer: str) -> float | None:
         place = places.get((kind, index, answer))
         if answers is None or place is None or not np.isfinite(answers.log_p[place]):
             return None

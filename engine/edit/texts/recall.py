@@ -13,7 +13,7 @@ from causalcone.engine.facts import EncodedFact, Fact
 from causalcone.engine.localize.causal_tracing import target_tokens
 from causalcone.engine.plan.cone import Shape
 from causalcone.engine.plan.interventions import Base, Experiment, Overwrites
-from causalcone.engine.run.runner import Case
+from causalcone.engine.run.runner import Trial
 from causalcone.engine.run.session import Session
 
 COMPLETION_TOKENS = 36
@@ -37,6 +37,6 @@ def answer_probabilities(session: Session, facts: Sequence[EncodedFact]) -> list
     cases = []
     for each in facts:
         shape = Shape(len(each.tokens), (0, 0), (target_tokens(each),))
-        cases.append(Case(each.fact.id, (each.tokens,), each.target, shape, clean))
+        cases.append(Trial(each.fact.id, (each.tokens,), each.target, shape, clean))
     results = session.results(session.job(cases))
     return [math.exp(result.log_p[0, 0]) for _, result in results]

@@ -16,10 +16,10 @@ from causalcone.engine.facts import Fact
 from causalcone.runners.results.folder import ResultError, differences
 from causalcone.runners.results.store import Store
 from causalcone.runners.sweep.cluster.ray_connection import connected_ray
-from causalcone.runners.sweep.cluster.ray_worker import Begun, Hired, Made
+from causalcone.runners.sweep.cluster.ray_worker import Made, RayWorker, WorkerStarted
 from causalcone.runners.sweep.cluster.resources import Share, share
 from causalcone.runners.sweep.config import Sweep
-from causalcone.runners.sweep.executor import Crew, Outcome, first_line
+from causalcone.runners.sweep.executor import Executor, UnitResult, first_line
 from causalcone.runners.sweep.signals import Stop
 from causalcone.runners.sweep.units import Unit
 from causalcone.runners.sweep.worker import Description, Worker
@@ -35,7 +35,9 @@ T = TypeVar("T")
 
 
 @contextmanager
-def crews(address: str | None, workers: int | None = None, make: Made = Worker) -> Iterator[Callable[..., Crew] | None]:
+def crews(
+    address: str | None, workers: int | None = None, make: Made = Worker
+) -> Iterator[Callable[..., Executor] | None]:
     """What makes the crew of a sweep, on the cluster at an address; None, for this process alone, where there is no
     address. At the end the crew's workers end."""
     if address is None:
@@ -50,7 +52,7 @@ def crews(address: str | None, workers: int | None = None, make: Made = Worker) 
 @contextmanager
 def connect(
     address: str, sweep: Sweep, place: str, workers: int | None = None, make: Made = Worker
-) -> Iterator[Cluster]:
+) -> Iterator[RayExecutor]:
     """A crew on the Ray cluster at ``address``, HOST:PORT. "auto" is the one that runs here or that RAY_ADDRESS names,
     or else one that is started on this machine; "local" is always the latter. make: of a worker, on its machine.
 
@@ -58,14 +60,14 @@ def connect(
     """
     with connected_ray(address, workers) as ray:
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cluster = Cluster(ray, sweep, place, share(machines, workers, sweep.device), make)
+        cluster = RayExecutor(ray, sweep, place, share(machines, workers, sweep.device), make)
         try:
             yield cluster
         finally:
             cluster.close()
 
 
-class Cluster:
+class RayExecutor:
     """A crew of workers, each in a process of its own. One that ends is replaced, and what it was at is done again."""
 
     def __init__(self, ray: Any, sweep: Sweep, place: str, share: Share, make: Made = Worker) -> None:
@@ -73,9 +75,9 @@ class Cluster:
         own = sweep.model_copy(update={"device": "cuda"}) if share.gpus else sweep  # Ray shows it one GPU
         absolute = place if self.store.local is None else str(self.store.local)
         self._made_of = (make, own, absolute, os.getcwd(), share)
-        self._first: Begun | None = None
+        self._first: WorkerStarted | None = None
         self._waits_since = time.monotonic()
-        self._hands = [self._hire(_Hand()) for _ in range(share.workers)]
+        self._hands = [self._hire(_WorkerHandle()) for _ in range(share.workers)]
 
     def describe(self) -> Description:
         """Of the first worker that has begun; the others must have the same model."""
@@ -86,14 +88,14 @@ class Cluster:
 
     def bad_facts(self, facts: Sequence[Fact]) -> list[tuple[str, str]]:
         ((_, found),) = self._calls("bad_facts", [tuple(facts)], Stop())
-        if isinstance(found, _Lost):
+        if isinstance(found, _WorkerLost):
             raise ExperimentError(f"the facts cannot be checked: {found.reason}")
         return list(found)
 
-    def run(self, units: Sequence[Unit], stop: Stop) -> Iterator[Outcome]:
+    def run(self, units: Sequence[Unit], stop: Stop) -> Iterator[UnitResult]:
         for unit, found in self._calls("carry_out", units, stop):
-            if isinstance(found, _Lost):
-                yield Outcome(unit, 0.0, found.reason)
+            if isinstance(found, _WorkerLost):
+                yield UnitResult(unit, 0.0, found.reason)
                 continue
             if found.reason is None:
                 self._see(unit)
@@ -105,7 +107,7 @@ class Cluster:
             self._dismiss(hand)
 
     def _calls(self, method: str, arguments: Sequence[T], stop: Stop) -> Iterator[tuple[T, Any]]:
-        """What a method of some worker gives for each argument, in any order; ``_Lost`` for one that ended workers."""
+        """Yields each argument with the result of a worker's method, in any order; ``_WorkerLost`` if it ended workers."""
         waiting, ends = deque(arguments), Counter[T]()
         while True:
             for hand in self._hands:
@@ -118,7 +120,7 @@ class Cluster:
                     self._begin(hand)
                     continue
                 argument, found = hand.argument, self._found(hand)
-                if isinstance(found, _Lost):
+                if isinstance(found, _WorkerLost):
                     ends[argument] += 1
                     again = ends[argument] < TRIES
                     name = argument.name if isinstance(argument, Unit) else method
@@ -129,7 +131,7 @@ class Cluster:
                         continue
                 yield argument, found
 
-    def _ended(self) -> list[_Hand]:
+    def _ended(self) -> list[_WorkerHandle]:
         """Workers that have done what they were at; none after a second, so that signals are heard."""
         tasks = {hand.task: hand for hand in self._hands if hand.task is not None}
         done, _ = self.ray.wait(list(tasks), num_returns=1, timeout=1.0)
@@ -140,28 +142,28 @@ class Cluster:
             self._warn("no worker has begun yet: the cluster may be busy, or the model takes long to read")
         return [tasks[task] for task in done]
 
-    def _found(self, hand: _Hand) -> Any:
-        """What a worker found, which is free then; ``_Lost`` where it ended. Raises the ``CausalconeError`` that it
-        met."""
+    def _found(self, hand: _WorkerHandle) -> Any:
+        """The result of a worker, which is free afterwards; ``_WorkerLost`` if it ended. Raises the worker's
+        ``CausalconeError``."""
         task, hand.task, hand.argument = hand.task, None, None
         try:
             return self.ray.get(task)
         except self.ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, CausalconeError):
                 raise error.cause from None
-            return _Lost(f"{type(error.cause).__name__}: {first_line(error.cause)}", hand.host)
+            return _WorkerLost(f"{type(error.cause).__name__}: {first_line(error.cause)}", hand.host)
         except self.ray.exceptions.RayError as error:
-            return _Lost(_death(error), hand.host)
+            return _WorkerLost(_death(error), hand.host)
 
-    def _begin(self, hand: _Hand) -> None:
+    def _begin(self, hand: _WorkerHandle) -> None:
         """Note that a worker has begun; have it begin again where it could not."""
         try:
             begun = self._found(hand)
         except CausalconeError as error:
             if self._first is None:
                 raise
-            begun = _Lost(str(error), None)
-        if isinstance(begun, Begun):
+            begun = _WorkerLost(str(error), None)
+        if isinstance(begun, WorkerStarted):
             first = self._first = self._first or begun
             if begun.description.fingerprint == first.description.fingerprint:
                 hand.host, hand.vain = begun.host, 0
@@ -169,7 +171,7 @@ class Cluster:
                     told = "; ".join(differences(first.versions, begun.versions))
                     self._warn(f"{begun.host} has other versions than {first.host}: {told}")
                 return
-            begun = _Lost(f"{begun.host} has another model than {first.host} at the same path", begun.host)
+            begun = _WorkerLost(f"{begun.host} has another model than {first.host} at the same path", begun.host)
         hand.vain += 1
         if hand.vain < TRIES:
             self._hire(hand)
@@ -180,16 +182,16 @@ class Cluster:
             raise ExperimentError(f"no worker can begin: {begun.why}")
         self._warn(f"a worker cannot begin, and {len(self._hands)} are left: {begun.why}")
 
-    def _hire(self, hand: _Hand) -> _Hand:
+    def _hire(self, hand: _WorkerHandle) -> _WorkerHandle:
         """Put a worker that begins in the place of the one that was there."""
         self._dismiss(hand)
         options = {"num_cpus": self.share.cpus, "num_gpus": self.share.gpus, "scheduling_strategy": "SPREAD"}
-        hired = self.ray.remote(Hired).options(max_restarts=0, max_task_retries=0, **options)
+        hired = self.ray.remote(RayWorker).options(max_restarts=0, max_task_retries=0, **options)
         hand.actor, hand.host = hired.remote(), None
         hand.task = hand.actor.begin.remote(*self._made_of)
         return hand
 
-    def _dismiss(self, hand: _Hand) -> None:
+    def _dismiss(self, hand: _WorkerHandle) -> None:
         if hand.actor is not None:
             with suppress(Exception):  # it has ended, or its cluster has
                 self.ray.kill(hand.actor)
@@ -210,7 +212,7 @@ class Cluster:
 
 
 @dataclass
-class _Hand:
+class _WorkerHandle:
     """A worker as the driver sees it. task: what it is at, of which argument; host: where it is, once it has begun;
     vain: how many times it could not."""
 
@@ -233,7 +235,7 @@ class _Hand:
 
 
 @dataclass(frozen=True)
-class _Lost:
+class _WorkerLost:
     """That a worker ended, and why."""
 
     why: str

@@ -16,7 +16,7 @@ from causalcone.runners.results.folder import ResultError, versions
 from causalcone.runners.results.store import LOCK
 from causalcone.runners.sweep.cluster.resources import Share
 from causalcone.runners.sweep.config import Sweep
-from causalcone.runners.sweep.executor import Outcome, carried_out
+from causalcone.runners.sweep.executor import UnitResult, carried_out
 from causalcone.runners.sweep.units import Unit
 from causalcone.runners.sweep.worker import Description, Worker
 
@@ -24,7 +24,7 @@ Made = Callable[[Sweep, str], Worker]
 
 
 @dataclass(frozen=True)
-class Begun:
+class WorkerStarted:
     """What a worker says when it has begun."""
 
     host: str
@@ -32,10 +32,10 @@ class Begun:
     versions: dict[str, str]
 
 
-class Hired:
+class RayWorker:
     """A worker in its process, somewhere in the cluster."""
 
-    def begin(self, make: Made, sweep: Sweep, place: str, folder: str, share: Share) -> Begun:
+    def begin(self, make: Made, sweep: Sweep, place: str, folder: str, share: Share) -> WorkerStarted:
         """Read the model. Relative paths of the configuration are those of the driver's folder."""
         torch.set_num_threads(max(1, share.cpus))
         with suppress(OSError):  # where there is no such folder, files that are missing are told by name
@@ -50,10 +50,10 @@ class Hired:
                 f"{place} is another folder on {host} than where the sweep was started; give a path that all "
                 "machines share, or an object store"
             )
-        return Begun(host, self.worker.describe(), versions())
+        return WorkerStarted(host, self.worker.describe(), versions())
 
     def bad_facts(self, facts: Sequence[Fact]) -> list[tuple[str, str]]:
         return self.worker.bad_facts(facts)
 
-    def carry_out(self, unit: Unit) -> Outcome:
+    def carry_out(self, unit: Unit) -> UnitResult:
         return carried_out(self.worker, unit)

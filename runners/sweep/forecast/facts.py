@@ -29,7 +29,7 @@ Weighted = list[tuple[FactLengths, float]]
 
 
 @dataclass(frozen=True)
-class Facts:
+class PlannedFacts:
     """The facts of a sweep. count: how many; each: lengths of all of them one by one, or (``every`` false) of some
     that stand for all; lines: in words, where this is from."""
 
@@ -46,7 +46,7 @@ class Facts:
         return [(lengths, weight * count / whole) for lengths, weight in self.each]
 
 
-def facts_of(sweep: Sweep, sizes: Sizes) -> Facts:
+def facts_of(sweep: Sweep, sizes: Sizes) -> PlannedFacts:
     """What can be known of the sweep's facts: the file's, measured with the model's tokenizer; else typical ones."""
     if not is_demo(sweep.facts) and not Path(sweep.facts).expanduser().is_file():
         count = sweep.limit or USUAL_FACTS
@@ -64,12 +64,14 @@ def facts_of(sweep: Sweep, sizes: Sizes) -> Facts:
     told = f"lengths: those of {len(measured):,} facts, by the tokenizer of {sweep.model}"
     every = len(measured) == len(given)
     count = len(given) if len(chosen) < len(given) else len(measured)
-    return Facts(count, measured, every, (line, told))
+    return PlannedFacts(count, measured, every, (line, told))
 
 
-def _typical(count: int, line: str, reason: str | None = None) -> Facts:
+def _typical(count: int, line: str, reason: str | None = None) -> PlannedFacts:
     why = f", since {reason}" if reason else ""
-    return Facts(count, typical_facts(), False, (line, f"lengths: those typical of CounterFact in GPT-2's tokens{why}"))
+    return PlannedFacts(
+        count, typical_facts(), False, (line, f"lengths: those typical of CounterFact in GPT-2's tokens{why}")
+    )
 
 
 def _measured(sweep: Sweep, facts: Sequence[Fact], encoder: Encoder, contexts: Contexts | None) -> list[FactLengths]:

@@ -21,7 +21,7 @@ from causalcone.engine.edit.texts.contexts import MEMIT_TOKENS, MEMIT_WORDS, ROM
 from causalcone.engine.edit.texts.recall import COMPLETION_TOKENS
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.localize.branches import choose_tokens
-from causalcone.engine.localize.causal_tracing import Restoring, Zeroing, target_tokens
+from causalcone.engine.localize.causal_tracing import CausalTracing, Zeroing, target_tokens
 from causalcone.engine.localize.gradients import runs_along
 from causalcone.engine.localize.options import TraceSpec
 from causalcone.engine.localize.states import State, as_states
@@ -29,12 +29,12 @@ from causalcone.engine.models.base import Architecture
 from causalcone.engine.plan.cone import Shape
 from causalcone.engine.plan.cost import cost
 from causalcone.engine.plan.interventions import SITES
-from causalcone.engine.run.runner import Case, Job
+from causalcone.engine.run.runner import PassRunner, Trial
 from causalcone.engine.run.scheduler import PlanCache
 from causalcone.runners.edits.settings import Setting
 from causalcone.runners.sweep import units
-from causalcone.runners.sweep.config import Gradients, Sweep
-from causalcone.runners.sweep.forecast.facts import Facts, Weighted
+from causalcone.runners.sweep.config import GradientSettings, Sweep
+from causalcone.runners.sweep.forecast.facts import PlannedFacts, Weighted
 from causalcone.runners.sweep.forecast.lengths import FactLengths
 from causalcone.runners.sweep.units import Chosen, Stage, edit_layers, filter_stage, later_stages, moment_layers
 
@@ -46,7 +46,7 @@ _ESSENCE_END = 2
 
 
 @dataclass(frozen=True)
-class Taken:
+class StageCost:
     """What a stage takes: FLOPs; and rows by table that it writes, with the bytes of what else it writes."""
 
     stage: Stage
@@ -61,21 +61,21 @@ class Counting:
 
     sweep: Sweep
     architecture: Architecture
-    facts: Facts
+    facts: PlannedFacts
     known: int | None = None
 
     def __post_init__(self) -> None:
         if self.known is not None and not 1 <= self.known <= self.facts.count:
             raise ExperimentError(f"--known is {self.known}; give 1 to {self.facts.count}, as many as there are facts")
 
-    def stages(self) -> list[Taken]:
+    def stages(self) -> list[StageCost]:
         """All stages, in the order in which they are carried out. Raises ``ExperimentError`` for layers or states that
         the model does not have."""
         going = tuple(range(self.facts.count if self.known is None else self.known))
         first = filter_stage(self.sweep, self.facts.count)
         later = later_stages(self.sweep, Chosen(going, going), self.architecture.sizes.depth)
-        count: dict[str, Callable[[Stage], Taken]] = {
-            units.NOISE: Taken,
+        count: dict[str, Callable[[Stage], StageCost]] = {
+            units.NOISE: StageCost,
             units.CONTEXTS: self._contexts,
             units.MOMENTS: self._moments,
             units.TRACE: self._trace,
@@ -97,40 +97,40 @@ class Counting:
 
     # --- what is prepared once ---
 
-    def _filter(self, stage: Stage) -> Taken:
+    def _filter(self, stage: Stage) -> StageCost:
         own = self.facts.some(self.facts.count, first=True)
         asked = Asked.total((Asked.after(each.prompt, [each.target]), weight) for each, weight in own)
         flops = self.flops.unedited(asked)
         if self.sweep.filter.completes:
             said = Grown.total((Grown(1, each.prompt, COMPLETION_TOKENS), weight) for each, weight in own)
             flops += self.flops.decoding(said)
-        return Taken(stage, flops, {"filter": stage.items, "facts": stage.items})
+        return StageCost(stage, flops, {"filter": stage.items, "facts": stage.items})
 
-    def _contexts(self, stage: Stage) -> Taken:
+    def _contexts(self, stage: Stage) -> StageCost:
         if self.sweep.contexts is not None:
-            return Taken(stage)
+            return StageCost(stage)
         lengths = (*ROME_TOKENS, *(MEMIT_TOKENS,) * len(MEMIT_WORDS))  # of which the first token is there
-        return Taken(stage, self.flops.decoding(Grown(len(lengths), len(lengths), sum(lengths) - len(lengths))))
+        return StageCost(stage, self.flops.decoding(Grown(len(lengths), len(lengths), sum(lengths) - len(lengths))))
 
-    def _moments(self, stage: Stage) -> Taken:
+    def _moments(self, stage: Stage) -> StageCost:
         """Matrices are kept in float32, of float64 models in float64."""
         sizes, choice = self.architecture.sizes, self.sweep.moments
         layers = moment_layers(self.sweep, sizes.depth)
         kept = len(layers) * sizes.inner**2 * (8 if self.sweep.dtype == "float64" else 4)
         if choice.file is not None:
-            return Taken(stage, other_bytes=kept)
+            return StageCost(stage, other_bytes=kept)
         tokens = choice.tokens if isinstance(choice.tokens, int) else TOKENS_PER_COMPONENT * sizes.inner
-        return Taken(stage, self.flops.moments(tokens, layers), other_bytes=kept)
+        return StageCost(stage, self.flops.moments(tokens, layers), other_bytes=kept)
 
     # --- localization ---
 
-    def _trace(self, stage: Stage) -> Taken:
+    def _trace(self, stage: Stage) -> StageCost:
         own, noise = self.sweep.trace, self.sweep.noise
         assert own is not None
         spec = TraceSpec(self._states("trace", own.states), noise.samples, 1.0, noise.seed, own.target, own.tokens)
         return self._restored(stage, self._some(own.facts), spec)
 
-    def _sever(self, stage: Stage) -> Taken:
+    def _sever(self, stage: Stage) -> StageCost:
         own, noise = self.sweep.sever, self.sweep.noise
         assert own is not None
         spec = TraceSpec(as_states(("hidden:1",), 1), noise.samples, 1.0, noise.seed, own.target, own.tokens)
@@ -139,19 +139,19 @@ class Counting:
             for part in own.parts
         ]
         rows = sum((part.rows or {})["traces"] for part in parts)
-        return Taken(stage, sum(part.flops for part in parts), {"traces": rows})
+        return StageCost(stage, sum(part.flops for part in parts), {"traces": rows})
 
-    def _restored(self, stage: Stage, facts: Weighted, spec: TraceSpec) -> Taken:
-        restoring = Restoring(spec, self.architecture.sizes.depth)
+    def _restored(self, stage: Stage, facts: Weighted, spec: TraceSpec) -> StageCost:
+        restoring = CausalTracing(spec, self.architecture.sizes.depth)
 
         def one(lengths: FactLengths) -> tuple[float, int]:
             case, branches = restoring.case(lengths.encoded(spec.target), None)
             return self._planned(case, restoring.samples), len(branches.run)
 
         flops, rows = _added(facts, one)
-        return Taken(stage, flops, {"traces": rows})
+        return StageCost(stage, flops, {"traces": rows})
 
-    def _zero(self, stage: Stage) -> Taken:
+    def _zero(self, stage: Stage) -> StageCost:
         own = self.sweep.zero
         assert own is not None
         zeroing = Zeroing(self._states("zero", own.states), own.tokens, self.architecture.sizes.depth)
@@ -161,15 +161,15 @@ class Counting:
             return self._planned(case, 1), len(branches.run)
 
         flops, rows = _added(self._some(own.facts), one)
-        return Taken(stage, flops, {"traces": rows})
+        return StageCost(stage, flops, {"traces": rows})
 
-    def _gradients(self, stage: Stage) -> Taken:
+    def _gradients(self, stage: Stage) -> StageCost:
         own = self.sweep.gradients
         assert own is not None
         flops, rows = _added(self._some(own.facts), lambda lengths: self._integrated(lengths, own))
-        return Taken(stage, flops, {"gradients": rows})
+        return StageCost(stage, flops, {"gradients": rows})
 
-    def _integrated(self, lengths: FactLengths, own: Gradients) -> tuple[float, int]:
+    def _integrated(self, lengths: FactLengths, own: GradientSettings) -> tuple[float, int]:
         """The clean run, whose states are kept; then every state's points and its baseline, forwards and back, which
         takes as much again since weights have no gradient."""
         fact = lengths.encoded(own.target)
@@ -180,7 +180,7 @@ class Counting:
         )
         at = np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=1)
         read = target_tokens(fact)
-        case = Case("", (fact.tokens,), fact.target, Shape(len(fact.tokens), (0, 0), (read,)), runs_along(at))
+        case = Trial("", (fact.tokens,), fact.target, Shape(len(fact.tokens), (0, 0), (read,)), runs_along(at))
         clean = self.flops.unedited(Asked(len(fact.tokens), len(fact.tokens), len(read)))
         return clean + 2 * self._planned(case, own.steps + 1, gradient=True), len(at)
 
@@ -190,26 +190,26 @@ class Counting:
         except ExperimentError as error:
             raise ExperimentError(f"{stage}.states: {error}") from error
 
-    def _planned(self, case: Case, samples: int, gradient: bool = False) -> float:
+    def _planned(self, case: Trial, samples: int, gradient: bool = False) -> float:
         """FLOPs of the engine's own plan, where memory does not split the fact."""
         nothing: Any = None  # noise is drawn when a pass runs
         dtype, device = torch.float32, torch.device("cpu")
-        job = Job(self.architecture, [case], samples, nothing, dtype, device, PlanCache(), gradient)
+        job = PassRunner(self.architecture, [case], samples, nothing, dtype, device, PlanCache(), gradient)
         sizes, argmax = self.architecture.sizes, not case.targets
         return sum(cost(job.plan(part)[0], sizes, 1, samples, argmax).flops for part in job.parts())
 
     # --- editing ---
 
-    def _edit(self, stage: Stage) -> Taken:
+    def _edit(self, stage: Stage) -> StageCost:
         edit, problem = self.sweep.edit, stage.units[0].problem
         assert edit is not None
         assert problem is not None
-        editing = Editing(self, problem, self._some(edit.facts))
+        editing = EditCounts(self, problem, self._some(edit.facts))
         flops = editing.before() + sum(editing.made(each) + editing.scored(each) for each in editing.settings)
-        return Taken(stage, flops, editing.rows(stage.items))
+        return StageCost(stage, flops, editing.rows(stage.items))
 
 
-class Editing:
+class EditCounts:
     """The edits of facts in one problem."""
 
     def __init__(self, counting: Counting, problem: str, facts: Weighted) -> None:

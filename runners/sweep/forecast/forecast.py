@@ -15,7 +15,7 @@ from causalcone.runners.show.forecast import USUAL_EFFICIENCY, matmul_rate
 from causalcone.runners.sweep import units
 from causalcone.runners.sweep.config import Sweep
 from causalcone.runners.sweep.forecast.facts import facts_of
-from causalcone.runners.sweep.forecast.flop_counts import Counting, Taken
+from causalcone.runners.sweep.forecast.flop_counts import Counting, StageCost
 from causalcone.runners.sweep.forecast.model_outline import model_outline
 
 EDITING_EFFICIENCY = 0.4
@@ -107,7 +107,7 @@ def forecast(sweep: Sweep, rate: float | None = None, known: int | None = None) 
     return Forecast(tuple(_forecast(each, found) for each in taken), found, lines)
 
 
-def _forecast(taken: Taken, rate: float) -> StageForecast:
+def _forecast(taken: StageCost, rate: float) -> StageForecast:
     stage = taken.stage
     efficiency = EFFICIENCIES.get(stage.name, EDITING_EFFICIENCY)
     rows = sum(ROW_BYTES[table] * count for table, count in (taken.rows or {}).items())

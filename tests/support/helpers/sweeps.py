@@ -10,7 +10,7 @@ import polars as pl
 from rich.console import Console
 
 from causalcone.runners.sweep.config import Sweep, load_sweep
-from causalcone.runners.sweep.driver import Driver, Finished
+from causalcone.runners.sweep.driver import Driver, SweepSummary
 from helpers.edit_command import write_inputs
 
 TABLES = ("traces", "gradients", "edits", "probes", "metrics")
@@ -56,7 +56,7 @@ def write_sweep(folder: Path) -> Path:
     return file
 
 
-def swept(file: Path, out: Path | str, *changes: str, **options: Any) -> Finished:
+def swept(file: Path, out: Path | str, *changes: str, **options: Any) -> SweepSummary:
     """A sweep carried out in this process."""
     console = Console(file=io.StringIO(), width=200)
     return Driver(configured(file, *changes), str(out), console, **options).run()
