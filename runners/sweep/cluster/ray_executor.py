@@ -107,7 +107,7 @@ class RayExecutor:
             self._dismiss(hand)
 
     def _calls(self, method: str, arguments: Sequence[T], stop: Stop) -> Iterator[tuple[T, Any]]:
-        """Yields each argument with the result of a worker's method, in any order; ``_WorkerLost`` if it ended workers."""
+        """Yields arguments with results of a worker method, in any order; ``_WorkerLost`` if it ended workers."""
         waiting, ends = deque(arguments), Counter[T]()
         while True:
             for hand in self._hands:
