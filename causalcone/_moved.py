@@ -13,7 +13,6 @@ from types import ModuleType
 MOVED = {
     "causalcone.analysis.correlations": "causalcone.analysis.stats.correlations",
     "causalcone.analysis.dependence": "causalcone.analysis.stats.dependence",
-    "causalcone.analysis.names": "causalcone.analysis.tables.names",
     "causalcone.analysis.paper_tables": "causalcone.analysis.papers.tables",
     "causalcone.analysis.regressions": "causalcone.analysis.stats.regressions",
     "causalcone.analysis.study": "causalcone.analysis.sweep_results",
@@ -22,22 +21,14 @@ MOVED = {
     "causalcone.engine.editing.contexts": "causalcone.engine.edit.texts.contexts",
     "causalcone.engine.editing.deltas": "causalcone.engine.edit.deltas.delta",
     "causalcone.engine.editing.editor": "causalcone.engine.edit.editor",
-    "causalcone.engine.editing.edits": "causalcone.engine.edit.methods.edits",
     "causalcone.engine.editing.hparams": "causalcone.engine.edit.methods.hparams",
     "causalcone.engine.editing.moments": "causalcone.engine.edit.moments.moments",
-    "causalcone.engine.editing.requests": "causalcone.engine.edit.requests.requests",
-    "causalcone.engine.editing.tables": "causalcone.engine.edit.scoring.tables",
-    "causalcone.engine.editing.windows": "causalcone.engine.edit.requests.windows",
-    "causalcone.engine.interventions": "causalcone.engine.plan.interventions",
     "causalcone.engine.patching": "causalcone.engine.localize.patching",
-    "causalcone.engine.session": "causalcone.engine.run.session",
     "causalcone.engine.states": "causalcone.engine.localize.states",
     "causalcone.engine.tracing": "causalcone.engine.localize.tracer",
-    "causalcone.runners.cli": "causalcone.runners.commands.app",
     "causalcone.runners.demo_model": "causalcone.runners.demo.model",
     "causalcone.runners.fact_files": "causalcone.runners.facts.files",
     "causalcone.runners.presets": "causalcone.runners.edits.presets",
-    "causalcone.runners.world": "causalcone.runners.demo.world",
 }
 
 

@@ -12,7 +12,6 @@ written as fixed values, so that running it again on the same machine gives the 
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import random
@@ -241,7 +240,7 @@ def without_times(folder: Path) -> None:
 
 
 def documented_names() -> dict[str, list[str]]:
-    """What pages and benchmarks take from modules of causalcone, and where."""
+    """What pages take from modules of causalcone, and where."""
     found: dict[str, set[str]] = {}
 
     def note(name: str, place: Path) -> None:
@@ -260,15 +259,6 @@ def documented_names() -> dict[str, list[str]]:
             note(f"{module}.{name}", page)
         for name in re.findall(r"\bcc((?:\.[A-Za-z_]\w*)+)", text):
             note(f"causalcone{name}", page)
-    for script in sorted((ROOT / "bench").glob("*.py")):
-        for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "causalcone":
-                for alias in node.names:
-                    note(f"{node.module}.{alias.name}", script)
-            elif isinstance(node, ast.Import):
-                for alias in node.names:
-                    if alias.name.startswith("causalcone."):
-                        note(alias.name, script)
     return {name: sorted(places) for name, places in sorted(found.items()) if is_name(name)}
 
 
