@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from causalcone.engine.tracing import TracePlan, Tracer
     from causalcone.runners.fact_files import load_facts, save_facts
 
-__version__ = "0.1.0"
+    __version__: str
 
 _HOMES = {
     "CausalconeError": "causalcone.engine.errors",
@@ -85,6 +85,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("causalcone")
     if name == "plot":
         return import_module("causalcone.analysis.plot")
     if name in _HOMES:
