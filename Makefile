@@ -29,7 +29,7 @@ test-browser: $(READY)  ## the report's page in chromium, which Debian has with 
 
 docs: $(READY)  ## the pages of docs/ as a site in build/site, with the reference from docstrings
 	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
-	rm -rf build/docs
+	rm -rf build/docs build/lib  # a wheel would hold what lay in build/lib, moved modules too
 	$(BIN)/pip wheel -q --no-deps -w build/docs .
 	$(BIN)/pip install -q --no-deps --target build/docs/site build/docs/*.whl
 	$(BIN)/mkdocs build --strict
