@@ -2,45 +2,51 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PYTEST := $(BIN)/python -m pytest
+PARALLEL := -n auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: demo test test-cluster test-browser docs lint types bench
+.PHONY: demo test test-fast test-long test-cluster test-browser docs lint format types bench clean help
 
-demo: $(READY)
+demo: $(READY)  ## set up, train the demo model once, trace and edit its facts
 	$(BIN)/causalcone demo
 
-test: $(READY)
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
+test: $(READY)  ## set up, run the tests
+	$(PYTEST) $(PARALLEL)
 
-# starts clusters on this machine, which takes minutes
-test-cluster: $(READY)
+test-fast: $(READY)  ## the tests that are neither slow nor need the demo model
+	$(PYTEST) $(PARALLEL) -m "not slow and not demo"
+
+test-long: $(READY)  ## the others
+	$(PYTEST) $(PARALLEL) -m "slow or demo"
+
+test-cluster: $(READY)  ## sweeps on clusters that are started on this machine, which takes minutes
 	$(BIN)/pip install -q -c constraints.txt -e '.[cluster]'
-	$(BIN)/python -m pytest tests/test_sweep_cluster.py
+	$(PYTEST) tests/sweep/test_sweep_cluster.py
 
-# opens the report's page in chromium, which Debian has with its chromium-driver
-test-browser: $(READY)
+test-browser: $(READY)  ## the report's page in chromium, which Debian has with its chromium-driver
 	$(BIN)/pip install -q -c constraints.txt -e '.[browser]'
-	$(BIN)/python -m pytest tests/test_report_browser.py
+	$(PYTEST) tests/analysis/test_report_browser.py
 
-# the pages of docs/ as a site in build/site, with the reference from docstrings
-docs: $(READY)
+docs: $(READY)  ## the pages of docs/ as a site in build/site, with the reference from docstrings
 	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
-	rm -rf build/docs
+	rm -rf build/docs build/lib  # a wheel would hold what lay in build/lib, moved modules too
 	$(BIN)/pip wheel -q --no-deps -w build/docs .
 	$(BIN)/pip install -q --no-deps --target build/docs/site build/docs/*.whl
 	$(BIN)/mkdocs build --strict
 
-lint: $(READY)
+lint: $(READY)  ## style and spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 
-# mypy sees the package as users get it: from a wheel, with the folders under their installed names
-types: $(READY)
-	rm -rf build
-	$(BIN)/pip wheel -q --no-deps -w build/types .
-	$(BIN)/pip install -q --no-deps --target build/types/site build/types/*.whl
-	cd build/types && MYPYPATH=site ../../$(BIN)/mypy --config-file ../../pyproject.toml -p causalcone
+format: $(READY)  ## mend what can be mended of the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
-bench: $(READY)
+types: $(READY)  ## mypy on the package
+	$(BIN)/mypy -p causalcone
+
+bench: $(READY)  ## measure again what bench/RESULTS.md says
 	$(BIN)/python bench/trace.py --naive-fraction 0.03 --repeats 1
 	$(BIN)/python bench/methods.py
 	$(BIN)/python bench/architectures.py --prompts 10
@@ -48,7 +54,14 @@ bench: $(READY)
 	$(BIN)/python bench/sweep.py --studies long
 	$(BIN)/python bench/streaming.py
 
-$(READY): pyproject.toml constraints.txt
+clean:  ## remove what was built and cached, but no environment and no results
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+$(READY): pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
 	touch $(READY)

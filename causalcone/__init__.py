@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from causalcone.engine.run.session import SkippedFacts
     from causalcone.runners.facts.files import load_facts, save_facts
 
-_moved.install()
+    __version__: str
 
-__version__ = "0.1.0"
+_moved.install()
 
 _HOMES = {
     "CausalconeError": "causalcone.engine.errors",
@@ -89,6 +89,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("causalcone")
     if name == "plot":
         return import_module("causalcone.analysis.plot")
     if name in _HOMES:
