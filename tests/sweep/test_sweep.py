@@ -88,7 +88,7 @@ def test_the_facts_have_what_the_model_says_of_them(whole, folder):
 def test_run_json_has_all_that_decides_the_results(whole, file):
     kept = json.loads((whole / "run.json").read_text())
     assert (kept["command"], kept["status"], kept["failed"]) == ("sweep", "complete", 0)
-    assert kept["configuration"] == configured(file).decisive
+    assert kept["configuration"] == configured(file).result_config
     assert kept["hash"] == configured(file).hash
     assert kept["model"]["depth"] == 4
     assert set(kept["fingerprints"]) == {"facts", "model"}
@@ -274,7 +274,7 @@ def test_failed_units_are_recorded_and_retried(file, whole, tmp_path, monkeypatc
     assert found.failures == {"RuntimeError: the device is on fire": 1}
     (kept,) = pl.read_parquet(out / "failures" / "*.parquet").rows(named=True)
     assert (kept["unit"], kept["stage"], kept["items"]) == ("edit/error_injection/rome-1/00001", "edit", 4)
-    assert [(each.failed, each.done) for each in found.stages if each.stage.title == "error injection"] == [(4, 32)]
+    assert [(each.failed, each.done) for each in found.stages if each.work.title == "error injection"] == [(4, 32)]
     monkeypatch.undo()
     again = swept(file, out)
     assert (again.status, again.computed, len(again.failed)) == ("incomplete", 0, 1)
@@ -350,11 +350,11 @@ def test_status_of_a_sweep_under_way(file, tmp_path, monkeypatch, run):
         swept(file, out)
     found = status_of(str(out))
     assert found.status == "stopped"
-    assert [(each.stage.title, each.done) for each in found.stages][:2] == [
+    assert [(each.work.title, each.done) for each in found.stages][:2] == [
         ("what the model knows", 6),
         ("level of noise", 1),
     ]
-    assert sum(each.done for each in found.stages) < sum(each.stage.items for each in found.stages)
+    assert sum(each.done for each in found.stages) < sum(each.work.items for each in found.stages)
     code, printed, _ = run("status", out)
     assert code == 0
     assert "causal tracing" in printed
@@ -394,7 +394,7 @@ def test_the_command(file, whole, tmp_path, run):
         ("moments.texts=texts.txt", "moments: file and texts are both given"),
         ("units.facts=many", "units.facts must be a whole number"),
         ("memory=lots", "memory: "),
-        ("noise", "is no setting"),
+        ("noise", "is not a setting"),
     ],
 )
 def test_configurations_that_make_no_sense(file, change, match, run, tmp_path):
@@ -418,9 +418,9 @@ def test_sweeps_that_are_not_there(run):
 
 def test_units_are_cut_alike_whatever_is_done(file, whole):
     """Their names and facts depend on nothing but the configuration and the filter."""
-    titles = [each.stage.title for each in status_of(str(whole)).stages]
+    titles = [each.work.title for each in status_of(str(whole)).stages]
     assert titles[-2:] == ["error injection", "fact forcing"]
-    names = [unit.name for each in status_of(str(whole)).stages for unit in each.stage.units]
+    names = [unit.name for each in status_of(str(whole)).stages for unit in each.work.units]
     assert len(set(names)) == len(names) == UNITS
-    assert isinstance(LocalExecutor(Worker(configured(file), str(whole))).describe().depth, int)
+    assert isinstance(LocalExecutor(Worker(configured(file), str(whole))).model_info().depth, int)
     assert not list(Path(whole / ".partial").iterdir())

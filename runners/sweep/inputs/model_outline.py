@@ -13,7 +13,7 @@ from causalcone.engine.errors import CausalconeError, ExperimentError
 from causalcone.engine.models.base import Architecture
 from causalcone.engine.models.outline import outline
 from causalcone.runners.inputs.inputs import is_demo
-from causalcone.runners.sweep.config import Sweep
+from causalcone.runners.sweep.inputs.settings import Sweep
 
 _EXAMPLE = "--set 'shape={model_type=\"gpt2\", n_layer=48, n_embd=1600, n_head=25, vocab_size=50257}'"
 

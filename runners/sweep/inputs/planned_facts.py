@@ -13,11 +13,10 @@ from causalcone.engine.facts import Fact
 from causalcone.engine.models.base import Sizes
 from causalcone.runners.edits.settings import read_contexts
 from causalcone.runners.inputs.inputs import is_demo
-from causalcone.runners.sweep.config import Sweep
-from causalcone.runners.sweep.driver import read_facts
-from causalcone.runners.sweep.forecast.counterfact_lengths import typical_facts
-from causalcone.runners.sweep.forecast.lengths import FactLengths, measured_lengths
-from causalcone.runners.sweep.forecast.model_outline import known_tokenizer
+from causalcone.runners.sweep.inputs.facts_table import read_facts
+from causalcone.runners.sweep.inputs.lengths import FactLengths, measured_lengths, typical_facts
+from causalcone.runners.sweep.inputs.model_outline import known_tokenizer
+from causalcone.runners.sweep.inputs.settings import Sweep
 
 MEASURED = 1000
 """Of so many facts the texts are measured, evenly spaced ones, where there are more."""

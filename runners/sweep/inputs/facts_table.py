@@ -1,0 +1,104 @@
+"""The facts of a sweep as a table, and what the filter found of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from causalcone.engine.facts import Fact
+from causalcone.runners.facts.files import SkippedRecords, load_facts
+from causalcone.runners.inputs.inputs import is_demo
+from causalcone.runners.sweep.inputs.settings import Sweep
+from causalcone.runners.sweep.inputs.units import Selection
+
+FACTS = "facts.parquet"
+
+_TEXTS = ("prompt", "subject", "target_true", "target_new", "relation_id")
+
+_FOUND = (("said", pa.string()), ("completes", pa.bool_()), ("argmax", pa.bool_()), ("p_true", pa.float64()))
+
+FACT_SCHEMA = pa.schema(
+    [
+        ("fact_id", pa.string()),
+        *((name, pa.string()) for name in _TEXTS),
+        ("paraphrase_prompts", pa.int32()),
+        ("neighborhood_prompts", pa.int32()),
+        ("fact", pa.string()),
+        *_FOUND,
+    ]
+)
+"""Facts, how many evaluation prompts they have, and the whole fact as JSON; what the filter finds (``said`` to
+``p_true``) is null until the filter has run, or if it was not requested."""
+
+FILTER_SCHEMA = pa.schema([("fact_id", pa.string()), *_FOUND])
+
+
+def fact_table(facts: Sequence[Fact], filtered: pa.Table | None = None) -> pa.Table:
+    """The table of facts, with what the filter found of them, once it has run."""
+    rows = [
+        {
+            "fact_id": fact.id,
+            **{name: getattr(fact, name) for name in _TEXTS},
+            "paraphrase_prompts": len(fact.paraphrase_prompts),
+            "neighborhood_prompts": len(fact.neighborhood_prompts),
+            "fact": json.dumps(dataclasses.asdict(fact), ensure_ascii=False),
+        }
+        for fact in facts
+    ]
+    table = pa.Table.from_pylist(rows, schema=FACT_SCHEMA)
+    if filtered is None:
+        return table
+    for name in FILTER_SCHEMA.names[1:]:
+        table = table.set_column(table.schema.get_field_index(name), FACT_SCHEMA.field(name), filtered[name])
+    return table
+
+
+def facts_of(table: pa.Table) -> list[Fact]:
+    """The facts of a table of them."""
+    return [_fact(json.loads(text)) for text in table["fact"].to_pylist()]
+
+
+def _fact(values: dict[str, object]) -> Fact:
+    return Fact(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})  # type: ignore[arg-type]
+
+
+def select(sweep: Sweep, table: pa.Table) -> Selection:
+    """The facts that go on, from what the filter found of them. Published code drops those that are not erasable from
+    everything."""
+    published = sweep.compat == "published"
+    least = sweep.filter.erasable
+    known, erasable = [], []
+    for number, row in enumerate(table.select(("completes", "argmax", "p_true")).to_pylist()):
+        likely = row["p_true"] > least if published else row["p_true"] >= least
+        right = (row["completes"] or not sweep.filter.completes) and (row["argmax"] or not sweep.filter.argmax)
+        if right and (likely or not published):
+            known.append(number)
+            if likely:
+                erasable.append(number)
+    return Selection(tuple(known), tuple(erasable))
+
+
+def read_facts(sweep: Sweep) -> tuple[list[Fact], list[str]]:
+    """The facts of the sweep's file, within its limit, and why records were skipped."""
+    if is_demo(sweep.facts):
+        from causalcone.runners.demo.model import demo_world
+
+        return demo_world().facts[: sweep.limit], []
+    skipped: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SkippedRecords)
+        facts = load_facts(
+            sweep.facts,
+            sweep.limit,
+            sweep.seed,
+            zsre_form=sweep.zsre_form,
+            on_error="skip" if sweep.skip_bad_facts else "raise",
+        )
+    for warning in caught:
+        if isinstance(warning.message, SkippedRecords):
+            skipped += warning.message.problems
+    return facts, skipped

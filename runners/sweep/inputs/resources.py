@@ -1,0 +1,64 @@
+"""The model, facts and results that units of a sweep are computed with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import pyarrow as pa
+
+from causalcone.engine.facts import Fact
+from causalcone.engine.localize.tracer import Tracer
+from causalcone.engine.run.session import Session
+from causalcone.runners.inputs.inputs import open_tracer
+from causalcone.runners.options import PassOptions
+from causalcone.runners.results.store import Store
+from causalcone.runners.sweep.inputs.facts_table import FACTS, facts_of
+from causalcone.runners.sweep.inputs.settings import Sweep
+from causalcone.runners.sweep.inputs.units import LEFT_OUT_SCHEMA, Unit
+
+NOISE_FILE = "noise.json"
+
+
+class Resources:
+    """Everything that a unit is computed with; the model and the facts are read at first use."""
+
+    def __init__(self, sweep: Sweep, place: str) -> None:
+        self.sweep, self.store = sweep, Store.open(place)
+
+    @cached_property
+    def tracer(self) -> Tracer:
+        sweep = self.sweep
+        options = PassOptions(
+            model=sweep.model,
+            dtype=sweep.dtype,
+            device=sweep.device,
+            memory=None if sweep.memory is None else str(sweep.memory),
+            kernels=sweep.kernels,
+            tf32=sweep.tf32,
+        )
+        return open_tracer(options)
+
+    @property
+    def session(self) -> Session:
+        return self.tracer.session
+
+    @cached_property
+    def facts(self) -> list[Fact]:
+        """All facts of the sweep."""
+        return facts_of(self.store.read_table(FACTS))
+
+    def facts_of(self, unit: Unit) -> list[Fact]:
+        return [self.facts[number] for number in unit.facts]
+
+    @cached_property
+    def noise_level(self) -> float:
+        """The prepared standard deviation of noise."""
+        return float(self.store.read_json(NOISE_FILE)["sigma"])
+
+    def leave_out(self, unit: Unit, reasons: Sequence[tuple[str, str]]) -> None:
+        """Note the ids of facts that a unit cannot use, each with the reason."""
+        if reasons:
+            rows = [{"fact_id": fact_id, "unit": unit.name, "reason": reason} for fact_id, reason in reasons]
+            table = pa.Table.from_pylist(rows, schema=LEFT_OUT_SCHEMA)
+            self.store.write_table(unit.left_out, table, {"unit": unit.name})
