@@ -201,7 +201,7 @@ def gradients(
     Writes OUT/gradients (Parquet, one row per fact, kind, layer and token) and OUT/run.json. With the baseline zero,
     the total of a hidden state is far from what it should be (column gap), since the norm behind it undoes any scale.
     """
-    from causalcone.analysis.gradients import gradient_summary
+    from causalcone.analysis.layer_effects import gradient_summary
     from causalcone.runners.commands import localize as studies
     from causalcone.runners.results.table_run import carry_out
     from causalcone.runners.show import tables as summary
