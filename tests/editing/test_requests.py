@@ -17,8 +17,9 @@ from oracles.editing import about_subject, target_log_p
 from causalcone.engine.edit.deltas.apply import applied
 from causalcone.engine.edit.deltas.delta import Delta, LowRank
 from causalcone.engine.edit.requests import problems as request_making
-from causalcone.engine.edit.requests.problems import FilteredFacts, essence_texts, generate_texts, make_requests
+from causalcone.engine.edit.requests.problems import FilteredFacts, make_requests
 from causalcone.engine.edit.requests.requests import PROBLEMS, Request
+from causalcone.engine.edit.scoring.sampled_texts import essence_texts, generate_texts
 from causalcone.engine.edit.texts import contexts
 from causalcone.engine.edit.texts.contexts import Contexts, sample_contexts
 from causalcone.engine.errors import ExperimentError, FactError
