@@ -14,7 +14,7 @@ from causalcone.engine.errors import FactError
 from causalcone.engine.run.session import Session
 from causalcone.runners.edits.settings import EditPlan
 from causalcone.runners.inputs.reference_texts import ReferenceTexts
-from causalcone.runners.options import Scoring
+from causalcone.runners.options import ScoringOptions
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class EditChecks:
     session: Session
     plan: EditPlan
     contexts: Contexts | None
-    scoring: Scoring
+    scoring: ScoringOptions
     references: ReferenceTexts | None
 
     def __call__(self, request: Request) -> None:

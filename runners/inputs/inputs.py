@@ -17,7 +17,7 @@ from causalcone.engine.facts import Fact
 from causalcone.engine.localize.tracer import Tracer, check_weights
 from causalcone.engine.run.session import SkippedFacts, as_dtype
 from causalcone.runners.facts.files import SkippedRecords, load_facts
-from causalcone.runners.options import Computing, Passing, Source, StreamableSource
+from causalcone.runners.options import ComputeOptions, PassOptions, SourceOptions, StreamableSourceOptions
 
 DEMO = "demo"
 
@@ -32,7 +32,7 @@ class Inputs:
     and facts were left out.
     """
 
-    source: Source
+    source: SourceOptions
     tracer: Tracer
     every: list[Fact]
     on_error: Literal["raise", "skip"]
@@ -73,19 +73,19 @@ class Inputs:
             "device": str(self.tracer.device),
             "kernels": vars(self.tracer.session.backends),
             "tf32": self.source.tf32,
-            **({"weights": self.source.weights} if isinstance(self.source, StreamableSource) else {}),
+            **({"weights": self.source.weights} if isinstance(self.source, StreamableSourceOptions) else {}),
             "limit": self.source.limit,
             "on_error": self.on_error,
             "skipped": self.skipped,
         }
 
 
-def open_inputs(source: Source) -> Inputs:
+def open_inputs(source: SourceOptions) -> Inputs:
     """Read the facts, then the model."""
     on_error: Literal["raise", "skip"] = "skip" if source.skip_bad_facts else "raise"
     if source.dtype is not None:
         as_dtype(source.dtype)
-    if isinstance(source, StreamableSource):
+    if isinstance(source, StreamableSourceOptions):
         check_weights(source.weights)
     skipped: list[str] = []
     with noted(skipped):
@@ -114,14 +114,14 @@ def noted(skipped: list[str]) -> Iterator[list[str]]:
         skipped += [reason for reason in now if reason not in skipped]
 
 
-def open_tracer(source: Source | Computing) -> Tracer:
+def open_tracer(source: SourceOptions | ComputeOptions) -> Tracer:
     """A tracer for the model, read now."""
     transformers.utils.logging.disable_progress_bar()
     device = source.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {"dtype": source.dtype, "device": device, "memory": source.memory}
-    if isinstance(source, Source | Passing):
+    if isinstance(source, SourceOptions | PassOptions):
         options |= {"kernels": source.kernels, "tf32": source.tf32}
-    weights = source.weights if isinstance(source, StreamableSource) else "resident"
+    weights = source.weights if isinstance(source, StreamableSourceOptions) else "resident"
     if is_demo(source.model):
         from causalcone.runners.demo.model import demo_folder, demo_model
 

@@ -30,7 +30,7 @@ from causalcone.runners.inputs.fingerprints import model_fingerprint
 from causalcone.runners.inputs.inputs import is_demo, open_tracer
 from causalcone.runners.inputs.reference_texts import ReferenceTexts, as_reference_texts, load_reference_texts
 from causalcone.runners.inputs.running_text import open_texts
-from causalcone.runners.options import Passing, Scoring, Texts
+from causalcone.runners.options import PassOptions, ScoringOptions, TextOptions
 from causalcone.runners.results.store import Store
 from causalcone.runners.sweep import units
 from causalcone.runners.sweep.config import Sweep
@@ -85,7 +85,7 @@ class Worker:
         edit = self.sweep.edit
         assert edit is not None
         generation = any(map(edit.generates, edit.problems))
-        scoring = Scoring(essence=edit.essence, generation=generation)
+        scoring = ScoringOptions(essence=edit.essence, generation=generation)
         references = self._references if generation else None
         return EditChecks(self.tracer.session, self.sweep.plan(problem), None, scoring, references)
 
@@ -115,7 +115,7 @@ class Worker:
         sweep = self.sweep
         memory = None if sweep.memory is None else str(sweep.memory)
         return open_tracer(
-            Passing(
+            PassOptions(
                 model=sweep.model, dtype=sweep.dtype, device=sweep.device, memory=memory, kernels=sweep.kernels,
                 tf32=sweep.tf32,
             )
@@ -189,7 +189,7 @@ class Worker:
             moments.check(session.model, layers)
         else:
             texts = open_texts(
-                Texts(
+                TextOptions(
                     texts=choice.texts, dataset=choice.dataset, dataset_config=choice.dataset_config,
                     split=choice.split, column=choice.column,
                 )
