@@ -19,6 +19,7 @@ from causalcone.engine.edit.deltas.delta import Delta, LowRank
 from causalcone.engine.edit.requests import problems as request_making
 from causalcone.engine.edit.requests.problems import FilteredFacts, make_requests
 from causalcone.engine.edit.requests.requests import PROBLEMS, Request
+from causalcone.engine.edit.scoring import sampled_texts
 from causalcone.engine.edit.scoring.sampled_texts import essence_texts, generate_texts
 from causalcone.engine.edit.texts import contexts
 from causalcone.engine.edit.texts.contexts import Contexts, sample_contexts
@@ -248,7 +249,7 @@ def decoded(monkeypatch):
         return new
 
     original = contexts.continuations
-    for module in (contexts, request_making):
+    for module in (contexts, request_making, sampled_texts):
         monkeypatch.setattr(module, "continuations", continuations)
     return seen
 

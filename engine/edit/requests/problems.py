@@ -1,5 +1,4 @@
-"""Requests from facts: the target that each problem trains towards, and the facts that it is posed for (docs/editing.md,
-"Problems")."""
+"""Requests from facts: the target that each problem trains towards, and the facts it is posed for."""
 
 from __future__ import annotations
 
