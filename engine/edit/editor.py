@@ -27,7 +27,7 @@ from causalcone.engine.edit.scoring.metrics import Row, metrics_of
 from causalcone.engine.edit.scoring.probes import ProbeSet, questions_about
 from causalcone.engine.edit.scoring.sampled_texts import essence_texts
 from causalcone.engine.edit.scoring.scoring import EditScorer, Scored, check_edits
-from causalcone.engine.edit.scoring.tables import PROBE_SCHEMA, metric_batch, probe_batch
+from causalcone.engine.edit.scoring.tables import metric_batch, probe_batch
 from causalcone.engine.edit.scoring.text_metrics import ReferenceScorer
 from causalcone.engine.edit.texts.contexts import Contexts, check_contexts, sample_contexts
 from causalcone.engine.errors import ExperimentError
@@ -37,6 +37,7 @@ from causalcone.engine.noise import parse_sigma
 from causalcone.engine.plan.cost import weight_bytes
 from causalcone.engine.run.scheduler import Budget
 from causalcone.engine.run.session import Session, load_model
+from causalcone.engine.schemas import PROBE_SCHEMA
 from causalcone.kernels.precision import each_within
 
 METHODS = ("rome", "memit", JOINT_MEMIT, "finetune")

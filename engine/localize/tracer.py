@@ -28,11 +28,12 @@ from causalcone.engine.localize.options import (
 )
 from causalcone.engine.localize.patching import Patching, Prompt, PromptResult, Read, Runs, as_runs
 from causalcone.engine.localize.states import KINDS, State, States, as_states
-from causalcone.engine.localize.tables import GRADIENT_SCHEMA, TRACE_SCHEMA, gradient_batch, trace_batch
+from causalcone.engine.localize.tables import gradient_batch, trace_batch
 from causalcone.engine.noise import SCALED_NOISES, Noise, NoiseStream, parse_sigma
 from causalcone.engine.plan.cost import forward_flops
 from causalcone.engine.run.runner import PassRunner
 from causalcone.engine.run.session import Session, load_model, stream_model
+from causalcone.engine.schemas import GRADIENT_SCHEMA, TRACE_SCHEMA
 
 WEIGHTS = ("resident", "stream")
 """Where a model's weights are: on the device, or in their files, from which every pass reads them."""

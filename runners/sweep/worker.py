@@ -16,14 +16,22 @@ import pyarrow as pa
 from causalcone.engine.edit.editor import Editor
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.requests import ERROR_INJECTION, FACT_AMPLIFICATION, Request
-from causalcone.engine.edit.scoring.tables import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA, edit_batch
+from causalcone.engine.edit.scoring.tables import edit_batch
 from causalcone.engine.edit.texts.contexts import Contexts, sample_contexts
 from causalcone.engine.edit.texts.recall import COMPLETION_TOKENS, answer_probabilities, completes, completions
 from causalcone.engine.errors import CausalconeError
 from causalcone.engine.facts import Fact, encode
-from causalcone.engine.localize.tables import GRADIENT_SCHEMA, TRACE_SCHEMA
 from causalcone.engine.localize.tracer import Tracer
 from causalcone.engine.run.session import SkippedFacts
+from causalcone.engine.schemas import (
+    EDIT_SCHEMA,
+    FILTER_SCHEMA,
+    GRADIENT_SCHEMA,
+    LEFT_OUT_SCHEMA,
+    METRIC_SCHEMA,
+    PROBE_SCHEMA,
+    TRACE_SCHEMA,
+)
 from causalcone.runners.edits.checks import EditChecks
 from causalcone.runners.edits.settings import read_contexts
 from causalcone.runners.inputs.fingerprints import model_fingerprint
@@ -34,8 +42,8 @@ from causalcone.runners.options import PassOptions, ScoringOptions, TextOptions
 from causalcone.runners.results.store import Store
 from causalcone.runners.sweep import units
 from causalcone.runners.sweep.config import Sweep
-from causalcone.runners.sweep.facts_table import FACTS, FILTER_SCHEMA, chosen, facts_of, left_out_of
-from causalcone.runners.sweep.units import LEFT_OUT_SCHEMA, Unit, edit_layers, moment_layers
+from causalcone.runners.sweep.facts_table import FACTS, chosen, facts_of, left_out_of
+from causalcone.runners.sweep.units import Unit, edit_layers, moment_layers
 
 
 @dataclass(frozen=True)
