@@ -63,7 +63,7 @@ _Tf32 = Annotated[bool, Option("--tf32", help="Multiply float32 in TF32 on CUDA 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Computing:
+class ComputeOptions:
     """The model, and how to compute."""
 
     model: _Model
@@ -73,7 +73,7 @@ class Computing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Passing(Computing):
+class PassOptions(ComputeOptions):
     """The model, and how passes compute."""
 
     kernels: _Kernels = None
@@ -81,7 +81,7 @@ class Passing(Computing):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class SourceOptions:
     """The model and the facts, and how to compute."""
 
     model: _Model
@@ -101,7 +101,7 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamableSource(Source):
+class StreamableSourceOptions(SourceOptions):
     """The model, whose weights may stay in their files, and the facts."""
 
     weights: Annotated[
@@ -114,14 +114,14 @@ class StreamableSource(Source):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuningSource(Source):
+class TuningSourceOptions(SourceOptions):
     """The model, and the few facts that settings are tuned on."""
 
     limit: Annotated[int | None, Option(help="Only the first so many facts of the file.", min=1)] = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class Output:
+class OutputOptions:
     """Where results go."""
 
     out: Annotated[Path, Option(help="Folder for the results.")]
@@ -130,7 +130,7 @@ class Output:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class SamplingOptions:
     """The noise of the corrupted run: how much, and which."""
 
     samples: Annotated[int, Option(help="Noise samples to average over.")] = 10
@@ -145,7 +145,7 @@ _TOKENS_HELP = "all, subject_onward, subject, subject_last, last, or indices suc
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tracing:
+class TracingOptions:
     """What is restored, in which corrupted run."""
 
     state: Annotated[
@@ -181,7 +181,7 @@ class Tracing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Zeroing:
+class ZeroingOptions:
     """What is set to zero."""
 
     state: Annotated[
@@ -196,7 +196,7 @@ class Zeroing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gradients:
+class IntegrationOptions:
     """Which gradients are integrated, and along which path."""
 
     kind: Annotated[
@@ -212,7 +212,7 @@ class Gradients:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Texts:
+class TextOptions:
     """Running text."""
 
     texts: Annotated[
@@ -231,7 +231,7 @@ class Texts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class MomentsFileOptions:
     """The file that results go to."""
 
     out: Annotated[Path, Option(help="File for the moments, such as moments.safetensors.")]
@@ -246,7 +246,7 @@ _LAYERS_HELP = "Layers, counted from 0: all, or numbers such as 0,4,8"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Collecting:
+class CollectingOptions:
     """Which second moments are collected, of how much text."""
 
     layers: Annotated[str, Option(help=f"{_LAYERS_HELP}.")] = "all"
@@ -260,7 +260,7 @@ class Collecting:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditMaking:
+class EditMethodOptions:
     """How edits are made, whatever is asked of them and wherever they are made."""
 
     method: Annotated[
@@ -320,7 +320,7 @@ _AGGREGATE_HELP = "first, or mean. By default the preset's, or first."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Editing(EditMaking):
+class EditingOptions(EditMethodOptions):
     """Which edits are made."""
 
     problem: Annotated[str, Option(help=f"{_PROBLEM_HELP}.")] = "error_injection"
@@ -334,7 +334,7 @@ class Editing(EditMaking):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tuning(EditMaking):
+class TuningOptions(EditMethodOptions):
     """Which settings are tried, of which edits, and how one is chosen."""
 
     problem: Annotated[
@@ -365,14 +365,14 @@ class Tuning(EditMaking):
         None
     )
 
-    def editing(self, problem: str) -> Editing:
+    def editing(self, problem: str) -> EditingOptions:
         """The edits of one problem."""
-        shared = {each.name: getattr(self, each.name) for each in fields(EditMaking)}
-        return Editing(**shared, problem=problem, layers=str(self.layer))
+        shared = {each.name: getattr(self, each.name) for each in fields(EditMethodOptions)}
+        return EditingOptions(**shared, problem=problem, layers=str(self.layer))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scoring:
+class ScoringOptions:
     """What is measured of edited models besides probabilities, and what is kept of them."""
 
     essence: Annotated[bool, Option("--essence", help="Perplexity of five texts about each subject.")] = False

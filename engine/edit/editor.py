@@ -18,18 +18,19 @@ from causalcone.engine.edit.methods.hparams import FinetuneHparams, Hparams, Mem
 from causalcone.engine.edit.methods.memit import Memit
 from causalcone.engine.edit.methods.rome import Rome
 from causalcone.engine.edit.moments.moments import Moments
-from causalcone.engine.edit.requests.problems import essence_texts, make_requests
-from causalcone.engine.edit.requests.prompts import Encoder, check_contexts
+from causalcone.engine.edit.requests.problems import make_requests
+from causalcone.engine.edit.requests.prompts import Encoder
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import as_layers, as_windows
 from causalcone.engine.edit.runs.layers import Layers
 from causalcone.engine.edit.scoring.generation_metrics import Generation, References
 from causalcone.engine.edit.scoring.metrics import Row, metrics_of
 from causalcone.engine.edit.scoring.probes import ProbeSet, questions_about
+from causalcone.engine.edit.scoring.sampled_texts import essence_texts
 from causalcone.engine.edit.scoring.scoring import EditScorer, Scored, check_edits
-from causalcone.engine.edit.scoring.tables import PROBE_SCHEMA, metric_batch, probe_batch
+from causalcone.engine.edit.scoring.tables import metric_batch, probe_batch
 from causalcone.engine.edit.scoring.text_metrics import ReferenceScorer
-from causalcone.engine.edit.texts.contexts import Contexts, sample_contexts
+from causalcone.engine.edit.texts.contexts import Contexts, check_contexts, sample_contexts
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.facts import Fact, encode
 from causalcone.engine.localize.options import DEFAULT_SIGMA
@@ -38,6 +39,7 @@ from causalcone.engine.plan.cost import weight_bytes
 from causalcone.engine.run.loading import open_session
 from causalcone.engine.run.scheduler import Budget
 from causalcone.engine.run.session import Session
+from causalcone.engine.schemas import PROBE_SCHEMA
 from causalcone.kernels.precision import each_within
 
 METHODS = ("rome", "memit", JOINT_MEMIT, "finetune")

@@ -29,12 +29,13 @@ from causalcone.engine.localize.options import (
 )
 from causalcone.engine.localize.patching import Patching, Prompt, PromptResult, Read, Runs, as_runs
 from causalcone.engine.localize.states import KINDS, State, States, as_states
-from causalcone.engine.localize.tables import GRADIENT_SCHEMA, TRACE_SCHEMA, gradient_batch, trace_batch
+from causalcone.engine.localize.tables import gradient_batch, trace_batch
 from causalcone.engine.noise import SCALED_NOISES, Noise, NoiseStream, parse_sigma
 from causalcone.engine.plan.cost import forward_flops
 from causalcone.engine.run.loading import Weights, open_session
 from causalcone.engine.run.runner import Trial
 from causalcone.engine.run.session import Session
+from causalcone.engine.schemas import GRADIENT_SCHEMA, TRACE_SCHEMA
 
 
 @dataclass(frozen=True)

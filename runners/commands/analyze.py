@@ -29,7 +29,7 @@ causalcone report study --state mlp:10 --out mlp10.html
 
 
 @dataclass(frozen=True, kw_only=True)
-class Analysis:
+class StudyOptions:
     """The folder of a sweep, and how what it holds is analysed."""
 
     folder: Annotated[Path, Argument(metavar="DIR", help="The folder of a sweep, finished or not.")]
@@ -59,9 +59,9 @@ def add_to(app: typer.Typer) -> None:
     app.command(epilog=_REPORT)(report)
 
 
-@takes(Analysis)
+@takes(StudyOptions)
 def analyze(
-    analysis: Analysis,
+    analysis: StudyOptions,
     out: Annotated[Path | None, Option(help="Folder for tables and figures; DIR/analysis by default.")] = None,
     mixed: Annotated[
         bool, Option("--mixed", help="Fit mixed-effects models too, with a random intercept per fact (slow).")
@@ -81,9 +81,9 @@ def analyze(
     analyze_folder(analysis, place, Console(), mixed=mixed, scatter=scatter, figures=figures)
 
 
-@takes(Analysis)
+@takes(StudyOptions)
 def report(
-    analysis: Analysis,
+    analysis: StudyOptions,
     out: Annotated[Path | None, Option(help="The page; DIR/report.html by default.")] = None,
 ) -> None:
     """Make a page of a sweep's answers: one HTML file that works without a network.

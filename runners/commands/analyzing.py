@@ -20,14 +20,14 @@ from causalcone.engine.localize.states import MOST_HEADS, as_states
 from causalcone.runners.results.folder import ResultError, write_whole
 
 if TYPE_CHECKING:
-    from causalcone.runners.commands.analyze import Analysis
+    from causalcone.runners.commands.analyze import StudyOptions
 
 _TABLES, _FIGURES = "tables", "figures"
 _COLUMNS = ("problem", "method", "window", "r2_layer", "r2_trace", "r2_both", "diff", "p")
 
 
 def analyze_folder(
-    analysis: Analysis, out: Path, console: Console, *, mixed: bool, scatter: bool, figures: bool
+    analysis: StudyOptions, out: Path, console: Console, *, mixed: bool, scatter: bool, figures: bool
 ) -> None:
     """Raises ``TableError`` for a folder that is no sweep's, and ``ResultError`` where nothing can be written."""
     study, choice = opened(analysis, mixed)
@@ -58,7 +58,7 @@ def analyze_folder(
         console.print(line, highlight=False, markup=False)
 
 
-def report_folder(analysis: Analysis, out: Path, console: Console) -> None:
+def report_folder(analysis: StudyOptions, out: Path, console: Console) -> None:
     """Errors are those of ``analyze_folder``."""
     study, choice = opened(analysis)
     write_page(study, choice, out, console)
@@ -84,7 +84,7 @@ def write_page(study: Study, choice: AnalysisOptions, out: Path, console: Consol
         console.print(line, highlight=False, markup=False)
 
 
-def opened(analysis: Analysis, mixed: bool = False) -> tuple[Study, AnalysisOptions]:
+def opened(analysis: StudyOptions, mixed: bool = False) -> tuple[Study, AnalysisOptions]:
     """The folder, and the options as they were typed, checked."""
     _one_of("--at", analysis.at, get_args(At))
     _one_of("--denominator", analysis.denominator, get_args(Denominator))

@@ -19,19 +19,19 @@ from causalcone.runners.commands import data as cli_data
 from causalcone.runners.commands import sweep as cli_sweep
 from causalcone.runners.commands import tune as cli_tune
 from causalcone.runners.options import (
-    Collecting,
-    Computing,
-    Editing,
-    Gradients,
-    Output,
-    Sampling,
-    Scoring,
-    Source,
-    StreamableSource,
-    Target,
-    Texts,
-    Tracing,
-    Zeroing,
+    CollectingOptions,
+    ComputeOptions,
+    EditingOptions,
+    IntegrationOptions,
+    MomentsFileOptions,
+    OutputOptions,
+    SamplingOptions,
+    ScoringOptions,
+    SourceOptions,
+    StreamableSourceOptions,
+    TextOptions,
+    TracingOptions,
+    ZeroingOptions,
     takes,
 )
 
@@ -117,12 +117,12 @@ causalcone edit --model demo --facts demo --method memit_joint:3 --layers 1 --pr
 
 
 @app.command(epilog=_TRACE_EXAMPLES)
-@takes(StreamableSource, Output, Tracing, Sampling)
+@takes(StreamableSourceOptions, OutputOptions, TracingOptions, SamplingOptions)
 def trace(
-    source: StreamableSource,
-    output: Output,
-    tracing: Tracing,
-    sampling: Sampling,
+    source: StreamableSourceOptions,
+    output: OutputOptions,
+    tracing: TracingOptions,
+    sampling: SamplingOptions,
     plot: Annotated[int, typer.Option(help="Draw heat maps of the first so many facts, and averages.", min=0)] = 0,
 ) -> None:
     """Trace facts: restore one window of layers at a time in noise-corrupted runs, and see what brings the answer back.
@@ -149,8 +149,8 @@ def trace(
 
 
 @app.command(epilog=_PLAN_EXAMPLES)
-@takes(StreamableSource, Tracing, Sampling)
-def plan(source: StreamableSource, tracing: Tracing, sampling: Sampling) -> None:
+@takes(StreamableSourceOptions, TracingOptions, SamplingOptions)
+def plan(source: StreamableSourceOptions, tracing: TracingOptions, sampling: SamplingOptions) -> None:
     """Show what tracing would take: passes, rows, operations, memory and time; no fact is computed."""
     from causalcone.runners.commands.localize import tracing_plan
     from causalcone.runners.show.forecast import forecast_table
@@ -160,11 +160,11 @@ def plan(source: StreamableSource, tracing: Tracing, sampling: Sampling) -> None
 
 
 @app.command(epilog=_ZERO_EXAMPLES)
-@takes(StreamableSource, Output, Zeroing)
+@takes(StreamableSourceOptions, OutputOptions, ZeroingOptions)
 def zero(
-    source: StreamableSource,
-    output: Output,
-    zeroing: Zeroing,
+    source: StreamableSourceOptions,
+    output: OutputOptions,
+    zeroing: ZeroingOptions,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the mean effect by layer.")] = False,
 ) -> None:
     """Zero representations: set one window of layers to zero at the subject, and see how much of the answer is lost.
@@ -188,12 +188,12 @@ def zero(
 
 
 @app.command(epilog=_GRADIENT_EXAMPLES)
-@takes(Source, Output, Gradients, Sampling)
+@takes(SourceOptions, OutputOptions, IntegrationOptions, SamplingOptions)
 def gradients(
-    source: Source,
-    output: Output,
-    choice: Gradients,
-    sampling: Sampling,
+    source: SourceOptions,
+    output: OutputOptions,
+    choice: IntegrationOptions,
+    sampling: SamplingOptions,
     plot: Annotated[int, typer.Option(help="Draw heat maps of the first so many facts.", min=0)] = 0,
 ) -> None:
     """Integrate gradients: how much of the answer each state accounts for, along the line from a baseline to its value.
@@ -221,8 +221,10 @@ def gradients(
 
 
 @app.command(epilog=_MOMENT_EXAMPLES)
-@takes(Computing, Texts, Collecting, Target)
-def moments(computing: Computing, texts: Texts, choice: Collecting, target: Target) -> None:
+@takes(ComputeOptions, TextOptions, CollectingOptions, MomentsFileOptions)
+def moments(
+    computing: ComputeOptions, texts: TextOptions, choice: CollectingOptions, target: MomentsFileOptions
+) -> None:
     """Collect second moments, which ROME and MEMIT need: how much MLP keys have of each direction, over running text.
 
     Writes OUT (safetensors), with what model and texts they are of. What is interrupted goes on where it was.
@@ -235,12 +237,12 @@ def moments(computing: Computing, texts: Texts, choice: Collecting, target: Targ
 
 
 @app.command(epilog=_EDIT_EXAMPLES)
-@takes(Source, Editing, Scoring, Output)
+@takes(SourceOptions, EditingOptions, ScoringOptions, OutputOptions)
 def edit(
-    source: Source,
-    choice: Editing,
-    scoring: Scoring,
-    output: Output,
+    source: SourceOptions,
+    choice: EditingOptions,
+    scoring: ScoringOptions,
+    output: OutputOptions,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the mean scores by layer.")] = False,
 ) -> None:
     """Edit facts at every chosen layer by ROME, MEMIT or constrained fine-tuning, and score every edited model.
@@ -292,7 +294,7 @@ def _run(
     compute: Callable[[ResultFolder, Console, bool], _Done],
     table: str,
     configuration: Mapping[str, Any],
-    output: Output,
+    output: OutputOptions,
     figures: Callable[[_Done], Iterable[Path]],
     tables: Callable[[_Done], Iterable[Any]],
     **notes: Any,

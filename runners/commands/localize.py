@@ -10,12 +10,18 @@ from causalcone.engine.errors import ExperimentError
 from causalcone.engine.localize.branches import check_tokens
 from causalcone.engine.localize.options import DEFAULT_STATES, GradientSpec, TraceSpec, check_target
 from causalcone.engine.localize.states import KINDS, MOST_HEADS, State, as_states
-from causalcone.engine.localize.tables import GRADIENT_SCHEMA, TRACE_SCHEMA
 from causalcone.engine.localize.tracer import TracePlan
 from causalcone.engine.noise import SCALED_NOISES, Noise
+from causalcone.engine.schemas import GRADIENT_SCHEMA, TRACE_SCHEMA
 from causalcone.runners.facts.files import read_text
 from causalcone.runners.inputs.inputs import Inputs, open_inputs
-from causalcone.runners.options import Gradients, Sampling, Source, Tracing, Zeroing
+from causalcone.runners.options import (
+    IntegrationOptions,
+    SamplingOptions,
+    SourceOptions,
+    TracingOptions,
+    ZeroingOptions,
+)
 from causalcone.runners.results.table_run import TableRun
 
 
@@ -28,7 +34,7 @@ class Prepared:
     configuration: dict[str, Any]
 
 
-def tracing(source: Source, choice: Tracing, sampling: Sampling) -> Prepared:
+def tracing(source: SourceOptions, choice: TracingOptions, sampling: SamplingOptions) -> Prepared:
     """Causal tracing, plain or severed."""
     inputs, spec, texts = _trace_spec(source, choice, sampling)
     options = {"on_error": inputs.on_error, **vars(spec)}
@@ -45,14 +51,14 @@ def tracing(source: Source, choice: Tracing, sampling: Sampling) -> Prepared:
     return Prepared(inputs, TableRun("tracing", "traces", TRACE_SCHEMA, facts, batches), configuration)
 
 
-def tracing_plan(source: Source, choice: Tracing, sampling: Sampling) -> tuple[Inputs, TracePlan]:
+def tracing_plan(source: SourceOptions, choice: TracingOptions, sampling: SamplingOptions) -> tuple[Inputs, TracePlan]:
     """What that would take."""
     inputs, spec, _ = _trace_spec(source, choice, sampling)
     plan, _ = inputs.started(lambda: inputs.tracer.plan(inputs.facts, on_error=inputs.on_error, **vars(spec)))
     return inputs, plan
 
 
-def zeroing(source: Source, choice: Zeroing) -> Prepared:
+def zeroing(source: SourceOptions, choice: ZeroingOptions) -> Prepared:
     """Representation zeroing."""
     as_states(choice.state or ["mlp:5"], MOST_HEADS)
     tokens = parse_tokens(choice.tokens)
@@ -67,7 +73,7 @@ def zeroing(source: Source, choice: Zeroing) -> Prepared:
     return Prepared(inputs, study, _configuration("zero", inputs, options))
 
 
-def gradients(source: Source, choice: Gradients, sampling: Sampling) -> Prepared:
+def gradients(source: SourceOptions, choice: IntegrationOptions, sampling: SamplingOptions) -> Prepared:
     """Integrated gradients."""
     spec = GradientSpec(
         tuple(choice.kind or KINDS),
@@ -79,7 +85,7 @@ def gradients(source: Source, choice: Gradients, sampling: Sampling) -> Prepared
         sampling.sigma,
         sampling.seed,
     )
-    if choice.baseline == "zero" and sampling != Sampling():
+    if choice.baseline == "zero" and sampling != SamplingOptions():
         raise ExperimentError("samples, sigma and seed are of the corrupted run; they go with --baseline corrupted")
     inputs = open_inputs(source)
     options = vars(spec)
@@ -101,7 +107,9 @@ def parse_tokens(tokens: str) -> str | tuple[int, ...]:
         return tokens
 
 
-def _trace_spec(source: Source, choice: Tracing, sampling: Sampling) -> tuple[Inputs, TraceSpec, list[str]]:
+def _trace_spec(
+    source: SourceOptions, choice: TracingOptions, sampling: SamplingOptions
+) -> tuple[Inputs, TraceSpec, list[str]]:
     """Model and facts, read once the options are known to make sense together, the options, and the noise's texts."""
     names = choice.state or (["hidden:1"] if choice.sever else [f"{kind}:{window}" for kind, window in DEFAULT_STATES])
 
@@ -134,7 +142,7 @@ def _trace_spec(source: Source, choice: Tracing, sampling: Sampling) -> tuple[In
     return inputs, spec(states, sigma, noise), texts
 
 
-def _noise_texts(choice: Tracing) -> list[str]:
+def _noise_texts(choice: TracingOptions) -> list[str]:
     """The running text that the noise is to resemble, where it is of that kind."""
     shaped = choice.noise in ("multivariate", "t")
     if shaped != (choice.noise_texts is not None):

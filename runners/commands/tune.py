@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 from rich.console import Console
 
-from causalcone.runners.options import Output, Tuning, TuningSource, takes
+from causalcone.runners.options import OutputOptions, TuningOptions, TuningSourceOptions, takes
 
 _EXAMPLES = """
 [bold]Examples[/bold]
@@ -27,8 +27,8 @@ def add_to(app: typer.Typer) -> None:
     app.command(epilog=_EXAMPLES)(tune)
 
 
-@takes(TuningSource, Tuning, Output)
-def tune(source: TuningSource, choice: Tuning, output: Output) -> None:
+@takes(TuningSourceOptions, TuningOptions, OutputOptions)
+def tune(source: TuningSourceOptions, choice: TuningOptions, output: OutputOptions) -> None:
     """Try hyperparameters of editing on a few facts at one layer, choose, and write a preset (Hase et al. 2023).
 
     Of each method the setting with the highest mean rewrite score is chosen, of those that are not above --most and

@@ -18,12 +18,14 @@ from causalcone.engine.run.session import Session
 from causalcone.runners.edits.settings import parse_layers
 from causalcone.runners.inputs.inputs import open_session
 from causalcone.runners.inputs.running_text import RunningText, open_texts
-from causalcone.runners.options import Collecting, Computing, Target, Texts
+from causalcone.runners.options import CollectingOptions, ComputeOptions, MomentsFileOptions, TextOptions
 from causalcone.runners.results.folder import ResultError
 from causalcone.runners.show.progress import shown_progress
 
 
-def collect_to_file(computing: Computing, texts: Texts, choice: Collecting, target: Target) -> str:
+def collect_to_file(
+    computing: ComputeOptions, texts: TextOptions, choice: CollectingOptions, target: MomentsFileOptions
+) -> str:
     """Collect moments into the file ``target.out``; says what is there.
 
     A collection that ends early is kept beside it, or in ``target.resume``, and taken up from there; once the moments
@@ -47,7 +49,7 @@ def collect_to_file(computing: Computing, texts: Texts, choice: Collecting, targ
     return f"second moments of {len(moments.layers)} layers over {count:,} tokens in {seconds:.1f} s -> {target.out}"
 
 
-def _make_ready(target: Target) -> None:
+def _make_ready(target: MomentsFileOptions) -> None:
     """Refuse a file that cannot be written before hours go into what is to be written there."""
     out, folder = target.out, target.out.parent
     if out.is_dir():

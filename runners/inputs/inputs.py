@@ -19,7 +19,7 @@ from causalcone.engine.localize.tracer import Tracer
 from causalcone.engine.run import loading
 from causalcone.engine.run.session import Session, SkippedFacts
 from causalcone.runners.facts.files import SkippedRecords, load_facts
-from causalcone.runners.options import Computing, Passing, Source, StreamableSource
+from causalcone.runners.options import ComputeOptions, PassOptions, SourceOptions, StreamableSourceOptions
 
 DEMO = "demo"
 
@@ -34,7 +34,7 @@ class Inputs:
     and facts were left out.
     """
 
-    source: Source
+    source: SourceOptions
     tracer: Tracer
     every: list[Fact]
     on_error: Literal["raise", "skip"]
@@ -75,19 +75,19 @@ class Inputs:
             "device": str(self.tracer.device),
             "kernels": vars(self.tracer.session.backends),
             "tf32": self.source.tf32,
-            **({"weights": self.source.weights} if isinstance(self.source, StreamableSource) else {}),
+            **({"weights": self.source.weights} if isinstance(self.source, StreamableSourceOptions) else {}),
             "limit": self.source.limit,
             "on_error": self.on_error,
             "skipped": self.skipped,
         }
 
 
-def open_inputs(source: Source) -> Inputs:
+def open_inputs(source: SourceOptions) -> Inputs:
     """Read the facts, then the model."""
     on_error: Literal["raise", "skip"] = "skip" if source.skip_bad_facts else "raise"
     if source.dtype is not None:
         as_dtype(source.dtype)
-    if isinstance(source, StreamableSource):
+    if isinstance(source, StreamableSourceOptions):
         loading.check_weights(source.weights)
     skipped: list[str] = []
     with noted(skipped):
@@ -116,13 +116,13 @@ def noted(skipped: list[str]) -> Iterator[list[str]]:
         skipped += [reason for reason in now if reason not in skipped]
 
 
-def open_session(source: Source | Computing) -> Session:
+def open_session(source: SourceOptions | ComputeOptions) -> Session:
     """A session on the model, read now; it is computed with in the way that the options say."""
     transformers.utils.logging.disable_progress_bar()
     device = source.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kernels, tf32 = (source.kernels, source.tf32) if isinstance(source, Source | Passing) else (None, False)
+    kernels, tf32 = (source.kernels, source.tf32) if isinstance(source, SourceOptions | PassOptions) else (None, False)
     compute = Compute.of(source.dtype, device, source.memory, kernels, tf32)
-    weights = source.weights if isinstance(source, StreamableSource) else "resident"
+    weights = source.weights if isinstance(source, StreamableSourceOptions) else "resident"
     if not is_demo(source.model):
         return loading.open_session(source.model, compute, weights)
     from causalcone.runners.demo.model import demo_folder, demo_model

@@ -18,8 +18,10 @@ from causalcone.engine.compute import Compute
 from causalcone.engine.edit.deltas.apply import applied
 from causalcone.engine.edit.deltas.delta import Delta, LowRank
 from causalcone.engine.edit.requests import problems as request_making
-from causalcone.engine.edit.requests.problems import FilteredFacts, essence_texts, generate_texts, make_requests
+from causalcone.engine.edit.requests.problems import FilteredFacts, make_requests
 from causalcone.engine.edit.requests.requests import PROBLEMS, Request
+from causalcone.engine.edit.scoring import sampled_texts
+from causalcone.engine.edit.scoring.sampled_texts import essence_texts, generate_texts
 from causalcone.engine.edit.texts import contexts
 from causalcone.engine.edit.texts.contexts import Contexts, sample_contexts
 from causalcone.engine.errors import ExperimentError, FactError
@@ -248,7 +250,7 @@ def decoded(monkeypatch):
         return new
 
     original = contexts.continuations
-    for module in (contexts, request_making):
+    for module in (contexts, request_making, sampled_texts):
         monkeypatch.setattr(module, "continuations", continuations)
     return seen
 
