@@ -36,8 +36,9 @@ from oracles.editing import down_weight
 
 import causalcone as cc
 from causalcone.engine.edit.deltas.delta import Delta
-from causalcone.engine.edit.requests.problems import FilteredFacts, generate_texts
+from causalcone.engine.edit.requests.problems import FilteredFacts
 from causalcone.engine.edit.requests.requests import PROBLEMS
+from causalcone.engine.edit.scoring.sampled_texts import generate_texts
 from causalcone.engine.edit.scoring.text_metrics import generation_entropy
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.errors import ExperimentError, FactError
