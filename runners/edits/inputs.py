@@ -138,12 +138,8 @@ def _running_text(choice: EditingOptions, plan: EditPlan) -> RunningText | None:
 
 def editor_of(inputs: Inputs, choice: EditingOptions, plan: EditPlan, contexts: Contexts | None) -> Editor:
     """Without moments yet; the level of the noise is that of all facts of the file."""
-    session = inputs.tracer.session
     sigma = inputs.noise_level(plan.sigma) if plan.problem in _NOISY else plan.sigma
-    return Editor(
-        session.model, session.tokenizer, contexts=contexts, dtype=session.dtype, device=session.device,
-        memory=inputs.source.memory, sigma=sigma, seed=choice.seed, kernels=session.kernels, tf32=session.tf32,
-    )  # fmt: skip
+    return Editor.on(inputs.tracer.session, contexts=contexts, sigma=sigma, seed=choice.seed)
 
 
 def moments_of(
@@ -162,7 +158,7 @@ def moments_of(
     if not layers:
         return None
     if texts is not None:
-        return collected(inputs.tracer, texts, layers, Console(), quiet, memory=inputs.source.memory, resume=resume)
+        return collected(inputs.tracer.session, texts, layers, Console(), quiet, resume=resume)
     if is_demo(str(choice.moments)):
         from causalcone.runners.demo.model import demo_moments
 

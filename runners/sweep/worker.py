@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 import pyarrow as pa
 
 from causalcone.engine.edit.editor import Editor
+from causalcone.engine.edit.moments.collect import collect
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.requests import ERROR_INJECTION, FACT_AMPLIFICATION, Request
 from causalcone.engine.edit.scoring.tables import edit_batch
@@ -35,7 +36,7 @@ from causalcone.engine.schemas import (
 from causalcone.runners.edits.checks import EditChecks
 from causalcone.runners.edits.settings import read_contexts
 from causalcone.runners.inputs.fingerprints import model_fingerprint
-from causalcone.runners.inputs.inputs import is_demo, open_tracer
+from causalcone.runners.inputs.inputs import is_demo, open_session
 from causalcone.runners.inputs.reference_texts import ReferenceTexts, as_reference_texts, load_reference_texts
 from causalcone.runners.inputs.running_text import open_texts
 from causalcone.runners.options import PassOptions, ScoringOptions, TextOptions
@@ -78,7 +79,7 @@ class Worker:
         # error injection asks more of a fact than the other problems, which ask the same
         problem = ERROR_INJECTION if edit is not None and ERROR_INJECTION in edit.problems else FACT_AMPLIFICATION
         checks = None if edit is None else self._checks(edit.problems[0])
-        editor = Editor(session.model, session.tokenizer)
+        editor = Editor.on(session)
         bad = []
         for fact in facts:
             try:
@@ -122,12 +123,11 @@ class Worker:
     def tracer(self) -> Tracer:
         sweep = self.sweep
         memory = None if sweep.memory is None else str(sweep.memory)
-        return open_tracer(
-            PassOptions(
-                model=sweep.model, dtype=sweep.dtype, device=sweep.device, memory=memory, kernels=sweep.kernels,
-                tf32=sweep.tf32,
-            )
+        choice = PassOptions(
+            model=sweep.model, dtype=sweep.dtype, device=sweep.device, memory=memory, kernels=sweep.kernels,
+            tf32=sweep.tf32,
         )  # fmt: skip
+        return Tracer.on(open_session(choice))
 
     @cached_property
     def facts(self) -> list[Fact]:
@@ -151,11 +151,7 @@ class Worker:
                 moments = Moments.load(str(file)).with_ridge(sweep.moments.ridge)
             contexts = Contexts(**store.read_json(units.PREPARED[units.CONTEXTS]))
         noise = store.read_json(units.PREPARED[units.NOISE])
-        return Editor(
-            session.model, session.tokenizer, moments, contexts, dtype=session.dtype, device=session.device,
-            memory=sweep.memory, sigma=None if noise is None else noise["sigma"], seed=sweep.seed,
-            kernels=session.kernels, tf32=session.tf32,
-        )  # fmt: skip
+        return Editor.on(session, moments, contexts, None if noise is None else noise["sigma"], sweep.seed)
 
     # --- what is prepared once ---
 
@@ -194,7 +190,7 @@ class Worker:
         layers = moment_layers(sweep, session.sizes.depth)
         if choice.file is not None:
             moments = _given_moments(choice.file, layers)
-            moments.check(session.model, layers)
+            moments.check(session.architecture, layers)
         else:
             texts = open_texts(
                 TextOptions(
@@ -203,10 +199,7 @@ class Worker:
                 )
             )  # fmt: skip
             resume = None if self.store.local is None else str(self.store.local / "moments.partial")
-            moments = Moments.collect(
-                session.model, session.tokenizer, texts.texts, layers, choice.tokens, source=texts.source,
-                dtype=session.dtype, device=session.device, memory=sweep.memory, resume=resume,
-            )  # fmt: skip
+            moments = Moments(*collect(session, texts.texts, layers, choice.tokens, source=texts.source, resume=resume))
         for layer in layers:  # what cannot be inverted is to be told now, not of every edit
             moments.with_ridge(choice.ridge).solve(layer, moments.matrix(layer)[:, :1].to(session.device))
         with TemporaryDirectory() as folder:

@@ -14,6 +14,7 @@ from helpers.tokenizers import TOKENIZERS
 from oracles import requests as oracle_requests
 from oracles.editing import about_subject, target_log_p
 
+from causalcone.engine.compute import Compute
 from causalcone.engine.edit.deltas.apply import applied
 from causalcone.engine.edit.deltas.delta import Delta, LowRank
 from causalcone.engine.edit.requests import problems as request_making
@@ -272,7 +273,7 @@ def test_contexts(session, tokenizer, decoded):
 def test_contexts_are_those_of_the_seed(session):
     assert sample_contexts(session, 0) == sample_contexts(session, 0)
     assert sample_contexts(session, 0) != sample_contexts(session, 1)
-    small = Session(session.model, session.tokenizer, memory="2MB")
+    small = Session(session.model, session.tokenizer, Compute.of(memory="2MB"))
     assert sample_contexts(small, 0) == sample_contexts(session, 0)
 
 

@@ -174,14 +174,15 @@ class Frame:
 def collect(
     session: Session,
     texts: Iterable[str | Mapping[str, Any]],
-    layers: Sequence[int] | None,
-    tokens: int | str | None,
-    source: str | None,
-    length: int | None,
-    progress: Progress | None,
-    resume: str | Path | None,
+    layers: Sequence[int] | None = None,
+    tokens: int | str | None = None,
+    *,
+    source: str | None = None,
+    length: int | None = None,
+    progress: Progress | None = None,
+    resume: str | Path | None = None,
 ) -> MomentValues:
-    """The values of ``Moments.collect``, which describes the arguments."""
+    """The fields of ``Moments``; as ``Moments.collect``, in full float32 whatever the session computes in."""
     if isinstance(texts, (str, Mapping)):
         raise ExperimentError(f"texts is a {type(texts).__name__}; give a list of texts, or another iterable of them")
     spec = Spec.of(session, layers, tokens, length)
@@ -226,7 +227,7 @@ def _count(
             session.verify(packed[0][:_CHECKED_TOKENS])
             verified = True
         sums.whole = False
-        with session.computing():
+        with session.computing(full=True):
             _run(layers, packed, sums)
         sums.tokens += sum(map(len, packed))
         sums.ids = _checksum(packed, sums.ids)

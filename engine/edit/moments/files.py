@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from causalcone.engine.compute import as_dtype
 from causalcone.engine.edit.moments.identity import Identity
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.models import ARCHITECTURES
-from causalcone.engine.run.session import as_dtype
 from causalcone.engine.tensor_file import Layout
 
 MomentValues = tuple[Mapping[int, Tensor], Mapping[int, int], str | None, Identity | None]
