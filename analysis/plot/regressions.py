@@ -17,7 +17,7 @@ from causalcone.analysis.tables.traces import TableError
 
 _COLUMNS = 4
 _MOST_POINTS = 2000
-_BARS: dict[str, dict[str, Any]] = {
+_BARS: dict[str, Any] = {
     "layer": {"facecolor": COLORS["sky"]},
     "both": {"facecolor": COLORS["orange"], "hatch": "///"},
 }
