@@ -15,10 +15,11 @@ from causalcone.analysis.papers.table_files import cells, index, write_table
 from causalcone.analysis.papers.tables import Table, paper_tables
 from causalcone.analysis.scores import Aggregate
 from causalcone.analysis.sweep_results import State, Study
+from causalcone.engine.atomic import write_text
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.localize.states import MOST_HEADS, as_states
 from causalcone.runners.options import StudyOptions
-from causalcone.runners.results.folder import ResultError, write_whole
+from causalcone.runners.results.folder import ResultError
 
 _TABLES, _FIGURES = "tables", "figures"
 _COLUMNS = ("problem", "method", "window", "r2_layer", "r2_trace", "r2_both", "diff", "p")
@@ -39,8 +40,7 @@ def analyze_folder(
 
             drawn, undrawn = paper_figures(study, out / _FIGURES, choice, every=scatter)
             missing += undrawn
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / "tables.md", index(tables, missing))
+        write_text(out / "tables.md", index(tables, missing))
     except OSError as error:
         raise _unwritten(out, error) from error
     for table in tables:
@@ -69,8 +69,7 @@ def write_page(study: Study, choice: AnalysisOptions, out: Path, console: Consol
 
     data = report_data(study, choice)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out, report(data))
+        write_text(out, report(data))
     except OSError as error:
         raise _unwritten(out, error) from error
     lines = [

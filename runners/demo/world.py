@@ -109,10 +109,14 @@ class World:
                 "generation_prompts": list(fact.generation_prompts),
             }
 
-    def write(self, path: str | Path) -> None:
-        """Write the records as one JSON list, a record a line."""
+    def counterfact(self) -> str:
+        """The records as one JSON list, a record a line."""
         lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in self.records())
-        Path(path).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        return f"[\n{lines}\n]\n"
+
+    def write(self, path: str | Path) -> None:
+        """Write the records to a file."""
+        Path(path).write_text(self.counterfact(), encoding="utf-8")
 
     def snippets(self, samples: int = 5) -> list[dict[str, Any]]:
         """Reference texts about subjects that share an object: attribute snippets, one entry per (relation, object)."""

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from causalcone.engine.errors import FactError
 from causalcone.engine.facts import Fact
+from causalcone.runners.checked_tables import PLAINER
 from causalcone.runners.facts.schemas import SCHEMAS, Convert, ZsreForm, converter, detect_schema
 
 
@@ -134,14 +135,7 @@ def _convert(place: str | Path, index: int, record: Any, convert: Convert) -> Fa
         raise FactError(f"{_place(place, index, record)}: {error}") from error
 
 
-_PLAINER = {
-    "missing": "is missing",
-    "string_type": "must be a string",
-    "tuple_type": "must be a list",
-    "too_short": "is empty",
-    "model_type": "must be an object",
-    "extra_forbidden": "is no field of a fact",
-}
+_PLAINER = {**PLAINER, "model_type": "must be an object", "extra_forbidden": "is not a field of a fact"}
 
 
 def _complaints(error: ValidationError) -> Iterator[str]:
