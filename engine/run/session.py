@@ -14,7 +14,7 @@ import torch
 from causalcone.engine.errors import CausalconeError, ExperimentError, ModelError
 from causalcone.engine.facts import EncodedFact, Fact, check_unique, encode, subject_ids
 from causalcone.engine.memory import default_budget, parse_bytes
-from causalcone.engine.models import check_supported, read_architecture
+from causalcone.engine.models import family_of, read_architecture
 from causalcone.engine.models.base import Architecture
 from causalcone.engine.noise import subject_deviation
 from causalcone.engine.plan.cost import Cost, cost
@@ -205,7 +205,7 @@ def _supported(path: str) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoTokenizer
 
     config = AutoConfig.from_pretrained(path)
-    check_supported(config.model_type)
+    family_of(config.model_type)
     return config, AutoTokenizer.from_pretrained(path)
 
 

@@ -31,16 +31,12 @@ from torch import Tensor
 
 from causalcone.engine.edit.moments.moments import Identity, Moments
 from causalcone.engine.errors import ExperimentError
-from causalcone.engine.models import ARCHITECTURES
+from causalcone.engine.models import families
 from causalcone.engine.run.session import as_dtype
 
 VERSION = 1
 LAYOUT = "causalcone.moments"
 SUMS_LAYOUT = "causalcone.sums"
-_DOWN_PROJECTIONS = [
-    re.compile(re.escape(pattern).replace(r"\{\}", r"(\d+)") + "_")
-    for pattern in sorted({architecture.down_projection for architecture in ARCHITECTURES.values()})
-]
 
 
 def save_moments(moments: Moments, path: str | Path, dtype: torch.dtype | str | None = None) -> None:
@@ -239,8 +235,10 @@ def _only_layer(path: Path, wanted: tuple[int, ...] | None) -> int:
 
 def _layer_of(path: Path) -> int | None:
     """The layer that a published file's name tells, by the name of the down-projection at its beginning."""
-    found = [match for pattern in _DOWN_PROJECTIONS if (match := pattern.match(path.name))]
-    return int(found[0][1]) if found else None
+    for name in sorted({family.down_projection for family in families().values()}):
+        if match := re.match(re.escape(name).replace(r"\{\}", r"(\d+)") + "_", path.name):
+            return int(match[1])
+    return None
 
 
 def _crc32(tensor: Tensor) -> int:
