@@ -6,58 +6,37 @@ import warnings
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.console import Console
-
-_EXAMPLES = """
-[bold]Examples[/bold]
-
-causalcone data counterfact.json --out facts.jsonl
-
-causalcone data azhx/counterfact --split train --limit 1000 --out facts.jsonl --model gpt2-xl
-
-causalcone data zsre_mend_eval.json --zsre-form meng --skip-bad-facts --out zsre.jsonl
-
-causalcone data demo --out facts.jsonl
-"""
-
-
-def add_to(app: typer.Typer) -> None:
-    """Make this a command of the app."""
-    app.command(epilog=_EXAMPLES)(data)
+from typer import Argument, Option
 
 
 def data(
     source: Annotated[
         str,
-        typer.Argument(
-            help="File of facts (CounterFact, zsRE or known-facts JSON, or own JSONL), folder or hub id of a data set "
-            "(needs the package datasets), or 'demo', the demo world."
+        Argument(
+            help="File of facts (CounterFact, zsRE or known-facts JSON, or causalcone's JSONL), folder or hub id of a "
+            "data set (needs the package datasets), or 'demo', the demo world."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="File for the facts, such as facts.jsonl.")],
-    split: Annotated[
-        str | None, typer.Option(help="The data set's split; train by default.", show_default=False)
-    ] = None,
-    dataset_config: Annotated[str | None, typer.Option(help="The data set's configuration.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many facts.", min=1)] = None,
-    seed: Annotated[
-        int, typer.Option(help="Seed of the false targets that are drawn for zsRE.", min=0, max=2**32 - 1)
-    ] = 0,
+    out: Annotated[Path, Option(help="File for the facts, such as facts.jsonl.")],
+    split: Annotated[str | None, Option(help="The data set's split; train by default.", show_default=False)] = None,
+    dataset_config: Annotated[str | None, Option(help="The data set's configuration.")] = None,
+    limit: Annotated[int | None, Option(help="Only the first N facts.", min=1)] = None,
+    seed: Annotated[int, Option(help="Seed of the false targets that are drawn for zsRE.", min=0, max=2**32 - 1)] = 0,
     zsre_form: Annotated[
-        str, typer.Option(help="Prompts and targets of zsRE: hase (question and answer), or meng (raw questions).")
+        str, Option(help="Prompts and targets of zsRE: hase (question and answer), or meng (raw questions).")
     ] = "hase",
     skip_bad_facts: Annotated[
-        bool, typer.Option("--skip-bad-facts", help="List facts that cannot be used and write the others.")
+        bool, Option("--skip-bad-facts", help="List facts that cannot be used and write the others.")
     ] = False,
     model: Annotated[
         str | None,
-        typer.Option(help="Check that every fact can be encoded for this model, by its tokenizer and configuration."),
+        Option(help="Check that every fact can be encoded for this model, by its tokenizer and configuration."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No summary.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the file.")] = False,
+    quiet: Annotated[bool, Option("--quiet", help="No summary.")] = False,
 ) -> None:
-    """Convert facts into a fact file of causalcone's own, check every one, and say what there is.
+    """Convert facts into a fact file of causalcone's own, check every one, and summarize them.
 
     Writes OUT (JSON lines, one fact a line), which every command takes as --facts. Bad records are listed, and nothing
     is written then; with --skip-bad-facts the others are.
@@ -70,13 +49,28 @@ def data(
     check = None if model is None else fact_data.encoding_check(model)
     facts, problems = opened.facts(limit, check)
     if problems:
-        said = fact_data.bad_records(opened.place, problems)
+        complaint = fact_data.bad_records(opened.place, problems)
         if not facts:
-            raise FactError(f"{said}\nno fact is left, and nothing was written")
+            raise FactError(f"{complaint}\nno fact is left, and nothing was written")
         if not skip_bad_facts:
-            raise FactError(f"{said}\nnothing was written; mend them, or leave them out with --skip-bad-facts")
-        warnings.warn(f"{said}\nthey were left out", stacklevel=2)
+            raise FactError(f"{complaint}\nnothing was written; fix them, or leave them out with --skip-bad-facts")
+        warnings.warn(f"{complaint}\nthey were left out", stacklevel=2)
     fact_data.write_facts(facts, out)
     if not quiet:
         for line in (*fact_data.summary(opened.schema, facts), f"{opened.place} -> {out}"):
             Console().print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+COMMANDS = {
+    data: """
+[bold]Examples[/bold]
+
+causalcone data counterfact.json --out facts.jsonl
+
+causalcone data azhx/counterfact --split train --limit 1000 --out facts.jsonl --model gpt2-xl
+
+causalcone data zsre_mend_eval.json --zsre-form meng --skip-bad-facts --out zsre.jsonl
+
+causalcone data demo --out facts.jsonl
+"""
+}

@@ -26,7 +26,7 @@ from causalcone.runners.edits.study import EditStudy
 from causalcone.runners.inputs.inputs import Inputs, is_demo, noted, open_inputs
 from causalcone.runners.inputs.reference_texts import ReferenceTexts, load_reference_texts
 from causalcone.runners.inputs.running_text import RunningText, texts_at
-from causalcone.runners.options import Editing, Output, Scoring, Source
+from causalcone.runners.options import EditingOptions, OutputOptions, ScoringOptions, SourceOptions
 from causalcone.runners.results.folder import refuse_occupied
 
 
@@ -54,7 +54,9 @@ class GivenTexts:
     running: RunningText | None
 
 
-def editing(source: Source, choice: Editing, scoring: Scoring, output: Output) -> PreparedEdits:
+def editing(
+    source: SourceOptions, choice: EditingOptions, scoring: ScoringOptions, output: OutputOptions
+) -> PreparedEdits:
     """The study that the options ask for; moments are collected, if so asked."""
     refuse_occupied(output.out, output.overwrite)
     plan = plan_of(choice, scoring.aggregate)
@@ -69,7 +71,7 @@ def editing(source: Source, choice: Editing, scoring: Scoring, output: Output) -
     return replace(prepared, study=replace(prepared.study, collected=moments))
 
 
-def given_texts(choice: Editing, plan: EditPlan, scoring: Scoring) -> GivenTexts:
+def given_texts(choice: EditingOptions, plan: EditPlan, scoring: ScoringOptions) -> GivenTexts:
     """Read them before the model is; refuses methods without moments."""
     contexts = None if choice.contexts is None else read_contexts(choice.contexts)
     references = None if scoring.references is None else load_reference_texts(scoring.references)
@@ -80,9 +82,9 @@ def prepared_edits(
     editor: Editor,
     moments: Moments | None,
     inputs: Inputs,
-    choice: Editing,
+    choice: EditingOptions,
     plan: EditPlan,
-    scoring: Scoring,
+    scoring: ScoringOptions,
     references: ReferenceTexts | None = None,
 ) -> PreparedEdits:
     """The plan made ready with what was read: requests that nothing is wrong with, and what to keep of the options."""
@@ -122,7 +124,7 @@ def prepared_edits(
 _NOISY = (TRACING_REVERSAL, FACT_FORCING)
 
 
-def _running_text(choice: Editing, plan: EditPlan) -> RunningText | None:
+def _running_text(choice: EditingOptions, plan: EditPlan) -> RunningText | None:
     """The running text to collect moments over, if so asked; refuses methods without moments."""
     if not plan.of_moments:
         return None
@@ -134,19 +136,15 @@ def _running_text(choice: Editing, plan: EditPlan) -> RunningText | None:
     return None if choice.texts is None else texts_at(choice.texts)
 
 
-def editor_of(inputs: Inputs, choice: Editing, plan: EditPlan, contexts: Contexts | None) -> Editor:
+def editor_of(inputs: Inputs, choice: EditingOptions, plan: EditPlan, contexts: Contexts | None) -> Editor:
     """Without moments yet; the level of the noise is that of all facts of the file."""
-    session = inputs.tracer.session
     sigma = inputs.noise_level(plan.sigma) if plan.problem in _NOISY else plan.sigma
-    return Editor(
-        session.model, session.tokenizer, contexts=contexts, dtype=session.dtype, device=session.device,
-        memory=inputs.source.memory, sigma=sigma, seed=choice.seed, kernels=session.kernels, tf32=session.tf32,
-    )  # fmt: skip
+    return Editor.on(inputs.tracer.session, contexts=contexts, sigma=sigma, seed=choice.seed)
 
 
 def moments_of(
     inputs: Inputs,
-    choice: Editing,
+    choice: EditingOptions,
     plan: EditPlan,
     texts: RunningText | None,
     quiet: bool,
@@ -160,7 +158,7 @@ def moments_of(
     if not layers:
         return None
     if texts is not None:
-        return collected(inputs.tracer, texts, layers, Console(), quiet, memory=inputs.source.memory, resume=resume)
+        return collected(inputs.tracer.session, texts, layers, Console(), quiet, resume=resume)
     if is_demo(str(choice.moments)):
         from causalcone.runners.demo.model import demo_moments
 
@@ -168,7 +166,9 @@ def moments_of(
     return Moments.load(str(choice.moments), layers)
 
 
-def _requests(editor: Editor, inputs: Inputs, choice: Editing, plan: EditPlan, filtered: list[str]) -> list[Request]:
+def _requests(
+    editor: Editor, inputs: Inputs, choice: EditingOptions, plan: EditPlan, filtered: list[str]
+) -> list[Request]:
     """What the problem asks of the facts; why it is not posed for some goes to ``filtered``."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -201,7 +201,7 @@ def _checked(requests: Sequence[Request], inputs: Inputs, check: Callable[[Reque
 
 
 def _tell(
-    plan: EditPlan, inputs: Inputs, requests: Sequence[Request], filtered: Sequence[str], scoring: Scoring
+    plan: EditPlan, inputs: Inputs, requests: Sequence[Request], filtered: Sequence[str], scoring: ScoringOptions
 ) -> None:
     """Which facts are not edited, and which are not scored; an error where none is edited."""
     if filtered:

@@ -14,7 +14,7 @@ from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.errors import CausalconeError, ExperimentError
 from causalcone.runners.edits.presets import HPARAMS, Hparams, load_hparams, load_preset
 from causalcone.runners.facts.files import read_text
-from causalcone.runners.options import Editing
+from causalcone.runners.options import EditingOptions
 
 WINDOWS = {"rome": 1, "memit": 5, "memit_joint": 5, "finetune": 1}
 """Layers that a method edits together where nobody says."""
@@ -68,7 +68,7 @@ class EditPlan:
         return [setting for setting in self.settings if setting.contexts]
 
 
-def plan_of(choice: Editing, aggregate: str | None) -> EditPlan:
+def plan_of(choice: EditingOptions, aggregate: str | None) -> EditPlan:
     """The checked options, those that are left out filled in from the preset."""
     if choice.problem not in PROBLEMS:
         raise ExperimentError(f"unknown problem {choice.problem!r}; choose from {', '.join(PROBLEMS)}")
@@ -112,7 +112,7 @@ def _is_list(found: Any) -> bool:
     return isinstance(found, list)
 
 
-def _settings(choice: Editing) -> tuple[Setting, ...]:
+def _settings(choice: EditingOptions) -> tuple[Setting, ...]:
     if choice.window is not None and not any(method in WINDOWS and method != "rome" for method in choice.method):
         raise ExperimentError(f"--window {choice.window} goes with memit or finetune, and has none to say it of")
     named = [_named(method, choice.window) for method in choice.method]

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from causalcone.engine.errors import ExperimentError
 from causalcone.runners.inputs.inputs import is_demo
-from causalcone.runners.options import Texts
+from causalcone.runners.options import TextOptions
 
 COLUMN = "text"
 _BATCH = 1000
@@ -27,7 +27,7 @@ class RunningText:
     source: str
 
 
-def open_texts(choice: Texts) -> RunningText:
+def open_texts(choice: TextOptions) -> RunningText:
     """The chosen texts. Raises ``ExperimentError`` where there are none, or both kinds are chosen."""
     if (choice.texts is None) == (choice.dataset is None):
         raise ExperimentError("which texts? Give --texts with a file or folder, or --dataset, one of the two")

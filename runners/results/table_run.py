@@ -25,6 +25,27 @@ class TableRun:
     facts: int
     batches: Iterator[pa.RecordBatch]
 
+    def carry_out(self, folder: ResultFolder, console: Console, quiet: bool = False, keep: int = 0) -> RunSummary:
+        """Compute the run into its table in ``folder``; the first ``keep`` facts' batches are kept for figures.
+
+        Whatever ends it early, the facts finished by then are in the table.
+        """
+        first: list[pa.RecordBatch] = []
+        finished = 0
+        started = time.monotonic()
+        with (
+            shown_progress(console, self.title, quiet=quiet) as progress,
+            folder.table(self.table, self.schema) as table,
+        ):
+            progress(0, self.facts)
+            for batch in self.batches:
+                table.write(batch)
+                if finished < keep:
+                    first.append(batch)
+                finished += 1
+                progress(finished, self.facts)
+        return RunSummary(folder.path / self.table, finished, table.rows, time.monotonic() - started, tuple(first))
+
 
 @dataclass(frozen=True)
 class RunSummary:
@@ -45,27 +66,3 @@ class RunSummary:
     def sentence(self) -> str:
         rate = f"{self.seconds:.1f} s ({self.facts / self.seconds:.2f} facts/s)"
         return f"{self.facts} facts, {self.rows} rows in {rate} -> {self.path}"
-
-
-def carry_out(
-    study: TableRun, folder: ResultFolder, console: Console, quiet: bool = False, keep: int = 0
-) -> RunSummary:
-    """Compute a study into its table in ``folder``; the first ``keep`` facts' batches are kept for figures.
-
-    Whatever ends it early, the facts finished by then are in the table.
-    """
-    first: list[pa.RecordBatch] = []
-    finished = 0
-    started = time.monotonic()
-    with (
-        shown_progress(console, study.title, quiet=quiet) as progress,
-        folder.table(study.table, study.schema) as table,
-    ):
-        progress(0, study.facts)
-        for batch in study.batches:
-            table.write(batch)
-            if finished < keep:
-                first.append(batch)
-            finished += 1
-            progress(finished, study.facts)
-    return RunSummary(folder.path / study.table, finished, table.rows, time.monotonic() - started, tuple(first))

@@ -12,7 +12,7 @@ from rich.table import Table
 from causalcone.analysis.scores import SCORES, counterfact_metrics, mean_scores, scores, zsre_metrics
 from causalcone.analysis.tables.names import METHODS, in_order, method_name
 from causalcone.analysis.tables.traces import TableError
-from causalcone.runners.options import Scoring
+from causalcone.runners.options import ScoringOptions
 from causalcone.runners.show.tables import new_table
 
 MOST_REASONS = 3
@@ -27,7 +27,7 @@ def scores_of(folder: Path, aggregate: str, essence: bool) -> pl.DataFrame:
     return scores(folder / "edits", folder / "probes", metrics, aggregate)  # type: ignore[arg-type]
 
 
-def metrics_of(folder: Path, choice: Scoring) -> list[Table]:
+def metrics_of(folder: Path, choice: ScoringOptions) -> list[Table]:
     """Tables of the metrics that were asked for: accuracies, and what edited models write."""
     tables = []
     for asked, names, means in (

@@ -19,7 +19,7 @@ from causalcone.engine.localize.states import MOST_HEADS, as_states
 from causalcone.engine.memory import parse_bytes
 from causalcone.runners.edits.settings import EditPlan, plan_of
 from causalcone.runners.inputs.checked_tables import CheckedTable, Count, complaints, noise_level, read_toml
-from causalcone.runners.options import Editing
+from causalcone.runners.options import EditingOptions
 
 Problem = Literal["error_injection", "tracing_reversal", "fact_erasure", "fact_amplification", "fact_forcing"]
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
@@ -179,7 +179,7 @@ class Sweep(CheckedTable):
         assert self.edit is not None
         chosen = self.edit.layers
         layers = ",".join(map(str, chosen)) if isinstance(chosen, tuple) else {"preset": None}.get(chosen, chosen)
-        choice = Editing(
+        choice = EditingOptions(
             method=list(self.edit.methods), problem=problem, layers=layers, preset=self.edit.preset,
             changes=list(self.edit.set), sigma=str(self.noise.sigma),
         )  # fmt: skip

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import pyarrow as pa
-
 from causalcone.engine.edit.requests.requests import FACT_ERASURE
 from causalcone.engine.edit.requests.windows import as_layers, as_windows
 from causalcone.engine.errors import ExperimentError
@@ -30,11 +28,6 @@ TABLES = {
 """The tables that a stage writes, in the order in which a unit does."""
 
 FAILURES, LEFT_OUT = "failures", "left_out"
-
-FAILURE_SCHEMA = pa.schema(
-    [("unit", pa.string()), ("stage", pa.string()), ("items", pa.int32()), ("reason", pa.string())]
-)
-LEFT_OUT_SCHEMA = pa.schema([("fact_id", pa.string()), ("unit", pa.string()), ("reason", pa.string())])
 
 
 @dataclass(frozen=True)

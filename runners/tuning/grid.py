@@ -11,7 +11,7 @@ from causalcone.engine.edit.requests.requests import ERROR_INJECTION
 from causalcone.engine.errors import ExperimentError
 from causalcone.runners.edits.preset_files import place_of
 from causalcone.runners.edits.settings import Change, EditPlan, Setting, changed, check_known, plan_of
-from causalcone.runners.options import Tuning
+from causalcone.runners.options import TuningOptions
 
 _KL_FACTORS = "kl_factor=0.0625,0.9,1"
 DEFAULTS = {
@@ -76,7 +76,7 @@ class ProblemGrids:
         return {"sigma": self.plan.sigma, "aggregate": self.plan.aggregate, "grid": points}
 
 
-def problem_grids(choice: Tuning) -> list[ProblemGrids]:
+def problem_grids(choice: TuningOptions) -> list[ProblemGrids]:
     """The grids that the options ask for. Raises ``ExperimentError`` naming the option that is wrong."""
     problems = choice.problem or [ERROR_INJECTION]
     if len(set(problems)) < len(problems):

@@ -16,7 +16,7 @@ from rich.table import Table
 from causalcone.analysis.scores import mean_scores
 from causalcone.engine.errors import ExperimentError
 from causalcone.runners.edits.preset_files import preset_text, tuned_preset
-from causalcone.runners.options import Source, Tuning
+from causalcone.runners.options import SourceOptions, TuningOptions
 from causalcone.runners.show.edit_tables import failed_lines, scores_of
 from causalcone.runners.show.tables import new_table
 from causalcone.runners.tuning.choice import Candidate, TunedChoice, choose
@@ -124,7 +124,11 @@ def score_tables(tuned: Sequence[TuningResult]) -> list[Table]:
 
 
 def chosen_preset(
-    source: Source, choice: Tuning, grids: Sequence[ProblemGrids], depth: int, tuned: Sequence[TuningResult]
+    source: SourceOptions,
+    choice: TuningOptions,
+    grids: Sequence[ProblemGrids],
+    depth: int,
+    tuned: Sequence[TuningResult],
 ) -> str:
     """The text of a preset with the chosen settings; its comments say where they are from."""
     begun = "" if choice.preset is None else f", begun from the preset {choice.preset}"

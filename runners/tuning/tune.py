@@ -25,17 +25,17 @@ from causalcone.runners.edits.inputs import (
 from causalcone.runners.edits.study import MOMENTS
 from causalcone.runners.inputs.fingerprints import facts_fingerprint, model_fingerprint
 from causalcone.runners.inputs.inputs import Inputs, open_inputs
-from causalcone.runners.options import Output, Scoring, Source, Tuning
+from causalcone.runners.options import OutputOptions, ScoringOptions, SourceOptions, TuningOptions
 from causalcone.runners.results.folder import ResultError, ResultFolder
 from causalcone.runners.tuning.folder import COMPLETE, PARTIAL, PRESET, TABLE, TuningFolder
 from causalcone.runners.tuning.grid import Grid, GridPoint, ProblemGrids, problem_grids
 from causalcone.runners.tuning.results import TrialResult, TuningResult, chosen_preset, told, tuning_table
 
-_UNSCORED = Scoring()
+_UNSCORED = ScoringOptions()
 """Probabilities alone are measured of edits."""
 
 
-def tune(source: Source, choice: Tuning, output: Output, console: Console) -> list[TuningResult]:
+def tune(source: SourceOptions, choice: TuningOptions, output: OutputOptions, console: Console) -> list[TuningResult]:
     """Try what is not tried yet, choose, and write the table, the preset and the record.
 
     Whatever ends it early, settings that are done stay, and the same call goes on. A folder whose tuning is complete is
@@ -57,7 +57,7 @@ def tune(source: Source, choice: Tuning, output: Output, console: Console) -> li
     return _chosen(source, choice, grids, folder)
 
 
-def _configuration(source: Source, choice: Tuning, grids: Sequence[ProblemGrids]) -> dict[str, Any]:
+def _configuration(source: SourceOptions, choice: TuningOptions, grids: Sequence[ProblemGrids]) -> dict[str, Any]:
     """What decides the scores."""
     return {
         "command": "tune",
@@ -82,9 +82,9 @@ def _configuration(source: Source, choice: Tuning, grids: Sequence[ProblemGrids]
 class _Trying:
     """Edits facts with every setting, and scores that, a folder for each."""
 
-    source: Source
-    choice: Tuning
-    output: Output
+    source: SourceOptions
+    choice: TuningOptions
+    output: OutputOptions
     console: Console
     folder: TuningFolder
     texts: GivenTexts
@@ -150,7 +150,9 @@ class _Trying:
             results.finish(**done.results, filtered=own.filtered)
 
 
-def _chosen(source: Source, choice: Tuning, grids: Sequence[ProblemGrids], folder: TuningFolder) -> list[TuningResult]:
+def _chosen(
+    source: SourceOptions, choice: TuningOptions, grids: Sequence[ProblemGrids], folder: TuningFolder
+) -> list[TuningResult]:
     """Choose from what was tried, and write what is chosen."""
     tuned = []
     for each in grids:

@@ -1,4 +1,4 @@
-"""Families from outside: a registered one is traced and edited like the built-in ones, and packages can bring theirs."""
+"""Families from outside: a registered one is traced and edited like those built in, and packages can bring theirs."""
 
 import sys
 from importlib.metadata import EntryPoint
@@ -72,7 +72,7 @@ def toy(layers=3, width=24, heads=2):
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
-    """What is registered, and which entry points were loaded, is as before after each test; the oracles know the toy."""
+    """After each test what is registered is as before; the oracles know the toy."""
     monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
     monkeypatch.setitem(
         oracle_model.LAYOUTS, "toy", oracle_model.Layout("model.layers", "self_attn", "mlp", "self_attn.o_proj")
@@ -131,7 +131,7 @@ def test_built_in_families_do_not_wait_for_packages(monkeypatch):
     [
         (
             "no_such_package:Toy",
-            r"'toy' \(causalcone.families: no_such_package:Toy\) cannot be loaded: No module named",
+            r"'toy' \(causalcone.families: no_such_package:Toy\) cannot be loaded: No module",
         ),
         ("os.path:join", r"'toy' \(causalcone.families: os.path:join\) is not an Architecture"),
     ],

@@ -20,7 +20,7 @@ from causalcone.analysis import mean_scores, read_edits, scores
 from causalcone.engine.errors import ExperimentError
 from causalcone.runners.edits.preset_files import preset_text, tuned_preset
 from causalcone.runners.edits.presets import load_hparams, load_preset
-from causalcone.runners.options import Tuning
+from causalcone.runners.options import TuningOptions
 from causalcone.runners.sweep.config import load_sweep
 from causalcone.runners.tuning.choice import ROUNDING, Candidate, choose
 from causalcone.runners.tuning.grid import problem_grids
@@ -112,7 +112,7 @@ KINDS = ("paraphrase", "neighborhood")
 
 
 def options(*methods, **more):
-    return Tuning(method=list(methods), layer=1, moments="m", **more)
+    return TuningOptions(method=list(methods), layer=1, moments="m", **more)
 
 
 def values(found):
