@@ -21,8 +21,7 @@ from causalcone.analysis.plot.parts import (
     state_title,
     states_of,
 )
-from causalcone.analysis.roles import ROLES
-from causalcone.analysis.tables.traces import TableError, TraceSource
+from causalcone.analysis.tables.traces import ROLES, TableError, TraceSource
 
 ROLE_NAMES = {role: role.replace("_", " ") + " token" for role in ROLES} | {
     "middle_subject": "middle subject tokens",

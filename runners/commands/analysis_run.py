@@ -9,10 +9,9 @@ from rich.console import Console
 from rich.table import Table as TerminalTable
 
 from causalcone.analysis.effects import At, Compat, Denominator
-from causalcone.analysis.papers.answer import MAIN, answer
 from causalcone.analysis.papers.inputs import AnalysisOptions
 from causalcone.analysis.papers.table_files import cells, index, write_table
-from causalcone.analysis.papers.tables import Table, paper_tables
+from causalcone.analysis.papers.tables import MAIN, Table, answer, paper_tables
 from causalcone.analysis.scores import Aggregate
 from causalcone.analysis.sweep_results import State, Study
 from causalcone.engine.atomic import write_text
@@ -64,8 +63,7 @@ def report_folder(analysis: StudyOptions, out: Path, console: Console) -> None:
 
 def write_page(study: Study, choice: AnalysisOptions, out: Path, console: Console) -> None:
     """Write the page of a study, and print its answer and what is missing."""
-    from causalcone.analysis.page.data import report_data
-    from causalcone.analysis.page.report import report
+    from causalcone.analysis.page.report import report, report_data
 
     data = report_data(study, choice)
     try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import polars as pl
 from rich.table import Table
 
-from causalcone.analysis.roles import ROLES
+from causalcone.analysis.tables.traces import ROLES
 
 MOST_HEADS = 10
 

@@ -199,7 +199,7 @@ class Worker:
                 )
             )  # fmt: skip
             resume = None if self.store.local is None else str(self.store.local / "moments.partial")
-            moments = collect(session, texts.texts, layers, choice.tokens, source=texts.source, resume=resume)
+            moments = Moments(*collect(session, texts.texts, layers, choice.tokens, source=texts.source, resume=resume))
         for layer in layers:  # what cannot be inverted is to be told now, not of every edit
             moments.with_ridge(choice.ridge).solve(layer, moments.matrix(layer)[:, :1].to(session.device))
         with TemporaryDirectory() as folder:

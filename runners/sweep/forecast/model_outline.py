@@ -10,8 +10,8 @@ from urllib.parse import urlparse
 from urllib.request import getproxies
 
 from causalcone.engine.errors import CausalconeError, ExperimentError
+from causalcone.engine.models import outline
 from causalcone.engine.models.base import Architecture
-from causalcone.engine.models.outline import outline
 from causalcone.runners.sweep.config import Sweep
 
 _EXAMPLE = "--set 'shape={model_type=\"gpt2\", n_layer=48, n_embd=1600, n_head=25, vocab_size=50257}'"
