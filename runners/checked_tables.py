@@ -28,8 +28,8 @@ class CheckedTable(BaseModel):
         known = cls.model_fields
         unknown = [key for key in table if key not in known] if isinstance(table, Mapping) else []
         if unknown:
-            named = {"unknown": ", ".join(map(repr, unknown)), "known": ", ".join(known)}
-            raise PydanticCustomError("unknown_key", "cannot have {unknown}, only {known}", named)
+            names = {"unknown": ", ".join(map(repr, unknown)), "known": ", ".join(known)}
+            raise PydanticCustomError("unknown_key", "cannot have {unknown}, only {known}", names)
         return table
 
 
@@ -70,14 +70,14 @@ PLAINER: Mapping[str, str] = {
     "finite_number": "must be a finite number",
     "literal_error": "must be {expected}",
 }
-"""What pydantic's kinds of errors are in plain words."""
+"""Plain words for pydantic's kinds of errors."""
 
 _ALTERNATIVE = re.compile(r"bool|int|float|str|constrained-.*|.*\[.*")
 """Pydantic adds such names to a key for each of the types that its value may be of."""
 
 
 def complaints(error: ValidationError) -> Iterator[str]:
-    """What is wrong, a line for each key."""
+    """Complaints about a table, a line for each key."""
     lines: dict[str, list[str]] = {}
     for problem in error.errors(include_url=False):
         plainer = PLAINER.get(problem["type"])

@@ -214,7 +214,7 @@ class TextOptions:
         return None if self.texts is None else path_of(self.texts, "texts")
 
     def texts_title(self) -> str | None:
-        """What results call the texts, if it is not the name of their file."""
+        """The name of the texts in results, if it is not that of their file."""
         return None if self.texts is None else title_of(self.texts, "texts")
 
 

@@ -102,15 +102,15 @@ def opened(analysis: StudyOptions, mixed: bool = False) -> tuple[Study, Analysis
 
 def _terminal_table(table: Table) -> TerminalTable:
     frame = table.frame.select([name for name in _COLUMNS if name in table.frame.columns])
-    shown = TerminalTable(
+    terminal_table = TerminalTable(
         title=table.title, title_justify="left", caption="; ".join(table.notes), caption_justify="left"
     )
     header, rows = cells(frame)
     for name in header:
-        shown.add_column(name, justify="left" if name in ("problem", "method") else "right")
+        terminal_table.add_column(name, justify="left" if name in ("problem", "method") else "right")
     for row in rows:
-        shown.add_row(*row)
-    return shown
+        terminal_table.add_row(*row)
+    return terminal_table
 
 
 def _unwritten(place: Path, error: OSError) -> ResultError:

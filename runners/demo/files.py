@@ -25,7 +25,7 @@ def path_of(name: str, kind: Kind) -> str:
 
 
 def title_of(name: str, kind: Kind) -> str | None:
-    """What results and messages call such a demo file; None for any other name."""
+    """The name of such a demo file in results and messages; None for any other name."""
     return _TITLES[kind] if _is_demo(name) else None
 
 

@@ -34,8 +34,8 @@ RECIPES = {"demo": Recipe()}
 
 def cache_folder() -> Path:
     """Where trained models are kept: ``$CAUSALCONE_CACHE``, or the platform's cache folder."""
-    chosen = os.environ.get("CAUSALCONE_CACHE")
-    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("causalcone"))
+    folder = os.environ.get("CAUSALCONE_CACHE")
+    return Path(folder) if folder else Path(platformdirs.user_cache_dir("causalcone"))
 
 
 def demo_world(size: str = "demo") -> World:
@@ -160,11 +160,11 @@ def _fingerprint(recipe: Recipe, world: World) -> str:
 
 @contextmanager
 def _no_transformers_bars() -> Iterator[None]:
-    """Without the library's own bars for files of a few megabytes; its setting is put back."""
-    shown = logging.is_progress_bar_enabled()
+    """Turns the library's progress bars off, which would be shown for files of a few megabytes."""
+    enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             logging.enable_progress_bar()

@@ -46,7 +46,7 @@ class Sentence:
 class World:
     """Facts about ``subjects``: fact i is about subject ``owners[i]``.
 
-    ``held_out`` maps a fact's index to the one phrasing, if any, in which it is not told.
+    ``held_out`` maps a fact's index to the one phrasing, if any, that no training sentence has.
     """
 
     seed: int
@@ -64,13 +64,13 @@ class World:
         members = [[k for k, subject in enumerate(inhabitants) if subject.kind == r.kind] for r in RELATIONS]
         total = sum(map(len, members))
         indices = iter(rng.sample(range(total), total))  # mixed, so that the first few facts are of all relations
-        told = [
+        facts_and_phrasings = [
             fact
             for relation, known in zip(RELATIONS, members, strict=True)
             for fact in _relation_facts(relation, inhabitants, known, indices, rng)
         ]
-        told.sort(key=lambda entry: int(entry[0].id))
-        facts, owners, unseen = map(list, zip(*told, strict=True))
+        facts_and_phrasings.sort(key=lambda entry: int(entry[0].id))
+        facts, owners, unseen = map(list, zip(*facts_and_phrasings, strict=True))
         return cls(seed, inhabitants, facts, owners, {k: p for k, p in enumerate(unseen) if p is not None})
 
     def sentences(self) -> Iterator[Sentence]:
@@ -176,12 +176,12 @@ def _relation_facts(
     for member, target in zip(members, targets, strict=True):
         holders[target].append(member)
     # One string per (phrasing, subject), shared by all the facts that quote it.
-    said = [{k: phrasing.replace("{}", subjects[k].name) for k in members} for phrasing in relation.phrasings]
+    prompts = [{k: phrasing.replace("{}", subjects[k].name) for k in members} for phrasing in relation.phrasings]
 
     def about_others(owner: int, target: int) -> tuple[str, ...]:
         drawn = rng.sample(holders[target], min(NEIGHBORS + 1, len(holders[target])))
         others = [k for k in drawn if k != owner][:NEIGHBORS]
-        return tuple(prompts[k] for prompts, k in zip(rng.choices(said, k=len(others)), others, strict=True))
+        return tuple(asked[k] for asked, k in zip(rng.choices(prompts, k=len(others)), others, strict=True))
 
     for owner, true, index in zip(members, targets, indices, strict=False):
         order = rng.sample(range(len(relation.phrasings)), len(relation.phrasings))
@@ -193,11 +193,11 @@ def _relation_facts(
             subject=name,
             target_true=relation.objects[true],
             target_new=relation.objects[new],
-            paraphrase_prompts=(said[order[1]][owner], f"{rng.choice(words.FILLERS)} {said[order[2]][owner]}"),
+            paraphrase_prompts=(prompts[order[1]][owner], f"{rng.choice(words.FILLERS)} {prompts[order[2]][owner]}"),
             neighborhood_prompts=about_others(owner, true),
             attribute_prompts=about_others(owner, new),
             generation_prompts=(
-                *(said[order[k % len(order)]][owner] for k in range(3, 11)),
+                *(prompts[order[k % len(order)]][owner] for k in range(3, 11)),
                 f"{name} is",
                 f"{name} is a",
             ),

@@ -166,7 +166,7 @@ def _model_place(model: str) -> str:
 
 
 def bad_records(place: str, problems: Sequence[str]) -> str:
-    """What is wrong with records that cannot be used, the first of them one by one."""
+    """A message about records that cannot be used, which lists the first of them."""
     return f"{len(problems)} records of {place} cannot be used:{listed(problems, MOST_LISTED)}"
 
 

@@ -19,7 +19,7 @@ _BATCH = 1000
 
 @dataclass(frozen=True)
 class RunningText:
-    """Texts, read while they are used, and what they are, in words."""
+    """Texts, read while they are used, and a name for them."""
 
     texts: Iterable[str]
     source: str
@@ -87,10 +87,10 @@ def _numbered(file: Path) -> Iterator[tuple[int, str]]:
 def _json_lines(file: Path, column: str) -> Iterator[str]:
     for number, line in _numbered(file):
         try:
-            found = json.loads(line)
+            value = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise ExperimentError(f"{file} is not JSON lines: line {number} is no JSON ({error})") from error
-        text = found.get(column) if isinstance(found, dict) else found
+            raise ExperimentError(f"{file} is not JSON lines: line {number} is not JSON ({error})") from error
+        text = value.get(column) if isinstance(value, dict) else value
         if not isinstance(text, str):
             raise ExperimentError(f"{file}: line {number} has no text {column!r}; name the field with --column")
         yield text
