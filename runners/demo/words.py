@@ -34,7 +34,7 @@ FILLERS = tuple(WORDS["fillers"])
 
 
 def name_parts(kind: str, count: int) -> list[str]:
-    """The first ``count`` words of a ``kind`` such as ``"first_names"``, continued by made-up words where the list ends."""
+    """The first ``count`` words of a ``kind`` such as ``"first_names"``, then made-up ones where the list ends."""
     syllables = product(("Bal", "Cor", "Dan", "Fen", "Gor", "Hal", "Jor", "Kel", "Lor", "Mar", "Nor", "Tor"), "aeiou")
     heads = ["".join(pair) for pair in syllables]
     tails = ("bek", "dal", "fin", "gard", "lin", "mund", "nes", "ric", "stan", "ton", "ver", "wick")
