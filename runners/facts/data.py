@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from causalcone.engine.errors import ExperimentError, FactError, ModelError
 from causalcone.engine.facts import Fact, encode
-from causalcone.engine.models import check_supported
+from causalcone.engine.models import family_of
 from causalcone.runners.facts.files import good_facts, known_schema, listed, read_records, save_facts, supported
 from causalcone.runners.facts.schemas import (
     SCHEMAS,
@@ -175,7 +175,7 @@ def encoding_check(model: str) -> Check:
         tokenizer = AutoTokenizer.from_pretrained(_model_place(model))
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(f"no tokenizer and configuration can be loaded from {model!r}: {error}") from error
-    check_supported(config.model_type)
+    family_of(config.model_type)
     if not tokenizer.is_fast:
         raise ModelError(f"the tokenizer of {model!r} gives no character offsets; save its fast form there")
     return lambda fact: encode(fact, tokenizer, "label", config.vocab_size, config.max_position_embeddings)

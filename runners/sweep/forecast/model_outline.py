@@ -10,8 +10,8 @@ from urllib.parse import urlparse
 from urllib.request import getproxies
 
 from causalcone.engine.errors import CausalconeError, ExperimentError
+from causalcone.engine.models import outline
 from causalcone.engine.models.base import Architecture
-from causalcone.engine.models.outline import outline
 from causalcone.runners.inputs.inputs import is_demo
 from causalcone.runners.sweep.config import Sweep
 
