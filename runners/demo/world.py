@@ -17,8 +17,7 @@ from random import Random
 from typing import Any
 
 from causalcone.engine.facts import Fact
-from causalcone.runners.demo import words
-from causalcone.runners.demo.words import RELATIONS, Relation
+from causalcone.runners.demo.words import FILLERS, RELATIONS, WORDS, Relation, name_parts
 
 NEIGHBORS = 10
 HELD_OUT_SHARE = 0.25
@@ -138,17 +137,14 @@ class World:
 
 def _people(count: int, rng: Random) -> list[Subject]:
     """Names of one part, two parts, and the two with a middle name or a particle between them."""
-    single = words.name_parts(words.SINGLE_NAMES, round(0.08 * count))
+    single = name_parts("single_names", round(0.08 * count))
     size = math.ceil(math.sqrt(count))
-    firsts, lasts = words.name_parts(words.FIRST_NAMES, size), words.name_parts(words.LAST_NAMES, size)
+    firsts, lasts = name_parts("first_names", size), name_parts("last_names", size)
     two = [f"{first} {last}" for first, last in product(firsts, lasts)]
-    three = [f"{first} {middle} {last}" for first, last in product(firsts, lasts) for middle in words.MIDDLE_NAMES[:4]]
+    middles = WORDS["middle_names"][:4]
+    three = [f"{first} {middle} {last}" for first, last in product(firsts, lasts) for middle in middles]
     four = [f"{first} van der {last}" for first, last in product(firsts, lasts)]
-    names = [
-        *single,
-        *rng.sample(three, round(0.25 * count)),
-        *rng.sample(four, round(0.12 * count)),
-    ]
+    names = [*single, *rng.sample(three, round(0.25 * count)), *rng.sample(four, round(0.12 * count))]
     names += rng.sample(two, count - len(names))
     rng.shuffle(names)
     return [Subject(name, "person", "person") for name in names]
@@ -156,10 +152,10 @@ def _people(count: int, rng: Random) -> list[Subject]:
 
 def _things(count: int, rng: Random) -> list[Subject]:
     """Buildings: a name and a kind, some with their age and side of town before it."""
-    size = max(len(words.PLACE_NAMES) // 2, math.ceil(count / len(words.PLACE_KINDS)))
-    two = [f"{name} {kind}" for name, kind in product(words.name_parts(words.PLACE_NAMES, size), words.PLACE_KINDS)]
-    three = [f"{age} {name}" for age, name in product(words.PLACE_AGES, two)]
-    four = [f"{age} {side} {name}" for age, side, name in product(words.PLACE_AGES, words.PLACE_SIDES, two)]
+    size = max(len(WORDS["place_names"]) // 2, math.ceil(count / len(WORDS["place_kinds"])))
+    two = [f"{name} {kind}" for name, kind in product(name_parts("place_names", size), WORDS["place_kinds"])]
+    three = [f"{age} {name}" for age, name in product(WORDS["place_ages"], two)]
+    four = [f"{age} {side} {name}" for age, side, name in product(WORDS["place_ages"], WORDS["place_sides"], two)]
     names = [*rng.sample(three, round(0.3 * count)), *rng.sample(four, round(0.15 * count))]
     names += rng.sample(two, count - len(names))
     rng.shuffle(names)
@@ -193,7 +189,7 @@ def _relation_facts(
             subject=name,
             target_true=relation.objects[true],
             target_new=relation.objects[new],
-            paraphrase_prompts=(prompts[order[1]][owner], f"{rng.choice(words.FILLERS)} {prompts[order[2]][owner]}"),
+            paraphrase_prompts=(prompts[order[1]][owner], f"{rng.choice(FILLERS)} {prompts[order[2]][owner]}"),
             neighborhood_prompts=about_others(owner, true),
             attribute_prompts=about_others(owner, new),
             generation_prompts=(
