@@ -21,12 +21,6 @@ causalcone sweep mine.toml --out s3://bucket/study --cluster auto
 """
 
 
-def add_to(app: typer.Typer) -> None:
-    """Make these commands of the app."""
-    app.command(epilog=_EXAMPLES)(sweep)
-    app.command()(status)
-
-
 def sweep(
     preset: Annotated[str, typer.Argument(help="Name of a preset, or a TOML file.")],
     out: Annotated[
@@ -90,3 +84,6 @@ def status(place: Annotated[str, typer.Argument(metavar="DIR", help="The folder 
     from causalcone.runners.sweep.status import status_of
 
     status_of(place).show(Console())
+
+
+COMMANDS = {sweep: _EXAMPLES, status: None}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from causalcone.engine.edit.methods.objective import EditObjective
-from causalcone.engine.edit.requests.problems import TEXT_TOKENS
 from causalcone.engine.edit.requests.prompts import ESSENCE, Encoder
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.scoring.probes import questions_about
+from causalcone.engine.edit.scoring.sampled_texts import TEXT_TOKENS
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.errors import FactError
 from causalcone.engine.run.session import Session

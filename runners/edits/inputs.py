@@ -23,9 +23,9 @@ from causalcone.runners.edits.checks import EditChecks
 from causalcone.runners.edits.moments import collected
 from causalcone.runners.edits.settings import EditPlan, plan_of, read_contexts
 from causalcone.runners.edits.study import EditStudy
-from causalcone.runners.inputs.inputs import Inputs, is_demo, noted, open_inputs
+from causalcone.runners.inputs.inputs import Inputs, noted, open_inputs
 from causalcone.runners.inputs.reference_texts import ReferenceTexts, load_reference_texts
-from causalcone.runners.inputs.running_text import RunningText, texts_at
+from causalcone.runners.inputs.running_text import RunningText, open_texts
 from causalcone.runners.options import EditingOptions, OutputOptions, ScoringOptions, SourceOptions
 from causalcone.runners.results.folder import refuse_occupied
 
@@ -133,17 +133,13 @@ def _running_text(choice: EditingOptions, plan: EditPlan) -> RunningText | None:
             f"{plan.of_moments[0].method} needs second moments: give --moments with a file of 'causalcone moments', or "
             "--texts to collect them now, one of the two"
         )
-    return None if choice.texts is None else texts_at(choice.texts)
+    return None if choice.texts is None else open_texts(choice.texts)
 
 
 def editor_of(inputs: Inputs, choice: EditingOptions, plan: EditPlan, contexts: Contexts | None) -> Editor:
     """Without moments yet; the level of the noise is that of all facts of the file."""
-    session = inputs.tracer.session
     sigma = inputs.noise_level(plan.sigma) if plan.problem in _NOISY else plan.sigma
-    return Editor(
-        session.model, session.tokenizer, contexts=contexts, dtype=session.dtype, device=session.device,
-        memory=inputs.source.memory, sigma=sigma, seed=choice.seed, kernels=session.kernels, tf32=session.tf32,
-    )  # fmt: skip
+    return Editor.on(inputs.tracer.session, contexts=contexts, sigma=sigma, seed=choice.seed)
 
 
 def moments_of(
@@ -162,12 +158,8 @@ def moments_of(
     if not layers:
         return None
     if texts is not None:
-        return collected(inputs.tracer, texts, layers, Console(), quiet, memory=inputs.source.memory, resume=resume)
-    if is_demo(str(choice.moments)):
-        from causalcone.runners.demo.model import demo_moments
-
-        return demo_moments()
-    return Moments.load(str(choice.moments), layers)
+        return collected(inputs.tracer.session, texts, layers, Console(), quiet, resume=resume)
+    return Moments.load(str(choice.moments_path()), layers)
 
 
 def _requests(

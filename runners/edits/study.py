@@ -18,7 +18,8 @@ from causalcone.engine.edit.methods.edits import JOINT_MEMIT, Edit
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import as_windows
-from causalcone.engine.edit.scoring.tables import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA, edit_batch
+from causalcone.engine.edit.scoring.tables import edit_batch
+from causalcone.engine.schemas import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA
 from causalcone.runners.edits.settings import EditPlan, Setting
 from causalcone.runners.results.folder import ResultFolder, TableWriter
 from causalcone.runners.show.progress import shown_progress

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.memory import parse_bytes
-from causalcone.runners.inputs.checked_tables import complaints, read_toml
+from causalcone.runners.checked_tables import complaints, read_toml
 from causalcone.runners.sweep.inputs.settings import Sweep
 from causalcone.runners.sweep.stages import as_sweep, stage_types, stages_of
 from causalcone.runners.sweep.stages.stage import errors_of
@@ -77,9 +77,8 @@ def _check(named: str, sweep: Sweep) -> None:
         if sweep.memory is not None:
             with errors_of("memory"):
                 parse_bytes(sweep.memory)
-        given = [name for name in ("file", "texts", "dataset") if getattr(sweep.moments, name) is not None]
-        if len(given) > 1:
-            raise ExperimentError(f"moments: {' and '.join(given)} are both given; give one of the two")
+        if len(sweep.moments.sources) > 1:
+            raise ExperimentError(f"moments: {' and '.join(sweep.moments.sources)} are both given; give one of the two")
         if all(getattr(sweep, name, None) is None for name in stage_types()):
             raise ExperimentError(f"there is nothing to do; give one of {', '.join(stage_types())}")
         stages_of(sweep)

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.engine.facts import Fact
+from causalcone.engine.schemas import FAILURE_SCHEMA, LEFT_OUT_SCHEMA
 from causalcone.runners.inputs.fingerprints import facts_fingerprint
 from causalcone.runners.results.folder import ResultError, differences, versions
 from causalcone.runners.results.store import Store
@@ -22,7 +23,7 @@ from causalcone.runners.show.progress import shown_progress
 from causalcone.runners.sweep.executor import Executor, LocalExecutor, UnitResult
 from causalcone.runners.sweep.inputs.facts_table import FACTS, fact_table, facts_of, read_facts, select
 from causalcone.runners.sweep.inputs.settings import Sweep
-from causalcone.runners.sweep.inputs.units import FAILURE_SCHEMA, LEFT_OUT, LEFT_OUT_SCHEMA, Selection, Unit
+from causalcone.runners.sweep.inputs.units import LEFT_OUT, Selection, Unit
 from causalcone.runners.sweep.signals import Stop, stopping
 from causalcone.runners.sweep.stages import Filter, StageUnits, later_units, stages_of
 from causalcone.runners.sweep.worker import ModelInfo, Worker

@@ -32,8 +32,8 @@ import causalcone as cc
 from causalcone.engine.edit import editor as editor_module
 from causalcone.engine.edit.deltas.delta import Delta, Dense
 from causalcone.engine.edit.methods.edits import failed, made
-from causalcone.engine.edit.requests.problems import essence_texts
 from causalcone.engine.edit.requests.requests import PROBLEMS, Request
+from causalcone.engine.edit.scoring.sampled_texts import essence_texts
 from causalcone.engine.facts import target_ids
 
 TEXTS = ["Ann Lee is a golf of French", "Bo is"]

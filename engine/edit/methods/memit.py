@@ -177,8 +177,4 @@ def _own_update(left: Tensor, right: Tensor, request: Tensor) -> Update:
 
 def _shared_update(change: LowRank) -> Update:
     """All rows changed by one change."""
-
-    def update(keys: Tensor, rows: slice) -> Tensor:
-        return (keys @ change.right.to(keys.dtype)) @ change.left.to(keys.dtype).T
-
-    return update
+    return lambda keys, _: change.to(keys.device, keys.dtype).product(keys)

@@ -10,31 +10,15 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from causalcone.engine.facts import Fact
+from causalcone.engine.schemas import FACT_SCHEMA, FILTER_SCHEMA
+from causalcone.runners.demo.files import path_of
 from causalcone.runners.facts.files import SkippedRecords, load_facts
-from causalcone.runners.inputs.inputs import is_demo
 from causalcone.runners.sweep.inputs.settings import Sweep
 from causalcone.runners.sweep.inputs.units import Selection
 
 FACTS = "facts.parquet"
 
 _TEXTS = ("prompt", "subject", "target_true", "target_new", "relation_id")
-
-_FOUND = (("said", pa.string()), ("completes", pa.bool_()), ("argmax", pa.bool_()), ("p_true", pa.float64()))
-
-FACT_SCHEMA = pa.schema(
-    [
-        ("fact_id", pa.string()),
-        *((name, pa.string()) for name in _TEXTS),
-        ("paraphrase_prompts", pa.int32()),
-        ("neighborhood_prompts", pa.int32()),
-        ("fact", pa.string()),
-        *_FOUND,
-    ]
-)
-"""Facts, how many evaluation prompts they have, and the whole fact as JSON; what the filter finds (``said`` to
-``p_true``) is null until the filter has run, or if it was not requested."""
-
-FILTER_SCHEMA = pa.schema([("fact_id", pa.string()), *_FOUND])
 
 
 def fact_table(facts: Sequence[Fact], filtered: pa.Table | None = None) -> pa.Table:
@@ -84,15 +68,11 @@ def select(sweep: Sweep, table: pa.Table) -> Selection:
 
 def read_facts(sweep: Sweep) -> tuple[list[Fact], list[str]]:
     """The facts of the sweep's file, within its limit, and why records were skipped."""
-    if is_demo(sweep.facts):
-        from causalcone.runners.demo.model import demo_world
-
-        return demo_world().facts[: sweep.limit], []
     skipped: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", SkippedRecords)
         facts = load_facts(
-            sweep.facts,
+            path_of(sweep.facts, "facts"),
             sweep.limit,
             sweep.seed,
             zsre_form=sweep.zsre_form,

@@ -7,15 +7,17 @@ from functools import cached_property
 
 import pyarrow as pa
 
+from causalcone.engine.compute import Compute
 from causalcone.engine.facts import Fact
 from causalcone.engine.localize.tracer import Tracer
 from causalcone.engine.run.session import Session
-from causalcone.runners.inputs.inputs import open_tracer
-from causalcone.runners.options import PassOptions
+from causalcone.engine.schemas import LEFT_OUT_SCHEMA
+from causalcone.runners.demo.files import path_of
+from causalcone.runners.inputs.inputs import open_model
 from causalcone.runners.results.store import Store
 from causalcone.runners.sweep.inputs.facts_table import FACTS, facts_of
 from causalcone.runners.sweep.inputs.settings import Sweep
-from causalcone.runners.sweep.inputs.units import LEFT_OUT_SCHEMA, Unit
+from causalcone.runners.sweep.inputs.units import Unit
 
 NOISE_FILE = "noise.json"
 
@@ -29,15 +31,8 @@ class Resources:
     @cached_property
     def tracer(self) -> Tracer:
         sweep = self.sweep
-        options = PassOptions(
-            model=sweep.model,
-            dtype=sweep.dtype,
-            device=sweep.device,
-            memory=None if sweep.memory is None else str(sweep.memory),
-            kernels=sweep.kernels,
-            tf32=sweep.tf32,
-        )
-        return open_tracer(options)
+        compute = Compute.of(sweep.dtype, sweep.device, sweep.memory, sweep.kernels, sweep.tf32)
+        return Tracer.on(open_model(path_of(sweep.model, "model"), compute))
 
     @property
     def session(self) -> Session:

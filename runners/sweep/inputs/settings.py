@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, StrictBool, StrictFloat, StrictInt, StrictStr
 
-from causalcone.runners.inputs.checked_tables import CheckedTable, Count, noise_level
+from causalcone.runners.checked_tables import CheckedTable, Count, noise_level
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Target = Literal["label", "argmax"]
@@ -46,6 +46,11 @@ class MomentSettings(CheckedTable):
     column: StrictStr = "text"
     tokens: Count | Literal["all"] | None = None
     ridge: Annotated[float, Field(ge=0)] = 0.0
+
+    @property
+    def sources(self) -> list[str]:
+        """The keys of those that are given; there should be one."""
+        return [key for key in ("file", "texts", "dataset") if getattr(self, key) is not None]
 
 
 class UnitSettings(CheckedTable):

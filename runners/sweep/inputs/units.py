@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import pyarrow as pa
-
 from causalcone.runners.results.store import Store, StoredPart
 
 FAILURES, LEFT_OUT = "failures", "left_out"
-
-FAILURE_SCHEMA = pa.schema(
-    [("unit", pa.string()), ("stage", pa.string()), ("items", pa.int32()), ("reason", pa.string())]
-)
-LEFT_OUT_SCHEMA = pa.schema([("fact_id", pa.string()), ("unit", pa.string()), ("reason", pa.string())])
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr
 from causalcone.engine.edit.editor import Editor
 from causalcone.engine.edit.methods.hparams import FinetuneHparams
 from causalcone.engine.edit.moments.moments import Moments
-from causalcone.engine.edit.requests.problems import ESSENCE_TEXTS, TEXT_TOKENS
 from causalcone.engine.edit.requests.requests import (
     ERROR_INJECTION,
     FACT_AMPLIFICATION,
@@ -24,16 +23,18 @@ from causalcone.engine.edit.requests.requests import (
 )
 from causalcone.engine.edit.requests.windows import as_layers, as_windows
 from causalcone.engine.edit.scoring.flops import Asked, Grown
-from causalcone.engine.edit.scoring.tables import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA, edit_batch
+from causalcone.engine.edit.scoring.sampled_texts import ESSENCE_TEXTS, TEXT_TOKENS
+from causalcone.engine.edit.scoring.tables import edit_batch
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.facts import Fact
 from causalcone.engine.run.session import SkippedFacts
+from causalcone.engine.schemas import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA
+from causalcone.runners.checked_tables import CheckedTable, Count
+from causalcone.runners.demo.files import path_of
 from causalcone.runners.edits.checks import EditChecks
 from causalcone.runners.edits.settings import Setting, plan_of
-from causalcone.runners.inputs.checked_tables import CheckedTable, Count
-from causalcone.runners.inputs.inputs import is_demo
-from causalcone.runners.inputs.reference_texts import ReferenceTexts, as_reference_texts, load_reference_texts
+from causalcone.runners.inputs.reference_texts import ReferenceTexts, load_reference_texts
 from causalcone.runners.options import EditingOptions, ScoringOptions
 from causalcone.runners.sweep.inputs.lengths import FactLengths
 from causalcone.runners.sweep.inputs.resources import Resources
@@ -153,7 +154,7 @@ class Edit(Stage[EditSettings]):
         scoring = ScoringOptions(essence=options.essence, generation=generation)
         references = self._references() if generation else None
         check = EditChecks(session, self.plans[options.problems[0]], None, scoring, references)
-        editor = Editor(session.model, session.tokenizer)
+        editor = Editor.on(session)
         return lambda fact: check(*editor.requests([fact], problem, filtered=False))
 
     def compute(self, unit: Unit, resources: Resources) -> Mapping[str, pa.Table]:
@@ -197,36 +198,18 @@ class Edit(Stage[EditSettings]):
         return StageCost(units, flops, edits.rows(units.items))
 
     def _editor(self, resources: Resources) -> Editor:
-        session, store = resources.session, resources.store
+        store = resources.store
         moments = contexts = None
         if MOMENTS in self.needs:
             with store.as_file(MOMENTS_FILE) as file:
                 moments = Moments.load(str(file)).with_ridge(self.sweep.moments.ridge)
             contexts = Contexts(**store.read_json(CONTEXTS_FILE))
-        return Editor(
-            session.model,
-            session.tokenizer,
-            moments,
-            contexts,
-            dtype=session.dtype,
-            device=session.device,
-            memory=self.sweep.memory,
-            sigma=resources.noise_level if NOISE in self.needs else None,
-            seed=self.sweep.seed,
-            kernels=session.kernels,
-            tf32=session.tf32,
-        )
+        sigma = resources.noise_level if NOISE in self.needs else None
+        return Editor.on(resources.session, moments, contexts, sigma, self.sweep.seed)
 
     def _references(self) -> ReferenceTexts | None:
-        """Reference texts of the file, or of the demo world."""
         file = self.options.references
-        if file is None:
-            return None
-        if is_demo(file):
-            from causalcone.runners.demo.model import demo_world
-
-            return as_reference_texts(demo_world().snippets(), "the demo world")
-        return load_reference_texts(file)
+        return None if file is None else load_reference_texts(path_of(file, "snippets"))
 
 
 def _group(problem: str, setting: Setting) -> str:

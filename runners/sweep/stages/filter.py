@@ -9,7 +9,7 @@ import pyarrow as pa
 from causalcone.engine.edit.scoring.flops import Asked, Grown
 from causalcone.engine.edit.texts.recall import COMPLETION_TOKENS, answer_probabilities, completes, completions
 from causalcone.engine.facts import Fact, encode
-from causalcone.runners.sweep.inputs.facts_table import FILTER_SCHEMA
+from causalcone.engine.schemas import FILTER_SCHEMA
 from causalcone.runners.sweep.inputs.resources import Resources
 from causalcone.runners.sweep.inputs.settings import FilterSettings
 from causalcone.runners.sweep.inputs.units import Selection, Unit

@@ -17,11 +17,11 @@ from causalcone.engine.localize.causal_tracing import Zeroing as ZeroedStates
 from causalcone.engine.localize.gradients import runs_along
 from causalcone.engine.localize.options import TraceSpec
 from causalcone.engine.localize.states import MOST_HEADS, as_states
-from causalcone.engine.localize.tables import GRADIENT_SCHEMA, TRACE_SCHEMA
 from causalcone.engine.plan.cone import Shape
 from causalcone.engine.plan.interventions import SITES
 from causalcone.engine.run.runner import Trial
-from causalcone.runners.inputs.checked_tables import CheckedTable, Count
+from causalcone.engine.schemas import GRADIENT_SCHEMA, TRACE_SCHEMA
+from causalcone.runners.checked_tables import CheckedTable, Count
 from causalcone.runners.show.forecast import USUAL_EFFICIENCY
 from causalcone.runners.sweep.inputs.lengths import FactLengths
 from causalcone.runners.sweep.inputs.resources import Resources

@@ -10,15 +10,14 @@ from typing import ClassVar
 
 import pyarrow as pa
 
-from causalcone.engine.edit.moments.collect import TOKENS_PER_COMPONENT
+from causalcone.engine.edit.moments.collect import TOKENS_PER_COMPONENT, collect
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.scoring.flops import Grown
 from causalcone.engine.edit.texts.contexts import MEMIT_TOKENS, MEMIT_WORDS, ROME_TOKENS, sample_contexts
 from causalcone.engine.errors import ExperimentError
+from causalcone.runners.demo.files import path_of
 from causalcone.runners.edits.settings import read_contexts
-from causalcone.runners.inputs.inputs import is_demo
 from causalcone.runners.inputs.running_text import open_texts
-from causalcone.runners.options import TextOptions
 from causalcone.runners.show.forecast import USUAL_EFFICIENCY
 from causalcone.runners.sweep.inputs.facts_table import FACTS, select
 from causalcone.runners.sweep.inputs.resources import NOISE_FILE, Resources
@@ -84,7 +83,7 @@ class SecondMoments(Prepared):
     def __init__(self, sweep: Sweep, options: Sequence[Stage]) -> None:
         super().__init__(sweep, options)
         self.settings = sweep.moments
-        if self.settings.file is None and self.settings.texts is None and self.settings.dataset is None:
+        if not self.settings.sources:
             methods = " and ".join(f"{stage.name}.methods" for stage in options)
             raise ExperimentError(f"{methods} need second moments; give moments.file, moments.texts or moments.dataset")
 
@@ -97,29 +96,15 @@ class SecondMoments(Prepared):
         session, settings, store = resources.session, self.settings, resources.store
         layers = self.layers(session.sizes.depth)
         if settings.file is not None:
-            moments = _read_moments(settings.file, layers)
-            moments.check(session.model, layers)
+            moments = Moments.load(path_of(settings.file, "moments"), layers)
+            moments.check(session.architecture, layers)
         else:
             texts = open_texts(
-                TextOptions(
-                    texts=settings.texts,
-                    dataset=settings.dataset,
-                    dataset_config=settings.dataset_config,
-                    split=settings.split,
-                    column=settings.column,
-                )
+                settings.texts, settings.dataset, settings.dataset_config, settings.split, settings.column
             )
-            moments = Moments.collect(
-                session.model,
-                session.tokenizer,
-                texts.texts,
-                layers,
-                settings.tokens,
-                source=texts.source,
-                dtype=session.dtype,
-                device=session.device,
-                memory=self.sweep.memory,
-                resume=None if store.local is None else str(store.local / _PARTIAL),
+            resume = None if store.local is None else str(store.local / _PARTIAL)
+            moments = Moments(
+                *collect(session, texts.texts, layers, settings.tokens, source=texts.source, resume=resume)
             )
         for layer in layers:  # a matrix that cannot be inverted is an error now, not one of every edit
             moments.with_ridge(settings.ridge).solve(layer, moments.matrix(layer)[:, :1].to(session.device))
@@ -139,11 +124,3 @@ class SecondMoments(Prepared):
             return StageCost(units, other_bytes=size)
         tokens = settings.tokens if isinstance(settings.tokens, int) else TOKENS_PER_COMPONENT * sizes.inner
         return StageCost(units, counts.flops.moments(tokens, layers), other_bytes=size)
-
-
-def _read_moments(file: str, layers: Sequence[int]) -> Moments:
-    if is_demo(file):
-        from causalcone.runners.demo.model import demo_moments
-
-        return demo_moments()
-    return Moments.load(file, layers)
