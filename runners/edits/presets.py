@@ -25,7 +25,7 @@ from pydantic_core import PydanticCustomError
 
 from causalcone.engine.edit.methods.hparams import FinetuneHparams, MemitHparams, RomeHparams
 from causalcone.engine.errors import ExperimentError
-from causalcone.runners.checked_tables import CheckedTable, Count, complaints, noise_level, read_toml
+from causalcone.runners.checked_files import CheckedTable, Count, complaints, noise_level, read_toml
 
 Hparams = RomeHparams | MemitHparams | FinetuneHparams
 

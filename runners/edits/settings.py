@@ -12,8 +12,8 @@ from causalcone.engine.edit.methods.edits import JOINT_MEMIT
 from causalcone.engine.edit.requests.requests import PROBLEMS
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.errors import CausalconeError, ExperimentError
+from causalcone.runners.checked_files import read_text
 from causalcone.runners.edits.presets import HPARAMS, Hparams, load_hparams, load_preset
-from causalcone.runners.facts.files import read_text
 from causalcone.runners.options import EditingOptions
 
 WINDOWS = {"rome": 1, "memit": 5, "memit_joint": 5, "finetune": 1}
