@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from causalcone.engine.edit.methods.objective import EditObjective
+from causalcone.engine.edit.methods.value_search import EditObjective
 from causalcone.engine.edit.requests.problems import TEXT_TOKENS
 from causalcone.engine.edit.requests.prompts import ESSENCE, Encoder
 from causalcone.engine.edit.requests.requests import Request

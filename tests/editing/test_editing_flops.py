@@ -16,8 +16,8 @@ from causalcone.engine.edit.methods.hparams import MemitHparams
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.prompts import ESSENCE, Encoder
 from causalcone.engine.edit.runs.decoding import continuations
+from causalcone.engine.edit.runs.flops import Asked, Flops, Grown, Searched
 from causalcone.engine.edit.runs.packed_runs import Text
-from causalcone.engine.edit.scoring.flops import Asked, Flops, Grown, Searched
 from causalcone.engine.edit.scoring.probes import questions_about
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.run.session import Session

@@ -16,7 +16,7 @@ from causalcone.engine.edit.moments.collect import TOKENS_PER_COMPONENT
 from causalcone.engine.edit.requests.problems import ESSENCE_TEXTS, TEXT_TOKENS
 from causalcone.engine.edit.requests.requests import FACT_FORCING, TRACING_REVERSAL
 from causalcone.engine.edit.requests.windows import as_windows
-from causalcone.engine.edit.scoring.flops import Asked, Flops, Grown
+from causalcone.engine.edit.runs.flops import Asked, Flops, Grown
 from causalcone.engine.edit.texts.contexts import MEMIT_TOKENS, MEMIT_WORDS, ROME_TOKENS
 from causalcone.engine.edit.texts.recall import COMPLETION_TOKENS
 from causalcone.engine.errors import ExperimentError

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from causalcone.engine.edit.requests.problems import REVERSAL_TOKENS
 from causalcone.engine.edit.requests.prompts import ESSENCE, Encoder
 from causalcone.engine.edit.requests.requests import FACT_AMPLIFICATION, TRACING_REVERSAL, Request
-from causalcone.engine.edit.scoring.flops import Asked, Searched
+from causalcone.engine.edit.runs.flops import Asked, Searched
 from causalcone.engine.edit.texts.contexts import MEMIT_TOKENS, MEMIT_WORDS, ROME_TOKENS, Contexts
 from causalcone.engine.facts import EncodedFact, Fact, encode, target_ids
 
