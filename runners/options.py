@@ -365,11 +365,6 @@ class TuningOptions(EditMethodOptions):
         None
     )
 
-    def editing(self, problem: str) -> EditingOptions:
-        """The edits of one problem."""
-        shared = {each.name: getattr(self, each.name) for each in fields(EditMethodOptions)}
-        return EditingOptions(**shared, problem=problem, layers=str(self.layer))
-
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringOptions:

@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import polars as pl
 
-from causalcone.analysis.tables.traces import Schema, TableError, TraceSource, _parts, checked_probabilities
+from causalcone.analysis.tables.traces import (
+    Schema,
+    TableError,
+    TraceSource,
+    _parts,
+    checked_probabilities,
+    polars_schema,
+)
+from causalcone.engine import schemas
 
-EDIT_SCHEMA: Schema = {
-    "edit_id": pl.String,
-    "fact_id": pl.String,
-    "problem": pl.String,
-    "method": pl.String,
-    "layer": pl.Int64,
-    "window": pl.Int64,
-    "steps": pl.Int64,
-    "loss": pl.Float64,
-    "delta_norm": pl.Float64,
-    "status": pl.String,
-    "reason": pl.String,
-}
-PROBE_SCHEMA: Schema = {
-    "edit_id": pl.String,
-    "prompt_kind": pl.String,
-    "prompt_index": pl.Int64,
-    "p_pre": pl.Float64,
-    "p_post": pl.Float64,
-    "p_pre_other": pl.Float64,
-    "p_post_other": pl.Float64,
-}
-METRIC_SCHEMA: Schema = {"edit_id": pl.String, "metric": pl.String, "pre": pl.Float64, "post": pl.Float64}
+EDIT_SCHEMA = polars_schema(schemas.EDIT_SCHEMA)
+PROBE_SCHEMA = polars_schema(schemas.PROBE_SCHEMA)
+METRIC_SCHEMA = polars_schema(schemas.METRIC_SCHEMA)
 
 _PROBABILITIES = ("p_pre", "p_post", "p_pre_other", "p_post_other")
 

@@ -10,35 +10,21 @@ from typing import TypeAlias
 import polars as pl
 import pyarrow as pa
 
+from causalcone.engine import schemas
 from causalcone.engine.errors import CausalconeError
 
 Schema: TypeAlias = dict[str, type[pl.DataType]]
 
-TRACE_SCHEMA: Schema = {
-    "fact_id": pl.String,
-    "method": pl.String,
-    "kind": pl.String,
-    "window": pl.Int64,
-    "layer": pl.Int64,
-    "token": pl.Int64,
-    "token_text": pl.String,
-    "subject_start": pl.Int64,
-    "subject_end": pl.Int64,
-    "prompt_tokens": pl.Int64,
-    "p_clean": pl.Float64,
-    "p_corrupted": pl.Float64,
-    "p_patched": pl.Float64,
-    "p_patched_sd": pl.Float64,
-}
-GRADIENT_SCHEMA: Schema = {
-    "fact_id": pl.String,
-    "kind": pl.String,
-    "layer": pl.Int64,
-    "token": pl.Int64,
-    "norm": pl.Float64,
-    "total": pl.Float64,
-    "gap": pl.Float64,
-}
+_POLARS: dict[pa.DataType, type[pl.DataType]] = {pa.string(): pl.String, pa.int32(): pl.Int64, pa.float64(): pl.Float64}
+
+
+def polars_schema(schema: pa.Schema) -> Schema:
+    """The columns of an Arrow table as polars reads them, whole numbers in 64 bits."""
+    return {field.name: _POLARS[field.type] for field in schema}
+
+
+TRACE_SCHEMA = polars_schema(schemas.TRACE_SCHEMA)
+GRADIENT_SCHEMA = polars_schema(schemas.GRADIENT_SCHEMA)
 STATE = ["method", "kind", "window"]
 IDENTITY = ["fact_id", *STATE, "layer", "token"]
 

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from causalcone.engine.compute import Compute
 from causalcone.engine.edit.methods.batching import Batching
 from causalcone.engine.edit.methods.edits import FAILED, Edit
 from causalcone.engine.edit.methods.finetune import FINETUNE
@@ -18,25 +19,28 @@ from causalcone.engine.edit.methods.memit import MEMIT, MEMIT_JOINT, JointEdit, 
 from causalcone.engine.edit.methods.method import EditableModel, Method
 from causalcone.engine.edit.methods.registry import method_named
 from causalcone.engine.edit.moments.moments import Moments
-from causalcone.engine.edit.requests.problems import essence_texts, make_requests
-from causalcone.engine.edit.requests.prompts import Encoder, check_contexts
-from causalcone.engine.edit.requests.requests import Request
+from causalcone.engine.edit.requests.problems import make_requests
+from causalcone.engine.edit.requests.prompts import Encoder
+from causalcone.engine.edit.requests.requests import NOISY, Request
 from causalcone.engine.edit.requests.windows import Window
 from causalcone.engine.edit.runs.layers import Layers
 from causalcone.engine.edit.scoring.generation_metrics import Generation, References
 from causalcone.engine.edit.scoring.metrics import Row, metrics_of
 from causalcone.engine.edit.scoring.probes import ProbeSet, questions_about
+from causalcone.engine.edit.scoring.sampled_texts import essence_texts
 from causalcone.engine.edit.scoring.scoring import EditScorer, Scored, check_edits
-from causalcone.engine.edit.scoring.tables import PROBE_SCHEMA, metric_batch, probe_batch
+from causalcone.engine.edit.scoring.tables import metric_batch, probe_batch
 from causalcone.engine.edit.scoring.text_metrics import ReferenceScorer
-from causalcone.engine.edit.texts.contexts import Contexts, sample_contexts
+from causalcone.engine.edit.texts.contexts import Contexts, check_contexts, sample_contexts
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.facts import Fact, encode
 from causalcone.engine.localize.options import DEFAULT_SIGMA
 from causalcone.engine.noise import parse_sigma
 from causalcone.engine.plan.cost import weight_bytes
+from causalcone.engine.run.loading import open_session
 from causalcone.engine.run.scheduler import Budget
-from causalcone.engine.run.session import Session, load_model
+from causalcone.engine.run.session import Session
+from causalcone.engine.schemas import PROBE_SCHEMA
 from causalcone.kernels.precision import each_within
 
 _SHARE_OF_WEIGHTS = 0.25
@@ -78,16 +82,23 @@ class Editor:
         kernels: str | None = None,
         tf32: bool = False,
     ) -> None:
-        self.session = Session(model, tokenizer, dtype, device, memory, kernels, tf32=tf32)
-        self.moments, self.seed = moments, seed
-        self.sigma = DEFAULT_SIGMA if sigma is None else sigma
-        parse_sigma(self.sigma)
-        if contexts is not None:
-            texts = contexts if isinstance(contexts, Contexts) else Contexts(*2 * (check_contexts(contexts),))
-            self.__dict__["contexts"] = texts
-        self._encoder = Encoder(tokenizer, self.session.sizes)
-        self._essence: dict[tuple[object, ...], list[str]] = {}
-        self._scorer: tuple[References, ReferenceScorer] | None = None
+        self._open(
+            Session(model, tokenizer, Compute.of(dtype, device, memory, kernels, tf32)), moments, contexts, sigma, seed
+        )
+
+    @classmethod
+    def on(
+        cls,
+        session: Session,
+        moments: Moments | None = None,
+        contexts: Contexts | Sequence[str] | None = None,
+        sigma: float | str | None = None,
+        seed: int = 0,
+    ) -> Editor:
+        """An editor on a session, which others may share."""
+        editor = cls.__new__(cls)
+        editor._open(session, moments, contexts, sigma, seed)
+        return editor
 
     @classmethod
     def from_pretrained(
@@ -101,7 +112,26 @@ class Editor:
         **options: Any,
     ) -> Editor:
         """An editor for a model folder or hub id; its weights are kept in ``dtype``, as saved by default."""
-        return cls(*load_model(path, dtype, device), moments, memory=memory, **options)
+        kernels, tf32 = options.pop("kernels", None), options.pop("tf32", False)
+        return cls.on(open_session(path, Compute.of(dtype, device, memory, kernels, tf32)), moments, **options)
+
+    def _open(
+        self,
+        session: Session,
+        moments: Moments | None,
+        contexts: Contexts | Sequence[str] | None,
+        sigma: float | str | None,
+        seed: int,
+    ) -> None:
+        self.session, self.moments, self.seed = session, moments, seed
+        self.sigma = DEFAULT_SIGMA if sigma is None else sigma
+        parse_sigma(self.sigma)
+        if contexts is not None:
+            texts = contexts if isinstance(contexts, Contexts) else Contexts(*2 * (check_contexts(contexts),))
+            self.__dict__["contexts"] = texts
+        self._encoder = Encoder(session.tokenizer, session.sizes)
+        self._essence: dict[tuple[object, ...], list[str]] = {}
+        self._scorer: tuple[References, ReferenceScorer] | None = None
 
     @cached_property
     def contexts(self) -> Contexts:
@@ -321,7 +351,7 @@ class Editor:
 
     def _level(self, facts: Sequence[Fact], problem: str) -> float | None:
         """The noise level, where the problem has noise."""
-        if problem not in ("tracing_reversal", "fact_forcing"):
+        if problem not in NOISY:
             return None
         value, in_deviations = parse_sigma(self.sigma)
         return value * self.session.subject_deviation(facts) if in_deviations else value
@@ -340,7 +370,8 @@ class Editor:
                 raise ExperimentError(
                     f"{method.name} needs second moments: Editor(model, tokenizer, moments=Moments.collect(...))"
                 )
-            self.moments.check(self.session.model, sorted({layer for window in windows for layer in window.layers}))
+            layers = sorted({layer for window in windows for layer in window.layers})
+            self.moments.check(self.session.architecture, layers)
         if requests:
             self._verify(requests[0])
 

@@ -10,9 +10,9 @@ from causalcone.engine.errors import ExperimentError
 from causalcone.engine.localize.branches import check_tokens
 from causalcone.engine.localize.options import DEFAULT_STATES, GradientSpec, TraceSpec, check_target
 from causalcone.engine.localize.states import KINDS, MOST_HEADS, State, as_states
-from causalcone.engine.localize.tables import GRADIENT_SCHEMA, TRACE_SCHEMA
 from causalcone.engine.localize.tracer import TracePlan
 from causalcone.engine.noise import SCALED_NOISES, Noise
+from causalcone.engine.schemas import GRADIENT_SCHEMA, TRACE_SCHEMA
 from causalcone.runners.facts.files import read_text
 from causalcone.runners.inputs.inputs import Inputs, open_inputs
 from causalcone.runners.options import (

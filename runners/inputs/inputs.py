@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import transformers
 
+from causalcone.engine.compute import Compute, as_dtype
 from causalcone.engine.errors import FactError
 from causalcone.engine.facts import Fact
-from causalcone.engine.localize.tracer import Tracer, check_weights
-from causalcone.engine.run.session import SkippedFacts, as_dtype
+from causalcone.engine.localize.tracer import Tracer
+from causalcone.engine.run import loading
+from causalcone.engine.run.session import Session, SkippedFacts
 from causalcone.runners.facts.files import SkippedRecords, load_facts
 from causalcone.runners.options import ComputeOptions, PassOptions, SourceOptions, StreamableSourceOptions
 
@@ -86,11 +88,11 @@ def open_inputs(source: SourceOptions) -> Inputs:
     if source.dtype is not None:
         as_dtype(source.dtype)
     if isinstance(source, StreamableSourceOptions):
-        check_weights(source.weights)
+        loading.check_weights(source.weights)
     skipped: list[str] = []
     with noted(skipped):
         facts = _demo_facts() if is_demo(source.facts) else load_facts(source.facts, on_error=on_error)
-    return Inputs(source, open_tracer(source), facts, on_error, skipped)
+    return Inputs(source, Tracer.on(open_session(source)), facts, on_error, skipped)
 
 
 @contextmanager
@@ -114,21 +116,20 @@ def noted(skipped: list[str]) -> Iterator[list[str]]:
         skipped += [reason for reason in now if reason not in skipped]
 
 
-def open_tracer(source: SourceOptions | ComputeOptions) -> Tracer:
-    """A tracer for the model, read now."""
+def open_session(source: SourceOptions | ComputeOptions) -> Session:
+    """A session on the model, read now; it is computed with in the way that the options say."""
     transformers.utils.logging.disable_progress_bar()
     device = source.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options: dict[str, Any] = {"dtype": source.dtype, "device": device, "memory": source.memory}
-    if isinstance(source, SourceOptions | PassOptions):
-        options |= {"kernels": source.kernels, "tf32": source.tf32}
+    kernels, tf32 = (source.kernels, source.tf32) if isinstance(source, SourceOptions | PassOptions) else (None, False)
+    compute = Compute.of(source.dtype, device, source.memory, kernels, tf32)
     weights = source.weights if isinstance(source, StreamableSourceOptions) else "resident"
-    if is_demo(source.model):
-        from causalcone.runners.demo.model import demo_folder, demo_model
+    if not is_demo(source.model):
+        return loading.open_session(source.model, compute, weights)
+    from causalcone.runners.demo.model import demo_folder, demo_model
 
-        if weights == "resident":
-            return Tracer(*demo_model(), **options)
-        return Tracer.from_pretrained(str(demo_folder()), weights=weights, **options)
-    return Tracer.from_pretrained(source.model, weights=weights, **options)
+    if weights == "resident":
+        return Session(*demo_model(), compute)
+    return loading.open_session(str(demo_folder()), compute, weights)
 
 
 def _demo_facts() -> list[Fact]:

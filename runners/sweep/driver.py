@@ -14,6 +14,7 @@ from rich.console import Console
 
 from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.engine.facts import Fact
+from causalcone.engine.schemas import FAILURE_SCHEMA, LEFT_OUT_SCHEMA
 from causalcone.runners.facts.files import SkippedRecords, load_facts
 from causalcone.runners.inputs.fingerprints import facts_fingerprint
 from causalcone.runners.inputs.inputs import is_demo
@@ -26,10 +27,8 @@ from causalcone.runners.sweep.facts_table import FACTS, chosen, fact_table, filt
 from causalcone.runners.sweep.log import Log
 from causalcone.runners.sweep.signals import Stop, stopping
 from causalcone.runners.sweep.units import (
-    FAILURE_SCHEMA,
     FILTER,
     LEFT_OUT,
-    LEFT_OUT_SCHEMA,
     PREPARED,
     Chosen,
     Stage,

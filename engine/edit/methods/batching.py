@@ -108,7 +108,7 @@ class Batching:
         return self.dtype.itemsize * (stored + kept) + rows * self.row_bytes + 12 * sizes.vocabulary
 
     def _cone_bytes(self, search: ValueOptimizer, number: int, layer: int) -> int:
-        """Bytes that autograd keeps of an edit's rows at the layers after the edited one, and works with at one of them."""
+        """Bytes that autograd keeps of an edit's rows at the layers after the edited one, and uses at one of them."""
         sizes, goal, prompts = self.sizes, search.goals[number], search.prompts
         texts = np.array([*goal.contexts, goal.essence])
         rows, seen = prompts.tail_rows[texts], np.array([len(prompts.texts[text]) for text in texts])

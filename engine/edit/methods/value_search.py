@@ -94,8 +94,8 @@ class EditObjective:
         hparams: RomeHparams | MemitHparams,
         more: Wanted,
     ) -> ValueOptimizer:
-        """The search for vectors at the layers ``at``. The unedited model goes through the texts first; ``more`` is kept of
-        that than the search needs."""
+        """The search for vectors at the layers ``at``, after a pass of the texts through the unedited model, of which
+        ``more`` is kept than the search needs."""
         essence = np.array([goal.essence for goal in self.goals])
         wanted: dict[tuple[str, int], Places] = {("out", layer): self.prompts.tails for layer in at}
         if site == "values":

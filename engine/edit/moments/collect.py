@@ -172,29 +172,24 @@ class Frame:
 
 
 def collect(
-    model: Any,
-    tokenizer: Any,
+    session: Session,
     texts: Iterable[str | Mapping[str, Any]],
-    layers: Sequence[int] | None,
-    tokens: int | str | None,
+    layers: Sequence[int] | None = None,
+    tokens: int | str | None = None,
     *,
-    source: str | None,
-    dtype: torch.dtype | str | None,
-    device: torch.device | str | None,
-    memory: int | str | None,
-    length: int | None,
-    progress: Progress | None,
-    resume: str | Path | None,
+    source: str | None = None,
+    length: int | None = None,
+    progress: Progress | None = None,
+    resume: str | Path | None = None,
 ) -> Moments:
-    """As ``Moments.collect``, which says what all this is."""
+    """As ``Moments.collect``, which says what all this is; in full float32, whatever the session computes in."""
     if isinstance(texts, (str, Mapping)):
         raise ExperimentError(f"texts is a {type(texts).__name__}; give a list of texts, or another iterable of them")
-    session = Session(model, tokenizer, dtype, device, memory)
     spec = Spec.of(session, layers, tokens, length)
     frame = Frame.of(session, spec)
     identity = Identity.of(session.architecture, spec.layers)
     sums = Sums({n: torch.zeros(spec.width, spec.width, dtype=torch.float64, device=frame.sums) for n in spec.layers})
-    pieces = first_tokens(pieces_of(texts, tokenizer, spec.length, session.sizes.vocabulary), spec.tokens)
+    pieces = first_tokens(pieces_of(texts, session.tokenizer, spec.length, session.sizes.vocabulary), spec.tokens)
     checkpoint = None
     if resume is not None:
         described = {"choice of layers": spec.layers, "length": spec.length, "dtype": str(session.dtype)}
@@ -232,7 +227,7 @@ def _count(
             session.verify(packed[0][:_CHECKED_TOKENS])
             verified = True
         sums.whole = False
-        with session.computing():
+        with session.computing(full=True):
             _run(layers, packed, sums)
         sums.tokens += sum(map(len, packed))
         sums.ids = _checksum(packed, sums.ids)

@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from causalcone.engine.compute import as_dtype
 from causalcone.engine.edit.moments.moments import Identity, Moments
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.models import ARCHITECTURES
-from causalcone.engine.run.session import as_dtype
 
 VERSION = 1
 LAYOUT = "causalcone.moments"

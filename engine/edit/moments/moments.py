@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from causalcone.engine.compute import Compute
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.models import read_architecture
 from causalcone.engine.models.base import Architecture
@@ -103,11 +104,10 @@ class Moments:
         ``MemoryBudgetError``.
         """
         from causalcone.engine.edit.moments.collect import collect
+        from causalcone.engine.run.session import Session
 
-        return collect(
-            model, tokenizer, texts, layers, tokens,
-            source=source, dtype=dtype, device=device, memory=memory, length=length, progress=progress, resume=resume,
-        )  # fmt: skip
+        session = Session(model, tokenizer, Compute.of(dtype, device, memory))
+        return collect(session, texts, layers, tokens, source=source, length=length, progress=progress, resume=resume)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -147,7 +147,8 @@ class Moments:
         """Raise ``ExperimentError`` unless these are moments of the model, for each of the layers.
 
         Moments of unknown identity are only checked for the width of the model's keys. The model may be in another
-        dtype than the one the moments were collected from, if one of the two is a rounding of the other.
+        dtype than the one the moments were collected from, if one of the two is a rounding of the other; it may also be
+        the ``Architecture`` that was read of it.
         """
         layers = tuple(layers)
         lacking = [layer for layer in layers if layer not in self.matrices]
@@ -156,7 +157,7 @@ class Moments:
                 f"there is no moment of layer {_listed(lacking)}, only of {_listed(self.matrices)}; "
                 "collect those that are missing too"
             )
-        architecture = read_architecture(model)
+        architecture = model if isinstance(model, Architecture) else read_architecture(model)
         difference = None
         if self.identity is not None:
             difference = self.identity.difference(Identity.of(architecture, layers), layers)
