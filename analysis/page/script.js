@@ -3,10 +3,10 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const numbers = await inflate(document.getElementById("numbers").textContent.trim());
   const at = (id) => document.getElementById(id);
-  // Okabe and Ito's colours; marks and dashes tell lines apart in grey
-  const STYLES = [
-    ["#0072B2", "circle", "solid"], ["#D55E00", "square", "dash"], ["#009E73", "triangle-up", "dashdot"],
-    ["#CC79A7", "diamond", "dot"], ["#E69F00", "x", "longdash"], ["#56B4E9", "cross", "solid"],
+  const { blue, vermilion, green, purple, orange, sky } = data.colors;
+  const STYLES = [ // marks and dashes tell lines apart in grey
+    [blue, "circle", "solid"], [vermilion, "square", "dash"], [green, "triangle-up", "dashdot"],
+    [purple, "diamond", "dot"], [orange, "x", "longdash"], [sky, "cross", "solid"],
   ];
   const CONFIG = { responsive: true, displaylogo: false, displayModeBar: "hover", modeBarButtonsToRemove: ["lasso2d", "select2d"] };
   const MOST_ROWS = 200;
@@ -79,10 +79,10 @@
     const bar = { type: "bar", x: place, hovertext: hover, hoverinfo: "text" };
     const chance = rows.map((row) => row.chance == null || row.permutation_facts < row.facts ? null : row.r2_layer + row.chance);
     draw("r2", rows.length ? [
-      { ...bar, name: "edit layer", y: rows.map((row) => row.r2_layer), marker: { color: "#56B4E9" } },
+      { ...bar, name: "edit layer", y: rows.map((row) => row.r2_layer), marker: { color: sky } },
       {
         ...bar, name: "edit layer and tracing effect", y: rows.map((row) => row.r2_both),
-        marker: { color: "#E69F00", pattern: { shape: "/" } }, text: rows.map((row) => number(row.diff).replace(/^(?!-)/, "+")),
+        marker: { color: orange, pattern: { shape: "/" } }, text: rows.map((row) => number(row.diff).replace(/^(?!-)/, "+")),
         textposition: "outside", textfont: { size: 10 }, cliponaxis: false,
       },
       {

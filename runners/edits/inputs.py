@@ -23,10 +23,17 @@ from causalcone.runners.edits.checks import EditChecks
 from causalcone.runners.edits.moments import collected
 from causalcone.runners.edits.settings import EditPlan, parse_layers, plan_of, read_contexts
 from causalcone.runners.edits.study import EditStudy
-from causalcone.runners.inputs.inputs import Inputs, is_demo, noted, open_inputs
+from causalcone.runners.inputs.inputs import Inputs, noted, open_inputs
 from causalcone.runners.inputs.reference_texts import ReferenceTexts, load_reference_texts
-from causalcone.runners.inputs.running_text import RunningText, texts_at
-from causalcone.runners.options import EditingOptions, EditMethodOptions, OutputOptions, ScoringOptions, SourceOptions
+from causalcone.runners.inputs.running_text import RunningText, open_texts
+from causalcone.runners.options import (
+    EditingOptions,
+    EditMethodOptions,
+    OutputOptions,
+    ScoringOptions,
+    SourceOptions,
+    TextOptions,
+)
 from causalcone.runners.results.folder import refuse_occupied
 
 
@@ -131,7 +138,7 @@ def _running_text(choice: EditMethodOptions, plan: EditPlan) -> RunningText | No
             f"{plan.of_moments[0].method} needs second moments: give --moments with a file of 'causalcone moments', or "
             "--texts to collect them now, one of the two"
         )
-    return None if choice.texts is None else texts_at(choice.texts)
+    return None if choice.texts is None else open_texts(TextOptions(texts=choice.texts))
 
 
 def editor_of(inputs: Inputs, choice: EditMethodOptions, plan: EditPlan, contexts: Contexts | None) -> Editor:
@@ -157,11 +164,7 @@ def moments_of(
         return None
     if texts is not None:
         return collected(inputs.tracer.session, texts, layers, Console(), quiet, resume=resume)
-    if is_demo(str(choice.moments)):
-        from causalcone.runners.demo.model import demo_moments
-
-        return demo_moments()
-    return Moments.load(str(choice.moments), layers)
+    return Moments.load(str(choice.moments_path()), layers)
 
 
 def _requests(

@@ -17,8 +17,9 @@ from causalcone.engine.errors import CausalconeError, ExperimentError
 from causalcone.engine.localize.branches import check_tokens
 from causalcone.engine.localize.states import MOST_HEADS, as_states
 from causalcone.engine.memory import parse_bytes
+from causalcone.runners.checked_tables import CheckedTable, Count, complaints, noise_level, read_toml
+from causalcone.runners.demo.files import path_of
 from causalcone.runners.edits.settings import EditPlan
-from causalcone.runners.inputs.checked_tables import CheckedTable, Count, complaints, noise_level, read_toml
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Target = Literal["label", "argmax"]
@@ -109,6 +110,10 @@ class EditSettings(CheckedTable):
             return problem in self.generation
         return self.generation or self.references is not None
 
+    def references_path(self) -> str:
+        """The file of reference texts."""
+        return path_of(str(self.references), "snippets")
+
 
 class MomentSettings(CheckedTable):
     """Second moments for ROME and MEMIT: a file, or the texts that they are collected over."""
@@ -121,6 +126,10 @@ class MomentSettings(CheckedTable):
     column: StrictStr = "text"
     tokens: Count | Literal["all"] | None = None
     ridge: Annotated[float, Field(ge=0)] = 0.0
+
+    def file_path(self) -> str:
+        """The file of moments."""
+        return path_of(str(self.file), "moments")
 
 
 class UnitSettings(CheckedTable):
@@ -160,6 +169,14 @@ class Sweep(CheckedTable):
     moments: MomentSettings = MomentSettings()
     contexts: StrictStr | None = None
     units: UnitSettings = UnitSettings()
+
+    def facts_path(self) -> str:
+        """The file of facts."""
+        return path_of(self.facts, "facts")
+
+    def outline_path(self) -> str:
+        """A folder, or a hub id, with the model's configuration and tokenizer."""
+        return path_of(self.model, "outline")
 
     @property
     def decisive(self) -> dict[str, Any]:

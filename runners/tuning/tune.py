@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from causalcone.engine.atomic import replacing
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.windows import as_windows
 from causalcone.runners.edits.inputs import (
@@ -161,8 +162,8 @@ def _chosen(
                 warnings.warn(f"{grid}: {tuned[-1].choice.note}", stacklevel=2)
     table = tuning_table(tuned, choice.layer, folder.path)
     try:
-        table.write_parquet(folder.path / f"{TABLE}.tmp")
-        (folder.path / f"{TABLE}.tmp").replace(folder.path / TABLE)
+        with replacing(folder.path / TABLE) as partial:
+            table.write_parquet(partial)
     except OSError as error:
         raise ResultError(
             f"cannot write {folder.path / TABLE}: {error.strerror}; finished settings are kept"

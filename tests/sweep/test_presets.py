@@ -176,7 +176,7 @@ def test_a_file_of_several_presets(tmp_path: Path) -> None:
         ("[1, 8]", "[0, 8]", r"edit_layers\.0 must be at least 1"),
         ("[1, 8]", "[]", "edit_layers is empty"),
         ("[1, 8]", "8", "edit_layers must be a list"),
-        ('"2.5sd"', '"two sd"', 'sigma must be a number that is not negative, or a text like "3sd"'),
+        ('"2.5sd"', '"two sd"', 'sigma must be a number that is not negative, or a string like "3sd"'),
         ('"2.5sd"', "-1.0", "sigma must be a number that is not negative"),
         ('"mean"', '"median"', "aggregate must be 'first' or 'mean'"),
         ("tracing_window = 3", "", "tracing_window is missing"),

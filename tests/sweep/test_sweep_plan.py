@@ -22,8 +22,7 @@ from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
 from causalcone.engine.errors import CausalconeError, ExperimentError
 from causalcone.engine.facts import encode
-from causalcone.engine.models import ARCHITECTURES, read_architecture
-from causalcone.engine.models.outline import outline
+from causalcone.engine.models import families, outline, read_architecture
 from causalcone.runners.facts.files import save_facts
 from causalcone.runners.sweep.config import load_sweep, sweep_names
 from causalcone.runners.sweep.forecast.counterfact_lengths import SHAPES, typical_facts
@@ -72,7 +71,7 @@ def flops(planned) -> dict[str, float]:
 
 
 def test_every_architecture_has_a_family():
-    assert set(FAMILIES) == set(ARCHITECTURES)
+    assert set(FAMILIES) == set(families())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -196,11 +196,7 @@ def _update_each(left: Tensor, right: Tensor, request: Tensor) -> Update:
 
 def _update_all(change: LowRank) -> Update:
     """All rows changed by one change."""
-
-    def update(keys: Tensor, rows: slice) -> Tensor:
-        return (keys @ change.right.to(keys.dtype)) @ change.left.to(keys.dtype).T
-
-    return update
+    return lambda keys, _: change.to(keys.device, keys.dtype).product(keys)
 
 
 def _prefix_places(objective: EditObjective) -> Places:
