@@ -12,24 +12,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
 
-from causalcone.engine.edit.requests.requests import FACT_FORCING, TRACING_REVERSAL
+from causalcone.engine.edit.requests.requests import Problem
 from causalcone.engine.errors import CausalconeError, ExperimentError
 from causalcone.engine.localize.branches import check_tokens
 from causalcone.engine.localize.states import MOST_HEADS, as_states
 from causalcone.engine.memory import parse_bytes
 from causalcone.runners.checked_files import CheckedTable, Count, complaints, noise_level, read_toml
 from causalcone.runners.demo.files import path_of
-from causalcone.runners.edits.settings import EditPlan, plan_of
-from causalcone.runners.options import EditingOptions
+from causalcone.runners.edits.settings import EditPlan
 
-Problem = Literal["error_injection", "tracing_reversal", "fact_erasure", "fact_amplification", "fact_forcing"]
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Target = Literal["label", "argmax"]
 Names = Annotated[tuple[StrictStr, ...], Field(min_length=1)]
 Tokens = StrictStr | tuple[StrictInt, ...]
 Share = Annotated[StrictFloat, Field(ge=0, le=1)]
-
-NOISY = (TRACING_REVERSAL, FACT_FORCING)
 
 
 class FilterSettings(CheckedTable):
@@ -194,13 +190,11 @@ class Sweep(CheckedTable):
     def plan(self, problem: str) -> EditPlan:
         """What is done to the facts that a problem is posed for."""
         assert self.edit is not None
-        chosen = self.edit.layers
-        layers = ",".join(map(str, chosen)) if isinstance(chosen, tuple) else {"preset": None}.get(chosen, chosen)
-        choice = EditingOptions(
-            method=list(self.edit.methods), problem=problem, layers=layers, preset=self.edit.preset,
-            changes=list(self.edit.set), sigma=str(self.noise.sigma),
+        edit = self.edit
+        return EditPlan.of(
+            edit.methods, problem, layers=edit.layers, preset=edit.preset, changes=edit.set,
+            sigma=self.noise.sigma, aggregate=edit.aggregate,
         )  # fmt: skip
-        return plan_of(choice, self.edit.aggregate)
 
 
 def sweep_names() -> list[str]:

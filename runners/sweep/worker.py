@@ -149,6 +149,7 @@ class Worker:
         if moment_layers(sweep, session.sizes.depth):
             with store.as_file(units.PREPARED[units.MOMENTS]) as file:
                 moments = Moments.load(str(file)).with_ridge(sweep.moments.ridge)
+        if sweep.edit is not None and sweep.plan(sweep.edit.problems[0]).of_contexts:
             contexts = Contexts(**store.read_json(units.PREPARED[units.CONTEXTS]))
         noise = store.read_json(units.PREPARED[units.NOISE])
         return Editor.on(session, moments, contexts, None if noise is None else noise["sigma"], sweep.seed)
