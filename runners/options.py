@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -349,11 +349,6 @@ class TuningOptions(EditMethodOptions):
     aggregate: Annotated[str | None, Option(help=f"Which paraphrases and neighbours are scored: {_AGGREGATE_HELP}")] = (
         None
     )
-
-    def editing(self, problem: str) -> EditingOptions:
-        """The edits of one problem."""
-        shared = {field.name: getattr(self, field.name) for field in fields(EditMethodOptions)}
-        return EditingOptions(**shared, problem=problem, layers=str(self.layer))
 
 
 @dataclass(frozen=True, kw_only=True)
