@@ -18,17 +18,12 @@ from causalcone.analysis.tables.traces import TableError, scan_folder
 State = tuple[str, int]
 
 RESTORED, ZEROED = "traces/restore", "traces/zero"
-<<<<<<< HEAD
 EXPECTED = {
     "trace": {RESTORED: "traces"},
     "zero": {ZEROED: "zeroed states"},
     "gradients": {"gradients": "integrated gradients"},
 }
 """Tables by stage, in words; run.json has those of stages of other packages."""
-
-SEVERED = {"mlp": "MLP outputs", "attn": "attention outputs", "both": "both outputs"}
-=======
->>>>>>> main
 
 
 class Study:

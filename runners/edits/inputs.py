@@ -26,18 +26,13 @@ from causalcone.runners.edits.study import EditStudy
 from causalcone.runners.inputs.inputs import Inputs, noted, open_inputs
 from causalcone.runners.inputs.reference_texts import ReferenceTexts, load_reference_texts
 from causalcone.runners.inputs.running_text import RunningText, open_texts
-<<<<<<< HEAD
-from causalcone.runners.options import EditingOptions, OutputOptions, ScoringOptions, SourceOptions
-=======
 from causalcone.runners.options import (
     EditingOptions,
     EditMethodOptions,
     OutputOptions,
     ScoringOptions,
     SourceOptions,
-    TextOptions,
 )
->>>>>>> main
 from causalcone.runners.results.folder import refuse_occupied
 
 

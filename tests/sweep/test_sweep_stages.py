@@ -14,7 +14,7 @@ from helpers.editing_cases import FULL
 from helpers.sweeps import configured, swept
 
 from causalcone.analysis.sweep_results import Study
-from causalcone.runners.checked_tables import CheckedTable, Count
+from causalcone.runners.checked_files import CheckedTable, Count
 from causalcone.runners.sweep.forecast import forecast
 from causalcone.runners.sweep.stages import GROUP
 from causalcone.runners.sweep.stages.stage import ResultTable, Stage, StageCost

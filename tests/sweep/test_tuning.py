@@ -21,11 +21,7 @@ from causalcone.engine.errors import ExperimentError
 from causalcone.runners.edits.presets import load_hparams, load_preset, preset_text, tuned_preset
 from causalcone.runners.options import TuningOptions
 from causalcone.runners.sweep.config import load_sweep
-<<<<<<< HEAD
 from causalcone.runners.sweep.stages import stages_of
-from causalcone.runners.tuning.choice import ROUNDING, Candidate, choose
-=======
->>>>>>> main
 from causalcone.runners.tuning.grid import problem_grids
 from causalcone.runners.tuning.results import ROUNDING, Candidate, choose
 

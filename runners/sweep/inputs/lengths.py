@@ -76,16 +76,10 @@ class FactLengths:
             return self.new or self.target, self.target
         return self.target, self.new
 
-<<<<<<< HEAD:runners/sweep/inputs/lengths.py
-    def searched(self, method: str, target: int) -> Searched:
-        """The texts that a vector is searched on."""
-        return Searched.of(self.contexts[method], self.essence, target)
-=======
     def searched(self, contexts: str | None, target: int) -> Searched:
         """The texts that a vector is searched on: in a method's contexts, or the bare prompt."""
         texts = self.contexts["rome"][:1] if contexts is None else self.contexts[contexts]
         return Searched.of(texts, self.essence, target)
->>>>>>> main:runners/sweep/forecast/lengths.py
 
     def answers(self, target: int, other: int | None) -> Asked:
         """The prompts that edits are scored on, but for essence texts."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, StrictBool, StrictFloat, StrictInt, StrictStr
 
-from causalcone.runners.checked_tables import CheckedTable, Count, noise_level
+from causalcone.runners.checked_files import CheckedTable, Count, noise_level
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Target = Literal["label", "argmax"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from causalcone.engine.edit.scoring.flops import Flops
+from causalcone.engine.edit.runs.flops import Flops
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.models.base import Architecture
 from causalcone.engine.plan.cost import cost

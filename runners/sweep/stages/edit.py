@@ -12,17 +12,18 @@ import pyarrow as pa
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 
 from causalcone.engine.edit.editor import Editor
-from causalcone.engine.edit.methods.hparams import FinetuneHparams
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.requests import (
     ERROR_INJECTION,
     FACT_AMPLIFICATION,
     FACT_ERASURE,
     FACT_FORCING,
+    NOISY,
     TRACING_REVERSAL,
+    Problem,
 )
 from causalcone.engine.edit.requests.windows import as_layers, as_windows
-from causalcone.engine.edit.scoring.flops import Asked, Grown
+from causalcone.engine.edit.runs.flops import Asked, EditWork, Grown
 from causalcone.engine.edit.scoring.sampled_texts import ESSENCE_TEXTS, TEXT_TOKENS
 from causalcone.engine.edit.scoring.tables import edit_batch
 from causalcone.engine.edit.texts.contexts import Contexts
@@ -30,12 +31,12 @@ from causalcone.engine.errors import ExperimentError
 from causalcone.engine.facts import Fact
 from causalcone.engine.run.session import SkippedFacts
 from causalcone.engine.schemas import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA
-from causalcone.runners.checked_tables import CheckedTable, Count
+from causalcone.runners.checked_files import CheckedTable, Count
 from causalcone.runners.demo.files import path_of
 from causalcone.runners.edits.checks import EditChecks
-from causalcone.runners.edits.settings import Setting, plan_of
+from causalcone.runners.edits.settings import EditPlan, Setting
 from causalcone.runners.inputs.reference_texts import ReferenceTexts, load_reference_texts
-from causalcone.runners.options import EditingOptions, ScoringOptions
+from causalcone.runners.options import ScoringOptions
 from causalcone.runners.sweep.inputs.lengths import FactLengths
 from causalcone.runners.sweep.inputs.resources import Resources
 from causalcone.runners.sweep.inputs.settings import Names, Sweep
@@ -43,8 +44,6 @@ from causalcone.runners.sweep.inputs.units import Selection, Unit
 from causalcone.runners.sweep.stages.counts import Counts
 from causalcone.runners.sweep.stages.prepared import CONTEXTS, CONTEXTS_FILE, MOMENTS, MOMENTS_FILE, NOISE
 from causalcone.runners.sweep.stages.stage import ResultTable, Stage, StageCost, StageUnits, errors_of
-
-Problem = Literal["error_injection", "tracing_reversal", "fact_erasure", "fact_amplification", "fact_forcing"]
 
 _ESSENCE_END = 2
 """Tokens of the essence prompt after the subject: "is a"."""
@@ -92,19 +91,16 @@ class Edit(Stage[EditSettings]):
         super().__init__(sweep, options)
         if options.layers == "preset" and options.preset is None:
             raise ExperimentError("edit.layers is 'preset', and no edit.preset is given; give one, or the layers")
-        layers = ",".join(map(str, options.layers)) if isinstance(options.layers, tuple) else options.layers
         with errors_of("edit"):
             self.plans = {
-                problem: plan_of(
-                    EditingOptions(
-                        method=list(options.methods),
-                        problem=problem,
-                        layers=None if layers == "preset" else layers,
-                        preset=options.preset,
-                        changes=list(options.set),
-                        sigma=str(sweep.noise.sigma),
-                    ),
-                    options.aggregate,
+                problem: EditPlan.of(
+                    options.methods,
+                    problem,
+                    layers=options.layers,
+                    preset=options.preset,
+                    changes=options.set,
+                    sigma=sweep.noise.sigma,
+                    aggregate=options.aggregate,
                 )
                 for problem in options.problems
             }
@@ -112,8 +108,9 @@ class Edit(Stage[EditSettings]):
 
     @property
     def needs(self) -> Sequence[str]:
-        noise = [NOISE] if {TRACING_REVERSAL, FACT_FORCING} & {*self.options.problems} else []
-        return [*noise, CONTEXTS, MOMENTS] if self.plans[self.options.problems[0]].of_moments else noise
+        plan = self.plans[self.options.problems[0]]
+        uses = {NOISE: {*NOISY} & {*self.options.problems}, CONTEXTS: plan.of_contexts, MOMENTS: plan.of_moments}
+        return [name for name, users in uses.items() if users]
 
     @property
     def aggregate(self) -> str:
@@ -140,7 +137,7 @@ class Edit(Stage[EditSettings]):
             facts, layers = facts[: self.options.facts], len(self.layers(problem, depth))
             units: list[Unit] = []
             for setting in plan.settings:
-                size = max(1, len(facts)) if setting.joint else max(1, self.sweep.units.edits // layers)
+                size = max(1, len(facts)) if setting.definition.joint else max(1, self.sweep.units.edits // layers)
                 units += self.cut(_group(problem, setting), facts, size, layers)
             found.append(StageUnits(self, problem.replace("_", " "), tuple(units), problem))
         return found
@@ -203,6 +200,7 @@ class Edit(Stage[EditSettings]):
         if MOMENTS in self.needs:
             with store.as_file(MOMENTS_FILE) as file:
                 moments = Moments.load(str(file)).with_ridge(self.sweep.moments.ridge)
+        if CONTEXTS in self.needs:
             contexts = Contexts(**store.read_json(CONTEXTS_FILE))
         sigma = resources.noise_level if NOISE in self.needs else None
         return Editor.on(resources.session, moments, contexts, sigma, self.sweep.seed)
@@ -255,23 +253,22 @@ class EditCounts:
 
     def made(self, setting: Setting) -> float:
         """Edits of all facts at all layers."""
-        windows, steps = self.windows(setting), setting.hparams.steps
-        if isinstance(setting.hparams, FinetuneHparams):
-            draws = setting.hparams.noise_samples if self.problem == FACT_FORCING else 1
-            asked = self._total(lambda fact, target, other: Asked.after(fact.prompt, [target]))
-            return self.flops.finetune(draws * asked.rows, draws * asked.read, windows, steps)
-        contexts = str(setting.contexts)
-        texts = self._total(lambda fact, target, other: fact.searched(contexts, target))
-        if setting.joint:
-            return self.flops.memit_joint(texts, windows, steps)
-        if setting.method == "rome":
-            return self.flops.rome(texts, self.layers, steps)
-        return self.flops.memit(texts, windows, steps)
+        definition = setting.definition
+        work = EditWork(
+            flops=self.flops,
+            windows=self.windows(setting),
+            searched=self._total(lambda fact, target, other: fact.searched(definition.contexts, target)),
+            trained=self._total(lambda fact, target, other: Asked.after(fact.prompt, [target])),
+            noisy=self.problem == FACT_FORCING,
+        )
+        return definition.flops(work, setting.hparams)
 
     def scored(self, setting: Setting) -> float:
         """Answers, and texts where these are asked for, before and after every edit."""
         windows, last = self.windows(setting), self.sizes.depth - 1
-        rank = None if setting.method == "finetune" else sum(w for _, w in self.facts) if setting.joint else 1
+        rank: float | None = setting.definition.rank
+        if rank is not None and setting.definition.joint:
+            rank *= sum(weight for _, weight in self.facts)
         asked = self._total(lambda fact, target, other: self._asked(fact, target, other))
         flops = self.flops.unedited(asked, whole=any(window[0] == last for window in windows))
         flops += sum(self.flops.edited(asked, window, rank) for window in windows)

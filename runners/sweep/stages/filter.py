@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pyarrow as pa
 
-from causalcone.engine.edit.scoring.flops import Asked, Grown
+from causalcone.engine.edit.runs.flops import Asked, Grown
 from causalcone.engine.edit.texts.recall import COMPLETION_TOKENS, answer_probabilities, completes, completions
 from causalcone.engine.facts import Fact, encode
 from causalcone.engine.schemas import FILTER_SCHEMA

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from causalcone.engine.edit.scoring.flops import Asked
+from causalcone.engine.edit.runs.flops import Asked
 from causalcone.engine.localize.branches import check_tokens, choose_tokens
 from causalcone.engine.localize.causal_tracing import CausalTracing, target_tokens
 from causalcone.engine.localize.causal_tracing import Zeroing as ZeroedStates
@@ -21,7 +21,7 @@ from causalcone.engine.plan.cone import Shape
 from causalcone.engine.plan.interventions import SITES
 from causalcone.engine.run.runner import Trial
 from causalcone.engine.schemas import GRADIENT_SCHEMA, TRACE_SCHEMA
-from causalcone.runners.checked_tables import CheckedTable, Count
+from causalcone.runners.checked_files import CheckedTable, Count
 from causalcone.runners.show.forecast import USUAL_EFFICIENCY
 from causalcone.runners.sweep.inputs.lengths import FactLengths
 from causalcone.runners.sweep.inputs.resources import Resources

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from causalcone.engine.edit.moments.collect import TOKENS_PER_COMPONENT, collect
 from causalcone.engine.edit.moments.moments import Moments
-from causalcone.engine.edit.scoring.flops import Grown
+from causalcone.engine.edit.runs.flops import Grown
 from causalcone.engine.edit.texts.contexts import MEMIT_TOKENS, MEMIT_WORDS, ROME_TOKENS, sample_contexts
 from causalcone.engine.errors import ExperimentError
 from causalcone.runners.demo.files import path_of

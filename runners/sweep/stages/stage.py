@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from causalcone.engine.errors import CausalconeError, ExperimentError
 from causalcone.engine.facts import Fact
-from causalcone.runners.checked_tables import CheckedTable
+from causalcone.runners.checked_files import CheckedTable
 from causalcone.runners.sweep.inputs.resources import Resources
 from causalcone.runners.sweep.inputs.settings import Sweep
 from causalcone.runners.sweep.inputs.units import Selection, Unit
