@@ -137,13 +137,15 @@ class Store:
 
     @contextmanager
     def log_of(self, logger: logging.Logger) -> Iterator[None]:
-        """Appends the logger's messages of level INFO and above to the log meanwhile, dated lines."""
-        handler, level = _LogHandler(self), logger.level
+        """Appends the logger's messages of level INFO and above to the log meanwhile, and to that alone: dated lines."""
+        handler, level, propagate = _LogHandler(self), logger.level, logger.propagate
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
+        logger.propagate = False
         try:
             yield
         finally:
+            logger.propagate = propagate
             logger.setLevel(level)
             logger.removeHandler(handler)
 
