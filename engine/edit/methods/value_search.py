@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from causalcone.engine.edit.methods.adam import Adam
 from causalcone.engine.edit.methods.hparams import MemitHparams, RomeHparams
 from causalcone.engine.edit.runs.edited_runs import EditedRuns, Join, Prompts
 from causalcone.engine.edit.runs.frozen_prefix import FrozenPrefix, Places, Wanted
 from causalcone.engine.edit.runs.layers import Layers
 from causalcone.engine.models.base import Block
+from causalcone.kernels.adam import AdamState
 from causalcone.kernels.readout_gradients import divergence, log_probability
 
 Site = Literal["values", "out"]
@@ -71,32 +71,31 @@ class ValueOptimizer:
         """The vector of each edit: a goal, by number, and a layer."""
         wide = torch.promote_types(self.layers.dtype, torch.float32)
         base = torch.stack([self.base(*edit) for edit in edits]).to(wide)
-        delta, size = torch.zeros_like(base), base.norm(dim=1)
-        adam = Adam(self.hparams.lr, delta)
+        state, size = AdamState.zeros_like(base, wide), base.norm(dim=1)
         found: list[FoundValue | None] = [None] * len(edits)
         live = list(range(len(edits)))
         readings = _Readings(self, edits, size)
         for step in range(self.hparams.steps):
             if not live:
                 break
-            loss, gradient = readings.evaluate(delta)
+            loss, gradient = readings.evaluate(state.change)
             updates = self._updates(step, [edits[i] for i in live])
             done = self._done(loss, updates)
             for place, edit in enumerate(live):
                 if done[place]:
-                    found[edit] = _found(delta[place], base[edit], step, loss[place])
+                    found[edit] = _found(state.change[place], base[edit], step, loss[place])
             if done.any():
-                kept = torch.from_numpy(np.flatnonzero(~done)).to(delta.device)
+                kept = torch.from_numpy(np.flatnonzero(~done)).to(base.device)
                 live = [edit for place, edit in enumerate(live) if not done[place]]
-                delta, gradient = delta[kept], gradient[kept]
-                loss = loss[~done]
-                adam.keep(kept)
+                gradient, loss = gradient[kept], loss[~done]
+                state.keep(kept)
                 readings = _Readings(self, [edits[i] for i in live], size[live])
             if live:
-                delta = _clamped(delta + adam.change(gradient), self.hparams.clamp * size[live])
+                state.step(gradient, self.hparams.lr)
+                state.change = _clamped(state.change, self.hparams.clamp * size[live])
                 if step == self.hparams.steps - 1:
                     for place, edit in enumerate(live):
-                        found[edit] = _found(delta[place], base[edit], step + 1, loss[place])
+                        found[edit] = _found(state.change[place], base[edit], step + 1, loss[place])
         return [each for each in found if each is not None]
 
     def joining(self, block: Block, layer: int, join: Join, vectors: Tensor) -> Tensor:
