@@ -14,10 +14,11 @@ from causalcone.analysis.papers.table_files import cells, index, write_table
 from causalcone.analysis.papers.tables import MAIN, Table, answer, paper_tables
 from causalcone.analysis.scores import Aggregate
 from causalcone.analysis.sweep_results import State, Study
+from causalcone.engine.atomic import write_text
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.localize.states import MOST_HEADS, as_states
 from causalcone.runners.options import StudyOptions
-from causalcone.runners.results.folder import ResultError, write_whole
+from causalcone.runners.results.folder import ResultError
 
 _TABLES, _FIGURES = "tables", "figures"
 _COLUMNS = ("problem", "method", "window", "r2_layer", "r2_trace", "r2_both", "diff", "p")
@@ -38,8 +39,7 @@ def analyze_folder(
 
             drawn, undrawn = paper_figures(study, out / _FIGURES, choice, every=scatter)
             missing += undrawn
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / "tables.md", index(tables, missing))
+        write_text(out / "tables.md", index(tables, missing))
     except OSError as error:
         raise _unwritten(out, error) from error
     for table in tables:
@@ -67,8 +67,7 @@ def write_page(study: Study, choice: AnalysisOptions, out: Path, console: Consol
 
     data = report_data(study, choice)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out, report(data))
+        write_text(out, report(data))
     except OSError as error:
         raise _unwritten(out, error) from error
     lines = [
@@ -103,15 +102,15 @@ def opened(analysis: StudyOptions, mixed: bool = False) -> tuple[Study, Analysis
 
 def _terminal_table(table: Table) -> TerminalTable:
     frame = table.frame.select([name for name in _COLUMNS if name in table.frame.columns])
-    shown = TerminalTable(
+    terminal_table = TerminalTable(
         title=table.title, title_justify="left", caption="; ".join(table.notes), caption_justify="left"
     )
     header, rows = cells(frame)
     for name in header:
-        shown.add_column(name, justify="left" if name in ("problem", "method") else "right")
+        terminal_table.add_column(name, justify="left" if name in ("problem", "method") else "right")
     for row in rows:
-        shown.add_row(*row)
-    return shown
+        terminal_table.add_row(*row)
+    return terminal_table
 
 
 def _unwritten(place: Path, error: OSError) -> ResultError:

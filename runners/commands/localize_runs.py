@@ -166,5 +166,6 @@ def _states(names: list[str], inputs: Inputs) -> tuple[State, ...]:
 
 
 def _configuration(command: str, inputs: Inputs, options: dict[str, Any]) -> dict[str, Any]:
-    named = {**options, "states": [str(state) for state in options["states"]]} if "states" in options else options
-    return {"command": command, **inputs.configuration, **named}
+    if "states" in options:
+        options = {**options, "states": [str(state) for state in options["states"]]}
+    return {"command": command, **inputs.configuration, **options}

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
@@ -20,8 +19,6 @@ from causalcone.engine.run import loading
 from causalcone.engine.run.session import Session, SkippedFacts
 from causalcone.runners.facts.files import SkippedRecords, load_facts
 from causalcone.runners.options import ComputeOptions, PassOptions, SourceOptions, StreamableSourceOptions
-
-DEMO = "demo"
 
 Started = TypeVar("Started")
 
@@ -91,7 +88,7 @@ def open_inputs(source: SourceOptions) -> Inputs:
         loading.check_weights(source.weights)
     skipped: list[str] = []
     with noted(skipped):
-        facts = _demo_facts() if is_demo(source.facts) else load_facts(source.facts, on_error=on_error)
+        facts = load_facts(source.facts_path(), on_error=on_error)
     return Inputs(source, Tracer.on(open_session(source)), facts, on_error, skipped)
 
 
@@ -123,21 +120,4 @@ def open_session(source: SourceOptions | ComputeOptions) -> Session:
     kernels, tf32 = (source.kernels, source.tf32) if isinstance(source, SourceOptions | PassOptions) else (None, False)
     compute = Compute.of(source.dtype, device, source.memory, kernels, tf32)
     weights = source.weights if isinstance(source, StreamableSourceOptions) else "resident"
-    if not is_demo(source.model):
-        return loading.open_session(source.model, compute, weights)
-    from causalcone.runners.demo.model import demo_folder, demo_model
-
-    if weights == "resident":
-        return Session(*demo_model(), compute)
-    return loading.open_session(str(demo_folder()), compute, weights)
-
-
-def _demo_facts() -> list[Fact]:
-    from causalcone.runners.demo.model import demo_world
-
-    return demo_world().facts
-
-
-def is_demo(name: str) -> bool:
-    """Whether the demo model or its world is meant, and no file of that name."""
-    return name == DEMO and not Path(name).exists()
+    return loading.open_session(source.model_path(), compute, weights)

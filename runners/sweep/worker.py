@@ -36,8 +36,8 @@ from causalcone.engine.schemas import (
 from causalcone.runners.edits.checks import EditChecks
 from causalcone.runners.edits.settings import read_contexts
 from causalcone.runners.inputs.fingerprints import model_fingerprint
-from causalcone.runners.inputs.inputs import is_demo, open_session
-from causalcone.runners.inputs.reference_texts import ReferenceTexts, as_reference_texts, load_reference_texts
+from causalcone.runners.inputs.inputs import open_session
+from causalcone.runners.inputs.reference_texts import ReferenceTexts, load_reference_texts
 from causalcone.runners.inputs.running_text import open_texts
 from causalcone.runners.options import PassOptions, ScoringOptions, TextOptions
 from causalcone.runners.results.store import Store
@@ -140,7 +140,7 @@ class Worker:
     @cached_property
     def _references(self) -> ReferenceTexts | None:
         edit = self.sweep.edit
-        return None if edit is None or edit.references is None else reference_texts(edit.references)
+        return None if edit is None or edit.references is None else load_reference_texts(edit.references_path())
 
     @cached_property
     def _editor(self) -> Editor:
@@ -149,6 +149,7 @@ class Worker:
         if moment_layers(sweep, session.sizes.depth):
             with store.as_file(units.PREPARED[units.MOMENTS]) as file:
                 moments = Moments.load(str(file)).with_ridge(sweep.moments.ridge)
+        if sweep.edit is not None and sweep.plan(sweep.edit.problems[0]).of_contexts:
             contexts = Contexts(**store.read_json(units.PREPARED[units.CONTEXTS]))
         noise = store.read_json(units.PREPARED[units.NOISE])
         return Editor.on(session, moments, contexts, None if noise is None else noise["sigma"], sweep.seed)
@@ -189,7 +190,7 @@ class Worker:
         session, choice, sweep = self.tracer.session, self.sweep.moments, self.sweep
         layers = moment_layers(sweep, session.sizes.depth)
         if choice.file is not None:
-            moments = _given_moments(choice.file, layers)
+            moments = Moments.load(choice.file_path(), layers)
             moments.check(session.architecture, layers)
         else:
             texts = open_texts(
@@ -320,20 +321,3 @@ def _reasons() -> Iterator[list[str]]:
             reasons += each.message.reasons
         else:
             warnings.warn(each.message, stacklevel=3)
-
-
-def _given_moments(file: str, layers: Sequence[int]) -> Moments:
-    if is_demo(file):
-        from causalcone.runners.demo.model import demo_moments
-
-        return demo_moments()
-    return Moments.load(file, layers)
-
-
-def reference_texts(file: str) -> ReferenceTexts:
-    """Reference texts of a file; of the demo world."""
-    if is_demo(file):
-        from causalcone.runners.demo.model import demo_world
-
-        return as_reference_texts(demo_world().snippets(), "the demo world")
-    return load_reference_texts(file)

@@ -14,9 +14,10 @@ from causalcone.engine.edit.requests.requests import (
     ERROR_INJECTION,
     FACT_ERASURE,
     FACT_FORCING,
-    PROBLEMS,
+    NOISY,
     TRACING_REVERSAL,
     Request,
+    check_problem,
 )
 from causalcone.engine.edit.runs.decoding import continuations, text_seed
 from causalcone.engine.edit.runs.packed_runs import Text
@@ -138,11 +139,10 @@ class _Making:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.problem not in PROBLEMS:
-            raise ExperimentError(f"unknown problem {self.problem!r}; choose from {', '.join(PROBLEMS)}")
+        check_problem(self.problem)
         if self.compat not in (None, "published"):
             raise ExperimentError(f"unknown compat {self.compat!r}; the only one is 'published'")
-        if self.problem in (TRACING_REVERSAL, FACT_FORCING) and self.level == 0:
+        if self.problem in NOISY and self.level == 0:
             raise ExperimentError(
                 f"sigma is {self.sigma!r}; {self.problem} needs the level of the subject's noise, a positive number"
             )
