@@ -1,7 +1,6 @@
 """The benchmark scripts at toy size: they run, and what they report is complete and consistent. No time is judged."""
 
 import argparse
-import importlib
 import json
 import math
 import subprocess
@@ -244,13 +243,6 @@ def test_what_is_measured_is_kept_where_the_rest_fails(bench, capsys):
     found = list(bench("gpu").measured(results(), {"model": "b"}))
     assert found == [{"model": "a"}, {"model": "b", "skipped": "RuntimeError: the device is gone"}]
     assert "the device is gone" in capsys.readouterr().err
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """Imports the scripts' helpers, which lie beside them."""
-    monkeypatch.setattr(sys, "path", [*sys.path, str(BENCH)])
-    return importlib.import_module
 
 
 @pytest.mark.parametrize("count", [20, 40])

@@ -1,7 +1,6 @@
 """The benchmark of editing at toy size: what it counts, compares and reports. No time is judged."""
 
 import argparse
-import importlib
 import json
 import math
 import subprocess
@@ -12,12 +11,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
+from helpers.counted_flops import counted
 from helpers.edited_models import dense, low_rank
 from helpers.models import FACTS, gpt2
 from oracles.editing import Change
-from torch.utils.flop_counter import FlopCounterMode
 
-from causalcone.engine.edit.deltas.delta import Delta, LowRank
+from causalcone.engine.edit.deltas.delta import Delta
 from causalcone.engine.edit.methods.hparams import RomeHparams
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.runners.demo.model import train_tokenizer
@@ -55,14 +54,6 @@ EDITED = tuple(
 
 
 @pytest.fixture(scope="module")
-def bench():
-    """Imports scripts that lie beside each other."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCH)
-        yield importlib.import_module
-
-
-@pytest.fixture(scope="module")
 def methods(bench):
     """The methods in a few steps."""
     known = bench("editing_methods").METHODS
@@ -78,20 +69,6 @@ def setup(bench, model, tokenizer):
     return bench("editing_methods").Setup(model, tokenizer, EDITED, (0, 2, 3), contexts, moments)
 
 
-@pytest.fixture
-def counted(monkeypatch):
-    """FLOPs of the products that a call executes, but for those of attention."""
-    monkeypatch.setattr(LowRank, "norm", 1.0)  # which is a product, but none with weights
-
-    def counted(function):
-        with FlopCounterMode(display=False) as counter:
-            function()
-        by_operation = counter.get_flop_counts()["Global"].items()
-        return sum(n for operation, n in by_operation if str(operation) in ("aten.mm", "aten.addmm"))
-
-    return counted
-
-
 def ready(setup):
     """An editor that has checked the model and has the factors of its moments, and what it is to edit."""
     editor = setup.editor()
@@ -104,7 +81,7 @@ def ready(setup):
 
 @pytest.mark.parametrize("key", METHODS)
 @pytest.mark.parametrize("layers", [(0, 2, 3), (1,), (3,)])
-def test_flops_are_those_executed(methods, setup, counted, key, layers):
+def test_flops_are_those_executed(methods, setup, key, layers):
     editor, requests = ready(setup)
     batches = []
     executed = counted(lambda: batches.extend(methods[key].batches(editor, requests, layers)))
@@ -113,7 +90,7 @@ def test_flops_are_those_executed(methods, setup, counted, key, layers):
 
 
 @pytest.mark.parametrize("layers", [(0, 2, 3), (1,)])
-def test_flops_of_scoring_are_those_executed(bench, setup, counted, layers):
+def test_flops_of_scoring_are_those_executed(bench, setup, layers):
     editor, requests = ready(setup)
     edits = editor.rome(requests, layers)
     executed = counted(lambda: editor.score(edits))

@@ -48,11 +48,6 @@ PRODUCTS = {"linear", "mm", "addmm", "bmm", "baddbmm"}
 
 
 @pytest.fixture(scope="module")
-def moments(model):
-    return random_moments(model)
-
-
-@pytest.fixture(scope="module")
 def whole(model, moments):
     """By method, all edits made together."""
     ed = editor(model, moments)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers.compare import assert_table_close
 from helpers.families import FAMILIES
 from helpers.models import FACTS
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -126,4 +127,4 @@ def test_no_pass_waits_for_the_device(kind, tokenizer, monkeypatch):
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(job, "run_pass", strict)
-    assert tracer.trace(FACTS, STATES, samples=2).equals(expected)
+    assert_table_close(tracer.trace(FACTS, STATES, samples=2), expected, 1e-5)
