@@ -41,6 +41,7 @@ def test_analysis_without_torch(tmp_path: Path) -> None:
     assert (tmp_path / "map.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["analyze", "report"])
 def test_commands_without_torch(command: str, tmp_path: Path) -> None:
     study = write_study(tmp_path / "study", traced(EFFECTS), [edited(SCORES)])

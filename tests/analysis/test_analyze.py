@@ -63,6 +63,7 @@ def test_options_are_named_in_the_tables(study, tmp_path, run):
     assert {"p_mixed", "fact_share"} <= set(pl.read_csv(tmp_path / "tables" / "uncertainty.csv").columns)
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_as_png_and_pdf(study, tmp_path, run):
     code, printed, _ = run("analyze", study, "--out", tmp_path, "--scatter-all", *DRAWS)
     assert code == 0

@@ -105,6 +105,7 @@ def test_flops_of_edits_made_in_several_batches(methods, setup):
     assert sum(finetune.flops(setup, [edit]) for edit in one_by_one) > whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", METHODS)
 def test_engine_and_naive_way_make_the_same_edits(bench, methods, setup, key):
     measure = bench("editing_studies").measure
@@ -202,6 +203,7 @@ def check_result(result):
     assert naive["engine_difference"]["edits"] == naive["edits_timed"]
 
 
+@pytest.mark.slow
 def test_the_script(tmp_path):
     few = ("--model", "tiny", "--facts", "2", "--layers", "0,1", "--naive-least", "2")
     report, text, file = run("editing.py", tmp_path, *few, "--methods", "scoring,finetune5,rome")
@@ -219,6 +221,7 @@ def test_the_script(tmp_path):
             assert result["hparams"]["steps"] == (20 if result["method"] == "rome" else 25)
 
 
+@pytest.mark.slow
 def test_scoring_alone_makes_its_edits_first(bench, tmp_path, monkeypatch, capsys):
     few = ("--model", "tiny", "--facts", "1", "--layers", "0", "--methods", "scoring", "--naive-seconds", "0")
     monkeypatch.setattr(sys, "argv", ["editing.py", *few, "--threads", "1", "--out", str(tmp_path)])
@@ -267,6 +270,7 @@ def test_the_demo_model_is_edited_in_its_own_contexts(bench, monkeypatch):
     assert set(table["prompt_kind"].to_pylist()) == {"rewrite", "paraphrase", "neighborhood"}
 
 
+@pytest.mark.slow
 def test_gpu_script_on_the_cpu(tmp_path):
     few = ("--toy", "--device", "cpu", "--parts", "editing", "--edit-facts", "2", "--naive-edits", "1")
     report, text, file = run("gpu.py", tmp_path, *few)
@@ -282,6 +286,7 @@ def test_gpu_script_on_the_cpu(tmp_path):
     assert report["results"][0]["naive"]["engine_difference"]["largest_of_weights"] < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 def test_gpu_script(tmp_path):
     few = ("--toy", "--parts", "editing", "--edit-facts", "2", "--naive-edits", "1")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.compare import assert_table_close
 from helpers.edited_models import bits, dense, down, logits, low_rank, normal, sizes
-from helpers.families import FAMILIES
+from helpers.families import EVERY_FAMILY, FAMILIES
 from helpers.models import FACTS, gpt2
 
 import causalcone as cc
@@ -29,7 +29,7 @@ def own():
 # --- what a delta does ---
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_an_applied_delta_adds_to_the_down_projections_output(family):
     model = FAMILIES[family](3)
     before, weights = logits(model), bits(model)

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from helpers.collected_moments import MANY, TEXTS, WIDTH, deviation
-from helpers.families import FAMILIES
+from helpers.families import EVERY_FAMILY, FAMILIES
 from helpers.lifting import lifted
 from helpers.models import gpt2, tokenizer
 from oracles.editing import at_tokens, down_weight, key_site, second_moment
@@ -38,7 +38,7 @@ def of_pieces(model, cut, layer):
     return keys.T @ keys / len(keys)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_moments_are_those_of_the_unmodified_model(family, tokenizer):
     model = FAMILIES[family](3)
     found = Moments.collect(model, tokenizer, TEXTS, tokens="all")

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers.families import FAMILIES
+from helpers.families import EVERY_FAMILY, FAMILIES
 from helpers.models import FACTS, gpt2, tokenizer
 from oracles import tracing as oracle
 from oracles.editing import down
@@ -14,7 +14,7 @@ from oracles.model import LAYOUTS, Site, hooked, precision, predict, sites
 FACT = FACTS[4]  # its subject is in reach of the last token in sliding windows too
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EVERY_FAMILY)
 def family(request):
     """A random float64 model of a family, of three layers and two heads. OPT's ReLU would make its gradients jump."""
     smooth = {"activation_function": "gelu"} if request.param == "opt" else {}

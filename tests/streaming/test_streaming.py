@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers.compare import assert_table_close
-from helpers.families import FAMILIES
+from helpers.families import EVERY_FAMILY, FAMILIES
 from helpers.models import FACTS, gpt2
 from helpers.models import tokenizer as make_tokenizer
 from safetensors.torch import load_file, save_file
@@ -64,7 +64,7 @@ def saved(tmp_path):
     return save(gpt2(dtype=torch.float32), tmp_path)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_numbers_are_those_of_resident_weights(family, tmp_path):
     tracer = assert_same(save(FAMILIES[family](3, dtype=torch.float32), tmp_path))
     layers = [name for names in tracer.session.architecture.names for name in names]

@@ -164,7 +164,7 @@ def stopped_after(monkeypatch, count, error):
     return done
 
 
-@pytest.mark.parametrize("count", [0, 2, 5, 8, 14, 30])
+@pytest.mark.parametrize("count", [5, *(pytest.param(count, marks=pytest.mark.slow) for count in (0, 2, 8, 14, 30))])
 def test_what_was_interrupted_goes_on(file, whole, tmp_path, monkeypatch, count):
     out = tmp_path / "out"
     done = stopped_after(monkeypatch, count, KeyboardInterrupt())

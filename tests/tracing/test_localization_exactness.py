@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.compare import assert_same, assert_same_gradients, assert_table_close, restored_share
-from helpers.families import FAMILIES
+from helpers.families import EVERY_FAMILY, FAMILIES
 from helpers.models import FACTS, gpt2
 from oracles import gradients as oracle_gradients
 from oracles import tracing as oracle
@@ -42,7 +42,7 @@ def assert_exact(model, tokenizer, facts, states, **options):
     return rows
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EVERY_FAMILY)
 def family(request):
     return FAMILIES[request.param](3, 32, 4, dtype=torch.float64)
 
@@ -60,7 +60,7 @@ def test_methods_on_every_architecture(family, tokenizer, method):
     assert_exact(family, tokenizer, FEW[:2], states, **options)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_float32_on_every_architecture(name, tokenizer):
     model = FAMILIES[name](3, 32, 4, dtype=torch.float32)
     assert_exact(model, tokenizer, FEW[:2], STATES)
@@ -126,8 +126,8 @@ def test_integrated_gradients_on_every_architecture(family, tokenizer):
 @pytest.mark.parametrize("baseline", ["zero", "corrupted"])
 def test_integrated_gradients(model, tokenizer, baseline, tokens, target):
     options = {"steps": 5, "baseline": baseline, "tokens": tokens, "target": target, "samples": 2, "sigma": 0.3}
-    table = cc.Tracer(model, tokenizer).integrated_gradients(FEW, **options)
-    assert_same_gradients(table, oracle_gradients.integrated_gradients(model, tokenizer, FEW, **options))
+    table = cc.Tracer(model, tokenizer).integrated_gradients(FEW[1:], **options)
+    assert_same_gradients(table, oracle_gradients.integrated_gradients(model, tokenizer, FEW[1:], **options))
 
 
 def test_integrated_gradients_are_complete(model, tokenizer):

@@ -76,9 +76,9 @@ def test_a_fact_larger_than_the_budget_is_split(model, tokenizer, expected):
 
 def test_deviations_do_not_depend_on_the_budget(model, tokenizer):
     options = {**OPTIONS, "sigma": "3sd", "samples": 2}
-    budget = smallest_budget(model, tokenizer, FACTS, **options)
-    table = cc.Tracer(model, tokenizer, memory=budget).trace(FACTS, **options)
-    assert_same(table, oracle.trace(model, tokenizer, FACTS, **options))
+    budget = smallest_budget(model, tokenizer, FACTS[:2], **options)
+    table = cc.Tracer(model, tokenizer, memory=budget).trace(FACTS[:2], **options)
+    assert_same(table, oracle.trace(model, tokenizer, FACTS[:2], **options))
 
 
 def test_a_budget_below_the_smallest_part_is_refused(model, tokenizer):
