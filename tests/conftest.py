@@ -22,11 +22,12 @@ BENCH = Path(__file__).parents[1] / "bench"
 
 
 def pytest_collection_modifyitems(items):
-    """Files with long tests come first; of those that need the demo model one, which trains it, the others later."""
+    """The order of files, each of which one process runs: one of those that need the demo model, which is trained then,
+    slow ones, the others that need the demo model, and all else."""
     marks = defaultdict(set)
     for item in items:
         marks[item.path].update(mark.name for mark in item.iter_markers())
-    demo = [path for path, names in marks.items() if "demo" in names]
+    demo = sorted((path for path in marks if "demo" in marks[path]), key=lambda path: path.parent.name != "demo")
 
     def turn(item):
         if item.path in demo:

@@ -33,6 +33,7 @@ def run_json(folder, **changes):
     (folder / "run.json").write_text(json.dumps({**run, **changes}))
 
 
+@pytest.mark.slow
 def test_tables_are_those_of_the_functions(study, tmp_path, run):
     code, printed, error = run("analyze", study, "--out", tmp_path, "--no-figures", *DRAWS)
     assert (code, error) == (0, "")
@@ -99,6 +100,7 @@ def test_the_default_folder_is_inside_and_the_sweep_goes_on(copy, folder, run):
 # --- what is missing ---
 
 
+@pytest.mark.slow
 def test_a_sweep_without_edits(copy, tmp_path, run):
     for table in ("edits", "probes", "metrics"):
         shutil.rmtree(copy / table)

@@ -79,6 +79,7 @@ def ready(setup):
     return editor, requests
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", METHODS)
 @pytest.mark.parametrize("layers", [(0, 2, 3), (1,), (3,)])
 def test_flops_are_those_executed(methods, setup, key, layers):

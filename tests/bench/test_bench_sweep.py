@@ -22,7 +22,7 @@ def run(out, study):
     return result, done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.demo
 def test_long(tmp_path):
     result, text = run(tmp_path, "long")
     assert (result["facts"], result["compared"]) == (12, 6)

@@ -33,6 +33,7 @@ def configuration(out):
     return json.loads((out / "run.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "options"),
     [

@@ -104,6 +104,7 @@ def test_float32(name):
     assert_exact(model, [FORCING, ERASURE], (0,), 3, bounds=SINGLE, **SHORT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("facts", [FULL[::2], FULL[1::2]], ids=["start, end, one token", "middle, only, many tokens"])
 def test_every_problem_and_place_of_the_subject(model, facts, problem):

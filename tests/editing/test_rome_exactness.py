@@ -78,6 +78,7 @@ def test_float32(name):
     assert_exact(FAMILIES[name](3, 32, 4, dtype=torch.float32), [INJECTION, FORCING], (0,), bounds=SINGLE, **SHORT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("facts", [FULL[::2], FULL[1::2]], ids=["start, end, one token", "middle, only, many tokens"])
 def test_every_problem_and_place_of_the_subject(model, facts, problem):
@@ -114,6 +115,7 @@ def test_contexts_with_special_tokens(model):
         assert_rome(edit, plain(model, moments, edit, FEW_STEPS, tokenizer=tokenizer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "hparams",
     [

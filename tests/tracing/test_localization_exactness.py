@@ -47,6 +47,7 @@ def family(request):
     return FAMILIES[request.param](3, 32, 4, dtype=torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_on_gpt2(model, tokenizer, method):
     states, options = METHODS[method]
@@ -123,7 +124,7 @@ def test_integrated_gradients_on_every_architecture(family, tokenizer):
 
 @pytest.mark.parametrize("target", ["label", "argmax"])
 @pytest.mark.parametrize("tokens", ["all", "subject_last"])
-@pytest.mark.parametrize("baseline", ["zero", "corrupted"])
+@pytest.mark.parametrize("baseline", ["zero", pytest.param("corrupted", marks=pytest.mark.slow)])
 def test_integrated_gradients(model, tokenizer, baseline, tokens, target):
     options = {"steps": 5, "baseline": baseline, "tokens": tokens, "target": target, "samples": 2, "sigma": 0.3}
     table = cc.Tracer(model, tokenizer).integrated_gradients(FEW[1:], **options)
@@ -157,6 +158,7 @@ def test_splitting_changes_nothing(tokenizer, method):
     assert_same(tracer.trace(FEW, states, samples=4, sigma=0.5, **options), whole.to_pylist())
 
 
+@pytest.mark.slow
 def test_splitting_gradients_changes_nothing(tokenizer):
     model = gpt2(3, dtype=torch.float64)
     whole = cc.Tracer(model, tokenizer).integrated_gradients(FEW[:2], steps=5)

@@ -121,6 +121,7 @@ def test_plans_grow_with_the_study(tracer):
     assert plan().passes >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [1.0, 1.1, 2.0])
 def test_predicted_peaks_stay_within_the_budget(model, tokenizer, share):
     budget = int(share * smallest_budget(model, tokenizer, FACTS, **OPTIONS))

@@ -47,6 +47,7 @@ def test_facts_of_one_shape(model, tokenizer, target):
     assert len({row["p_corrupted"] for row in rows}) == len(facts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_windows(kind, tokenizer):
     """Windows of all sizes, up to larger than the model, in one call."""
@@ -105,6 +106,7 @@ def test_tokens_before_the_subject_carry_the_corrupted_probability(model, tokeni
     assert all(row["p_patched"] == row["p_corrupted"] for row in before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
