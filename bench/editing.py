@@ -27,10 +27,10 @@ from report import RESULTS, Growing, editing, environment
 from workload import DATA, SHAPES, describe_prompts, gpt2
 
 from causalcone import Editor, Fact
+from causalcone.engine.compute import as_dtype
 from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.models import read_architecture
-from causalcone.engine.run.session import as_dtype
 from causalcone.runners.demo.model import demo_model, demo_world
 
 SCORING = "scoring of ROME's edits"

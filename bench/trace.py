@@ -18,7 +18,7 @@ from studies import Tracing
 from workload import SHAPES, describe_prompts, gpt2, prompts, random_model
 
 from causalcone import Tracer
-from causalcone.engine.run.session import as_dtype
+from causalcone.engine.compute import as_dtype
 
 
 def main() -> None:

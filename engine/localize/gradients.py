@@ -91,7 +91,7 @@ class IntegratedGradients:
         experiment = Experiment(bases, np.empty(0, dtype=np.int64), Overwrites.none(), captures=captures)
         shape = Shape(len(fact.tokens), fact.span if self.noise else (0, 0), (target_tokens(fact),))
         case = Trial(fact.fact.id, (fact.tokens,), fact.target, shape, experiment)
-        ((_, result),) = self.session.results(self.session.job([case], self._samples, self.noise))
+        ((_, result),) = self.session.run([case], self._samples, self.noise)
         clean = result.states[:1, :states].double()
         return clean, result.states[:, states:].double() if self.noise else torch.zeros_like(clean)
 
@@ -128,7 +128,7 @@ class IntegratedGradients:
         """Each state set to its vectors (points, hidden), in a run of its own."""
         shape = Shape(len(fact.tokens), (0, 0), (target_tokens(fact),))
         case = Trial(fact.fact.id, (fact.tokens,), fact.target, shape, runs_along(at), vectors)
-        ((_, result),) = self.session.results(self.session.job([case], len(vectors[0]), gradient=True))
+        ((_, result),) = self.session.run([case], len(vectors[0]), gradient=True)
         return result
 
 

@@ -12,40 +12,9 @@ from causalcone.engine.localize.branches import TOGETHER, TraceGrid
 from causalcone.engine.localize.gradients import Attribution
 from causalcone.engine.localize.states import State
 from causalcone.engine.plan.interventions import CLEAN, CORRUPTED, SITES
+from causalcone.engine.schemas import GRADIENT_SCHEMA, TRACE_SCHEMA
 
 pa.array([])  # loads pandas, where it is installed: better with the other imports than in the middle of a trace
-
-TRACE_SCHEMA = pa.schema(
-    [
-        ("fact_id", pa.string()),
-        ("method", pa.string()),
-        ("kind", pa.string()),
-        ("window", pa.int32()),
-        ("layer", pa.int32()),
-        ("token", pa.int32()),
-        ("token_text", pa.string()),
-        ("subject_start", pa.int32()),
-        ("subject_end", pa.int32()),
-        ("prompt_tokens", pa.int32()),
-        ("p_clean", pa.float64()),
-        ("p_corrupted", pa.float64()),
-        ("p_patched", pa.float64()),
-        ("p_patched_sd", pa.float64()),
-    ]
-)
-
-
-GRADIENT_SCHEMA = pa.schema(
-    [
-        ("fact_id", pa.string()),
-        ("kind", pa.string()),
-        ("layer", pa.int32()),
-        ("token", pa.int32()),
-        ("norm", pa.float64()),
-        ("total", pa.float64()),
-        ("gap", pa.float64()),
-    ]
-)
 
 
 def gradient_batch(fact_id: str, attribution: Attribution) -> pa.RecordBatch:

@@ -9,6 +9,7 @@ from typing import Any, Unpack
 import pyarrow as pa
 import torch
 
+from causalcone.engine.compute import Compute
 from causalcone.engine.errors import ExperimentError, ModelError
 from causalcone.engine.facts import EncodedFact, Fact, token_texts
 from causalcone.engine.localize.branches import TraceGrid, check_tokens, choose_tokens
@@ -28,14 +29,13 @@ from causalcone.engine.localize.options import (
 )
 from causalcone.engine.localize.patching import Patching, Prompt, PromptResult, Read, Runs, as_runs
 from causalcone.engine.localize.states import KINDS, State, States, as_states
-from causalcone.engine.localize.tables import GRADIENT_SCHEMA, TRACE_SCHEMA, gradient_batch, trace_batch
+from causalcone.engine.localize.tables import gradient_batch, trace_batch
 from causalcone.engine.noise import SCALED_NOISES, Noise, NoiseStream, parse_sigma
 from causalcone.engine.plan.cost import forward_flops
-from causalcone.engine.run.runner import PassRunner
-from causalcone.engine.run.session import Session, load_model, stream_model
-
-WEIGHTS = ("resident", "stream")
-"""Where a model's weights are: on the device, or in their files, from which every pass reads them."""
+from causalcone.engine.run.loading import Weights, open_session
+from causalcone.engine.run.runner import Trial
+from causalcone.engine.run.session import Session
+from causalcone.engine.schemas import GRADIENT_SCHEMA, TRACE_SCHEMA
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,15 @@ class TracePlan:
 
 @dataclass(frozen=True)
 class _TraceRun:
-    """Facts with what runs for each, and how their results become a table."""
+    """Facts with what runs for each, with how many samples of which noise, and how results become a table."""
 
-    job: PassRunner
     facts: list[EncodedFact]
-    branches: list[TraceGrid]
+    trials: list[Trial]
+    grids: list[TraceGrid]
     states: tuple[State, ...]
     method: str
+    samples: int = 1
+    noise: NoiseStream | None = None
 
 
 class Tracer:
@@ -94,7 +96,14 @@ class Tracer:
         kernels: str | None = None,
         tf32: bool = False,
     ) -> None:
-        self.session = Session(model, tokenizer, dtype, device, memory, kernels, tf32=tf32)
+        self.session = Session(model, tokenizer, Compute.of(dtype, device, memory, kernels, tf32))
+
+    @classmethod
+    def on(cls, session: Session) -> Tracer:
+        """A tracer on a session, which others may share."""
+        tracer = cls.__new__(cls)
+        tracer.session = session
+        return tracer
 
     @classmethod
     def from_pretrained(
@@ -103,7 +112,7 @@ class Tracer:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         memory: int | str | None = None,
-        weights: str = "resident",
+        weights: Weights = "resident",
         kernels: str | None = None,
         tf32: bool = False,
     ) -> Tracer:
@@ -113,12 +122,7 @@ class Tracer:
         layer by layer, anew in every pass, for models that are larger than the device. Two layers count as part of
         ``memory`` then, and integrated gradients are refused.
         """
-        check_weights(weights)
-        if weights == "resident":
-            return cls(*load_model(path, dtype, device), memory=memory, kernels=kernels, tf32=tf32)
-        tracer = cls.__new__(cls)
-        tracer.session = stream_model(path, dtype, device, memory, kernels, tf32)
-        return tracer
+        return cls.on(open_session(path, Compute.of(dtype, device, memory, kernels, tf32), weights))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -179,7 +183,7 @@ class Tracer:
         """What ``trace`` with these arguments would compute; nothing is computed."""
         study = self._tracing(facts, states, on_error, options)
         passes = peak = rows = flops = attention_flops = 0
-        for bytes_needed, costs in self.session.costs(study.job):
+        for bytes_needed, costs in self.session.costs(study.trials, study.samples, study.noise):
             passes += 1
             peak = max(peak, bytes_needed)
             rows += sum(own.rows for own in costs)
@@ -187,10 +191,8 @@ class Tracer:
             attention_flops += sum(own.attention_flops for own in costs)
         forwards = 2 if study.method != "restore" else 1
         naive = sum(
-            (1 + study.job.samples)
-            * (1 + forwards * len(branches.run))
-            * forward_flops(self.session.sizes, len(fact.tokens))
-            for fact, branches in zip(study.facts, study.branches, strict=True)
+            (1 + study.samples) * (1 + forwards * len(grid.run)) * forward_flops(self.session.sizes, len(fact.tokens))
+            for fact, grid in zip(study.facts, study.grids, strict=True)
         )
         read = self.session.architecture.read_bytes
         return TracePlan(len(study.facts), passes, rows, flops, attention_flops, naive, peak, read)
@@ -230,9 +232,9 @@ class Tracer:
         parsed, chosen = as_states(states, self.session.sizes.heads), check_tokens(tokens)
         encoded = self._encode(facts, target, chosen, on_error)
         zeroing = Zeroing(parsed, chosen, self.session.sizes.depth)
-        cases = [zeroing.case(fact) for fact in encoded]
-        job = self.session.job([case for case, _ in cases])
-        return self._batches(_TraceRun(job, encoded, [branches for _, branches in cases], parsed, "zero"), progress)
+        pairs = [zeroing.case(fact) for fact in encoded]
+        trials, grids = [trial for trial, _ in pairs], [grid for _, grid in pairs]
+        return self._batches(_TraceRun(encoded, trials, grids, parsed, "zero"), progress)
 
     def integrated_gradients(
         self,
@@ -307,14 +309,12 @@ class Tracer:
         given, spec = list(prompts), TraceSpec((), samples, sigma, seed, noise=noise)
         patching = Patching(as_runs(interventions), tuple(read), base, spec.corruption, session.sizes, len(given))
         encoded = [patching.encode(prompt, number, session.tokenizer) for number, prompt in enumerate(given)]
-        cases = [patching.case(prompt, number) for number, prompt in enumerate(encoded)]
+        trials = [patching.case(prompt, number) for number, prompt in enumerate(encoded)]
+        noised, stream = 1, None
         if patching.corrupts:
             level = self._sigma(spec.sigma, spec.corruption, [each.own.fact for each in encoded])
-            stream = NoiseStream(spec.corruption, level, seed, samples, session.sizes.hidden)
-            job = session.job(cases, samples, stream)
-        else:
-            job = session.job(cases)
-        return [patching.result(encoded[i], cases[i], result) for i, result in session.results(job)]
+            noised, stream = samples, NoiseStream(spec.corruption, level, seed, samples, session.sizes.hidden)
+        return [patching.result(encoded[i], trials[i], result) for i, result in session.run(trials, noised, stream)]
 
     def noise_level(self, facts: Iterable[Fact], sigma: float | str = DEFAULT_SIGMA, on_error: str = "raise") -> float:
         """The noise level as a number; ``"<k>sd"`` is k standard deviations of these facts' subject embeddings.
@@ -362,10 +362,10 @@ class Tracer:
         encoded = session.encode(list(facts), spec.target, on_error, check)
         sigma = self._sigma(spec.sigma, noise, [each.fact for each in encoded])
         restoring = CausalTracing(spec, session.sizes.depth)
-        cases = [restoring.case(fact, others.get(fact.fact.id)) for fact in encoded]
+        pairs = [restoring.case(fact, others.get(fact.fact.id)) for fact in encoded]
+        trials, grids = [trial for trial, _ in pairs], [grid for _, grid in pairs]
         stream = NoiseStream(noise, sigma, spec.seed, restoring.samples, session.sizes.hidden, restoring.draws)
-        job = session.job([case for case, _ in cases], restoring.samples, stream)
-        return _TraceRun(job, encoded, [branches for _, branches in cases], spec.states, spec.method)
+        return _TraceRun(encoded, trials, grids, spec.states, spec.method, restoring.samples, stream)
 
     def _sigma(self, sigma: float | str, noise: Noise, facts: Sequence[Fact]) -> float:
         """The noise level as a number, where the noise has one; all facts are checked by now."""
@@ -382,10 +382,10 @@ class Tracer:
         total = len(study.facts)
         report = progress or (lambda done, of: None)
         report(0, total)
-        for number, result in self.session.results(study.job):
+        for number, result in self.session.run(study.trials, study.samples, study.noise):
             fact = study.facts[number]
             texts = token_texts(fact.prompt, self.session.tokenizer)
-            yield trace_batch(fact, study.method, study.branches[number], study.states, texts, result.log_p)
+            yield trace_batch(fact, study.method, study.grids[number], study.states, texts, result.log_p)
             report(number + 1, total)
 
 
@@ -396,9 +396,3 @@ def _gradient_batches(
     for done, (fact, attribution) in enumerate(zip(facts, method.of(facts), strict=True), start=1):
         yield gradient_batch(fact.fact.id, attribution)
         progress(done, len(facts))
-
-
-def check_weights(weights: str) -> None:
-    """Raise ``ExperimentError`` where weights are to be at no place that is known."""
-    if weights not in WEIGHTS:
-        raise ExperimentError(f"weights {weights!r} are unknown; choose from {', '.join(WEIGHTS)}")

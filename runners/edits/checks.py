@@ -1,39 +1,39 @@
-"""What is wrong with a request is seen before anything is computed for it."""
+"""Requests are checked before anything is computed for them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from causalcone.engine.edit.methods.objective import EditObjective
-from causalcone.engine.edit.requests.problems import TEXT_TOKENS
+from causalcone.engine.edit.methods.value_search import EditObjective
 from causalcone.engine.edit.requests.prompts import ESSENCE, Encoder
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.scoring.probes import questions_about
+from causalcone.engine.edit.scoring.sampled_texts import TEXT_TOKENS
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.errors import FactError
 from causalcone.engine.run.session import Session
 from causalcone.runners.edits.settings import EditPlan
 from causalcone.runners.inputs.reference_texts import ReferenceTexts
-from causalcone.runners.options import Scoring
+from causalcone.runners.options import ScoringOptions
 
 
 @dataclass(frozen=True)
 class EditChecks:
-    """Raises ``FactError`` for a request that some prompt or text to be used of it is wrong of. contexts: those that
-    prompts are to be put behind, where they are known."""
+    """Raises ``FactError`` if a prompt or text derived from a request cannot be used. contexts: those that are put
+    before prompts, where they are known."""
 
     session: Session
     plan: EditPlan
     contexts: Contexts | None
-    scoring: Scoring
+    scoring: ScoringOptions
     references: ReferenceTexts | None
 
     def __call__(self, request: Request) -> None:
         encoder = Encoder(self.session.tokenizer, self.session.sizes)
         questions_about(request, encoder)
         if self.contexts is not None:
-            for setting in self.plan.of_moments:
-                EditObjective.of([request], encoder, getattr(self.contexts, str(setting.contexts)))
+            for setting in self.plan.of_contexts:
+                EditObjective.of([request], encoder, getattr(self.contexts, str(setting.definition.contexts)))
         if self.scoring.essence:
             self._room(request, len(encoder.prompted(request, ESSENCE).text))
         if self.scoring.generation or self.references is not None:

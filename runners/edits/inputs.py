@@ -14,19 +14,26 @@ from rich.console import Console
 from causalcone.engine.edit.editor import Editor
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.problems import FilteredFacts
-from causalcone.engine.edit.requests.requests import FACT_FORCING, TRACING_REVERSAL, Request
+from causalcone.engine.edit.requests.requests import NOISY, Request
 from causalcone.engine.edit.requests.windows import as_windows
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.engine.run.session import SkippedFacts
 from causalcone.runners.edits.checks import EditChecks
 from causalcone.runners.edits.moments import collected
-from causalcone.runners.edits.settings import EditPlan, plan_of, read_contexts
+from causalcone.runners.edits.settings import EditPlan, parse_layers, plan_of, read_contexts
 from causalcone.runners.edits.study import EditStudy
-from causalcone.runners.inputs.inputs import Inputs, is_demo, noted, open_inputs
+from causalcone.runners.inputs.inputs import Inputs, noted, open_inputs
 from causalcone.runners.inputs.reference_texts import ReferenceTexts, load_reference_texts
-from causalcone.runners.inputs.running_text import RunningText, texts_at
-from causalcone.runners.options import Editing, Output, Scoring, Source
+from causalcone.runners.inputs.running_text import RunningText, open_texts
+from causalcone.runners.options import (
+    EditingOptions,
+    EditMethodOptions,
+    OutputOptions,
+    ScoringOptions,
+    SourceOptions,
+    TextOptions,
+)
 from causalcone.runners.results.folder import refuse_occupied
 
 
@@ -54,10 +61,13 @@ class GivenTexts:
     running: RunningText | None
 
 
-def editing(source: Source, choice: Editing, scoring: Scoring, output: Output) -> PreparedEdits:
+def editing(
+    source: SourceOptions, choice: EditingOptions, scoring: ScoringOptions, output: OutputOptions
+) -> PreparedEdits:
     """The study that the options ask for; moments are collected, if so asked."""
     refuse_occupied(output.out, output.overwrite)
-    plan = plan_of(choice, scoring.aggregate)
+    layers = None if choice.layers is None else parse_layers(choice.layers)
+    plan = plan_of(choice, choice.problem, layers, scoring.aggregate)
     texts = given_texts(choice, plan, scoring)
     inputs = open_inputs(source)
     inputs.check_memory()
@@ -69,7 +79,7 @@ def editing(source: Source, choice: Editing, scoring: Scoring, output: Output) -
     return replace(prepared, study=replace(prepared.study, collected=moments))
 
 
-def given_texts(choice: Editing, plan: EditPlan, scoring: Scoring) -> GivenTexts:
+def given_texts(choice: EditMethodOptions, plan: EditPlan, scoring: ScoringOptions) -> GivenTexts:
     """Read them before the model is; refuses methods without moments."""
     contexts = None if choice.contexts is None else read_contexts(choice.contexts)
     references = None if scoring.references is None else load_reference_texts(scoring.references)
@@ -80,9 +90,9 @@ def prepared_edits(
     editor: Editor,
     moments: Moments | None,
     inputs: Inputs,
-    choice: Editing,
+    choice: EditMethodOptions,
     plan: EditPlan,
-    scoring: Scoring,
+    scoring: ScoringOptions,
     references: ReferenceTexts | None = None,
 ) -> PreparedEdits:
     """The plan made ready with what was read: requests that nothing is wrong with, and what to keep of the options."""
@@ -90,7 +100,7 @@ def prepared_edits(
     filtered: list[str] = []
     with noted(inputs.skipped):
         requests = _requests(editor, inputs, choice, plan, filtered)
-        contexts = editor.contexts if plan.of_moments else None
+        contexts = editor.contexts if plan.of_contexts else None
         checks = EditChecks(editor.session, plan, contexts, scoring, references)
         requests = _checked(requests, inputs, checks)
     _tell(plan, inputs, requests, filtered, scoring)
@@ -108,7 +118,7 @@ def prepared_edits(
         "set": list(choice.changes or ()),
         "moments_given": choice.moments or choice.texts,
         "contexts_given": None if choice.contexts is None else str(choice.contexts),
-        "sigma": editor.sigma if plan.problem in _NOISY else None,
+        "sigma": editor.sigma if plan.problem in NOISY else None,
         "filtered": choice.filtered,
         "facts_filtered": len(filtered),
         "compat": choice.compat,
@@ -119,10 +129,7 @@ def prepared_edits(
     return PreparedEdits(study, given, filtered)
 
 
-_NOISY = (TRACING_REVERSAL, FACT_FORCING)
-
-
-def _running_text(choice: Editing, plan: EditPlan) -> RunningText | None:
+def _running_text(choice: EditMethodOptions, plan: EditPlan) -> RunningText | None:
     """The running text to collect moments over, if so asked; refuses methods without moments."""
     if not plan.of_moments:
         return None
@@ -131,22 +138,18 @@ def _running_text(choice: Editing, plan: EditPlan) -> RunningText | None:
             f"{plan.of_moments[0].method} needs second moments: give --moments with a file of 'causalcone moments', or "
             "--texts to collect them now, one of the two"
         )
-    return None if choice.texts is None else texts_at(choice.texts)
+    return None if choice.texts is None else open_texts(TextOptions(texts=choice.texts))
 
 
-def editor_of(inputs: Inputs, choice: Editing, plan: EditPlan, contexts: Contexts | None) -> Editor:
+def editor_of(inputs: Inputs, choice: EditMethodOptions, plan: EditPlan, contexts: Contexts | None) -> Editor:
     """Without moments yet; the level of the noise is that of all facts of the file."""
-    session = inputs.tracer.session
-    sigma = inputs.noise_level(plan.sigma) if plan.problem in _NOISY else plan.sigma
-    return Editor(
-        session.model, session.tokenizer, contexts=contexts, dtype=session.dtype, device=session.device,
-        memory=inputs.source.memory, sigma=sigma, seed=choice.seed, kernels=session.kernels, tf32=session.tf32,
-    )  # fmt: skip
+    sigma = inputs.noise_level(plan.sigma) if plan.problem in NOISY else plan.sigma
+    return Editor.on(inputs.tracer.session, contexts=contexts, sigma=sigma, seed=choice.seed)
 
 
 def moments_of(
     inputs: Inputs,
-    choice: Editing,
+    choice: EditMethodOptions,
     plan: EditPlan,
     texts: RunningText | None,
     quiet: bool,
@@ -160,15 +163,13 @@ def moments_of(
     if not layers:
         return None
     if texts is not None:
-        return collected(inputs.tracer, texts, layers, Console(), quiet, memory=inputs.source.memory, resume=resume)
-    if is_demo(str(choice.moments)):
-        from causalcone.runners.demo.model import demo_moments
-
-        return demo_moments()
-    return Moments.load(str(choice.moments), layers)
+        return collected(inputs.tracer.session, texts, layers, Console(), quiet, resume=resume)
+    return Moments.load(str(choice.moments_path()), layers)
 
 
-def _requests(editor: Editor, inputs: Inputs, choice: Editing, plan: EditPlan, filtered: list[str]) -> list[Request]:
+def _requests(
+    editor: Editor, inputs: Inputs, choice: EditMethodOptions, plan: EditPlan, filtered: list[str]
+) -> list[Request]:
     """What the problem asks of the facts; why it is not posed for some goes to ``filtered``."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -201,7 +202,7 @@ def _checked(requests: Sequence[Request], inputs: Inputs, check: Callable[[Reque
 
 
 def _tell(
-    plan: EditPlan, inputs: Inputs, requests: Sequence[Request], filtered: Sequence[str], scoring: Scoring
+    plan: EditPlan, inputs: Inputs, requests: Sequence[Request], filtered: Sequence[str], scoring: ScoringOptions
 ) -> None:
     """Which facts are not edited, and which are not scored; an error where none is edited."""
     if filtered:

@@ -11,18 +11,21 @@ from typing import Any
 
 from rich.console import Console
 
+from causalcone.engine.edit.moments.collect import collect
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.errors import ExperimentError
-from causalcone.engine.localize.tracer import Tracer
+from causalcone.engine.run.session import Session
 from causalcone.runners.edits.settings import parse_layers
-from causalcone.runners.inputs.inputs import open_tracer
+from causalcone.runners.inputs.inputs import open_session
 from causalcone.runners.inputs.running_text import RunningText, open_texts
-from causalcone.runners.options import Collecting, Computing, Target, Texts
+from causalcone.runners.options import CollectingOptions, ComputeOptions, MomentsFileOptions, TextOptions
 from causalcone.runners.results.folder import ResultError
 from causalcone.runners.show.progress import shown_progress
 
 
-def collect_to_file(computing: Computing, texts: Texts, choice: Collecting, target: Target) -> str:
+def collect_to_file(
+    computing: ComputeOptions, texts: TextOptions, choice: CollectingOptions, target: MomentsFileOptions
+) -> str:
     """Collect moments into the file ``target.out``; says what is there.
 
     A collection that ends early is kept beside it, or in ``target.resume``, and taken up from there; once the moments
@@ -32,14 +35,12 @@ def collect_to_file(computing: Computing, texts: Texts, choice: Collecting, targ
     layers = None if isinstance(parsed, str) else parsed
     _make_ready(target)
     kept = target.resume or target.out.with_name(f"{target.out.name}.partial")
-    tracer, console = open_tracer(computing), Console()
+    session, console = open_session(computing), Console()
     if kept.exists() and not target.quiet:
         console.print(f"going on with {kept}", highlight=False)
     started = time.monotonic()
-    moments = collected(
-        tracer, text, layers, console, target.quiet,
-        memory=computing.memory, tokens=tokens, length=choice.length, resume=kept,
-    )  # fmt: skip
+    length = choice.length
+    moments = collected(session, text, layers, console, target.quiet, tokens=tokens, length=length, resume=kept)
     moments.save(target.out)
     with suppress(OSError):
         kept.unlink(missing_ok=True)
@@ -48,7 +49,7 @@ def collect_to_file(computing: Computing, texts: Texts, choice: Collecting, targ
     return f"second moments of {len(moments.layers)} layers over {count:,} tokens in {seconds:.1f} s -> {target.out}"
 
 
-def _make_ready(target: Target) -> None:
+def _make_ready(target: MomentsFileOptions) -> None:
     """Refuse a file that cannot be written before hours go into what is to be written there."""
     out, folder = target.out, target.out.parent
     if out.is_dir():
@@ -75,15 +76,11 @@ def _warn_of_few(moments: Moments) -> None:
 
 
 def collected(
-    tracer: Tracer, text: RunningText, layers: Sequence[int] | None, console: Console, quiet: bool, **options: Any
+    session: Session, text: RunningText, layers: Sequence[int] | None, console: Console, quiet: bool, **options: Any
 ) -> Moments:
-    """The moments of a tracer's model; options are those of ``Moments.collect``."""
-    session = tracer.session
+    """The moments of a session's model; options are those of ``Moments.collect``."""
     with shown_progress(console, "second moments", "tokens", quiet) as progress:
-        return Moments.collect(
-            session.model, session.tokenizer, text.texts, layers,
-            source=text.source, dtype=session.dtype, device=session.device, progress=progress, **options,
-        )  # fmt: skip
+        return Moments(*collect(session, text.texts, layers, source=text.source, progress=progress, **options))
 
 
 def _tokens(tokens: str | None) -> int | str | None:

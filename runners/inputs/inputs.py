@@ -6,20 +6,19 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import transformers
 
+from causalcone.engine.compute import Compute, as_dtype
 from causalcone.engine.errors import FactError
 from causalcone.engine.facts import Fact
-from causalcone.engine.localize.tracer import Tracer, check_weights
-from causalcone.engine.run.session import SkippedFacts, as_dtype
+from causalcone.engine.localize.tracer import Tracer
+from causalcone.engine.run import loading
+from causalcone.engine.run.session import Session, SkippedFacts
 from causalcone.runners.facts.files import SkippedRecords, load_facts
-from causalcone.runners.options import Computing, Passing, Source, StreamableSource
-
-DEMO = "demo"
+from causalcone.runners.options import ComputeOptions, PassOptions, SourceOptions, StreamableSourceOptions
 
 Started = TypeVar("Started")
 
@@ -32,7 +31,7 @@ class Inputs:
     and facts were left out.
     """
 
-    source: Source
+    source: SourceOptions
     tracer: Tracer
     every: list[Fact]
     on_error: Literal["raise", "skip"]
@@ -73,24 +72,24 @@ class Inputs:
             "device": str(self.tracer.device),
             "kernels": vars(self.tracer.session.backends),
             "tf32": self.source.tf32,
-            **({"weights": self.source.weights} if isinstance(self.source, StreamableSource) else {}),
+            **({"weights": self.source.weights} if isinstance(self.source, StreamableSourceOptions) else {}),
             "limit": self.source.limit,
             "on_error": self.on_error,
             "skipped": self.skipped,
         }
 
 
-def open_inputs(source: Source) -> Inputs:
+def open_inputs(source: SourceOptions) -> Inputs:
     """Read the facts, then the model."""
     on_error: Literal["raise", "skip"] = "skip" if source.skip_bad_facts else "raise"
     if source.dtype is not None:
         as_dtype(source.dtype)
-    if isinstance(source, StreamableSource):
-        check_weights(source.weights)
+    if isinstance(source, StreamableSourceOptions):
+        loading.check_weights(source.weights)
     skipped: list[str] = []
     with noted(skipped):
-        facts = _demo_facts() if is_demo(source.facts) else load_facts(source.facts, on_error=on_error)
-    return Inputs(source, open_tracer(source), facts, on_error, skipped)
+        facts = load_facts(source.facts_path(), on_error=on_error)
+    return Inputs(source, Tracer.on(open_session(source)), facts, on_error, skipped)
 
 
 @contextmanager
@@ -114,29 +113,11 @@ def noted(skipped: list[str]) -> Iterator[list[str]]:
         skipped += [reason for reason in now if reason not in skipped]
 
 
-def open_tracer(source: Source | Computing) -> Tracer:
-    """A tracer for the model, read now."""
+def open_session(source: SourceOptions | ComputeOptions) -> Session:
+    """A session on the model, read now; it is computed with in the way that the options say."""
     transformers.utils.logging.disable_progress_bar()
     device = source.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options: dict[str, Any] = {"dtype": source.dtype, "device": device, "memory": source.memory}
-    if isinstance(source, Source | Passing):
-        options |= {"kernels": source.kernels, "tf32": source.tf32}
-    weights = source.weights if isinstance(source, StreamableSource) else "resident"
-    if is_demo(source.model):
-        from causalcone.runners.demo.model import demo_folder, demo_model
-
-        if weights == "resident":
-            return Tracer(*demo_model(), **options)
-        return Tracer.from_pretrained(str(demo_folder()), weights=weights, **options)
-    return Tracer.from_pretrained(source.model, weights=weights, **options)
-
-
-def _demo_facts() -> list[Fact]:
-    from causalcone.runners.demo.model import demo_world
-
-    return demo_world().facts
-
-
-def is_demo(name: str) -> bool:
-    """Whether the demo model or its world is meant, and no file of that name."""
-    return name == DEMO and not Path(name).exists()
+    kernels, tf32 = (source.kernels, source.tf32) if isinstance(source, SourceOptions | PassOptions) else (None, False)
+    compute = Compute.of(source.dtype, device, source.memory, kernels, tf32)
+    weights = source.weights if isinstance(source, StreamableSourceOptions) else "resident"
+    return loading.open_session(source.model_path(), compute, weights)

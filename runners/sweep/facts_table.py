@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from causalcone.engine.facts import Fact
+from causalcone.engine.schemas import FACT_SCHEMA, FILTER_SCHEMA
 from causalcone.runners.results.store import Store
 from causalcone.runners.sweep.config import Sweep
 from causalcone.runners.sweep.units import FILTER, Chosen, Unit, filter_stage
@@ -16,32 +17,6 @@ from causalcone.runners.sweep.units import FILTER, Chosen, Unit, filter_stage
 FACTS = "facts.parquet"
 
 _TEXTS = ("prompt", "subject", "target_true", "target_new", "relation_id")
-
-FACT_SCHEMA = pa.schema(
-    [
-        ("fact_id", pa.string()),
-        *((name, pa.string()) for name in _TEXTS),
-        ("paraphrase_prompts", pa.int32()),
-        ("neighborhood_prompts", pa.int32()),
-        ("fact", pa.string()),
-        ("said", pa.string()),
-        ("completes", pa.bool_()),
-        ("argmax", pa.bool_()),
-        ("p_true", pa.float64()),
-    ]
-)
-"""Facts, how many evaluation prompts they have, and all of them as JSON; what the filter finds (``said`` to ``p_true``)
-is null until it has been through, and where nobody asked for it."""
-
-FILTER_SCHEMA = pa.schema(
-    [
-        ("fact_id", pa.string()),
-        ("said", pa.string()),
-        ("completes", pa.bool_()),
-        ("argmax", pa.bool_()),
-        ("p_true", pa.float64()),
-    ]
-)
 
 
 def fact_table(facts: Sequence[Fact], filtered: pa.Table | None = None) -> pa.Table:

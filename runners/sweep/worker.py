@@ -14,28 +14,37 @@ from tempfile import TemporaryDirectory
 import pyarrow as pa
 
 from causalcone.engine.edit.editor import Editor
+from causalcone.engine.edit.moments.collect import collect
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.requests import ERROR_INJECTION, FACT_AMPLIFICATION, Request
-from causalcone.engine.edit.scoring.tables import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA, edit_batch
+from causalcone.engine.edit.scoring.tables import edit_batch
 from causalcone.engine.edit.texts.contexts import Contexts, sample_contexts
 from causalcone.engine.edit.texts.recall import COMPLETION_TOKENS, answer_probabilities, completes, completions
 from causalcone.engine.errors import CausalconeError
 from causalcone.engine.facts import Fact, encode
-from causalcone.engine.localize.tables import GRADIENT_SCHEMA, TRACE_SCHEMA
 from causalcone.engine.localize.tracer import Tracer
 from causalcone.engine.run.session import SkippedFacts
+from causalcone.engine.schemas import (
+    EDIT_SCHEMA,
+    FILTER_SCHEMA,
+    GRADIENT_SCHEMA,
+    LEFT_OUT_SCHEMA,
+    METRIC_SCHEMA,
+    PROBE_SCHEMA,
+    TRACE_SCHEMA,
+)
 from causalcone.runners.edits.checks import EditChecks
 from causalcone.runners.edits.settings import read_contexts
 from causalcone.runners.inputs.fingerprints import model_fingerprint
-from causalcone.runners.inputs.inputs import is_demo, open_tracer
-from causalcone.runners.inputs.reference_texts import ReferenceTexts, as_reference_texts, load_reference_texts
+from causalcone.runners.inputs.inputs import open_session
+from causalcone.runners.inputs.reference_texts import ReferenceTexts, load_reference_texts
 from causalcone.runners.inputs.running_text import open_texts
-from causalcone.runners.options import Passing, Scoring, Texts
+from causalcone.runners.options import PassOptions, ScoringOptions, TextOptions
 from causalcone.runners.results.store import Store
 from causalcone.runners.sweep import units
 from causalcone.runners.sweep.config import Sweep
-from causalcone.runners.sweep.facts_table import FACTS, FILTER_SCHEMA, chosen, facts_of, left_out_of
-from causalcone.runners.sweep.units import LEFT_OUT_SCHEMA, Unit, edit_layers, moment_layers
+from causalcone.runners.sweep.facts_table import FACTS, chosen, facts_of, left_out_of
+from causalcone.runners.sweep.units import Unit, edit_layers, moment_layers
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ class Worker:
         # error injection asks more of a fact than the other problems, which ask the same
         problem = ERROR_INJECTION if edit is not None and ERROR_INJECTION in edit.problems else FACT_AMPLIFICATION
         checks = None if edit is None else self._checks(edit.problems[0])
-        editor = Editor(session.model, session.tokenizer)
+        editor = Editor.on(session)
         bad = []
         for fact in facts:
             try:
@@ -85,7 +94,7 @@ class Worker:
         edit = self.sweep.edit
         assert edit is not None
         generation = any(map(edit.generates, edit.problems))
-        scoring = Scoring(essence=edit.essence, generation=generation)
+        scoring = ScoringOptions(essence=edit.essence, generation=generation)
         references = self._references if generation else None
         return EditChecks(self.tracer.session, self.sweep.plan(problem), None, scoring, references)
 
@@ -114,12 +123,11 @@ class Worker:
     def tracer(self) -> Tracer:
         sweep = self.sweep
         memory = None if sweep.memory is None else str(sweep.memory)
-        return open_tracer(
-            Passing(
-                model=sweep.model, dtype=sweep.dtype, device=sweep.device, memory=memory, kernels=sweep.kernels,
-                tf32=sweep.tf32,
-            )
+        choice = PassOptions(
+            model=sweep.model, dtype=sweep.dtype, device=sweep.device, memory=memory, kernels=sweep.kernels,
+            tf32=sweep.tf32,
         )  # fmt: skip
+        return Tracer.on(open_session(choice))
 
     @cached_property
     def facts(self) -> list[Fact]:
@@ -132,7 +140,7 @@ class Worker:
     @cached_property
     def _references(self) -> ReferenceTexts | None:
         edit = self.sweep.edit
-        return None if edit is None or edit.references is None else reference_texts(edit.references)
+        return None if edit is None or edit.references is None else load_reference_texts(edit.references_path())
 
     @cached_property
     def _editor(self) -> Editor:
@@ -141,13 +149,10 @@ class Worker:
         if moment_layers(sweep, session.sizes.depth):
             with store.as_file(units.PREPARED[units.MOMENTS]) as file:
                 moments = Moments.load(str(file)).with_ridge(sweep.moments.ridge)
+        if sweep.edit is not None and sweep.plan(sweep.edit.problems[0]).of_contexts:
             contexts = Contexts(**store.read_json(units.PREPARED[units.CONTEXTS]))
         noise = store.read_json(units.PREPARED[units.NOISE])
-        return Editor(
-            session.model, session.tokenizer, moments, contexts, dtype=session.dtype, device=session.device,
-            memory=sweep.memory, sigma=None if noise is None else noise["sigma"], seed=sweep.seed,
-            kernels=session.kernels, tf32=session.tf32,
-        )  # fmt: skip
+        return Editor.on(session, moments, contexts, None if noise is None else noise["sigma"], sweep.seed)
 
     # --- what is prepared once ---
 
@@ -185,20 +190,17 @@ class Worker:
         session, choice, sweep = self.tracer.session, self.sweep.moments, self.sweep
         layers = moment_layers(sweep, session.sizes.depth)
         if choice.file is not None:
-            moments = _given_moments(choice.file, layers)
-            moments.check(session.model, layers)
+            moments = Moments.load(choice.file_path(), layers)
+            moments.check(session.architecture, layers)
         else:
             texts = open_texts(
-                Texts(
+                TextOptions(
                     texts=choice.texts, dataset=choice.dataset, dataset_config=choice.dataset_config,
                     split=choice.split, column=choice.column,
                 )
             )  # fmt: skip
             resume = None if self.store.local is None else str(self.store.local / "moments.partial")
-            moments = Moments.collect(
-                session.model, session.tokenizer, texts.texts, layers, choice.tokens, source=texts.source,
-                dtype=session.dtype, device=session.device, memory=sweep.memory, resume=resume,
-            )  # fmt: skip
+            moments = Moments(*collect(session, texts.texts, layers, choice.tokens, source=texts.source, resume=resume))
         for layer in layers:  # what cannot be inverted is to be told now, not of every edit
             moments.with_ridge(choice.ridge).solve(layer, moments.matrix(layer)[:, :1].to(session.device))
         with TemporaryDirectory() as folder:
@@ -319,20 +321,3 @@ def _reasons() -> Iterator[list[str]]:
             reasons += each.message.reasons
         else:
             warnings.warn(each.message, stacklevel=3)
-
-
-def _given_moments(file: str, layers: Sequence[int]) -> Moments:
-    if is_demo(file):
-        from causalcone.runners.demo.model import demo_moments
-
-        return demo_moments()
-    return Moments.load(file, layers)
-
-
-def reference_texts(file: str) -> ReferenceTexts:
-    """Reference texts of a file; of the demo world."""
-    if is_demo(file):
-        from causalcone.runners.demo.model import demo_world
-
-        return as_reference_texts(demo_world().snippets(), "the demo world")
-    return load_reference_texts(file)

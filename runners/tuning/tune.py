@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from causalcone.engine.atomic import replacing
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.windows import as_windows
 from causalcone.runners.edits.inputs import (
@@ -25,17 +26,17 @@ from causalcone.runners.edits.inputs import (
 from causalcone.runners.edits.study import MOMENTS
 from causalcone.runners.inputs.fingerprints import facts_fingerprint, model_fingerprint
 from causalcone.runners.inputs.inputs import Inputs, open_inputs
-from causalcone.runners.options import Output, Scoring, Source, Tuning
+from causalcone.runners.options import OutputOptions, ScoringOptions, SourceOptions, TuningOptions
 from causalcone.runners.results.folder import ResultError, ResultFolder
 from causalcone.runners.tuning.folder import COMPLETE, PARTIAL, PRESET, TABLE, TuningFolder
 from causalcone.runners.tuning.grid import Grid, GridPoint, ProblemGrids, problem_grids
 from causalcone.runners.tuning.results import TrialResult, TuningResult, chosen_preset, told, tuning_table
 
-_UNSCORED = Scoring()
+_UNSCORED = ScoringOptions()
 """Probabilities alone are measured of edits."""
 
 
-def tune(source: Source, choice: Tuning, output: Output, console: Console) -> list[TuningResult]:
+def tune(source: SourceOptions, choice: TuningOptions, output: OutputOptions, console: Console) -> list[TuningResult]:
     """Try what is not tried yet, choose, and write the table, the preset and the record.
 
     Whatever ends it early, settings that are done stay, and the same call goes on. A folder whose tuning is complete is
@@ -44,7 +45,7 @@ def tune(source: Source, choice: Tuning, output: Output, console: Console) -> li
     grids = problem_grids(choice)
     folder = TuningFolder(output.out, _configuration(source, choice, grids), output.overwrite)
     if not folder.holds(grids):
-        texts = given_texts(choice.editing(grids[0].plan.problem), grids[0].plan, _UNSCORED)
+        texts = given_texts(choice, grids[0].plan, _UNSCORED)
         try:
             _Trying(source, choice, output, console, folder, texts).all_of(grids)
         except BaseException:
@@ -57,7 +58,7 @@ def tune(source: Source, choice: Tuning, output: Output, console: Console) -> li
     return _chosen(source, choice, grids, folder)
 
 
-def _configuration(source: Source, choice: Tuning, grids: Sequence[ProblemGrids]) -> dict[str, Any]:
+def _configuration(source: SourceOptions, choice: TuningOptions, grids: Sequence[ProblemGrids]) -> dict[str, Any]:
     """What decides the scores."""
     return {
         "command": "tune",
@@ -82,9 +83,9 @@ def _configuration(source: Source, choice: Tuning, grids: Sequence[ProblemGrids]
 class _Trying:
     """Edits facts with every setting, and scores that, a folder for each."""
 
-    source: Source
-    choice: Tuning
-    output: Output
+    source: SourceOptions
+    choice: TuningOptions
+    output: OutputOptions
     console: Console
     folder: TuningFolder
     texts: GivenTexts
@@ -101,25 +102,23 @@ class _Trying:
         }
         for number, each in enumerate(grids):
             own = replace(inputs, skipped=list(inputs.skipped))
-            editing = self.choice.editing(each.plan.problem)
-            editor = editor_of(own, editing, each.plan, contexts)
+            editor = editor_of(own, self.choice, each.plan, contexts)
             if number == 0:
                 moments = self._moments(inputs, each)
-            prepared = prepared_edits(editor, moments, own, editing, each.plan, _UNSCORED)
+            prepared = prepared_edits(editor, moments, own, self.choice, each.plan, _UNSCORED)
             self.folder.begin(inputs.tracer.session.sizes.depth)
             self._settings_of(each, prepared, fingerprints)
-            contexts = editor.contexts if each.plan.of_moments else contexts
+            contexts = editor.contexts if each.plan.of_contexts else contexts
 
     def _moments(self, inputs: Inputs, grids: ProblemGrids) -> Moments | None:
         """Those given; or collected once, and kept in the folder."""
-        editing = self.choice.editing(grids.plan.problem)
         if self.texts.running is None:
-            return moments_of(inputs, editing, grids.plan, None, self.output.quiet)
+            return moments_of(inputs, self.choice, grids.plan, None, self.output.quiet)
         self.folder.begin(inputs.tracer.session.sizes.depth)
         kept, partial = self.folder.path / MOMENTS, self.folder.path / PARTIAL
         if kept.exists():
             return Moments.load(kept)
-        moments = moments_of(inputs, editing, grids.plan, self.texts.running, self.output.quiet, partial)
+        moments = moments_of(inputs, self.choice, grids.plan, self.texts.running, self.output.quiet, partial)
         assert moments is not None
         moments.save(kept)
         partial.unlink(missing_ok=True)
@@ -150,7 +149,9 @@ class _Trying:
             results.finish(**done.results, filtered=own.filtered)
 
 
-def _chosen(source: Source, choice: Tuning, grids: Sequence[ProblemGrids], folder: TuningFolder) -> list[TuningResult]:
+def _chosen(
+    source: SourceOptions, choice: TuningOptions, grids: Sequence[ProblemGrids], folder: TuningFolder
+) -> list[TuningResult]:
     """Choose from what was tried, and write what is chosen."""
     tuned = []
     for each in grids:
@@ -161,8 +162,8 @@ def _chosen(source: Source, choice: Tuning, grids: Sequence[ProblemGrids], folde
                 warnings.warn(f"{grid}: {tuned[-1].choice.note}", stacklevel=2)
     table = tuning_table(tuned, choice.layer, folder.path)
     try:
-        table.write_parquet(folder.path / f"{TABLE}.tmp")
-        (folder.path / f"{TABLE}.tmp").replace(folder.path / TABLE)
+        with replacing(folder.path / TABLE) as partial:
+            table.write_parquet(partial)
     except OSError as error:
         raise ResultError(
             f"cannot write {folder.path / TABLE}: {error.strerror}; finished settings are kept"

@@ -12,7 +12,7 @@ from rich.console import Console
 
 import causalcone as cc
 from causalcone.analysis import average_indirect_effect, mean_scores, scores, severed_effects, zeroing_curve
-from causalcone.runners.commands import demo
+from causalcone.runners.commands import demo_run as demo
 from causalcone.runners.demo import model as demo_model
 from causalcone.runners.demo.corpus import Packing, running_texts
 from causalcone.runners.demo.model import demo_moments, demo_world

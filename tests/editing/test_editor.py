@@ -36,12 +36,13 @@ from oracles.editing import down_weight
 
 import causalcone as cc
 from causalcone.engine.edit.deltas.delta import Delta
-from causalcone.engine.edit.requests.problems import FilteredFacts, generate_texts
+from causalcone.engine.edit.requests.problems import FilteredFacts
 from causalcone.engine.edit.requests.requests import PROBLEMS
-from causalcone.engine.edit.scoring.tables import METRIC_SCHEMA, PROBE_SCHEMA
+from causalcone.engine.edit.scoring.sampled_texts import generate_texts
 from causalcone.engine.edit.scoring.text_metrics import generation_entropy
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.errors import ExperimentError, FactError
+from causalcone.engine.schemas import METRIC_SCHEMA, PROBE_SCHEMA
 
 ANSWERS = {"start": "CALLE call", "end": " hej", "one token": "hehe", "many tokens": "Calle"}
 """What the model says after the prompts of some facts, in whichever case."""

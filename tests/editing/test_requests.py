@@ -14,11 +14,14 @@ from helpers.tokenizers import TOKENIZERS
 from oracles import requests as oracle_requests
 from oracles.editing import about_subject, target_log_p
 
+from causalcone.engine.compute import Compute
 from causalcone.engine.edit.deltas.apply import applied
 from causalcone.engine.edit.deltas.delta import Delta, LowRank
 from causalcone.engine.edit.requests import problems as request_making
-from causalcone.engine.edit.requests.problems import FilteredFacts, essence_texts, generate_texts, make_requests
+from causalcone.engine.edit.requests.problems import FilteredFacts, make_requests
 from causalcone.engine.edit.requests.requests import PROBLEMS, Request
+from causalcone.engine.edit.scoring import sampled_texts
+from causalcone.engine.edit.scoring.sampled_texts import essence_texts, generate_texts
 from causalcone.engine.edit.texts import contexts
 from causalcone.engine.edit.texts.contexts import Contexts, sample_contexts
 from causalcone.engine.errors import ExperimentError, FactError
@@ -247,7 +250,7 @@ def decoded(monkeypatch):
         return new
 
     original = contexts.continuations
-    for module in (contexts, request_making):
+    for module in (contexts, request_making, sampled_texts):
         monkeypatch.setattr(module, "continuations", continuations)
     return seen
 
@@ -270,7 +273,7 @@ def test_contexts(session, tokenizer, decoded):
 def test_contexts_are_those_of_the_seed(session):
     assert sample_contexts(session, 0) == sample_contexts(session, 0)
     assert sample_contexts(session, 0) != sample_contexts(session, 1)
-    small = Session(session.model, session.tokenizer, memory="2MB")
+    small = Session(session.model, session.tokenizer, Compute.of(memory="2MB"))
     assert sample_contexts(small, 0) == sample_contexts(session, 0)
 
 

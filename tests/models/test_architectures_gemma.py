@@ -6,7 +6,7 @@ from helpers.families import FAMILIES
 from helpers.plain_blocks import MIDS, TOKENS, assert_exact
 
 from causalcone.engine.errors import ModelError
-from causalcone.engine.models import check_supported, read_architecture
+from causalcone.engine.models import family_of, read_architecture
 
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
 LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}
@@ -70,4 +70,4 @@ def test_attention_without_softcap_is_refused():
 
 def test_images_are_refused():
     with pytest.raises(ModelError, match=r"'gemma3' is not supported; supported are: .*gemma3_text"):
-        check_supported("gemma3")
+        family_of("gemma3")

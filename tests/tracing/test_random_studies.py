@@ -2,6 +2,7 @@
 
 import functools
 
+import pytest
 from helpers.budgets import smallest_budget
 from helpers.compare import assert_same
 from helpers.models import gpt2, tokenizer

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from causalcone.engine.edit.moments.files import load_sums, save_sums
-from causalcone.engine.edit.moments.moments import Identity, Moments, key_width
+from causalcone.engine.edit.moments.files import MomentValues, read_sums, write_sums
+from causalcone.engine.edit.moments.identity import Identity, key_width
 from causalcone.engine.edit.runs.layers import Layers
 from causalcone.engine.edit.runs.packed_runs import Runs, Text
 from causalcone.engine.errors import ExperimentError, MemoryBudgetError
@@ -117,7 +117,7 @@ class Checkpoint:
         """Go on from the file, where there is one."""
         if not self.path.exists():
             return
-        by_layer, sums.tokens, sums.ids = load_sums(self.path, self.of)
+        by_layer, sums.tokens, sums.ids = read_sums(self.path, self.of)
         for layer, total in sums.by_layer.items():
             total.copy_(by_layer[layer])
         self.kept = sums.tokens
@@ -126,7 +126,7 @@ class Checkpoint:
         """Write what is new, unless a pass was interrupted midway."""
         if sums.whole and sums.tokens > self.kept:
             begun = time.monotonic()
-            save_sums(sums.by_layer, sums.tokens, sums.ids, self.of, self.path)
+            write_sums(sums.by_layer, sums.tokens, sums.ids, self.of, self.path)
             self.kept = sums.tokens
             now = time.monotonic()
             self.due = now + max(SAVE_EVERY, 10 * (now - begun))
@@ -172,29 +172,24 @@ class Frame:
 
 
 def collect(
-    model: Any,
-    tokenizer: Any,
+    session: Session,
     texts: Iterable[str | Mapping[str, Any]],
-    layers: Sequence[int] | None,
-    tokens: int | str | None,
+    layers: Sequence[int] | None = None,
+    tokens: int | str | None = None,
     *,
-    source: str | None,
-    dtype: torch.dtype | str | None,
-    device: torch.device | str | None,
-    memory: int | str | None,
-    length: int | None,
-    progress: Progress | None,
-    resume: str | Path | None,
-) -> Moments:
-    """As ``Moments.collect``, which says what all this is."""
+    source: str | None = None,
+    length: int | None = None,
+    progress: Progress | None = None,
+    resume: str | Path | None = None,
+) -> MomentValues:
+    """The fields of ``Moments``; as ``Moments.collect``, in full float32 whatever the session computes in."""
     if isinstance(texts, (str, Mapping)):
         raise ExperimentError(f"texts is a {type(texts).__name__}; give a list of texts, or another iterable of them")
-    session = Session(model, tokenizer, dtype, device, memory)
     spec = Spec.of(session, layers, tokens, length)
     frame = Frame.of(session, spec)
     identity = Identity.of(session.architecture, spec.layers)
     sums = Sums({n: torch.zeros(spec.width, spec.width, dtype=torch.float64, device=frame.sums) for n in spec.layers})
-    pieces = first_tokens(pieces_of(texts, tokenizer, spec.length, session.sizes.vocabulary), spec.tokens)
+    pieces = first_tokens(pieces_of(texts, session.tokenizer, spec.length, session.sizes.vocabulary), spec.tokens)
     checkpoint = None
     if resume is not None:
         described = {"choice of layers": spec.layers, "length": spec.length, "dtype": str(session.dtype)}
@@ -212,7 +207,7 @@ def collect(
         warnings.warn(FewTokens(sums.tokens, spec.tokens), stacklevel=3)
     kept = torch.promote_types(session.dtype, torch.float32)
     matrices = {layer: sums.take(layer, kept) for layer in spec.layers}
-    return Moments(matrices, dict.fromkeys(spec.layers, sums.tokens), source, identity)
+    return matrices, dict.fromkeys(spec.layers, sums.tokens), source, identity
 
 
 def _count(
@@ -232,7 +227,7 @@ def _count(
             session.verify(packed[0][:_CHECKED_TOKENS])
             verified = True
         sums.whole = False
-        with session.computing():
+        with session.computing(full=True):
             _run(layers, packed, sums)
         sums.tokens += sum(map(len, packed))
         sums.ids = _checksum(packed, sums.ids)

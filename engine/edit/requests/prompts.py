@@ -10,7 +10,7 @@ import numpy as np
 
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.runs.packed_runs import Text
-from causalcone.engine.errors import ExperimentError, FactError
+from causalcone.engine.errors import FactError
 from causalcone.engine.facts import encode, encode_text
 from causalcone.engine.models.base import Sizes
 
@@ -87,10 +87,3 @@ class Encoder:
             return None, 0
         drawn = np.random.RandomState(NOISE_SEED).randn(samples, span[1] - span[0], self.sizes.hidden)
         return request.sigma * drawn[sample], span[0]
-
-
-def check_contexts(texts: Sequence[str]) -> tuple[str, ...]:
-    """Context texts, none of which may be empty."""
-    if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ExperimentError(f"contexts are {texts!r}; give a list of texts, or None to sample them from the model")
-    return tuple(texts)

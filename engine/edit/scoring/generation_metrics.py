@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from causalcone.engine.edit.methods.edits import Edit
-from causalcone.engine.edit.requests.problems import generate_texts
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.scoring.metrics import Row
+from causalcone.engine.edit.scoring.sampled_texts import generate_texts
 from causalcone.engine.edit.scoring.text_metrics import ReferenceScorer, generation_entropy
 from causalcone.engine.facts import Fact
 from causalcone.engine.run.session import Session

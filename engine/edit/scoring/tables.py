@@ -10,38 +10,7 @@ import pyarrow as pa
 from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.scoring.probes import OTHER, PROMPT_KINDS, TARGET
 from causalcone.engine.edit.scoring.scoring import ProbeResults, Scored
-
-EDIT_SCHEMA = pa.schema(
-    [
-        ("edit_id", pa.string()),
-        ("fact_id", pa.string()),
-        ("problem", pa.string()),
-        ("method", pa.string()),
-        ("layer", pa.int32()),
-        ("window", pa.int32()),
-        ("steps", pa.int32()),
-        ("loss", pa.float64()),
-        ("delta_norm", pa.float64()),
-        ("status", pa.string()),
-        ("reason", pa.string()),
-    ]
-)
-
-PROBE_SCHEMA = pa.schema(
-    [
-        ("edit_id", pa.string()),
-        ("prompt_kind", pa.string()),
-        ("prompt_index", pa.int32()),
-        ("p_pre", pa.float64()),
-        ("p_post", pa.float64()),
-        ("p_pre_other", pa.float64()),
-        ("p_post_other", pa.float64()),
-    ]
-)
-
-METRIC_SCHEMA = pa.schema(
-    [("edit_id", pa.string()), ("metric", pa.string()), ("pre", pa.float64()), ("post", pa.float64())]
-)
+from causalcone.engine.schemas import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA
 
 
 def edit_batch(edits: Iterable[Edit]) -> pa.RecordBatch:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from causalcone.engine.edit.requests.prompts import check_contexts
 from causalcone.engine.edit.runs.decoding import continuations, text_seed
 from causalcone.engine.edit.runs.packed_runs import Text
 from causalcone.engine.errors import ExperimentError
@@ -32,6 +31,13 @@ class Contexts:
     def __post_init__(self) -> None:
         for name in ("rome", "memit"):
             object.__setattr__(self, name, check_contexts(getattr(self, name)))
+
+
+def check_contexts(texts: Sequence[str]) -> tuple[str, ...]:
+    """Context texts, none of which may be empty."""
+    if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ExperimentError(f"contexts are {texts!r}; give a list of texts, or None to sample them from the model")
+    return tuple(texts)
 
 
 @dataclass(frozen=True)

@@ -38,5 +38,4 @@ def answer_probabilities(session: Session, facts: Sequence[EncodedFact]) -> list
     for each in facts:
         shape = Shape(len(each.tokens), (0, 0), (target_tokens(each),))
         cases.append(Trial(each.fact.id, (each.tokens,), each.target, shape, clean))
-    results = session.results(session.job(cases))
-    return [math.exp(result.log_p[0, 0]) for _, result in results]
+    return [math.exp(result.log_p[0, 0]) for _, result in session.run(cases)]

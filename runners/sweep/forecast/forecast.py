@@ -8,9 +8,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from causalcone.engine.compute import as_device, as_dtype
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.models.base import Architecture
-from causalcone.engine.run.session import as_device, as_dtype
 from causalcone.runners.show.forecast import USUAL_EFFICIENCY, matmul_rate
 from causalcone.runners.sweep import units
 from causalcone.runners.sweep.config import Sweep

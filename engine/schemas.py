@@ -1,0 +1,102 @@
+"""Columns of every table of results, as Arrow schemas; docs/results.md says more about them. Probabilities are float64,
+layers and tokens count from 0, columns that do not apply to a row are null."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+_TEXT, _COUNT, _NUMBER, _FLAG = pa.string(), pa.int32(), pa.float64(), pa.bool_()
+
+
+def _schema(**columns: pa.DataType) -> pa.Schema:
+    return pa.schema(list(columns.items()))
+
+
+# One row per restored or zeroed state of a fact.
+TRACE_SCHEMA = _schema(
+    fact_id=_TEXT,
+    method=_TEXT,  # restore, sever_mlp, sever_attn, sever_both or zero
+    kind=_TEXT,  # hidden, mlp, attn or head.N
+    window=_COUNT,  # layers in the window
+    layer=_COUNT,  # its centre
+    token=_COUNT,  # of the prompt; null: several tokens together
+    token_text=_TEXT,
+    subject_start=_COUNT,
+    subject_end=_COUNT,  # exclusive
+    prompt_tokens=_COUNT,
+    p_clean=_NUMBER,
+    p_corrupted=_NUMBER,  # null where there is no corrupted run
+    p_patched=_NUMBER,  # restored or zeroed
+    p_patched_sd=_NUMBER,  # over noise samples, unbiased; null for one sample
+)
+
+# One row per state of a fact: its integrated gradients.
+GRADIENT_SCHEMA = _schema(
+    fact_id=_TEXT,
+    kind=_TEXT,
+    layer=_COUNT,
+    token=_COUNT,
+    norm=_NUMBER,  # L2 norm of the attribution
+    total=_NUMBER,  # its sum
+    gap=_NUMBER,  # the sum less the change of p along the path
+)
+
+# One row per edit.
+EDIT_SCHEMA = _schema(
+    edit_id=_TEXT,
+    fact_id=_TEXT,
+    problem=_TEXT,
+    method=_TEXT,
+    layer=_COUNT,  # centre of the window
+    window=_COUNT,
+    steps=_COUNT,  # that were taken
+    loss=_NUMBER,  # the last; null where it is not finite
+    delta_norm=_NUMBER,  # Frobenius norm of the change
+    status=_TEXT,  # done or failed
+    reason=_TEXT,  # of a failure
+)
+
+# One row per edit and prompt.
+PROBE_SCHEMA = _schema(
+    edit_id=_TEXT,
+    prompt_kind=_TEXT,  # rewrite, paraphrase, neighborhood or attribute
+    prompt_index=_COUNT,
+    p_pre=_NUMBER,  # of the problem's target, before the edit
+    p_post=_NUMBER,  # and after it
+    p_pre_other=_NUMBER,  # of the other target
+    p_post_other=_NUMBER,
+)
+
+# One row per edit and metric, with its values before and after the edit.
+METRIC_SCHEMA = _schema(edit_id=_TEXT, metric=_TEXT, pre=_NUMBER, post=_NUMBER)
+
+# One row per fact that a sweep's filter has seen.
+FILTER_SCHEMA = _schema(
+    fact_id=_TEXT,
+    said=_TEXT,  # 36 greedy tokens
+    completes=_FLAG,  # whether they hold the answer
+    argmax=_FLAG,  # whether the answer is the model's first choice
+    p_true=_NUMBER,
+)
+
+# One row per fact of a sweep; the columns of the filter are null where it has not been.
+FACT_SCHEMA = pa.schema(
+    [
+        *_schema(
+            fact_id=_TEXT,
+            prompt=_TEXT,
+            subject=_TEXT,
+            target_true=_TEXT,
+            target_new=_TEXT,
+            relation_id=_TEXT,
+            paraphrase_prompts=_COUNT,
+            neighborhood_prompts=_COUNT,
+            fact=_TEXT,  # all of it, as JSON
+        ),
+        *list(FILTER_SCHEMA)[1:],
+    ]
+)
+
+# One row per unit of a sweep that failed, and per fact that a unit could not use.
+FAILURE_SCHEMA = _schema(unit=_TEXT, stage=_TEXT, items=_COUNT, reason=_TEXT)
+LEFT_OUT_SCHEMA = _schema(fact_id=_TEXT, unit=_TEXT, reason=_TEXT)
