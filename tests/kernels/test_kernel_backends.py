@@ -85,6 +85,7 @@ def test_a_kernel_that_fails_says_how_to_do_without():
     assert "CAUSALCONE_KERNELS=torch" in raised.value.__notes__[0]
 
 
+@pytest.mark.slow
 def test_the_package_does_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"
