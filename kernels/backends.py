@@ -56,6 +56,9 @@ class Backends:
     """The operations of a pass, each in the form chosen; those of torch define their arguments. ``fuses`` is whether a
     norm of rows of some width costs no trip through memory of its own, in ``gather_normed`` and in ``add_normed``."""
 
+    attention: str = "torch"
+    rows: str = "torch"
+    """The names of the forms: of attention, and of the other operations."""
     attend_rows: Callable[..., None] = row_attention.attend_rows
     gather_normed: Callable[..., Tensor] = gathering.gather_normed
     add_rows: Callable[..., None] = adding.add_rows
@@ -75,6 +78,7 @@ _ATTENTION: dict[str, Callable[..., None]] = {
 _ROWS = {
     "torch": TORCH,
     "triton": Backends(
+        rows="triton",
         gather_normed=FusedOperation("gathering", "gather_normed"),
         add_rows=FusedOperation("adding", "add_rows"),
         add_normed=FusedOperation("adding", "add_normed"),
@@ -87,7 +91,7 @@ _ROWS = {
 
 def backends_of(attention: str, rows: str) -> Backends:
     """Attention in torch, triton or flash, and the other operations in torch or triton."""
-    return replace(_ROWS[rows], attend_rows=_ATTENTION[attention])
+    return replace(_ROWS[rows], attention=attention, attend_rows=_ATTENTION[attention])
 
 
 def choose(device: torch.device, dtype: torch.dtype, kernels: str | None = None) -> Backends:
