@@ -207,23 +207,23 @@ def recall(model, bpe, facts):
     return right / len(facts)
 
 
-@pytest.mark.slow
+@pytest.mark.demo
 def test_recall_of_rewrite_prompts(trained, world):
     assert recall(*trained, world.facts) >= 0.95
 
 
-@pytest.mark.slow
+@pytest.mark.demo
 def test_recall_of_held_out_phrasings(trained, world):
     assert recall(*trained, world.held_out_facts()) >= 0.85
 
 
-@pytest.mark.slow
+@pytest.mark.demo
 def test_what_stands_before_the_prompt_does_not_matter(trained, world):
     facts = [replace(fact, prompt=f"Bread was cheap in those days. {fact.prompt}") for fact in world.facts[::6]]
     assert recall(*trained, facts) >= 0.9
 
 
-@pytest.mark.slow
+@pytest.mark.demo
 def test_demo_model_has_an_early_and_a_late_site(trained, world):
     rows = Tracer(*trained).trace(world.facts[::12], states=(("hidden", 1), ("mlp", 3)), samples=4).to_pandas()
     rows["effect"] = rows["p_patched"] - rows["p_corrupted"]
