@@ -1,4 +1,4 @@
-"""What traces say: tables, token roles, effects and figures. Reads tables only and needs no torch."""
+"""Effects, scores, statistics and figures from tables of results. Reads tables only and needs no torch."""
 
 from __future__ import annotations
 

@@ -26,6 +26,8 @@ Compat = Literal["published"]
 OTHER_LAYERS = 3
 """How many layers besides that of the largest effect may have half of it, where effects are concentrated."""
 
+_LAYER = ["fact_id", *STATE, "layer"]
+_LOOKUP = pl.col("token") == pl.col("subject_end") - 1
 _CELL = [*STATE, "role", "layer"]
 _LEN = pl.len().cast(pl.Int64)  # polars counts in 32 bits, whose squares overflow
 
@@ -84,14 +86,15 @@ def tracing_effects(table: TraceSource, at: At = "max", denominator: Denominator
     """
     one_of("at", at, get_args(At))
     effects = single_tokens(restore_effects(table, denominator))
-    layer = ["fact_id", *STATE, "layer"]
     if at == "max":
         order = effects.sort("fraction_restored", "token", descending=[True, False], nulls_last=True)
-        rows = order.unique(layer, keep="first").with_columns(effect="fraction_restored")
-    else:
-        lookup = effects.filter(pl.col("token") == pl.col("subject_end") - 1)
-        rows = lookup.with_columns(effect="relative_effect")
-    return rows.select(*IDENTITY, "p_clean", "p_corrupted", "effect", "flagged").sort(layer)
+        return _by_layer(order.unique(_LAYER, keep="first"), "fraction_restored")
+    return _by_layer(effects.filter(_LOOKUP), "relative_effect")
+
+
+def _by_layer(rows: pl.DataFrame, column: str) -> pl.DataFrame:
+    """One effect of a fact and layer."""
+    return rows.select(*IDENTITY, "p_clean", "p_corrupted", pl.col(column).alias("effect"), "flagged").sort(_LAYER)
 
 
 def zeroing_effects(table: TraceSource) -> pl.DataFrame:
@@ -102,23 +105,17 @@ def zeroing_effects(table: TraceSource) -> pl.DataFrame:
 
     Returns:
         One row per fact, method, kind, window and layer: these, p_clean, p_zeroed, effect (null where p_clean is 0).
-
-    Raises:
-        TableError: the table cannot be read.
     """
     p_clean, p_zeroed = pl.col("p_clean"), pl.col("p_zeroed")
     zeroed = read_traces(table).filter(pl.col("method") == "zero").rename({"p_patched": "p_zeroed"})
     effect = pl.when(p_clean > 0).then(((p_clean - p_zeroed) / p_clean).clip(0, 1))
-    layer = ["fact_id", *STATE, "layer"]
-    return zeroed.select(*layer, "p_clean", "p_zeroed", effect=effect).sort(layer)
+    return zeroed.select(*_LAYER, "p_clean", "p_zeroed", effect=effect).sort(_LAYER)
 
 
 def absolute_effects(table: TraceSource) -> pl.DataFrame:
     """The absolute effect of each layer at the last subject token, p_patched - p_corrupted (Hase et al. 2023, Fig. 14;
     Meng et al. 2022): one row per fact, method, kind, window and layer, with the columns of ``tracing_effects``."""
-    effects = single_tokens(restore_effects(table))
-    lookup = effects.filter(pl.col("token") == pl.col("subject_end") - 1).with_columns(effect="restore_effect")
-    return lookup.select(*IDENTITY, "p_clean", "p_corrupted", "effect", "flagged").sort("fact_id", *STATE, "layer")
+    return _by_layer(single_tokens(restore_effects(table)).filter(_LOOKUP), "restore_effect")
 
 
 def flagged_facts(table: TraceSource) -> pl.DataFrame:
@@ -129,9 +126,6 @@ def flagged_facts(table: TraceSource) -> pl.DataFrame:
 
     Returns:
         One row per such fact: fact_id, p_clean, p_corrupted.
-
-    Raises:
-        TableError: the table cannot be read.
     """
     facts = read_traces(table).select("fact_id", "p_clean", "p_corrupted").unique(maintain_order=True)
     return facts.filter(pl.col("p_clean") <= pl.col("p_corrupted"))

@@ -3,11 +3,10 @@ integrated gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import polars as pl
 
 from causalcone.analysis.effects import zeroing_effects
+from causalcone.analysis.means import means_over_facts
 from causalcone.analysis.tables.names import words
 from causalcone.analysis.tables.traces import (
     IDENTITY,
@@ -43,7 +42,7 @@ def zeroing_curve(table: TraceSource) -> pl.DataFrame:
         raise TableError(
             "the table holds no zeroed state of a fact with p_clean above 0; Tracer.zero makes such tables"
         )
-    return _means(effects, _LAYER)
+    return _means(effects, "effect")
 
 
 def joint_effects(table: TraceSource) -> pl.DataFrame:
@@ -61,7 +60,7 @@ def joint_effects(table: TraceSource) -> pl.DataFrame:
     traces = read_traces(table).filter(pl.col("method") != "zero", pl.col("token").is_null())
     if traces.is_empty():
         raise TableError("the table holds no tokens restored together; Tracer.trace(joint=True) makes such tables")
-    return _means(traces.with_columns(effect=pl.col("p_patched") - pl.col("p_corrupted")), _LAYER)
+    return _means(traces.with_columns(effect=pl.col("p_patched") - pl.col("p_corrupted")), "effect")
 
 
 def severed_effects(
@@ -102,7 +101,7 @@ def severed_effects(
         missing = "severed" if severed.is_empty() else "plain" if plain.is_empty() else "common"
         raise TableError(f"there are no {missing} states at {at}{_of(fact_id)}; trace both")
     means = (
-        _means(both.rename({name: "effect"}), _LAYER).rename({"effect": name, "standard_error": f"{name}_error"})
+        _means(both, name).rename({"effect": name, "standard_error": f"{name}_error"})
         for name in ("plain", "severed", "difference")
     )
     first, *others = means
@@ -119,9 +118,6 @@ def gradient_norms(table: TraceSource) -> pl.DataFrame:
 
     Returns:
         One row per kind and layer: kind, layer, norm, facts.
-
-    Raises:
-        TableError: the table cannot be read.
     """
     per_fact = read_gradients(table).group_by("kind", "layer", "fact_id").agg(norm=pl.mean("norm"))
     return per_fact.group_by("kind", "layer").agg(norm=pl.mean("norm"), facts=pl.len()).sort("kind", "layer")
@@ -136,9 +132,6 @@ def gradient_summary(table: TraceSource) -> pl.DataFrame:
 
     Returns:
         One row per kind: kind, layer, norm, mean_gap and largest_gap (of |gap|), facts.
-
-    Raises:
-        TableError: the table cannot be read.
     """
     norms = gradient_norms(table).sort("norm", "layer", descending=[True, False]).unique("kind", keep="first")
     gaps = (
@@ -162,12 +155,6 @@ def _effects(rows: pl.DataFrame, role: str, fact_id: str | None, token: int | No
     return rows.select(*IDENTITY, effect=pl.col("p_patched") - pl.col("p_corrupted"))
 
 
-def _means(rows: pl.DataFrame, by: Sequence[str]) -> pl.DataFrame:
-    """Means of ``effect`` over all rows of a group, and their standard errors; a fact's rows are not independent."""
-    per_fact = rows.group_by(*by, "fact_id").agg(total=pl.sum("effect"), rows=pl.len().cast(pl.Float64))
-    total, count, facts = pl.col("total"), pl.col("rows"), pl.col("facts")
-    mean = total.sum() / count.sum()
-    spread = ((total - mean * count) ** 2).sum() / count.sum() ** 2
-    means = per_fact.group_by(by).agg(effect=mean, spread=spread, facts=pl.len().cast(pl.Int64))
-    error = pl.when(facts > 1).then((pl.col("spread") * facts / (facts - 1)).sqrt())
-    return means.select(*by, "effect", standard_error=error, facts="facts").sort(by)
+def _means(rows: pl.DataFrame, column: str) -> pl.DataFrame:
+    means = means_over_facts(rows, _LAYER, column)
+    return means.rename({"mean": "effect"}).drop("n").sort(_LAYER)

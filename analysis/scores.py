@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import polars as pl
 
+from causalcone.analysis.means import means_over_facts
 from causalcone.analysis.tables.edits import (
     checked_metrics,
     checked_probes,
@@ -16,8 +17,9 @@ from causalcone.analysis.tables.edits import (
     read_metrics,
     read_probes,
 )
-from causalcone.analysis.tables.names import ERASURE, PROBLEMS, TOWARDS_NEW, position
+from causalcone.analysis.tables.names import position
 from causalcone.analysis.tables.traces import TableError, TraceSource, one_of
+from causalcone.engine.schemas import ERROR_INJECTION, FACT_ERASURE, PROBLEMS, TRACING_REVERSAL
 
 Aggregate = Literal["first", "mean"]
 
@@ -109,13 +111,13 @@ def _prompt_score() -> pl.Expr:
     recovered = pl.when(pre < 1).then((post - pre) / (1 - pre)).clip(lower_bound=0)
     erased = pl.when(pre > 0).then((pre - post) / pre).clip(lower_bound=0)
     unchanged = 1 - (post - pre).abs() / pl.max_horizontal(pre, 1 - pre)
-    target = pl.when(pl.col("problem") == ERASURE).then(erased).otherwise(recovered)
+    target = pl.when(pl.col("problem") == FACT_ERASURE).then(erased).otherwise(recovered)
     return pl.when(pl.col("prompt_kind") == "neighborhood").then(unchanged).otherwise(target)
 
 
 def _magnitude() -> pl.Expr:
     difference = pl.col("p_post") - pl.col("p_post_other")
-    return pl.when(pl.col("problem").is_in(TOWARDS_NEW)).then(difference).otherwise(-difference)
+    return pl.when(pl.col("problem").is_in([ERROR_INJECTION, TRACING_REVERSAL])).then(difference).otherwise(-difference)
 
 
 def _pick(column: str, kind: str, aggregate: str) -> pl.Expr:
@@ -149,7 +151,7 @@ def mean_scores(scores: pl.DataFrame, by: Sequence[str] = ("problem", "method", 
     missing = [column for column in (*by, "fact_id", *SCORES) if column not in scores.columns]
     if missing or not by:
         raise TableError(f"scores have no columns {', '.join(missing)}" if missing else "by is empty; name a column")
-    means = [_means(scores, by, score).with_columns(score=pl.lit(score)) for score in SCORES]
+    means = [means_over_facts(scores, by, score).with_columns(score=pl.lit(score)) for score in SCORES]
     columns = [*by, "score", "mean", "standard_error", "n"]
     return pl.concat(means).select(columns).sort(by, maintain_order=True)
 
@@ -235,7 +237,7 @@ def _metric_means(edits: TraceSource, metrics: TraceSource, names: Mapping[str, 
         raise TableError(f"no edit that was done has any of the metrics {', '.join(names)}")
     by = [*_GROUP, "metric"]
     sides = [
-        _means(known, by, side).select(
+        means_over_facts(known, by, side).select(
             *by, "n", pl.col("mean").alias(side), (1.96 * pl.col("standard_error")).alias(f"{side}_interval")
         )
         for side in ("pre", "post")
@@ -247,19 +249,6 @@ def _metric_means(edits: TraceSource, metrics: TraceSource, names: Mapping[str, 
 
 def _in_order(means: pl.DataFrame, names: Iterable[str]) -> pl.DataFrame:
     return means.sort(*_GROUP, position("metric", names))
-
-
-def _means(rows: pl.DataFrame, by: Sequence[str], column: str) -> pl.DataFrame:
-    """Mean of a column per group, its standard error with facts taken as independent, and the number of values."""
-    value = pl.col(column)
-    facts_of = rows.group_by({*by, "fact_id"}, maintain_order=True)  # so that sums are the same every time
-    per_fact = facts_of.agg(total=value.sum(), count=value.count().cast(pl.Float64))
-    total, count = pl.col("total"), pl.col("count")
-    n, facts = count.sum(), (count > 0).sum()
-    mean = pl.when(n > 0).then(total.sum() / n)
-    spread = ((total - mean * count) ** 2).sum() / n**2
-    error = pl.when(facts > 1).then((spread * facts / (facts - 1)).sqrt())
-    return per_fact.group_by(by, maintain_order=True).agg(mean=mean, standard_error=error, n=n.cast(pl.Int64))
 
 
 def _some(layers: pl.Series) -> str:

@@ -12,13 +12,12 @@ import polars as pl
 
 from causalcone.analysis.effects import At, Denominator, tracing_effects, zeroing_effects
 from causalcone.analysis.scores import Aggregate, edits_with_effects, mean_scores, scores
-from causalcone.analysis.tables.names import words
+from causalcone.analysis.tables.names import SEVERED, words
 from causalcone.analysis.tables.traces import TableError, scan_folder
 
 State = tuple[str, int]
 
 RESTORED, ZEROED = "traces/restore", "traces/zero"
-SEVERED = {"mlp": "MLP outputs", "attn": "attention outputs", "both": "both outputs"}
 
 
 class Study:

@@ -23,12 +23,11 @@ from causalcone.analysis.papers.inputs import AnalysisInputs, AnalysisOptions
 from causalcone.analysis.papers.tables import Table, answer, paper_tables
 from causalcone.analysis.stats.regressions import GROUP
 from causalcone.analysis.sweep_results import ZEROED, Study
-from causalcone.analysis.tables.names import COLORS, in_order, method_name
+from causalcone.analysis.tables.names import COLORS, SEVERED, in_order, method_name
 from causalcone.analysis.tables.traces import TableError
 
 SCORES = ("rewrite", "paraphrase", "neighborhood", "essence", "overall")
 _PERMUTATION = ("chance", "p_permutation", "permutation_facts", "permutation_diff")
-_SEVERED = ("sever_mlp", "sever_attn", "sever_both")
 
 
 @dataclass(frozen=True)
@@ -202,7 +201,7 @@ def _grids(study: Study, facts: _PageFacts, numbers: _Numbers) -> dict[str, Any]
 
 def _severed(study: Study, facts: _PageFacts, numbers: _Numbers) -> dict[str, Any] | None:
     """p(target) after restoring hidden:1 at the last subject token with modules severed: (facts, parts, layers)."""
-    parts = [name for name in _SEVERED if study.has(f"traces/{name}")]
+    parts = [name for name in map("sever_{}".format, SEVERED) if study.has(f"traces/{name}")]
     if not parts:
         return None
     rows = pl.concat(study.scan(f"traces/{name}").collect() for name in parts)

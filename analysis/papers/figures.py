@@ -15,9 +15,10 @@ from causalcone.analysis.plot.effects import effects_by_window, peak_layers_by_w
 from causalcone.analysis.plot.regressions import r2_bars, scatter_by_layer
 from causalcone.analysis.scores import SCORES, edits_with_effects
 from causalcone.analysis.stats.regressions import GROUP, regressions
-from causalcone.analysis.sweep_results import RESTORED, SEVERED, ZEROED, State, Study
-from causalcone.analysis.tables.names import in_order
+from causalcone.analysis.sweep_results import RESTORED, ZEROED, State, Study
+from causalcone.analysis.tables.names import SEVERED, in_order
 from causalcone.analysis.tables.traces import TableError
+from causalcone.engine.schemas import ERROR_INJECTION, FACT_FORCING
 
 SUFFIXES = (".png", ".pdf")
 MAPS = 6
@@ -136,7 +137,7 @@ def _scatters(inputs: AnalysisInputs, every: bool) -> Iterator[tuple[str, _Draw]
         known = in_order(study.scores.select(GROUP).unique(maintain_order=True)).rows()
     except TableError:  # which the figures of scores raise too
         return
-    rome = ("error_injection", "rome", 1)
+    rome = (ERROR_INJECTION, "rome", 1)
     if rome in known:
         yield "scatter_rewrite", scatter(restored, rome, "rewrite", "tracing effect")
         yield "scatter_overall", scatter(restored, rome, "overall", "tracing effect")
@@ -144,7 +145,7 @@ def _scatters(inputs: AnalysisInputs, every: bool) -> Iterator[tuple[str, _Draw]
         yield "scatter_unscaled", scatter(lambda: inputs.absolute, rome, "rewrite_magnitude", "absolute tracing effect")
         yield "scatter_zeroing_rewrite", scatter(lambda: inputs.zeroed, rome, "rewrite", "zeroing effect")
         yield "scatter_zeroing_overall", scatter(lambda: inputs.zeroed, rome, "overall", "zeroing effect")
-    forced = ("fact_forcing", "finetune", 5)
+    forced = (FACT_FORCING, "finetune", 5)
     if forced in known:
         yield "scatter_fact_forcing", scatter(restored, forced, "rewrite", "tracing effect")
     if every:

@@ -21,6 +21,7 @@ from causalcone.analysis.stats.uncertainty import bootstrap, left_out_layers, pe
 from causalcone.analysis.sweep_results import Study
 from causalcone.analysis.tables.names import in_order, method_name, words
 from causalcone.analysis.tables.traces import TableError
+from causalcone.engine.schemas import ERROR_INJECTION
 
 SCORE_TABLES = {3: "rewrite", 4: "paraphrase", 5: "neighborhood", 6: "overall"}
 
@@ -112,7 +113,7 @@ def _error_table(inputs: AnalysisInputs) -> Table:
     rows = []
     for row in fitted.iter_rows(named=True):
         printed = None
-        if inputs.published is not None and (row["problem"], row["method"]) == ("error_injection", "rome"):
+        if inputs.published is not None and (row["problem"], row["method"]) == (ERROR_INJECTION, "rome"):
             printed = published_errors(inputs.published, row["score"])
         for metric in ("r2", "rmse", "mae"):
             errors = {name: row[name] for name in _KEY} | {"metric": metric}
@@ -172,7 +173,7 @@ def _unscaled(inputs: AnalysisInputs) -> Table:
     correction = inputs.options.correction
     frame = in_order(layer_correlations(inputs.absolute, ["rewrite_magnitude"], correction=correction))
     if inputs.study.published == "hase2023-gptj" and inputs.state == inputs.study.main_state():
-        printed = pl.when(problem="error_injection", method="rome", layer=PUBLISHED_UNSCALED[0])
+        printed = pl.when(problem=ERROR_INJECTION, method="rome", layer=PUBLISHED_UNSCALED[0])
         frame = frame.with_columns(published_correlation=printed.then(pl.lit(PUBLISHED_UNSCALED[1])))
     notes = [
         "rewrite magnitude: p(new target) - p(true target) after the edit, in Tracing Reversal p(target) - p(other "
@@ -267,12 +268,12 @@ def _chance(tables: Sequence[Table], most: dict[str, object]) -> str | None:
     rewrite = frame.filter(pl.col("score") == "rewrite").drop_nulls("p_permutation")
     if rewrite.is_empty():
         return None
-    there = ""
+    chance = ""
     for row in rewrite.filter(**{name: most[name] for name in GROUP}).iter_rows(named=True):
-        there = f"Effects taken from other facts add {row['chance']:z.1%} there by chance"
+        chance = f"Effects taken from other facts add {row['chance']:z.1%} there by chance"
         if row["permutation_facts"] < row["facts"]:
             share = f"{row['permutation_facts']} of {row['facts']} facts"
-            there += f", over the {share} that have all layers, whose own effects add {row['permutation_diff']:z.1%}"
-        there += "; "
+            chance += f", over the {share} that have all layers, whose own effects add {row['permutation_diff']:z.1%}"
+        chance += "; "
     clear = int((rewrite["p_permutation"].to_numpy() < 0.05).sum())
-    return f"{there}in {clear} of {len(rewrite)} cases tracing adds more than that (permutation test, p < 0.05)."
+    return f"{chance}in {clear} of {len(rewrite)} cases tracing adds more than that (permutation test, p < 0.05)."

@@ -6,17 +6,16 @@ from collections.abc import Iterable
 
 import polars as pl
 
-TOWARDS_NEW = ("error_injection", "tracing_reversal")
-"""Problems whose target is the new one, or what the model says with a noised subject."""
-ERASURE = "fact_erasure"
-TOWARDS_TRUE = ("fact_amplification", "fact_forcing")
-PROBLEMS = (*TOWARDS_NEW, ERASURE, *TOWARDS_TRUE)
+from causalcone.engine.schemas import PROBLEMS
 
 METHODS = {"rome": "ROME", "memit": "MEMIT", "memit_joint": "joint MEMIT", "finetune": "FT"}
 """Names of methods in the papers' order; other methods go by the name that tables have, after these."""
 
 _LONG = {**METHODS, "finetune": "fine-tuning"}
 _OF_ONE_LAYER = ("rome",)
+
+SEVERED = {"mlp": "MLP outputs", "attn": "attention outputs", "both": "both outputs"}
+"""Modules that tracing severs: methods are called ``sever_`` and one of these."""
 
 # Okabe and Ito's colours, told apart by all kinds of colour vision.
 COLORS = {
