@@ -23,13 +23,12 @@ from causalcone.engine.edit.requests.prompts import Encoder
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import as_layers, as_windows
 from causalcone.engine.edit.runs.layers import Layers
-from causalcone.engine.edit.scoring.generation_metrics import Generation, References
+from causalcone.engine.edit.scoring.generation_metrics import Generation, References, ReferenceScorer
 from causalcone.engine.edit.scoring.metrics import Row, metrics_of
 from causalcone.engine.edit.scoring.probes import ProbeSet, questions_about
 from causalcone.engine.edit.scoring.sampled_texts import essence_texts
 from causalcone.engine.edit.scoring.scoring import EditScorer, Scored, check_edits
 from causalcone.engine.edit.scoring.tables import metric_batch, probe_batch
-from causalcone.engine.edit.scoring.text_metrics import ReferenceScorer
 from causalcone.engine.edit.texts.contexts import Contexts, check_contexts, sample_contexts
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.facts import Fact, encode
