@@ -25,7 +25,7 @@ from causalcone.engine.edit.requests.windows import as_layers, as_windows
 from causalcone.engine.edit.runs.layers import Layers
 from causalcone.engine.edit.scoring.generation_metrics import Generation, References, ReferenceScorer
 from causalcone.engine.edit.scoring.metrics import Row, metrics_of
-from causalcone.engine.edit.scoring.probes import ProbeSet, questions_about
+from causalcone.engine.edit.scoring.probes import ProbeSet, probes_of
 from causalcone.engine.edit.scoring.sampled_texts import essence_texts
 from causalcone.engine.edit.scoring.scoring import EditScorer, Scored, check_edits
 from causalcone.engine.edit.scoring.tables import metric_batch, probe_batch
@@ -304,10 +304,10 @@ class Editor:
         check_edits(edits, self.session.sizes)
         texts = self._essence_of([edit.request.fact for edit in edits]) if essence else {}
 
-        def ask(edit: Edit) -> ProbeSet:
-            return questions_about(edit.request, self._encoder, texts.get(edit.fact_id, ()))
+        def edit_probes(edit: Edit) -> ProbeSet:
+            return probes_of(edit.request, self._encoder, texts.get(edit.fact_id, ()))
 
-        scored = EditScorer(*self._means(), ask, accuracy).score(edits)
+        scored = EditScorer(*self._means(), edit_probes, accuracy).score(edits)
         yield from each_within(self.session.computing, map(_checked_scores, scored))
 
     def _essence_of(self, facts: Iterable[Fact]) -> dict[str, list[str]]:

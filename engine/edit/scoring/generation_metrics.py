@@ -53,7 +53,7 @@ class ReferenceScorer:
 
     ``corpus`` holds the texts that words are weighed by, in published code all reference texts of a data set: its words
     are the vocabulary, and the fewer of its texts have one, the more it weighs (smoothed inverse document frequency).
-    Words are lower-cased and have at least two letters or digits. Raises ``ExperimentError`` for a corpus without words.
+    Words are lower-cased and have two or more letters or digits. Raises ``ExperimentError`` for a corpus without words.
     """
 
     def __init__(self, corpus: Sequence[str]) -> None:
