@@ -20,12 +20,11 @@ if TYPE_CHECKING:
     from causalcone.engine.edit.scoring.tables import edit_batch
     from causalcone.engine.edit.texts.contexts import Contexts
     from causalcone.engine.errors import CausalconeError
-    from causalcone.engine.facts import Fact
+    from causalcone.engine.facts import Fact, SkippedFacts
     from causalcone.engine.localize.patching import Intervention, Prompt, PromptResult, Read
     from causalcone.engine.localize.states import State
     from causalcone.engine.localize.tracer import TracePlan, Tracer
     from causalcone.engine.noise import Noise
-    from causalcone.engine.run.session import SkippedFacts
     from causalcone.runners.facts.files import load_facts, save_facts
 
     __version__: str
@@ -47,7 +46,7 @@ _HOMES = {
     "PromptResult": "causalcone.engine.localize.patching",
     "Read": "causalcone.engine.localize.patching",
     "RomeHparams": "causalcone.engine.edit.methods.hparams",
-    "SkippedFacts": "causalcone.engine.run.session",
+    "SkippedFacts": "causalcone.engine.facts",
     "State": "causalcone.engine.localize.states",
     "TracePlan": "causalcone.engine.localize.tracer",
     "Tracer": "causalcone.engine.localize.tracer",

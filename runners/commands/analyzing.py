@@ -16,7 +16,7 @@ from causalcone.analysis.papers.tables import Table, paper_tables
 from causalcone.analysis.scores import Aggregate
 from causalcone.analysis.sweep_results import State, Study
 from causalcone.engine.errors import ExperimentError
-from causalcone.engine.localize.states import MOST_HEADS, as_states
+from causalcone.engine.localize.states import HEADS, as_states
 from causalcone.runners.results.folder import ResultError, write_whole
 
 if TYPE_CHECKING:
@@ -94,10 +94,10 @@ def opened(analysis: StudyOptions, mixed: bool = False) -> tuple[Study, Analysis
         _one_of("--compat", analysis.compat, get_args(Compat))
     state: State | None = None
     if analysis.state is not None:
-        states = as_states((analysis.state,), MOST_HEADS)
-        if len(states) > 1:
+        (parsed,) = as_states((analysis.state,))
+        if parsed.kind == HEADS:
             raise ExperimentError(f"--state is {analysis.state!r}; give one state, such as mlp:5 or head.3:1")
-        state = (states[0].kind, states[0].window)
+        state = (parsed.kind, parsed.window)
     choice = AnalysisOptions(
         state, analysis.at, analysis.denominator, not analysis.additive, analysis.draws, mixed,  # type: ignore[arg-type]
         compat=analysis.compat,  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ class EditChecks:
     scoring: ScoringOptions
     references: ReferenceTexts | None
 
-    def __call__(self, request: Request) -> None:
+    def __call__(self, request: Request) -> Request:
         encoder = Encoder(self.session.tokenizer, self.session.sizes)
         questions_about(request, encoder)
         if self.contexts is not None:
@@ -41,6 +41,7 @@ class EditChecks:
                 self._room(request, len(encoder.written(request, prompt)))
         if self.references is not None and request.fact.generation_prompts:
             self.references.of(request.fact)
+        return request
 
     def _room(self, request: Request, tokens: int) -> None:
         limit = min(TEXT_TOKENS, self.session.sizes.positions)
