@@ -34,7 +34,7 @@ docs: $(READY)  ## the pages of docs/ as a site in build/site, with the referenc
 	$(BIN)/pip install -q --no-deps --target build/docs/site build/docs/*.whl
 	$(BIN)/mkdocs build --strict
 
-lint: $(READY)  ## style and spelling
+lint: $(READY)  ## style, spelling, and who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell

@@ -2,50 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
-from functools import wraps
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated
 
-from typer import Option
+from typer import Argument, Option
 
-
-def takes(*groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes the fields of ``groups`` options of a command, which is called with one instance of each group, and with
-    the options of its own, which follow."""
-
-    def flat(command: Callable[..., None]) -> Callable[..., None]:
-        own = list(inspect.signature(command, eval_str=True).parameters.values())[len(groups) :]
-        names = [[each.name for each in fields(group)] for group in groups]
-
-        @wraps(command)
-        def called(**values: Any) -> None:
-            made = [group(**{name: values.pop(name) for name in own}) for group, own in zip(groups, names, strict=True)]
-            command(*made, **values)
-
-        parameters = [parameter for group in groups for parameter in _parameters(group)]
-        parameters += [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        return called
-
-    return flat
-
-
-def _parameters(group: type) -> list[inspect.Parameter]:
-    hints = get_type_hints(group, include_extras=True)
-    return [
-        inspect.Parameter(
-            each.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if each.default is MISSING else each.default,
-            annotation=hints[each.name],
-        )
-        for each in fields(group)
-    ]
-
+from causalcone.runners.demo.files import path_of, title_of
 
 _Model = Annotated[str, Option(help="Model folder or hub id; 'demo' is the embedded demo model.")]
 _Dtype = Annotated[
@@ -71,6 +34,10 @@ class ComputeOptions:
     device: _Device = None
     memory: _Memory = None
 
+    def model_path(self) -> str:
+        """The model's folder or hub id."""
+        return path_of(self.model, "model")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PassOptions(ComputeOptions):
@@ -87,9 +54,11 @@ class SourceOptions:
     model: _Model
     facts: Annotated[
         str,
-        Option(help="File of facts: CounterFact, zsRE or known-facts JSON, or own JSONL; 'demo' is the demo world."),
+        Option(
+            help="File of facts: CounterFact, zsRE, known-facts JSON, or causalcone's JSONL; 'demo' is the demo world."
+        ),
     ]
-    limit: Annotated[int | None, Option(help="Only the first so many facts.", min=1)] = None
+    limit: Annotated[int | None, Option(help="Only the first N facts.", min=1)] = None
     skip_bad_facts: Annotated[bool, Option("--skip-bad-facts", help="List facts that cannot be used and go on.")] = (
         False
     )
@@ -98,6 +67,14 @@ class SourceOptions:
     memory: _Memory = None
     kernels: _Kernels = None
     tf32: _Tf32 = False
+
+    def model_path(self) -> str:
+        """The model's folder or hub id."""
+        return path_of(self.model, "model")
+
+    def facts_path(self) -> str:
+        """The file of facts."""
+        return path_of(self.facts, "facts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +94,7 @@ class StreamableSourceOptions(SourceOptions):
 class TuningSourceOptions(SourceOptions):
     """The model, and the few facts that settings are tuned on."""
 
-    limit: Annotated[int | None, Option(help="Only the first so many facts of the file.", min=1)] = 100
+    limit: Annotated[int | None, Option(help="Only the first N facts of the file.", min=1)] = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,12 +123,12 @@ _TOKENS_HELP = "all, subject_onward, subject, subject_last, last, or indices suc
 
 @dataclass(frozen=True, kw_only=True)
 class TracingOptions:
-    """What is restored, in which corrupted run."""
+    """The states that are restored, and the corrupted run that they are restored in."""
 
     state: Annotated[
         list[str] | None,
         Option(
-            help="What to restore, KIND:WINDOW with kind hidden, mlp, attn, head.N (one head) or heads (each of them); "
+            help="States to restore, KIND:WINDOW with kind hidden, mlp, attn, head.N (one head) or heads (every one); "
             "repeat for several. By default hidden:1, mlp:10 and attn:10; with --sever hidden:1.",
             show_default=False,
         ),
@@ -164,7 +141,10 @@ class TracingOptions:
         Option(help="Hold the token's mlp or attn outputs, or both, at their corrupted values; hidden states only."),
     ] = None
     noise: Annotated[
-        str, Option(help="What corrupts the subject: gaussian, uniform, multivariate, t, or counterfactual (a prompt).")
+        str,
+        Option(
+            help="Noise that corrupts the subject: gaussian, uniform, multivariate, t, or counterfactual (a prompt)."
+        ),
     ] = "gaussian"
     replace_noise: Annotated[
         bool, Option("--replace-noise", help="Put the noise in the embeddings' place; it is added by default.")
@@ -173,7 +153,7 @@ class TracingOptions:
         Path | None, Option(help="Running text, one text a line: multivariate and t noise are like its embeddings.")
     ] = None
     dof: Annotated[float | None, Option(help="Degrees of freedom of t noise, more than 2.")] = None
-    extra_tokens: Annotated[int, Option(help="Corrupt so many tokens behind the subject too.")] = 0
+    extra_tokens: Annotated[int, Option(help="Corrupt the N tokens after the subject too.")] = 0
     compat: Annotated[
         str | None,
         Option(help="'published': severed runs and replacing noise draw and report as the published code does."),
@@ -182,12 +162,12 @@ class TracingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroingOptions:
-    """What is set to zero."""
+    """The states that are set to zero."""
 
     state: Annotated[
         list[str] | None,
         Option(
-            help="What to set to zero, KIND:WINDOW as for trace; repeat for several. By default mlp:5.",
+            help="States to set to zero, KIND:WINDOW as for trace; repeat for several. By default mlp:5.",
             show_default=False,
         ),
     ] = None
@@ -219,7 +199,7 @@ class TextOptions:
         str | None,
         Option(
             help="Running text: a .txt file (a text a line), JSON lines or Parquet (with a column of texts), or a "
-            "folder of such files; 'demo' is what the demo model was trained on."
+            "folder of such files; 'demo' are the demo model's training sentences."
         ),
     ] = None
     dataset: Annotated[
@@ -228,6 +208,14 @@ class TextOptions:
     dataset_config: Annotated[str | None, Option(help="The data set's configuration, such as wikitext-103-v1.")] = None
     split: Annotated[str, Option(help="The data set's split.")] = "train"
     column: Annotated[str, Option(help="The column that holds the texts.")] = "text"
+
+    def texts_path(self) -> str | None:
+        """The file or folder of texts, if no data set is taken instead."""
+        return None if self.texts is None else path_of(self.texts, "texts")
+
+    def texts_title(self) -> str | None:
+        """The name of the texts in results, if it is not that of their file."""
+        return None if self.texts is None else title_of(self.texts, "texts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,7 +243,8 @@ class CollectingOptions:
         Option(help="Tokens to take, or all; by default 10 times the width of the MLP's hidden layer."),
     ] = None
     length: Annotated[
-        int | None, Option(help="Tokens that see each other at most; 512 by default, or what the model has.")
+        int | None,
+        Option(help="Tokens that see each other, at most; 512 by default, or as many positions as the model has."),
     ] = None
 
 
@@ -273,7 +262,7 @@ class EditMethodOptions:
     window: Annotated[
         int | None,
         Option(
-            help="Layers edited together, for methods without their own; by default 5 of MEMIT, 1 of fine-tuning.",
+            help="Layers edited together, for a METHOD without a WINDOW; by default 5 for MEMIT, 1 for fine-tuning.",
             min=1,
         ),
     ] = None
@@ -314,6 +303,10 @@ class EditMethodOptions:
     ] = True
     compat: Annotated[str | None, Option(help="'published': pose problems as the published code does.")] = None
 
+    def moments_path(self) -> str | None:
+        """The file of moments, if they are not to be collected now."""
+        return None if self.moments is None else path_of(self.moments, "moments")
+
 
 _PROBLEM_HELP = "error_injection, tracing_reversal, fact_erasure, fact_amplification or fact_forcing"
 _AGGREGATE_HELP = "first, or mean. By default the preset's, or first."
@@ -335,7 +328,7 @@ class EditingOptions(EditMethodOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TuningOptions(EditMethodOptions):
-    """Which settings are tried, of which edits, and how one is chosen."""
+    """Settings of editing that are tried, and how one is chosen."""
 
     problem: Annotated[
         list[str] | None,
@@ -365,15 +358,10 @@ class TuningOptions(EditMethodOptions):
         None
     )
 
-    def editing(self, problem: str) -> EditingOptions:
-        """The edits of one problem."""
-        shared = {each.name: getattr(self, each.name) for each in fields(EditMethodOptions)}
-        return EditingOptions(**shared, problem=problem, layers=str(self.layer))
-
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringOptions:
-    """What is measured of edited models besides probabilities, and what is kept of them."""
+    """Scores of edited models besides probabilities, and files that are kept of them."""
 
     essence: Annotated[bool, Option("--essence", help="Perplexity of five texts about each subject.")] = False
     accuracy: Annotated[bool, Option("--accuracy", help="Share of the target's tokens that are the likeliest.")] = False
@@ -381,7 +369,7 @@ class ScoringOptions:
         bool, Option("--generation", help="Let edited models write, and measure the entropy of that (slow).")
     ] = False
     references: Annotated[
-        Path | None, Option(help="Attribute snippets (JSON) that what edited models write is compared with.")
+        Path | None, Option(help="Attribute snippets (JSON) to compare the texts of edited models with.")
     ] = None
     aggregate: Annotated[
         str | None,
@@ -391,3 +379,28 @@ class ScoringOptions:
         bool,
         Option("--keep-deltas", help="Keep every edit's change of weights; fine-tuning's are as large as these."),
     ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions:
+    """The folder of a sweep, and how its tables are analysed."""
+
+    folder: Annotated[Path, Argument(metavar="DIR", help="The folder of a sweep, finished or not.")]
+    state: Annotated[
+        str | None,
+        Option(help="Whose tracing effects, such as mlp:5; the first MLP state of the sweep by default."),
+    ] = None
+    at: Annotated[str, Option(help="Effects: max over the prompt's tokens, or at subject_last.")] = "max"
+    denominator: Annotated[str, Option(help="Of restored fractions: p_high (published) or p_clean.")] = "p_high"
+    aggregate: Annotated[
+        str | None,
+        Option(help="Paraphrases and neighbours: first (published) or mean; as the sweep says by default."),
+    ] = None
+    additive: Annotated[
+        bool, Option("--additive", help="Layer and effect without their interaction (published: with it).")
+    ] = False
+    compat: Annotated[
+        str | None,
+        Option(help="published: mean effects by layer are of positive effects only; as the sweep says by default."),
+    ] = None
+    draws: Annotated[int, Option(help="Draws of the bootstrap and the permutation test.", min=100)] = 1000

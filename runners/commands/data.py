@@ -6,10 +6,66 @@ import warnings
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.console import Console
+from typer import Argument, Option
 
-_EXAMPLES = """
+
+def data(
+    source: Annotated[
+        str,
+        Argument(
+            help="File of facts (CounterFact, zsRE or known-facts JSON, or causalcone's JSONL), folder or hub id of a "
+            "data set (needs the package datasets), or 'demo', the demo world."
+        ),
+    ],
+    out: Annotated[Path, Option(help="File for the facts, such as facts.jsonl.")],
+    split: Annotated[str | None, Option(help="The data set's split; train by default.", show_default=False)] = None,
+    dataset_config: Annotated[str | None, Option(help="The data set's configuration.")] = None,
+    limit: Annotated[int | None, Option(help="Only the first N facts.", min=1)] = None,
+    seed: Annotated[int, Option(help="Seed of the false targets that are drawn for zsRE.", min=0, max=2**32 - 1)] = 0,
+    zsre_form: Annotated[
+        str, Option(help="Prompts and targets of zsRE: hase (question and answer), or meng (raw questions).")
+    ] = "hase",
+    skip_bad_facts: Annotated[
+        bool, Option("--skip-bad-facts", help="List facts that cannot be used and write the others.")
+    ] = False,
+    model: Annotated[
+        str | None,
+        Option(help="Check that every fact can be encoded for this model, by its tokenizer and configuration."),
+    ] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the file.")] = False,
+    quiet: Annotated[bool, Option("--quiet", help="No summary.")] = False,
+) -> None:
+    """Convert facts into a fact file of causalcone's own, check every one, and summarize them.
+
+    Writes OUT (JSON lines, one fact a line), which every command takes as --facts. Bad records are listed, and nothing
+    is written then; with --skip-bad-facts the others are.
+    """
+    from causalcone.engine.errors import FactError
+    from causalcone.runners.demo.files import path_of, title_of
+    from causalcone.runners.facts import data as fact_data
+
+    fact_data.refuse_occupied_file(out, overwrite)
+    opened = fact_data.open_records(
+        path_of(source, "facts"), split, dataset_config, seed, zsre_form, title_of(source, "facts")
+    )
+    check = None if model is None else fact_data.encoding_check(path_of(model, "model"))
+    facts, problems = opened.facts(limit, check)
+    if problems:
+        complaint = fact_data.bad_records(opened.place, problems)
+        if not facts:
+            raise FactError(f"{complaint}\nno fact is left, and nothing was written")
+        if not skip_bad_facts:
+            raise FactError(f"{complaint}\nnothing was written; fix them, or leave them out with --skip-bad-facts")
+        warnings.warn(f"{complaint}\nthey were left out", stacklevel=2)
+    fact_data.write_facts(facts, out)
+    if not quiet:
+        for line in (*fact_data.summary(opened.schema, facts), f"{opened.place} -> {out}"):
+            Console().print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+COMMANDS = {
+    data: """
 [bold]Examples[/bold]
 
 causalcone data counterfact.json --out facts.jsonl
@@ -20,63 +76,4 @@ causalcone data zsre_mend_eval.json --zsre-form meng --skip-bad-facts --out zsre
 
 causalcone data demo --out facts.jsonl
 """
-
-
-def add_to(app: typer.Typer) -> None:
-    """Make this a command of the app."""
-    app.command(epilog=_EXAMPLES)(data)
-
-
-def data(
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="File of facts (CounterFact, zsRE or known-facts JSON, or own JSONL), folder or hub id of a data set "
-            "(needs the package datasets), or 'demo', the demo world."
-        ),
-    ],
-    out: Annotated[Path, typer.Option(help="File for the facts, such as facts.jsonl.")],
-    split: Annotated[
-        str | None, typer.Option(help="The data set's split; train by default.", show_default=False)
-    ] = None,
-    dataset_config: Annotated[str | None, typer.Option(help="The data set's configuration.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many facts.", min=1)] = None,
-    seed: Annotated[
-        int, typer.Option(help="Seed of the false targets that are drawn for zsRE.", min=0, max=2**32 - 1)
-    ] = 0,
-    zsre_form: Annotated[
-        str, typer.Option(help="Prompts and targets of zsRE: hase (question and answer), or meng (raw questions).")
-    ] = "hase",
-    skip_bad_facts: Annotated[
-        bool, typer.Option("--skip-bad-facts", help="List facts that cannot be used and write the others.")
-    ] = False,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Check that every fact can be encoded for this model, by its tokenizer and configuration."),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No summary.")] = False,
-) -> None:
-    """Convert facts into a fact file of causalcone's own, check every one, and say what there is.
-
-    Writes OUT (JSON lines, one fact a line), which every command takes as --facts. Bad records are listed, and nothing
-    is written then; with --skip-bad-facts the others are.
-    """
-    from causalcone.engine.errors import FactError
-    from causalcone.runners.facts import data as fact_data
-
-    fact_data.refuse_occupied_file(out, overwrite)
-    opened = fact_data.open_records(source, split, dataset_config, seed, zsre_form)
-    check = None if model is None else fact_data.encoding_check(model)
-    facts, problems = opened.facts(limit, check)
-    if problems:
-        said = fact_data.bad_records(opened.place, problems)
-        if not facts:
-            raise FactError(f"{said}\nno fact is left, and nothing was written")
-        if not skip_bad_facts:
-            raise FactError(f"{said}\nnothing was written; mend them, or leave them out with --skip-bad-facts")
-        warnings.warn(f"{said}\nthey were left out", stacklevel=2)
-    fact_data.write_facts(facts, out)
-    if not quiet:
-        for line in (*fact_data.summary(opened.schema, facts), f"{opened.place} -> {out}"):
-            Console().print(line, highlight=False, markup=False, soft_wrap=True)
+}

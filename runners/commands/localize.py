@@ -1,139 +1,157 @@
-"""The studies that the command line offers, made from its options; all is checked, and nothing computed yet."""
+"""The commands that localize facts: ``trace``, ``plan``, ``zero`` and ``gradients``.
+
+Commands import what they need when they run, so that help is there at once.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
-from causalcone.engine.errors import ExperimentError
-from causalcone.engine.localize.gradients import GradientRun
-from causalcone.engine.localize.options import DEFAULT_STATES, GradientSpec, TraceSpec, ZeroSpec
-from causalcone.engine.localize.states import KINDS, as_states
-from causalcone.engine.localize.trace_run import TracePlan, TraceRun
-from causalcone.engine.noise import SCALED_NOISES, Noise, TextNoise
-from causalcone.engine.schemas import GRADIENT_SCHEMA, TRACE_SCHEMA
-from causalcone.runners.facts.files import read_text
-from causalcone.runners.inputs.inputs import Inputs, open_inputs
+from rich.console import Console
+from typer import Option
+
+from causalcone.runners.commands.shared import open_results, show, takes
 from causalcone.runners.options import (
     IntegrationOptions,
+    OutputOptions,
     SamplingOptions,
     SourceOptions,
+    StreamableSourceOptions,
     TracingOptions,
     ZeroingOptions,
 )
-from causalcone.runners.results.table_run import TableRun
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A study ready to be carried out, and the configuration to keep beside its results."""
+@takes(StreamableSourceOptions, OutputOptions, TracingOptions, SamplingOptions)
+def trace(
+    source: StreamableSourceOptions,
+    output: OutputOptions,
+    tracing: TracingOptions,
+    sampling: SamplingOptions,
+    plot: Annotated[int, Option(help="Draw heat maps of the first N facts, and averages.", min=0)] = 0,
+) -> None:
+    """Trace facts: restore one window of layers at a time in noise-corrupted runs, and see what brings the answer back.
 
-    inputs: Inputs
-    study: TableRun
-    configuration: dict[str, Any]
+    Writes OUT/traces (Parquet, one row per fact, state, layer and token) and OUT/run.json.
+    """
+    from causalcone.analysis.effects import average_indirect_effect
+    from causalcone.analysis.layer_effects import joint_effects
+    from causalcone.runners.commands.localize_runs import prepare_tracing
+    from causalcone.runners.show.figures import draw_traces
+    from causalcone.runners.show.tables import effect_tables, layer_tables
 
-
-def tracing(source: SourceOptions, choice: TracingOptions, sampling: SamplingOptions) -> Prepared:
-    """Causal tracing, plain or severed."""
-    spec = _trace_spec(choice, sampling)
-    inputs = open_inputs(source)
-    run = inputs.used(TraceRun.tracing(inputs.session, inputs.every, spec, inputs.on_error, source.limit))
-    noise: dict[str, Any] = {"replace_noise": choice.replace_noise, "dof": choice.dof}
-    noise |= {"sigma_given": sampling.sigma} if spec.noise.kind in SCALED_NOISES else {"sigma": None}
-    if isinstance(spec.noise, TextNoise):
-        digest = hashlib.sha256("\n".join(spec.noise.texts).encode()).hexdigest()
-        noise |= {"noise_texts": str(choice.noise_texts), "noise_texts_sha256": digest}
-    table = TableRun("tracing", "traces", TRACE_SCHEMA, len(run.facts), run.batches())
-    return _prepared("trace", inputs, table, {**run.spec.configuration, **noise})
-
-
-def tracing_plan(source: SourceOptions, choice: TracingOptions, sampling: SamplingOptions) -> tuple[Inputs, TracePlan]:
-    """What that would take."""
-    spec = _trace_spec(choice, sampling)
-    inputs = open_inputs(source)
-    run = inputs.used(TraceRun.tracing(inputs.session, inputs.every, spec, inputs.on_error, source.limit))
-    return inputs, run.plan()
-
-
-def zeroing(source: SourceOptions, choice: ZeroingOptions) -> Prepared:
-    """Representation zeroing."""
-    spec = ZeroSpec(
-        states=as_states(choice.state or ["mlp:5"]),
-        target=choice.target,  # type: ignore[arg-type]
-        tokens=parse_tokens(choice.tokens),
-    )
-    inputs = open_inputs(source)
-    run = inputs.used(TraceRun.zeroing(inputs.session, inputs.facts, spec, inputs.on_error))
-    table = TableRun("zeroing", "traces", TRACE_SCHEMA, len(run.facts), run.batches())
-    return _prepared("zero", inputs, table, run.spec.configuration)
+    prepared = prepare_tracing(source, tracing, sampling)
+    with open_results(output, prepared.configuration, "traces") as folder:
+        done = prepared.run.carry_out(folder, Console(), output.quiet, keep=plot)
+        figures = draw_traces(output.out, done.first, tracing.joint) if plot else []
+    folder.finish(**done.results)
+    if output.quiet:
+        return
+    if tracing.joint:
+        tables = layer_tables(joint_effects(done.path), "Effect of restoring tokens together")
+    else:
+        tables = effect_tables(average_indirect_effect(done.path))
+    show(tables, done.sentence(), figures)
 
 
-def gradients(source: SourceOptions, choice: IntegrationOptions, sampling: SamplingOptions) -> Prepared:
-    """Integrated gradients."""
-    spec = GradientSpec(
-        kinds=tuple(choice.kind or KINDS),
-        steps=choice.steps,
-        baseline=choice.baseline,  # type: ignore[arg-type]
-        target=choice.target,  # type: ignore[arg-type]
-        tokens=parse_tokens(choice.tokens),
-        **vars(sampling),
-    )
-    if choice.baseline == "zero" and sampling != SamplingOptions():
-        raise ExperimentError("samples, sigma and seed are of the corrupted run; they go with --baseline corrupted")
-    inputs = open_inputs(source)
-    run = inputs.used(GradientRun.of(inputs.session, inputs.every, spec, inputs.on_error, source.limit))
-    noise: dict[str, Any] = {"samples": None, "sigma": None, "seed": None}
-    if spec.baseline == "corrupted":
-        noise = {"sigma_given": sampling.sigma}
-    table = TableRun("integrating gradients", "gradients", GRADIENT_SCHEMA, len(run.facts), run.batches())
-    return _prepared("gradients", inputs, table, {**run.spec.configuration, **noise})
+@takes(StreamableSourceOptions, TracingOptions, SamplingOptions)
+def plan(source: StreamableSourceOptions, tracing: TracingOptions, sampling: SamplingOptions) -> None:
+    """Show what tracing would take: passes, rows, operations, memory and time; no fact is computed."""
+    from causalcone.runners.commands.localize_runs import tracing_plan
+    from causalcone.runners.show.forecast import forecast_table
+
+    inputs, planned = tracing_plan(source, tracing, sampling)
+    Console().print(forecast_table(inputs.tracer, planned))
 
 
-def parse_tokens(tokens: str) -> str | tuple[int, ...]:
-    """Indices, or the name of a choice."""
-    try:
-        return tuple(int(index) for index in tokens.split(","))
-    except ValueError:
-        return tokens
+@takes(StreamableSourceOptions, OutputOptions, ZeroingOptions)
+def zero(
+    source: StreamableSourceOptions,
+    output: OutputOptions,
+    zeroing: ZeroingOptions,
+    plot: Annotated[bool, Option("--plot", help="Draw the mean effect by layer.")] = False,
+) -> None:
+    """Zero representations: set one window of layers to zero at the subject, and see how much of the answer is lost.
+
+    Writes OUT/traces (Parquet, one row per fact, state and layer) and OUT/run.json.
+    """
+    from causalcone.analysis.layer_effects import zeroing_curve
+    from causalcone.runners.commands.localize_runs import prepare_zeroing
+    from causalcone.runners.show.figures import draw_zeroing
+    from causalcone.runners.show.tables import layer_tables
+
+    prepared = prepare_zeroing(source, zeroing)
+    with open_results(output, prepared.configuration, "traces") as folder:
+        done = prepared.run.carry_out(folder, Console(), output.quiet)
+        figures = draw_zeroing(output.out) if plot else []
+    folder.finish(**done.results)
+    if not output.quiet:
+        tables = layer_tables(zeroing_curve(done.path), "Share of p(target) lost by zeroing", ".3f")
+        show(tables, done.sentence(), figures)
 
 
-def _trace_spec(choice: TracingOptions, sampling: SamplingOptions) -> TraceSpec:
-    """The options, which make sense together."""
-    names = choice.state or (["hidden:1"] if choice.sever else [f"{kind}:{window}" for kind, window in DEFAULT_STATES])
-    texts = _noise_texts(choice)
-    noise: dict[str, Any] = {"kind": choice.noise, "replace": choice.replace_noise, "dof": choice.dof}
-    return TraceSpec(
-        states=as_states(names),
-        target=choice.target,  # type: ignore[arg-type]
-        tokens=parse_tokens(choice.tokens),
-        joint=choice.joint,
-        noise=TextNoise(texts=tuple(texts), **noise) if texts else Noise(**noise),
-        extra_tokens=choice.extra_tokens,
-        sever=choice.sever,  # type: ignore[arg-type]
-        compat=choice.compat,  # type: ignore[arg-type]
-        **vars(sampling),
-    )
+@takes(SourceOptions, OutputOptions, IntegrationOptions, SamplingOptions)
+def gradients(
+    source: SourceOptions,
+    output: OutputOptions,
+    integration: IntegrationOptions,
+    sampling: SamplingOptions,
+    plot: Annotated[int, Option(help="Draw heat maps of the first N facts.", min=0)] = 0,
+) -> None:
+    """Integrate gradients: how much of the answer each state accounts for, along the line from a baseline to its value.
+
+    Writes OUT/gradients (Parquet, one row per fact, kind, layer and token) and OUT/run.json. With the baseline zero,
+    the total of a hidden state is far from what it should be (column gap), since the norm after it undoes any scale.
+    """
+    from causalcone.analysis.layer_effects import gradient_summary
+    from causalcone.runners.commands.localize_runs import prepare_gradients
+    from causalcone.runners.show.figures import draw_gradients
+    from causalcone.runners.show.tables import GAP_NOTE, gradient_table
+
+    prepared = prepare_gradients(source, integration, sampling)
+    with open_results(output, prepared.configuration, "gradients") as folder:
+        done = prepared.run.carry_out(folder, Console(), output.quiet, keep=plot)
+        figures = draw_gradients(output.out, done.first, prepared.inputs.facts, prepared.inputs.tracer)
+    folder.finish(**done.results)
+    if not output.quiet:
+        by_kind = gradient_summary(done.path)
+        note = [GAP_NOTE] if integration.baseline == "zero" and "hidden" in by_kind["kind"] else []
+        show([gradient_table(by_kind), *note], done.sentence(), figures)
 
 
-def _noise_texts(choice: TracingOptions) -> list[str]:
-    """The running text that the noise is to resemble, where it is of that kind."""
-    shaped = choice.noise in ("multivariate", "t")
-    if shaped != (choice.noise_texts is not None):
-        if shaped:
-            raise ExperimentError(
-                f"the noise {choice.noise!r} resembles the embeddings of running text; give some with --noise-texts"
-            )
-        raise ExperimentError(f"--noise-texts goes with the noise multivariate or t, not with {choice.noise!r}")
-    if choice.noise == "t" and choice.dof is None:
-        raise ExperimentError("the noise 't' needs degrees of freedom; give some with --dof, such as 5")
-    if choice.noise_texts is None:
-        return []
-    texts = [line for line in read_text(choice.noise_texts).splitlines() if line.strip()]
-    if not texts:
-        raise ExperimentError(f"{choice.noise_texts} holds no text; give running text, one text a line")
-    return texts
+COMMANDS = {
+    trace: """
+[bold]Examples[/bold]
 
+causalcone trace --model gpt2-xl --facts counterfact.json --out traces-xl
 
-def _prepared(command: str, inputs: Inputs, table: TableRun, options: dict[str, Any]) -> Prepared:
-    return Prepared(inputs, table, {"command": command, **inputs.configuration, **options})
+causalcone trace --model ./my-model --facts facts.jsonl --state hidden:1 --state mlp:5 --sigma 0.1 --out run --plot 5
+
+causalcone trace --model demo --facts demo --sever mlp --tokens subject_last --out severed
+
+causalcone trace --model demo --facts demo --state heads:1 --noise t --dof 5 --noise-texts text.txt --out heads
+""",
+    plan: """
+[bold]Examples[/bold]
+
+causalcone plan --model gpt2-xl --facts counterfact.json
+
+causalcone plan --model demo --facts demo --state mlp:5 --memory 2GiB
+
+causalcone plan --model ./large-model --facts counterfact.json --weights stream --memory 16GiB
+""",
+    zero: """
+[bold]Examples[/bold]
+
+causalcone zero --model gpt2-xl --facts counterfact.json --out zeroed --plot
+
+causalcone zero --model demo --facts demo --state mlp:1 --state attn:3 --tokens last --out zeroed
+""",
+    gradients: """
+[bold]Examples[/bold]
+
+causalcone gradients --model gpt2-xl --facts counterfact.json --limit 20 --out gradients --plot 3
+
+causalcone gradients --model demo --facts demo --kind hidden --baseline corrupted --out gradients
+""",
+}

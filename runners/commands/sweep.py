@@ -21,12 +21,6 @@ causalcone sweep mine.toml --out s3://bucket/study --cluster auto
 """
 
 
-def add_to(app: typer.Typer) -> None:
-    """Make these commands of the app."""
-    app.command(epilog=_EXAMPLES)(sweep)
-    app.command()(status)
-
-
 def sweep(
     preset: Annotated[str, typer.Argument(help="Name of a preset, or a TOML file.")],
     out: Annotated[
@@ -96,3 +90,6 @@ def status(place: Annotated[str, typer.Argument(metavar="DIR", help="The folder 
     console.print(found.table())
     for line in found.lines():
         console.print(line, highlight=False)
+
+
+COMMANDS = {sweep: _EXAMPLES, status: None}

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
-import typer
 from rich.console import Console
 
-from causalcone.runners.options import OutputOptions, TuningOptions, TuningSourceOptions, takes
+from causalcone.runners.commands.shared import print_line, takes
+from causalcone.runners.options import OutputOptions, TuningOptions, TuningSourceOptions
 
-_EXAMPLES = """
+
+@takes(TuningSourceOptions, TuningOptions, OutputOptions)
+def tune(source: TuningSourceOptions, tuning: TuningOptions, output: OutputOptions) -> None:
+    """Try hyperparameters of editing on a few facts at one layer, choose, and write a preset (Hase et al. 2023).
+
+    Of each method the setting with the highest mean rewrite score is chosen, of those that are not above --most and
+    whose paraphrase and neighbourhood scores are within --give-up of the best.
+
+    Writes OUT/preset.toml for --preset, OUT/tuning.json and OUT/tuning.parquet with all scores, and the edits of every
+    setting below OUT/grid. Whatever ends it, the same command goes on with the settings that are not done.
+    """
+    from causalcone.runners.tuning.results import score_tables
+    from causalcone.runners.tuning.tune import tune as run_tuning
+
+    results = run_tuning(source, tuning, output, Console())
+    if not output.quiet:
+        for table in score_tables(results):
+            Console().print(table)
+        print_line(f"preset -> {output.out / 'preset.toml'}")
+
+
+COMMANDS = {
+    tune: """
 [bold]Examples[/bold]
 
 causalcone tune --model gpt2-xl --facts counterfact.json --method finetune:1 --method finetune:5 --layer 17 --out tuned
@@ -20,29 +42,4 @@ causalcone tune --model demo --facts demo --method memit:3 --layer 4 --preset de
 
 causalcone edit --model gpt2-xl --facts counterfact.json --method finetune:5 --preset tuned/preset.toml --out edits
 """
-
-
-def add_to(app: typer.Typer) -> None:
-    """Make this command one of the app."""
-    app.command(epilog=_EXAMPLES)(tune)
-
-
-@takes(TuningSourceOptions, TuningOptions, OutputOptions)
-def tune(source: TuningSourceOptions, choice: TuningOptions, output: OutputOptions) -> None:
-    """Try hyperparameters of editing on a few facts at one layer, choose, and write a preset (Hase et al. 2023).
-
-    Of each method the setting with the highest mean rewrite score is chosen, of those that are not above --most and
-    whose paraphrase and neighbourhood scores are within --give-up of the best.
-
-    Writes OUT/preset.toml for --preset, OUT/tuning.json and OUT/tuning.parquet with all scores, and the edits of every
-    setting below OUT/grid. Whatever ends it, the same command goes on with the settings that are not done.
-    """
-    from causalcone.runners.tuning.results import score_tables
-    from causalcone.runners.tuning.tune import tune as tuned
-
-    console = Console()
-    found = tuned(source, choice, output, console)
-    if not output.quiet:
-        for table in score_tables(found):
-            console.print(table)
-        console.print(f"preset -> {output.out / 'preset.toml'}", highlight=False)
+}

@@ -13,20 +13,27 @@ from rich.console import Console
 
 from causalcone.engine.edit.editor import Editor
 from causalcone.engine.edit.moments.moments import Moments
-from causalcone.engine.edit.requests.problems import NOISY_PROBLEMS, make_requests
-from causalcone.engine.edit.requests.requests import Request
+from causalcone.engine.edit.requests.problems import make_requests
+from causalcone.engine.edit.requests.requests import NOISY, Request
 from causalcone.engine.edit.requests.windows import as_windows
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.engine.facts import usable
 from causalcone.runners.edits.checks import EditChecks
 from causalcone.runners.edits.moments import collected
-from causalcone.runners.edits.settings import EditPlan, plan_of, read_contexts
+from causalcone.runners.edits.settings import EditPlan, parse_layers, plan_of, read_contexts
 from causalcone.runners.edits.study import EditStudy
-from causalcone.runners.inputs.inputs import Inputs, is_demo, open_inputs
+from causalcone.runners.inputs.inputs import Inputs, open_inputs
 from causalcone.runners.inputs.reference_texts import ReferenceTexts, load_reference_texts
-from causalcone.runners.inputs.running_text import RunningText, texts_at
-from causalcone.runners.options import EditingOptions, OutputOptions, ScoringOptions, SourceOptions
+from causalcone.runners.inputs.running_text import RunningText, open_texts
+from causalcone.runners.options import (
+    EditingOptions,
+    EditMethodOptions,
+    OutputOptions,
+    ScoringOptions,
+    SourceOptions,
+    TextOptions,
+)
 from causalcone.runners.results.folder import refuse_occupied
 
 
@@ -59,7 +66,8 @@ def editing(
 ) -> PreparedEdits:
     """The study that the options ask for; moments are collected, if so asked."""
     refuse_occupied(output.out, output.overwrite)
-    plan = plan_of(choice, scoring.aggregate)
+    layers = None if choice.layers is None else parse_layers(choice.layers)
+    plan = plan_of(choice, choice.problem, layers, scoring.aggregate)
     texts = given_texts(choice, plan, scoring)
     inputs = open_inputs(source)
     editor = editor_of(inputs, choice, plan, texts.contexts)
@@ -70,7 +78,7 @@ def editing(
     return replace(prepared, study=replace(prepared.study, collected=moments))
 
 
-def given_texts(choice: EditingOptions, plan: EditPlan, scoring: ScoringOptions) -> GivenTexts:
+def given_texts(choice: EditMethodOptions, plan: EditPlan, scoring: ScoringOptions) -> GivenTexts:
     """Read them before the model is; refuses methods without moments."""
     contexts = None if choice.contexts is None else read_contexts(choice.contexts)
     references = None if scoring.references is None else load_reference_texts(scoring.references)
@@ -81,7 +89,7 @@ def prepared_edits(
     editor: Editor,
     moments: Moments | None,
     inputs: Inputs,
-    choice: EditingOptions,
+    choice: EditMethodOptions,
     plan: EditPlan,
     scoring: ScoringOptions,
     references: ReferenceTexts | None = None,
@@ -92,7 +100,7 @@ def prepared_edits(
         editor.session, inputs.facts, plan.problem, editor.sigma,
         filtered=choice.filtered, on_error=inputs.on_error, compat=choice.compat, seed=editor.seed,
     )  # fmt: skip
-    checks = EditChecks(editor.session, plan, editor.contexts if plan.of_moments else None, scoring, references)
+    checks = EditChecks(editor.session, plan, editor.contexts if plan.of_contexts else None, scoring, references)
     requests, more = usable(requests, checks, lambda request: request.fact.id, inputs.on_error)
     inputs.leave_out([*skipped, *more])
     filtered = [each.reason for each in unposed]
@@ -111,7 +119,7 @@ def prepared_edits(
         "set": list(choice.changes or ()),
         "moments_given": choice.moments or choice.texts,
         "contexts_given": None if choice.contexts is None else str(choice.contexts),
-        "sigma": editor.sigma if plan.problem in NOISY_PROBLEMS else None,
+        "sigma": editor.sigma if plan.problem in NOISY else None,
         "filtered": choice.filtered,
         "facts_filtered": len(filtered),
         "compat": choice.compat,
@@ -122,7 +130,7 @@ def prepared_edits(
     return PreparedEdits(study, given, filtered)
 
 
-def _running_text(choice: EditingOptions, plan: EditPlan) -> RunningText | None:
+def _running_text(choice: EditMethodOptions, plan: EditPlan) -> RunningText | None:
     """The running text to collect moments over, if so asked; refuses methods without moments."""
     if not plan.of_moments:
         return None
@@ -131,18 +139,18 @@ def _running_text(choice: EditingOptions, plan: EditPlan) -> RunningText | None:
             f"{plan.of_moments[0].method} needs second moments: give --moments with a file of 'causalcone moments', or "
             "--texts to collect them now, one of the two"
         )
-    return None if choice.texts is None else texts_at(choice.texts)
+    return None if choice.texts is None else open_texts(TextOptions(texts=choice.texts))
 
 
-def editor_of(inputs: Inputs, choice: EditingOptions, plan: EditPlan, contexts: Contexts | None) -> Editor:
+def editor_of(inputs: Inputs, choice: EditMethodOptions, plan: EditPlan, contexts: Contexts | None) -> Editor:
     """Without moments yet; the level of the noise is that of all facts of the file."""
-    sigma = inputs.noise_level(plan.sigma) if plan.problem in NOISY_PROBLEMS else plan.sigma
+    sigma = inputs.noise_level(plan.sigma) if plan.problem in NOISY else plan.sigma
     return Editor.on(inputs.session, contexts=contexts, sigma=sigma, seed=choice.seed)
 
 
 def moments_of(
     inputs: Inputs,
-    choice: EditingOptions,
+    choice: EditMethodOptions,
     plan: EditPlan,
     texts: RunningText | None,
     quiet: bool,
@@ -157,11 +165,7 @@ def moments_of(
         return None
     if texts is not None:
         return collected(inputs.session, texts, layers, Console(), quiet, resume=resume)
-    if is_demo(str(choice.moments)):
-        from causalcone.runners.demo.model import demo_moments
-
-        return demo_moments()
-    return Moments.load(str(choice.moments), layers)
+    return Moments.load(str(choice.moments_path()), layers)
 
 
 def _tell(

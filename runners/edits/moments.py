@@ -80,7 +80,7 @@ def collected(
 ) -> Moments:
     """The moments of a session's model; options are those of ``Moments.collect``."""
     with shown_progress(console, "second moments", "tokens", quiet) as progress:
-        return collect(session, text.texts, layers, source=text.source, progress=progress, **options)
+        return Moments(*collect(session, text.texts, layers, source=text.source, progress=progress, **options))
 
 
 def _tokens(tokens: str | None) -> int | str | None:

@@ -14,7 +14,8 @@ from urllib.parse import quote
 from rich.console import Console
 
 from causalcone.engine.edit.editor import Editor
-from causalcone.engine.edit.methods.edits import JOINT_MEMIT, Edit
+from causalcone.engine.edit.methods.edits import Edit
+from causalcone.engine.edit.methods.registry import method_named
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import as_windows
@@ -79,7 +80,7 @@ class EditStudy:
             "layers": list(self.layers),
             "seed": self.editor.seed,
             "aggregate": self.plan.aggregate,
-            "contexts": asdict(self.editor.contexts) if self.plan.of_moments else None,
+            "contexts": asdict(self.editor.contexts) if self.plan.of_contexts else None,
             "moments": moments and {"source": moments.source, "tokens": moments.tokens, "ridge": moments.ridge},
         }
 
@@ -132,7 +133,7 @@ class EditStudy:
         return [edit.reason for edit in scores.edits if edit.reason is not None]
 
     def _batches(self, setting: Setting) -> Iterator[list[Edit]]:
-        step = len(self.requests) if setting.joint else max(1, EDITS_AT_ONCE // len(self.layers))
+        step = len(self.requests) if setting.definition.joint else max(1, EDITS_AT_ONCE // len(self.layers))
         for start in range(0, len(self.requests), step):
             yield from self._edits(self.requests[start : start + step], setting)
 
@@ -147,7 +148,7 @@ def _save_deltas(edits: Sequence[Edit], folder: Path) -> None:
     for edit in edits:
         if edit.delta is not None and id(edit.delta) not in saved:
             saved.add(id(edit.delta))
-            fact = "all" if edit.method == JOINT_MEMIT else quote(edit.fact_id, safe=" ")
+            fact = "all" if method_named(edit.method).joint else quote(edit.fact_id, safe=" ")
             path = folder / f"{edit.method}-{edit.window}" / str(edit.layer) / f"{fact}.safetensors"
             described = {name: str(getattr(edit, name)) for name in EDIT_SCHEMA.names if name != "reason"}
             edit.delta.save(path, described)

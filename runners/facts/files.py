@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from causalcone.engine.errors import FactError
 from causalcone.engine.facts import Fact, OnError
+from causalcone.runners.checked_tables import PLAINER
 from causalcone.runners.facts.schemas import SCHEMAS, Convert, ZsreForm, converter, detect_schema
 
 
@@ -34,15 +35,22 @@ def load_facts(
     zsre_form: ZsreForm = "hase",
     on_error: OnError = "raise",
 ) -> list[Fact]:
-    """Facts of a JSON or JSON-lines file, in the file's order; its schema is recognised by content (METHODS 1).
+    """Facts of a JSON or JSON-lines file, in the file's order (docs/data.md).
 
-    Read are CounterFact, MEND's zsRE evaluation file, ROME's known facts and the lines ``save_facts`` writes.
-    ``limit`` takes the first N facts. ``seed`` draws zsRE's ``target_new``. ``zsre_form`` is "hase" (question
-    and answer prompts, false targets from other records) or "meng" (raw questions; the answer is both targets).
-    Ids are case_id, known_id or id where the file gives one, else the record's index, which counts from 0.
+    The schema is recognised by content: CounterFact, MEND's zsRE evaluation file, ROME's known facts, or the lines that
+    ``save_facts`` writes. Ids are case_id, known_id or id where the file has one, else the record's index from 0.
 
-    Raises ``FactError``, naming the file and the record at fault. With ``on_error="skip"`` bad records, and later
-    ones of an id that was there before, are left out and listed in one warning.
+    Args:
+        path: The file.
+        limit: Take the first N facts only.
+        seed: Draws zsRE's ``target_new``.
+        zsre_form: "hase" for question and answer prompts, with false targets from other records; "meng" for raw
+            questions, whose answer is both targets.
+        on_error: "skip" leaves out bad records, and later ones of an id that was there before, and lists them in one
+            warning, ``SkippedRecords``.
+
+    Raises:
+        FactError: Names the file and the record at fault.
     """
     facts, problems = read_facts(path, limit, seed, zsre_form=zsre_form, on_error=on_error)
     if problems:
@@ -80,9 +88,14 @@ def read_facts(
 
 
 def save_facts(facts: Iterable[Fact], path: str | os.PathLike[str]) -> None:
-    """Write one JSON object per line (UTF-8), with Fact's field names; fields left at their default are omitted.
+    """Write one JSON object per line (UTF-8), with Fact's field names; ``load_facts`` reads the same facts back.
 
-    ``load_facts`` reads the same facts back. Raises ``FactError`` where the file cannot be written.
+    Args:
+        facts: The facts; fields left at their default are omitted.
+        path: The file, which is replaced if it is there.
+
+    Raises:
+        FactError: The file cannot be written.
     """
     lines = [json.dumps(_filled_fields(fact), ensure_ascii=False) + "\n" for fact in facts]
     try:
@@ -101,7 +114,7 @@ def good_facts(
 ) -> tuple[list[Fact], list[str]]:
     """The first ``limit`` records that are facts, and what is wrong with those between them, a line each.
 
-    No further record is taken. Of several with one id the first counts; ``place`` is what records are said to be of.
+    No further record is taken. Of several with one id the first counts; ``place`` names the source in messages.
     """
     facts: dict[str, Fact] = {}
     problems: list[str] = []
@@ -121,7 +134,7 @@ def good_facts(
 
 
 def listed(problems: Sequence[str], most: int) -> str:
-    """Problems on indented lines, each behind a line break; how many there are beyond the first ``most``."""
+    """Problems on indented lines, each after a line break; then the number of those beyond the first ``most``."""
     more = f"\n  and {len(problems) - most} more" if len(problems) > most else ""
     return "".join(f"\n  {problem}" for problem in problems[:most]) + more
 
@@ -147,14 +160,7 @@ def _convert(place: str | Path, index: int, record: Any, convert: Convert) -> Fa
         raise FactError(f"{_place(place, index, record)}: {error}") from error
 
 
-_PLAINER = {
-    "missing": "is missing",
-    "string_type": "must be a string",
-    "tuple_type": "must be a list",
-    "too_short": "is empty",
-    "model_type": "must be an object",
-    "extra_forbidden": "is no field of a fact",
-}
+_PLAINER = {**PLAINER, "model_type": "must be an object", "extra_forbidden": "is not a field of a fact"}
 
 
 def _complaints(error: ValidationError) -> Iterator[str]:

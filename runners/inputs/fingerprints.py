@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 
-from causalcone.engine.edit.moments.moments import Identity
+from causalcone.engine.edit.moments.identity import Identity
 from causalcone.engine.facts import Fact
 from causalcone.engine.models.base import Architecture
 

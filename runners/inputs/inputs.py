@@ -23,8 +23,6 @@ from causalcone.engine.run.session import Session
 from causalcone.runners.facts.files import SkippedRecords, read_facts
 from causalcone.runners.options import ComputeOptions, PassOptions, SourceOptions, StreamableSourceOptions
 
-DEMO = "demo"
-
 Run = TypeVar("Run", TraceRun, GradientRun)
 
 
@@ -96,9 +94,9 @@ def open_inputs(source: SourceOptions) -> Inputs:
         as_dtype(source.dtype)
     if isinstance(source, StreamableSourceOptions):
         loading.check_weights(source.weights)
-    facts, problems = (_demo_facts(), []) if is_demo(source.facts) else read_facts(source.facts, on_error=on_error)
+    facts, problems = read_facts(source.facts_path(), on_error=on_error)
     if problems:
-        warnings.warn(SkippedRecords(Path(source.facts), problems), stacklevel=2)
+        warnings.warn(SkippedRecords(Path(source.facts_path()), problems), stacklevel=2)
     return Inputs(source, open_session(source), facts, on_error, problems)
 
 
@@ -109,21 +107,4 @@ def open_session(source: SourceOptions | ComputeOptions) -> Session:
     kernels, tf32 = (source.kernels, source.tf32) if isinstance(source, SourceOptions | PassOptions) else (None, False)
     compute = Compute.of(source.dtype, device, source.memory, kernels, tf32)
     weights = source.weights if isinstance(source, StreamableSourceOptions) else "resident"
-    if not is_demo(source.model):
-        return loading.open_session(source.model, compute, weights)
-    from causalcone.runners.demo.model import demo_folder, demo_model
-
-    if weights == "resident":
-        return Session(*demo_model(), compute)
-    return loading.open_session(str(demo_folder()), compute, weights)
-
-
-def _demo_facts() -> list[Fact]:
-    from causalcone.runners.demo.model import demo_world
-
-    return demo_world().facts
-
-
-def is_demo(name: str) -> bool:
-    """Whether the demo model or its world is meant, and no file of that name."""
-    return name == DEMO and not Path(name).exists()
+    return loading.open_session(source.model_path(), compute, weights)

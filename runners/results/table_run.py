@@ -1,4 +1,4 @@
-"""Carrying out a study: its results stream to disk fact by fact, and can be read while it runs."""
+"""A run that makes one table: its results stream to disk fact by fact, and can be read meanwhile."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from causalcone.runners.show.progress import shown_progress
 
 @dataclass(frozen=True)
 class TableRun:
-    """What is yet to be computed: ``batches`` of ``facts`` facts, one each, which make the table called ``table``."""
+    """A table called ``table`` that is yet to be computed: ``batches``, one for each of ``facts`` facts."""
 
     title: str
     table: str
@@ -25,11 +25,31 @@ class TableRun:
     facts: int
     batches: Iterator[pa.RecordBatch]
 
+    def carry_out(self, folder: ResultFolder, console: Console, quiet: bool = False, keep: int = 0) -> RunSummary:
+        """Compute the run into its table in ``folder``; the first ``keep`` facts' batches are kept for figures.
+
+        Whatever ends it early, the facts finished by then are in the table.
+        """
+        first: list[pa.RecordBatch] = []
+        finished = 0
+        started = time.monotonic()
+        with (
+            shown_progress(console, self.title, quiet=quiet) as progress,
+            folder.table(self.table, self.schema) as table,
+        ):
+            progress(0, self.facts)
+            for batch in self.batches:
+                table.write(batch)
+                if finished < keep:
+                    first.append(batch)
+                finished += 1
+                progress(finished, self.facts)
+        return RunSummary(folder.path / self.table, finished, table.rows, time.monotonic() - started, tuple(first))
+
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a study left in ``path``: so many ``rows`` of ``facts`` facts in ``seconds``, of which ``first`` are the
-    first facts'."""
+    """The table that a run has written to ``path`` in ``seconds``; ``first`` are the batches of the first facts."""
 
     path: Path
     facts: int
@@ -39,33 +59,9 @@ class RunSummary:
 
     @property
     def results(self) -> dict[str, Any]:
-        """What ``run.json`` keeps of it."""
+        """The numbers for ``run.json``."""
         return {"facts": self.facts, "rows": self.rows, "seconds": round(self.seconds, 3)}
 
     def sentence(self) -> str:
         rate = f"{self.seconds:.1f} s ({self.facts / self.seconds:.2f} facts/s)"
         return f"{self.facts} facts, {self.rows} rows in {rate} -> {self.path}"
-
-
-def carry_out(
-    study: TableRun, folder: ResultFolder, console: Console, quiet: bool = False, keep: int = 0
-) -> RunSummary:
-    """Compute a study into its table in ``folder``; the first ``keep`` facts' batches are kept for figures.
-
-    Whatever ends it early, the facts finished by then are in the table.
-    """
-    first: list[pa.RecordBatch] = []
-    finished = 0
-    started = time.monotonic()
-    with (
-        shown_progress(console, study.title, quiet=quiet) as progress,
-        folder.table(study.table, study.schema) as table,
-    ):
-        progress(0, study.facts)
-        for batch in study.batches:
-            table.write(batch)
-            if finished < keep:
-                first.append(batch)
-            finished += 1
-            progress(finished, study.facts)
-    return RunSummary(folder.path / study.table, finished, table.rows, time.monotonic() - started, tuple(first))

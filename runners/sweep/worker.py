@@ -34,8 +34,8 @@ from causalcone.engine.schemas import (
 from causalcone.runners.edits.checks import EditChecks
 from causalcone.runners.edits.settings import read_contexts
 from causalcone.runners.inputs.fingerprints import model_fingerprint
-from causalcone.runners.inputs.inputs import is_demo, open_session
-from causalcone.runners.inputs.reference_texts import ReferenceTexts, as_reference_texts, load_reference_texts
+from causalcone.runners.inputs.inputs import open_session
+from causalcone.runners.inputs.reference_texts import ReferenceTexts, load_reference_texts
 from causalcone.runners.inputs.running_text import open_texts
 from causalcone.runners.options import PassOptions, ScoringOptions, TextOptions
 from causalcone.runners.results.store import Store
@@ -138,7 +138,7 @@ class Worker:
     @cached_property
     def _references(self) -> ReferenceTexts | None:
         edit = self.sweep.edit
-        return None if edit is None or edit.references is None else reference_texts(edit.references)
+        return None if edit is None or edit.references is None else load_reference_texts(edit.references_path())
 
     @cached_property
     def _editor(self) -> Editor:
@@ -147,6 +147,7 @@ class Worker:
         if moment_layers(sweep, session.sizes.depth):
             with store.as_file(units.PREPARED[units.MOMENTS]) as file:
                 moments = Moments.load(str(file)).with_ridge(sweep.moments.ridge)
+        if sweep.edit is not None and sweep.plan(sweep.edit.problems[0]).of_contexts:
             contexts = Contexts(**store.read_json(units.PREPARED[units.CONTEXTS]))
         noise = store.read_json(units.PREPARED[units.NOISE])
         return Editor.on(session, moments, contexts, None if noise is None else noise["sigma"], sweep.seed)
@@ -187,7 +188,7 @@ class Worker:
         session, choice, sweep = self.tracer.session, self.sweep.moments, self.sweep
         layers = moment_layers(sweep, session.sizes.depth)
         if choice.file is not None:
-            moments = _given_moments(choice.file, layers)
+            moments = Moments.load(choice.file_path(), layers)
             moments.check(session.architecture, layers)
         else:
             texts = open_texts(
@@ -197,7 +198,7 @@ class Worker:
                 )
             )  # fmt: skip
             resume = None if self.store.local is None else str(self.store.local / "moments.partial")
-            moments = collect(session, texts.texts, layers, choice.tokens, source=texts.source, resume=resume)
+            moments = Moments(*collect(session, texts.texts, layers, choice.tokens, source=texts.source, resume=resume))
         for layer in layers:  # what cannot be inverted is to be told now, not of every edit
             moments.with_ridge(choice.ridge).solve(layer, moments.matrix(layer)[:, :1].to(session.device))
         with TemporaryDirectory() as folder:
@@ -302,20 +303,3 @@ class _Writing:
         if rows:
             table = pa.Table.from_pylist(rows, schema=LEFT_OUT_SCHEMA)
             self.worker.store.write_table(self.unit.left_out, table, {"unit": self.unit.name})
-
-
-def _given_moments(file: str, layers: Sequence[int]) -> Moments:
-    if is_demo(file):
-        from causalcone.runners.demo.model import demo_moments
-
-        return demo_moments()
-    return Moments.load(file, layers)
-
-
-def reference_texts(file: str) -> ReferenceTexts:
-    """Reference texts of a file; of the demo world."""
-    if is_demo(file):
-        from causalcone.runners.demo.model import demo_world
-
-        return as_reference_texts(demo_world().snippets(), "the demo world")
-    return load_reference_texts(file)

@@ -23,7 +23,7 @@ sys.meta_path.insert(0, Missing())
 
 SCRIPT = """
 import causalcone.analysis as analysis
-import causalcone.analysis.page.data, causalcone.analysis.sweep_results
+import causalcone.analysis.page.report, causalcone.analysis.sweep_results
 assert "matplotlib" not in sys.modules, "importing the analysis loaded matplotlib"
 
 table = analysis.read_traces(sys.argv[1])

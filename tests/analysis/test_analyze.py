@@ -11,11 +11,16 @@ import pytest
 from helpers.sweeps import swept
 
 from causalcone.analysis import tracing_effects
-from causalcone.analysis.joined import edits_with_effects
 from causalcone.analysis.papers.inputs import AnalysisOptions
-from causalcone.analysis.papers.published_values import published_concentrated, published_errors, published_regressions
 from causalcone.analysis.papers.table_files import cell, latex, markdown, p_value
-from causalcone.analysis.papers.tables import beside, paper_tables
+from causalcone.analysis.papers.tables import (
+    beside,
+    paper_tables,
+    published_concentrated,
+    published_errors,
+    published_regressions,
+)
+from causalcone.analysis.scores import edits_with_effects
 from causalcone.analysis.stats.regressions import regressions
 from causalcone.analysis.sweep_results import Study
 from causalcone.analysis.tables.traces import TableError

@@ -296,7 +296,7 @@ def test_further_columns_are_kept(two_facts: pl.DataFrame) -> None:
 def test_unusable_tables(two_facts: pl.DataFrame, tmp_path: Path) -> None:
     with pytest.raises(TableError, match="lacks layer, p_clean"):
         read_traces(two_facts.drop("layer", "p_clean"))
-    with pytest.raises(TableError, match="no traces table"):
+    with pytest.raises(TableError, match="not a traces table"):
         read_traces(two_facts.with_columns(layer=pl.lit("first")))
     with pytest.raises(TableError, match=r"2 rows .* the first: fact_id a, .*layer 0, token 2"):
         read_traces(pl.concat([two_facts, two_facts[:1]]))
@@ -305,7 +305,7 @@ def test_unusable_tables(two_facts: pl.DataFrame, tmp_path: Path) -> None:
     with pytest.raises(TableError, match=r"holds no \.parquet file"):
         read_traces(tmp_path)
     (tmp_path / "broken.parquet").write_bytes(b"no table")
-    with pytest.raises(TableError, match=r"broken\.parquet is no Parquet file"):
+    with pytest.raises(TableError, match=r"broken\.parquet is not a Parquet file"):
         read_traces(tmp_path)
     with pytest.raises(TableError, match="cannot be a list"):
         read_traces([])  # type: ignore[arg-type]

@@ -160,9 +160,9 @@ def test_gradient_summary(gradients):
 
 
 def test_tables_that_are_not_gradients(gradients, tmp_path):
-    with pytest.raises(TableError, match=r"no table of gradients: it lacks norm"):
+    with pytest.raises(TableError, match=r"not a table of gradients: it lacks norm"):
         read_gradients(gradients.drop("norm"))
     gradients.write_parquet(tmp_path / "part.parquet")
     assert read_gradients(tmp_path).equals(read_gradients(gradients))
-    with pytest.raises(TableError, match="no traces table"):
+    with pytest.raises(TableError, match="not a traces table"):
         restore_effects(tmp_path)

@@ -227,7 +227,7 @@ def test_parts_can_be_read_while_the_table_grows(tmp_path, monkeypatch, model, t
         for number, batch in enumerate(batches, start=1):
             table.write(batch)
             assert read_traces(tmp_path / "out" / "traces")["fact_id"].n_unique() == number
-    assert not list((tmp_path / "out" / "traces").glob("*.tmp"))
+    assert {path.suffix for path in (tmp_path / "out" / "traces").iterdir()} == {".parquet"}
 
 
 def test_help_has_examples(run):

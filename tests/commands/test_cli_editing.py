@@ -15,7 +15,7 @@ from helpers.models import FACTS
 
 import causalcone as cc
 from causalcone.analysis import mean_scores, read_edits, read_metrics, read_probes, scores
-from causalcone.engine.edit.deltas.files import load_delta
+from causalcone.engine.edit.deltas.delta import load_delta
 from causalcone.engine.edit.scoring.tables import edit_batch
 from causalcone.runners.commands.app import main
 from causalcone.runners.edits import study as edit_study

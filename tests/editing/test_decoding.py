@@ -175,7 +175,7 @@ def test_changed_weights_in_half_precision():
     deltas = decoding._Deltas.of([low, dense, None], decoding._Ready.of(layers_of(model)))
     keys = torch.randn(3, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
     for layer, text, delta in ((0, 0, low), (2, 1, dense)):
-        more = decoding.added(delta.changes[layer], keys)
+        more = delta.changes[layer].product(keys)
         values = -more.bfloat16()
         found = deltas.change(layer, lambda own: own.places)(keys, values.clone())
         assert found.dtype == torch.bfloat16

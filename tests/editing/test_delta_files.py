@@ -13,8 +13,7 @@ from helpers.models import gpt2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from causalcone.engine.edit.deltas.apply import applied, export
-from causalcone.engine.edit.deltas.delta import Delta, Dense, LowRank
-from causalcone.engine.edit.deltas.files import load_delta
+from causalcone.engine.edit.deltas.delta import Delta, Dense, LowRank, load_delta
 from causalcone.engine.errors import ExperimentError
 
 pytestmark = pytest.mark.filterwarnings("error::causalcone.engine.edit.deltas.apply.RoundedAway")
@@ -111,7 +110,7 @@ def test_what_is_no_delta_file_is_refused_by_name(tmp_path):
     path = tmp_path / "file"
     for content in (b"", b"{}", b"text " * 100, bytes(range(256))):
         path.write_bytes(content)
-        with pytest.raises(ExperimentError, match=r"file is no delta file, or a damaged one .* Delta\.save"):
+        with pytest.raises(ExperimentError, match=r"file is not a delta file, or is damaged .* Delta\.save"):
             Delta.load(path)
     for metadata in (None, {"format": "pt"}):
         safetensors.torch.save_file({"layers.0.left": torch.zeros(2, 1)}, path, metadata)
@@ -119,7 +118,7 @@ def test_what_is_no_delta_file_is_refused_by_name(tmp_path):
             Delta.load(path)
     for layout in ("", "[]", "{}", '{"version": 1}', '{"version": "1"}', '{"version": 1, "crc32": {}, "layers": {}}'):
         safetensors.torch.save_file({"layers.0.left": torch.zeros(2, 1)}, path, {"causalcone.delta": layout})
-        with pytest.raises(ExperimentError, match="file is damaged"):
+        with pytest.raises(ExperimentError, match="not a delta file, or is damaged"):
             Delta.load(path)
     safetensors.torch.save_file({"x": torch.zeros(2, 1)}, path, {"causalcone.delta": '{"version": 2}'})
     with pytest.raises(ExperimentError, match=r"has version 2 .* update causalcone"):
@@ -141,7 +140,7 @@ def test_damage_anywhere_is_an_error_with_the_files_name(tmp_path):
             with contextlib.suppress(ExperimentError):
                 Delta.load(path)
         else:
-            with pytest.raises(ExperimentError, match=r"delta\.safetensors is damaged"):
+            with pytest.raises(ExperimentError, match=r"delta\.safetensors is not a delta file, or is damaged"):
                 Delta.load(path)
 
 

@@ -11,13 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from causalcone import Editor
 from causalcone.engine.edit.deltas.delta import Delta, LowRank
-from causalcone.engine.edit.methods.edits import Edit
+from causalcone.engine.edit.methods.edits import edit_of
 from causalcone.engine.edit.methods.hparams import MemitHparams
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.prompts import ESSENCE, Encoder
+from causalcone.engine.edit.requests.windows import Window
 from causalcone.engine.edit.runs.decoding import continuations
+from causalcone.engine.edit.runs.flops import Asked, Flops, Grown, Searched
 from causalcone.engine.edit.runs.packed_runs import Text
-from causalcone.engine.edit.scoring.flops import Asked, Flops, Grown, Searched
 from causalcone.engine.edit.scoring.probes import questions_about
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.run.session import Session
@@ -57,7 +58,9 @@ def test_scoring(editor, model, counted, window, rank):
     request = editor.requests(FULL[:1], filtered=False)[0]
     of = Flops(editor.session.sizes)
     make = dense if rank is None else lambda model: low_rank(model, rank)
-    edit = Edit(request, "finetune", window[0], len(window), 1, 0.0, Delta({at: make(model) for at in window}), 1.0)
+    edit = edit_of(
+        request, "finetune", Window.of(window, 4), steps=1, loss=0.0, delta=Delta({at: make(model) for at in window})
+    )
     own = asked(request, Encoder(editor.session.tokenizer, editor.session.sizes))
     executed = counted(lambda: editor.score([edit]))
     assert of.unedited(own, whole=window[0] == 3) + of.edited(own, window, rank) == executed

@@ -52,13 +52,13 @@ def test_a_file_is_written_whole_or_not_at_all(collected, tmp_path, monkeypatch)
 
 def test_files_that_hold_no_moments(model, tokenizer, collected, tmp_path):
     path = tmp_path / "moments"
-    with pytest.raises(ExperimentError, match=r"there is no file of moments .*; check the path"):
+    with pytest.raises(ExperimentError, match=r"there is no moments file .*; check the path"):
         Moments.load(path)
     collected.save(path)
     whole = path.read_bytes()
     for content in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b"nothing", b""):
         path.write_bytes(content)
-        with pytest.raises(ExperimentError, match=r"is no file of moments, or a damaged one"):
+        with pytest.raises(ExperimentError, match=r"is not a moments file, or is damaged"):
             Moments.load(path)
     path.write_bytes(whole)
     with pytest.raises(ExperimentError, match=r"has no moment of layer 4, only of 0, 1, 2, 3"):
@@ -70,7 +70,7 @@ def test_files_that_hold_no_moments(model, tokenizer, collected, tmp_path):
     with pytest.raises(ExperimentError, match="is a safetensors file, but holds no moments"):
         Moments.load(tmp_path / "sums")
     collected.save(path)
-    with pytest.raises(ExperimentError, match="holds no collection under way"):
+    with pytest.raises(ExperimentError, match="holds no partial sums"):
         Moments.collect(model, tokenizer, TEXTS, (0,), 40, resume=path)
 
 
@@ -158,18 +158,18 @@ def test_published_moments_are_checked_for_width(model, tmp_path):
 
 def test_damaged_published_files(tmp_path):
     path, keys = tmp_path / "transformer.h.0.mlp.c_proj_float32_mom2_100000.npz", torch.ones(20, 4)
-    with pytest.raises(ExperimentError, match="there is no file of moments"):
+    with pytest.raises(ExperimentError, match="there is no moments file"):
         Moments.load(path)
     publish(path, keys)
     whole = path.read_bytes()
     for content in (whole[:-30], b"nothing", b"", whole.replace(b"mom2.count", b"mom2.cound")):
         path.write_bytes(content)
-        with pytest.raises(ExperimentError, match="is no published second moment, or a damaged one"):
+        with pytest.raises(ExperimentError, match="is not a published second moment, or is damaged"):
             Moments.load(path)
     for wrong in ({"mom2.count": 0}, {"mom2.mom2": np.ones((3, 4))}, {"mom2.mom2": np.full((4, 4), np.nan)}):
         publish(path, keys, **wrong)
         with pytest.raises(ExperimentError, match="get it anew"):
             Moments.load(path)
     publish(path, keys, **{"mom2.mom2": np.array([[{}]], dtype=object)})
-    with pytest.raises(ExperimentError, match="is no published second moment"):
+    with pytest.raises(ExperimentError, match="is not a published second moment"):
         Moments.load(path)

@@ -31,8 +31,9 @@ from oracles.editing import Change, about_subject, down
 import causalcone as cc
 from causalcone.engine.edit import editor as editor_module
 from causalcone.engine.edit.deltas.delta import Delta, Dense
-from causalcone.engine.edit.methods.edits import failed, made
+from causalcone.engine.edit.methods.edits import edit_of
 from causalcone.engine.edit.requests.requests import PROBLEMS, Request
+from causalcone.engine.edit.requests.windows import Window
 from causalcone.engine.edit.scoring.sampled_texts import essence_texts
 from causalcone.engine.facts import target_ids
 
@@ -57,7 +58,7 @@ def deltas(model, size=0.3):
 
 
 def edit(request, delta, layer=0):
-    return made(request, "random", layer, len(delta.layers), 1, 0.0, delta)
+    return edit_of(request, "random", Window(layer, len(delta.layers), delta.layers), steps=1, loss=0.0, delta=delta)
 
 
 def edits_of(requests, changes):
@@ -315,7 +316,9 @@ def test_essence_texts_that_are_sampled(model):
 def test_failed_edits_have_no_probabilities_after(model):
     """Beside others, whose rows are as without them."""
     good = edit(ERASURE, deltas(model)["dense"])
-    bad = failed(ERASURE, "random", 2, 1, 0, float("nan"), "the loss is nan after 0 steps")
+    bad = edit_of(
+        ERASURE, "random", Window(2, 1, (2,)), steps=0, loss=float("nan"), reason="the loss is nan after 0 steps"
+    )
     editor = cc.Editor(model, byte_level())
     scores = editor.evaluate([bad, good, replace(bad, request=INJECTION)], accuracy=True)
     alone = editor.evaluate([good], accuracy=True)

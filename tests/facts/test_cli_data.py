@@ -284,7 +284,7 @@ def test_a_file_is_replaced_only_when_asked(convert, tmp_path):
 
 def test_what_cannot_be_written(run, tmp_path, monkeypatch):
     path = write(tmp_path / "in.json", own(3))
-    for out, reason in ((tmp_path, "is no file"), (path / "inside.jsonl", "cannot write")):
+    for out, reason in ((tmp_path, "is not a file"), (path / "inside.jsonl", "cannot write")):
         code, _, error = run("data", path, "--out", out, "--overwrite")
         assert (code, reason in error, str(out) in error) == (2, True, True)
 

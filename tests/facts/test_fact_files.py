@@ -270,7 +270,7 @@ def test_bad_counterfact_record_is_named(tmp_path: Path, name: str) -> None:
         ({**ZSRE[0], "subject": "Oslo"}, r"record 0: the subject 'Oslo' is not in its src"),
         ({**ZSRE[0], "answers": []}, r"record 0: answers is empty"),
         ({**ZSRE[0], "answers": [""]}, r"record 0: answers.0 is empty"),
-        ({**OWN, "neighbourhood_prompts": []}, r"record 0 \(id a\): neighbourhood_prompts is no field of a fact"),
+        ({**OWN, "neighbourhood_prompts": []}, r"record 0 \(id a\): neighbourhood_prompts is not a field of a fact"),
         ({**OWN, "target_new": ""}, r"record 0 \(id a\): target_new is empty"),
         ({**OWN, "prompt": "plays"}, r"record 0 \(id a\): .*exactly one '\{\}'"),
         ({**OWN, "id": True}, r"record 0 \(id True\): id must be"),

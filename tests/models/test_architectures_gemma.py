@@ -10,7 +10,7 @@ from oracles import tracing as oracle
 
 import causalcone as cc
 from causalcone.engine.errors import ModelError
-from causalcone.engine.models import check_supported, read_architecture
+from causalcone.engine.models import family_of, read_architecture
 
 MIDS = {
     "gemma": "post_attention_layernorm",
@@ -113,4 +113,4 @@ def test_attention_without_softcap_is_refused():
 
 def test_images_are_refused():
     with pytest.raises(ModelError, match=r"'gemma3' is not supported; supported are: .*gemma3_text"):
-        check_supported("gemma3")
+        family_of("gemma3")

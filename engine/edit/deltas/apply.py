@@ -7,7 +7,6 @@ last comes off first; those of different layers come off in any order.
 from __future__ import annotations
 
 import math
-import shutil
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -15,12 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from uuid import uuid4
 
 import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from causalcone.engine.atomic import replacing_folder
 from causalcone.engine.edit.deltas.delta import Delta, Dense, LowRank
 from causalcone.engine.errors import ExperimentError, ModelError
 from causalcone.engine.models import read_architecture
@@ -110,21 +109,16 @@ def export(model: Any, delta: Delta, folder: str | Path, tokenizer: Any = None) 
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ExperimentError(f"{folder} exists already; give a new folder for the edited model")
-    partial = folder.with_name(f".{folder.name}.{uuid4().hex}.partial")
     handle = _apply(model, delta, stacklevel=3)
     config = dict(vars(model.config))  # save_pretrained notes dtype and class in it
     try:
-        partial.mkdir(parents=True)
-        model.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
+        with replacing_folder(folder) as partial:
+            model.save_pretrained(partial)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
     except OSError as error:
         raise ExperimentError(f"no edited model can be written to {folder}: {error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
         vars(model.config).update(config)
         handle.revert()
 

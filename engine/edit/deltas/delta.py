@@ -1,6 +1,10 @@
 """Changes of a model's weights: what an edit adds to the MLP down-projections of some layers.
 
 Weights are seen as (out, in) = (hidden, inner), whichever way round a model keeps them.
+
+In a delta's file, which any safetensors reader opens, the tensors of layer 3 are ``layers.3.left`` and
+``layers.3.right``, or ``layers.3.weight`` and, where there is one, ``layers.3.bias``; ``layers`` in the description
+gives the kind of change by layer. All metadata beside the description are the user's.
 """
 
 from __future__ import annotations
@@ -14,6 +18,9 @@ import torch
 from torch import Tensor
 
 from causalcone.engine.errors import ExperimentError
+from causalcone.engine.tensor_file import Layout
+
+LAYOUT = Layout(key="causalcone.delta", noun="delta", remedy="give a file that Delta.save wrote, or save it again")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +55,10 @@ class LowRank:
     def rows(self, chosen: slice) -> Tensor:
         """What is added to rows ``chosen`` of the weight: (rows, inner)."""
         return self.left[chosen] @ self.right.T
+
+    def product(self, keys: Tensor) -> Tensor:
+        """What it adds to values (R, hidden), from their keys (R, inner), in its own dtype."""
+        return (keys.to(self.right.dtype) @ self.right) @ self.left.T
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +95,10 @@ class Dense:
         """What is added to rows ``chosen`` of the weight: (rows, inner)."""
         return self.weight[chosen]
 
+    def product(self, keys: Tensor) -> Tensor:
+        """What it adds to values (R, hidden), from their keys (R, inner), in its own dtype."""
+        return torch.nn.functional.linear(keys.to(self.weight.dtype), self.weight, self.bias)
+
 
 @dataclass(frozen=True, eq=False)
 class Delta:
@@ -112,24 +127,61 @@ class Delta:
         return sum(change.norm**2 for change in self.changes.values()) ** 0.5
 
     def save(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-        """Write a safetensors file with the changes, dtypes kept, and ``metadata`` of your own (strings by name).
+        """Write the changes to a safetensors file, whole or not at all; folders are made as needed.
 
-        The file appears whole or not at all. Raises ``ExperimentError`` for metadata that are not strings and for a
-        file that cannot be written.
+        Args:
+            path: The file, which is replaced if it exists. Dtypes are kept.
+            metadata: Strings of your own, by name.
+
+        Raises:
+            ExperimentError: for metadata that are not strings, and for a file that cannot be written.
         """
-        from causalcone.engine.edit.deltas.files import save_delta
-
-        save_delta(self, path, metadata)
+        for name, value in (metadata or {}).items():
+            if not isinstance(name, str) or not isinstance(value, str):
+                raise ExperimentError(
+                    f"the metadata {name!r} is {value!r}; give strings by name, such as JSON of the value"
+                )
+            if name == LAYOUT.key:
+                raise ExperimentError(f"the metadata {name!r} is the layout's own; give it another name")
+        kinds = {cls: kind for kind, cls in _KINDS.items()}
+        tensors = {
+            f"layers.{layer}.{field}": tensor.detach().to("cpu", copy=True)  # safetensors refuses shared memory
+            for layer, change in self.changes.items()
+            for field, tensor in vars(change).items()
+            if tensor is not None
+        }
+        layers = {str(layer): kinds[type(change)] for layer, change in self.changes.items()}
+        LAYOUT.write(Path(path), tensors, {"layers": layers}, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Delta:
-        """The delta of a file that ``save`` wrote, on the CPU; ``delta_files.load_delta`` returns its metadata too.
+        """Read a file that ``save`` wrote.
 
-        Raises ``ExperimentError`` naming a file that is missing, damaged or no delta file.
+        Args:
+            path: The file. ``load_delta`` returns its metadata too.
+
+        Returns:
+            The delta, on the CPU.
+
+        Raises:
+            ExperimentError: naming a file that is missing, damaged or not a delta file.
         """
-        from causalcone.engine.edit.deltas.files import load_delta
-
         return load_delta(path)[0]
+
+
+_KINDS = {"low_rank": LowRank, "dense": Dense}
+
+
+def load_delta(path: str | Path) -> tuple[Delta, dict[str, str]]:
+    """The delta of a file that ``Delta.save`` wrote, on the CPU and in its dtypes, and the user's metadata."""
+    path = Path(path)
+    tensors, description, metadata = LAYOUT.read(path)
+    with LAYOUT.reading(path):
+        fields: dict[str, dict[str, Tensor]] = {layer: {} for layer in description["layers"]}
+        for name, tensor in tensors.items():
+            _, layer, field = name.split(".")
+            fields[layer][field] = tensor
+        return Delta({int(n): _KINDS[kind](**fields[n]) for n, kind in description["layers"].items()}), metadata
 
 
 def _layer_number(layer: object) -> int:

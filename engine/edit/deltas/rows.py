@@ -16,12 +16,9 @@ Addition = Callable[[Tensor], Tensor]
 
 def addition(change: LowRank | Dense, device: torch.device, dtype: torch.dtype) -> Addition:
     """What the change adds to values in ``dtype``; one of low rank is computed in float32 at least."""
-    if isinstance(change, LowRank):
-        wide = torch.promote_types(dtype, torch.float32)
-        low = change.to(device, wide)
-        return lambda keys: ((keys.to(wide) @ low.right) @ low.left.T).to(dtype)
-    own = change.to(device, dtype)
-    return lambda keys: torch.nn.functional.linear(keys, own.weight, own.bias)
+    wide = torch.promote_types(dtype, torch.float32)
+    change = change.to(device, wide if isinstance(change, LowRank) else dtype)
+    return lambda keys: change.product(keys).to(dtype)
 
 
 def slices(of: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, slice]]:

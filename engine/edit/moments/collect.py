@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from causalcone.engine.edit.moments.files import load_sums, save_sums
-from causalcone.engine.edit.moments.moments import Identity, Moments, key_width
+from causalcone.engine.edit.moments.files import MomentValues, read_sums, write_sums
+from causalcone.engine.edit.moments.identity import Identity, key_width
 from causalcone.engine.edit.runs.layers import Layers
 from causalcone.engine.edit.runs.packed_runs import Runs, Text
 from causalcone.engine.errors import ExperimentError, MemoryBudgetError
@@ -117,7 +117,7 @@ class Checkpoint:
         """Go on from the file, where there is one."""
         if not self.path.exists():
             return
-        by_layer, sums.tokens, sums.ids = load_sums(self.path, self.of)
+        by_layer, sums.tokens, sums.ids = read_sums(self.path, self.of)
         for layer, total in sums.by_layer.items():
             total.copy_(by_layer[layer])
         self.kept = sums.tokens
@@ -126,7 +126,7 @@ class Checkpoint:
         """Write what is new, unless a pass was interrupted midway."""
         if sums.whole and sums.tokens > self.kept:
             begun = time.monotonic()
-            save_sums(sums.by_layer, sums.tokens, sums.ids, self.of, self.path)
+            write_sums(sums.by_layer, sums.tokens, sums.ids, self.of, self.path)
             self.kept = sums.tokens
             now = time.monotonic()
             self.due = now + max(SAVE_EVERY, 10 * (now - begun))
@@ -181,8 +181,8 @@ def collect(
     length: int | None = None,
     progress: Progress | None = None,
     resume: str | Path | None = None,
-) -> Moments:
-    """As ``Moments.collect``, which says what all this is; in full float32, whatever the session computes in."""
+) -> MomentValues:
+    """The fields of ``Moments``; as ``Moments.collect``, in full float32 whatever the session computes in."""
     if isinstance(texts, (str, Mapping)):
         raise ExperimentError(f"texts is a {type(texts).__name__}; give a list of texts, or another iterable of them")
     spec = Spec.of(session, layers, tokens, length)
@@ -207,7 +207,7 @@ def collect(
         warnings.warn(FewTokens(sums.tokens, spec.tokens), stacklevel=3)
     kept = torch.promote_types(session.dtype, torch.float32)
     matrices = {layer: sums.take(layer, kept) for layer in spec.layers}
-    return Moments(matrices, dict.fromkeys(spec.layers, sums.tokens), source, identity)
+    return matrices, dict.fromkeys(spec.layers, sums.tokens), source, identity
 
 
 def _count(

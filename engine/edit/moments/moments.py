@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,13 @@ import torch
 from torch import Tensor
 
 from causalcone.engine.compute import Compute
+from causalcone.engine.edit.moments.collect import collect
+from causalcone.engine.edit.moments.files import read_moments, write_moments
+from causalcone.engine.edit.moments.identity import Identity, key_width
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.models import read_architecture
 from causalcone.engine.models.base import Architecture
+from causalcone.engine.run.session import Session
 
 CONDITION_LIMITS = {torch.float64: 1e12, torch.float32: 1e8}
 """The largest condition number with which a moment in this dtype is inverted. It is that of the moment scaled to a unit
@@ -25,15 +28,7 @@ the inverse is then good to four digits. In float32 an element's error of 3e-8 i
 3e-8 x 2 / sqrt(d) of the largest eigenvalue: beyond the limit, rounding decides what the smallest directions are."""
 
 _FACTOR_BYTES = 4 * 2**30
-_SAMPLED = 4096
 _ITERATIONS = 30
-_ROUNDED = {
-    torch.float64: (torch.float64, torch.float32, torch.bfloat16, torch.float16),
-    torch.float32: (torch.float32, torch.bfloat16, torch.float16),
-    torch.bfloat16: (torch.bfloat16,),
-    torch.float16: (torch.float16,),
-}
-"""For a dtype, those that its values can be rounded to, the finest first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,11 +98,10 @@ class Moments:
         for texts without tokens, and for a file of ``resume`` that is of another model or other texts; ``ModelError``;
         ``MemoryBudgetError``.
         """
-        from causalcone.engine.edit.moments.collect import collect
-        from causalcone.engine.run.session import Session
-
         session = Session(model, tokenizer, Compute.of(dtype, device, memory))
-        return collect(session, texts, layers, tokens, source=source, length=length, progress=progress, resume=resume)
+        return cls(
+            *collect(session, texts, layers, tokens, source=source, length=length, progress=progress, resume=resume)
+        )
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -181,9 +175,7 @@ class Moments:
         dtype: float32 halves what float64 takes; each moment's own by default. The ridge is not saved. Raises
         ``ExperimentError`` for a file that cannot be written.
         """
-        from causalcone.engine.edit.moments.files import save_moments
-
-        save_moments(self, path, dtype)
+        write_moments(path, (self.matrices, self.tokens, self.source, self.identity), dtype)
 
     @classmethod
     def load(cls, path: str | Path | Mapping[int, str | Path], layers: int | Sequence[int] | None = None) -> Moments:
@@ -195,9 +187,7 @@ class Moments:
         published moments the identity is not known. Raises ``ExperimentError`` naming a file or layer that is missing,
         or a file that is damaged.
         """
-        from causalcone.engine.edit.moments.files import load_moments
-
-        return load_moments(path, layers)
+        return cls(*read_moments(path, layers))
 
     def _matrix(self, layer: int) -> Tensor:
         if layer not in self.matrices:
@@ -279,92 +269,6 @@ class _Factors:
             while len(self.entries) > 1 and sum(each.lower.nbytes for each in self.entries.values()) > _FACTOR_BYTES:
                 self.entries.popitem(last=False)
         return self.entries[key]
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Which model keys are of.
-
-    name: where it was loaded from, for messages; sizes: by name; fingerprints: by layer, and by dtype, of the weights
-    that this layer's keys depend on, rounded to that dtype: a hash of up to 4,096 values, evenly spaced, of every
-    parameter outside of layers, in the layers below, and in the layer itself but for its down-projection. So an edit
-    changes the identity for all layers above it, and for its own layer not.
-    """
-
-    model_type: str
-    name: str
-    sizes: Mapping[str, int]
-    fingerprints: Mapping[int, Mapping[str, str]]
-
-    @classmethod
-    def of(cls, architecture: Architecture, layers: Collection[int]) -> Identity:
-        """The identity of a model for the keys of some layers; those that it does not have are left out."""
-        sizes, config = architecture.sizes, architecture.model.config
-        return cls(
-            model_type=config.model_type,
-            name=str(getattr(config, "name_or_path", "") or ""),
-            sizes={
-                "number of layers": sizes.depth,
-                "width of hidden states": sizes.hidden,
-                "width of keys": sizes.inner,
-                "size of the vocabulary": sizes.vocabulary,
-            },
-            fingerprints=_fingerprints(architecture, [layer for layer in layers if layer < sizes.depth]),
-        )
-
-    def difference(self, other: Identity, layers: Iterable[int]) -> str | None:
-        """In words, how another model differs from this one for the keys of some layers; None if it does not."""
-        if other.model_type != self.model_type:
-            return f"the architecture is {other.model_type}, not {self.model_type}"
-        for size, value in self.sizes.items():
-            if other.sizes.get(size) != value:
-                return f"the {size} is {other.sizes.get(size)}, not {value}"
-        for layer in layers:
-            own, others = self.fingerprints[layer], other.fingerprints[layer]
-            common = [dtype for dtype in own if dtype in others]
-            if not common:
-                return f"the weights are in {next(iter(others))}, which cannot be compared with {next(iter(own))}"
-            if own[common[0]] != others[common[0]]:
-                return f"the weights that the keys of layer {layer} depend on are others"
-        return None
-
-
-def key_width(architecture: Architecture, layer: int) -> int:
-    """``inner``, the width of the keys of a layer."""
-    weight = architecture.model.get_submodule(architecture.down_projection.format(layer)).weight
-    return int(weight.numel()) // architecture.sizes.hidden
-
-
-def _fingerprints(architecture: Architecture, layers: Collection[int]) -> dict[int, dict[str, str]]:
-    parameters = dict(architecture.model.named_parameters())
-    dtypes = [
-        dtype
-        for dtype in _ROUNDED[torch.float64]
-        if all(dtype in _ROUNDED[parameter.dtype] for parameter in parameters.values())
-    ]
-    hashes = {dtype: hashlib.sha256() for dtype in dtypes}
-
-    def add(names: Iterable[str]) -> None:
-        for name in names:
-            flat = parameters[name].detach().reshape(-1)
-            count = min(len(flat), _SAMPLED)
-            places = torch.arange(count, device=flat.device) * (len(flat) - 1) // max(1, count - 1)
-            values = flat[places].cpu()
-            for dtype, digest in hashes.items():
-                digest.update(repr(tuple(parameters[name].shape)).encode())
-                digest.update(values.to(dtype).view(torch.uint8).numpy())
-
-    in_layers = architecture.down_projection.split("{}")[0]
-    add(sorted(name for name in parameters if not name.startswith(in_layers)))
-    found: dict[int, dict[str, str]] = {}
-    for layer in range(max(layers, default=-1) + 1):
-        own = sorted(name for name in parameters if name.startswith(f"{in_layers}{layer}."))
-        down = architecture.down_projection.format(layer) + "."
-        add(name for name in own if not name.startswith(down))
-        if layer in layers:
-            found[layer] = {str(d).removeprefix("torch."): digest.hexdigest() for d, digest in hashes.items()}
-        add(name for name in own if name.startswith(down))
-    return found
 
 
 def _checked_ridge(ridge: float) -> float:

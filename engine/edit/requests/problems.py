@@ -13,9 +13,10 @@ from causalcone.engine.edit.requests.requests import (
     ERROR_INJECTION,
     FACT_ERASURE,
     FACT_FORCING,
-    PROBLEMS,
+    NOISY,
     TRACING_REVERSAL,
     Request,
+    check_problem,
 )
 from causalcone.engine.edit.runs.decoding import continuations, text_seed
 from causalcone.engine.edit.runs.packed_runs import Text
@@ -28,7 +29,6 @@ from causalcone.engine.run.session import Session
 
 REVERSAL_TOKENS = 12
 ERASABLE = 0.02
-NOISY_PROBLEMS = (TRACING_REVERSAL, FACT_FORCING)
 
 
 class FilteredFacts(UserWarning):
@@ -64,7 +64,7 @@ def make_requests(
     ``ExperimentError`` for arguments that make no sense.
     """
     facts = list(facts)
-    level = session.noise_level(sigma, facts) if problem in NOISY_PROBLEMS else 0.0
+    level = session.noise_level(sigma, facts) if problem in NOISY else 0.0
     making = _Making(session, problem, level, filtered, compat, seed)
     check_unique(facts)
     posed, skipped = usable(facts, making.checked, lambda fact: fact.id, on_error)
@@ -112,11 +112,10 @@ class _Making:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.problem not in PROBLEMS:
-            raise ExperimentError(f"unknown problem {self.problem!r}; choose from {', '.join(PROBLEMS)}")
+        check_problem(self.problem)
         if self.compat not in (None, "published"):
             raise ExperimentError(f"unknown compat {self.compat!r}; the only one is 'published'")
-        if self.problem in NOISY_PROBLEMS and self.level == 0:
+        if self.problem in NOISY and self.level == 0:
             raise ExperimentError(
                 f"sigma is 0; {self.problem} needs the level of the subject's noise, a positive number"
             )

@@ -360,16 +360,8 @@ class _Deltas:
             for own in self.changes[layer]:
                 rows = rows_of(own)
                 if len(rows):
-                    more = added(own.change, keys.index_select(0, rows))
+                    more = own.change.product(keys.index_select(0, rows))
                     values[rows] = (values[rows] + more).to(values.dtype)
             return values
 
         return changed
-
-
-def added(change: LowRank | Dense, keys: Tensor) -> Tensor:
-    """What a change adds to the down-projection's values (R, hidden), from its keys (R, inner), in its own dtype."""
-    if isinstance(change, LowRank):
-        return (keys.to(change.right.dtype) @ change.right) @ change.left.T
-    values = keys.to(change.weight.dtype) @ change.weight.T
-    return values if change.bias is None else values + change.bias

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from causalcone.engine.edit.methods.hparams import FinetuneHparams
 from causalcone.engine.edit.moments.collect import TOKENS_PER_COMPONENT
 from causalcone.engine.edit.requests.requests import FACT_FORCING, TRACING_REVERSAL
 from causalcone.engine.edit.requests.windows import as_windows
-from causalcone.engine.edit.scoring.flops import Asked, Flops, Grown
+from causalcone.engine.edit.runs.flops import Asked, EditWork, Flops, Grown
 from causalcone.engine.edit.scoring.sampled_texts import ESSENCE_TEXTS, TEXT_TOKENS
 from causalcone.engine.edit.texts.contexts import MEMIT_TOKENS, MEMIT_WORDS, ROME_TOKENS
 from causalcone.engine.edit.texts.recall import COMPLETION_TOKENS
@@ -244,24 +243,22 @@ class EditCounts:
 
     def made(self, setting: Setting) -> float:
         """Edits of all facts at all layers."""
-        windows, steps = self.windows(setting), setting.hparams.steps
-        if isinstance(setting.hparams, FinetuneHparams):
-            draws = setting.hparams.noise_samples if self.problem == FACT_FORCING else 1
-            asked = self._total(lambda each, target, other: Asked.after(each.prompt, [target]))
-            return self.flops.finetune(draws * asked.rows, draws * asked.read, windows, steps)
-        whose = setting.contexts
-        assert whose is not None
-        texts = self._total(lambda each, target, other: each.searched(whose, target))
-        if setting.joint:
-            return self.flops.memit_joint(texts, windows, steps)
-        if setting.method == "rome":
-            return self.flops.rome(texts, self.layers, steps)
-        return self.flops.memit(texts, windows, steps)
+        definition = setting.definition
+        work = EditWork(
+            flops=self.flops,
+            windows=self.windows(setting),
+            searched=self._total(lambda each, target, other: each.searched(definition.contexts, target)),
+            trained=self._total(lambda each, target, other: Asked.after(each.prompt, [target])),
+            noisy=self.problem == FACT_FORCING,
+        )
+        return definition.flops(work, setting.hparams)
 
     def scored(self, setting: Setting) -> float:
         """Answers, and where asked for what is written, before and after every edit."""
         windows, last = self.windows(setting), self.sizes.depth - 1
-        rank = None if setting.method == "finetune" else sum(w for _, w in self.facts) if setting.joint else 1
+        rank: float | None = setting.definition.rank
+        if rank is not None and setting.definition.joint:
+            rank *= sum(weight for _, weight in self.facts)
         asked = self._total(lambda each, target, other: self._asked(each, target, other))
         flops = self.flops.unedited(asked, whole=any(window[0] == last for window in windows))
         flops += sum(self.flops.edited(asked, window, rank) for window in windows)

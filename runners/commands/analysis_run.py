@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from rich.console import Console
-from rich.table import Table as Shown
+from rich.table import Table as TerminalTable
 
 from causalcone.analysis.effects import At, Compat, Denominator
-from causalcone.analysis.papers.answer import MAIN, answer
 from causalcone.analysis.papers.inputs import AnalysisOptions
 from causalcone.analysis.papers.table_files import cells, index, write_table
-from causalcone.analysis.papers.tables import Table, paper_tables
+from causalcone.analysis.papers.tables import MAIN, Table, answer, paper_tables
 from causalcone.analysis.scores import Aggregate
 from causalcone.analysis.sweep_results import State, Study
+from causalcone.engine.atomic import write_text
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.localize.states import HEADS, as_states
-from causalcone.runners.results.folder import ResultError, write_whole
-
-if TYPE_CHECKING:
-    from causalcone.runners.commands.analyze import StudyOptions
+from causalcone.runners.options import StudyOptions
+from causalcone.runners.results.folder import ResultError
 
 _TABLES, _FIGURES = "tables", "figures"
 _COLUMNS = ("problem", "method", "window", "r2_layer", "r2_trace", "r2_both", "diff", "p")
@@ -29,7 +27,7 @@ _COLUMNS = ("problem", "method", "window", "r2_layer", "r2_trace", "r2_both", "d
 def analyze_folder(
     analysis: StudyOptions, out: Path, console: Console, *, mixed: bool, scatter: bool, figures: bool
 ) -> None:
-    """Raises ``TableError`` for a folder that is no sweep's, and ``ResultError`` where nothing can be written."""
+    """Raises ``TableError`` for a folder that is not a sweep's, and ``ResultError`` where nothing can be written."""
     study, choice = opened(analysis, mixed)
     tables, missing = paper_tables(study, choice)
     drawn: list[Path] = []
@@ -41,13 +39,12 @@ def analyze_folder(
 
             drawn, undrawn = paper_figures(study, out / _FIGURES, choice, every=scatter)
             missing += undrawn
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / "tables.md", index(tables, missing))
+        write_text(out / "tables.md", index(tables, missing))
     except OSError as error:
         raise _unwritten(out, error) from error
     for table in tables:
         if table.name == MAIN:
-            console.print(_shown(table))
+            console.print(_terminal_table(table))
     lines = [
         answer(tables),
         *(f"missing: {reason}" for reason in missing),
@@ -65,14 +62,12 @@ def report_folder(analysis: StudyOptions, out: Path, console: Console) -> None:
 
 
 def write_page(study: Study, choice: AnalysisOptions, out: Path, console: Console) -> None:
-    """Write the page of a study, and say its answer and what is missing."""
-    from causalcone.analysis.page.data import report_data
-    from causalcone.analysis.page.report import report
+    """Write the page of a study, and print its answer and what is missing."""
+    from causalcone.analysis.page.report import report, report_data
 
     data = report_data(study, choice)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out, report(data))
+        write_text(out, report(data))
     except OSError as error:
         raise _unwritten(out, error) from error
     lines = [
@@ -86,12 +81,12 @@ def write_page(study: Study, choice: AnalysisOptions, out: Path, console: Consol
 
 def opened(analysis: StudyOptions, mixed: bool = False) -> tuple[Study, AnalysisOptions]:
     """The folder, and the options as they were typed, checked."""
-    _one_of("--at", analysis.at, get_args(At))
-    _one_of("--denominator", analysis.denominator, get_args(Denominator))
+    _check_choice("--at", analysis.at, get_args(At))
+    _check_choice("--denominator", analysis.denominator, get_args(Denominator))
     if analysis.aggregate is not None:
-        _one_of("--aggregate", analysis.aggregate, get_args(Aggregate))
+        _check_choice("--aggregate", analysis.aggregate, get_args(Aggregate))
     if analysis.compat is not None:
-        _one_of("--compat", analysis.compat, get_args(Compat))
+        _check_choice("--compat", analysis.compat, get_args(Compat))
     state: State | None = None
     if analysis.state is not None:
         (parsed,) = as_states((analysis.state,))
@@ -105,21 +100,23 @@ def opened(analysis: StudyOptions, mixed: bool = False) -> tuple[Study, Analysis
     return Study(analysis.folder, analysis.aggregate), choice  # type: ignore[arg-type]
 
 
-def _shown(table: Table) -> Shown:
+def _terminal_table(table: Table) -> TerminalTable:
     frame = table.frame.select([name for name in _COLUMNS if name in table.frame.columns])
-    shown = Shown(title=table.title, title_justify="left", caption="; ".join(table.notes), caption_justify="left")
+    terminal_table = TerminalTable(
+        title=table.title, title_justify="left", caption="; ".join(table.notes), caption_justify="left"
+    )
     header, rows = cells(frame)
     for name in header:
-        shown.add_column(name, justify="left" if name in ("problem", "method") else "right")
+        terminal_table.add_column(name, justify="left" if name in ("problem", "method") else "right")
     for row in rows:
-        shown.add_row(*row)
-    return shown
+        terminal_table.add_row(*row)
+    return terminal_table
 
 
 def _unwritten(place: Path, error: OSError) -> ResultError:
     return ResultError(f"cannot write to {place}: {error.strerror or error}")
 
 
-def _one_of(option: str, given: Any, known: tuple[str, ...]) -> None:
-    if given not in known:
-        raise ExperimentError(f"{option} is {given!r}; choose from {', '.join(known)}")
+def _check_choice(option: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ExperimentError(f"{option} is {value!r}; choose from {', '.join(known)}")

@@ -24,17 +24,17 @@ class CheckedTable(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _known_keys(cls, given: Any) -> Any:
+    def _known_keys(cls, table: Any) -> Any:
         known = cls.model_fields
-        unknown = [key for key in given if key not in known] if isinstance(given, Mapping) else []
+        unknown = [key for key in table if key not in known] if isinstance(table, Mapping) else []
         if unknown:
-            named = {"unknown": ", ".join(map(repr, unknown)), "known": ", ".join(known)}
-            raise PydanticCustomError("unknown_key", "cannot have {unknown}, only {known}", named)
-        return given
+            names = {"unknown": ", ".join(map(repr, unknown)), "known": ", ".join(known)}
+            raise PydanticCustomError("unknown_key", "cannot have {unknown}, only {known}", names)
+        return table
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """What a TOML file holds. Raises ``ExperimentError`` for one that cannot be read."""
+    """The content of a TOML file. Raises ``ExperimentError`` for one that cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -47,16 +47,16 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ExperimentError(f"{path} is not TOML: {error}") from error
 
 
-def noise_level(given: Any) -> float | str:
-    """A level of noise: a number, or a text such as "3sd"."""
-    if isinstance(given, str) and re.fullmatch(r"\d+(\.\d+)?sd", given):
-        return given
-    if isinstance(given, int | float) and not isinstance(given, bool) and 0 <= given < math.inf:
-        return float(given)
-    raise PydanticCustomError("sigma", 'must be a number that is not negative, or a text like "3sd"')
+def noise_level(value: Any) -> float | str:
+    """A level of noise: a number, or a string such as "3sd"."""
+    if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?sd", value):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf:
+        return float(value)
+    raise PydanticCustomError("sigma", 'must be a number that is not negative, or a string like "3sd"')
 
 
-_PLAINER = {
+PLAINER: Mapping[str, str] = {
     "missing": "is missing",
     "int_type": "must be a whole number",
     "float_type": "must be a number",
@@ -66,23 +66,23 @@ _PLAINER = {
     "greater_than_equal": "must be at least {ge}",
     "too_short": "is empty",
     "bool_type": "must be true or false",
-    "string_type": "must be a text",
+    "string_type": "must be a string",
     "finite_number": "must be a finite number",
     "literal_error": "must be {expected}",
 }
-
+"""Plain words for pydantic's kinds of errors."""
 
 _ALTERNATIVE = re.compile(r"bool|int|float|str|constrained-.*|.*\[.*")
-"""What pydantic adds to a key's place for each of the types that its value may be of."""
+"""Pydantic adds such names to a key for each of the types that its value may be of."""
 
 
 def complaints(error: ValidationError) -> Iterator[str]:
-    """What is wrong, key by key."""
-    said: dict[str, list[str]] = {}
+    """Complaints about a table, a line for each key."""
+    lines: dict[str, list[str]] = {}
     for problem in error.errors(include_url=False):
-        plainer = _PLAINER.get(problem["type"])
+        plainer = PLAINER.get(problem["type"])
         text = plainer.format(**problem.get("ctx", {})) if plainer else problem["msg"]
-        place = [str(part) for part in problem["loc"] if not _ALTERNATIVE.fullmatch(str(part))]
-        said.setdefault(".".join(place), []).append(text)
-    for key, texts in said.items():
+        keys = [str(key) for key in problem["loc"] if not _ALTERNATIVE.fullmatch(str(key))]
+        lines.setdefault(".".join(keys), []).append(text)
+    for key, texts in lines.items():
         yield f"{key} {', or '.join(dict.fromkeys(texts))}".strip()

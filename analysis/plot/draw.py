@@ -1,4 +1,4 @@
-"""What the figures share: fonts, tokens made visible, colours, and the way to a file."""
+"""Shared by all figures: fonts, tokens made visible, colours, lines, axes, legends, and the way to a file."""
 
 from __future__ import annotations
 
@@ -7,15 +7,29 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.ticker import MaxNLocator
 
+from causalcone.analysis.tables.names import COLORS
 from causalcone.analysis.tables.traces import STATE
 
+PathLike = str | os.PathLike[str]
+State = tuple[str, str, int]
+LineStyle = tuple[Any, str, str]
+"""Colour, marker and dash."""
+
+# The hues of lines, with a marker for print in grey.
+LINES = tuple(
+    (COLORS[color], marker)
+    for color, marker in zip(("vermilion", "blue", "green", "orange", "purple", "sky", "black"), "os^DvPX", strict=True)
+)
 # One hue per kind of state, as in the published figures; lightness falls steadily, so they read in grey as well.
 # Heads and what else there may be are blue.
 KIND_COLORS = {"hidden": "Purples", "mlp": "Greens", "attn": "Reds"}
@@ -25,8 +39,6 @@ METHOD_NAMES = {
     "sever_attn": "attention severed",
     "sever_both": "MLP and attention severed",
 }
-
-State = tuple[str, str, int]
 
 _SPACES = {" ": "␣", "\n": "↵", "\r": "⇤", "\t": "⇥"}
 _OTHER_FONTS = ("Noto Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans Arabic", "Noto Sans Devanagari")
@@ -73,10 +85,10 @@ def states_of(frame: pl.DataFrame) -> list[State]:
 
 
 def kind_order(kind: str) -> tuple[int, str, int]:
-    """Sorts kinds in their usual order, and heads by number behind them."""
-    place = list(KIND_NAMES).index(kind) if kind in KIND_NAMES else len(KIND_NAMES)
+    """Sorts kinds in their usual order, and heads by number after them."""
+    rank = list(KIND_NAMES).index(kind) if kind in KIND_NAMES else len(KIND_NAMES)
     name, _, number = kind.partition(".")
-    return place, name, int(number) if number.isdigit() else -1
+    return rank, name, int(number) if number.isdigit() else -1
 
 
 def rows_of(frame: pl.DataFrame, state: State) -> pl.DataFrame:
@@ -88,11 +100,11 @@ def layer_count(frame: pl.DataFrame) -> int:
 
 
 def state_title(state: State) -> str:
-    """What was done, as a heading."""
+    """The intervention, as a heading."""
     method, kind, window = state
     severed = METHOD_NAMES.get(method)
-    deed = "Zeroing" if method == "zero" else "Restoring"
-    return f"{deed} {kind_name(kind, window)}" + (f",\n{severed}" if severed else "")
+    intervention = "Zeroing" if method == "zero" else "Restoring"
+    return f"{intervention} {kind_name(kind, window)}" + (f",\n{severed}" if severed else "")
 
 
 def kind_name(kind: str, window: int) -> str:
@@ -111,6 +123,58 @@ def layer_axis(axes: Axes, window: int, layers: int) -> None:
     axes.tick_params(axis="x", labelsize=8, length=3, color="0.4")
 
 
+def value_axis(axes: Axes, label: str | None = None) -> None:
+    """The vertical axis of values, without a frame around them."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(axis="y", labelsize=8)
+    if label is not None:
+        axes.set_ylabel(label, fontsize=9)
+
+
+def line(
+    axes: Axes, means: pl.DataFrame, style: LineStyle, label: str, *, column: str = "effect", band: bool = True
+) -> None:
+    """One line of a column by layer, with a band of 1.96 standard errors."""
+    color, marker, dash = style
+    layer, mean, error = by_layer(means, column)
+    if band:
+        axes.fill_between(layer, mean - error, mean + error, color=color, alpha=0.15, linewidth=0)
+    look = {"color": color, "marker": marker, "linestyle": dash, "markersize": 4.5, "linewidth": 1.6}
+    axes.plot(layer, mean, **look, markevery=max(1, len(layer) // 12), label=label)
+
+
+def by_layer(means: pl.DataFrame, column: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Layers, means, and 1.96 standard errors, NaN where there are none."""
+    ordered = means.sort("layer")
+    error = 1.96 * ordered["standard_error"].cast(pl.Float64).fill_null(np.nan).to_numpy()
+    return ordered["layer"].to_numpy(), ordered[column].to_numpy(), error
+
+
+def mean_of(facts: int, bands: bool = True) -> str:
+    """The facts that a mean is over, in words."""
+    return "one fact" if facts == 1 else f"mean of {facts} facts" + " with 95 % intervals" * bands
+
+
+def title(figure: Figure, text: str) -> None:
+    figure.suptitle(text, fontsize=11, fontweight="bold")
+
+
+def legend(figure: Figure, columns: int, **options: Any) -> None:
+    """The legend of all panels, below them."""
+    figure.legend(loc="outside lower center", ncols=columns, fontsize=8.5, frameon=False, **options)
+
+
+def color_bar(
+    figure: Figure, axes: Axes, mesh: ScalarMappable, label: str = "", aspect: int = 18, **options: Any
+) -> Colorbar:
+    bar = figure.colorbar(mesh, ax=axes, pad=0.02, aspect=aspect, **options)
+    bar.ax.tick_params(labelsize=8, length=2, color="0.4")
+    if label:
+        bar.ax.set_title(label, fontsize=8.5, loc="left", pad=9)
+    bar.outline.set(edgecolor="0.7", linewidth=0.5)
+    return bar
+
+
 def new_figure(width: float, height: float) -> Figure:
     """A figure of its own, drawn without a display and without pyplot's list of figures."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
@@ -118,7 +182,7 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def finish(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
+def finish(figure: Figure, path: PathLike | None) -> Figure:
     """Write the figure where a path is given; the suffix chooses the format."""
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

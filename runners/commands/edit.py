@@ -1,0 +1,59 @@
+"""The command that edits facts: ``edit``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from rich.console import Console
+from typer import Option
+
+from causalcone.runners.commands.shared import open_results, show, takes
+from causalcone.runners.options import EditingOptions, OutputOptions, ScoringOptions, SourceOptions
+
+
+@takes(SourceOptions, EditingOptions, ScoringOptions, OutputOptions)
+def edit(
+    source: SourceOptions,
+    editing: EditingOptions,
+    scoring: ScoringOptions,
+    output: OutputOptions,
+    plot: Annotated[bool, Option("--plot", help="Draw the mean scores by layer.")] = False,
+) -> None:
+    """Edit facts at every chosen layer by ROME, MEMIT or constrained fine-tuning, and score every edited model.
+
+    Facts are edited one by one; memit_joint edits all of them at once.
+
+    Writes OUT/edits, OUT/probes and OUT/metrics (Parquet; a row per edit, per prompt of it and per metric of it) and
+    OUT/run.json. No weight of the model is changed.
+    """
+    from causalcone.runners.edits import inputs
+    from causalcone.runners.show.edit_tables import failed_lines, metrics_of, score_tables, scores_of
+    from causalcone.runners.show.figures import draw_scores
+
+    prepared = inputs.editing(source, editing, scoring, output)
+    aggregate = prepared.study.plan.aggregate
+    with open_results(output, prepared.configuration, "edits") as folder:
+        done = prepared.study.carry_out(folder, Console(), output.quiet)
+        figures = draw_scores(output.out, scores_of(output.out, aggregate, scoring.essence)) if plot else []
+    folder.finish(**done.results, filtered=prepared.filtered)
+    if not output.quiet:
+        tables = score_tables(scores_of(output.out, aggregate, scoring.essence))
+        metrics = metrics_of(output.out, scoring.accuracy, scoring.generation or scoring.references is not None)
+        show([*tables, *metrics, *failed_lines(done.failed)], done.sentence(), figures)
+
+
+COMMANDS = {
+    edit: """
+[bold]Examples[/bold]
+
+causalcone edit --model gpt2-xl --facts counterfact.json --method rome --preset gpt2-xl --moments m.safetensors --out xl
+
+causalcone edit --model ./my-model --facts facts.jsonl --method finetune:1 --method finetune:5 --layers 0,8 --out edits
+
+causalcone edit --model demo --facts demo --method memit:3 --preset demo --moments demo --essence --out edits --plot
+
+causalcone edit --model demo --facts demo --method rome --set clamp=2 --texts demo --keep-deltas --out edits
+
+causalcone edit --model demo --facts demo --method memit_joint:3 --layers 1 --preset demo --moments demo --out mass
+"""
+}

@@ -1,0 +1,139 @@
+"""Runs that localize facts, prepared from the options of a command: all is checked, and nothing computed yet."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+from causalcone.engine.errors import ExperimentError
+from causalcone.engine.localize.gradients import GradientRun
+from causalcone.engine.localize.options import DEFAULT_STATES, GradientSpec, TraceSpec, ZeroSpec
+from causalcone.engine.localize.states import KINDS, as_states
+from causalcone.engine.localize.trace_run import TracePlan, TraceRun
+from causalcone.engine.noise import SCALED_NOISES, Noise, TextNoise
+from causalcone.engine.schemas import GRADIENT_SCHEMA, TRACE_SCHEMA
+from causalcone.runners.facts.files import read_text
+from causalcone.runners.inputs.inputs import Inputs, open_inputs
+from causalcone.runners.options import (
+    IntegrationOptions,
+    SamplingOptions,
+    SourceOptions,
+    TracingOptions,
+    ZeroingOptions,
+)
+from causalcone.runners.results.table_run import TableRun
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run ready to be carried out, and the configuration to keep beside its results."""
+
+    inputs: Inputs
+    run: TableRun
+    configuration: dict[str, Any]
+
+
+def prepare_tracing(source: SourceOptions, choice: TracingOptions, sampling: SamplingOptions) -> Prepared:
+    """Causal tracing, plain or severed."""
+    spec = _trace_spec(choice, sampling)
+    inputs = open_inputs(source)
+    run = inputs.used(TraceRun.tracing(inputs.session, inputs.every, spec, inputs.on_error, source.limit))
+    noise: dict[str, Any] = {"replace_noise": choice.replace_noise, "dof": choice.dof}
+    noise |= {"sigma_given": sampling.sigma} if spec.noise.kind in SCALED_NOISES else {"sigma": None}
+    if isinstance(spec.noise, TextNoise):
+        digest = hashlib.sha256("\n".join(spec.noise.texts).encode()).hexdigest()
+        noise |= {"noise_texts": str(choice.noise_texts), "noise_texts_sha256": digest}
+    table = TableRun("tracing", "traces", TRACE_SCHEMA, len(run.facts), run.batches())
+    return _prepared("trace", inputs, table, {**run.spec.configuration, **noise})
+
+
+def tracing_plan(source: SourceOptions, choice: TracingOptions, sampling: SamplingOptions) -> tuple[Inputs, TracePlan]:
+    """The plan of that tracing."""
+    spec = _trace_spec(choice, sampling)
+    inputs = open_inputs(source)
+    run = inputs.used(TraceRun.tracing(inputs.session, inputs.every, spec, inputs.on_error, source.limit))
+    return inputs, run.plan()
+
+
+def prepare_zeroing(source: SourceOptions, choice: ZeroingOptions) -> Prepared:
+    """Representation zeroing."""
+    spec = ZeroSpec(
+        states=as_states(choice.state or ["mlp:5"]),
+        target=choice.target,  # type: ignore[arg-type]
+        tokens=parse_tokens(choice.tokens),
+    )
+    inputs = open_inputs(source)
+    run = inputs.used(TraceRun.zeroing(inputs.session, inputs.facts, spec, inputs.on_error))
+    table = TableRun("zeroing", "traces", TRACE_SCHEMA, len(run.facts), run.batches())
+    return _prepared("zero", inputs, table, run.spec.configuration)
+
+
+def prepare_gradients(source: SourceOptions, choice: IntegrationOptions, sampling: SamplingOptions) -> Prepared:
+    """Integrated gradients."""
+    spec = GradientSpec(
+        kinds=tuple(choice.kind or KINDS),
+        steps=choice.steps,
+        baseline=choice.baseline,  # type: ignore[arg-type]
+        target=choice.target,  # type: ignore[arg-type]
+        tokens=parse_tokens(choice.tokens),
+        **vars(sampling),
+    )
+    if choice.baseline == "zero" and sampling != SamplingOptions():
+        raise ExperimentError("samples, sigma and seed are of the corrupted run; they go with --baseline corrupted")
+    inputs = open_inputs(source)
+    run = inputs.used(GradientRun.of(inputs.session, inputs.every, spec, inputs.on_error, source.limit))
+    noise: dict[str, Any] = {"samples": None, "sigma": None, "seed": None}
+    if spec.baseline == "corrupted":
+        noise = {"sigma_given": sampling.sigma}
+    table = TableRun("integrating gradients", "gradients", GRADIENT_SCHEMA, len(run.facts), run.batches())
+    return _prepared("gradients", inputs, table, {**run.spec.configuration, **noise})
+
+
+def parse_tokens(tokens: str) -> str | tuple[int, ...]:
+    """Indices, or the name of a choice."""
+    try:
+        return tuple(int(index) for index in tokens.split(","))
+    except ValueError:
+        return tokens
+
+
+def _trace_spec(choice: TracingOptions, sampling: SamplingOptions) -> TraceSpec:
+    """The options, which make sense together."""
+    names = choice.state or (["hidden:1"] if choice.sever else [f"{kind}:{window}" for kind, window in DEFAULT_STATES])
+    texts = _noise_texts(choice)
+    noise: dict[str, Any] = {"kind": choice.noise, "replace": choice.replace_noise, "dof": choice.dof}
+    return TraceSpec(
+        states=as_states(names),
+        target=choice.target,  # type: ignore[arg-type]
+        tokens=parse_tokens(choice.tokens),
+        joint=choice.joint,
+        noise=TextNoise(texts=tuple(texts), **noise) if texts else Noise(**noise),
+        extra_tokens=choice.extra_tokens,
+        sever=choice.sever,  # type: ignore[arg-type]
+        compat=choice.compat,  # type: ignore[arg-type]
+        **vars(sampling),
+    )
+
+
+def _noise_texts(choice: TracingOptions) -> list[str]:
+    """The running text that the noise is to resemble, where it is of that kind."""
+    shaped = choice.noise in ("multivariate", "t")
+    if shaped != (choice.noise_texts is not None):
+        if shaped:
+            raise ExperimentError(
+                f"the noise {choice.noise!r} resembles the embeddings of running text; give some with --noise-texts"
+            )
+        raise ExperimentError(f"--noise-texts goes with the noise multivariate or t, not with {choice.noise!r}")
+    if choice.noise == "t" and choice.dof is None:
+        raise ExperimentError("the noise 't' needs degrees of freedom; give some with --dof, such as 5")
+    if choice.noise_texts is None:
+        return []
+    texts = [line for line in read_text(choice.noise_texts).splitlines() if line.strip()]
+    if not texts:
+        raise ExperimentError(f"{choice.noise_texts} holds no text; give running text, one text a line")
+    return texts
+
+
+def _prepared(command: str, inputs: Inputs, table: TableRun, options: dict[str, Any]) -> Prepared:
+    return Prepared(inputs, table, {"command": command, **inputs.configuration, **options})
