@@ -13,7 +13,7 @@ from causalcone.engine.localize.states import KINDS, as_states
 from causalcone.engine.localize.trace_run import TracePlan, TraceRun
 from causalcone.engine.noise import SCALED_NOISES, Noise, TextNoise
 from causalcone.engine.schemas import GRADIENT_SCHEMA, TRACE_SCHEMA
-from causalcone.runners.facts.files import read_text
+from causalcone.runners.checked_files import read_text
 from causalcone.runners.inputs.inputs import Inputs, open_inputs
 from causalcone.runners.options import (
     IntegrationOptions,

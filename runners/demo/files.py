@@ -12,8 +12,6 @@ DEMO = "demo"
 Kind = Literal["model", "outline", "facts", "texts", "moments", "snippets"]
 """outline: the model's configuration and tokenizer, for which nothing is trained; snippets: reference texts."""
 
-_TITLES: dict[Kind, str] = {"facts": "the demo world", "texts": "the demo world's sentences"}
-
 
 def path_of(name: str, kind: Kind) -> str:
     """The path of a demo file if ``name`` is ``demo`` and there is no file called that; else the name itself."""
@@ -26,7 +24,11 @@ def path_of(name: str, kind: Kind) -> str:
 
 def title_of(name: str, kind: Kind) -> str | None:
     """The name of such a demo file in results and messages; None for any other name."""
-    return _TITLES[kind] if _is_demo(name) else None
+    if not _is_demo(name):
+        return None
+    from causalcone.runners.demo.world import TITLES
+
+    return TITLES[kind]
 
 
 def _is_demo(name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,9 +21,8 @@ from causalcone.engine.atomic import remove_partial, replacing_folder, write_tex
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.errors import ExperimentError
 from causalcone.runners.demo.corpus import running_texts, texts
-from causalcone.runners.demo.files import Kind, title_of
 from causalcone.runners.demo.training import Recipe, config_of, trained
-from causalcone.runners.demo.world import World
+from causalcone.runners.demo.world import TITLES, World
 from causalcone.runners.show.progress import shown_progress
 
 END_OF_TEXT = "<|endoftext|>"
@@ -71,21 +70,17 @@ def demo_moments(progress: bool = True, size: str = "demo") -> Moments:
     return Moments.load(_moments_file(progress, size))
 
 
-def demo_file(kind: Kind) -> Path:
-    """A file or folder of the demo in the cache folder; made now if it is not there."""
-    match kind:
-        case "model":
-            return demo_folder()
-        case "outline":
-            return _outline_folder()
-        case "moments":
-            return _moments_file()
-        case "facts":
-            return _text_file("facts.json", demo_world().counterfact())
-        case "texts":
-            return _text_file("texts.txt", "".join(f"{text}\n" for text in running_texts(demo_world())))
-        case "snippets":
-            return _text_file("snippets.json", json.dumps(demo_world().snippets()))
+def demo_file(kind: str) -> Path:
+    """A file or folder of the demo in the cache folder, of a kind of ``demo/files.py``; made now if it is not there."""
+    makers: dict[str, Callable[[], Path]] = {
+        "model": demo_folder,
+        "outline": _outline_folder,
+        "moments": _moments_file,
+        "facts": lambda: _text_file("facts.json", demo_world().counterfact()),
+        "texts": lambda: _text_file("texts.txt", "".join(f"{text}\n" for text in running_texts(demo_world()))),
+        "snippets": lambda: _text_file("snippets.json", json.dumps(demo_world().snippets())),
+    }
+    return makers[kind]()
 
 
 def _outline_folder(size: str = "demo") -> Path:
@@ -110,7 +105,7 @@ def _moments_file(progress: bool = True, size: str = "demo") -> Path:
             Moments.load(path).check(model, range(model.config.n_layer))
         except ExperimentError:
             sentences = running_texts(demo_world(size))
-            Moments.collect(model, tokenizer, sentences, tokens="all", source=title_of("demo", "texts")).save(path)
+            Moments.collect(model, tokenizer, sentences, tokens="all", source=TITLES["texts"]).save(path)
     return path
 
 

@@ -26,7 +26,7 @@ from causalcone.engine.edit.methods.registry import method_named, methods
 from causalcone.engine.edit.requests.requests import PROBLEMS
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.localize.options import DEFAULT_SIGMA
-from causalcone.runners.checked_tables import CheckedTable, Count, complaints, noise_level, read_toml
+from causalcone.runners.checked_files import CheckedTable, Count, complaints, noise_level, read_toml
 
 if TYPE_CHECKING:
     from causalcone.runners.edits.settings import Setting

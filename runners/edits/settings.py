@@ -15,8 +15,8 @@ from causalcone.engine.edit.requests.requests import check_problem
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.errors import CausalconeError, ExperimentError
 from causalcone.engine.localize.options import DEFAULT_SIGMA
+from causalcone.runners.checked_files import read_text
 from causalcone.runners.edits.presets import load_hparams, load_preset
-from causalcone.runners.facts.files import read_text
 from causalcone.runners.options import EditMethodOptions
 
 Layers = Literal["all"] | tuple[int, ...]

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from causalcone.engine.errors import FactError
 from causalcone.engine.facts import Fact, OnError
-from causalcone.runners.checked_tables import PLAINER
+from causalcone.runners.checked_files import PLAINER, read_text
 from causalcone.runners.facts.schemas import SCHEMAS, Convert, ZsreForm, converter, detect_schema
 
 
@@ -203,20 +203,6 @@ def _read_lines(path: Path, text: str) -> list[Any]:
                     f"{path} is not JSON lines: {error.msg} at line {number}, column {error.colno}"
                 ) from error
     return records
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; ``FactError`` says what is wrong with it."""
-    if path.is_dir():
-        raise FactError(f"{path} is a folder; give a file in it")
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise FactError(f"{path} does not exist") from None
-    except OSError as error:
-        raise FactError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise FactError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
 
 
 def known_schema(path: Path, records: Sequence[Any]) -> str:

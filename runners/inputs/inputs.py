@@ -73,12 +73,13 @@ class Inputs:
     @property
     def configuration(self) -> dict[str, object]:
         """What to keep of all this beside the results."""
+        backends = self.session.backends
         return {
             "model": self.source.model,
             "facts": self.source.facts,
             "dtype": str(self.session.dtype).removeprefix("torch."),
             "device": str(self.session.device),
-            "kernels": vars(self.session.backends),
+            "kernels": {"attention": backends.attention, "rows": backends.rows},
             "tf32": self.source.tf32,
             **({"weights": self.source.weights} if isinstance(self.source, StreamableSourceOptions) else {}),
             "limit": self.source.limit,

@@ -13,7 +13,7 @@ from pydantic import BaseModel, StrictStr, ValidationError
 
 from causalcone.engine.errors import FactError
 from causalcone.engine.facts import Fact
-from causalcone.runners.facts.files import read_text
+from causalcone.runners.checked_files import read_text
 
 
 @dataclass(frozen=True)

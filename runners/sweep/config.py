@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
 
-from causalcone.engine.edit.requests.requests import Problem
 from causalcone.engine.errors import CausalconeError, ExperimentError
 from causalcone.engine.localize.options import as_tokens, check_tokens
 from causalcone.engine.localize.states import as_states
 from causalcone.engine.memory import parse_bytes
-from causalcone.runners.checked_tables import CheckedTable, Count, complaints, noise_level, read_toml
+from causalcone.engine.schemas import Problem
+from causalcone.runners.checked_files import CheckedTable, Count, complaints, noise_level, read_toml
 from causalcone.runners.demo.files import path_of
 from causalcone.runners.edits.settings import EditPlan
 

@@ -23,6 +23,8 @@ from causalcone.engine.models.base import Block
 from causalcone.engine.run.session import Session
 from causalcone.kernels.attention import attend
 from causalcone.kernels.linear import Linear
+from causalcone.kernels.log_sums import capped
+from causalcone.kernels.row_attention import visible_keys
 from causalcone.kernels.tiles import pieces
 
 
@@ -208,8 +210,7 @@ class _Ready:
     def _choose(self, states: Tensor, top_k: int | None, uniform: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.unembedding(states)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.softcap is not None:
-            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        logits = capped(logits, self.softcap)
         if top_k is None:
             best, tokens = logits.max(-1)
             return tokens, best.isfinite()
@@ -307,10 +308,7 @@ class _Growing:
         """The heads' outputs (live, heads * head_dim) of one query of each text."""
         query = queries.view(len(queries), 1, -1, block.head_dim)
         keys, values = past.unflatten(2, (2, -1, block.head_dim)).unbind(2)
-        places = torch.arange(past.shape[1], device=self.device)
-        visible = places <= positions[:, None]
-        if block.window is not None:
-            visible &= places > positions[:, None] - block.window
+        visible = visible_keys(positions, past.shape[1], block.window)
         at_once = max(1, self.layers.tiles.keys // past.shape[1])
         parts = zip(*(whole.split(at_once) for whole in (query, keys, values, visible[:, None])), strict=True)
         heads = [attend(q, k, v, seen, block.scale, block.softcap) for q, k, v, seen in parts]

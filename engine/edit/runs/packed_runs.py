@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from causalcone.kernels.row_attention import visible_keys
+
 
 @dataclass(frozen=True)
 class Text:
@@ -43,11 +45,7 @@ class RunBatch:
 
     def visible(self, queries: int, keys: int, window: int | None) -> Tensor:
         """(m, K) which keys each of the last ``queries`` tokens sees."""
-        device = self.past.device
-        tokens = torch.arange(keys - queries, keys, device=device)[:, None]
-        places = torch.arange(keys, device=device)
-        seen = places <= tokens
-        return seen if window is None else seen & (places > tokens - window)
+        return visible_keys(torch.arange(keys - queries, keys, device=self.past.device), keys, window)
 
 
 @dataclass(frozen=True, eq=False)

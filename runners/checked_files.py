@@ -1,4 +1,4 @@
-"""Tables of TOML files checked with pydantic: unknown keys are refused by name, and complaints are plain."""
+"""Files that users write, read with plain complaints; tables of TOML files checked with pydantic."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from causalcone.engine.errors import ExperimentError
+from causalcone.engine.errors import CausalconeError, ExperimentError, FactError
 
 Count = Annotated[StrictInt, Field(ge=1)]
 
@@ -33,16 +33,24 @@ class CheckedTable(BaseModel):
         return table
 
 
+def read_text(path: Path, error: type[CausalconeError] = FactError) -> str:
+    """The text of a UTF-8 file; raises an ``error`` that says why there is none."""
+    if path.is_dir():
+        raise error(f"{path} is a folder; give a file in it")
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise error(f"{path} does not exist") from None
+    except OSError as reason:
+        raise error(f"cannot read {path}: {reason.strerror}") from reason
+    except UnicodeDecodeError as reason:
+        raise error(f"{path} is not UTF-8 text (byte {reason.start}); save it as UTF-8") from reason
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """The content of a TOML file. Raises ``ExperimentError`` for one that cannot be read."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ExperimentError(f"{path} does not exist") from None
-    except OSError as error:
-        raise ExperimentError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ExperimentError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        return tomllib.loads(read_text(path, ExperimentError))
     except tomllib.TOMLDecodeError as error:
         raise ExperimentError(f"{path} is not TOML: {error}") from error
 
