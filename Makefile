@@ -3,21 +3,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
-PARALLEL := -n auto --maxprocesses 8 --dist loadgroup
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-fast test-long test-cluster test-browser docs lint format types bench clean help
 
 demo: $(READY)  ## set up, train the demo model once, trace and edit its facts
 	$(BIN)/causalcone demo
 
-test: $(READY)  ## set up, run the tests
+test: $(READY)  ## set up, run the tests but for the long ones
 	$(PYTEST) $(PARALLEL)
 
 test-fast: $(READY)  ## the tests that are neither slow nor need the demo model
-	$(PYTEST) $(PARALLEL) -m "not slow and not demo"
+	$(PYTEST) $(PARALLEL) -m "not slow and not demo and not long"
 
-test-long: $(READY)  ## the others
-	$(PYTEST) $(PARALLEL) -m "slow or demo"
+test-long: $(READY)  ## those that "make test" leaves out
+	$(PYTEST) $(PARALLEL) -m long
 
 test-cluster: $(READY)  ## sweeps on clusters that are started on this machine, which takes minutes
 	$(BIN)/pip install -q -c constraints.txt -e '.[cluster]'
@@ -34,7 +34,7 @@ docs: $(READY)  ## the pages of docs/ as a site in build/site, with the referenc
 	$(BIN)/pip install -q --no-deps --target build/docs/site build/docs/*.whl
 	$(BIN)/mkdocs build --strict
 
-lint: $(READY)  ## style and spelling
+lint: $(READY)  ## style, spelling, and who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell

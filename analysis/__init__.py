@@ -1,4 +1,4 @@
-"""What traces say: tables, token roles, effects and figures. Reads tables only and needs no torch."""
+"""Effects, scores, statistics and figures from tables of results. Reads tables only and needs no torch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from causalcone.analysis.effects import (
     tracing_effects,
     zeroing_effects,
 )
-from causalcone.analysis.gradients import gradient_norms, gradient_summary
-from causalcone.analysis.layer_effects import joint_effects, severed_effects, zeroing_curve
-from causalcone.analysis.roles import ROLES, with_roles
+from causalcone.analysis.layer_effects import (
+    gradient_norms,
+    gradient_summary,
+    joint_effects,
+    severed_effects,
+    zeroing_curve,
+)
 from causalcone.analysis.scores import SCORES, counterfact_metrics, mean_scores, scores, zsre_metrics
 from causalcone.analysis.tables.edits import (
     EDIT_SCHEMA,
@@ -25,7 +29,15 @@ from causalcone.analysis.tables.edits import (
     read_metrics,
     read_probes,
 )
-from causalcone.analysis.tables.traces import GRADIENT_SCHEMA, TRACE_SCHEMA, TableError, read_gradients, read_traces
+from causalcone.analysis.tables.traces import (
+    GRADIENT_SCHEMA,
+    ROLES,
+    TRACE_SCHEMA,
+    TableError,
+    read_gradients,
+    read_traces,
+    with_roles,
+)
 
 if TYPE_CHECKING:
     from causalcone.analysis import plot

@@ -1,4 +1,5 @@
-"""Effects derived from traces: per state, per layer, and averaged by token role (METHODS 3)."""
+"""Effects derived from traces: per state, per layer, and averaged by token role
+(docs/methods.md, "What follows from the tables")."""
 
 from __future__ import annotations
 
@@ -6,7 +7,6 @@ from typing import Literal, get_args
 
 import polars as pl
 
-from causalcone.analysis.roles import with_roles
 from causalcone.analysis.tables.traces import (
     IDENTITY,
     STATE,
@@ -16,6 +16,7 @@ from causalcone.analysis.tables.traces import (
     read_traces,
     single_tokens,
     trace_parts,
+    with_roles,
 )
 
 At = Literal["max", "subject_last"]
@@ -23,25 +24,34 @@ Denominator = Literal["p_high", "p_clean"]
 Compat = Literal["published"]
 
 OTHER_LAYERS = 3
-"""So many layers besides that of the largest effect may have half of it, where effects are concentrated."""
+"""How many layers besides that of the largest effect may have half of it, where effects are concentrated."""
 
+_LAYER = ["fact_id", *STATE, "layer"]
+_LOOKUP = pl.col("token") == pl.col("subject_end") - 1
 _CELL = [*STATE, "role", "layer"]
 _LEN = pl.len().cast(pl.Int64)  # polars counts in 32 bits, whose squares overflow
 
 
 def restore_effects(table: TraceSource, denominator: Denominator = "p_high") -> pl.DataFrame:
-    """Per fact and restored state, how much of the answer's probability came back (METHODS 3, Hase et al. 2023).
+    """How much of the answer's probability came back, per fact and restored state (Hase et al. 2023).
 
-    Adds to the rows of a traces table (those of method "zero" are left out):
+    Args:
+        table: traces, as ``read_traces`` takes them; rows of method "zero" are left out.
+        denominator: d in the relative effect, ``p_high`` (published) or ``p_clean``.
 
-    - ``p_high``: max of p_clean and the largest p_patched of this fact, method, kind and window in the table (of tokens
-      restored together, where the row is)
-    - ``restore_effect``: p_patched - p_corrupted
-    - ``relative_effect``: restore_effect / |d - p_corrupted|, d being ``p_high`` or p_clean as ``denominator`` says;
-      null where that is 0
-    - ``fraction_restored``: max(0, relative_effect), also 0 where nothing was restored of nothing; with ``p_high``,
-      the published denominator, it lies in [0, 1]; with ``p_clean`` it can exceed 1
-    - ``flagged``: whether p_clean <= p_corrupted, so that there was nothing to restore
+    Returns:
+        The rows with further columns:
+
+        - ``p_high``: max of p_clean and the largest p_patched of this fact, method, kind and window in the table (of
+          tokens restored together, where the row is)
+        - ``restore_effect``: p_patched - p_corrupted
+        - ``relative_effect``: restore_effect / |d - p_corrupted|; null where that is 0
+        - ``fraction_restored``: max(0, relative_effect), also 0 where nothing was restored of nothing; with ``p_high``
+          it lies in [0, 1]; with ``p_clean`` it can exceed 1
+        - ``flagged``: whether p_clean <= p_corrupted, so that there was nothing to restore
+
+    Raises:
+        TableError: the table cannot be read, or the denominator is unknown.
     """
     one_of("denominator", denominator, get_args(Denominator))
     traces = read_traces(table).filter(pl.col("method") != "zero")
@@ -60,65 +70,85 @@ def restore_effects(table: TraceSource, denominator: Denominator = "p_high") -> 
 
 
 def tracing_effects(table: TraceSource, at: At = "max", denominator: Denominator = "p_high") -> pl.DataFrame:
-    """The tracing effect of each layer: one row per fact, method, kind, window and layer (METHODS 3, Hase et al. 2023).
+    """Tracing effects of layers (Hase et al. 2023); see ``restore_effects``.
 
-    ``effect`` is the largest fraction_restored over the prompt tokens (``at="max"``; the first of equals), or the
-    relative_effect, not clipped, at the last subject token (``at="subject_last"``); see ``restore_effects``. Rows of
-    several tokens restored together are left out.
-    Columns: fact_id, method, kind, window, layer, token, p_clean, p_corrupted, effect, flagged.
+    Args:
+        table: traces, as ``read_traces`` takes them; rows of several tokens restored together are left out.
+        at: "max" takes the largest fraction_restored over the prompt tokens (the first of equals), "subject_last" the
+            relative_effect, not clipped, at the last subject token.
+        denominator: that of ``restore_effects``.
+
+    Returns:
+        One row per fact, method, kind, window and layer: these, token, p_clean, p_corrupted, effect, flagged.
+
+    Raises:
+        TableError: the table cannot be read, has only tokens restored together, or an option is unknown.
     """
     one_of("at", at, get_args(At))
     effects = single_tokens(restore_effects(table, denominator))
-    layer = ["fact_id", *STATE, "layer"]
     if at == "max":
         order = effects.sort("fraction_restored", "token", descending=[True, False], nulls_last=True)
-        chosen = order.unique(layer, keep="first").with_columns(effect="fraction_restored")
-    else:
-        lookup = effects.filter(pl.col("token") == pl.col("subject_end") - 1)
-        chosen = lookup.with_columns(effect="relative_effect")
-    return chosen.select(*IDENTITY, "p_clean", "p_corrupted", "effect", "flagged").sort(layer)
+        return _by_layer(order.unique(_LAYER, keep="first"), "fraction_restored")
+    return _by_layer(effects.filter(_LOOKUP), "relative_effect")
+
+
+def _by_layer(rows: pl.DataFrame, column: str) -> pl.DataFrame:
+    """One effect of a fact and layer."""
+    return rows.select(*IDENTITY, "p_clean", "p_corrupted", pl.col(column).alias("effect"), "flagged").sort(_LAYER)
 
 
 def zeroing_effects(table: TraceSource) -> pl.DataFrame:
-    """The effect of zeroing: clip((p_clean - p_zeroed) / p_clean, 0, 1) for the rows of method "zero" (METHODS 3).
+    """Effects of zeroing, clip((p_clean - p_zeroed) / p_clean, 0, 1) (docs/methods.md, "Zeroing").
 
-    Columns: fact_id, method, kind, window, layer, p_clean, p_zeroed, effect; effect is null where p_clean is 0.
+    Args:
+        table: traces, as ``read_traces`` takes them; only rows of method "zero" count.
+
+    Returns:
+        One row per fact, method, kind, window and layer: these, p_clean, p_zeroed, effect (null where p_clean is 0).
     """
     p_clean, p_zeroed = pl.col("p_clean"), pl.col("p_zeroed")
     zeroed = read_traces(table).filter(pl.col("method") == "zero").rename({"p_patched": "p_zeroed"})
     effect = pl.when(p_clean > 0).then(((p_clean - p_zeroed) / p_clean).clip(0, 1))
-    layer = ["fact_id", *STATE, "layer"]
-    return zeroed.select(*layer, "p_clean", "p_zeroed", effect=effect).sort(layer)
+    return zeroed.select(*_LAYER, "p_clean", "p_zeroed", effect=effect).sort(_LAYER)
 
 
 def absolute_effects(table: TraceSource) -> pl.DataFrame:
     """The absolute effect of each layer at the last subject token, p_patched - p_corrupted (Hase et al. 2023, Fig. 14;
     Meng et al. 2022): one row per fact, method, kind, window and layer, with the columns of ``tracing_effects``."""
-    effects = single_tokens(restore_effects(table))
-    lookup = effects.filter(pl.col("token") == pl.col("subject_end") - 1).with_columns(effect="restore_effect")
-    return lookup.select(*IDENTITY, "p_clean", "p_corrupted", "effect", "flagged").sort("fact_id", *STATE, "layer")
+    return _by_layer(single_tokens(restore_effects(table)).filter(_LOOKUP), "restore_effect")
 
 
 def flagged_facts(table: TraceSource) -> pl.DataFrame:
-    """The facts whose clean run is not more probable than the corrupted one: fact_id, p_clean, p_corrupted."""
+    """Facts whose clean run is not more probable than the corrupted one.
+
+    Args:
+        table: traces, as ``read_traces`` takes them.
+
+    Returns:
+        One row per such fact: fact_id, p_clean, p_corrupted.
+    """
     facts = read_traces(table).select("fact_id", "p_clean", "p_corrupted").unique(maintain_order=True)
     return facts.filter(pl.col("p_clean") <= pl.col("p_corrupted"))
 
 
 def average_indirect_effect(table: TraceSource, clip: bool = False) -> pl.DataFrame:
-    """Average indirect effect by token role: one row per method, kind, window, role and layer (METHODS 3).
+    """Average indirect effects by token role (Meng et al. 2022, Fig. 15): the mean p_patched of the role's tokens minus
+    the mean p_corrupted of all facts, each fact counted once. Middle and further tokens are pooled over facts.
 
-    ``effect`` is the mean p_patched of the role's tokens minus the mean p_corrupted of all facts, each fact counted
-    once (Meng et al. 2022, Fig. 15). Middle and further tokens are pooled over facts; rows of several tokens restored
-    together are left out. ``clip`` raises negative effects to 0, as the published heat maps do. ``standard_error`` is
-    that of the mean p_patched; facts, not tokens, are taken as independent, which with one token per fact is the usual
-    sd / sqrt(n); null for one fact.
-    A folder is read file by file, each holding whole facts, so any number of facts fits in memory. Raises
-    ``TableError`` where a fact is in two files.
-    Columns: method, kind, window, role, layer, mean_patched, mean_corrupted, effect, standard_error, count (tokens),
-    facts.
+    Args:
+        table: traces, as ``read_traces`` takes them; rows of several tokens restored together are left out. A folder is
+            read file by file, each holding whole facts, so any number of facts fits in memory.
+        clip: whether negative effects are raised to 0, as the published heat maps do.
+
+    Returns:
+        One row per method, kind, window, role and layer: these, mean_patched, mean_corrupted, effect, standard_error,
+        count (tokens), facts. ``standard_error`` is that of the mean p_patched; facts, not tokens, are taken as
+        independent, which with one token per fact is the usual sd / sqrt(n); null for one fact.
+
+    Raises:
+        TableError: the table cannot be read, or a fact is in two files.
     """
-    roles, corrupted, facts_of, together = zip(*(_sums(part) for part in trace_parts(table)), strict=True)
+    roles, corrupted, facts_of, together = zip(*(_sums(rows) for rows in trace_parts(table)), strict=True)
     _refuse_twice(pl.concat(facts_of))
     cells = pl.concat(roles).group_by(_CELL).agg(pl.all().sum())
     if cells.is_empty():
@@ -146,10 +176,10 @@ def _refuse_twice(facts: pl.DataFrame) -> None:
         raise TableError(f"fact {fact!r} has {method} of {kind}:{window} in several files; give each fact once")
 
 
-def _sums(part: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    """What the averages need of some whole facts, per role and layer and per state: sums, so that any number of facts
-    can pass through; which facts these are; and an example of the rows that have no token."""
-    restored = part.filter(pl.col("method") != "zero")
+def _sums(rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+    """Of some whole facts: sums per role and layer, and per state, so that any number of facts can pass through; which
+    facts these are; and an example of the rows that have no token."""
+    restored = rows.filter(pl.col("method") != "zero")
     traces = restored.filter(pl.col("token").is_not_null())
     per_fact = with_roles(traces).group_by(*_CELL, "fact_id").agg(total=pl.sum("p_patched"), tokens=_LEN)
     total, tokens = pl.col("total"), pl.col("tokens").cast(pl.Float64)
@@ -167,14 +197,20 @@ def _sums(part: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame,
 
 
 def peak_layers(averages: pl.DataFrame) -> pl.DataFrame:
-    """Of ``average_indirect_effect``'s rows, for each method, kind, window and role that of the layer with the largest
-    effect (the lowest of equals)."""
+    """Layers of the largest average indirect effect.
+
+    Args:
+        averages: as ``average_indirect_effect`` returns them.
+
+    Returns:
+        The row of the largest effect (the lowest layer of equals) for each method, kind, window and role.
+    """
     group = [*STATE, "role"]
     return averages.sort("effect", "layer", descending=[True, False]).unique(group, keep="first").sort(group)
 
 
 def mean_effects(effects: pl.DataFrame, compat: Compat | None = None) -> pl.DataFrame:
-    """Means by layer of what ``tracing_effects`` gives of one state (METHODS 3): layer, mean, standard_error, facts.
+    """Means by layer of one state's ``tracing_effects``: layer, mean, standard_error, facts.
 
     Effects that are not positive count as 0; ``compat="published"`` leaves them out, as published plots do. Effects
     that are not known (null) are left out.
@@ -191,13 +227,19 @@ def mean_effects(effects: pl.DataFrame, compat: Compat | None = None) -> pl.Data
 
 
 def concentrated_facts(layer_effects: pl.DataFrame, others: int = OTHER_LAYERS, share: float = 0.5) -> pl.DataFrame:
-    """Which facts have their effect in few layers (METHODS 3; Hase et al. 2023, appendix D).
+    """Which facts have their effect in few layers (Hase et al. 2023, appendix D).
 
-    ``layer_effects`` is ``tracing_effects``'s result. A fact is ``concentrated`` if its largest effect is positive and,
-    besides the layer of that, at most ``others`` layers have at least ``share`` of it; in a model of no more than
-    ``others`` + 1 layers that is every fact with a positive effect. One row per fact, method, kind and window:
-    ``peak_layer`` (the lowest of equals), ``peak_effect``, ``other_layers``, ``concentrated``; the first three are null
-    where no effect is known.
+    A fact is concentrated if its largest effect is positive and, besides the layer of that, at most ``others`` layers
+    have at least ``share`` of it; in a model of at most ``others`` + 1 layers, every fact with a positive effect is.
+
+    Args:
+        layer_effects: as ``tracing_effects`` returns them.
+        others: how many other layers may have that much.
+        share: of the largest effect.
+
+    Returns:
+        One row per fact, method, kind and window: these, ``peak_layer`` (the lowest of equals), ``peak_effect``,
+        ``other_layers``, ``concentrated``; the first three are null where no effect is known.
     """
     effect = pl.col("effect")
     largest = effect.max()

@@ -1,50 +1,66 @@
-"""Mean effects by layer: of zeroing, of restoring several tokens together, and of restoring with modules severed."""
+"""Means by layer: effects of zeroing, of restoring several tokens together and with modules severed, and norms of
+integrated gradients."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import polars as pl
 
 from causalcone.analysis.effects import zeroing_effects
-from causalcone.analysis.roles import ROLES, with_roles
+from causalcone.analysis.means import means_over_facts
+from causalcone.analysis.tables.names import words
 from causalcone.analysis.tables.traces import (
     IDENTITY,
+    ROLES,
     STATE,
     TableError,
     TraceSource,
     once,
     one_of,
+    read_gradients,
     read_traces,
     trace_parts,
+    with_roles,
 )
 
 _LAYER = [*STATE, "layer"]
 
 
 def zeroing_curve(table: TraceSource) -> pl.DataFrame:
-    """The mean over facts of ``zeroing_effects``, by state and centre layer (Hase et al. 2023; METHODS 3).
+    """Mean ``zeroing_effects`` over facts, by state and centre layer (Hase et al. 2023; docs/methods.md, "Zeroing").
 
-    Facts whose p_clean is 0 have no effect and are left out. Columns: method, kind, window, layer, effect,
-    standard_error (null for one fact), facts. Raises ``TableError`` where the table holds no zeroed state.
+    Args:
+        table: traces, as ``read_traces`` takes them. Facts whose p_clean is 0 have no effect and are left out.
+
+    Returns:
+        One row per state and layer: method, kind, window, layer, effect, standard_error (null for one fact), facts.
+
+    Raises:
+        TableError: the table holds no zeroed state.
     """
     effects = zeroing_effects(table).filter(pl.col("effect").is_not_null())
     if effects.is_empty():
         raise TableError(
             "the table holds no zeroed state of a fact with p_clean above 0; Tracer.zero makes such tables"
         )
-    return _means(effects, _LAYER)
+    return _means(effects, "effect")
 
 
 def joint_effects(table: TraceSource) -> pl.DataFrame:
-    """The mean over facts of p_patched - p_corrupted of tokens restored together, by state and centre layer.
+    """Mean p_patched - p_corrupted of tokens restored together over facts, by state and centre layer.
 
-    Columns as those of ``zeroing_curve``. Raises ``TableError`` where no row is of tokens restored together.
+    Args:
+        table: traces, as ``read_traces`` takes them.
+
+    Returns:
+        Rows and columns as those of ``zeroing_curve``.
+
+    Raises:
+        TableError: no row is of tokens restored together.
     """
     traces = read_traces(table).filter(pl.col("method") != "zero", pl.col("token").is_null())
     if traces.is_empty():
         raise TableError("the table holds no tokens restored together; Tracer.trace(joint=True) makes such tables")
-    return _means(traces.with_columns(effect=pl.col("p_patched") - pl.col("p_corrupted")), _LAYER)
+    return _means(traces.with_columns(effect=pl.col("p_patched") - pl.col("p_corrupted")), "effect")
 
 
 def severed_effects(
@@ -54,18 +70,27 @@ def severed_effects(
     token: int | None = None,
     common: bool = False,
 ) -> pl.DataFrame:
-    """What severing takes from the effect of restoring a state, by layer (Meng et al. 2022; METHODS 3).
+    """How much severing takes from the effect of restoring a state, by layer (docs/methods.md, "Severed tracing").
 
-    ``tables`` hold together what plain and what severed tracing gave for the same facts, at the tokens of ``role``, or
-    at the one of number ``token``; with ``fact_id`` only that fact's. ``common``: only facts and tokens that all
-    severed methods have.
-    Per severed method, kind, window and layer: ``plain`` and ``severed``, the mean p_patched - p_corrupted of the facts
-    and tokens that both have, ``difference`` = plain - severed, ``plain_error``, ``severed_error`` and
-    ``difference_error``, their standard errors (facts taken as independent; null for one fact), and ``facts``.
+    Args:
+        tables: traces, as ``read_traces`` takes them, which together hold plain and severed ones of the same facts.
+        role: whose tokens count.
+        fact_id: only this fact counts.
+        token: the number of a token that counts in place of a role's.
+        common: whether only facts and tokens that all severed methods have count.
+
+    Returns:
+        One row per severed method, kind, window and layer: these, ``plain`` and ``severed``, the mean p_patched -
+        p_corrupted of the facts and tokens that both have, ``difference`` = plain - severed, ``plain_error``,
+        ``severed_error`` and ``difference_error``, their standard errors (facts taken as independent; null for one
+        fact), and ``facts``.
+
+    Raises:
+        TableError: there are no such states, or the role is unknown.
     """
     one_of("role", role, ROLES)
-    at = f"the {role.replace('_', ' ')} token" if token is None else f"token {token}"
-    rows = once(pl.concat(_chosen(part, role, fact_id, token) for table in tables for part in trace_parts(table)))
+    at = f"the {words(role)} token" if token is None else f"token {token}"
+    rows = once(pl.concat(_effects(rows, role, fact_id, token) for table in tables for rows in trace_parts(table)))
     same = [name for name in IDENTITY if name != "method"]
     severed = rows.filter(pl.col("method").str.starts_with("sever_")).rename({"effect": "severed"})
     plain = rows.filter(method="restore").drop("method").rename({"effect": "plain"})
@@ -76,7 +101,7 @@ def severed_effects(
         missing = "severed" if severed.is_empty() else "plain" if plain.is_empty() else "common"
         raise TableError(f"there are no {missing} states at {at}{_of(fact_id)}; trace both")
     means = (
-        _means(both.rename({name: "effect"}), _LAYER).rename({"effect": name, "standard_error": f"{name}_error"})
+        _means(both, name).rename({"effect": name, "standard_error": f"{name}_error"})
         for name in ("plain", "severed", "difference")
     )
     first, *others = means
@@ -85,25 +110,51 @@ def severed_effects(
     return first.select(pl.exclude("facts"), "facts").sort(_LAYER)
 
 
+def gradient_norms(table: TraceSource) -> pl.DataFrame:
+    """Mean norms of integrated gradients over facts and their tokens, each fact counted once.
+
+    Args:
+        table: gradients, as ``read_gradients`` takes them.
+
+    Returns:
+        One row per kind and layer: kind, layer, norm, facts.
+    """
+    per_fact = read_gradients(table).group_by("kind", "layer", "fact_id").agg(norm=pl.mean("norm"))
+    return per_fact.group_by("kind", "layer").agg(norm=pl.mean("norm"), facts=pl.len()).sort("kind", "layer")
+
+
+def gradient_summary(table: TraceSource) -> pl.DataFrame:
+    """The layer of the largest mean norm (the lowest of equals), and how far totals are from the changes in p that they
+    should add up to (docs/methods.md, "Integrated gradients").
+
+    Args:
+        table: gradients, as ``read_gradients`` takes them.
+
+    Returns:
+        One row per kind: kind, layer, norm, mean_gap and largest_gap (of |gap|), facts.
+    """
+    norms = gradient_norms(table).sort("norm", "layer", descending=[True, False]).unique("kind", keep="first")
+    gaps = (
+        read_gradients(table)
+        .group_by("kind")
+        .agg(mean_gap=pl.col("gap").abs().mean(), largest_gap=pl.col("gap").abs().max())
+    )
+    return norms.join(gaps, on="kind").select("kind", "layer", "norm", "mean_gap", "largest_gap", "facts").sort("kind")
+
+
 def _of(fact_id: str | None) -> str:
     return "" if fact_id is None else f" of fact {fact_id!r}"
 
 
-def _chosen(part: pl.DataFrame, role: str, fact_id: str | None, token: int | None) -> pl.DataFrame:
+def _effects(rows: pl.DataFrame, role: str, fact_id: str | None, token: int | None) -> pl.DataFrame:
     """Effects of a role's tokens, or of one token."""
-    rows = part.filter(pl.col("method") != "zero")
+    rows = rows.filter(pl.col("method") != "zero")
     if fact_id is not None:
         rows = rows.filter(fact_id=str(fact_id))
     rows = with_roles(rows).filter(pl.col("role") == role) if token is None else rows.filter(token=token)
     return rows.select(*IDENTITY, effect=pl.col("p_patched") - pl.col("p_corrupted"))
 
 
-def _means(rows: pl.DataFrame, by: Sequence[str]) -> pl.DataFrame:
-    """Means of ``effect`` over all rows of a group, and their standard errors; a fact's rows are not independent."""
-    per_fact = rows.group_by(*by, "fact_id").agg(total=pl.sum("effect"), rows=pl.len().cast(pl.Float64))
-    total, count, facts = pl.col("total"), pl.col("rows"), pl.col("facts")
-    mean = total.sum() / count.sum()
-    spread = ((total - mean * count) ** 2).sum() / count.sum() ** 2
-    means = per_fact.group_by(by).agg(effect=mean, spread=spread, facts=pl.len().cast(pl.Int64))
-    error = pl.when(facts > 1).then((pl.col("spread") * facts / (facts - 1)).sqrt())
-    return means.select(*by, "effect", standard_error=error, facts="facts").sort(by)
+def _means(rows: pl.DataFrame, column: str) -> pl.DataFrame:
+    means = means_over_facts(rows, _LAYER, column)
+    return means.rename({"mean": "effect"}).drop("n").sort(_LAYER)

@@ -1,4 +1,5 @@
-"""How well edits did: scores of Hase et al. 2023 per edit and their means, metrics of Meng et al. 2022 (METHODS 5)."""
+"""Success of edits: scores of Hase et al. 2023 per edit, their means, and metrics of Meng et al. 2022
+(docs/editing.md, "Scores"); and scores beside localization effects, for regressions and correlations."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Literal, get_args
 
 import polars as pl
 
+from causalcone.analysis.means import means_over_facts
 from causalcone.analysis.tables.edits import (
     checked_metrics,
     checked_probes,
@@ -15,19 +17,17 @@ from causalcone.analysis.tables.edits import (
     read_metrics,
     read_probes,
 )
+from causalcone.analysis.tables.names import position
 from causalcone.analysis.tables.traces import TableError, TraceSource, one_of
+from causalcone.engine.schemas import ERROR_INJECTION, FACT_ERASURE, PROBLEMS, TRACING_REVERSAL
 
 Aggregate = Literal["first", "mean"]
 
 SCORES = ("rewrite", "paraphrase", "neighborhood", "essence", "overall", "overall_essence", "rewrite_magnitude")
 
-# The problem's target is the new one (or what the model says with a noised subject) or the true one.
-_TOWARDS_NEW = ("error_injection", "tracing_reversal")
-_TOWARDS_TRUE = ("fact_amplification", "fact_forcing")
-_ERASE = "fact_erasure"
-
 _EDIT = ["edit_id", "fact_id", "problem", "method", "layer", "window"]
 _GROUP = ["problem", "method", "window", "layer"]
+EDIT = ["fact_id", "problem", "method", "window", "layer"]
 
 _COUNTERFACT = {
     "efficacy_score": "ES",
@@ -52,11 +52,7 @@ def scores(
     metrics: TraceSource | None = None,
     aggregate: Aggregate = "first",
 ) -> pl.DataFrame:
-    """The scores of each edit (Hase et al. 2023; METHODS 5): one row per edit, in the order of ``edits``.
-
-    ``edits``, ``probes`` and ``metrics`` are what ``read_edits``, ``read_probes`` and ``read_metrics`` read; probes of
-    other edits and attribute prompts are passed over. Of an edit's paraphrases and neighbours, ``aggregate`` takes the
-    first there is (as published) or the mean of their scores.
+    """Scores of edits (Hase et al. 2023; docs/editing.md, "Scores").
 
     - ``rewrite``, ``paraphrase``: what share of what p(target) lacked was recovered, (p_post - p_pre) / (1 - p_pre), in
       Fact Erasure what share of it was erased, (p_pre - p_post) / p_pre; 0 where that is negative. Where p_pre leaves
@@ -68,8 +64,18 @@ def scores(
       Reversal the trained-towards target takes target_new's place
 
     All others lie in [0, 1]. Scores are null where a fact has no such prompts or target, and for edits that failed.
-    Columns: edit_id, fact_id, problem, method, layer, window, and those above. Raises ``TableError`` for an unknown
-    problem, and for probabilities outside [0, 1].
+
+    Args:
+        edits: as ``read_edits`` takes them.
+        probes: as ``read_probes`` takes them; probes of other edits and attribute prompts are passed over.
+        metrics: as ``read_metrics`` takes them; without them there is no essence.
+        aggregate: of an edit's paraphrases and neighbours, the first (as published) or the mean of their scores.
+
+    Returns:
+        One row per edit, in the order of ``edits``: edit_id, fact_id, problem, method, layer, window, and the scores.
+
+    Raises:
+        TableError: a problem is unknown, or a probability is outside [0, 1].
     """
     one_of("aggregate", aggregate, get_args(Aggregate))
     every = read_edits(edits)
@@ -93,11 +99,10 @@ def scores(
 
 
 def _refuse_unknown_problems(edits: pl.DataFrame) -> None:
-    known = (*_TOWARDS_NEW, *_TOWARDS_TRUE, _ERASE)
-    unknown = edits.filter(pl.col("problem").is_in(known).not_().fill_null(True))
+    unknown = edits.filter(pl.col("problem").is_in(PROBLEMS).not_().fill_null(True))
     if unknown.height:
         edit, problem = unknown.select("edit_id", "problem").row(0)
-        raise TableError(f"edit {edit!r} is of the problem {problem!r}; known are {', '.join(known)}")
+        raise TableError(f"edit {edit!r} is of the problem {problem!r}; known are {', '.join(PROBLEMS)}")
 
 
 def _prompt_score() -> pl.Expr:
@@ -105,14 +110,14 @@ def _prompt_score() -> pl.Expr:
     pre, post = pl.col("p_pre"), pl.col("p_post")
     recovered = pl.when(pre < 1).then((post - pre) / (1 - pre)).clip(lower_bound=0)
     erased = pl.when(pre > 0).then((pre - post) / pre).clip(lower_bound=0)
-    kept = 1 - (post - pre).abs() / pl.max_horizontal(pre, 1 - pre)
-    target = pl.when(pl.col("problem") == _ERASE).then(erased).otherwise(recovered)
-    return pl.when(pl.col("prompt_kind") == "neighborhood").then(kept).otherwise(target)
+    unchanged = 1 - (post - pre).abs() / pl.max_horizontal(pre, 1 - pre)
+    target = pl.when(pl.col("problem") == FACT_ERASURE).then(erased).otherwise(recovered)
+    return pl.when(pl.col("prompt_kind") == "neighborhood").then(unchanged).otherwise(target)
 
 
 def _magnitude() -> pl.Expr:
     difference = pl.col("p_post") - pl.col("p_post_other")
-    return pl.when(pl.col("problem").is_in(_TOWARDS_NEW)).then(difference).otherwise(-difference)
+    return pl.when(pl.col("problem").is_in([ERROR_INJECTION, TRACING_REVERSAL])).then(difference).otherwise(-difference)
 
 
 def _pick(column: str, kind: str, aggregate: str) -> pl.Expr:
@@ -129,29 +134,76 @@ def _essence(done: pl.DataFrame, metrics: TraceSource | None) -> pl.DataFrame:
 
 
 def mean_scores(scores: pl.DataFrame, by: Sequence[str] = ("problem", "method", "window", "layer")) -> pl.DataFrame:
-    """Means over the edits of what the function ``scores`` gives: one row per group and score, in ``SCORES``'s order.
+    """Mean scores over the edits of each group.
 
-    Columns: those of ``by``, score, mean, standard_error (facts taken as independent, so that a group may hold several
-    edits of one fact; null for one fact), and n, the number of edits that have the score (mean is null where it is 0).
+    Args:
+        scores: as the function ``scores`` returns them.
+        by: columns that make a group.
+
+    Returns:
+        One row per group and score, in the order of ``SCORES``: the columns of ``by``, score, mean, standard_error
+        (facts taken as independent, so that a group may hold several edits of one fact; null for one fact), and n, the
+        number of edits that have the score (mean is null where it is 0).
+
+    Raises:
+        TableError: ``scores`` lack columns, or ``by`` is empty.
     """
     missing = [column for column in (*by, "fact_id", *SCORES) if column not in scores.columns]
     if missing or not by:
         raise TableError(f"scores have no columns {', '.join(missing)}" if missing else "by is empty; name a column")
-    means = [_means(scores, by, score).with_columns(score=pl.lit(score)) for score in SCORES]
+    means = [means_over_facts(scores, by, score).with_columns(score=pl.lit(score)) for score in SCORES]
     columns = [*by, "score", "mean", "standard_error", "n"]
     return pl.concat(means).select(columns).sort(by, maintain_order=True)
 
 
-def counterfact_metrics(edits: TraceSource, metrics: TraceSource) -> pl.DataFrame:
-    """The metrics of Meng et al. 2022 on CounterFact (METHODS 5).
+def edits_with_effects(scores: pl.DataFrame, effects: pl.DataFrame) -> pl.DataFrame:
+    """Scores of edits beside the effect of their fact at the edited layer, or at the centre of the edited window
+    (docs/analysis.md, "The question"). Edits of facts without effects, and effects that are null, are left out.
 
-    One row per problem, method, window, layer and metric. ``metric`` is ES, EM, PS, PM, NS, NM (efficacy, paraphrase
-    and neighbourhood, score and magnitude), S (the harmonic mean of ES, PS and NS), GE (generation entropy, in bits)
-    and RS (reference score), as far as ``metrics`` has them; all but GE are fractions where the paper prints percent.
-    ``pre`` and ``post`` are means over edits, of the model before and after each; ``pre_interval`` and
-    ``post_interval`` are half the width of their 95 % intervals (1.96 standard errors, facts taken as independent; null
-    for one fact and for S); ``n`` counts the edits. Failed edits are left out.
-    Raises ``TableError`` where there are none of these metrics.
+    Args:
+        scores: as the function ``scores`` returns them.
+        effects: one row per fact and layer of a single state (columns fact_id, layer, effect), such as
+            ``tracing_effects`` and ``zeroing_effects`` of one method, kind and window.
+
+    Returns:
+        One row per edit whose fact has an effect at its layer: the columns of ``EDIT``, edit_id, effect, ``SCORES``.
+
+    Raises:
+        TableError: a fact has two effects at one layer, or nothing is left.
+    """
+    per_layer = effects.select("fact_id", "layer", "effect").drop_nulls()
+    twice = per_layer.filter(pl.struct("fact_id", "layer").is_duplicated())
+    if twice.height:
+        fact, layer, _ = twice.row(0)
+        raise TableError(
+            f"fact {fact!r} has several effects at layer {layer}; choose one method, kind and window of effects"
+        )
+    joined = scores.join(per_layer, on=["fact_id", "layer"], how="inner", maintain_order="left")
+    if joined.is_empty():
+        raise TableError(
+            "no edit is of a fact and layer that effects are known of; trace the facts that are edited, and look at "
+            f"the layers: edits are at {_some(scores['layer'])}, effects at {_some(per_layer['layer'])}"
+        )
+    return joined.select(*EDIT, "edit_id", "effect", *SCORES)
+
+
+def counterfact_metrics(edits: TraceSource, metrics: TraceSource) -> pl.DataFrame:
+    """Metrics of Meng et al. 2022 on CounterFact (docs/editing.md, "Scores"). Failed edits are left out.
+
+    Args:
+        edits: as ``read_edits`` takes them.
+        metrics: as ``read_metrics`` takes them.
+
+    Returns:
+        One row per problem, method, window, layer and metric. ``metric`` is ES, EM, PS, PM, NS, NM (efficacy,
+        paraphrase and neighbourhood, score and magnitude), S (the harmonic mean of ES, PS and NS), GE (generation
+        entropy, in bits) and RS (reference score), as far as ``metrics`` has them; all but GE are fractions where the
+        paper prints percent. ``pre`` and ``post`` are means over edits, before and after them; ``pre_interval`` and
+        ``post_interval`` are half the width of their 95 % intervals (1.96 standard errors, facts taken as independent;
+        null for one fact and for S); ``n`` counts the edits.
+
+    Raises:
+        TableError: there are none of these metrics.
     """
     means = _metric_means(edits, metrics, _COUNTERFACT)
     parts = means.filter(pl.col("metric").is_in(["ES", "PS", "NS"])).filter(pl.len().over(_GROUP) == 3)
@@ -161,9 +213,19 @@ def counterfact_metrics(edits: TraceSource, metrics: TraceSource) -> pl.DataFram
 
 
 def zsre_metrics(edits: TraceSource, metrics: TraceSource) -> pl.DataFrame:
-    """The metrics of Meng et al. 2022 on zsRE (METHODS 5): efficacy, paraphrase and specificity, the shares of target
-    tokens that are the model's most likely ones on the rewrite prompt, paraphrases and neighbours. Rows and columns are
-    those of ``counterfact_metrics``."""
+    """Metrics of Meng et al. 2022 on zsRE (docs/editing.md, "Scores"): efficacy, paraphrase and specificity, the shares
+    of target tokens that are the model's most likely ones on the rewrite prompt, paraphrases and neighbours.
+
+    Args:
+        edits: as ``read_edits`` takes them.
+        metrics: as ``read_metrics`` takes them.
+
+    Returns:
+        Rows and columns as those of ``counterfact_metrics``.
+
+    Raises:
+        TableError: there are none of these metrics.
+    """
     return _in_order(_metric_means(edits, metrics, _ZSRE), _ZSRE.values())
 
 
@@ -175,7 +237,7 @@ def _metric_means(edits: TraceSource, metrics: TraceSource, names: Mapping[str, 
         raise TableError(f"no edit that was done has any of the metrics {', '.join(names)}")
     by = [*_GROUP, "metric"]
     sides = [
-        _means(known, by, side).select(
+        means_over_facts(known, by, side).select(
             *by, "n", pl.col("mean").alias(side), (1.96 * pl.col("standard_error")).alias(f"{side}_interval")
         )
         for side in ("pre", "post")
@@ -186,18 +248,9 @@ def _metric_means(edits: TraceSource, metrics: TraceSource, names: Mapping[str, 
 
 
 def _in_order(means: pl.DataFrame, names: Iterable[str]) -> pl.DataFrame:
-    order = {name: place for place, name in enumerate(names)}
-    return means.sort(*_GROUP, pl.col("metric").replace_strict(order))
+    return means.sort(*_GROUP, position("metric", names))
 
 
-def _means(rows: pl.DataFrame, by: Sequence[str], column: str) -> pl.DataFrame:
-    """Mean of a column per group, its standard error with facts taken as independent, and the number of values."""
-    value = pl.col(column)
-    facts_of = rows.group_by({*by, "fact_id"}, maintain_order=True)  # so that sums are the same every time
-    per_fact = facts_of.agg(total=value.sum(), count=value.count().cast(pl.Float64))
-    total, count = pl.col("total"), pl.col("count")
-    n, facts = count.sum(), (count > 0).sum()
-    mean = pl.when(n > 0).then(total.sum() / n)
-    spread = ((total - mean * count) ** 2).sum() / n**2
-    error = pl.when(facts > 1).then((spread * facts / (facts - 1)).sqrt())
-    return per_fact.group_by(by, maintain_order=True).agg(mean=mean, standard_error=error, n=n.cast(pl.Int64))
+def _some(layers: pl.Series) -> str:
+    numbers = layers.unique().sort().to_list()
+    return ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "") if numbers else "none"

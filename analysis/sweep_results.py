@@ -1,4 +1,4 @@
-"""The folder of a sweep as the analysis sees it: what it holds by now, and what was asked for."""
+"""The folder of a sweep as the analysis sees it: the tables it holds by now, and those that were asked for."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from typing import Any
 import polars as pl
 
 from causalcone.analysis.effects import At, Denominator, tracing_effects, zeroing_effects
-from causalcone.analysis.joined import edits_with_effects
-from causalcone.analysis.scores import Aggregate, mean_scores, scores
+from causalcone.analysis.scores import Aggregate, edits_with_effects, mean_scores, scores
+from causalcone.analysis.tables.names import SEVERED, words
 from causalcone.analysis.tables.traces import TableError, scan_folder
 
 State = tuple[str, int]
 
 RESTORED, ZEROED = "traces/restore", "traces/zero"
-SEVERED = {"mlp": "MLP outputs", "attn": "attention outputs", "both": "both outputs"}
 
 
 class Study:
@@ -36,8 +35,8 @@ class Study:
     @property
     def published(self) -> str | None:
         """The study of a paper that this one repeats, whose tables are to be set beside."""
-        found = self.run.get("analysis", {}).get("published")
-        return None if found is None else str(found)
+        name = self.run.get("analysis", {}).get("published")
+        return None if name is None else str(name)
 
     @property
     def aggregate(self) -> Aggregate:
@@ -58,10 +57,10 @@ class Study:
         one that edits are compared with, unless another is asked for."""
         if not self.has(table):
             return []
-        found = set(self.scan(table).select("kind", "window").unique().collect().rows())
-        asked = (self.configuration.get("zero" if table == ZEROED else "trace") or {}).get("states", ())
-        order = [_state(text) for text in asked]
-        return sorted(found, key=lambda state: (order.index(state) if state in order else len(order), state))
+        states = self.scan(table).select("kind", "window").unique().collect().rows()
+        requested = (self.configuration.get("zero" if table == ZEROED else "trace") or {}).get("states", ())
+        order = [_state(text) for text in requested]
+        return sorted(states, key=lambda state: (order.index(state) if state in order else len(order), state))
 
     def main_state(self, table: str = RESTORED) -> State | None:
         """Hase et al. 2023 restore MLP outputs."""
@@ -92,11 +91,11 @@ class Study:
     def effects(self, state: State, at: At = "max", denominator: Denominator = "p_high") -> pl.DataFrame:
         """``tracing_effects`` of one restored state."""
         kind, window = state
-        own = self.traces.filter(kind=kind, window=window)
-        if own.is_empty():
+        traces = self.traces.filter(kind=kind, window=window)
+        if traces.is_empty():
             known = ", ".join(f"{kind}:{window}" for kind, window in self.states())
             raise TableError(f"{kind}:{window} was not restored; there are {known}")
-        return tracing_effects(own, at, denominator)
+        return tracing_effects(traces, at, denominator)
 
     def zeroing(self, state: State) -> pl.DataFrame:
         """``zeroing_effects`` of one state."""
@@ -110,7 +109,7 @@ class Study:
         return edits_with_effects(self.scores, self.effects(state, at, denominator))
 
     def missing(self) -> Iterator[str]:
-        """What was asked for and is not there, in words."""
+        """Tables and rows that were asked for and are not there, in words."""
         if self.run["status"] != "complete":
             yield f"the sweep is {self.run['status']}: tables are of what is finished"
         yield from self._missing_traces()
@@ -136,28 +135,27 @@ class Study:
                 yield f"there are no traces with {SEVERED[part]} severed yet"
 
     def _missing_edits(self) -> Iterator[str]:
-        asked = self.configuration.get("edit")
-        if asked is None:
+        requested = self.configuration.get("edit")
+        if requested is None:
             yield "the sweep has no edits"
             return
-        for problem in asked["problems"]:
-            named = problem.replace("_", " ")
+        for problem in requested["problems"]:
             if not self.has(f"edits/{problem}"):
-                yield f"there are no edits of {named} yet"
+                yield f"there are no edits of {words(problem)} yet"
                 continue
-            for method in asked["methods"]:
+            for method in requested["methods"]:
                 name, _, window = method.partition(":")
                 if not any((self.folder / "edits" / problem).glob(f"{name}-{window or '*'}/*.parquet")):
-                    yield f"there are no edits of {named} by {method} yet"
+                    yield f"there are no edits of {words(problem)} by {method} yet"
         if self.has("edits") and self.has(RESTORED):
             traced = self.scan(RESTORED).select("fact_id").unique()
             edits = self.scan("edits").select("fact_id").collect()
-            alone = edits.lazy().join(traced, on="fact_id", how="anti").collect()
-            if len(alone):
-                facts, of = alone["fact_id"].n_unique(), edits["fact_id"].n_unique()
+            untraced = edits.lazy().join(traced, on="fact_id", how="anti").collect()
+            if len(untraced):
+                facts, total = untraced["fact_id"].n_unique(), edits["fact_id"].n_unique()
                 yield (
-                    f"{facts} of {of} edited facts are not traced: {len(alone)} of {len(edits)} edits have no tracing "
-                    "effect, and are in no regression on it"
+                    f"{facts} of {total} edited facts are not traced: {len(untraced)} of {len(edits)} edits have no "
+                    "tracing effect, and are in no regression on it"
                 )
 
     def _left_out(self) -> Iterator[str]:

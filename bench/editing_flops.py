@@ -9,14 +9,14 @@ from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.requests.prompts import ESSENCE, Encoder
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
-from causalcone.engine.edit.scoring import flops
-from causalcone.engine.edit.scoring.flops import Asked, Searched
+from causalcone.engine.edit.runs import flops
+from causalcone.engine.edit.runs.flops import Asked, Searched
 from causalcone.engine.edit.scoring.probes import ProbeSet, probes_of
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Of edits that were made together, on a model of the encoder's sizes: ``engine/edit/scoring/flops.py`` says
+    """Of edits that were made together, on a model of the encoder's sizes: ``engine/edit/runs/flops.py`` says
     what is counted. Every edit takes all ``steps``: none may have stopped early."""
 
     encoder: Encoder

@@ -10,92 +10,65 @@ from typing import TYPE_CHECKING, Any
 
 from causalcone import _moved
 
-if TYPE_CHECKING:
-    from causalcone.analysis import plot
-    from causalcone.engine.edit.deltas.apply import applied, apply, export
-    from causalcone.engine.edit.deltas.delta import Delta
-    from causalcone.engine.edit.editor import Editor
-    from causalcone.engine.edit.methods.hparams import FinetuneHparams, MemitHparams, RomeHparams
-    from causalcone.engine.edit.moments.moments import Moments
-    from causalcone.engine.edit.scoring.tables import edit_batch
-    from causalcone.engine.edit.texts.contexts import Contexts
-    from causalcone.engine.errors import CausalconeError
-    from causalcone.engine.facts import Fact
-    from causalcone.engine.localize.patching import Intervention, Prompt, PromptResult, Read
-    from causalcone.engine.localize.states import State
-    from causalcone.engine.localize.tracer import TracePlan, Tracer
-    from causalcone.engine.noise import Noise
-    from causalcone.engine.run.session import SkippedFacts
-    from causalcone.runners.facts.files import load_facts, save_facts
+if TYPE_CHECKING:  # the same names as below, for editors and type checkers
+    from causalcone.analysis import plot as plot
+    from causalcone.engine.edit.deltas.apply import applied as applied
+    from causalcone.engine.edit.deltas.apply import apply as apply
+    from causalcone.engine.edit.deltas.apply import export as export
+    from causalcone.engine.edit.deltas.delta import Delta as Delta
+    from causalcone.engine.edit.editor import Editor as Editor
+    from causalcone.engine.edit.methods.hparams import FinetuneHparams as FinetuneHparams
+    from causalcone.engine.edit.methods.hparams import MemitHparams as MemitHparams
+    from causalcone.engine.edit.methods.hparams import RomeHparams as RomeHparams
+    from causalcone.engine.edit.moments.moments import Moments as Moments
+    from causalcone.engine.edit.scoring.tables import edit_batch as edit_batch
+    from causalcone.engine.edit.texts.contexts import Contexts as Contexts
+    from causalcone.engine.errors import CausalconeError as CausalconeError
+    from causalcone.engine.facts import Fact as Fact
+    from causalcone.engine.facts import SkippedFacts as SkippedFacts
+    from causalcone.engine.localize.patching import Intervention as Intervention
+    from causalcone.engine.localize.patching import Prompt as Prompt
+    from causalcone.engine.localize.patching import PromptResult as PromptResult
+    from causalcone.engine.localize.patching import Read as Read
+    from causalcone.engine.localize.states import State as State
+    from causalcone.engine.localize.tracer import TracePlan as TracePlan
+    from causalcone.engine.localize.tracer import Tracer as Tracer
+    from causalcone.engine.noise import Noise as Noise
+    from causalcone.runners.facts.files import load_facts as load_facts
+    from causalcone.runners.facts.files import save_facts as save_facts
 
     __version__: str
 
 _moved.install()
 
-_HOMES = {
-    "CausalconeError": "causalcone.engine.errors",
-    "Contexts": "causalcone.engine.edit.texts.contexts",
-    "Delta": "causalcone.engine.edit.deltas.delta",
-    "Editor": "causalcone.engine.edit.editor",
-    "Fact": "causalcone.engine.facts",
-    "FinetuneHparams": "causalcone.engine.edit.methods.hparams",
-    "Intervention": "causalcone.engine.localize.patching",
-    "MemitHparams": "causalcone.engine.edit.methods.hparams",
-    "Moments": "causalcone.engine.edit.moments.moments",
-    "Noise": "causalcone.engine.noise",
-    "Prompt": "causalcone.engine.localize.patching",
-    "PromptResult": "causalcone.engine.localize.patching",
-    "Read": "causalcone.engine.localize.patching",
-    "RomeHparams": "causalcone.engine.edit.methods.hparams",
-    "SkippedFacts": "causalcone.engine.run.session",
-    "State": "causalcone.engine.localize.states",
-    "TracePlan": "causalcone.engine.localize.tracer",
-    "Tracer": "causalcone.engine.localize.tracer",
-    "applied": "causalcone.engine.edit.deltas.apply",
-    "apply": "causalcone.engine.edit.deltas.apply",
-    "edit_batch": "causalcone.engine.edit.scoring.tables",
-    "export": "causalcone.engine.edit.deltas.apply",
-    "load_facts": "causalcone.runners.facts.files",
-    "save_facts": "causalcone.runners.facts.files",
+_NAMES = {
+    "analysis": ["plot"],
+    "engine.edit.deltas.apply": ["applied", "apply", "export"],
+    "engine.edit.deltas.delta": ["Delta"],
+    "engine.edit.editor": ["Editor"],
+    "engine.edit.methods.hparams": ["FinetuneHparams", "MemitHparams", "RomeHparams"],
+    "engine.edit.moments.moments": ["Moments"],
+    "engine.edit.scoring.tables": ["edit_batch"],
+    "engine.edit.texts.contexts": ["Contexts"],
+    "engine.errors": ["CausalconeError"],
+    "engine.facts": ["Fact", "SkippedFacts"],
+    "engine.localize.patching": ["Intervention", "Prompt", "PromptResult", "Read"],
+    "engine.localize.states": ["State"],
+    "engine.localize.tracer": ["TracePlan", "Tracer"],
+    "engine.noise": ["Noise"],
+    "runners.facts.files": ["load_facts", "save_facts"],
 }
+_HOMES = {name: f"causalcone.{module}" for module, names in _NAMES.items() for name in names}
 
-__all__ = [
-    "CausalconeError",
-    "Contexts",
-    "Delta",
-    "Editor",
-    "Fact",
-    "FinetuneHparams",
-    "Intervention",
-    "MemitHparams",
-    "Moments",
-    "Noise",
-    "Prompt",
-    "PromptResult",
-    "Read",
-    "RomeHparams",
-    "SkippedFacts",
-    "State",
-    "TracePlan",
-    "Tracer",
-    "applied",
-    "apply",
-    "edit_batch",
-    "export",
-    "load_facts",
-    "plot",
-    "save_facts",
-]
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return import_module("importlib.metadata").version("causalcone")
-    if name == "plot":
-        return import_module("causalcone.analysis.plot")
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'causalcone' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'causalcone' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

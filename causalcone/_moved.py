@@ -13,8 +13,11 @@ from types import ModuleType
 MOVED = {
     "causalcone.analysis.correlations": "causalcone.analysis.stats.correlations",
     "causalcone.analysis.dependence": "causalcone.analysis.stats.dependence",
+    "causalcone.analysis.gradients": "causalcone.analysis.layer_effects",
+    "causalcone.analysis.joined": "causalcone.analysis.scores",
     "causalcone.analysis.paper_tables": "causalcone.analysis.papers.tables",
     "causalcone.analysis.regressions": "causalcone.analysis.stats.regressions",
+    "causalcone.analysis.roles": "causalcone.analysis.tables.traces",
     "causalcone.analysis.study": "causalcone.analysis.sweep_results",
     "causalcone.analysis.uncertainty": "causalcone.analysis.stats.uncertainty",
     "causalcone.engine.editing.applying": "causalcone.engine.edit.deltas.apply",

@@ -35,6 +35,12 @@ def replacing(path: str | Path, beside: Path | None = None) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 text file so."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """Yields an empty folder to write to, which gets the name ``path`` when the block ends without an error.

@@ -19,14 +19,18 @@ def unchanged(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerNorm:
-    """LayerNorm over the last dimension, with its weight and bias (D,), or None."""
+    """LayerNorm of rows (R, D), with its weight and bias (D,), or None. A weight (n,) shorter than the rows norms every
+    n values by themselves: each head."""
 
     weight: Tensor | None
     bias: Tensor | None
     eps: float
 
     def __call__(self, rows: Tensor) -> Tensor:
-        return F.layer_norm(rows, rows.shape[-1:], self.weight, self.bias, self.eps)
+        if self.weight is None or len(self.weight) == rows.shape[-1]:
+            return F.layer_norm(rows, rows.shape[-1:], self.weight, self.bias, self.eps)
+        heads = rows.unflatten(-1, (-1, len(self.weight)))
+        return F.layer_norm(heads, self.weight.shape, self.weight, self.bias, self.eps).flatten(-2)
 
 
 @dataclass(frozen=True)

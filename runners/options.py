@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
+
+from causalcone.runners.demo.files import path_of, title_of
 
 _Model = Annotated[str, Option(help="Model folder or hub id; 'demo' is the embedded demo model.")]
 _Dtype = Annotated[
@@ -31,6 +33,10 @@ class ComputeOptions:
     dtype: _Dtype = None
     device: _Device = None
     memory: _Memory = None
+
+    def model_path(self) -> str:
+        """The model's folder or hub id."""
+        return path_of(self.model, "model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +67,14 @@ class SourceOptions:
     memory: _Memory = None
     kernels: _Kernels = None
     tf32: _Tf32 = False
+
+    def model_path(self) -> str:
+        """The model's folder or hub id."""
+        return path_of(self.model, "model")
+
+    def facts_path(self) -> str:
+        """The file of facts."""
+        return path_of(self.facts, "facts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +209,14 @@ class TextOptions:
     split: Annotated[str, Option(help="The data set's split.")] = "train"
     column: Annotated[str, Option(help="The column that holds the texts.")] = "text"
 
+    def texts_path(self) -> str | None:
+        """The file or folder of texts, if no data set is taken instead."""
+        return None if self.texts is None else path_of(self.texts, "texts")
+
+    def texts_title(self) -> str | None:
+        """The name of the texts in results, if it is not that of their file."""
+        return None if self.texts is None else title_of(self.texts, "texts")
+
 
 @dataclass(frozen=True, kw_only=True)
 class MomentsFileOptions:
@@ -281,6 +303,10 @@ class EditMethodOptions:
     ] = True
     compat: Annotated[str | None, Option(help="'published': pose problems as the published code does.")] = None
 
+    def moments_path(self) -> str | None:
+        """The file of moments, if they are not to be collected now."""
+        return None if self.moments is None else path_of(self.moments, "moments")
+
 
 _PROBLEM_HELP = "error_injection, tracing_reversal, fact_erasure, fact_amplification or fact_forcing"
 _AGGREGATE_HELP = "first, or mean. By default the preset's, or first."
@@ -331,11 +357,6 @@ class TuningOptions(EditMethodOptions):
     aggregate: Annotated[str | None, Option(help=f"Which paraphrases and neighbours are scored: {_AGGREGATE_HELP}")] = (
         None
     )
-
-    def editing(self, problem: str) -> EditingOptions:
-        """The edits of one problem."""
-        shared = {field.name: getattr(self, field.name) for field in fields(EditMethodOptions)}
-        return EditingOptions(**shared, problem=problem, layers=str(self.layer))
 
 
 @dataclass(frozen=True, kw_only=True)

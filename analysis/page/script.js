@@ -3,10 +3,10 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const numbers = await inflate(document.getElementById("numbers").textContent.trim());
   const at = (id) => document.getElementById(id);
-  // Okabe and Ito's colours; marks and dashes tell lines apart in grey
-  const STYLES = [
-    ["#0072B2", "circle", "solid"], ["#D55E00", "square", "dash"], ["#009E73", "triangle-up", "dashdot"],
-    ["#CC79A7", "diamond", "dot"], ["#E69F00", "x", "longdash"], ["#56B4E9", "cross", "solid"],
+  const { blue, vermilion, green, purple, orange, sky } = data.colors;
+  const STYLES = [ // marks and dashes tell lines apart in grey
+    [blue, "circle", "solid"], [vermilion, "square", "dash"], [green, "triangle-up", "dashdot"],
+    [purple, "diamond", "dot"], [orange, "x", "longdash"], [sky, "cross", "solid"],
   ];
   const CONFIG = { responsive: true, displaylogo: false, displayModeBar: "hover", modeBarButtonsToRemove: ["lasso2d", "select2d"] };
   const MOST_ROWS = 200;
@@ -46,9 +46,9 @@
   }
 
   function draw(id, traces, more) {
-    const place = typeof id === "string" ? at(id) : id;
-    place.hidden = traces.length === 0;
-    if (traces.length) Plotly.react(place, traces, layout(more), CONFIG);
+    const element = typeof id === "string" ? at(id) : id;
+    element.hidden = traces.length === 0;
+    if (traces.length) Plotly.react(element, traces, layout(more), CONFIG);
   }
 
   function options(id, values, label = words) {
@@ -67,7 +67,7 @@
 
   function drawR2() {
     const rows = data.r2.filter((row) => row.score === at("r2-score").value && row.r2_layer != null);
-    const place = [rows.map((row) => words(row.problem)), rows.map((row) => row.name)];
+    const groups = [rows.map((row) => words(row.problem)), rows.map((row) => row.name)];
     const hover = rows.map((row) =>
       `R² layer ${number(row.r2_layer)}, trace ${number(row.r2_trace)}, both ${number(row.r2_both)}<br>` +
       `tracing adds ${number(row.diff, 4)}` +
@@ -76,17 +76,17 @@
       (row.permutation_facts < row.facts ? ` (of the ${row.permutation_facts} facts that have all layers)` : "") +
       (row.published_r2_layer == null ? "" :
         `<br>published: layer ${row.published_r2_layer}, trace ${row.published_r2_trace}, both ${row.published_r2_both}`));
-    const bar = { type: "bar", x: place, hovertext: hover, hoverinfo: "text" };
+    const bar = { type: "bar", x: groups, hovertext: hover, hoverinfo: "text" };
     const chance = rows.map((row) => row.chance == null || row.permutation_facts < row.facts ? null : row.r2_layer + row.chance);
     draw("r2", rows.length ? [
-      { ...bar, name: "edit layer", y: rows.map((row) => row.r2_layer), marker: { color: "#56B4E9" } },
+      { ...bar, name: "edit layer", y: rows.map((row) => row.r2_layer), marker: { color: sky } },
       {
         ...bar, name: "edit layer and tracing effect", y: rows.map((row) => row.r2_both),
-        marker: { color: "#E69F00", pattern: { shape: "/" } }, text: rows.map((row) => number(row.diff).replace(/^(?!-)/, "+")),
+        marker: { color: orange, pattern: { shape: "/" } }, text: rows.map((row) => number(row.diff).replace(/^(?!-)/, "+")),
         textposition: "outside", textfont: { size: 10 }, cliponaxis: false,
       },
       {
-        type: "scatter", mode: "markers", name: "by chance", x: place, y: chance, hoverinfo: "skip",
+        type: "scatter", mode: "markers", name: "by chance", x: groups, y: chance, hoverinfo: "skip",
         marker: { symbol: "line-ew-open", size: 16, color: colors().front, line: { width: 2 } },
       },
     ] : [], { barmode: "group", yaxis: { title: { text: "R²" }, range: [0, 1.12] }, height: 380 });
@@ -95,9 +95,9 @@
   // --- scores and windows ---
 
   function drawScores() {
-    const chosen = data.scores.filter((row) =>
+    const lines = data.scores.filter((row) =>
       row.problem === at("scores-problem").value && row.score === at("scores-score").value);
-    draw("scores", chosen.map((row, index) => line(index, {
+    draw("scores", lines.map((row, index) => line(index, {
       name: row.name, x: row.layer, y: row.mean,
       error_y: { type: "data", array: row.standard_error.map((error) => error == null ? 0 : 1.96 * error), thickness: 1 },
     })), { yaxis: { range: [-0.03, 1.05], title: { text: "mean score" } }, xaxis: { title: { text: "edited layer" } } });
@@ -118,11 +118,11 @@
   let current = facts[0];
 
   function search() {
-    const asked = at("search").value.trim().toLowerCase();
-    const found = facts.filter((fact) => fact.key.includes(asked));
-    at("facts").replaceChildren(...found.slice(0, 500).map((fact) => new Option(fact.subject + " — " + fact.true, fact.index)));
-    at("found").textContent = `${found.length} of ${facts.length} facts` + (found.length > 500 ? ", the first 500 are listed" : "");
-    if (found.length && !found.includes(current)) current = found[0];
+    const query = at("search").value.trim().toLowerCase();
+    const matches = facts.filter((fact) => fact.key.includes(query));
+    at("facts").replaceChildren(...matches.slice(0, 500).map((fact) => new Option(fact.subject + " — " + fact.true, fact.index)));
+    at("found").textContent = `${matches.length} of ${facts.length} facts` + (matches.length > 500 ? ", the first 500 are listed" : "");
+    if (matches.length && !matches.includes(current)) current = matches[0];
     at("facts").value = String(current.index);
     drawFact();
   }
@@ -140,31 +140,31 @@
   }
 
   function drawMaps(fact) {
-    const place = at("maps"), own = data.grids && data.grids.facts[fact.index];
-    if (!own) { place.replaceChildren("This fact was not traced."); return; }
-    const { states, layers } = data.grids, length = own.tokens.length;
-    while (place.children.length < states.length || place.firstChild?.nodeType === 3) {
-      if (place.firstChild?.nodeType === 3) place.replaceChildren();
-      else place.append(document.createElement("div"));
+    const maps = at("maps"), traced = data.grids && data.grids.facts[fact.index];
+    if (!traced) { maps.replaceChildren("This fact was not traced."); return; }
+    const { states, layers } = data.grids, length = traced.tokens.length;
+    while (maps.children.length < states.length || maps.firstChild?.nodeType === 3) {
+      if (maps.firstChild?.nodeType === 3) maps.replaceChildren();
+      else maps.append(document.createElement("div"));
     }
-    const labels = own.tokens.map((token, index) =>
-      (index >= own.span[0] && index < own.span[1] ? "<b>" + plain(shown(token)) + "*</b>" : plain(shown(token))) +
+    const labels = traced.tokens.map((token, index) =>
+      (index >= traced.span[0] && index < traced.span[1] ? "<b>" + plain(shown(token)) + "*</b>" : plain(shown(token))) +
       "\u200b".repeat(index)); // labels of equal tokens must differ
-    let high = own.clean;
+    let high = traced.clean;
     for (let index = 0; index < states.length * layers * length; index++) {
-      const value = numbers[own.at + index];
+      const value = numbers[traced.at + index];
       if (value > high) high = value;
     }
     const scales = { hidden: "Purples", mlp: "Greens", attn: "Reds" };
     states.forEach(([kind, size], state) => {
       const grid = Array.from({ length }, (_, token) => Array.from({ length: layers }, (_, layer) => {
-        const value = numbers[own.at + (state * layers + layer) * length + token];
+        const value = numbers[traced.at + (state * layers + layer) * length + token];
         return Number.isNaN(value) ? null : value;
       }));
       const texts = grid.map((row, token) => row.map((value, layer) =>
-        `${plain(shown(own.tokens[token]))}, layer ${layer}<br>p(target) ${value == null ? "–" : value.toPrecision(5)}`));
-      draw(place.children[state], [{
-        type: "heatmap", z: grid, y: labels, zmin: own.corrupted, zmax: Math.max(high, own.corrupted + 1e-9),
+        `${plain(shown(traced.tokens[token]))}, layer ${layer}<br>p(target) ${value == null ? "–" : value.toPrecision(5)}`));
+      draw(maps.children[state], [{
+        type: "heatmap", z: grid, y: labels, zmin: traced.corrupted, zmax: Math.max(high, traced.corrupted + 1e-9),
         colorscale: shades(scales[kind] || "Blues"), xgap: 1, ygap: 1, text: texts, hoverinfo: "text",
         colorbar: { thickness: 10, tickfont: { size: 10 } },
       }], {
@@ -186,20 +186,20 @@
   }
 
   function drawSevered(fact) {
-    const own = data.severed, grid = data.grids && data.grids.facts[fact.index];
+    const { severed } = data, grid = data.grids && data.grids.facts[fact.index];
     const traces = [];
-    if (own && grid) {
+    if (severed && grid) {
       const hidden = data.grids.states.findIndex(([kind, size]) => kind === "hidden" && size === 1);
       const names = { sever_mlp: "MLP severed", sever_attn: "attention severed", sever_both: "both severed" };
       const restored = (values) => values.map((value) => value == null ? null : value - grid.corrupted);
-      const x = Array.from({ length: own.layers }, (_, layer) => layer);
+      const x = Array.from({ length: severed.layers }, (_, layer) => layer);
       if (hidden >= 0) {
         const { layers } = data.grids, length = grid.tokens.length, last = grid.span[1] - 1;
         const plainRun = x.map((layer) => numbers[grid.at + (hidden * layers + layer) * length + last]);
         traces.push(line(0, { name: "nothing severed", x, y: restored(plainRun) }));
       }
-      own.parts.forEach((part, index) => {
-        const values = slice(own, fact, index, own.layers);
+      severed.parts.forEach((part, index) => {
+        const values = slice(severed, fact, index, severed.layers);
         if (values.some((value) => value != null)) traces.push(line(index + 1, { name: names[part], x, y: restored(values) }));
       });
     }
@@ -210,9 +210,9 @@
   }
 
   function drawZeroed(fact) {
-    const own = data.zeroed, traces = [];
-    if (own) own.parts.forEach((part, index) => {
-      const values = slice(own, fact, index, own.layers);
+    const { zeroed } = data, traces = [];
+    if (zeroed) zeroed.parts.forEach((part, index) => {
+      const values = slice(zeroed, fact, index, zeroed.layers);
       if (values.some((value) => value != null)) traces.push(line(index, { name: part, x: values.map((_, layer) => layer), y: values }));
     });
     draw("zeroed", traces, {
@@ -222,19 +222,19 @@
   }
 
   const editValue = (fact, group, layer, score) => {
-    const own = data.edits;
-    return numbers[own.at + ((fact.index * own.groups.length + group) * own.layers.length + layer) * own.scores.length + score];
+    const { edits } = data;
+    return numbers[edits.at + ((fact.index * edits.groups.length + group) * edits.layers.length + layer) * edits.scores.length + score];
   };
 
   function drawEdits(fact) {
-    const own = data.edits, traces = [];
-    if (own) {
-      const score = own.scores.indexOf(at("edit-score").value);
-      own.groups.forEach((group, index) => {
+    const { edits } = data, traces = [];
+    if (edits) {
+      const score = edits.scores.indexOf(at("edit-score").value);
+      edits.groups.forEach((group, index) => {
         if (group.problem !== at("edit-problem").value) return;
-        const values = own.layers.map((_, layer) => editValue(fact, index, layer, score));
+        const values = edits.layers.map((_, layer) => editValue(fact, index, layer, score));
         if (values.some((value) => !Number.isNaN(value)))
-          traces.push(line(traces.length, { name: group.name, x: own.layers, y: values.map((value) => Number.isNaN(value) ? null : value) }));
+          traces.push(line(traces.length, { name: group.name, x: edits.layers, y: values.map((value) => Number.isNaN(value) ? null : value) }));
       });
     }
     draw("edits", traces, {
@@ -249,26 +249,26 @@
   let sorted = { column: null, down: false };
 
   function tableColumns() {
-    const found = [
+    const columns = [
       { name: "fact", of: (fact) => fact.id }, { name: "subject", of: (fact) => fact.subject },
       { name: "prompt", of: (fact) => fact.prompt }, { name: "target", of: (fact) => fact.true },
     ];
     const grid = (fact) => data.grids && data.grids.facts[fact.index];
-    if (data.grids) found.push(
+    if (data.grids) columns.push(
       { name: "p clean", number: true, of: (fact) => grid(fact)?.clean }, { name: "p corrupted", number: true, of: (fact) => grid(fact)?.corrupted });
-    if (data.edits) data.edits.groups.forEach((group, index) => found.push({
+    if (data.edits) data.edits.groups.forEach((group, index) => columns.push({
       name: `${group.problem.replace(/_/g, " ")}, ${group.name}`, number: true,
       of: (fact) => {
         const values = data.edits.layers.map((_, layer) => editValue(fact, index, layer, 0)).filter((value) => !Number.isNaN(value));
         return values.length ? Math.max(...values) : null;
       },
     }));
-    return found;
+    return columns;
   }
 
   function tableRows() {
-    const asked = at("filter").value.trim().toLowerCase();
-    const rows = facts.filter((fact) => fact.key.includes(asked)).map((fact) => columns.map((column) => column.of(fact)));
+    const query = at("filter").value.trim().toLowerCase();
+    const rows = facts.filter((fact) => fact.key.includes(query)).map((fact) => columns.map((column) => column.of(fact)));
     if (sorted.column != null) rows.sort((one, other) => {
       const [a, b] = [one[sorted.column], other[sorted.column]];
       if (a == null || b == null) return (a == null) - (b == null);
@@ -346,8 +346,8 @@
   }
   at("theme").onclick = () => {
     const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-    const own = document.documentElement.style.colorScheme || (dark ? "dark" : "light");
-    document.documentElement.style.colorScheme = own === "dark" ? "light" : "dark";
+    const scheme = document.documentElement.style.colorScheme || (dark ? "dark" : "light");
+    document.documentElement.style.colorScheme = scheme === "dark" ? "light" : "dark";
     drawAll();
   };
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);

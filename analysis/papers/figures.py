@@ -10,32 +10,32 @@ import polars as pl
 from matplotlib.figure import Figure
 
 from causalcone.analysis import plot
-from causalcone.analysis.joined import edits_with_effects
 from causalcone.analysis.papers.inputs import PUBLISHED, AnalysisInputs, AnalysisOptions
 from causalcone.analysis.plot.effects import effects_by_window, peak_layers_by_window
 from causalcone.analysis.plot.regressions import r2_bars, scatter_by_layer
-from causalcone.analysis.scores import SCORES
+from causalcone.analysis.scores import SCORES, edits_with_effects
 from causalcone.analysis.stats.regressions import GROUP, regressions
-from causalcone.analysis.sweep_results import RESTORED, SEVERED, ZEROED, State, Study
-from causalcone.analysis.tables.names import in_order
+from causalcone.analysis.sweep_results import RESTORED, ZEROED, State, Study
+from causalcone.analysis.tables.names import SEVERED, in_order
 from causalcone.analysis.tables.traces import TableError
+from causalcone.engine.schemas import ERROR_INJECTION, FACT_FORCING
 
 SUFFIXES = (".png", ".pdf")
 MAPS = 6
-"""Of so many facts there are maps."""
+"""Facts that there are maps of."""
 
 _Draw = Callable[[], Figure]
 _DRAWN = tuple(name for name in SCORES if name != "rewrite_magnitude")
 
 
 def paper_figures(
-    study: Study, folder: Path, choice: AnalysisOptions = PUBLISHED, *, every: bool = False
+    study: Study, folder: Path, options: AnalysisOptions = PUBLISHED, *, every: bool = False
 ) -> tuple[list[Path], list[str]]:
-    """Draw what the study has data for, each as PNG and PDF. every: the scatter plots of all problems and methods,
-    besides those that the papers show. What cannot be drawn is told in words."""
+    """Draw all figures that the study has data for, as PNG and PDF. every: the scatter plots of all problems and
+    methods, besides those that the papers show. Returns the files, and in words which figures are missing, and why."""
     folder.mkdir(parents=True, exist_ok=True)
     written, missing = [], []
-    for name, draw in _figures(AnalysisInputs(study, choice), every):
+    for name, draw in _figures(AnalysisInputs(study, options), every):
         try:
             figure = draw()
         except TableError as error:
@@ -48,21 +48,21 @@ def paper_figures(
     return written, missing
 
 
-def _figures(material: AnalysisInputs, every: bool) -> Iterator[tuple[str, _Draw]]:
+def _figures(inputs: AnalysisInputs, every: bool) -> Iterator[tuple[str, _Draw]]:
     """Names and how to draw them; the drawing raises ``TableError`` where the study lacks what it needs."""
-    study = material.study
+    study = inputs.study
     yield from _of_traces(study)
     states = study.states()
     if states:
-        yield from _of_windows(material, states)
+        yield from _of_windows(inputs, states)
     edit = study.configuration.get("edit")
     if edit is None:
         return
     for problem in edit["problems"]:
         yield f"scores_{problem}", partial(_scores, study, problem)
     if states:
-        yield from _of_regressions(material, states)
-    yield from _scatters(material, every)
+        yield from _of_regressions(inputs, states)
+    yield from _scatters(inputs, every)
 
 
 def _of_traces(study: Study) -> Iterator[tuple[str, _Draw]]:
@@ -82,80 +82,73 @@ def _gradients(study: Study) -> Iterator[tuple[str, _Draw]]:
     for number, fact_id in enumerate(table["fact_id"].unique(maintain_order=True)[:MAPS]):
 
         def draw(fact_id: str = fact_id) -> Figure:
-            own = study.traces.filter(fact_id=fact_id).drop_nulls("token").unique("token")
-            if own.is_empty():
+            traced = study.traces.filter(fact_id=fact_id).drop_nulls("token").unique("token")
+            if traced.is_empty():
                 raise TableError(f"fact {fact_id!r} is not traced, and its tokens' texts are not known")
-            known = dict(own.select("token", "token_text").rows())
-            start, end, tokens = own.select("subject_start", "subject_end", "prompt_tokens").row(0)
+            known = dict(traced.select("token", "token_text").rows())
+            start, end, tokens = traced.select("subject_start", "subject_end", "prompt_tokens").row(0)
             texts = [known.get(token) or "" for token in range(tokens)]
             return plot.gradients(table.filter(fact_id=fact_id), fact_id, texts, (start, end))
 
         yield f"gradients_{number:03}", draw
 
 
-def _of_windows(material: AnalysisInputs, states: Sequence[State]) -> Iterator[tuple[str, _Draw]]:
-    sizes = [(kind, size) for kind, size in states if kind == material.state[0]]
+def _of_windows(inputs: AnalysisInputs, states: Sequence[State]) -> Iterator[tuple[str, _Draw]]:
+    sizes = [(kind, size) for kind, size in states if kind == inputs.state[0]]
 
     def effects() -> dict[int, pl.DataFrame]:
-        return {each[1]: material.study.effects(each, "max", material.choice.denominator) for each in sizes}
+        return {state[1]: inputs.study.effects(state, "max", inputs.options.denominator) for state in sizes}
 
-    yield "effects_by_window", lambda: effects_by_window(effects(), compat=material.compat)
+    yield "effects_by_window", lambda: effects_by_window(effects(), compat=inputs.compat)
     yield "peak_layers", lambda: peak_layers_by_window(effects())
 
 
 def _scores(study: Study, problem: str) -> Figure:
-    own = study.scores.filter(problem=problem)
-    return plot.scores(own, [name for name in _DRAWN if own[name].is_not_null().any()])
+    edits = study.scores.filter(problem=problem)
+    return plot.scores(edits, [name for name in _DRAWN if edits[name].is_not_null().any()])
 
 
-def _of_regressions(material: AnalysisInputs, states: Sequence[State]) -> Iterator[tuple[str, _Draw]]:
+def _of_regressions(inputs: AnalysisInputs, states: Sequence[State]) -> Iterator[tuple[str, _Draw]]:
     """Of the main state, and of the same kind's other windows."""
-    choice, main = material.choice, material.state
-    others = [each for each in states if each[0] == main[0] and each != main]
+    options, main = inputs.options, inputs.state
+    others = [state for state in states if state[0] == main[0] and state != main]
     for kind, size in (main, *others):
 
         def draw(state: State = (kind, size)) -> Figure:
-            joined = material.study.joined(state, choice.at, choice.denominator)
-            return r2_bars(in_order(regressions(joined, ["rewrite"], interaction=choice.interaction)))
+            joined = inputs.study.joined(state, options.at, options.denominator)
+            return r2_bars(in_order(regressions(joined, ["rewrite"], interaction=options.interaction)))
 
         yield f"r2_{kind}_{size}", draw
 
 
-def _scatters(material: AnalysisInputs, every: bool) -> Iterator[tuple[str, _Draw]]:
-    study = material.study
+def _scatters(inputs: AnalysisInputs, every: bool) -> Iterator[tuple[str, _Draw]]:
+    study = inputs.study
 
     def scatter(table: Callable[[], pl.DataFrame], key: tuple[str, str, int], score: str, effect: str) -> _Draw:
         return lambda: scatter_by_layer(table(), *key, score, effect=effect)
 
     def restored() -> pl.DataFrame:
-        return edits_with_effects(study.scores, material.largest)
+        return edits_with_effects(study.scores, inputs.largest)
 
     def at_subject() -> pl.DataFrame:
-        return study.joined(material.state, "subject_last", material.choice.denominator)
-
-    def absolute() -> pl.DataFrame:
-        return material.absolute
-
-    def zeroed() -> pl.DataFrame:
-        return material.zeroed
+        return study.joined(inputs.state, "subject_last", inputs.options.denominator)
 
     try:
         known = in_order(study.scores.select(GROUP).unique(maintain_order=True)).rows()
-    except TableError:  # which the figures of scores tell of
+    except TableError:  # which the figures of scores raise too
         return
-    rome = ("error_injection", "rome", 1)
+    rome = (ERROR_INJECTION, "rome", 1)
     if rome in known:
         yield "scatter_rewrite", scatter(restored, rome, "rewrite", "tracing effect")
         yield "scatter_overall", scatter(restored, rome, "overall", "tracing effect")
         yield "scatter_last_subject", scatter(at_subject, rome, "rewrite", "tracing effect, last subject token")
-        yield "scatter_unscaled", scatter(absolute, rome, "rewrite_magnitude", "absolute tracing effect")
-        yield "scatter_zeroing_rewrite", scatter(zeroed, rome, "rewrite", "zeroing effect")
-        yield "scatter_zeroing_overall", scatter(zeroed, rome, "overall", "zeroing effect")
-    forced = ("fact_forcing", "finetune", 5)
+        yield "scatter_unscaled", scatter(lambda: inputs.absolute, rome, "rewrite_magnitude", "absolute tracing effect")
+        yield "scatter_zeroing_rewrite", scatter(lambda: inputs.zeroed, rome, "rewrite", "zeroing effect")
+        yield "scatter_zeroing_overall", scatter(lambda: inputs.zeroed, rome, "overall", "zeroing effect")
+    forced = (FACT_FORCING, "finetune", 5)
     if forced in known:
         yield "scatter_fact_forcing", scatter(restored, forced, "rewrite", "tracing effect")
     if every:
-        for problem, method, window in known:
-            if (problem, method, window) not in (rome, forced):
-                key = (problem, method, window)
-                yield f"scatter_{problem}_{method}_{window}", scatter(restored, key, "rewrite", "tracing effect")
+        for key in known:
+            if key not in (rome, forced):
+                yield f"scatter_{'_'.join(map(str, key))}", scatter(restored, key, "rewrite", "tracing effect")

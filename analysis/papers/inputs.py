@@ -1,4 +1,4 @@
-"""How a study is analysed, and what its tables and figures are made of."""
+"""Options of an analysis, and the frames that its tables and figures share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cached_property
 import polars as pl
 
 from causalcone.analysis.effects import At, Compat, Denominator, absolute_effects
-from causalcone.analysis.joined import edits_with_effects
+from causalcone.analysis.scores import edits_with_effects
 from causalcone.analysis.stats.correlations import Correction
 from causalcone.analysis.sweep_results import ZEROED, State, Study
 from causalcone.analysis.tables.traces import TableError
@@ -39,16 +39,16 @@ PUBLISHED = AnalysisOptions()
 
 
 class AnalysisInputs:
-    """What several tables and figures of a study are made of, as chosen, computed once. What the study lacks raises
-    ``TableError`` where it is asked for."""
+    """Frames that several tables and figures of a study are made of, computed once. Where the study lacks one, asking
+    for it raises ``TableError``."""
 
-    def __init__(self, study: Study, choice: AnalysisOptions) -> None:
-        self.study, self.choice = study, choice
+    def __init__(self, study: Study, options: AnalysisOptions) -> None:
+        self.study, self.options = study, options
 
     @property
     def state(self) -> State:
-        """Whose effects are looked at."""
-        state = self.choice.state or self.study.main_state()
+        """The state whose effects are compared with scores."""
+        state = self.options.state or self.study.main_state()
         if state is None:
             raise TableError("there are no traces")
         return state
@@ -62,22 +62,22 @@ class AnalysisInputs:
 
     @cached_property
     def largest(self) -> pl.DataFrame:
-        """Effects, each the largest over the tokens."""
-        return self.study.effects(self.state, "max", self.choice.denominator)
+        """Effects, the largest over the tokens."""
+        return self.study.effects(self.state, "max", self.options.denominator)
 
     @cached_property
     def joined(self) -> pl.DataFrame:
-        """Scores beside effects as chosen."""
-        if self.choice.at == "max":
+        """Scores beside effects, as the options say."""
+        if self.options.at == "max":
             return edits_with_effects(self.study.scores, self.largest)
-        return self.study.joined(self.state, self.choice.at, self.choice.denominator)
+        return self.study.joined(self.state, self.options.at, self.options.denominator)
 
     @cached_property
     def absolute(self) -> pl.DataFrame:
         """Scores beside absolute effects at the last subject token."""
         kind, window = self.state
-        own = self.study.traces.filter(kind=kind, window=window)
-        return edits_with_effects(self.study.scores, absolute_effects(own))
+        traces = self.study.traces.filter(kind=kind, window=window)
+        return edits_with_effects(self.study.scores, absolute_effects(traces))
 
     @cached_property
     def zeroed(self) -> pl.DataFrame:
@@ -86,29 +86,29 @@ class AnalysisInputs:
 
     @property
     def compat(self) -> Compat | None:
-        return self.choice.compat or self.study.configuration.get("compat")
+        return self.options.compat or self.study.configuration.get("compat")
 
     @property
     def published(self) -> str | None:
         """The study whose printed values are set beside: only where ours are computed as they were."""
-        choice = self.choice
-        chosen = (choice.at, choice.denominator, choice.interaction, self.study.aggregate)
-        as_printed = chosen == ("max", "p_high", True, "first") and self.state == self.study.main_state()
+        options = self.options
+        protocol = (options.at, options.denominator, options.interaction, self.study.aggregate)
+        as_printed = protocol == ("max", "p_high", True, "first") and self.state == self.study.main_state()
         return self.study.published if as_printed else None
 
     @property
     def form(self) -> str:
-        return f"layer and effect {'with interaction' if self.choice.interaction else 'additive'}"
+        return f"layer and effect {'with interaction' if self.options.interaction else 'additive'}"
 
     @property
     def notes(self) -> list[str]:
-        """What tables were computed with, in words, the last of them always."""
-        where = "largest over prompt tokens" if self.choice.at == "max" else "at the last subject token"
+        """The options of tables in words, the last of them always."""
+        where = "largest over prompt tokens" if self.options.at == "max" else "at the last subject token"
         prompts = "the first paraphrase and neighbour" if self.study.aggregate == "first" else "means over prompts"
         kind, window = self.state
         header = (
-            f"effects of {kind}:{window}, {where}, over {self.choice.denominator}; {self.form}; scores of {prompts}"
+            f"effects of {kind}:{window}, {where}, over {self.options.denominator}; {self.form}; scores of {prompts}"
         )
         apart = self.study.published is not None and self.published is None
-        told = ["the paper's values are of other options, and not set beside"] if apart else []
-        return [*told, f"{header}, floored at 0"]
+        notes = ["the paper's values are of other options, and not set beside"] if apart else []
+        return [*notes, f"{header}, floored at 0"]

@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from causalcone.analysis.papers.tables import Table
-from causalcone.analysis.tables.names import method_name
+from causalcone.analysis.tables.names import method_name, words
 
 _HEADINGS = {
     "problem": "problem", "method": "method", "r2_layer": "layer", "r2_trace": "trace", "r2_both": "both",
@@ -79,7 +79,7 @@ def cells(frame: pl.DataFrame) -> tuple[list[str], list[list[str]]]:
     """Headings and rows as they are shown."""
     names = _shown(frame)
     rows = [[cell(name, row) for name in names] for row in frame.iter_rows(named=True)]
-    return [_HEADINGS.get(name, name.replace("_", " ")) for name in names], rows
+    return [_HEADINGS.get(name, words(name)) for name in names], rows
 
 
 def cell(name: str, row: dict[str, Any]) -> str:
@@ -90,7 +90,7 @@ def cell(name: str, row: dict[str, Any]) -> str:
     if name == "method":
         return method_name(value, row["window"])
     if name == "problem":
-        return str(value).replace("_", " ")
+        return words(str(value))
     if isinstance(value, float):
         if name == "p" or name.startswith("p_"):
             return p_value(value)
@@ -103,10 +103,9 @@ def p_value(p: float) -> str:
 
 
 def _tex(text: str) -> str:
-    out = text
     for character, escape in _TEX.items():
-        out = out.replace(character, escape)
-    return out
+        text = text.replace(character, escape)
+    return text
 
 
 _TEX = {
@@ -116,7 +115,7 @@ _TEX = {
 
 
 def index(tables: Sequence[Table], missing: Sequence[str]) -> str:
-    """All tables on one page, and what there are none of."""
+    """All tables on one page, and which are missing."""
     parts = [markdown(table) for table in tables]
     if missing:
         parts.append("**Missing**\n\n" + "".join(f"- {reason}\n" for reason in missing))

@@ -1,67 +1,190 @@
-"""Token-by-layer maps: what their figures share."""
+"""Token-by-layer heat maps of one fact: of p(target) after restoring states, and of integrated gradients."""
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Sequence
 
-import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
-from numpy.typing import NDArray
 
-from causalcone.analysis.plot.parts import drawable, new_figure, plain, visible_token
+from causalcone.analysis.plot import draw
+from causalcone.analysis.tables.traces import TableError, TraceSource, read_gradients, read_traces, single_tokens
 
 MAP_COLUMNS = 3
 _POINT = 1 / 72
 
 
-def prompt_text(texts: Sequence[str]) -> str:
+def heatmap(
+    table: TraceSource,
+    fact_id: str,
+    kind: str = "hidden",
+    window: int = 1,
+    *,
+    method: str = "restore",
+    path: draw.PathLike | None = None,
+) -> Figure:
+    """Token-by-layer heat map of p_patched for one fact and one restored state (Meng et al. 2022, Figs. 1 and 10).
+
+    Rows are the prompt's tokens in order, the subject's in bold with an asterisk and a bracket; columns are layers,
+    for windows the centre layer. Colours run from p_corrupted to the larger of p_clean and the largest p_patched.
+
+    Args:
+        table: traces, as ``read_traces`` takes them.
+        fact_id: the fact.
+        kind: of the restored state.
+        window: how many layers are restored together.
+        method: of tracing, "restore" or one with modules severed.
+        path: where the figure is written.
+
+    Raises:
+        TableError: the table holds no such fact or state; the message names those that there are.
+    """
+    fact = _traces_of(table, fact_id)
+    state, present = (method, kind, window), draw.states_of(fact)
+    if state not in present:
+        raise TableError(f"fact {fact_id!r} has no {_name(state)}; it has {', '.join(map(_name, present))}")
+    return draw.finish(_draw_traces(draw.rows_of(fact, state)), path)
+
+
+def heatmaps(table: TraceSource, fact_id: str, path: draw.PathLike | None = None) -> Figure:
+    """``heatmap`` of every state of a fact, side by side, on one scale.
+
+    Args:
+        table: traces, as ``read_traces`` takes them.
+        fact_id: the fact.
+        path: where the figure is written.
+
+    Raises:
+        TableError: the table holds no such fact.
+    """
+    return draw.finish(_draw_traces(_traces_of(table, fact_id)), path)
+
+
+def gradients(
+    table: TraceSource,
+    fact_id: str,
+    texts: Sequence[str],
+    subject: tuple[int, int] = (0, 0),
+    path: str | os.PathLike[str] | None = None,
+) -> Figure:
+    """Token-by-layer heat maps of the norm of one fact's integrated gradients, one per kind, each on its own scale
+    (Meng et al. 2022, Fig. 16).
+
+    Args:
+        table: gradients, as ``read_gradients`` takes them.
+        fact_id: the fact.
+        texts: of all tokens of the fact's prompt, which the table does not hold.
+        subject: the half-open range of them that is marked as the subject.
+        path: where the figure is written.
+
+    Raises:
+        TableError: the table holds no such fact, or tokens that have no text.
+    """
+    every = read_gradients(table)
+    fact = every.filter(pl.col("fact_id") == str(fact_id))
+    if fact.is_empty():
+        raise TableError(f"no gradients of fact {fact_id!r}; there are {_first(every)}")
+    tokens = fact["token"].unique().sort().to_list()
+    if tokens[-1] >= len(texts):
+        raise TableError(f"the table has token {tokens[-1]}, but there are texts of {len(texts)} tokens only")
+    shown = [texts[token] for token in tokens]
+    inside = [subject[0] <= token < subject[1] for token in tokens]
+    kinds = sorted(fact["kind"].unique(), key=draw.kind_order)
+    layers = draw.layer_count(fact)
+    figure, grid = _map_grid(len(kinds), shown, layers)
+    for number, (axes, kind) in enumerate(zip(grid, kinds, strict=True)):
+        values = draw.grid(fact.filter(kind=kind), "token", tokens, "norm", layers)
+        mesh = draw.cells(axes, values, Normalize(0, max(values.max(), 1e-12)), draw.KIND_COLORS.get(kind, "Blues"))
+        axes.set_title(f"Norm of integrated gradients,\n{draw.KIND_NAMES.get(kind, kind)}", fontsize=10)
+        draw.layer_axis(axes, 1, layers)
+        _label_tokens(figure, axes, shown, inside, labels=number % MAP_COLUMNS == 0)
+        draw.color_bar(figure, axes, mesh)
+    return draw.finish(figure, path)
+
+
+def _traces_of(table: TraceSource, fact_id: str) -> pl.DataFrame:
+    traces = read_traces(table).filter(pl.col("method") != "zero")
+    fact = traces.filter(pl.col("fact_id") == str(fact_id))
+    if fact.is_empty():
+        raise TableError(f"no traces of fact {fact_id!r}; there are {_first(traces)}")
+    return single_tokens(fact)
+
+
+def _first(rows: pl.DataFrame) -> str:
+    """The first facts of a table."""
+    known = rows["fact_id"].unique(maintain_order=True)
+    return ", ".join(map(repr, known[:10])) + (", ..." if len(known) > 10 else "")
+
+
+def _name(state: draw.State) -> str:
+    method, kind, window = state
+    return f"{kind}:{window}" if method == "restore" else f"{kind}:{window} ({method})"
+
+
+def _draw_traces(fact: pl.DataFrame) -> Figure:
+    """One map for every state in the rows of one fact."""
+    states = draw.states_of(fact)
+    tokens = fact.select("token", "token_text", "subject_start", "subject_end").unique("token").sort("token")
+    texts = tokens["token_text"].fill_null("").to_list()
+    inside = ((tokens["token"] >= tokens["subject_start"]) & (tokens["token"] < tokens["subject_end"])).to_list()
+    layers = draw.layer_count(fact)
+    figure, grid = _map_grid(len(states), texts, layers)
+    scale = Normalize(*_limits(fact))
+    for number, (axes, state) in enumerate(zip(grid, states, strict=True)):
+        _, kind, window = state
+        values = draw.grid(draw.rows_of(fact, state), "token", tokens["token"].to_list(), "p_patched", layers)
+        mesh = draw.cells(axes, values, scale, draw.KIND_COLORS.get(kind, "Blues"))
+        axes.set_title(draw.state_title(state), fontsize=10)
+        draw.layer_axis(axes, window, layers)
+        _label_tokens(figure, axes, texts, inside, labels=number % MAP_COLUMNS == 0)
+        _probability_bar(figure, axes, mesh, fact)
+    return figure
+
+
+def _limits(fact: pl.DataFrame) -> tuple[float, float]:
+    low, clean = float(fact["p_corrupted"][0]), float(fact["p_clean"][0])
+    return low, max(clean, float(fact["p_patched"].to_numpy().max()), low + 1e-9)
+
+
+def _probability_bar(figure: Figure, axes: Axes, mesh: QuadMesh, fact: pl.DataFrame) -> None:
+    """A bar that names p_corrupted, its lower end, and p_clean where that lies on the scale."""
+    low, high, clean = *_limits(fact), float(fact["p_clean"][0])
+    labels = {low: f"{low:.3g} corrupted"}
+    if (clean - low) / (high - low) > 0.12:
+        labels[clean] = f"{clean:.3g} clean"
+    else:
+        labels[low] += f"\n{clean:.3g} clean"
+    named = list(labels)
+    for tick in MaxNLocator(nbins=4).tick_values(low, high):
+        apart = all(abs(tick - other) > 0.12 * (high - low) for other in named)
+        if low < tick < high and apart and high - low > 1e-6:
+            labels[tick] = f"{tick:.3g}"
+    below = bool((fact["p_patched"] < low - 0.01 * (high - low)).any())
+    bar = draw.color_bar(figure, axes, mesh, "p(target)", extend="min" if below else "neither")
+    bar.set_ticks(list(labels), labels=list(labels.values()))
+
+
+def _prompt_text(texts: Sequence[str]) -> str:
     """Tokens' texts as a line."""
-    glue = "" if any(text[:1] in (" ", "▁") for text in texts) else " "  # some tokenizers drop each token's space
-    return drawable(glue.join(texts).replace("▁", " ").replace("\n", "↵").strip())
+    glue = "" if any(text[:1] in (" ", "▁") for text in texts) else " "  # some tokenizers drop a token's space
+    return draw.drawable(glue.join(texts).replace("▁", " ").replace("\n", "↵").strip())
 
 
-def token_grid(cells: pl.DataFrame, column: str, tokens: Sequence[int], layers: int) -> NDArray[np.float64]:
-    """A column as (tokens, layers), NaN where the table has no row."""
-    values = np.full((len(tokens), layers), np.nan)
-    row = {token: place for place, token in enumerate(tokens)}
-    for token, layer, value in cells.select("token", "layer", column).iter_rows():
-        values[row[token], layer] = value
-    return values
-
-
-def draw_map(axes: Axes, values: NDArray[np.float64], scale: Normalize, colors: str) -> QuadMesh:
-    """Values (tokens, layers) as cells, the first token at the top."""
-    tokens, layers = values.shape
-    mesh = axes.pcolormesh(
-        np.arange(layers + 1) - 0.5,
-        np.arange(tokens + 1) - 0.5,
-        np.ma.masked_invalid(values),
-        cmap=colors,
-        norm=scale,
-        edgecolors="white",
-        linewidth=0.4,
-    )
-    if np.isnan(values).any():  # what was not computed must not look like a low probability
-        axes.patch.set(facecolor="0.95", hatch="////", edgecolor="0.8")
-    axes.set_ylim(tokens - 0.5, -0.5)
-    axes.spines[:].set_visible(False)
-    return mesh
-
-
-def label_tokens(figure: Figure, axes: Axes, texts: Sequence[str], inside: Sequence[bool], labels: bool) -> None:
+def _label_tokens(figure: Figure, axes: Axes, texts: Sequence[str], inside: Sequence[bool], labels: bool) -> None:
     """Token texts as row labels, those ``inside`` the subject set off by weight, asterisk and bracket."""
-    shown = map(visible_token, texts)
+    shown = map(draw.visible_token, texts)
     marked = [f"{text}*" if subject else text for text, subject in zip(shown, inside, strict=True)]
     axes.set_yticks(range(len(marked)), marked if labels else [""] * len(marked))
     axes.tick_params(axis="y", length=0, pad=11)
     for label, subject in zip(axes.get_yticklabels(), inside, strict=True):
-        label.set(**plain(8.5, fontweight="bold" if subject else "normal", color="black" if subject else "0.25"))
+        label.set(**draw.plain(8.5, fontweight="bold" if subject else "normal", color="black" if subject else "0.25"))
     if any(inside):
         first, last = inside.index(True), len(inside) - 1 - inside[::-1].index(True)
         aside = ScaledTranslation(-7 * _POINT, 0, figure.dpi_scale_trans)
@@ -69,15 +192,15 @@ def label_tokens(figure: Figure, axes: Axes, texts: Sequence[str], inside: Seque
         axes.plot(*corners, transform=axes.get_yaxis_transform() + aside, clip_on=False, color="0.15", linewidth=1.4)
 
 
-def map_grid(maps: int, texts: Sequence[str], layers: int) -> tuple[Figure, list[Axes]]:
-    """A figure with the prompt above places for so many maps of these tokens; those left over are hidden."""
+def _map_grid(maps: int, texts: Sequence[str], layers: int) -> tuple[Figure, list[Axes]]:
+    """A figure with the prompt above the axes of all maps of these tokens; axes left over are hidden."""
     columns = min(maps, MAP_COLUMNS)
     rows = -(-maps // columns)
     map_width, map_height = min(5.2, max(2.4, 0.15 * layers)), max(1.3, 0.21 * len(texts))
-    width = columns * (map_width + 1.3) + 0.4 + 0.09 * max(len(visible_token(text)) for text in texts)
-    figure = new_figure(width, rows * (map_height + 0.8) + 0.6)
-    shown = textwrap.fill(prompt_text(texts), int(width * 9), max_lines=3, placeholder=" …")
-    figure.suptitle(shown, **plain(11, fontweight="bold"))
+    width = columns * (map_width + 1.3) + 0.4 + 0.09 * max(len(draw.visible_token(text)) for text in texts)
+    figure = draw.new_figure(width, rows * (map_height + 0.8) + 0.6)
+    shown = textwrap.fill(_prompt_text(texts), int(width * 9), max_lines=3, placeholder=" …")
+    figure.suptitle(shown, **draw.plain(11, fontweight="bold"))
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in grid[maps:]:
         axes.set_visible(False)

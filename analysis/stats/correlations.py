@@ -7,19 +7,18 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import polars as pl
-from scipy.stats import false_discovery_control, pearsonr
+from scipy.stats import pearsonr
+from statsmodels.stats.multitest import multipletests
 
 from causalcone.analysis.stats.least_squares import same
-from causalcone.analysis.stats.regressions import samples
+from causalcone.analysis.stats.regressions import KEY_SCHEMA, samples
 from causalcone.analysis.tables.traces import one_of
 
 Correction = Literal["holm", "bh"]
+_METHODS = {"holm": "holm", "bh": "fdr_bh"}
 
 CORRELATION_SCHEMA: dict[str, Any] = {
-    "problem": pl.String,
-    "method": pl.String,
-    "window": pl.Int64,
-    "score": pl.String,
+    **KEY_SCHEMA,
     "layer": pl.Int64,
     "edits": pl.Int64,
     "correlation": pl.Float64,
@@ -32,47 +31,36 @@ CORRELATION_SCHEMA: dict[str, Any] = {
 def layer_correlations(
     table: pl.DataFrame, scores: Sequence[str] = ("rewrite",), *, correction: Correction = "holm"
 ) -> pl.DataFrame:
-    """Pearson's correlation of each score with the effect at every edited layer (Hase et al. 2023, Figs. 14-22; METHODS
-    6): one row per problem, method, window, score and layer, with ``CORRELATION_SCHEMA``'s columns.
+    """Pearson's correlation of each score with the effect at every edited layer (Hase et al. 2023, Figs. 14-22): a row
+    for each problem, method, window, score and layer, with ``CORRELATION_SCHEMA``'s columns.
 
-    ``table`` is what ``edits_with_effects`` gives. ``p`` is two-sided; ``p_corrected`` is corrected over the layers of
+    ``table``: as ``edits_with_effects`` returns it. ``p`` is two-sided; ``p_corrected`` is corrected over the layers of
     each problem, method, window and score: "holm" (family-wise error) or "bh" (false discovery rate). Null, with the
     reason in ``note``, where there are fewer than three edits, or score or effect do not vary.
     """
     one_of("correction", correction, get_args(Correction))
     rows: list[dict[str, Any]] = []
     for sample in samples(table, scores):
-        own = []
+        by_layer = []
         for number, layer in enumerate(sample.layers):
-            here = sample.layer == number
-            own.append(
-                {**sample.key, "score": sample.name, "layer": layer, **_one(sample.score[here], sample.effect[here])}
-            )
-        known = [row for row in own if row["p"] is not None]
+            at_layer = sample.layer == number
+            correlation = _correlation(sample.score[at_layer], sample.effect[at_layer])
+            by_layer.append({**sample.key, "layer": layer, **correlation})
+        known = [row for row in by_layer if row["p"] is not None]
         if known:
-            corrected = _corrected(np.array([row["p"] for row in known]), correction)
+            corrected = multipletests([row["p"] for row in known], method=_METHODS[correction])[1]
             for row, p in zip(known, corrected, strict=True):
                 row["p_corrected"] = float(p)
-        rows += own
+        rows += by_layer
     return pl.DataFrame(rows, schema=CORRELATION_SCHEMA)
 
 
-def _one(score: np.ndarray, effect: np.ndarray) -> dict[str, Any]:
+def _correlation(score: np.ndarray, effect: np.ndarray) -> dict[str, Any]:
     row: dict[str, Any] = {"edits": len(score), "correlation": None, "p": None, "p_corrected": None, "note": None}
     if len(score) < 3:
         return {**row, "note": "fewer than three edits"}
-    for what, values in (("score", score), ("effect", effect)):
+    for name, values in (("score", score), ("effect", effect)):
         if same(values):
-            return {**row, "note": f"the {what} is the same for all edits"}
+            return {**row, "note": f"the {name} is the same for all edits"}
     correlation, p = pearsonr(effect, score)
     return {**row, "correlation": float(correlation), "p": float(p)}
-
-
-def _corrected(p: np.ndarray, correction: Correction) -> np.ndarray:
-    if correction == "bh":
-        return np.asarray(false_discovery_control(p))
-    order = np.argsort(p)
-    steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    corrected = np.empty_like(p)
-    corrected[order] = np.minimum(steps, 1)
-    return corrected

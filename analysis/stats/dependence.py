@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -14,16 +13,14 @@ from scipy.stats import chi2
 from statsmodels.tools.sm_exceptions import ConvergenceWarning, SingularMatrixWarning
 
 from causalcone.analysis.stats.least_squares import CONSTANT, EXPLAINED, centred
-from causalcone.analysis.stats.regressions import RegressionData, fits, samples
+from causalcone.analysis.stats.regressions import KEY_SCHEMA, RegressionData, fits, samples
 
 LEAST_FACTS = 2
-"""So many for each coefficient that is tested; a covariance of fewer clusters is far too small."""
+"""For each coefficient that is tested; a covariance of fewer clusters is far too small."""
 
 LEAST_AT_A_LAYER = 20
-"""So many facts at every layer that has a slope of its own. Where nothing is there to be found, slopes of ten facts
-seem significant at 5 % in 18 to 31 % of simulated studies, slopes of twenty in 5 to 10 %."""
-
-_KEY = {"problem": pl.String, "method": pl.String, "window": pl.Int64, "score": pl.String}
+"""Facts at every layer that has a slope of its own. Where there is no effect, slopes of ten facts seem
+significant at 5 % in 18 to 31 % of simulated studies, slopes of twenty in 5 to 10 %."""
 
 
 def cluster_robust_tests(
@@ -38,7 +35,7 @@ def cluster_robust_tests(
     """
     rows = []
     for sample in samples(table, scores):
-        row: dict[str, Any] = {**sample.key, "score": sample.name}
+        row = sample.key
         layer, effect = _design(sample, interaction)
         lack = _lack(sample, effect, interaction) or _few(sample, layer, effect, interaction)
         if lack is not None:
@@ -47,14 +44,14 @@ def cluster_robust_tests(
         both = np.hstack([layer, effect])
         fitted = sm.OLS(sample.score, both).fit(cov_type="cluster", cov_kwds={"groups": sample.fact}, use_t=True)
         added = effect.shape[1]
-        chosen = np.eye(both.shape[1])[layer.shape[1] :]
+        slopes = np.eye(both.shape[1])[layer.shape[1] :]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a covariance of low rank, as of layers without edits of some facts
-            test = fitted.f_test(chosen)
+            test = fitted.f_test(slopes)
         rows.append(
             {**row, "f": float(test.fvalue), "f_added": added, "f_left": int(test.df_denom), "p": float(test.pvalue)}
         )
-    schema = {**_KEY, "f": pl.Float64, "f_added": pl.Int64, "f_left": pl.Int64, "p": pl.Float64, "note": pl.String}
+    schema = KEY_SCHEMA | {"f": pl.Float64, "f_added": pl.Int64, "f_left": pl.Int64, "p": pl.Float64, "note": pl.String}
     return pl.DataFrame(rows, schema=schema)
 
 
@@ -70,7 +67,7 @@ def mixed_effects(
     """
     rows = []
     for sample in samples(table, scores):
-        row: dict[str, Any] = {**sample.key, "score": sample.name}
+        row = sample.key
         layer, effect = _design(sample, interaction)
         lack = _lack(sample, effect, interaction)
         if lack is None and (len(sample.layers) < 2 or not 2 <= len(sample.facts) < len(sample)):
@@ -79,26 +76,19 @@ def mixed_effects(
             rows.append({**row, "note": lack})
             continue
         try:
-            small, large = (_mixed(sample, each) for each in (layer, np.hstack([layer, effect])))
+            small, large = (_mixed(sample, design) for design in (layer, np.hstack([layer, effect])))
         except np.linalg.LinAlgError as error:
             rows.append({**row, "note": f"the model cannot be fitted: {error}"})
             continue
         if not np.isfinite([small.likelihood, large.likelihood, small.share]).all():
-            rows.append({**row, "note": "the model cannot be fitted: its likelihood is no number"})
+            rows.append({**row, "note": "the model cannot be fitted: its likelihood is not a number"})
             continue
         statistic, added = max(0.0, 2 * (large.likelihood - small.likelihood)), effect.shape[1]
         doubt = None if small.converged and large.converged else "the fit did not converge"
         tested = {"chi2": statistic, "added": added, "p": float(chi2.sf(statistic, added)), "fact_share": small.share}
         rows.append({**row, **tested, "note": doubt})
-    schema = {
-        **_KEY,
-        "chi2": pl.Float64,
-        "added": pl.Int64,
-        "p": pl.Float64,
-        "fact_share": pl.Float64,
-        "note": pl.String,
-    }
-    return pl.DataFrame(rows, schema=schema)
+    schema = KEY_SCHEMA | {"chi2": pl.Float64, "added": pl.Int64, "p": pl.Float64, "fact_share": pl.Float64}
+    return pl.DataFrame(rows, schema=schema | {"note": pl.String})
 
 
 def _lack(sample: RegressionData, effect: np.ndarray, interaction: bool) -> str | None:

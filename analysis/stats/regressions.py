@@ -1,4 +1,4 @@
-"""Does a localization effect say more of an edit's success than the choice of the layer does? (METHODS 6)"""
+"""Regressions of scores on layers and localization effects (docs/analysis.md, "The question")."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ from causalcone.analysis.tables.traces import TableError
 GROUP = ["problem", "method", "window"]
 PREDICTORS = ("layer", "trace", "both")
 
+KEY_SCHEMA: dict[str, Any] = {"problem": pl.String, "method": pl.String, "window": pl.Int64, "score": pl.String}
 REGRESSION_SCHEMA: dict[str, Any] = {
-    "problem": pl.String,
-    "method": pl.String,
-    "window": pl.Int64,
-    "score": pl.String,
+    **KEY_SCHEMA,
     "edits": pl.Int64,
     "facts": pl.Int64,
     "layers": pl.Int64,
@@ -38,11 +36,10 @@ REGRESSION_SCHEMA: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class RegressionData:
-    """The edits of a problem, method and window that have a score and an effect. score, effect: (n,); layer, fact:
-    (n,), numbers from 0 without gaps, in the order of ``layers`` and ``facts``."""
+    """The edits of a problem, method and window that have a score and an effect. key: these and the score's name;
+    score, effect: (n,); layer, fact: (n,), numbers from 0 without gaps, in the order of ``layers`` and ``facts``."""
 
     key: dict[str, Any]
-    name: str
     score: Floats
     effect: Floats
     layer: NDArray[np.int64]
@@ -64,7 +61,7 @@ class RegressionData:
 
     @property
     def notes(self) -> list[str]:
-        """What makes the regressions less than they could be."""
+        """Why the regressions are less than they could be."""
         notes = []
         if len(self.layers) == 1:
             notes.append(f"all edits are at layer {self.layers[0]}")
@@ -74,22 +71,21 @@ class RegressionData:
 
 
 def samples(table: pl.DataFrame, names: Sequence[str] = ("rewrite",)) -> Iterator[RegressionData]:
-    """What there is to explain: a sample for each problem, method, window, and score of ``names``. ``table`` is what
-    ``edits_with_effects`` gives."""
+    """Data to explain: a sample for each problem, method, window, and score of ``names``; table: as
+    ``edits_with_effects`` returns it."""
     unknown = [name for name in names if name not in SCORES]
     if unknown or not names:
         raise TableError(f"there are no scores {', '.join(unknown) or 'to explain'}; choose from {', '.join(SCORES)}")
-    for key, own in table.group_by(GROUP, maintain_order=True):
+    for key, group in table.group_by(GROUP, maintain_order=True):
         for name in names:
-            there = own.filter(pl.col(name).is_not_null() & pl.col("effect").is_not_null())
-            layers, facts = (there[column].unique().sort() for column in ("layer", "fact_id"))
+            edits = group.filter(pl.col(name).is_not_null() & pl.col("effect").is_not_null())
+            layers, facts = (edits[column].unique().sort() for column in ("layer", "fact_id"))
             yield RegressionData(
-                key=dict(zip(GROUP, key, strict=True)),
-                name=name,
-                score=there[name].to_numpy(),
-                effect=there["effect"].to_numpy(),
-                layer=layers.search_sorted(there["layer"]).cast(pl.Int64).to_numpy(),
-                fact=facts.search_sorted(there["fact_id"]).cast(pl.Int64).to_numpy(),
+                key=dict(zip(KEY_SCHEMA, (*key, name), strict=True)),
+                score=edits[name].to_numpy(),
+                effect=edits["effect"].to_numpy(),
+                layer=layers.search_sorted(edits["layer"]).cast(pl.Int64).to_numpy(),
+                fact=facts.search_sorted(edits["fact_id"]).cast(pl.Int64).to_numpy(),
                 layers=layers.to_list(),
                 facts=facts.to_list(),
             )
@@ -97,14 +93,13 @@ def samples(table: pl.DataFrame, names: Sequence[str] = ("rewrite",)) -> Iterato
 
 def regressions(table: pl.DataFrame, scores: Sequence[str] = ("rewrite",), *, interaction: bool = True) -> pl.DataFrame:
     """Ordinary least squares of each score on the edited layer as a factor, on the effect there, and on both (Hase et
-    al. 2023, Tables 2-8; METHODS 6): one row per problem, method, window and score, with ``REGRESSION_SCHEMA``'s
-    columns.
+    al. 2023, Tables 2-8): one row per problem, method, window and score, with ``REGRESSION_SCHEMA``'s columns.
 
-    ``table`` is what ``edits_with_effects`` gives. ``interaction``: both with their interaction, as published, or
+    ``table`` is as ``edits_with_effects`` returns it. ``interaction``: both with their interaction, as published, or
     without. r2_layer, r2_trace, r2_both: the coefficients of determination; diff: r2_both - r2_layer; f, f_added,
     f_left, p: the F-test of both against the layer alone and its degrees of freedom; rmse and mae: in sample, over n.
     Where a score is the same for all edits, or no edit has it, there are no coefficients, and ``note`` says why; it
-    also tells of a single layer and of effects that do not vary. Raises ``TableError`` for unknown scores.
+    also names a single layer, and effects that do not vary. Raises ``TableError`` for unknown scores.
     """
     rows = [_row(sample, interaction) for sample in samples(table, scores)]
     return pl.DataFrame(rows, schema=REGRESSION_SCHEMA)
@@ -123,7 +118,6 @@ def fits(sample: RegressionData, interaction: bool = True) -> dict[str, Fit]:
 def _row(sample: RegressionData, interaction: bool) -> dict[str, Any]:
     row = {
         **sample.key,
-        "score": sample.name,
         "edits": len(sample),
         "facts": len(sample.facts),
         "layers": len(sample.layers),

@@ -1,4 +1,4 @@
-"""How sure R^2 and what tracing adds to it are: facts are drawn again, or their effects exchanged."""
+"""Uncertainty of R^2 and of what tracing adds to it: facts are drawn again, or their effects exchanged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from causalcone.analysis.stats.least_squares import CONSTANT, EXACT, EXPLAINED, Floats, around_mean, same
-from causalcone.analysis.stats.regressions import PREDICTORS, RegressionData, samples
+from causalcone.analysis.stats.regressions import KEY_SCHEMA, PREDICTORS, RegressionData, samples
 
 _STATISTICS = (*(f"r2_{name}" for name in PREDICTORS), "diff")
 _AT_ONCE = 200
@@ -34,10 +34,10 @@ def bootstrap(
     """
     rows = []
     for sample in samples(table, scores):
-        row: dict[str, Any] = {**sample.key, "score": sample.name}
+        row = dict(sample.key)
         if sample.lack is None:
-            found = _resampled(sample, interaction, draws, np.random.default_rng(seed))
-            for name, values in found.items():
+            drawn = _resampled(sample, interaction, draws, np.random.default_rng(seed))
+            for name, values in drawn.items():
                 ends = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
                 row |= {f"{name}_low": float(ends[0]), f"{name}_high": float(ends[1])}
         rows.append(row)
@@ -62,13 +62,13 @@ def permutation_test(
     """
     rows = []
     for sample in samples(table, scores):
-        row: dict[str, Any] = {**sample.key, "score": sample.name}
+        row = dict(sample.key)
         score, effect = _squares(sample)
         row |= {"facts": len(score), "note": _no_exchange(sample, score)}
         if row["note"] is None:
-            own, others = _exchanged(score, effect, interaction, draws, np.random.default_rng(seed))
-            at_least = np.count_nonzero(others >= own * (1 - 1e-12))
-            row |= {"diff": own, "chance": float(others.mean()), "p": (1 + at_least) / (1 + draws)}
+            diff, others = _exchanged(score, effect, interaction, draws, np.random.default_rng(seed))
+            at_least = np.count_nonzero(others >= diff * (1 - 1e-12))
+            row |= {"diff": diff, "chance": float(others.mean()), "p": (1 + at_least) / (1 + draws)}
         rows.append(row)
     return pl.DataFrame(rows, schema={**_schema(["diff", "chance", "p"]), "facts": pl.Int64, "note": pl.String})
 
@@ -94,15 +94,15 @@ def left_out_layers(table: pl.DataFrame, scores: Sequence[str] = ("rewrite",)) -
     """
     rows = []
     for sample in samples(table, scores):
-        key = {**sample.key, "score": sample.name}
+        key = sample.key
         if sample.lack is not None or len(sample.layers) < 2:
             rows.append({**key, "layer": None, "edits": len(sample), "rmse_mean": None, "rmse_trace": None})
             continue
         errors = []
         for number, layer in enumerate(sample.layers):
-            out = sample.layer == number
-            mean, trace = _predicted(sample, out)
-            errors.append(np.stack([sample.score[out] - mean, sample.score[out] - trace]))
+            left_out = sample.layer == number
+            mean, trace = _predicted(sample, left_out)
+            errors.append(np.stack([sample.score[left_out] - mean, sample.score[left_out] - trace]))
             rows.append({**key, "layer": layer, **_errors(errors[-1])})
         rows.append({**key, "layer": None, **_errors(np.concatenate(errors, axis=1))})
     schema = {**_schema([]), "layer": pl.Int64, "edits": pl.Int64, "rmse_mean": pl.Float64, "rmse_trace": pl.Float64}
@@ -110,17 +110,16 @@ def left_out_layers(table: pl.DataFrame, scores: Sequence[str] = ("rewrite",)) -
 
 
 def _schema(columns: Sequence[str]) -> dict[str, Any]:
-    key = {"problem": pl.String, "method": pl.String, "window": pl.Int64, "score": pl.String}
-    return {**key, **dict.fromkeys(columns, pl.Float64)}
+    return {**KEY_SCHEMA, **dict.fromkeys(columns, pl.Float64)}
 
 
-def _predicted(sample: RegressionData, out: np.ndarray) -> tuple[float, Floats]:
-    """What the edits that are not ``out`` say of those that are."""
-    score, effect = sample.score[~out], sample.effect[~out]
+def _predicted(sample: RegressionData, left_out: np.ndarray) -> tuple[float, Floats]:
+    """Scores of the edits that are ``left_out`` as the others predict them: their mean, and by the regression."""
+    score, effect = sample.score[~left_out], sample.effect[~left_out]
     mean, around = float(score.mean()), effect - effect.mean()
     spread = float(around @ around)
     slope = float(around @ (score - mean)) / spread if spread > CONSTANT * float(effect @ effect) else 0.0
-    return mean, mean + slope * (sample.effect[out] - effect.mean())
+    return mean, mean + slope * (sample.effect[left_out] - effect.mean())
 
 
 def _errors(errors: np.ndarray) -> dict[str, Any]:
@@ -141,8 +140,8 @@ def _squares(sample: RegressionData) -> tuple[Floats, Floats]:
 def _exchanged(
     score: Floats, effect: Floats, interaction: bool, draws: int, rng: np.random.Generator
 ) -> tuple[float, Floats]:
-    """What effects add to R^2 of the layer, of scores and effects (facts, layers): their own facts', and other facts'
-    (draws,). An exchange leaves everything as it is but the products of scores and effects."""
+    """R^2 that effects add to that of the layer, of scores and effects (facts, layers): their own facts', and other
+    facts' (draws,). An exchange leaves everything as it is but the products of scores and effects."""
     y, x = score - score.mean(axis=0), effect - effect.mean(axis=0)
     total = float(np.sum((score - score.mean()) ** 2))
     axis = 0 if interaction else None
@@ -167,12 +166,12 @@ def _resampled(sample: RegressionData, interaction: bool, draws: int, rng: np.ra
     x, y = sample.effect - sample.effect.mean(), sample.score - sample.score.mean()
     sums = np.zeros((facts, layers, 6))
     np.add.at(sums, (sample.fact, sample.layer), np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=1))
-    found: list[dict[str, Floats]] = []
+    pieces: list[dict[str, Floats]] = []
     for start in range(0, draws, _AT_ONCE):
         count = min(_AT_ONCE, draws - start)
         weights = rng.multinomial(facts, np.full(facts, 1 / facts), size=count).astype(np.float64)
-        found.append(_of_sums((weights @ sums.reshape(facts, -1)).reshape(count, layers, 6), interaction))
-    return {name: np.concatenate([each[name] for each in found]) for name in _STATISTICS}
+        pieces.append(_of_sums((weights @ sums.reshape(facts, -1)).reshape(count, layers, 6), interaction))
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in _STATISTICS}
 
 
 def _of_sums(sums: Floats, interaction: bool) -> dict[str, Floats]:

@@ -8,9 +8,10 @@ from causalcone.analysis.tables.traces import (
     Schema,
     TableError,
     TraceSource,
-    _parts,
     checked_probabilities,
+    in_words,
     polars_schema,
+    table_parts,
 )
 from causalcone.engine import schemas
 
@@ -18,14 +19,22 @@ EDIT_SCHEMA = polars_schema(schemas.EDIT_SCHEMA)
 PROBE_SCHEMA = polars_schema(schemas.PROBE_SCHEMA)
 METRIC_SCHEMA = polars_schema(schemas.METRIC_SCHEMA)
 
+_PROBE = ["edit_id", "prompt_kind", "prompt_index"]
 _PROBABILITIES = ("p_pre", "p_post", "p_pre_other", "p_post_other")
 
 
 def read_edits(source: TraceSource) -> pl.DataFrame:
-    """A table of edits with the columns of ``EDIT_SCHEMA`` (further ones are kept), from any source that
-    ``read_traces`` takes. One row is one edit; its ``status`` is "done" or "failed", and then ``reason`` says why.
+    """Read a table of edits, one row each (docs/results.md, "edits").
 
-    Raises ``TableError`` for files that cannot be read, missing columns, another status, and edits that occur twice.
+    Args:
+        source: any that ``read_traces`` takes.
+
+    Returns:
+        A frame with the columns of ``EDIT_SCHEMA``; further ones are kept. ``status`` is "done" or "failed", and then
+        ``reason`` says why.
+
+    Raises:
+        TableError: files cannot be read, columns are missing, another status, or an edit occurs twice.
     """
     edits = _read(source, EDIT_SCHEMA, "table of edits", ["edit_id"])
     strange = edits.filter(pl.col("status").is_in(["done", "failed"]).not_().fill_null(True))
@@ -36,18 +45,35 @@ def read_edits(source: TraceSource) -> pl.DataFrame:
 
 
 def read_probes(source: TraceSource) -> pl.DataFrame:
-    """A table of probes with the columns of ``PROBE_SCHEMA``, as ``read_edits`` reads edits.
+    """Read a table of probes, one row per prompt of an edit (docs/results.md, "probes").
 
-    One row is one prompt of one edit: ``prompt_kind`` is rewrite, paraphrase, neighborhood or attribute, ``p_pre`` and
-    ``p_post`` are the probabilities of the problem's target before and after the edit, ``p_pre_other`` and
-    ``p_post_other`` those of the other target; null where there are none.
+    Args:
+        source: any that ``read_traces`` takes.
+
+    Returns:
+        A frame with the columns of ``PROBE_SCHEMA``; further ones are kept. ``prompt_kind`` is rewrite, paraphrase,
+        neighborhood or attribute, ``p_pre`` and ``p_post`` are the probabilities of the problem's target before and
+        after the edit, ``p_pre_other`` and ``p_post_other`` those of the other target; null where there are none.
+
+    Raises:
+        TableError: files cannot be read, columns are missing, or a row occurs twice.
     """
-    return _read(source, PROBE_SCHEMA, "table of probes", ["edit_id", "prompt_kind", "prompt_index"])
+    return _read(source, PROBE_SCHEMA, "table of probes", _PROBE)
 
 
 def read_metrics(source: TraceSource) -> pl.DataFrame:
-    """A table of metrics with the columns of ``METRIC_SCHEMA``, as ``read_edits`` reads edits: one row is one metric of
-    one edit, a mean over its prompts or texts before and after the edit."""
+    """Read a table of metrics, one row per metric of an edit (docs/results.md, "metrics").
+
+    Args:
+        source: any that ``read_traces`` takes.
+
+    Returns:
+        A frame with the columns of ``METRIC_SCHEMA``; further ones are kept. ``pre`` and ``post`` are means over the
+        edit's prompts or texts, before and after it.
+
+    Raises:
+        TableError: files cannot be read, columns are missing, or a row occurs twice.
+    """
     return _read(source, METRIC_SCHEMA, "table of metrics", ["edit_id", "metric"])
 
 
@@ -71,14 +97,13 @@ def checked_metrics(metrics: pl.DataFrame) -> pl.DataFrame:
 
 def checked_probes(probes: pl.DataFrame) -> pl.DataFrame:
     """``checked_probabilities`` of probes."""
-    identity = ["edit_id", "prompt_kind", "prompt_index"]
-    return checked_probabilities(probes, _PROBABILITIES, identity, "; give such an edit the status 'failed'")
+    return checked_probabilities(probes, _PROBABILITIES, _PROBE, "; give such an edit the status 'failed'")
 
 
-def _read(source: TraceSource, schema: Schema, what: str, key: list[str]) -> pl.DataFrame:
-    frame = pl.concat(_parts(source, schema, what), how="diagonal")
+def _read(source: TraceSource, schema: Schema, name: str, key: list[str]) -> pl.DataFrame:
+    frame = pl.concat(table_parts(source, schema, name), how="diagonal")
     repeated = frame.filter(frame.select(key).is_duplicated())
     if repeated.height:
-        first = ", ".join(f"{name} {value}" for name, value in repeated.select(key).row(0, named=True).items())
-        raise TableError(f"the {what} holds rows more than once, the first: {first}")
+        first = in_words(repeated.select(key).row(0, named=True))
+        raise TableError(f"the {name} holds rows more than once, the first: {first}")
     return frame

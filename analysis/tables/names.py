@@ -1,13 +1,28 @@
-"""Problems and methods of editing: their order, and what they are called in tables and figures."""
+"""Problems and methods of editing: their order and names in tables and figures; and the colours of lines."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import polars as pl
 
-PROBLEMS = ("error_injection", "tracing_reversal", "fact_erasure", "fact_amplification", "fact_forcing")
+from causalcone.engine.schemas import PROBLEMS
+
 METHODS = {"rome": "ROME", "memit": "MEMIT", "memit_joint": "joint MEMIT", "finetune": "FT"}
+
+SEVERED = {"mlp": "MLP outputs", "attn": "attention outputs", "both": "both outputs"}
+"""Modules that tracing severs: methods are called ``sever_`` and one of these."""
+
+# Okabe and Ito's colours, told apart by all kinds of colour vision.
+COLORS = {
+    "black": "#000000",
+    "orange": "#E69F00",
+    "sky": "#56B4E9",
+    "green": "#009E73",
+    "blue": "#0072B2",
+    "vermilion": "#D55E00",
+    "purple": "#CC79A7",
+}
 
 
 def method_name(method: str, window: int) -> str:
@@ -15,11 +30,27 @@ def method_name(method: str, window: int) -> str:
     return METHODS.get(method, method) + ("" if method == "rome" else f"-{window}")
 
 
+def words(name: str) -> str:
+    """ "error_injection" in words."""
+    return name.replace("_", " ")
+
+
+def heading(name: str) -> str:
+    """ "error_injection" as a heading."""
+    return words(name).capitalize()
+
+
+def window_name(size: int) -> str:
+    """The layers of a window in words."""
+    return "one layer" if size == 1 else f"{size} layers"
+
+
 def in_order(frame: pl.DataFrame) -> pl.DataFrame:
     """Problems and methods in the papers' order, small windows first; what is equal stays in its order."""
-    return frame.sort(_place("problem", PROBLEMS), _place("method", tuple(METHODS)), "window", maintain_order=True)
+    return frame.sort(position("problem", PROBLEMS), position("method", METHODS), "window", maintain_order=True)
 
 
-def _place(column: str, names: Sequence[str]) -> pl.Expr:
+def position(column: str, names: Iterable[str]) -> pl.Expr:
+    """Positions of a column's names in a list of them, to sort by; unknown ones come last."""
     order = {name: number for number, name in enumerate(names)}
-    return pl.col(column).replace_strict(order, default=len(names), return_dtype=pl.Int64)
+    return pl.col(column).replace_strict(order, default=len(order), return_dtype=pl.Int64)

@@ -1,4 +1,4 @@
-"""Tables of results as polars frames, wherever they come from."""
+"""Tables of traces and gradients as polars frames, wherever they come from, and the roles of tokens."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from causalcone.engine import schemas
 from causalcone.engine.errors import CausalconeError
 
 Schema: TypeAlias = dict[str, type[pl.DataType]]
+TraceSource: TypeAlias = pl.DataFrame | pl.LazyFrame | pa.Table | pa.RecordBatch | str | os.PathLike[str]
 
 _POLARS: dict[pa.DataType, type[pl.DataType]] = {pa.string(): pl.String, pa.int32(): pl.Int64, pa.float64(): pl.Float64}
 
@@ -25,27 +26,43 @@ def polars_schema(schema: pa.Schema) -> Schema:
 
 TRACE_SCHEMA = polars_schema(schemas.TRACE_SCHEMA)
 GRADIENT_SCHEMA = polars_schema(schemas.GRADIENT_SCHEMA)
+
 STATE = ["method", "kind", "window"]
 IDENTITY = ["fact_id", *STATE, "layer", "token"]
+
+_token, _start, _end = pl.col("token"), pl.col("subject_start"), pl.col("subject_end")
+_last = pl.col("prompt_tokens") - 1
+_CONDITIONS: dict[str, pl.Expr] = {
+    "first_subject": _token == _start,
+    "middle_subject": (_token > _start) & (_token < _end - 1),
+    "last_subject": _token == _end - 1,
+    "first_subsequent": _token == _end,
+    "further": (_token > _end) & (_token < _last),
+    "last": _token == _last,
+}
+ROLES = tuple(_CONDITIONS)
 
 _PROBABILITIES = ("p_clean", "p_corrupted", "p_patched")
 _ROUNDING = 1e-6
 
-TraceSource: TypeAlias = pl.DataFrame | pl.LazyFrame | pa.Table | pa.RecordBatch | str | os.PathLike[str]
-
 
 class TableError(CausalconeError):
-    """A table that lacks columns or rows, or holds what it should not."""
+    """A table lacks columns or rows, or holds what it should not."""
 
 
 def read_traces(source: TraceSource) -> pl.DataFrame:
-    """A traces table as a polars frame with the columns of ``TRACE_SCHEMA`` (further ones are kept).
+    """Read a traces table. One row is one restored or zeroed state of one fact (docs/results.md, "traces").
 
-    ``source`` is an Arrow table or record batch, a polars frame, a Parquet file, or a folder of Parquet files
-    (searched in depth, read in the order of their names). One row is one restored state of one fact; probabilities
-    are in [0, 1], layers and tokens count from 0, the subject is the half-open token range ``subject_start`` to
-    ``subject_end``. Raises ``TableError`` for files that cannot be read, missing columns, numbers that are no
-    probabilities, and states that occur twice.
+    Args:
+        source: an Arrow table or record batch, a polars frame, a Parquet file, or a folder of Parquet files (searched
+            in depth, read in the order of their names).
+
+    Returns:
+        A frame with the columns of ``TRACE_SCHEMA``; further ones are kept. Probabilities are in [0, 1], layers and
+        tokens count from 0, the subject is the half-open token range ``subject_start`` to ``subject_end``.
+
+    Raises:
+        TableError: files cannot be read, columns are missing, a number is not a probability, or a state occurs twice.
     """
     return once(pl.concat(trace_parts(source), how="diagonal"))
 
@@ -54,46 +71,56 @@ def once(traces: pl.DataFrame) -> pl.DataFrame:
     """``traces`` as they are; ``TableError`` names the first state that occurs twice, and so would weigh double."""
     repeated = traces.filter(traces.select(IDENTITY).is_duplicated())
     if repeated.height:
-        first = _named(repeated.select(IDENTITY).row(0, named=True))
+        first = in_words(repeated.select(IDENTITY).row(0, named=True))
         raise TableError(f"{repeated.height} rows are of states that occur more than once, the first: {first}")
     return traces
 
 
 def trace_parts(source: TraceSource) -> Iterator[pl.DataFrame]:
     """A traces table piece by piece: the files of a folder one by one, anything else whole."""
-    for part in _parts(source, TRACE_SCHEMA, "traces table"):
-        yield checked_probabilities(part, _PROBABILITIES, IDENTITY)
+    for frame in table_parts(source, TRACE_SCHEMA, "traces table"):
+        yield checked_probabilities(frame, _PROBABILITIES, IDENTITY)
 
 
 def checked_probabilities(
     frame: pl.DataFrame, columns: Sequence[str], identity: Sequence[str], advice: str = ""
 ) -> pl.DataFrame:
-    """``frame`` with what rounding put above 1 at 1; ``TableError`` names the first number that is no probability, by
-    the row's ``identity``. Nulls may stay."""
+    """``frame`` with what rounding put above 1 at 1; ``TableError`` names the first number that is not a probability,
+    by the row's ``identity``. Nulls may stay."""
     for column in columns:
         value = pl.col(column)
         wrong = frame.filter(value.is_nan() | (value < 0) | (value > 1 + _ROUNDING))
         if wrong.height:
             row = wrong.row(0, named=True)
-            where = _named({name: row[name] for name in identity})
-            raise TableError(f"{where}: {column} is {row[column]}, which is no probability{advice}")
+            where = in_words({name: row[name] for name in identity})
+            raise TableError(f"{where}: {column} is {row[column]}, which is not a probability{advice}")
     return frame.with_columns(pl.col(columns).clip(upper_bound=1))
 
 
-def one_of(name: str, given: object, known: Sequence[str]) -> None:
+def one_of(name: str, value: object, known: Sequence[str]) -> None:
     """Refuse an option that is not known."""
-    if given not in known:
-        raise TableError(f"{name} is {given!r}; choose from {', '.join(known)}")
+    if value not in known:
+        raise TableError(f"{name} is {value!r}; choose from {', '.join(known)}")
 
 
-def _named(row: dict[str, object]) -> str:
+def in_words(row: dict[str, object]) -> str:
+    """Names and values of a row's columns."""
     return ", ".join(f"{name} {value}" for name, value in row.items())
 
 
 def read_gradients(source: TraceSource) -> pl.DataFrame:
-    """A table of integrated gradients as a polars frame with the columns of ``GRADIENT_SCHEMA`` (further ones are
-    kept), from any source that ``read_traces`` takes."""
-    return pl.concat(_parts(source, GRADIENT_SCHEMA, "table of gradients"), how="diagonal")
+    """Read a table of integrated gradients (docs/results.md, "gradients").
+
+    Args:
+        source: any that ``read_traces`` takes.
+
+    Returns:
+        A frame with the columns of ``GRADIENT_SCHEMA``; further ones are kept.
+
+    Raises:
+        TableError: files cannot be read, or columns are missing.
+    """
+    return pl.concat(table_parts(source, GRADIENT_SCHEMA, "table of gradients"), how="diagonal")
 
 
 def single_tokens(traces: pl.DataFrame) -> pl.DataFrame:
@@ -107,18 +134,40 @@ def single_tokens(traces: pl.DataFrame) -> pl.DataFrame:
     return single
 
 
-def _parts(source: TraceSource, schema: Schema, what: str) -> Iterator[pl.DataFrame]:
+def with_roles(table: TraceSource) -> pl.DataFrame:
+    """The rows of a traces table by the role of their token (docs/methods.md, "What follows from the tables").
+
+    A token can have several roles, and its row then occurs once for each: a subject of one token is both its first
+    and its last; a single token after the subject is both the first subsequent and the last; the last subject token
+    of a prompt that ends in its subject is also the last. Tokens before the subject, and rows about several tokens
+    together, have no role and are left out.
+
+    Args:
+        table: traces, as ``read_traces`` takes them.
+
+    Returns:
+        The rows with a column ``role``, an enum in the order of ``ROLES``.
+    """
+    traces = read_traces(table)
+    return pl.concat(
+        traces.filter(condition).with_columns(role=pl.lit(role, dtype=pl.Enum(ROLES)))
+        for role, condition in _CONDITIONS.items()
+    )
+
+
+def table_parts(source: TraceSource, schema: Schema, name: str) -> Iterator[pl.DataFrame]:
+    """A table piece by piece with the columns of ``schema``; name: of the table, for messages."""
     if isinstance(source, str | os.PathLike):
         for file in parquet_files(Path(source)):
-            yield _conform(_read_parquet(file), schema, f"{file} is no {what}")
+            yield _conform(_read_parquet(file), schema, f"{file} is not a {name}")
         return
     if isinstance(source, pl.LazyFrame):
         source = source.collect()
     if isinstance(source, pa.Table | pa.RecordBatch):
         source = pl.DataFrame(source)
     if not isinstance(source, pl.DataFrame):
-        raise TableError(f"a {what} cannot be a {type(source).__name__}; give an Arrow or polars table or a path")
-    yield _conform(source, schema, f"the table is no {what}")
+        raise TableError(f"a {name} cannot be a {type(source).__name__}; give an Arrow or polars table or a path")
+    yield _conform(source, schema, f"the table is not a {name}")
 
 
 def _conform(frame: pl.DataFrame, schema: Schema, complaint: str) -> pl.DataFrame:
@@ -141,11 +190,11 @@ def _read_parquet(file: Path) -> pl.DataFrame:
     try:
         return pl.read_parquet(file, glob=False)
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise TableError(f"{file} is no Parquet file that can be read: {error}") from error
+        raise TableError(f"{file} is not a Parquet file that can be read: {error}") from error
 
 
 def parquet_files(path: Path) -> list[Path]:
-    """The Parquet files below a folder in the order of their names, or the one that is given."""
+    """The Parquet files below a folder in the order of their names, or a single file."""
     if path.is_dir():
         files = sorted(path.rglob("*.parquet"))
         if not files:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,16 +13,17 @@ import torch
 
 from causalcone.engine.compute import Compute
 from causalcone.engine.edit.methods.batching import Batching
-from causalcone.engine.edit.methods.edits import FAILED, JOINT_MEMIT, Edit, JointEdit
-from causalcone.engine.edit.methods.finetune import Finetune
+from causalcone.engine.edit.methods.edits import FAILED, Edit
+from causalcone.engine.edit.methods.finetune import FINETUNE
 from causalcone.engine.edit.methods.hparams import FinetuneHparams, Hparams, MemitHparams, RomeHparams
-from causalcone.engine.edit.methods.memit import Memit
-from causalcone.engine.edit.methods.rome import Rome
+from causalcone.engine.edit.methods.memit import MEMIT, MEMIT_JOINT, JointEdit, JointMemit
+from causalcone.engine.edit.methods.method import EditableModel, Method
+from causalcone.engine.edit.methods.registry import method_named
 from causalcone.engine.edit.moments.moments import Moments
-from causalcone.engine.edit.requests.problems import make_requests
+from causalcone.engine.edit.requests.problems import FilteredFacts, make_requests
 from causalcone.engine.edit.requests.prompts import Encoder
 from causalcone.engine.edit.requests.requests import Request
-from causalcone.engine.edit.requests.windows import as_layers, as_windows
+from causalcone.engine.edit.requests.windows import Window
 from causalcone.engine.edit.runs.layers import Layers
 from causalcone.engine.edit.scoring.generation_metrics import Generation, References, ReferenceScorer
 from causalcone.engine.edit.scoring.metrics import Row, metrics_of
@@ -31,7 +33,7 @@ from causalcone.engine.edit.scoring.scoring import EditScorer, Scored, check_edi
 from causalcone.engine.edit.scoring.tables import metric_batch, probe_batch
 from causalcone.engine.edit.texts.contexts import Contexts, check_contexts, sample_contexts
 from causalcone.engine.errors import ExperimentError
-from causalcone.engine.facts import Fact, encode
+from causalcone.engine.facts import Fact, OnError, SkippedFacts, encode
 from causalcone.engine.localize.options import DEFAULT_SIGMA
 from causalcone.engine.noise import parse_sigma
 from causalcone.engine.plan.cost import weight_bytes
@@ -40,8 +42,6 @@ from causalcone.engine.run.scheduler import Budget
 from causalcone.engine.run.session import Session
 from causalcone.engine.schemas import PROBE_SCHEMA
 from causalcone.kernels.precision import each_within
-
-METHODS = ("rome", "memit", JOINT_MEMIT, "finetune")
 
 _SHARE_OF_WEIGHTS = 0.25
 
@@ -144,26 +144,45 @@ class Editor:
         problem: str = "error_injection",
         *,
         filtered: bool = True,
-        on_error: str = "raise",
+        on_error: OnError = "raise",
         compat: str | None = None,
     ) -> list[Request]:
         """What a problem (METHODS 4; Hase et al. 2023) asks of facts: error_injection, tracing_reversal, fact_erasure,
         fact_amplification or fact_forcing.
 
-        filtered: leave out facts that the model does not complete, and warn which. on_error: ``"skip"`` leaves out
-        facts that cannot be used. Raises ``FactError`` or ``ExperimentError``, each naming the item and the mend.
+        filtered: leave out facts that the model does not complete, and warn ``FilteredFacts``. on_error: ``"skip"``
+        leaves out facts that cannot be used, and warns ``SkippedFacts``. Raises ``FactError`` or ``ExperimentError``,
+        each naming the item and the mend.
         """
-        given = list(facts)
-        return make_requests(
-            self.session, given, problem, self._level(given, problem), filtered=filtered, on_error=on_error,
-            compat=compat, seed=self.seed,
-        )  # fmt: skip
+        requests, skipped, unposed = make_requests(
+            self.session,
+            facts,
+            problem,
+            self.sigma,
+            filtered=filtered,
+            on_error=on_error,
+            compat=compat,
+            seed=self.seed,
+        )
+        if unposed:
+            warnings.warn(FilteredFacts(problem, [each.reason for each in unposed]), stacklevel=2)
+        if skipped:
+            warnings.warn(SkippedFacts([each.reason for each in skipped]), stacklevel=2)
+        return requests
 
     def rome(self, requests: Sequence[Request], layers: LayerChoice, hparams: RomeHparams | None = None) -> list[Edit]:
-        """ROME (Meng et al. 2022): an edit of each request at each layer, request by request.
+        """ROME (Meng et al. 2022): an edit of each request at each layer.
 
-        layers: numbers from 0, or ``"all"``. Edits that fail carry the reason; the others are made all the same.
-        Raises ``ExperimentError`` for layers without moments, and moments of another model.
+        Args:
+            requests: Requests, as ``Editor.requests`` makes them.
+            layers: Layers by number from 0, or ``"all"``.
+            hparams: Hyperparameters; the defaults if None.
+
+        Returns:
+            The edits, request by request. Edits that fail carry the reason; the others are made all the same.
+
+        Raises:
+            ExperimentError: A layer has no moments, or the moments are another model's.
         """
         return _flat(self.batches(requests, "rome", layers, hparams=hparams))
 
@@ -171,41 +190,70 @@ class Editor:
         self,
         requests: Sequence[Request],
         layers: LayerChoice,
-        window: int = 5,
+        window: int = MEMIT.size(None),
         hparams: MemitHparams | None = None,
         *,
         joint: bool = False,
     ) -> list[Edit]:
-        """MEMIT (Meng et al. 2023): an edit of each request by itself in each window of layers.
+        """MEMIT (Meng et al. 2023): an edit of each request in each window of layers.
 
-        layers: the windows' centres, from 0, or ``"all"``; or lists of layers, one for each window. joint: all requests
-        together make one change of each window's weights, which their edits share (window by window).
+        Args:
+            requests: Requests, as ``Editor.requests`` makes them.
+            layers: The windows' centres, from 0, or ``"all"``; or lists of layers, one for each window.
+            window: Layers in a window.
+            hparams: Hyperparameters; the defaults if None.
+            joint: All requests together make one change of each window's weights, which their edits share.
+
+        Returns:
+            The edits, request by request; joint ones window by window.
+
+        Raises:
+            ExperimentError: A layer has no moments, or the moments are another model's.
         """
-        return _flat(self.batches(requests, JOINT_MEMIT if joint else "memit", layers, window, hparams))
+        return _flat(self.batches(requests, MEMIT_JOINT.name if joint else MEMIT.name, layers, window, hparams))
 
     def memit_joint(
         self, requests: Sequence[Request], layers: Sequence[int], hparams: MemitHparams | None = None
     ) -> JointEdit:
-        """MEMIT of all requests at once: one change of the layers, which are given in order. The result's ``edits``
-        can be scored; ``memit(..., joint=True)`` gives these."""
-        own = _listed(requests)
-        if not own:
+        """MEMIT of all requests at once: one change of the layers.
+
+        Args:
+            requests: Requests, as ``Editor.requests`` makes them; at least one.
+            layers: The edited layers, in order.
+            hparams: Hyperparameters; the defaults if None.
+
+        Returns:
+            The change of weights. Its ``edits()`` can be scored; ``memit(..., joint=True)`` gives these.
+
+        Raises:
+            ExperimentError: There are no requests, or a layer has no moments.
+        """
+        listed = _listed(requests)
+        if not listed:
             raise ExperimentError("there are no requests; give at least one")
-        (window,) = as_windows([tuple(layers)], 1, self.session.sizes.depth)
-        self._prepare(own, window.layers)
+        windows = MEMIT_JOINT.windows([tuple(layers)], None, self.session.sizes.depth)
+        checked: Any = MEMIT_JOINT.checked(hparams)
+        self._prepare(MEMIT_JOINT, listed, windows)
         with self.session.computing():
-            return self._memit(_checked(hparams, MemitHparams)).joint(own, window)
+            return JointMemit(self._model(MEMIT_JOINT), checked).joint(listed, windows[0])
 
     def finetune(
         self,
         requests: Sequence[Request],
         layers: LayerChoice,
-        window: int = 1,
+        window: int = FINETUNE.size(None),
         hparams: FinetuneHparams | None = None,
     ) -> list[Edit]:
         """Constrained fine-tuning (Zhu et al. 2020; FT-1, FT-5) of the down-projections of each window of layers.
 
-        Each edit holds a dense change; ``run`` makes and scores them batch by batch, and holds one batch at a time.
+        Args:
+            requests: Requests, as ``Editor.requests`` makes them.
+            layers: The windows' centres, from 0, or ``"all"``; or lists of layers, one for each window.
+            window: Layers in a window.
+            hparams: Hyperparameters; the defaults if None.
+
+        Returns:
+            The edits, request by request, each with a dense change; ``run`` scores and drops them batch by batch.
         """
         return _flat(self.batches(requests, "finetune", layers, window, hparams))
 
@@ -217,42 +265,27 @@ class Editor:
         window: int | None = None,
         hparams: Hparams | None = None,
     ) -> Iterator[list[Edit]]:
-        """The edits of a method, ``"rome"``, ``"memit"``, ``"memit_joint"`` or ``"finetune"``, as many at a time as are
-        made together."""
-        return each_within(self.session.computing, self._batches(requests, method, layers, window, hparams))
+        """The edits of a method, in batches of those that are made together.
 
-    def _batches(
-        self,
-        requests: Sequence[Request],
-        method: str,
-        layers: LayerChoice,
-        window: int | None,
-        hparams: Hparams | None,
-    ) -> Iterator[list[Edit]]:
-        if method not in METHODS:
-            raise ExperimentError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
-        own, depth = _listed(requests), self.session.sizes.depth
-        if method == "rome":
-            if window not in (None, 1):
-                raise ExperimentError(f"ROME edits one layer, not a window of {window}; use memit or finetune")
-            at = as_layers(layers, depth)
-            chosen = _checked(hparams, RomeHparams)
-            self._prepare(own, at)
-            return self._rome(chosen).batches(own, at) if own else iter(())
-        windows = as_windows(layers, (1 if method == "finetune" else 5) if window is None else window, depth)
-        if method != "finetune":
-            chosen = _checked(hparams, MemitHparams)
-            self._prepare(own, sorted({layer for each in windows for layer in each.layers}))
-            if not own:
-                return iter(())
-            memit = self._memit(chosen)
-            if method == JOINT_MEMIT:
-                return (memit.joint(own, each).edits() for each in windows)
-            return memit.batches(own, windows)
-        chosen = _checked(hparams, FinetuneHparams) or FinetuneHparams()
-        self._prepare(own, None)
-        all_layers, batching = self._means()
-        return Finetune(all_layers, self._encoder, chosen, batching).batches(own, windows)
+        Args:
+            requests: Requests, as ``Editor.requests`` makes them.
+            method: ``"rome"``, ``"memit"``, ``"memit_joint"``, ``"finetune"`` or a registered method's name.
+            layers: The layers, or the windows' centres, from 0, or ``"all"``; or lists of layers.
+            window: Layers in a window; the method's default if None.
+            hparams: Hyperparameters of the method; the defaults if None.
+
+        Returns:
+            Batches of edits; each is made when it is asked for. Arguments are checked at once.
+
+        Raises:
+            ExperimentError: An argument, or the editor's moments, cannot be used.
+        """
+        chosen, listed = method_named(method), _listed(requests)
+        windows = chosen.windows(layers, window, self.session.sizes.depth)
+        checked = chosen.checked(hparams)
+        self._prepare(chosen, listed, windows)
+        batches = chosen.build(self._model(chosen), checked).batches(listed, windows) if listed else iter(())
+        return each_within(self.session.computing, batches)
 
     def run(
         self,
@@ -327,26 +360,22 @@ class Editor:
             self._scorer = references, ReferenceScorer(references.corpus)
         return self._scorer[1]
 
-    def _level(self, facts: Sequence[Fact], problem: str) -> float | None:
-        """The noise level, where the problem has noise."""
-        if problem not in ("tracing_reversal", "fact_forcing"):
-            return None
-        value, in_deviations = parse_sigma(self.sigma)
-        return value * self.session.subject_deviation(facts) if in_deviations else value
-
-    def _prepare(self, requests: Sequence[Request], moments_of: Sequence[int] | None) -> None:
+    def _prepare(self, method: Method, requests: Sequence[Request], windows: Sequence[Window]) -> None:
         """Check what is asked, before anything is computed."""
         for request in requests:
             if not isinstance(request, Request):
-                raise ExperimentError(f"{request!r} is no request; make requests with Editor.requests(facts, problem)")
+                raise ExperimentError(
+                    f"{request!r} is not a request; make requests with Editor.requests(facts, problem)"
+                )
             prompt = self._encoder.prompted(request, request.fact.prompt)
             self._encoder.followed(request, prompt.text, request.target)
-        if moments_of is not None:
+        if method.needs_moments:
             if self.moments is None:
                 raise ExperimentError(
-                    "ROME and MEMIT need second moments: Editor(model, tokenizer, moments=Moments.collect(...))"
+                    f"{method.name} needs second moments: Editor(model, tokenizer, moments=Moments.collect(...))"
                 )
-            self.moments.check(self.session.architecture, moments_of)
+            layers = sorted({layer for window in windows for layer in window.layers})
+            self.moments.check(self.session.architecture, layers)
         if requests:
             self._verify(requests[0])
 
@@ -370,15 +399,13 @@ class Editor:
             return budget, False
         return replace(budget, fixed=budget.fixed + kept), True
 
-    def _rome(self, hparams: RomeHparams | None) -> Rome:
-        assert self.moments is not None
+    def _model(self, method: Method) -> EditableModel:
+        """The model made ready for a method."""
         layers, batching = self._means()
-        return Rome(layers, self._encoder, self.moments, self.contexts.rome, hparams or RomeHparams(), batching)
-
-    def _memit(self, hparams: MemitHparams | None) -> Memit:
-        assert self.moments is not None
-        layers, batching = self._means()
-        return Memit(layers, self._encoder, self.moments, self.contexts.memit, hparams or MemitHparams(), batching)
+        contexts = () if method.contexts is None else getattr(self.contexts, method.contexts)
+        return EditableModel(
+            layers=layers, encoder=self._encoder, batching=batching, contexts=contexts, moments=self.moments
+        )
 
 
 def _listed(requests: Any) -> list[Request]:
@@ -389,12 +416,6 @@ def _listed(requests: Any) -> list[Request]:
 
 def _flat(batches: Iterable[list[Edit]]) -> list[Edit]:
     return [edit for batch in batches for edit in batch]
-
-
-def _checked(hparams: Any, kind: type) -> Any:
-    if hparams is not None and not isinstance(hparams, kind):
-        raise ExperimentError(f"the hyperparameters are {type(hparams).__name__}; give {kind.__name__}")
-    return hparams
 
 
 def _checked_scores(scored: Scored) -> Scored:

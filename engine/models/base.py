@@ -1,4 +1,4 @@
-"""What an architecture has to provide for the pass: how a layer turns rows into keys, values, queries and outputs.
+"""The interface of an architecture: how a layer turns rows into keys, values, queries and outputs.
 
 All row tensors are (R, width) in the compute dtype; every method treats each row by itself.
 """
@@ -6,20 +6,22 @@ All row tensors are (R, width) in the compute dtype; every method treats each ro
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from causalcone.engine.models.forward import model_logits
-from causalcone.engine.models.refusal import refuse_unfinite, refuse_unreadable
+from causalcone.engine.models.reference import model_logits, refuse_unfinite, refuse_unreadable
 from causalcone.kernels.linear import Linear
-from causalcone.kernels.norms import Norm
+from causalcone.kernels.norms import Norm, unchanged
+
+Rows = Callable[[Tensor], Tensor]
+"""A function of rows (R, width) that treats each by itself."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sizes:
     """depth layers of width ``hidden``; ``heads`` query heads and ``kv_heads`` key heads of ``head_dim`` each;
     ``inner`` is the widest row inside the MLP; ``positions`` the longest prompt; ``mlp_weights`` the number of
@@ -35,6 +37,23 @@ class Sizes:
     vocabulary: int
     positions: int
 
+    @classmethod
+    def of(cls, config: Any, *, sharing: int, head_dim: int, inner: int, matrices: int) -> Sizes:
+        """The sizes of a config with the usual names; ``sharing`` query heads have one key head, and the MLP has
+        this number of ``matrices``."""
+        heads, hidden = config.num_attention_heads, config.hidden_size
+        return cls(
+            depth=config.num_hidden_layers,
+            hidden=hidden,
+            heads=heads,
+            kv_heads=heads // sharing,
+            head_dim=head_dim,
+            inner=inner,
+            mlp_weights=matrices * hidden * inner,
+            vocabulary=config.vocab_size,
+            positions=config.max_position_embeddings,
+        )
+
     @property
     def key_value_weights(self) -> int:
         """Weights of the projection to keys and values."""
@@ -46,45 +65,55 @@ class Sizes:
         return self.hidden * self.heads * self.head_dim
 
 
-class Block(ABC):
-    """One layer's weights, on the device and in the dtype of the pass.
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One layer: its weights, on the device and in the dtype of the pass, and what it computes.
 
     ``scale`` multiplies the attention scores; ``softcap`` bounds them by ``softcap * tanh(score / softcap)``, where it
-    is a number; ``window`` is how many tokens a query sees, its own included, None for all before it.
+    is a number; ``window`` is how many tokens a query sees, itself included, None for all before it. ``attn_in`` and
+    ``mlp_in`` norm the rows that attention and the MLP read, ``attn_out`` and ``mlp_out`` what those put out;
+    ``query_norm`` and ``key_norm`` the rows of all heads, before ``rotary`` turns each head by its position.
     """
 
     scale: float
     head_dim: int
+    query: Linear
+    key_value: Linear
+    """To keys and values side by side."""
+    output: Linear
+    inner: Rows
+    """The MLP up to its last projection."""
     down: Linear
     """The MLP's last projection, from its keys (R, inner) to its values (R, hidden): what editing changes."""
+    attn_in: Norm = unchanged
+    attn_out: Norm = unchanged
+    mlp_in: Norm = unchanged
+    mlp_out: Norm = unchanged
+    query_norm: Norm = unchanged
+    key_norm: Norm = unchanged
+    rotary: Callable[[Tensor, Tensor], Tensor] | None = None
     softcap: float | None = None
     window: int | None = None
 
-    @property
-    @abstractmethod
-    def attn_in(self) -> Norm:
-        """The norm of input rows before keys and values, and before queries."""
-
-    @property
-    @abstractmethod
-    def mlp_in(self) -> Norm:
-        """The norm of the rows that the MLP reads."""
-
-    @abstractmethod
     def keys_values_of(self, normed: Tensor, positions: Tensor) -> Tensor:
         """``keys_values`` of rows that are normed already."""
+        keys_values = self.key_value(normed)
+        if self.rotary is None and self.key_norm is unchanged:
+            return keys_values
+        keys, values = keys_values.chunk(2, dim=1)
+        return torch.cat([self._turned(self.key_norm(keys), positions), values], dim=1)
 
-    @abstractmethod
     def queries_of(self, normed: Tensor, positions: Tensor) -> Tensor:
         """``queries`` of rows that are normed already."""
+        return self._turned(self.query_norm(self.query(normed)), positions)
 
-    @abstractmethod
     def attention_output(self, rows: Tensor) -> Tensor:
         """What attention adds to the residual stream (R, hidden), from the heads' outputs (R, heads * head_dim)."""
+        return self.attn_out(self.output(rows))
 
-    @abstractmethod
     def mlp_keys_of(self, normed: Tensor) -> Tensor:
         """``keys_of_mlp`` of rows that are normed already."""
+        return self.inner(normed)
 
     def keys_values(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Keys and values side by side (R, 2 * kv_heads * head_dim) of input rows (R, hidden) at ``positions`` (R,)."""
@@ -101,7 +130,7 @@ class Block(ABC):
 
     def mlp_output(self, values: Tensor) -> Tensor:
         """What the MLP adds to the residual stream (R, hidden), from the output of ``down`` (R, hidden)."""
-        return values
+        return self.mlp_out(values)
 
     def mlp_of(self, normed: Tensor) -> Tensor:
         """``mlp`` of rows that are normed already."""
@@ -111,13 +140,20 @@ class Block(ABC):
         """What the MLP adds to the residual stream (R, hidden), from the rows that it reads (R, hidden)."""
         return self.mlp_of(self.mlp_in(rows))
 
+    def _turned(self, heads: Tensor, positions: Tensor) -> Tensor:
+        """Queries or keys (R, heads * head_dim), turned by their positions."""
+        if self.rotary is None:
+            return heads
+        return self.rotary(heads.unflatten(1, (-1, self.head_dim)), positions).flatten(1)
+
 
 class Architecture(ABC):
     """A transformers model seen as embeddings, blocks and a readout. Parameters are read anew for every pass, so an
     edited model is seen as it is."""
 
     modules: ClassVar[dict[str, type]]
-    """The class that every module of a name must have, for the parameters to mean what this file takes them for."""
+    """The exact class of every module whose parameters are read, by name ('*' is any number); a name that ends in '?'
+    is a module that not every model has."""
 
     down_projection: ClassVar[str]
     """The name of the MLP's last projection in the model, with ``{}`` for the layer: a ``Linear`` or ``Conv1D``."""

@@ -11,7 +11,7 @@ import torch
 
 from causalcone.engine.compute import Compute
 from causalcone.engine.errors import CausalconeError, ExperimentError, ModelError
-from causalcone.engine.models import check_supported
+from causalcone.engine.models import family_of
 from causalcone.engine.models.base import Architecture
 from causalcone.engine.run.session import Session
 
@@ -58,7 +58,7 @@ def _supported(path: str) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoTokenizer
 
     config = AutoConfig.from_pretrained(path)
-    check_supported(config.model_type)
+    family_of(config.model_type)
     return config, AutoTokenizer.from_pretrained(path)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from causalcone.engine.errors import ModelError
 from causalcone.engine.models.base import Architecture, Block
-from causalcone.engine.models.refusal import is_finite, refuse_changed, refuse_unfinite
+from causalcone.engine.models.reference import is_finite, refuse_changed, refuse_unfinite
 from causalcone.engine.streaming.prefetch import Layout, StreamedMatrix, read_layers
 from causalcone.engine.streaming.tensor_files import Entry, read_rows, read_tensor
 

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from causalcone.engine.errors import ModelError
-from causalcone.engine.models import ARCHITECTURES, check_supported
-from causalcone.engine.models.refusal import refuse_changed
+from causalcone.engine.models import family_of
+from causalcone.engine.models.reference import refuse_changed
 from causalcone.engine.streaming.architecture import Streamed
 from causalcone.engine.streaming.checkpoint import MEND, parameters_in, saved_dtype, saved_tensors
 
@@ -20,15 +20,14 @@ def open_streamed(path: str, config: Any, dtype: torch.dtype | None, device: tor
 
     Raises ``ModelError`` for what cannot be streamed: no safetensors files, damaged ones, or ones of another layout.
     """
-    check_supported(config.model_type)
+    family = family_of(config.model_type)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError("the model is quantized; stream one with full-precision weights (no quantization_config)")
     saved = saved_tensors(path)
     dtype = dtype or _as_dtype(getattr(config, "dtype", None)) or saved_dtype(saved)
     model = _without_weights(config, dtype)
-    architecture = ARCHITECTURES[config.model_type]
-    refuse_changed(model, architecture.modules)
-    return Streamed(architecture(model), parameters_in(model, saved), dtype, device)
+    refuse_changed(model, family.modules)
+    return Streamed(family(model), parameters_in(model, saved), dtype, device)
 
 
 def _without_weights(config: Any, dtype: torch.dtype) -> Any:

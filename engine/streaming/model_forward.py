@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from causalcone.engine.models.forward import model_logits
+from causalcone.engine.models.reference import model_logits
 from causalcone.engine.streaming.prefetch import StreamedMatrix
 
 if TYPE_CHECKING:

@@ -42,11 +42,14 @@ def data(
     is written then; with --skip-bad-facts the others are.
     """
     from causalcone.engine.errors import FactError
+    from causalcone.runners.demo.files import path_of, title_of
     from causalcone.runners.facts import data as fact_data
 
     fact_data.refuse_occupied_file(out, overwrite)
-    opened = fact_data.open_records(source, split, dataset_config, seed, zsre_form)
-    check = None if model is None else fact_data.encoding_check(model)
+    opened = fact_data.open_records(
+        path_of(source, "facts"), split, dataset_config, seed, zsre_form, title_of(source, "facts")
+    )
+    check = None if model is None else fact_data.encoding_check(path_of(model, "model"))
     facts, problems = opened.facts(limit, check)
     if problems:
         complaint = fact_data.bad_records(opened.place, problems)

@@ -38,7 +38,7 @@ def edit(
     folder.finish(**done.results, filtered=prepared.filtered)
     if not output.quiet:
         tables = score_tables(scores_of(output.out, aggregate, scoring.essence))
-        metrics = metrics_of(output.out, scoring)
+        metrics = metrics_of(output.out, scoring.accuracy, scoring.generation or scoring.references is not None)
         show([*tables, *metrics, *failed_lines(done.failed)], done.sentence(), figures)
 
 

@@ -103,7 +103,7 @@ def gradients(
     Writes OUT/gradients (Parquet, one row per fact, kind, layer and token) and OUT/run.json. With the baseline zero,
     the total of a hidden state is far from what it should be (column gap), since the norm after it undoes any scale.
     """
-    from causalcone.analysis.gradients import gradient_summary
+    from causalcone.analysis.layer_effects import gradient_summary
     from causalcone.runners.commands.localize_runs import prepare_gradients
     from causalcone.runners.show.figures import draw_gradients
     from causalcone.runners.show.tables import GAP_NOTE, gradient_table

@@ -146,14 +146,14 @@ def _masks(
     from its last token, in the open layers only. So the model must gather the name at that token and look it up there:
     the early site that causal tracing finds and that editing changes.
     """
-    asks, seen = (lambda place: (places == place)[:, :, None]), (lambda place: (places == place)[:, None, :])
+    reads, is_read = (lambda place: (places == place)[:, :, None]), (lambda place: (places == place)[:, None, :])
     same = segments[:, :, None] == segments[:, None, :]
-    named = (places == EARLY_SUBJECT) | (places == LAST_SUBJECT)
+    of_name = (places == EARLY_SUBJECT) | (places == LAST_SUBJECT)
     trained = same & masked[:, None, None]
     causal = np.tril(np.ones(same.shape[1:], dtype=bool)) & (same | ~isolated[:, None, None])
-    opened = causal & ~(trained & asks(AFTER) & seen(EARLY_SUBJECT))
-    opened &= ~(trained & named[:, :, None] & ~named[:, None, :])
-    closed = opened & ~(trained & asks(AFTER) & seen(LAST_SUBJECT))
+    opened = causal & ~(trained & reads(AFTER) & is_read(EARLY_SUBJECT))
+    opened &= ~(trained & of_name[:, :, None] & ~of_name[:, None, :])
+    closed = opened & ~(trained & reads(AFTER) & is_read(LAST_SUBJECT))
     return _additive(closed), _additive(opened)
 
 

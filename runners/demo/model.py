@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-import shutil
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,29 +13,28 @@ from pathlib import Path
 import platformdirs
 from filelock import FileLock
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from causalcone.engine.atomic import remove_partial, replacing_folder, write_text
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.errors import ExperimentError
 from causalcone.runners.demo.corpus import running_texts, texts
-from causalcone.runners.demo.training import Recipe, trained
-from causalcone.runners.demo.world import World
+from causalcone.runners.demo.training import Recipe, config_of, trained
+from causalcone.runners.demo.world import TITLES, World
+from causalcone.runners.show.progress import shown_progress
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY_LIMIT = 5000  # merging stops earlier, when every word of the world is one token
-
-DEMO_TEXTS = "the demo world's sentences"
 
 RECIPES = {"demo": Recipe()}
 
 
 def cache_folder() -> Path:
     """Where trained models are kept: ``$CAUSALCONE_CACHE``, or the platform's cache folder."""
-    chosen = os.environ.get("CAUSALCONE_CACHE")
-    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("causalcone"))
+    folder = os.environ.get("CAUSALCONE_CACHE")
+    return Path(folder) if folder else Path(platformdirs.user_cache_dir("causalcone"))
 
 
 def demo_world(size: str = "demo") -> World:
@@ -57,14 +52,14 @@ def demo_model(progress: bool = True, size: str = "demo") -> tuple[GPT2LMHeadMod
 
 def demo_folder(progress: bool = True, size: str = "demo") -> Path:
     """The folder of the demo model, as ``from_pretrained`` and ``--model`` take it; trained now if it is not there."""
-    recipe = RECIPES[size]
-    world = World.generate(recipe.subjects)
+    recipe, world = RECIPES[size], demo_world(size)
     folder = cache_folder() / f"{size}-model-{_fingerprint(recipe, world)}"
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):  # a second process waits for the first one's model
         if not folder.exists():
+            remove_partial(folder.parent, folder.name)
             _train_into(folder, world, recipe, progress)
     return folder
 
@@ -72,36 +67,66 @@ def demo_folder(progress: bool = True, size: str = "demo") -> Path:
 def demo_moments(progress: bool = True, size: str = "demo") -> Moments:
     """Second moments of all layers of the demo model over its training text; collected now, and kept beside the model,
     if those that are kept are not of this model."""
-    folder = demo_folder(progress, size)
+    return Moments.load(_moments_file(progress, size))
+
+
+def demo_file(kind: str) -> Path:
+    """A file or folder of the demo in the cache folder, of a kind of ``demo/files.py``; made now if it is not there."""
+    makers: dict[str, Callable[[], Path]] = {
+        "model": demo_folder,
+        "outline": _outline_folder,
+        "moments": _moments_file,
+        "facts": lambda: _text_file("facts.json", demo_world().counterfact()),
+        "texts": lambda: _text_file("texts.txt", "".join(f"{text}\n" for text in running_texts(demo_world()))),
+        "snippets": lambda: _text_file("snippets.json", json.dumps(demo_world().snippets())),
+    }
+    return makers[kind]()
+
+
+def _outline_folder(size: str = "demo") -> Path:
+    recipe, world = RECIPES[size], demo_world(size)
+    folder = cache_folder() / f"{size}-outline-{_fingerprint(recipe, world)}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            tokenizer = train_tokenizer(world)
+            with replacing_folder(folder) as partial:
+                config_of(tokenizer, recipe).save_pretrained(partial)
+                tokenizer.save_pretrained(partial)
+    return folder
+
+
+def _moments_file(progress: bool = True, size: str = "demo") -> Path:
     model, tokenizer = demo_model(progress, size)
+    folder = demo_folder(progress, size)
     path = folder.with_name(f"{folder.name}-moments.safetensors")
     with FileLock(path.with_suffix(".lock")):
         try:
-            moments = Moments.load(path)
-            moments.check(model, range(model.config.n_layer))
+            Moments.load(path).check(model, range(model.config.n_layer))
         except ExperimentError:
-            world = demo_world(size)
-            moments = Moments.collect(model, tokenizer, running_texts(world), tokens="all", source=DEMO_TEXTS)
-            moments.save(path)
-    return moments
+            sentences = running_texts(demo_world(size))
+            Moments.collect(model, tokenizer, sentences, tokens="all", source=TITLES["texts"]).save(path)
+    return path
+
+
+def _text_file(name: str, text: str) -> Path:
+    """A file whose name has a hash of its content."""
+    stem, ending = name.split(".")
+    path = cache_folder() / f"demo-{stem}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.{ending}"
+    if not path.exists():
+        write_text(path, text)
+    return path
 
 
 def _train_into(folder: Path, world: World, recipe: Recipe, progress: bool) -> None:
-    """Train beside ``folder`` and move the result there, so that what is killed on the way leaves no half model."""
-    for left_over in folder.parent.glob(f"{folder.name}.partial-*"):
-        shutil.rmtree(left_over, ignore_errors=True)
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    partial.mkdir()
-    try:
-        tokenizer = train_tokenizer(world)
-        with _reporting(recipe.steps, progress) as report:
+    tokenizer = train_tokenizer(world)
+    with replacing_folder(folder) as partial:
+        title = "training the demo model (once)"
+        with shown_progress(Console(stderr=True), title, "steps", quiet=not progress) as report:
             model = trained(world, tokenizer, recipe, report)
         with _no_transformers_bars():
             model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def train_tokenizer(world: World) -> PreTrainedTokenizerFast:
@@ -130,34 +155,11 @@ def _fingerprint(recipe: Recipe, world: World) -> str:
 
 @contextmanager
 def _no_transformers_bars() -> Iterator[None]:
-    """Without the library's own bars for files of a few megabytes; its setting is put back."""
-    shown = logging.is_progress_bar_enabled()
+    """Turns the library's progress bars off, which would be shown for files of a few megabytes."""
+    enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             logging.enable_progress_bar()
-
-
-@contextmanager
-def _reporting(steps: int, progress: bool) -> Iterator[Callable[[int, float], None]]:
-    """A function to tell the step and the loss to: a bar on a terminal, else a line for every tenth of the way."""
-    console = Console(stderr=True)
-    if not progress:
-        yield lambda step, loss: None
-    elif console.is_terminal:
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn())
-        with Progress(TextColumn("Training the demo model (once)"), *columns, console=console) as bar:
-            task = bar.add_task("", total=steps, loss=math.nan)
-            yield lambda step, loss: bar.update(task, completed=step, loss=loss)
-    else:
-        start = time.monotonic()
-
-        def tell(step: int, loss: float) -> None:
-            if step % max(1, steps // 10) == 0:
-                left = (time.monotonic() - start) * (steps - step) / step
-                note = f"training the demo model (once): step {step} of {steps}, loss {loss:.3f}, {left:.0f} s left"
-                print(note, file=sys.stderr, flush=True)
-
-        yield tell

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from causalcone.runners.demo.corpus import Packing, TrainingBatch, batches, tokenized
 from causalcone.runners.demo.world import World
+from causalcone.runners.show.progress import Report
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,8 @@ class Recipe:
     version: int = 1
 
 
-def trained(
-    world: World, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, report: Callable[[int, float], None]
-) -> GPT2LMHeadModel:
-    """A GPT-2 trained on the world's sentences; ``report`` is told each step and its loss.
+def trained(world: World, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, report: Report) -> GPT2LMHeadModel:
+    """A GPT-2 trained on the world's sentences; ``report`` gets each step.
 
     The global random state stays as it is.
     """
@@ -62,7 +61,7 @@ def trained(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        report(step, loss.item())
+        report(step, recipe.steps)
     return model.eval()
 
 

@@ -17,11 +17,12 @@ from random import Random
 from typing import Any
 
 from causalcone.engine.facts import Fact
-from causalcone.runners.demo import words
-from causalcone.runners.demo.words import RELATIONS, Relation
+from causalcone.runners.demo.words import FILLERS, RELATIONS, WORDS, Relation, name_parts
 
 NEIGHBORS = 10
 HELD_OUT_SHARE = 0.25
+TITLES = {"facts": "the demo world", "texts": "the demo world's sentences"}
+"""The names of its facts and of its training sentences in messages and results."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Sentence:
 class World:
     """Facts about ``subjects``: fact i is about subject ``owners[i]``.
 
-    ``held_out`` maps a fact's index to the one phrasing, if any, in which it is not told.
+    ``held_out`` maps a fact's index to the one phrasing, if any, that no training sentence has.
     """
 
     seed: int
@@ -64,13 +65,13 @@ class World:
         members = [[k for k, subject in enumerate(inhabitants) if subject.kind == r.kind] for r in RELATIONS]
         total = sum(map(len, members))
         indices = iter(rng.sample(range(total), total))  # mixed, so that the first few facts are of all relations
-        told = [
+        facts_and_phrasings = [
             fact
             for relation, known in zip(RELATIONS, members, strict=True)
             for fact in _relation_facts(relation, inhabitants, known, indices, rng)
         ]
-        told.sort(key=lambda entry: int(entry[0].id))
-        facts, owners, unseen = map(list, zip(*told, strict=True))
+        facts_and_phrasings.sort(key=lambda entry: int(entry[0].id))
+        facts, owners, unseen = map(list, zip(*facts_and_phrasings, strict=True))
         return cls(seed, inhabitants, facts, owners, {k: p for k, p in enumerate(unseen) if p is not None})
 
     def sentences(self) -> Iterator[Sentence]:
@@ -109,10 +110,14 @@ class World:
                 "generation_prompts": list(fact.generation_prompts),
             }
 
-    def write(self, path: str | Path) -> None:
-        """Write the records as one JSON list, a record a line."""
+    def counterfact(self) -> str:
+        """The records as one JSON list, a record a line."""
         lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in self.records())
-        Path(path).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        return f"[\n{lines}\n]\n"
+
+    def write(self, path: str | Path) -> None:
+        """Write the records to a file."""
+        Path(path).write_text(self.counterfact(), encoding="utf-8")
 
     def snippets(self, samples: int = 5) -> list[dict[str, Any]]:
         """Reference texts about subjects that share an object: attribute snippets, one entry per (relation, object)."""
@@ -134,17 +139,14 @@ class World:
 
 def _people(count: int, rng: Random) -> list[Subject]:
     """Names of one part, two parts, and the two with a middle name or a particle between them."""
-    single = words.name_parts(words.SINGLE_NAMES, round(0.08 * count))
+    single = name_parts("single_names", round(0.08 * count))
     size = math.ceil(math.sqrt(count))
-    firsts, lasts = words.name_parts(words.FIRST_NAMES, size), words.name_parts(words.LAST_NAMES, size)
+    firsts, lasts = name_parts("first_names", size), name_parts("last_names", size)
     two = [f"{first} {last}" for first, last in product(firsts, lasts)]
-    three = [f"{first} {middle} {last}" for first, last in product(firsts, lasts) for middle in words.MIDDLE_NAMES[:4]]
+    middles = WORDS["middle_names"][:4]
+    three = [f"{first} {middle} {last}" for first, last in product(firsts, lasts) for middle in middles]
     four = [f"{first} van der {last}" for first, last in product(firsts, lasts)]
-    names = [
-        *single,
-        *rng.sample(three, round(0.25 * count)),
-        *rng.sample(four, round(0.12 * count)),
-    ]
+    names = [*single, *rng.sample(three, round(0.25 * count)), *rng.sample(four, round(0.12 * count))]
     names += rng.sample(two, count - len(names))
     rng.shuffle(names)
     return [Subject(name, "person", "person") for name in names]
@@ -152,10 +154,10 @@ def _people(count: int, rng: Random) -> list[Subject]:
 
 def _things(count: int, rng: Random) -> list[Subject]:
     """Buildings: a name and a kind, some with their age and side of town before it."""
-    size = max(len(words.PLACE_NAMES) // 2, math.ceil(count / len(words.PLACE_KINDS)))
-    two = [f"{name} {kind}" for name, kind in product(words.name_parts(words.PLACE_NAMES, size), words.PLACE_KINDS)]
-    three = [f"{age} {name}" for age, name in product(words.PLACE_AGES, two)]
-    four = [f"{age} {side} {name}" for age, side, name in product(words.PLACE_AGES, words.PLACE_SIDES, two)]
+    size = max(len(WORDS["place_names"]) // 2, math.ceil(count / len(WORDS["place_kinds"])))
+    two = [f"{name} {kind}" for name, kind in product(name_parts("place_names", size), WORDS["place_kinds"])]
+    three = [f"{age} {name}" for age, name in product(WORDS["place_ages"], two)]
+    four = [f"{age} {side} {name}" for age, side, name in product(WORDS["place_ages"], WORDS["place_sides"], two)]
     names = [*rng.sample(three, round(0.3 * count)), *rng.sample(four, round(0.15 * count))]
     names += rng.sample(two, count - len(names))
     rng.shuffle(names)
@@ -172,12 +174,12 @@ def _relation_facts(
     for member, target in zip(members, targets, strict=True):
         holders[target].append(member)
     # One string per (phrasing, subject), shared by all the facts that quote it.
-    said = [{k: phrasing.replace("{}", subjects[k].name) for k in members} for phrasing in relation.phrasings]
+    prompts = [{k: phrasing.replace("{}", subjects[k].name) for k in members} for phrasing in relation.phrasings]
 
     def about_others(owner: int, target: int) -> tuple[str, ...]:
         drawn = rng.sample(holders[target], min(NEIGHBORS + 1, len(holders[target])))
         others = [k for k in drawn if k != owner][:NEIGHBORS]
-        return tuple(prompts[k] for prompts, k in zip(rng.choices(said, k=len(others)), others, strict=True))
+        return tuple(asked[k] for asked, k in zip(rng.choices(prompts, k=len(others)), others, strict=True))
 
     for owner, true, index in zip(members, targets, indices, strict=False):
         order = rng.sample(range(len(relation.phrasings)), len(relation.phrasings))
@@ -189,11 +191,11 @@ def _relation_facts(
             subject=name,
             target_true=relation.objects[true],
             target_new=relation.objects[new],
-            paraphrase_prompts=(said[order[1]][owner], f"{rng.choice(words.FILLERS)} {said[order[2]][owner]}"),
+            paraphrase_prompts=(prompts[order[1]][owner], f"{rng.choice(FILLERS)} {prompts[order[2]][owner]}"),
             neighborhood_prompts=about_others(owner, true),
             attribute_prompts=about_others(owner, new),
             generation_prompts=(
-                *(said[order[k % len(order)]][owner] for k in range(3, 11)),
+                *(prompts[order[k % len(order)]][owner] for k in range(3, 11)),
                 f"{name} is",
                 f"{name} is a",
             ),

@@ -1,10 +1,10 @@
-"""What is wrong with a request is seen before anything is computed for it."""
+"""Requests are checked before anything is computed for them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from causalcone.engine.edit.methods.objective import EditObjective
+from causalcone.engine.edit.methods.value_search import EditObjective
 from causalcone.engine.edit.requests.prompts import ESSENCE, Encoder
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.scoring.probes import probes_of
@@ -19,8 +19,8 @@ from causalcone.runners.options import ScoringOptions
 
 @dataclass(frozen=True)
 class EditChecks:
-    """Raises ``FactError`` for a request that some prompt or text to be used of it is wrong of. contexts: those that
-    prompts are to be put behind, where they are known."""
+    """Raises ``FactError`` if a prompt or text derived from a request cannot be used. contexts: those that are put
+    before prompts, where they are known."""
 
     session: Session
     plan: EditPlan
@@ -28,12 +28,12 @@ class EditChecks:
     scoring: ScoringOptions
     references: ReferenceTexts | None
 
-    def __call__(self, request: Request) -> None:
+    def __call__(self, request: Request) -> Request:
         encoder = Encoder(self.session.tokenizer, self.session.sizes)
         probes_of(request, encoder)
         if self.contexts is not None:
-            for setting in self.plan.of_moments:
-                EditObjective.of([request], encoder, getattr(self.contexts, str(setting.contexts)))
+            for setting in self.plan.of_contexts:
+                EditObjective.of([request], encoder, getattr(self.contexts, str(setting.definition.contexts)))
         if self.scoring.essence:
             self._room(request, len(encoder.prompted(request, ESSENCE).text))
         if self.scoring.generation or self.references is not None:
@@ -41,6 +41,7 @@ class EditChecks:
                 self._room(request, len(encoder.written(request, prompt)))
         if self.references is not None and request.fact.generation_prompts:
             self.references.of(request.fact)
+        return request
 
     def _room(self, request: Request, tokens: int) -> None:
         limit = min(TEXT_TOKENS, self.session.sizes.positions)

@@ -1,128 +1,116 @@
-"""Published settings of model editing by name: hyperparameters per method and problem, layers, noise (METHODS 4).
+"""Published settings of model editing by name: hyperparameters per method and problem, layers, noise (docs/editing.md,
+"Hyperparameters").
 
-They stand in ``presets/editing.toml``, each with its source; a file of one's own has the same form. A preset is named
-"gptj", or by the path of such a file: "mine.toml" where it holds one preset, "mine.toml:NAME" where it holds several.
+They stand in ``presets/editing.toml``, each with its source; a user's file has the same form. A preset is named "gptj",
+or by the path of such a file: "mine.toml" where it holds one preset, "mine.toml:NAME" where it holds several.
 """
 
 from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    PlainValidator,
-    StrictFloat,
-    ValidationError,
-)
+import tomli_w
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, StrictFloat, ValidationError, create_model
 from pydantic_core import PydanticCustomError
 
-from causalcone.engine.edit.methods.hparams import FinetuneHparams, MemitHparams, RomeHparams
+from causalcone.engine.edit.methods.hparams import Hparams, kinds_of
+from causalcone.engine.edit.methods.method import Method
+from causalcone.engine.edit.methods.registry import method_named, methods
+from causalcone.engine.edit.requests.requests import PROBLEMS
 from causalcone.engine.errors import ExperimentError
-from causalcone.runners.inputs.checked_tables import CheckedTable, Count, complaints, noise_level, read_toml
+from causalcone.engine.localize.options import DEFAULT_SIGMA
+from causalcone.runners.checked_files import CheckedTable, Count, complaints, noise_level, read_toml
 
-Hparams = RomeHparams | MemitHparams | FinetuneHparams
+if TYPE_CHECKING:
+    from causalcone.runners.edits.settings import Setting
 
-HPARAMS: dict[str, type[Hparams]] = {
-    "rome": RomeHparams,
-    "memit": MemitHparams,
-    "memit_joint": MemitHparams,
-    "finetune": FinetuneHparams,
-}
+NEVER = "never"
+"""How files write the value None, which TOML does not have."""
 
-SETTINGS_OF = {"memit_joint": "memit"}
-"""Methods that have the settings of another."""
+TUNED = "tuned"
+"""The name of a preset that is written."""
 
-
-def _never(given: Any) -> Any:
-    return None if given == "never" else given
+Chosen = tuple[str, "Setting", Iterable[str]]
+"""A problem, the setting chosen for it, and the names of what was tuned."""
 
 
 def _from_zero(layers: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(layer - 1 for layer in layers)
 
 
-def _by_window(given: Any) -> Any:
+def _by_window(tables: Any) -> Any:
     """The keys of ``finetune.1`` and ``finetune.5`` as numbers."""
-    if not isinstance(given, Mapping):
-        return given
-    for key in given:
+    if not isinstance(tables, Mapping):
+        return tables
+    for key in tables:
         if not re.fullmatch(r"[1-9]\d*", str(key)):
             raise PydanticCustomError(
                 "window", "has {key}, where a window is due, as in finetune.1.steps", {"key": repr(key)}
             )
-    return {int(key): value for key, value in given.items()}
+    return {int(key): table for key, table in tables.items()}
 
 
-Amount = Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)]
-StopLoss = Annotated[Amount | None, BeforeValidator(_never)]
+_Amount = Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)]
+_FIELDS: dict[Any, Any] = {
+    int: Count,
+    float: _Amount,
+    float | None: Annotated[_Amount | None, BeforeValidator(lambda value: None if value == NEVER else value)],
+}
+"""How a file's value is checked, by the type of the hyperparameter."""
 
 
-class _Optimised(CheckedTable):
-    steps: Count | None = None
-    lr: Amount | None = None
-    stop_loss: StopLoss = None
+@cache
+def _forms(known: tuple[Method, ...]) -> tuple[type[CheckedTable], type[CheckedTable]]:
+    """The forms of a preset's defaults (hyperparameters by method) and problems (the same by problem)."""
+    defaults: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    for method in known:
+        fields: dict[str, Any] = {name: (_FIELDS[kind], None) for name, kind in kinds_of(method.hparams).items()}
+        form: Any = create_model(method.preset_name, __base__=CheckedTable, **fields)
+        defaults[method.preset_name] = (form, None)
+        by_window = Annotated[dict[int, form], BeforeValidator(_by_window)]
+        settings[method.preset_name] = (by_window if method.by_window else form, None)
+    problem: Any = create_model("Problem", __base__=CheckedTable, **settings)
+    problems: dict[str, Any] = dict.fromkeys(PROBLEMS, (problem, None))
+    return (
+        create_model("Defaults", __base__=CheckedTable, **defaults),
+        create_model("Problems", __base__=CheckedTable, **problems),
+    )
 
 
-class _Rome(_Optimised):
-    kl_factor: Amount | None = None
-    weight_decay: Amount | None = None
-    clamp: Amount | None = None
-
-
-class _Memit(_Rome):
-    covariance_weight: Amount | None = None
-
-
-class _Finetune(_Optimised):
-    norm_constraint: Amount | None = None
-    noise_samples: Count | None = None
-
-
-class _Defaults(CheckedTable):
-    rome: _Rome = _Rome()
-    memit: _Memit = _Memit()
-    finetune: _Finetune = _Finetune()
-
-
-class _Problem(CheckedTable):
-    rome: _Rome = _Rome()
-    memit: _Memit = _Memit()
-    finetune: Annotated[dict[int, _Finetune], BeforeValidator(_by_window)] = Field(default_factory=dict)
-
-
-class _Problems(CheckedTable):
-    error_injection: _Problem | None = None
-    tracing_reversal: _Problem | None = None
-    fact_erasure: _Problem | None = None
-    fact_amplification: _Problem | None = None
-    fact_forcing: _Problem | None = None
+def _checked_by(form: int) -> PlainValidator:
+    """Checks a table against the hyperparameters of all methods; what it leaves out stays left out."""
+    return PlainValidator(
+        lambda table: _forms(tuple(methods().values()))[form].model_validate(table).model_dump(exclude_unset=True)
+    )
 
 
 class Preset(CheckedTable):
-    """What a preset says besides hyperparameters, which ``load_hparams`` puts together.
+    """A preset. ``hparams_of`` puts its hyperparameters together.
 
     edit_layers: layers to edit, counted from 0; sigma: noise on the subject, as ``Tracer.trace`` takes it;
     tracing_window: layers of a restored or zeroed window; aggregate: which prompts a paraphrase or neighbourhood score
-    is of, as ``analysis.scores`` takes it.
+    is of, as ``analysis.scores`` takes it; defaults: hyperparameters by method; problems: by problem and method (and
+    window) what differs from the defaults.
     """
 
     edit_layers: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_from_zero)]
     sigma: Annotated[float | str, PlainValidator(noise_level)]
     tracing_window: Count
     aggregate: Literal["first", "mean"]
-    defaults: _Defaults = _Defaults()
-    problems: _Problems
+    defaults: Annotated[dict[str, Any], _checked_by(0)] = Field(default_factory=dict)
+    problems: Annotated[dict[str, Any], _checked_by(1)]
 
     def problem_names(self) -> tuple[str, ...]:
         """The problems that the preset has settings for."""
-        return tuple(name for name, settings in self.problems if settings is not None)
+        return tuple(problem for problem in PROBLEMS if problem in self.problems)
 
 
 def preset_names() -> tuple[str, ...]:
@@ -133,11 +121,11 @@ def preset_names() -> tuple[str, ...]:
 def load_preset(preset: str) -> Preset:
     """The preset of this name, or of a file (see the module). Raises ``ExperimentError`` naming what there is, or the
     key that is wrong."""
-    named, table = _table(preset)
+    title, table = _table(preset)
     try:
         return Preset.model_validate(table)
     except ValidationError as error:
-        raise ExperimentError(f"{named}: {'; '.join(complaints(error))}") from error
+        raise ExperimentError(f"{title}: {'; '.join(complaints(error))}") from error
 
 
 def edit_layers(preset: str) -> tuple[int, ...]:
@@ -146,29 +134,72 @@ def edit_layers(preset: str) -> tuple[int, ...]:
 
 
 def load_hparams(preset: str, method: str, problem: str, window: int = 1) -> Hparams:
-    """The hyperparameters of ``method`` ("rome", "memit", "memit_joint" or "finetune") for ``problem``
-    ("error_injection", ...).
+    """The hyperparameters of ``method`` ("rome", "memit", ...) for ``problem`` ("error_injection", ...).
 
-    Fine-tuning has settings per ``window``; a window without its own takes those of the nearest one that has (the
+    Fine-tuning has settings per ``window``; a window without settings takes those of the nearest one that has (the
     smaller of two as near). The other methods have one setting for all windows.
     Raises ``ExperimentError`` for names that are unknown or that the preset has no settings for.
     """
-    if method not in HPARAMS:
-        raise ExperimentError(f"there is no editing method {method!r}; choose from {', '.join(HPARAMS)}")
+    kind = method_named(method)
     if window < 1:
         raise ExperimentError(f"window is {window}; give at least one layer")
-    chosen = load_preset(preset)
-    settings = getattr(chosen.problems, problem, None) if problem in _Problems.model_fields else None
-    if settings is None:
-        raise ExperimentError(
-            f"preset {preset!r} has no problem {problem!r}; it has {', '.join(chosen.problem_names())}"
-        )
-    named = SETTINGS_OF.get(method, method)
-    own = getattr(settings, named)
-    if method == "finetune":
-        own = own[min(own, key=lambda size: (abs(size - window), size))] if own else _Finetune()
-    values = getattr(chosen.defaults, named).model_dump(exclude_unset=True) | own.model_dump(exclude_unset=True)
-    return HPARAMS[method](**values)
+    loaded = load_preset(preset)
+    if problem not in loaded.problems:
+        known = ", ".join(loaded.problem_names())
+        raise ExperimentError(f"preset {preset!r} has no problem {problem!r}; it has {known}")
+    settings = loaded.problems[problem].get(kind.preset_name, {})
+    if kind.by_window and settings:
+        settings = settings[min(settings, key=lambda size: (abs(size - window), size))]
+    return kind.hparams(**{**loaded.defaults.get(kind.preset_name, {}), **settings})
+
+
+# --- writing ---
+
+
+def keys_of(setting: Setting) -> tuple[str, ...]:
+    """The keys that a preset has hyperparameters under: the method, and the window where that counts."""
+    method = setting.definition
+    return (method.preset_name, str(setting.window)) if method.by_window else (method.preset_name,)
+
+
+def tuned_preset(
+    preset: str | None, depth: int, sigma: str, aggregate: str, chosen: Iterable[Chosen]
+) -> dict[str, Any]:
+    """The table of a preset: that named ``preset``, or one that edits all ``depth`` layers, with what was chosen and
+    what noise and prompts it was chosen for."""
+    table: dict[str, Any] = {"edit_layers": [*range(1, depth + 1)], "sigma": DEFAULT_SIGMA, "tracing_window": 10}
+    if preset is not None:
+        table = _writable(load_preset(preset).model_dump(exclude_unset=True))
+        table["edit_layers"] = [layer + 1 for layer in table["edit_layers"]]
+    table |= {"sigma": sigma if sigma.endswith("sd") else float(sigma), "aggregate": aggregate}
+    defaults, problems = table.setdefault("defaults", {}), table.setdefault("problems", {})
+    for problem, setting, names in chosen:
+        method, *window = keys_of(setting)
+        usual = {name: None if value == NEVER else value for name, value in defaults.get(method, {}).items()}
+        values, unchanged = asdict(setting.hparams), asdict(setting.definition.hparams(**usual))
+        differing = {name: value for name, value in values.items() if name in names or value != unchanged[name]}
+        settings = problems.setdefault(problem, {})
+        if window:
+            settings.setdefault(method, {})[window[0]] = _writable(differing)
+        else:
+            settings[method] = _writable(differing)
+    return table
+
+
+def preset_text(table: Mapping[str, Any], comments: Sequence[str]) -> str:
+    """A TOML file with one preset, ``comments`` above it."""
+    lines = [f"# {' '.join(comment.split())}\n" for comment in comments]
+    return "".join(lines) + tomli_w.dumps({TUNED: table})
+
+
+def _writable(value: Any) -> Any:
+    """The same as TOML has it: keys are texts, None is "never"."""
+    if isinstance(value, Mapping):
+        return {str(key): _writable(entry) for key, entry in value.items()}
+    return NEVER if value is None else value
+
+
+# --- files ---
 
 
 def _builtin() -> dict[str, Any]:
@@ -176,21 +207,21 @@ def _builtin() -> dict[str, Any]:
 
 
 def _table(preset: str) -> tuple[str, Any]:
-    """What to call a preset in messages, and its table."""
-    file, chosen, name = preset.rpartition(".toml:")
-    if not chosen and not preset.endswith(".toml"):
+    """The name of a preset in messages, and its table."""
+    file, colon, name = preset.rpartition(".toml:")
+    if not colon and not preset.endswith(".toml"):
         presets = _builtin()
         if preset not in presets:
             raise ExperimentError(
                 f"there is no preset {preset!r}; choose from {', '.join(presets)}, or give the path of a .toml file"
             )
         return f"preset {preset!r}", presets[preset]
-    path = Path(f"{file}.toml" if chosen else preset)
+    path = Path(f"{file}.toml" if colon else preset)
     presets = read_toml(path)
-    if not chosen and len(presets) == 1:
+    if not colon and len(presets) == 1:
         name = next(iter(presets))
     if name not in presets:
         listed = ", ".join(presets) or "none"
-        wanted = f"no preset {name!r}" if chosen else "not one preset"
+        wanted = f"no preset {name!r}" if colon else "not one preset"
         raise ExperimentError(f"{path} holds {wanted}, but {listed}; name one as {path}:NAME")
     return f"{path}, preset {name!r}", presets[name]

@@ -6,23 +6,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args
 
-from causalcone.engine.edit.methods.edits import JOINT_MEMIT
-from causalcone.engine.edit.requests.requests import PROBLEMS
+from causalcone.engine.edit.methods.hparams import Hparams, kinds_of
+from causalcone.engine.edit.methods.method import Method
+from causalcone.engine.edit.methods.registry import method_named, methods
+from causalcone.engine.edit.requests.requests import check_problem
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.errors import CausalconeError, ExperimentError
-from causalcone.runners.edits.presets import HPARAMS, Hparams, load_hparams, load_preset
-from causalcone.runners.facts.files import read_text
-from causalcone.runners.options import EditingOptions
+from causalcone.engine.localize.options import DEFAULT_SIGMA
+from causalcone.runners.checked_files import read_text
+from causalcone.runners.edits.presets import load_hparams, load_preset
+from causalcone.runners.options import EditMethodOptions
 
-WINDOWS = {"rome": 1, "memit": 5, "memit_joint": 5, "finetune": 1}
-"""Layers that a method edits together where nobody says."""
-
-_CONTEXTS_OF = {"rome": "rome", "memit": "memit", "memit_joint": "memit"}
-"""By method that needs contexts and second moments: whose contexts it has."""
-
-Layers = str | tuple[int, ...]
+Layers = Literal["all"] | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -34,17 +31,12 @@ class Setting:
     hparams: Hparams
 
     @property
-    def joint(self) -> bool:
-        """Whether all facts share one change of the weights."""
-        return self.method == JOINT_MEMIT
-
-    @property
-    def contexts(self) -> str | None:
-        """Whose contexts it has, if it has any: ``"rome"`` or ``"memit"``."""
-        return _CONTEXTS_OF.get(self.method)
+    def definition(self) -> Method:
+        """What is known of the method."""
+        return method_named(self.method)
 
     def __str__(self) -> str:
-        return self.method if self.method == "rome" else f"{self.method}:{self.window}"
+        return self.method if self.definition.window is None else f"{self.method}:{self.window}"
 
     @property
     def configuration(self) -> dict[str, Any]:
@@ -62,25 +54,69 @@ class EditPlan:
     sigma: str
     aggregate: str
 
+    @classmethod
+    def of(
+        cls,
+        methods: Sequence[str],
+        problem: str,
+        *,
+        layers: Layers | Literal["preset"] = "all",
+        preset: str | None = None,
+        changes: Sequence[str] = (),
+        sigma: str | float | None = None,
+        window: int | None = None,
+        aggregate: str | None = None,
+    ) -> EditPlan:
+        """A checked plan.
+
+        Args:
+            methods: Methods, each with or without its window, such as ``"memit:5"``.
+            problem: What is asked of the facts, such as ``"error_injection"``.
+            layers: Layers or windows' centres from 0, ``"all"``, or those of the ``"preset"``.
+            preset: Where hyperparameters, noise and aggregate are from, if not given.
+            changes: Hyperparameters that differ, such as ``"steps=5"`` or ``"rome.clamp=4"``.
+            sigma: Noise on the subject, a number or such as ``"3sd"``.
+            window: Layers edited together by methods without their own.
+            aggregate: ``"first"`` or ``"mean"``.
+
+        Raises:
+            ExperimentError: An argument cannot be used.
+        """
+        check_problem(problem)
+        settings = _settings(methods, problem, window, preset, changes)
+        loaded = None if preset is None else load_preset(preset)
+        if layers == "preset":
+            if loaded is None:
+                raise ExperimentError("layers are those of a preset, and none is given; give one, or the layers")
+            layers = loaded.edit_layers
+        if aggregate not in (None, "first", "mean"):
+            raise ExperimentError(f"aggregate is {aggregate!r}; choose first or mean")
+        noise, which = (DEFAULT_SIGMA, "first") if loaded is None else (loaded.sigma, loaded.aggregate)
+        return cls(problem, settings, layers, str(noise if sigma is None else sigma), aggregate or which)
+
     @property
     def of_moments(self) -> list[Setting]:
         """The settings that need second moments."""
-        return [setting for setting in self.settings if setting.contexts]
+        return [setting for setting in self.settings if setting.definition.needs_moments]
+
+    @property
+    def of_contexts(self) -> list[Setting]:
+        """The settings that need contexts."""
+        return [setting for setting in self.settings if setting.definition.contexts]
 
 
-def plan_of(choice: EditingOptions, aggregate: str | None) -> EditPlan:
-    """The checked options, those that are left out filled in from the preset."""
-    if choice.problem not in PROBLEMS:
-        raise ExperimentError(f"unknown problem {choice.problem!r}; choose from {', '.join(PROBLEMS)}")
-    settings = _settings(choice)
-    preset = None if choice.preset is None else load_preset(choice.preset)
-    layers: Layers = "all" if preset is None else preset.edit_layers
-    sigma, which = ("3sd", "first") if preset is None else (str(preset.sigma), preset.aggregate)
-    if aggregate not in (None, "first", "mean"):
-        raise ExperimentError(f"aggregate is {aggregate!r}; choose first or mean")
-    if choice.layers is not None:
-        layers = parse_layers(choice.layers)
-    return EditPlan(choice.problem, settings, layers, choice.sigma or sigma, aggregate or which)
+def plan_of(options: EditMethodOptions, problem: str, layers: Layers | None, aggregate: str | None) -> EditPlan:
+    """The plan of a command; layers that are not given are the preset's, or all."""
+    return EditPlan.of(
+        options.method,
+        problem,
+        layers=layers or ("all" if options.preset is None else "preset"),
+        preset=options.preset,
+        changes=options.changes or (),
+        sigma=options.sigma,
+        window=options.window,
+        aggregate=aggregate,
+    )
 
 
 def parse_layers(layers: str) -> Layers:
@@ -96,38 +132,34 @@ def parse_layers(layers: str) -> Layers:
 def read_contexts(path: Path) -> Contexts:
     """The contexts of a JSON file, or of the ``run.json`` of an editing study."""
     try:
-        found = json.loads(read_text(path))
-        if isinstance(found, dict) and "contexts" in found:
-            found = found["contexts"]
-        if not isinstance(found, dict) or set(found) != {"rome", "memit"} or not all(map(_is_list, found.values())):
+        content = json.loads(read_text(path))
+        if isinstance(content, dict) and "contexts" in content:
+            content = content["contexts"]
+        lists = isinstance(content, dict) and all(isinstance(texts, list) for texts in content.values())
+        if not lists or set(content) != {"rome", "memit"}:
             raise ExperimentError('it is not {"rome": [texts], "memit": [texts]}, nor a run.json with contexts')
-        return Contexts(**found)
+        return Contexts(**content)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ExperimentError(f"{path} holds no contexts: it is not JSON ({error})") from error
     except ExperimentError as error:
         raise ExperimentError(f"{path} holds no contexts: {error}") from error
 
 
-def _is_list(found: Any) -> bool:
-    return isinstance(found, list)
-
-
-def _settings(choice: EditingOptions) -> tuple[Setting, ...]:
-    if choice.window is not None and not any(method in WINDOWS and method != "rome" for method in choice.method):
-        raise ExperimentError(f"--window {choice.window} goes with memit or finetune, and has none to say it of")
-    named = [_named(method, choice.window) for method in choice.method]
-    repeated = next((each for number, each in enumerate(named) if each in named[:number]), None)
-    if repeated is not None:
-        raise ExperimentError(f"the method {repeated[0]} with window {repeated[1]} is given twice; give it once")
-    changes = [Change.parsed(text) for text in choice.changes or ()]
-    settings = []
-    for method, window in named:
-        if choice.preset is None:
-            hparams: Hparams = HPARAMS[method]()
-        else:
-            hparams = load_hparams(choice.preset, method, choice.problem, window)
-        settings.append(Setting(method, window, changed(method, hparams, changes)))
-    for change in changes:
+def _settings(
+    named: Sequence[str], problem: str, window: int | None, preset: str | None, changes: Sequence[str]
+) -> tuple[Setting, ...]:
+    pairs = [_method_and_window(text, window) for text in named]
+    if window is not None and all(method.window is None for method, _ in pairs):
+        known = " or ".join(name for name, method in methods().items() if method.window is not None)
+        raise ExperimentError(f"--window {window} applies to methods of several layers; add --method {known}")
+    settings: list[Setting] = []
+    parsed = [Change.parsed(text) for text in changes]
+    for method, size in pairs:
+        if any((method.name, size) == (setting.method, setting.window) for setting in settings):
+            raise ExperimentError(f"the method {method.name} with window {size} is given twice; give it once")
+        hparams = method.hparams() if preset is None else load_hparams(preset, method.name, problem, size)
+        settings.append(Setting(method.name, size, changed(method.name, hparams, parsed)))
+    for change in parsed:
         check_known(change, settings)
     return tuple(settings)
 
@@ -139,27 +171,24 @@ def check_known(change: Change, settings: Sequence[Setting]) -> None:
         raise ExperimentError(f"{change}: no chosen method has that hyperparameter; there are {', '.join(known)}")
 
 
-def _named(text: str, window: int | None) -> tuple[str, int]:
-    """A method and its window."""
-    method, colon, own = text.partition(":")
-    if method not in HPARAMS:
-        raise ExperimentError(f"unknown method {method!r}; choose from {', '.join(HPARAMS)}")
-    if colon and not (own.isdecimal() and int(own)):
-        raise ExperimentError(f"the method {text!r} has no window; give one such as {method}:5, or the method alone")
-    size = int(own or 1) if method == "rome" else int(own or window or WINDOWS[method])
-    if method == "rome" and size != 1:
-        raise ExperimentError(f"ROME edits one layer, not a window of {size}; use memit or finetune")
-    return method, size
+def _method_and_window(text: str, window: int | None) -> tuple[Method, int]:
+    name, colon, size = text.partition(":")
+    method = method_named(name)
+    if colon and not (size.isdecimal() and int(size)):
+        raise ExperimentError(f"the method {text!r} has no window; give one such as {name}:5, or the method alone")
+    usual = None if method.window is None else window
+    return method, method.size(int(size) if size else usual)
 
 
 @dataclass(frozen=True)
 class Change:
-    """A hyperparameter, given as ``text`` behind ``option``, of one method or (None) of all that have it."""
+    """A hyperparameter, given as ``text`` of ``option``, of one method or (None) of all that have it. value: a text
+    that is still to be read, or the value."""
 
     text: str
     method: str | None
     name: str
-    value: str
+    value: str | float | None
     option: str = "--set"
 
     @classmethod
@@ -167,31 +196,38 @@ class Change:
         key, equals, value = text.partition("=")
         method, dot, name = key.strip().rpartition(".")
         if not equals or not name:
-            raise ExperimentError(f"{option} {text!r} is no setting; give NAME=VALUE, such as steps=25 or rome.clamp=4")
-        if dot and method not in HPARAMS:
-            raise ExperimentError(f"{option} {text}: unknown method {method!r}; choose from {', '.join(HPARAMS)}")
+            raise ExperimentError(
+                f"{option} {text!r} is not a setting; give NAME=VALUE, such as steps=25 or rome.clamp=4"
+            )
+        if dot:
+            try:
+                method_named(method)
+            except ExperimentError as error:
+                raise ExperimentError(f"{option} {text}: {error}") from None
         return cls(text, method or None, name, value.strip(), option)
 
     def __str__(self) -> str:
         return f"{self.option} {self.text}"
 
     def is_of(self, method: str, hparams: Hparams) -> bool:
-        return self.method in (None, method) and self.name in asdict(hparams)
+        return self.method in (None, method) and self.name in kinds_of(type(hparams))
 
     def read(self, hparams: Hparams) -> int | float | None:
-        whole = get_type_hints(type(hparams))[self.name] is int
-        if self.name == "stop_loss" and self.value == "never":
+        kind = kinds_of(type(hparams))[self.name]
+        if not isinstance(self.value, str):
+            return self.value
+        if self.value == "never" and type(None) in get_args(kind):
             return None
         try:
-            return int(self.value) if whole else float(self.value)
+            return int(self.value) if kind is int else float(self.value)
         except ValueError:
-            raise ExperimentError(f"{self}: give a {'whole ' if whole else ''}number") from None
+            raise ExperimentError(f"{self}: give a {'whole ' if kind is int else ''}number") from None
 
 
 def changed(method: str, hparams: Hparams, changes: Sequence[Change]) -> Hparams:
     """The hyperparameters with those of the changes that are of them."""
-    own = [change for change in changes if change.is_of(method, hparams)]
+    applying = [change for change in changes if change.is_of(method, hparams)]
     try:
-        return replace(hparams, **{change.name: change.read(hparams) for change in own})  # type: ignore[arg-type]
+        return replace(hparams, **{change.name: change.read(hparams) for change in applying})
     except CausalconeError as error:
-        raise ExperimentError(f"{' '.join(map(str, own))} of {method}: {error}") from error
+        raise ExperimentError(f"{' '.join(map(str, applying))} of {method}: {error}") from error

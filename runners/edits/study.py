@@ -14,11 +14,13 @@ from urllib.parse import quote
 from rich.console import Console
 
 from causalcone.engine.edit.editor import Editor
-from causalcone.engine.edit.methods.edits import JOINT_MEMIT, Edit
+from causalcone.engine.edit.methods.edits import Edit
+from causalcone.engine.edit.methods.registry import method_named
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import as_windows
 from causalcone.engine.edit.scoring.tables import edit_batch
+from causalcone.engine.edit.texts.recall import clean_trials
 from causalcone.engine.schemas import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA
 from causalcone.runners.edits.settings import EditPlan, Setting
 from causalcone.runners.results.folder import ResultFolder, TableWriter
@@ -78,7 +80,7 @@ class EditStudy:
             "layers": list(self.layers),
             "seed": self.editor.seed,
             "aggregate": self.plan.aggregate,
-            "contexts": asdict(self.editor.contexts) if self.plan.of_moments else None,
+            "contexts": asdict(self.editor.contexts) if self.plan.of_contexts else None,
             "moments": moments and {"source": moments.source, "tokens": moments.tokens, "ridge": moments.ridge},
         }
 
@@ -88,7 +90,10 @@ class EditStudy:
         return tuple(window.layer for window in as_windows(self.plan.layers, 1, self.editor.session.sizes.depth))
 
     def check(self) -> None:
-        """Refuse what the editor would refuse, before anything is computed."""
+        """Refuse what the editor would refuse, and memory that is too little for a single run of the longest fact."""
+        session = self.editor.session
+        longest = max((request.fact for request in self.requests), key=lambda fact: len(fact.text))
+        session.run(clean_trials(session.encode([longest], "argmax", "raise")[0]))
         for setting in self.plan.settings:
             self._edits(self.requests, setting)
 
@@ -128,7 +133,7 @@ class EditStudy:
         return [edit.reason for edit in scores.edits if edit.reason is not None]
 
     def _batches(self, setting: Setting) -> Iterator[list[Edit]]:
-        step = len(self.requests) if setting.joint else max(1, EDITS_AT_ONCE // len(self.layers))
+        step = len(self.requests) if setting.definition.joint else max(1, EDITS_AT_ONCE // len(self.layers))
         for start in range(0, len(self.requests), step):
             yield from self._edits(self.requests[start : start + step], setting)
 
@@ -143,7 +148,7 @@ def _save_deltas(edits: Sequence[Edit], folder: Path) -> None:
     for edit in edits:
         if edit.delta is not None and id(edit.delta) not in saved:
             saved.add(id(edit.delta))
-            fact = "all" if edit.method == JOINT_MEMIT else quote(edit.fact_id, safe=" ")
+            fact = "all" if method_named(edit.method).joint else quote(edit.fact_id, safe=" ")
             path = folder / f"{edit.method}-{edit.window}" / str(edit.layer) / f"{fact}.safetensors"
             described = {name: str(getattr(edit, name)) for name in EDIT_SCHEMA.names if name != "reason"}
             edit.delta.save(path, described)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -13,9 +12,11 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from causalcone.engine.atomic import replacing
 from causalcone.engine.errors import ExperimentError, FactError, ModelError
 from causalcone.engine.facts import Fact, encode
-from causalcone.engine.models import check_supported
+from causalcone.engine.models import family_of
+from causalcone.runners.facts.data_sets import DataSet
 from causalcone.runners.facts.files import good_facts, known_schema, listed, read_records, save_facts, supported
 from causalcone.runners.facts.schemas import (
     SCHEMAS,
@@ -28,7 +29,6 @@ from causalcone.runners.facts.schemas import (
     ZsreRecord,
     converter,
 )
-from causalcone.runners.inputs.inputs import is_demo
 from causalcone.runners.results.folder import ResultError
 
 MOST_LISTED = 20
@@ -57,20 +57,27 @@ class Records:
 
 
 def open_records(
-    source: str, split: str | None = None, config: str | None = None, seed: int = 0, zsre_form: str = "hase"
+    source: str,
+    split: str | None = None,
+    config: str | None = None,
+    seed: int = 0,
+    zsre_form: str = "hase",
+    title: str | None = None,
 ) -> Records:
-    """The records of a file, of a data set (a folder of one, or a hub id), or of the demo world.
+    """The records of a file, which messages call ``title``, or of a data set (a folder of one, or a hub id).
 
     ``split`` ("train" by default) and ``config`` are a data set's, ``seed`` and ``zsre_form`` those of ``load_facts``.
     Raises ``FactError`` where there is nothing to read, or nothing of a known schema.
     """
     form = _form(zsre_form)
-    is_file = os.path.exists(source) and not os.path.isdir(source)
-    if not is_file and not is_demo(source):
+    if os.path.isdir(source) or not os.path.exists(source):
         return _of_data_set(source, split or "train", config, seed, form)
+    name = title or source
     if split is not None or config is not None:
-        raise ExperimentError(f"--split and --dataset-config are for data sets, and {source} is none; leave them out")
-    return _of_file(source, seed, form) if is_file else _of_demo_world()
+        raise ExperimentError(f"--split and --dataset-config are for data sets, and {name} is a file; leave them out")
+    records = read_records(Path(source))
+    schema = known_schema(Path(source), records)
+    return Records(name, schema, records, converter(schema, records, seed, form))
 
 
 def _form(name: str) -> ZsreForm:
@@ -81,22 +88,10 @@ def _form(name: str) -> ZsreForm:
     raise FactError(f"the zsRE form is {name!r}; choose from {', '.join(forms)}")
 
 
-def _of_file(name: str, seed: int, zsre_form: ZsreForm) -> Records:
-    records = read_records(Path(name))
-    schema = known_schema(Path(name), records)
-    return Records(name, schema, records, converter(schema, records, seed, zsre_form))
-
-
-def _of_demo_world() -> Records:
-    from causalcone.runners.demo.model import demo_world
-
-    records = list(demo_world().records())
-    return Records("the demo world", "counterfact", records, converter("counterfact", records, 0, "hase"))
-
-
 def _of_data_set(name: str, split: str, config: str | None, seed: int, zsre_form: ZsreForm) -> Records:
     _refuse_missing_file(name)
-    rows = _rows(name, split, config)
+    data_set = DataSet.open(name, config, split)
+    rows = iter(data_set)
     first = next(rows, None)
     if first is None:
         raise FactError(f"the split {split!r} of the data set {name!r} is empty; choose another with --split")
@@ -109,8 +104,7 @@ def _of_data_set(name: str, split: str, config: str | None, seed: int, zsre_form
     every: Sequence[Record] = ()
     if schema == "zsre" and zsre_form == "hase":  # false targets are drawn from all answers, whatever the limit
         records = every = list(records)
-    place = ", ".join([f"data set {name}", *([config] if config else []), f"split {split}"])
-    return Records(place, schema, records, converter(schema, every, seed, zsre_form))
+    return Records(str(data_set), schema, records, converter(schema, every, seed, zsre_form))
 
 
 _HUB_CHARACTERS = frozenset(f"{ascii_letters}{digits}._-/")
@@ -122,24 +116,6 @@ def _refuse_missing_file(name: str) -> None:
     is_id = _HUB_CHARACTERS.issuperset(name) and not name.startswith((".", "/")) and name.count("/") <= 1
     if not os.path.isdir(name) and (not is_id or not name or name.endswith(_FILE_ENDINGS)):
         raise FactError(f"there is no {name!r}; give a file of facts, a folder of a data set, or a hub id")
-
-
-def _rows(name: str, split: str, config: str | None) -> Iterator[dict[str, Any]]:
-    """The rows of a data set, which is read, and downloaded, no further than they are taken."""
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise FactError(
-            f"the data set {name!r} needs the package datasets (pip install 'causalcone[datasets]'); "
-            "a JSON file of facts needs nothing"
-        ) from None
-    try:
-        yield from load_dataset(name, config, split=split, streaming=True)
-    except Exception as error:  # whatever it is: names, network and files are the user's
-        raise FactError(
-            f"the split {split!r} of the data set {name!r} cannot be read: {error}; "
-            "check the name, --split and --dataset-config"
-        ) from error
 
 
 _MODELS: dict[str, type[BaseModel]] = {
@@ -175,17 +151,13 @@ def encoding_check(model: str) -> Check:
         tokenizer = AutoTokenizer.from_pretrained(_model_place(model))
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(f"no tokenizer and configuration can be loaded from {model!r}: {error}") from error
-    check_supported(config.model_type)
+    family_of(config.model_type)
     if not tokenizer.is_fast:
         raise ModelError(f"the tokenizer of {model!r} gives no character offsets; save its fast form there")
     return lambda fact: encode(fact, tokenizer, "label", config.vocab_size, config.max_position_embeddings)
 
 
 def _model_place(model: str) -> str:
-    if is_demo(model):
-        from causalcone.runners.demo.model import demo_folder
-
-        return str(demo_folder())
     if model.startswith((".", "/", "~")):
         model = str(Path(model).expanduser())
         if not Path(model).is_dir():
@@ -194,30 +166,25 @@ def _model_place(model: str) -> str:
 
 
 def bad_records(place: str, problems: Sequence[str]) -> str:
-    """What is wrong with records that cannot be used, the first of them one by one."""
+    """A message about records that cannot be used, which lists the first of them."""
     return f"{len(problems)} records of {place} cannot be used:{listed(problems, MOST_LISTED)}"
 
 
 def refuse_occupied_file(out: Path, overwrite: bool) -> None:
     """Raise ``ResultError`` for what must not be replaced: anything but a file, and a file unless ``overwrite``."""
     if out.exists() and not out.is_file():
-        raise ResultError(f"{out} is no file; name a file to write the facts to")
+        raise ResultError(f"{out} is not a file; name a file to write the facts to")
     if out.exists() and not overwrite:
         raise ResultError(f"{out} exists already; choose another file, or give --overwrite")
 
 
 def write_facts(facts: Iterable[Fact], out: Path) -> None:
     """Write a fact file that is there whole or not at all; its folder is made where there is none."""
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_facts(facts, partial)
-        partial.replace(out)
+        with replacing(out) as partial:
+            save_facts(facts, partial)
     except OSError as error:
         raise ResultError(f"cannot write {out}: {error.strerror}") from error
-    finally:
-        with suppress(OSError):  # it is gone where all went well
-            partial.unlink()
 
 
 _OPTIONAL = ("target_new", "paraphrase_prompts", "neighborhood_prompts", "attribute_prompts", "generation_prompts")

@@ -9,12 +9,13 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
 from causalcone.engine.errors import FactError
-from causalcone.engine.facts import Fact
+from causalcone.engine.facts import Fact, OnError
+from causalcone.runners.checked_files import PLAINER, read_text
 from causalcone.runners.facts.schemas import SCHEMAS, Convert, ZsreForm, converter, detect_schema
 
 
@@ -32,18 +33,40 @@ def load_facts(
     seed: int = 0,
     *,
     zsre_form: ZsreForm = "hase",
-    on_error: Literal["raise", "skip"] = "raise",
+    on_error: OnError = "raise",
 ) -> list[Fact]:
-    """Facts of a JSON or JSON-lines file, in the file's order; its schema is recognised by content (METHODS 1).
+    """Facts of a JSON or JSON-lines file, in the file's order (docs/data.md).
 
-    Read are CounterFact, MEND's zsRE evaluation file, ROME's known facts and the lines ``save_facts`` writes.
-    ``limit`` takes the first N facts. ``seed`` draws zsRE's ``target_new``. ``zsre_form`` is "hase" (question
-    and answer prompts, false targets from other records) or "meng" (raw questions; the answer is both targets).
-    Ids are case_id, known_id or id where the file gives one, else the record's index, which counts from 0.
+    The schema is recognised by content: CounterFact, MEND's zsRE evaluation file, ROME's known facts, or the lines that
+    ``save_facts`` writes. Ids are case_id, known_id or id where the file has one, else the record's index from 0.
 
-    Raises ``FactError``, naming the file and the record at fault. With ``on_error="skip"`` bad records, and later
-    ones of an id that was there before, are left out and listed in one warning.
+    Args:
+        path: The file.
+        limit: Take the first N facts only.
+        seed: Draws zsRE's ``target_new``.
+        zsre_form: "hase" for question and answer prompts, with false targets from other records; "meng" for raw
+            questions, whose answer is both targets.
+        on_error: "skip" leaves out bad records, and later ones of an id that was there before, and lists them in one
+            warning, ``SkippedRecords``.
+
+    Raises:
+        FactError: Names the file and the record at fault.
     """
+    facts, problems = read_facts(path, limit, seed, zsre_form=zsre_form, on_error=on_error)
+    if problems:
+        warnings.warn(SkippedRecords(Path(path), problems), stacklevel=2)
+    return facts
+
+
+def read_facts(
+    path: str | os.PathLike[str],
+    limit: int | None = None,
+    seed: int = 0,
+    *,
+    zsre_form: ZsreForm = "hase",
+    on_error: OnError = "raise",
+) -> tuple[list[Fact], list[str]]:
+    """As ``load_facts``: the facts, and what is wrong with the records that are left out."""
     path = Path(path)
     if limit is not None and limit < 1:
         raise FactError(f"limit is {limit}; it must be at least 1, or None for all facts")
@@ -57,19 +80,22 @@ def load_facts(
     if on_error == "raise":
         facts = [_convert(path, index, record, convert) for index, record in enumerate(records[:limit])]
         _refuse_duplicates(path, facts)
-        return facts
+        return facts, []
     facts, problems = good_facts(path, records, convert, limit)
     if not facts:
         raise FactError(f"{path} holds no usable fact; the first problem: {problems[0]}")
-    if problems:
-        warnings.warn(SkippedRecords(path, problems), stacklevel=2)
-    return facts
+    return facts, problems
 
 
 def save_facts(facts: Iterable[Fact], path: str | os.PathLike[str]) -> None:
-    """Write one JSON object per line (UTF-8), with Fact's field names; fields left at their default are omitted.
+    """Write one JSON object per line (UTF-8), with Fact's field names; ``load_facts`` reads the same facts back.
 
-    ``load_facts`` reads the same facts back. Raises ``FactError`` where the file cannot be written.
+    Args:
+        facts: The facts; fields left at their default are omitted.
+        path: The file, which is replaced if it is there.
+
+    Raises:
+        FactError: The file cannot be written.
     """
     lines = [json.dumps(_filled_fields(fact), ensure_ascii=False) + "\n" for fact in facts]
     try:
@@ -88,7 +114,7 @@ def good_facts(
 ) -> tuple[list[Fact], list[str]]:
     """The first ``limit`` records that are facts, and what is wrong with those between them, a line each.
 
-    No further record is taken. Of several with one id the first counts; ``place`` is what records are said to be of.
+    No further record is taken. Of several with one id the first counts; ``place`` names the source in messages.
     """
     facts: dict[str, Fact] = {}
     problems: list[str] = []
@@ -108,7 +134,7 @@ def good_facts(
 
 
 def listed(problems: Sequence[str], most: int) -> str:
-    """Problems on indented lines, each behind a line break; how many there are beyond the first ``most``."""
+    """Problems on indented lines, each after a line break; then the number of those beyond the first ``most``."""
     more = f"\n  and {len(problems) - most} more" if len(problems) > most else ""
     return "".join(f"\n  {problem}" for problem in problems[:most]) + more
 
@@ -134,14 +160,7 @@ def _convert(place: str | Path, index: int, record: Any, convert: Convert) -> Fa
         raise FactError(f"{_place(place, index, record)}: {error}") from error
 
 
-_PLAINER = {
-    "missing": "is missing",
-    "string_type": "must be a string",
-    "tuple_type": "must be a list",
-    "too_short": "is empty",
-    "model_type": "must be an object",
-    "extra_forbidden": "is no field of a fact",
-}
+_PLAINER = {**PLAINER, "model_type": "must be an object", "extra_forbidden": "is not a field of a fact"}
 
 
 def _complaints(error: ValidationError) -> Iterator[str]:
@@ -184,20 +203,6 @@ def _read_lines(path: Path, text: str) -> list[Any]:
                     f"{path} is not JSON lines: {error.msg} at line {number}, column {error.colno}"
                 ) from error
     return records
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; ``FactError`` says what is wrong with it."""
-    if path.is_dir():
-        raise FactError(f"{path} is a folder; give a file in it")
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise FactError(f"{path} does not exist") from None
-    except OSError as error:
-        raise FactError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise FactError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
 
 
 def known_schema(path: Path, records: Sequence[Any]) -> str:

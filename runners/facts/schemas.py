@@ -1,4 +1,4 @@
-"""The published fact-file schemas and how one record of each becomes a ``Fact`` (METHODS 1)."""
+"""The published schemas of fact files, and how one record of each becomes a ``Fact`` (docs/data.md, "Sources")."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def _usable_text(text: str) -> str:
     return text
 
 
-def _identifier_text(given: Any) -> Any:
-    if isinstance(given, bool) or not isinstance(given, int | str | None):
+def _identifier_text(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | str | None):
         raise PydanticCustomError("identifier", "must be a whole number or a string")
-    return str(given) if isinstance(given, int) else given
+    return str(value) if isinstance(value, int) else value
 
 
 Text = Annotated[StrictStr, AfterValidator(_usable_text)]
@@ -93,7 +93,7 @@ def _own_line_model() -> type[BaseModel]:
 FactLine = _own_line_model()
 
 
-# What identifies a schema: keys that the records of no other schema have. The project's own comes last.
+# The keys by which a schema is known: no other schema's records have them. The project's comes last.
 SCHEMAS: dict[str, tuple[frozenset[str], str]] = {
     "counterfact": (frozenset({"requested_rewrite"}), "CounterFact (requested_rewrite, case_id)"),
     "zsre": (frozenset({"src", "answers"}), "MEND's zsRE evaluation file (src, subject, answers, rephrase, loc)"),
@@ -218,5 +218,5 @@ def _template(text: str, subject: str, name: str) -> str:
     return text.replace(subject, "{}", 1)
 
 
-def _identifier(given: str | None, index: int) -> str:
-    return str(index) if given is None else given
+def _identifier(name: str | None, index: int) -> str:
+    return str(index) if name is None else name

@@ -1,4 +1,4 @@
-"""Reading the texts that the reference score compares with: CounterFact's attribute snippets (METHODS 1)."""
+"""Reading the texts that the reference score compares with: CounterFact's attribute snippets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, StrictStr, ValidationError
 
 from causalcone.engine.errors import FactError
 from causalcone.engine.facts import Fact
-from causalcone.runners.facts.files import read_text
+from causalcone.runners.checked_files import read_text
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ReferenceTexts:
         """The texts about things of which ``target_new`` is true. Raises ``FactError`` where there are none."""
         if fact.relation_id is None or fact.target_new_id is None:
             missing = "relation_id" if fact.relation_id is None else "target_new_id"
-            raise FactError(f"fact {fact.id!r} has no {missing}, by which reference texts are found")
+            raise FactError(f"fact {fact.id!r} has no {missing}, which its reference texts are looked up by")
         try:
             return self.texts[fact.relation_id, fact.target_new_id]
         except KeyError:
@@ -65,24 +65,24 @@ def load_reference_texts(path: str | os.PathLike[str]) -> ReferenceTexts:
     except json.JSONDecodeError as error:
         raise FactError(f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
     if not isinstance(content, list):
-        raise FactError(f"{path} is no list of attribute snippets (relation_id, target_id, samples)")
+        raise FactError(f"{path} is not a list of attribute snippets (relation_id, target_id, samples)")
     return as_reference_texts(content, str(path))
 
 
 def as_reference_texts(entries: Sequence[Any], source: str) -> ReferenceTexts:
-    """The texts of attribute snippets that are in memory; ``source`` is what to call them in messages."""
+    """The texts of attribute snippets that are in memory; ``source`` names them in messages."""
     texts: dict[tuple[str, str], tuple[str, ...]] = {}
-    for index, given in enumerate(entries):
-        entry = _entry(source, index, given)
+    for index, value in enumerate(entries):
+        entry = _entry(source, index, value)
         key = (entry.relation_id, entry.target_id)
         texts[key] = texts.get(key, ()) + tuple(sample.text for sample in entry.samples)
-    return ReferenceTexts({key: found for key, found in texts.items() if found})
+    return ReferenceTexts({key: samples for key, samples in texts.items() if samples})
 
 
-def _entry(path: str, index: int, given: Any) -> _ReferenceRecord:
+def _entry(source: str, index: int, value: Any) -> _ReferenceRecord:
     try:
-        return _ReferenceRecord.model_validate(given)
+        return _ReferenceRecord.model_validate(value)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         place = ".".join(map(str, problem["loc"])) or "it"
-        raise FactError(f"{path}: entry {index}: {place}: {problem['msg']}") from error
+        raise FactError(f"{source}: entry {index}: {place}: {problem['msg']}") from error

@@ -6,22 +6,20 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from causalcone.engine.errors import ExperimentError
-from causalcone.runners.inputs.inputs import is_demo
+from causalcone.runners.facts.data_sets import DataSet
 from causalcone.runners.options import TextOptions
 
-COLUMN = "text"
 _BATCH = 1000
 
 
 @dataclass(frozen=True)
 class RunningText:
-    """Texts, read while they are used, and what they are, in words."""
+    """Texts, read while they are used, and a name for them."""
 
     texts: Iterable[str]
     source: str
@@ -32,22 +30,20 @@ def open_texts(choice: TextOptions) -> RunningText:
     if (choice.texts is None) == (choice.dataset is None):
         raise ExperimentError("which texts? Give --texts with a file or folder, or --dataset, one of the two")
     if choice.dataset is not None:
-        return _data_set(choice.dataset, choice.dataset_config, choice.split, choice.column)
+        data_set = DataSet.open(choice.dataset, choice.dataset_config, choice.split)
+        return RunningText(_ColumnOf(data_set, choice.column), str(data_set))
     if choice.dataset_config is not None:
         raise ExperimentError("--dataset-config goes with --dataset, not with --texts")
-    return texts_at(str(choice.texts), choice.column)
+    return _texts_at(Path(str(choice.texts_path())), choice.column, choice.texts_title())
 
 
-def texts_at(place: str, column: str = COLUMN) -> RunningText:
-    """The texts of a file or of a folder's files in the order of their names, or what the demo model was trained on.
+def _texts_at(path: Path, column: str, title: str | None) -> RunningText:
+    """The texts of a file or of a folder's files in the order of their names.
 
     A ``.parquet`` file has them in a column, a ``.jsonl`` or ``.json`` file in the string of each line, or in its field
     of that name; any other file has a text a line. Empty ones are passed over. Raises ``ExperimentError`` naming the
     file, and the line or column when it gets there.
     """
-    if is_demo(place):
-        return _demo_texts()
-    path = Path(place)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in _READERS and file.is_file())
         if not files:
@@ -55,7 +51,7 @@ def texts_at(place: str, column: str = COLUMN) -> RunningText:
         return RunningText(_Files(files, column), f"{len(files)} files of {path}")
     if not path.exists():
         raise ExperimentError(f"there are no texts {path}; check the path")
-    return RunningText(_Files([path], column), str(path))
+    return RunningText(_Files([path], column), title or str(path))
 
 
 @dataclass(frozen=True)
@@ -91,10 +87,10 @@ def _numbered(file: Path) -> Iterator[tuple[int, str]]:
 def _json_lines(file: Path, column: str) -> Iterator[str]:
     for number, line in _numbered(file):
         try:
-            found = json.loads(line)
+            value = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise ExperimentError(f"{file} is not JSON lines: line {number} is no JSON ({error})") from error
-        text = found.get(column) if isinstance(found, dict) else found
+            raise ExperimentError(f"{file} is not JSON lines: line {number} is not JSON ({error})") from error
+        text = value.get(column) if isinstance(value, dict) else value
         if not isinstance(text, str):
             raise ExperimentError(f"{file}: line {number} has no text {column!r}; name the field with --column")
         yield text
@@ -126,48 +122,17 @@ _READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
 }
 
 
-def _data_set(name: str, config: str | None, split: str, column: str) -> RunningText:
-    """A data set of Hugging Face's hub or of a folder, which is read, and downloaded, no further than it is used."""
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise ExperimentError(
-            f"the data set {name!r} needs the package datasets (pip install 'causalcone[datasets]'); "
-            "files of texts can be given with --texts"
-        ) from None
-    rows = _told(name, lambda: load_dataset(name, config, split=split, streaming=True))
-    parts = [f"data set {name}", *([config] if config else []), f"split {split}"]
-    return RunningText(_DataSetRows(name, rows, column), ", ".join(parts))
-
-
 @dataclass(frozen=True)
-class _DataSetRows:
-    name: str
-    rows: Any
+class _ColumnOf:
+    data_set: DataSet
     column: str
 
     def __iter__(self) -> Iterator[str]:
-        rows = iter(self.rows)
-        while (row := _told(self.name, lambda: next(rows, None))) is not None:
+        for row in self.data_set:
             if self.column not in row:
                 raise ExperimentError(
-                    f"the data set {self.name!r} has no column {self.column!r}, but {', '.join(row)}; "
+                    f"the data set {self.data_set.name!r} has no column {self.column!r}, but {', '.join(row)}; "
                     "name it with --column"
                 )
             if row[self.column]:
                 yield row[self.column]
-
-
-def _told(name: str, read: Callable[[], Any]) -> Any:
-    """What is read of a data set; whatever goes wrong is bad input: names, network and files are the user's."""
-    try:
-        return read()
-    except Exception as error:
-        raise ExperimentError(f"the data set {name!r} cannot be read: {error}") from error
-
-
-def _demo_texts() -> RunningText:
-    from causalcone.runners.demo.corpus import running_texts
-    from causalcone.runners.demo.model import DEMO_TEXTS, demo_world
-
-    return RunningText(running_texts(demo_world()), DEMO_TEXTS)

@@ -1,4 +1,4 @@
-"""A folder of results: what was asked for in ``run.json``, tables as Parquet parts that can be read while they grow."""
+"""A folder of results: the configuration in ``run.json``, tables as Parquet parts that can be read while they grow."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from causalcone.engine.atomic import replacing, write_text
 from causalcone.engine.errors import CausalconeError
 
 PART_ROWS = 50_000
 PART_SECONDS = 5.0
 PART_SHARE = 0.05
 _TABLES = ("traces", "severed", "zeroed", "gradients", "edits", "probes", "metrics")
-_OWN = (*_TABLES, "deltas", "plots", "run.json")  # the last to go says that the rest is ours
+_NAMES = (*_TABLES, "deltas", "plots", "run.json")  # the last to go says that the rest is ours
 
 
 class ResultError(CausalconeError):
@@ -36,7 +37,7 @@ def refuse_occupied(path: str | os.PathLike[str], overwrite: bool) -> None:
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ResultError(f"{path} is a file; name a folder to write results to")
-    if any((path / name).exists() for name in _OWN):
+    if any((path / name).exists() for name in _NAMES):
         if not overwrite:
             raise ResultError(f"{path} already holds a run; choose another folder, or give --overwrite")
         if not (path / "run.json").exists():
@@ -62,12 +63,12 @@ class ResultFolder:
     ) -> None:
         """Record it where the run ended early."""
         if error is not None:
-            with suppress(OSError):  # of the two errors, the one that ended the run is told
+            with suppress(OSError):  # of the two errors, the one that ended the run is shown
                 self._write_run("stopped")
 
     def table(self, name: str, schema: pa.Schema) -> TableWriter:
         """A writer for the table ``name``, whose parts carry the run's configuration as metadata."""
-        return TableWriter(self.path / name, schema.with_metadata({"causalcone": json.dumps(self.configuration)}))
+        return TableWriter(self.path / name, schema, self.configuration)
 
     def finish(self, **results: Any) -> None:
         """Record that everything asked for is there."""
@@ -78,13 +79,13 @@ class ResultFolder:
 
     def _make_ready(self, overwrite: bool) -> None:
         refuse_occupied(self.path, overwrite)
-        clear(self.path, _OWN)
+        clear(self.path, _NAMES)
         self.path.mkdir(parents=True, exist_ok=True)
         self._write_run("running")
 
     def _write_run(self, status: str, **results: Any) -> None:
         text = json.dumps({**self.configuration, "status": status, **results}, indent=1)
-        write_whole(self.path / "run.json", text + "\n")
+        write_text(self.path / "run.json", text + "\n")
 
 
 class TableWriter:
@@ -94,8 +95,8 @@ class TableWriter:
     that long runs do not leave thousands of files), and at the end whatever ended it: what was finished stays readable.
     """
 
-    def __init__(self, folder: Path, schema: pa.Schema) -> None:
-        self.folder, self.schema = folder, schema
+    def __init__(self, folder: Path, schema: pa.Schema, notes: Mapping[str, Any]) -> None:
+        self.folder, self.schema, self.notes = folder, schema, notes
         self.parts = self.rows = 0
         self._held: list[pa.RecordBatch] = []
         self._started = self._since = time.monotonic()
@@ -125,29 +126,26 @@ class TableWriter:
             return
         table = pa.Table.from_batches(self._held).cast(self.schema)
         path = self.folder / f"part-{self.parts:05}.parquet"
-        temporary = path.with_suffix(".tmp")
         try:
-            pq.write_table(table, temporary, compression="zstd")
-            temporary.replace(path)
+            with replacing(path) as partial:
+                write_part(table, self.notes, partial)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise ResultError(f"cannot write {path}: {_reason(error)}; finished parts are kept") from error
         self._held.clear()
         self.parts += 1
         self.rows += len(table)
 
 
+def write_part(table: pa.Table, notes: Mapping[str, Any], sink: Path | pa.NativeFile) -> None:
+    """Write a Parquet file of a table, with notes in its metadata."""
+    metadata = {"causalcone": json.dumps(notes)}
+    pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
+
+
 def _reason(error: OSError) -> str:
-    """What went wrong, and with which file, where the system says."""
-    told = error.strerror or str(error)
-    return f"{told} ({error.filename})" if error.filename else told
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    """The system's message, with the file if it names one."""
+    reason = error.strerror or str(error)
+    return f"{reason} ({error.filename})" if error.filename else reason
 
 
 def clear(folder: Path, names: Iterable[str]) -> None:
@@ -167,12 +165,12 @@ def versions() -> dict[str, str]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """In words, key by key, how tables of tables differ."""
-    told = []
+    """The differences of tables of tables in words, a line for each key."""
+    lines = []
     for key in sorted(before.keys() | now.keys()):
-        one, other = before.get(key), now.get(key)
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            told += differences(one, other, f"{prefix}{key}.")
-        elif one != other:
-            told.append(f"{prefix}{key}: {one!r} before, {other!r} now")
-    return told
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            lines.append(f"{prefix}{key}: {old!r} before, {new!r} now")
+    return lines

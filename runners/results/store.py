@@ -19,7 +19,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from causalcone.runners.results.folder import ResultError
+from causalcone.engine.atomic import replacing
+from causalcone.runners.results.folder import ResultError, write_part
 
 LOCK_SECONDS = 30.0
 """How often a lock on a file system without locks is renewed; one that was not for four times as long is none."""
@@ -60,12 +61,7 @@ class Store:
 
     def write_table(self, name: str, table: pa.Table, notes: Mapping[str, Any]) -> None:
         """Write a Parquet file, whole or not at all, in the place of one that is there."""
-        noted = table.replace_schema_metadata({"causalcone": json.dumps(notes)})
-
-        def write(sink: pa.NativeFile) -> None:
-            pq.write_table(noted, sink, compression="zstd")
-
-        self._write(name, write)
+        self._write(name, lambda sink: write_part(table, notes, sink))
 
     def write_bytes(self, name: str, content: bytes) -> None:
         self._write(name, lambda sink: sink.write(content))
@@ -203,18 +199,8 @@ class Store:
             ) from error
 
     def _write_locally(self, root: Path, name: str, write: Any) -> None:
-        partial = root / _PARTIAL / f"{uuid.uuid4().hex}"
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "wb") as file:
-                write(pa.PythonFile(file, "w"))
-                file.flush()
-                os.fsync(file.fileno())
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(partial, root / name)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        with replacing(root / name, beside=root / _PARTIAL) as partial, open(partial, "wb") as file:
+            write(pa.PythonFile(file, "w"))
 
     def _make(self, folder: Path) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Carrying out a study: its results stream to disk fact by fact, and can be read while it runs."""
+"""A run that makes one table: its results stream to disk fact by fact, and can be read meanwhile."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from causalcone.runners.show.progress import shown_progress
 
 @dataclass(frozen=True)
 class TableRun:
-    """What is yet to be computed: ``batches`` of ``facts`` facts, one each, which make the table called ``table``."""
+    """A table called ``table`` that is yet to be computed: ``batches``, one for each of ``facts`` facts."""
 
     title: str
     table: str
@@ -49,8 +49,7 @@ class TableRun:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a study left in ``path``: so many ``rows`` of ``facts`` facts in ``seconds``, of which ``first`` are the
-    first facts'."""
+    """The table that a run has written to ``path`` in ``seconds``; ``first`` are the batches of the first facts."""
 
     path: Path
     facts: int
@@ -60,7 +59,7 @@ class RunSummary:
 
     @property
     def results(self) -> dict[str, Any]:
-        """What ``run.json`` keeps of it."""
+        """The numbers for ``run.json``."""
         return {"facts": self.facts, "rows": self.rows, "seconds": round(self.seconds, 3)}
 
     def sentence(self) -> str:

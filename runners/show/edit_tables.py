@@ -12,7 +12,6 @@ from rich.table import Table
 from causalcone.analysis.scores import SCORES, counterfact_metrics, mean_scores, scores, zsre_metrics
 from causalcone.analysis.tables.names import METHODS, in_order, method_name
 from causalcone.analysis.tables.traces import TableError
-from causalcone.runners.options import ScoringOptions
 from causalcone.runners.show.tables import new_table
 
 MOST_REASONS = 3
@@ -27,14 +26,14 @@ def scores_of(folder: Path, aggregate: str, essence: bool) -> pl.DataFrame:
     return scores(folder / "edits", folder / "probes", metrics, aggregate)  # type: ignore[arg-type]
 
 
-def metrics_of(folder: Path, choice: ScoringOptions) -> list[Table]:
-    """Tables of the metrics that were asked for: accuracies, and what edited models write."""
+def metrics_of(folder: Path, accuracy: bool, generation: bool) -> list[Table]:
+    """Tables of accuracies, and of metrics of the texts that edited models write, if wanted."""
     tables = []
-    for asked, names, means in (
-        (choice.accuracy, ("efficacy", "paraphrase", "specificity"), zsre_metrics),
-        (choice.generation or choice.references is not None, ("GE", "RS"), counterfact_metrics),
+    for wanted, names, means in (
+        (accuracy, ("efficacy", "paraphrase", "specificity"), zsre_metrics),
+        (generation, ("GE", "RS"), counterfact_metrics),
     ):
-        if asked:
+        if wanted:
             try:
                 tables += metric_tables(means(folder / "edits", folder / "metrics"), names)
             except TableError as error:

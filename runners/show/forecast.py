@@ -1,4 +1,4 @@
-"""What a plan will take on this machine."""
+"""The time and memory that a plan will take on this machine."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def forecast_table(tracer: Tracer, plan: TracePlan) -> Table:
 
 
 def predicted_seconds(plan: TracePlan, rate: float, read_rate: float | None = None) -> float:
-    """Seconds at so many operations, and bytes read, per second. Streamed weights are read while a pass computes: what
-    takes longer counts. What verifies the engine before has nothing to compute beside."""
+    """Seconds at ``rate`` operations and ``read_rate`` bytes read per second. Streamed weights are read while a pass
+    computes: the longer of the two counts. Reads that verify the engine before have no computation beside them."""
     computing = plan.flops / (USUAL_EFFICIENCY * rate)
     if read_rate is None:
         return computing
-    a_pass = plan.read_bytes / read_rate
-    return VERIFYING * a_pass + max(computing, plan.passes * a_pass)
+    reading = plan.read_bytes / read_rate
+    return VERIFYING * reading + max(computing, plan.passes * reading)
 
 
 def _duration(seconds: float) -> str:

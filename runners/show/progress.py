@@ -20,8 +20,8 @@ Report = Callable[[int, int | None], None]
 def shown_progress(
     console: Console, title: str, unit: str = "facts", quiet: bool = False, begun: int = 0
 ) -> Iterator[Report]:
-    """A function of (units done, all of them or None) that shows both, how many are done in a second, the time left,
-    and the memory that the process holds. ``begun`` units were done before."""
+    """Yields a function of (units done, all of them or None) that shows both, the units per second, the time left, and
+    the memory that the process holds. ``begun`` units were done before."""
     if quiet:
         yield lambda done, total: None
     elif console.is_terminal:
@@ -60,22 +60,26 @@ def _plain(console: Console, title: str, unit: str, begun: int) -> Report:
         now = time.monotonic()
         if done == total or now - last >= PLAIN_SECONDS:
             last = now
-            new = done - begun
-            left = f", {(now - started) / new * (total - done):.0f} s left" if total and new and done < total else ""
+            finished = done - begun
+            left = (
+                f", {(now - started) / finished * (total - done):.0f} s left"
+                if total and finished and done < total
+                else ""
+            )
             of = f"{done}/{total}" if total else f"{done}"
-            rate = _rate(new, started, unit)
+            rate = _rate(finished, started, unit)
             console.print(f"{title}: {of} {unit}, {rate}{left}, {held_memory()}", highlight=False)
 
     return show
 
 
 def held_memory() -> str:
-    """What this process holds, and of the GPU where there is one."""
-    held = f"{psutil.Process().memory_info().rss / 2**30:.1f} GiB"
+    """The memory that this process holds, and that on a GPU if it uses one."""
+    memory = f"{psutil.Process().memory_info().rss / 2**30:.1f} GiB"
     torch = sys.modules.get("torch")  # whoever computes on a GPU has imported it
     if torch is not None and torch.cuda.is_available() and torch.cuda.memory_allocated():
-        held += f", {torch.cuda.memory_reserved() / 2**30:.1f} GiB of the GPU"
-    return held
+        memory += f", {torch.cuda.memory_reserved() / 2**30:.1f} GiB of the GPU"
+    return memory
 
 
 def _rate(done: int, started: float, unit: str) -> str:

@@ -1,4 +1,4 @@
-"""What tables of results show, for the terminal."""
+"""Summaries of tables of results, for the terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import polars as pl
 from rich.table import Table
 
-from causalcone.analysis.roles import ROLES
+from causalcone.analysis.tables.traces import ROLES
 
 MOST_HEADS = 10
 
@@ -17,11 +17,11 @@ _SEVERED = {"sever_mlp": ", MLP severed", "sever_attn": ", attention severed", "
 
 def signed(effect: float) -> str:
     """Three decimals and a sign."""
-    return shown(effect, "+.3f")
+    return rounded(effect, "+.3f")
 
 
-def shown(effect: float, form: str) -> str:
-    """An effect with three decimals; nothing has no minus: averages of zeros are a zero of either sign."""
+def rounded(effect: float, form: str) -> str:
+    """An effect with three decimals, where zero has no minus sign: averages of zeros are zeros of either sign."""
     return f"{round(effect, 3) + 0.0:{form}}"
 
 
@@ -43,8 +43,8 @@ def effect_tables(averages: pl.DataFrame) -> list[Table]:
         table = new_table(f"Average indirect effect of {title}", "layer and head", *map(_spoken, ROLES))
         for state, layer in heads:
             row = _rows(averages, state).filter(layer=layer)
-            found = dict(row.select(pl.col("role").cast(pl.String), "effect").iter_rows())
-            table.add_row(_head_name(state, layer), *(signed(found[r]) if r in found else "-" for r in ROLES))
+            effects = dict(row.select(pl.col("role").cast(pl.String), "effect").iter_rows())
+            table.add_row(_head_name(state, layer), *(signed(effects[r]) if r in effects else "-" for r in ROLES))
         tables.append(table)
     return tables
 
@@ -73,7 +73,7 @@ def layer_tables(means: pl.DataFrame, title: str, form: str = "+.3f") -> list[Ta
         table = new_table(f"{title}: {which}", "layer and head", "effect")
         for state, layer in heads:
             (effect,) = _rows(means, state).filter(layer=layer)["effect"]
-            table.add_row(_head_name(state, layer), shown(effect, form))
+            table.add_row(_head_name(state, layer), rounded(effect, form))
         tables.append(table)
     return tables
 
@@ -89,7 +89,7 @@ def gradient_table(summary: pl.DataFrame) -> Table:
 
 GAP_NOTE = (
     "gap: how far the sum of an attribution is from the change in p(target) along its path. It is large for hidden "
-    "states from a zero baseline: the norm behind them undoes any scale, so that nearly all of p changes in a step "
+    "states from a zero baseline: the norm after them undoes any scale, so that nearly all of p changes in a step "
     "close to zero, which the quadrature's points miss. Use --baseline corrupted."
 )
 
@@ -184,7 +184,7 @@ def find_sites(averages: pl.DataFrame) -> Sites:
 
 
 def severed_sentence(effects: pl.DataFrame) -> str:
-    """What severing takes from restoring hidden:1, in words and numbers, where severed MLPs take the most."""
+    """A sentence on how much severing takes from restoring hidden:1, at the layer where severed MLPs take the most."""
     layer, _ = _peak(effects.filter(method="sever_mlp"), "difference")
     mlp, attn = (effects.filter(method=method, layer=layer) for method in ("sever_mlp", "sever_attn"))
     return (
@@ -195,7 +195,7 @@ def severed_sentence(effects: pl.DataFrame) -> str:
 
 
 def zeroing_sentence(curve: pl.DataFrame) -> str:
-    """Where zeroing a single state takes the most, in words and numbers."""
+    """A sentence on where zeroing a single state takes the most."""
     layer, most = _peak(curve, "effect")
     kind, window = curve.select("kind", "window").row(0)
     last = curve.sort("layer")["effect"][-1]

@@ -12,23 +12,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
 
-from causalcone.engine.edit.requests.requests import FACT_FORCING, TRACING_REVERSAL
 from causalcone.engine.errors import CausalconeError, ExperimentError
-from causalcone.engine.localize.branches import check_tokens
-from causalcone.engine.localize.states import MOST_HEADS, as_states
+from causalcone.engine.localize.options import as_tokens, check_tokens
+from causalcone.engine.localize.states import as_states
 from causalcone.engine.memory import parse_bytes
-from causalcone.runners.edits.settings import EditPlan, plan_of
-from causalcone.runners.inputs.checked_tables import CheckedTable, Count, complaints, noise_level, read_toml
-from causalcone.runners.options import EditingOptions
+from causalcone.engine.schemas import Problem
+from causalcone.runners.checked_files import CheckedTable, Count, complaints, noise_level, read_toml
+from causalcone.runners.demo.files import path_of
+from causalcone.runners.edits.settings import EditPlan
 
-Problem = Literal["error_injection", "tracing_reversal", "fact_erasure", "fact_amplification", "fact_forcing"]
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Target = Literal["label", "argmax"]
 Names = Annotated[tuple[StrictStr, ...], Field(min_length=1)]
 Tokens = StrictStr | tuple[StrictInt, ...]
 Share = Annotated[StrictFloat, Field(ge=0, le=1)]
-
-NOISY = (TRACING_REVERSAL, FACT_FORCING)
 
 
 class FilterSettings(CheckedTable):
@@ -113,6 +110,10 @@ class EditSettings(CheckedTable):
             return problem in self.generation
         return self.generation or self.references is not None
 
+    def references_path(self) -> str:
+        """The file of reference texts."""
+        return path_of(str(self.references), "snippets")
+
 
 class MomentSettings(CheckedTable):
     """Second moments for ROME and MEMIT: a file, or the texts that they are collected over."""
@@ -125,6 +126,10 @@ class MomentSettings(CheckedTable):
     column: StrictStr = "text"
     tokens: Count | Literal["all"] | None = None
     ridge: Annotated[float, Field(ge=0)] = 0.0
+
+    def file_path(self) -> str:
+        """The file of moments."""
+        return path_of(str(self.file), "moments")
 
 
 class UnitSettings(CheckedTable):
@@ -165,6 +170,14 @@ class Sweep(CheckedTable):
     contexts: StrictStr | None = None
     units: UnitSettings = UnitSettings()
 
+    def facts_path(self) -> str:
+        """The file of facts."""
+        return path_of(self.facts, "facts")
+
+    def outline_path(self) -> str:
+        """A folder, or a hub id, with the model's configuration and tokenizer."""
+        return path_of(self.model, "outline")
+
     @property
     def decisive(self) -> dict[str, Any]:
         """What decides the results, as JSON has it: all but where and in how much memory they are computed."""
@@ -177,13 +190,11 @@ class Sweep(CheckedTable):
     def plan(self, problem: str) -> EditPlan:
         """What is done to the facts that a problem is posed for."""
         assert self.edit is not None
-        chosen = self.edit.layers
-        layers = ",".join(map(str, chosen)) if isinstance(chosen, tuple) else {"preset": None}.get(chosen, chosen)
-        choice = EditingOptions(
-            method=list(self.edit.methods), problem=problem, layers=layers, preset=self.edit.preset,
-            changes=list(self.edit.set), sigma=str(self.noise.sigma),
+        edit = self.edit
+        return EditPlan.of(
+            edit.methods, problem, layers=edit.layers, preset=edit.preset, changes=edit.set,
+            sigma=self.noise.sigma, aggregate=edit.aggregate,
         )  # fmt: skip
-        return plan_of(choice, self.edit.aggregate)
 
 
 def sweep_names() -> list[str]:
@@ -253,11 +264,11 @@ def _check(named: str, sweep: Sweep) -> None:
     for key in ("trace", "zero"):
         own = getattr(sweep, key)
         if own is not None:
-            check(f"{key}.states", lambda own=own: as_states(own.states, MOST_HEADS))  # type: ignore[misc]
+            check(f"{key}.states", lambda own=own: as_states(own.states))  # type: ignore[misc]
     for key in ("trace", "sever", "zero", "gradients"):
         own = getattr(sweep, key)
         if own is not None:
-            check(f"{key}.tokens", lambda own=own: check_tokens(own.tokens))  # type: ignore[misc]
+            check(f"{key}.tokens", lambda own=own: check_tokens(as_tokens(own.tokens)))  # type: ignore[misc]
     given = [name for name in ("file", "texts", "dataset") if getattr(sweep.moments, name) is not None]
     if len(given) > 1:
         raise ExperimentError(f"{named}: moments: {' and '.join(given)} are both given; give one of the two")

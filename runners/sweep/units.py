@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from causalcone.engine.edit.requests.requests import FACT_ERASURE
+from causalcone.engine.edit.requests.requests import FACT_ERASURE, NOISY
 from causalcone.engine.edit.requests.windows import as_layers, as_windows
 from causalcone.engine.errors import ExperimentError
 from causalcone.runners.results.store import Store, StoredPart
-from causalcone.runners.sweep.config import NOISY, Sweep
+from causalcone.runners.sweep.config import Sweep
 
 FILTER, NOISE, CONTEXTS, MOMENTS = "filter", "noise", "contexts", "moments"
 TRACE, SEVER, ZERO, GRADIENTS, EDIT = "trace", "sever", "zero", "gradients", "edit"
@@ -137,8 +137,10 @@ def _preparations(sweep: Sweep) -> Iterator[str]:
     edits = sweep.edit
     if sweep.trace or sweep.sever or (edits and any(problem in NOISY for problem in edits.problems)):
         yield NOISE
-    if edits is not None and sweep.plan(edits.problems[0]).of_moments:
+    plan = None if edits is None else sweep.plan(edits.problems[0])
+    if plan is not None and plan.of_contexts:
         yield CONTEXTS
+    if plan is not None and plan.of_moments:
         yield MOMENTS
 
 
@@ -170,7 +172,7 @@ def _editing(sweep: Sweep, chosen: Chosen, problem: str, depth: int) -> Stage:
     layers = len(edit_layers(sweep, problem, depth))
     units: list[Unit] = []
     for number, setting in enumerate(sweep.plan(problem).settings):
-        size = max(1, len(facts)) if setting.joint else max(1, sweep.units.edits // layers)
+        size = max(1, len(facts)) if setting.definition.joint else max(1, sweep.units.edits // layers)
         group = f"{problem}/{setting.method}-{setting.window}"
         units += _cut(EDIT, group, facts, size, layers, problem, number)
     return Stage(EDIT, problem.replace("_", " "), "edits", tuple(units))

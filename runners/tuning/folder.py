@@ -11,8 +11,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from causalcone.engine.atomic import write_text
 from causalcone.runners.edits.study import MOMENTS
-from causalcone.runners.results.folder import ResultError, clear, differences, refuse_occupied, versions, write_whole
+from causalcone.runners.results.folder import ResultError, clear, differences, refuse_occupied, versions
 from causalcone.runners.tuning.grid import Grid, GridPoint, ProblemGrids
 
 RECORD, TABLE, PRESET, GRID = "tuning.json", "tuning.parquet", "preset.toml", "grid"
@@ -76,7 +77,7 @@ class TuningFolder:
     def write_text(self, name: str, text: str) -> None:
         """Write a file whole or not at all."""
         try:
-            write_whole(self.path / name, text)
+            write_text(self.path / name, text)
         except OSError as error:
             raise ResultError(
                 f"cannot write {self.path / name}: {error.strerror}; finished settings are kept"

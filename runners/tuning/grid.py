@@ -9,24 +9,15 @@ from typing import Any
 
 from causalcone.engine.edit.requests.requests import ERROR_INJECTION
 from causalcone.engine.errors import ExperimentError
-from causalcone.runners.edits.preset_files import place_of
+from causalcone.runners.edits.presets import keys_of
 from causalcone.runners.edits.settings import Change, EditPlan, Setting, changed, check_known, plan_of
 from causalcone.runners.options import TuningOptions
-
-_KL_FACTORS = "kl_factor=0.0625,0.9,1"
-DEFAULTS = {
-    "rome": _KL_FACTORS,
-    "memit": _KL_FACTORS,
-    "memit_joint": _KL_FACTORS,
-    "finetune": "norm_constraint=1e-4,5e-5,2e-5,1e-5",
-}
-"""The grids of Hase et al. 2023 (METHODS 4)."""
 
 _CAUTIOUS = {
     "kl_factor": 1, "covariance_weight": 1, "weight_decay": 1, "stop_loss": 1,
     "norm_constraint": -1, "clamp": -1, "lr": -1, "steps": -1,
 }  # fmt: skip
-"""Whether more of it makes an edit more cautious (1) or bolder (-1)."""
+"""Whether more of a usual hyperparameter makes an edit more cautious (1) or bolder (-1)."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +31,12 @@ class GridPoint:
     @property
     def caution(self) -> tuple[float, ...]:
         """Larger for a more cautious setting, name by name."""
-        return tuple(_CAUTIOUS.get(name, 0) * (value or 0.0) for name, value in self.values.items())
+        signs = {**_CAUTIOUS, **self.setting.definition.caution}
+        return tuple(signs.get(name, 0) * (value or 0.0) for name, value in self.values.items())
 
     def __str__(self) -> str:
         shown = {name: "never" if value is None else f"{value:g}" for name, value in self.values.items()}
-        return ", ".join(f"{name}={value}" for name, value in shown.items())
+        return ", ".join(f"{name}={value}" for name, value in shown.items()) or "the defaults"
 
 
 @dataclass(frozen=True)
@@ -84,7 +76,7 @@ def problem_grids(choice: TuningOptions) -> list[ProblemGrids]:
     axes = [_Axis.parsed(text) for text in choice.grid or ()]
     found = []
     for problem in problems:
-        plan = plan_of(choice.editing(problem), choice.aggregate)
+        plan = plan_of(choice, problem, (choice.layer,), choice.aggregate)
         _check(plan.settings, axes, choice.changes or ())
         grids = tuple(_grid(problem, setting, axes) for setting in plan.settings)
         found.append(ProblemGrids(plan, grids))
@@ -104,9 +96,14 @@ class _Axis:
         values = [value.strip() for value in listed.split(",")]
         if not key.strip() or not all(values):
             raise ExperimentError(
-                f"--grid {text!r} is no grid; give NAME=V1,V2,... such as finetune.norm_constraint=1e-2,3e-3"
+                f"--grid {text!r} is not a grid; give NAME=V1,V2,... such as finetune.norm_constraint=1e-2,3e-3"
             )
         return cls(text, tuple(Change.parsed(f"{key}={value}", "--grid") for value in values))
+
+    @classmethod
+    def of(cls, name: str, values: Sequence[float]) -> _Axis:
+        changes = [Change(f"{name}={value}", None, name, value, "--grid") for value in values]
+        return cls(", ".join(change.text for change in changes), tuple(changes))
 
     @property
     def name(self) -> str:
@@ -127,7 +124,7 @@ def _check(settings: Sequence[Setting], axes: Iterable[_Axis], given: Iterable[s
                     f"{change}: that is what the grid of {setting} varies; leave it out, or give --grid"
                 )
     for number, setting in enumerate(settings):
-        same = next((each for each in settings[:number] if place_of(each) == place_of(setting)), None)
+        same = next((each for each in settings[:number] if keys_of(each) == keys_of(setting)), None)
         if same is not None:
             raise ExperimentError(
                 f"a preset has one setting for {same} and {setting}; tune one of them, or each into a folder of its own"
@@ -152,8 +149,9 @@ def _grid(problem: str, setting: Setting, axes: Iterable[_Axis]) -> Grid:
 
 
 def _axes_of(setting: Setting, axes: Iterable[_Axis]) -> list[_Axis]:
-    """Those given for the setting's method, or by default the published one."""
-    return [axis for axis in axes if axis.is_of(setting)] or [_Axis.parsed(DEFAULTS[setting.method])]
+    """Those given for the setting's method, or by default the method's."""
+    usual = [_Axis.of(name, values) for name, values in setting.definition.grid.items()]
+    return [axis for axis in axes if axis.is_of(setting)] or usual
 
 
 def _names(axes: Iterable[_Axis]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from causalcone.engine.atomic import replacing
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.windows import as_windows
 from causalcone.runners.edits.inputs import (
@@ -44,7 +45,7 @@ def tune(source: SourceOptions, choice: TuningOptions, output: OutputOptions, co
     grids = problem_grids(choice)
     folder = TuningFolder(output.out, _configuration(source, choice, grids), output.overwrite)
     if not folder.holds(grids):
-        texts = given_texts(choice.editing(grids[0].plan.problem), grids[0].plan, _UNSCORED)
+        texts = given_texts(choice, grids[0].plan, _UNSCORED)
         try:
             _Trying(source, choice, output, console, folder, texts).all_of(grids)
         except BaseException:
@@ -92,34 +93,31 @@ class _Trying:
     def all_of(self, grids: Sequence[ProblemGrids]) -> None:
         """All settings of all problems; the model, moments and contexts are the same for each."""
         inputs = open_inputs(self.source)
-        inputs.check_memory()
-        as_windows((self.choice.layer,), 1, inputs.tracer.session.sizes.depth)
+        as_windows((self.choice.layer,), 1, inputs.session.sizes.depth)
         contexts, moments = self.texts.contexts, None
         fingerprints = {
             "facts_fingerprint": facts_fingerprint(inputs.facts),
-            "model_fingerprint": model_fingerprint(inputs.tracer.session.architecture),
+            "model_fingerprint": model_fingerprint(inputs.session.architecture),
         }
         for number, each in enumerate(grids):
             own = replace(inputs, skipped=list(inputs.skipped))
-            editing = self.choice.editing(each.plan.problem)
-            editor = editor_of(own, editing, each.plan, contexts)
+            editor = editor_of(own, self.choice, each.plan, contexts)
             if number == 0:
                 moments = self._moments(inputs, each)
-            prepared = prepared_edits(editor, moments, own, editing, each.plan, _UNSCORED)
-            self.folder.begin(inputs.tracer.session.sizes.depth)
+            prepared = prepared_edits(editor, moments, own, self.choice, each.plan, _UNSCORED)
+            self.folder.begin(inputs.session.sizes.depth)
             self._settings_of(each, prepared, fingerprints)
-            contexts = editor.contexts if each.plan.of_moments else contexts
+            contexts = editor.contexts if each.plan.of_contexts else contexts
 
     def _moments(self, inputs: Inputs, grids: ProblemGrids) -> Moments | None:
         """Those given; or collected once, and kept in the folder."""
-        editing = self.choice.editing(grids.plan.problem)
         if self.texts.running is None:
-            return moments_of(inputs, editing, grids.plan, None, self.output.quiet)
-        self.folder.begin(inputs.tracer.session.sizes.depth)
+            return moments_of(inputs, self.choice, grids.plan, None, self.output.quiet)
+        self.folder.begin(inputs.session.sizes.depth)
         kept, partial = self.folder.path / MOMENTS, self.folder.path / PARTIAL
         if kept.exists():
             return Moments.load(kept)
-        moments = moments_of(inputs, editing, grids.plan, self.texts.running, self.output.quiet, partial)
+        moments = moments_of(inputs, self.choice, grids.plan, self.texts.running, self.output.quiet, partial)
         assert moments is not None
         moments.save(kept)
         partial.unlink(missing_ok=True)
@@ -163,8 +161,8 @@ def _chosen(
                 warnings.warn(f"{grid}: {tuned[-1].choice.note}", stacklevel=2)
     table = tuning_table(tuned, choice.layer, folder.path)
     try:
-        table.write_parquet(folder.path / f"{TABLE}.tmp")
-        (folder.path / f"{TABLE}.tmp").replace(folder.path / TABLE)
+        with replacing(folder.path / TABLE) as partial:
+            table.write_parquet(partial)
     except OSError as error:
         raise ResultError(
             f"cannot write {folder.path / TABLE}: {error.strerror}; finished settings are kept"

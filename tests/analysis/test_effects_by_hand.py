@@ -209,7 +209,7 @@ GOOD = traced({"a": (0.5,)})
 @pytest.mark.parametrize("column", ["p_clean", "p_corrupted", "p_patched"])
 @pytest.mark.parametrize("value", [float("nan"), -0.1, 1.001])
 def test_what_is_no_probability_is_refused(function, column, value):
-    with pytest.raises(TableError, match=rf"fact_id a, .*layer 0, token 0: {column} is .*, which is no probability"):
+    with pytest.raises(TableError, match=rf"fact_id a, .*layer 0, token 0: {column} is .*, which is not a probability"):
         function(GOOD.with_columns(pl.lit(value).alias(column)))
 
 

@@ -10,10 +10,9 @@ import polars as pl
 import pytest
 from helpers.made_up_study import EFFECTS, SCORES, edited, traced, write_study, zeroed
 
-from causalcone.analysis.page.data import report_data
-from causalcone.analysis.papers.answer import answer
+from causalcone.analysis.page.report import report_data
 from causalcone.analysis.papers.inputs import AnalysisOptions
-from causalcone.analysis.papers.tables import paper_tables
+from causalcone.analysis.papers.tables import answer, paper_tables
 from causalcone.analysis.sweep_results import Study
 
 LATER = {"a": (0.4, 0.1, 0.1, 0.1), "b": (0.5, 0.5, 0.5, 0.1), "c": (0.1, 0.1, 0.1, 0.1)}

@@ -5,11 +5,13 @@ import pytest
 from helpers.made_up_study import EFFECTS, SCORES, TOKENS, edited, traced, write_study, zeroed
 
 from causalcone.analysis import plot
-from causalcone.analysis.page.data import report_data
+from causalcone.analysis.page.report import report_data
 from causalcone.analysis.papers.figures import paper_figures
 from causalcone.analysis.papers.inputs import AnalysisOptions
 from causalcone.analysis.papers.tables import paper_tables
 from causalcone.analysis.sweep_results import Study
+
+pytestmark = pytest.mark.slow
 
 QUICK = AnalysisOptions(draws=100)
 DRAWS = ("--draws", "100")

@@ -18,7 +18,7 @@ from matplotlib.image import imread
 from matplotlib.transforms import Bbox
 
 from causalcone.analysis import TableError, average_indirect_effect, plot
-from causalcone.analysis.plot.parts import KIND_COLORS, visible_token
+from causalcone.analysis.plot.draw import KIND_COLORS, visible_token
 
 TOKENS = ["The", " mother", " tongue", " of", " Danielle", " Dar", "rie", "ux", " is"]
 SUBJECT = (4, 8)
@@ -245,6 +245,7 @@ SIZES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "name"),
     [

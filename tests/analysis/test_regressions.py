@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from causalcone.analysis import TableError
-from causalcone.analysis.joined import edits_with_effects
-from causalcone.analysis.scores import SCORES
+from causalcone.analysis.scores import SCORES, edits_with_effects
 from causalcone.analysis.stats.correlations import layer_correlations
 from causalcone.analysis.stats.dependence import cluster_robust_tests, mixed_effects
 from causalcone.analysis.stats.regressions import regressions

@@ -197,7 +197,7 @@ def test_one_edit_of_each_fact_tells_nothing_of_facts():
 @pytest.mark.parametrize(
     ("changes", "p", "note"),
     [
-        ({"llf": float("nan")}, False, "the model cannot be fitted: its likelihood is no number"),
+        ({"llf": float("nan")}, False, "the model cannot be fitted: its likelihood is not a number"),
         ({"converged": False}, True, "the fit did not converge"),
     ],
 )

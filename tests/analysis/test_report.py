@@ -11,8 +11,7 @@ import pytest
 from helpers.odd_texts import ODD, with_odd_texts
 from helpers.sweeps import swept, write_sweep
 
-from causalcone.analysis.page.data import SCORES, report_data
-from causalcone.analysis.page.report import report
+from causalcone.analysis.page.report import SCORES, report, report_data
 from causalcone.analysis.papers.inputs import AnalysisOptions
 from causalcone.analysis.sweep_results import Study
 
@@ -24,6 +23,7 @@ def packed(study):
     return report_data(Study(study), CHOICE)
 
 
+@pytest.mark.slow
 def test_the_grids_are_the_traces(study, packed):
     traces = pl.read_parquet(study / "traces/restore/*.parquet")
     grids = packed.about["grids"]

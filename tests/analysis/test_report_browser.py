@@ -7,8 +7,7 @@ import time
 import pytest
 from helpers.odd_texts import ODD, with_odd_texts
 
-from causalcone.analysis.page.data import report_data
-from causalcone.analysis.page.report import report
+from causalcone.analysis.page.report import report, report_data
 from causalcone.analysis.papers.inputs import AnalysisOptions
 from causalcone.analysis.sweep_results import Study
 

@@ -161,7 +161,7 @@ def test_failed_edits_have_no_scores_and_edits_keep_their_order() -> None:
 def test_what_is_no_probability_is_refused(column: str, value: float) -> None:
     table = ALL_KINDS.with_columns(pl.when(prompt_kind="rewrite").then(value).otherwise(pl.col(column)).alias(column))
     where = "edit_id e, prompt_kind rewrite, prompt_index 0"
-    with pytest.raises(TableError, match=f"{where}: {column} is .*, which is no probability"):
+    with pytest.raises(TableError, match=f"{where}: {column} is .*, which is not a probability"):
         scores(edit(), table)
 
 
@@ -178,7 +178,7 @@ def test_tables_that_cannot_be_scored() -> None:
         scores(pl.concat([edit(), edit()]), ALL_KINDS)
     with pytest.raises(TableError, match=r"table of probes holds .* edit_id e, prompt_kind rewrite, prompt_index 0"):
         scores(edit(), pl.concat([ALL_KINDS, ALL_KINDS]))
-    with pytest.raises(TableError, match="no table of probes: it lacks prompt_kind"):
+    with pytest.raises(TableError, match="not a table of probes: it lacks prompt_kind"):
         scores(edit(), edit())
     with pytest.raises(TableError, match=r"edit 'e': perplexity is 8.0 before and nan after"):
         scores(edit(), ALL_KINDS, metrics(("perplexity", 8.0, nan)))

@@ -1,13 +1,16 @@
 """The command line, run in this process: what it writes, what it refuses, and what is left when it ends early."""
 
 import json
+import logging
 import os
 import sys
+import warnings
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers.command_line import basic
+from helpers.compare import assert_table_close
 from helpers.models import FACTS, gpt2
 
 import causalcone as cc
@@ -22,7 +25,7 @@ def test_trace_writes_what_the_tracer_computes(folder, tmp_path, tokenizer, run)
     assert code == 0
     tracer = cc.Tracer.from_pretrained(str(folder / "model"))
     expected = tracer.trace(FACTS, states=("hidden:1", "mlp:3"), samples=2, sigma="2sd", seed=3)
-    assert read_traces(out / "traces").equals(read_traces(expected))
+    assert_table_close(read_traces(out / "traces"), read_traces(expected), 1e-5)
     assert "6 facts" in printed
     assert "last subject" in printed.replace("\n", " ") or "last" in printed
     figures = sorted(path.name for path in (out / "plots").iterdir())
@@ -227,7 +230,7 @@ def test_parts_can_be_read_while_the_table_grows(tmp_path, monkeypatch, model, t
         for number, batch in enumerate(batches, start=1):
             table.write(batch)
             assert read_traces(tmp_path / "out" / "traces")["fact_id"].n_unique() == number
-    assert not list((tmp_path / "out" / "traces").glob("*.tmp"))
+    assert {path.suffix for path in (tmp_path / "out" / "traces").iterdir()} == {".parquet"}
 
 
 def test_help_has_examples(run):
@@ -235,3 +238,18 @@ def test_help_has_examples(run):
         code, printed, _ = run(command, "--help")
         assert code == 0
         assert f"causalcone {command} --model" in printed
+
+
+def test_log_records_are_shown_as_warnings_are(tmp_path, monkeypatch, run):
+    """A line each, once."""
+
+    def status_of(place):
+        for _ in range(2):
+            logging.getLogger("causalcone.runners.sweep").warning("the folder %s is noted", place)
+            warnings.warn("a warning", stacklevel=2)
+        raise cc.CausalconeError("the end")
+
+    monkeypatch.setattr("causalcone.runners.sweep.status.status_of", status_of)
+    code, printed, error = run("status", "study")
+    expected = ["the folder study is noted", "a warning", "the end"]
+    assert (code, printed, error.splitlines()) == (2, "", [f"causalcone: {line}" for line in expected])

@@ -215,6 +215,7 @@ def test_facts_that_the_model_does_not_know_are_left_out_and_listed(user, tmp_pa
     assert (code, "--no-filter" in error, (tmp_path / "none").exists()) == (2, True, False)
 
 
+@pytest.mark.slow
 def test_facts_without_prompts_are_edited_and_not_scored(user, tmp_path, run):
     out, facts = tmp_path / "out", tmp_path / "facts.jsonl"
     bare = dataclasses.replace(FACTS[1], target_new="Latin")
@@ -313,6 +314,7 @@ def test_the_commonest_reasons_are_told():
     assert failed_lines({}) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError("the disk is on fire")])
 def test_what_was_finished_stays_readable(failure, user, tmp_path, monkeypatch, run):
     whole = tmp_path / "whole"

@@ -71,7 +71,7 @@ def files(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.slow
+@pytest.mark.demo
 @pytest.mark.parametrize("page", ["index.md", "sweeps.md", "reproducing.md", "data.md", "editing.md", "streaming.md"])
 def test_commands_run(page, files):
     found = commands(f"docs/{page}")

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers.families import FAMILIES
+from helpers.families import EVERY_FAMILY, FAMILIES
 from helpers.models import gpt2
 from oracles.editing import Change, Prompt, changed, down, down_weight, noising, run
 from oracles.model import precision
@@ -85,7 +85,7 @@ def sampled(model, prompt, length, hooks, top_k, seed):
 # --- tokens ---
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_likeliest_tokens(family):
     model = FAMILIES[family](layers=3)
     expected = plain(model, noised=NOISED)

@@ -21,7 +21,6 @@ from helpers.editing_cases import (
     ONE_TOKEN,
     ROME,
     START,
-    collected_moments,
     editor,
     error,
     random_moments,
@@ -33,22 +32,15 @@ from helpers.models import gpt2
 
 import causalcone as cc
 from causalcone.engine.edit.deltas.delta import Delta
-from causalcone.engine.edit.methods.edits import made
+from causalcone.engine.edit.methods.edits import edit_of
 from causalcone.engine.edit.requests.requests import Request
+from causalcone.engine.edit.requests.windows import Window
 from causalcone.engine.errors import ExperimentError, FactError, ModelError
 
 BROKEN = request(replace(ONE_TOKEN, id="broken"), "fact_forcing", sigma=1e200)
 """Noise that no model survives."""
 
-
-@pytest.fixture(scope="module")
-def moments(model):
-    return random_moments(model)
-
-
-@pytest.fixture(scope="module")
-def collected(model):
-    return collected_moments(model)
+AT_ONE = Window(1, 1, (1,))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -96,7 +88,7 @@ def test_an_edit_that_breaks_the_model(model, moments):
     """It counts as failed when it is scored, here by what float32 does not hold; the others have their scores."""
     ed = editor(model, moments, dtype="float32")
     (good,) = METHODS["rome"](ed, [FORCING])
-    bad = made(INJECTION, "rome", 1, 1, 1, 0.5, Delta({1: low_rank(model, 1, size=1e50)}))
+    bad = edit_of(INJECTION, "rome", AT_ONE, steps=1, loss=0.5, delta=Delta({1: low_rank(model, 1, size=1e50)}))
     assert bad.status == "done"
     with np.errstate(all="ignore"):
         scores = ed.evaluate([bad, good], accuracy=True)
@@ -113,7 +105,10 @@ def test_an_edit_that_breaks_the_model(model, moments):
 
 def test_a_model_that_gives_no_probabilities(model):
     """Under noise that it does not survive there is nothing to be compared with; other facts have their scores."""
-    bad, good = (made(each, "rome", 1, 1, 1, 0.5, Delta({1: low_rank(model)})) for each in (BROKEN, FORCING))
+    bad, good = (
+        edit_of(each, "rome", AT_ONE, steps=1, loss=0.5, delta=Delta({1: low_rank(model)}))
+        for each in (BROKEN, FORCING)
+    )
     with np.errstate(all="ignore"):
         scores = editor(model).evaluate([bad, good], accuracy=True)
     first, second = scores.edits
@@ -208,7 +203,7 @@ def test_unknown_methods_problems_and_hyperparameters(model, tokenizer, moments)
     for ask in (ed.batches, ed.run):
         with pytest.raises(ExperimentError, match="'mend'; choose from rome, memit, memit_joint, finetune"):
             list(ask([INJECTION], "mend", (1,)))
-    with pytest.raises(ExperimentError, match="ROME edits one layer, not a window of 3"):
+    with pytest.raises(ExperimentError, match="rome edits one layer, not a window of 3"):
         ed.batches([INJECTION], "rome", (1,), 3)
     with pytest.raises(ExperimentError, match="unknown problem 'fact_injection'"):
         ed.requests(FULL, "fact_injection")

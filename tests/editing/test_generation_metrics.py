@@ -160,7 +160,7 @@ def test_facts_without_reference_texts(tmp_path: Path, relation: str | None, tar
     [
         ("[", r"snippets.json is not JSON: .* at line 1, column 2"),
         ("[" * 100_000, "nested too deeply"),
-        ({"relation_id": "P1"}, "is no list of attribute snippets"),
+        ({"relation_id": "P1"}, "is not a list of attribute snippets"),
         ([*SNIPPETS, 3], r"snippets.json: entry 4: it: "),
         ([{"relation_id": "P1", "samples": []}], "entry 0: target_id: Field required"),
         ([{"relation_id": "P1", "target_id": "Q1", "samples": [{"name": "x"}]}], r"entry 0: samples\.0\.text: "),

@@ -22,7 +22,7 @@ from helpers.editing_cases import (
     unlifted,
     weight,
 )
-from helpers.families import FAMILIES
+from helpers.families import EVERY_FAMILY, FAMILIES
 from helpers.models import FACTS
 from helpers.models import tokenizer as byte_level
 from oracles import scores as oracle_scores
@@ -31,8 +31,9 @@ from oracles.editing import Change, about_subject, down
 import causalcone as cc
 from causalcone.engine.edit import editor as editor_module
 from causalcone.engine.edit.deltas.delta import Delta, Dense
-from causalcone.engine.edit.methods.edits import failed, made
+from causalcone.engine.edit.methods.edits import edit_of
 from causalcone.engine.edit.requests.requests import PROBLEMS, Request
+from causalcone.engine.edit.requests.windows import Window
 from causalcone.engine.edit.scoring.sampled_texts import essence_texts
 from causalcone.engine.facts import target_ids
 
@@ -57,7 +58,7 @@ def deltas(model, size=0.3):
 
 
 def edit(request, delta, layer=0):
-    return made(request, "random", layer, len(delta.layers), 1, 0.0, delta)
+    return edit_of(request, "random", Window(layer, len(delta.layers), delta.layers), steps=1, loss=0.0, delta=delta)
 
 
 def edits_of(requests, changes):
@@ -147,7 +148,7 @@ def success(kind, probes, problem):
     }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EVERY_FAMILY)
 def family(request):
     return FAMILIES[request.param](3, 32, 4, dtype=torch.float64)
 
@@ -165,7 +166,7 @@ def test_the_unmodified_float64_model(family):
         assert_exact(family, [edit(FORCING, deltas(family)["ends"])], bounds=(1e-4, 5e-6))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_float32(name):
     model = FAMILIES[name](3, 32, 4, dtype=torch.float32)
     assert_exact(model, [edit(FORCING, deltas(model)["ends"]), edit(INJECTION, deltas(model)["dense"])])
@@ -315,7 +316,9 @@ def test_essence_texts_that_are_sampled(model):
 def test_failed_edits_have_no_probabilities_after(model):
     """Beside others, whose rows are as without them."""
     good = edit(ERASURE, deltas(model)["dense"])
-    bad = failed(ERASURE, "random", 2, 1, 0, float("nan"), "the loss is nan after 0 steps")
+    bad = edit_of(
+        ERASURE, "random", Window(2, 1, (2,)), steps=0, loss=float("nan"), reason="the loss is nan after 0 steps"
+    )
     editor = cc.Editor(model, byte_level())
     scores = editor.evaluate([bad, good, replace(bad, request=INJECTION)], accuracy=True)
     alone = editor.evaluate([good], accuracy=True)

@@ -16,13 +16,13 @@ from helpers.sweeps import configured, write_sweep
 from transformers import AutoConfig
 
 from causalcone import Tracer
-from causalcone.engine.edit.methods.edits import Edit
+from causalcone.engine.edit.methods.edits import Edit, edit_of
 from causalcone.engine.edit.requests.prompts import Encoder
 from causalcone.engine.edit.requests.requests import Request
+from causalcone.engine.edit.requests.windows import Window
 from causalcone.engine.errors import CausalconeError, ExperimentError
 from causalcone.engine.facts import encode
-from causalcone.engine.models import ARCHITECTURES, read_architecture
-from causalcone.engine.models.outline import outline
+from causalcone.engine.models import families, outline, read_architecture
 from causalcone.runners.facts.files import save_facts
 from causalcone.runners.sweep.config import load_sweep, sweep_names
 from causalcone.runners.sweep.forecast.counterfact_lengths import SHAPES, typical_facts
@@ -71,7 +71,7 @@ def flops(planned) -> dict[str, float]:
 
 
 def test_every_architecture_has_a_family():
-    assert set(FAMILIES) == set(ARCHITECTURES)
+    assert set(FAMILIES) == set(families())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -93,6 +93,7 @@ def test_sizes_of_the_usual_config(family):
 # --- presets ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sweep_names())
 def test_presets_are_planned_with_nothing_at_hand(alone, name):
     chosen = load_sweep(name)
@@ -139,7 +140,11 @@ def test_edits_are_counted_as_in_the_benchmark(sweep, monkeypatch, problem):
     requests = [_request(fact, problem, encoder) for fact in FULL]
 
     def edits(method: str, window: int) -> list[Edit]:
-        return [Edit(r, method, at, window, 2, 0.0, None, None) for r in requests for at in (0, 2)]
+        return [
+            edit_of(request, method, Window.around(at, window, 4), steps=2, loss=0.0)
+            for request in requests
+            for at in (0, 2)
+        ]
 
     rome, memit, finetune = chosen.plan(problem).settings
     assert editing.made(rome) == benched.rome(edits("rome", 1), contexts["rome"], 2)

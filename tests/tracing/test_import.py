@@ -1,7 +1,10 @@
 """Importing the package does nothing, and loads what it needs only where it is used."""
 
+import ast
+import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,10 +35,22 @@ def test_the_public_names_are_there():
         assert getattr(cc, name).__name__ == name
 
 
+def test_type_checkers_see_the_same_names():
+    """What editors and type checkers are told is what is imported on first use."""
+    tree = ast.parse(Path(cc.__file__).read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    typed = {alias.asname: node.module for node in imports for alias in node.names}
+    assert sorted(typed) == cc.__all__
+    for name, module in typed.items():
+        assert getattr(cc, name) is getattr(importlib.import_module(module), name)
+
+
 def test_an_unknown_name_is_an_attribute_error():
     assert not hasattr(cc, "no_such_thing")
 
 
+@pytest.mark.slow
 def test_importing_the_engine_touches_nothing_global():
     code = (
         "import random, warnings, numpy, torch\n"

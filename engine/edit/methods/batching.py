@@ -9,8 +9,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from causalcone.engine.edit.methods.objective import EditObjective
-from causalcone.engine.edit.methods.value_search import FoundValue, ValueOptimizer
+from causalcone.engine.edit.methods.value_search import EditObjective, FoundValue, ValueOptimizer
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.errors import MemoryBudgetError
 from causalcone.engine.memory import halving
@@ -22,7 +21,7 @@ Result = TypeVar("Result")
 
 
 def edit_name(request: Request) -> str:
-    """What an edit is called in messages."""
+    """The name of an edit in messages."""
     return f"the edit of fact {request.fact.id!r}"
 
 
@@ -44,7 +43,7 @@ class Batching:
         """Consecutive items whose bytes fit a share of the budget together, at least one. Raises ``MemoryBudgetError``
         with the name of one that alone takes more than the whole budget."""
         limit, held = share * self.budget.for_rows, 0
-        parts: list[list[Item]] = []
+        groups: list[list[Item]] = []
         for item in items:
             weight = weigh(item)
             if weight > self.budget.for_rows:
@@ -52,18 +51,18 @@ class Batching:
                     f"{name(item)} alone needs about {(weight + self.budget.fixed) / 2**20:.1f} MiB, the budget is "
                     f"{self.budget.total / 2**20:.1f} MiB; give more memory"
                 )
-            if not parts or held + weight > limit:
-                parts.append([])
+            if not groups or held + weight > limit:
+                groups.append([])
                 held = 0
-            parts[-1].append(item)
+            groups[-1].append(item)
             held += weight
-        return parts
+        return groups
 
     def of_requests(
-        self, requests: Sequence[Request], at: Collection[int], training: Callable[[Sequence[Request]], EditObjective]
+        self, requests: Sequence[Request], at: Collection[int], objective: Callable[[Sequence[Request]], EditObjective]
     ) -> list[list[Request]]:
-        """Requests of which what the unedited model makes of their contexts takes half of the budget."""
-        return self.of_items(requests, lambda each: self._unedited_bytes(training([each]), at), edit_name, 0.5)
+        """Requests whose contexts, passed through the unedited model, take half of the budget."""
+        return self.of_items(requests, lambda request: self._unedited_bytes(objective([request]), at), edit_name, 0.5)
 
     def of_vectors(
         self, edits: Sequence[tuple[int, int]], search: ValueOptimizer
@@ -73,8 +72,8 @@ class Batching:
         def name(edit: tuple[int, int]) -> str:
             return f"an edit of layer {edit[1]}"
 
-        for part in self.of_items(edits, lambda edit: self._cone_bytes(search, *edit), name, 0.5):
-            yield from zip(part, self.run(part, search.find), strict=True)
+        for group in self.of_items(edits, lambda edit: self._cone_bytes(search, *edit), name, 0.5):
+            yield from zip(group, self.run(group, search.find), strict=True)
 
     def run(self, items: list[Item], function: Callable[[list[Item]], list[Result]]) -> list[Result]:
         """``function`` of the items; of halves of them, where memory runs out after all."""
@@ -82,22 +81,22 @@ class Batching:
 
     @property
     def row_bytes(self) -> int:
-        """What a row weighs that goes through a layer without gradient."""
+        """Bytes of a row that goes through a layer without gradient."""
         sizes = self.sizes
-        own, kv = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim
-        return self.dtype.itemsize * (4 * sizes.hidden + 2 * own + kv)
+        queries, kv = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim
+        return self.dtype.itemsize * (4 * sizes.hidden + 2 * queries + kv)
 
-    def _unedited_bytes(self, training: EditObjective, at: Collection[int]) -> int:
+    def _unedited_bytes(self, objective: EditObjective, at: Collection[int]) -> int:
         """Stored keys and values, what is kept at the layers, and the pass itself."""
-        sizes, texts = self.sizes, training.prompts.texts
+        sizes, texts = self.sizes, objective.prompts.texts
         kv, rows = 2 * sizes.kv_heads * sizes.head_dim, sum(map(len, texts))
-        tails = int(training.prompts.tail_rows.sum())
+        tails = int(objective.prompts.tail_rows.sum())
         stored = rows * kv * (sizes.depth - min(at) - 1)
         kept = len(at) * (tails * sizes.hidden + len(texts) * (2 * sizes.hidden + sizes.inner))
         return self.dtype.itemsize * (stored + kept) + rows * self.row_bytes + 12 * sizes.vocabulary
 
     def _cone_bytes(self, search: ValueOptimizer, number: int, layer: int) -> int:
-        """What autograd keeps of an edit's rows at all layers after its own, and works with at one of them."""
+        """Bytes that autograd keeps of an edit's rows at the layers after the edited one, and uses at one of them."""
         sizes, goal, prompts = self.sizes, search.goals[number], search.prompts
         texts = np.array([*goal.contexts, goal.essence])
         rows, seen = prompts.tail_rows[texts], np.array([len(prompts.texts[text]) for text in texts])
@@ -107,7 +106,7 @@ class Batching:
 
     @property
     def saved_row_bytes(self) -> int:
-        """What autograd keeps of a row that goes through a layer."""
+        """Bytes that autograd keeps of a row that goes through a layer."""
         sizes = self.sizes
-        own, kv = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim
-        return self.dtype.itemsize * (8 * sizes.hidden + 3 * own + 2 * kv + sizes.mlp_weights // sizes.hidden)
+        queries, kv = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim
+        return self.dtype.itemsize * (8 * sizes.hidden + 3 * queries + 2 * kv + sizes.mlp_weights // sizes.hidden)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from causalcone.engine.edit.deltas.delta import Delta
-from causalcone.engine.edit.methods.value_search import FoundValue
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
 
 DONE, FAILED = "done", "failed"
 
-JOINT_MEMIT = "memit_joint"
-"""The method of edits that share one change of weights."""
 
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Edit:
     """layer: the one that is edited, or the centre of ``window`` layers; steps: updates taken; loss: the last
     evaluated; delta: the change of weights, None where the edit failed or was dropped; reason: why it failed; listed:
@@ -35,8 +32,8 @@ class Edit:
     @property
     def edit_id(self) -> str:
         """Names request, method, layer and window."""
-        place = "+".join(map(str, self.listed)) if self.listed else str(self.layer)
-        return f"{self.fact_id}/{self.request.problem}/{self.method}-{self.window}/{place}"
+        layers = "+".join(map(str, self.listed)) if self.listed else str(self.layer)
+        return f"{self.fact_id}/{self.request.problem}/{self.method}-{self.window}/{layers}"
 
     @property
     def fact_id(self) -> str:
@@ -56,36 +53,32 @@ class Edit:
         return replace(self, delta=None)
 
 
-def made(request: Request, method: str, layer: int, window: int, steps: int, loss: float, delta: Delta) -> Edit:
-    """A finished edit, which failed if its change of weights is not finite."""
-    norm = delta.norm
-    if norm != norm or norm == float("inf"):
-        return failed(request, method, layer, window, steps, loss, "the change of weights is not finite")
-    return Edit(request, method, layer, window, steps, loss, delta, norm)
-
-
-def failed(request: Request, method: str, layer: int, window: int, steps: int, loss: float, reason: str | None) -> Edit:
-    return Edit(request, method, layer, window, steps, loss, None, None, reason or "the change could not be computed")
-
-
-@dataclass(frozen=True, eq=False)
-class JointEdit:
-    """One change of the model for several requests: delta, None where none of them found its vector; found: each
-    request's vector, or the reason why it has none."""
-
-    requests: tuple[Request, ...]
-    window: Window
-    found: tuple[FoundValue, ...]
-    delta: Delta | None
-
-    def edits(self) -> list[Edit]:
-        """For each request an edit that holds the common change: what is scored and written."""
-        listed = self.window.layers if self.window.listed else ()
-        edits = []
-        for request, each in zip(self.requests, self.found, strict=True):
-            common = (request, JOINT_MEMIT, self.window.layer, self.window.size, each.steps, each.loss)
-            if each.reason is not None or self.delta is None:
-                edits.append(failed(*common, each.reason))
-            else:
-                edits.append(made(*common, self.delta))
-        return [replace(edit, listed=listed) for edit in edits]
+def edit_of(
+    request: Request,
+    method: str,
+    window: Window,
+    *,
+    steps: int,
+    loss: float,
+    delta: Delta | None = None,
+    reason: str | None = None,
+) -> Edit:
+    """The edit of a request in a window: it failed where a ``reason`` is given, or its change of weights is not
+    finite."""
+    norm = None if delta is None or reason is not None else delta.norm
+    if norm is None:
+        reason = reason or "the change could not be computed"
+    elif not math.isfinite(norm):
+        norm, reason = None, "the change of weights is not finite"
+    return Edit(
+        request=request,
+        method=method,
+        layer=window.layer,
+        window=window.size,
+        steps=steps,
+        loss=loss,
+        delta=delta if reason is None else None,
+        delta_norm=norm,
+        reason=reason,
+        listed=window.layers if window.listed else (),
+    )

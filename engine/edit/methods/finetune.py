@@ -7,31 +7,30 @@ that went into its product and the gradients of those that came out of it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from causalcone.engine.edit.deltas.delta import Delta, Dense, LowRank
+from causalcone.engine.edit.deltas.delta import Delta, Dense
 from causalcone.engine.edit.deltas.rows import Addition, changed, slices
-from causalcone.engine.edit.methods.batching import Batching, edit_name
-from causalcone.engine.edit.methods.edits import Edit, failed, made
+from causalcone.engine.edit.methods.batching import edit_name
+from causalcone.engine.edit.methods.edits import Edit, edit_of
 from causalcone.engine.edit.methods.hparams import FinetuneHparams
-from causalcone.engine.edit.requests.prompts import Encoder
+from causalcone.engine.edit.methods.method import EditableModel, Method
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
 from causalcone.engine.edit.runs.edited_runs import EditedRuns, Join, Prompts
+from causalcone.engine.edit.runs.flops import EditWork
 from causalcone.engine.edit.runs.frozen_prefix import FrozenPrefix, run_unedited
-from causalcone.engine.edit.runs.layers import Change, Layers
+from causalcone.engine.edit.runs.layers import Change
 from causalcone.engine.edit.runs.packed_runs import Text
 from causalcone.engine.models.base import Block
+from causalcone.kernels.adam import AdamState
 from causalcone.kernels.backends import Backends
-from causalcone.kernels.finetune_step import Moving, step
 from causalcone.kernels.readout_gradients import log_probability
-
-METHOD = "finetune"
 
 Item = tuple[Request, Window]
 
@@ -40,42 +39,39 @@ Item = tuple[Request, Window]
 class Finetune:
     """The method on a model."""
 
-    layers: Layers
-    encoder: Encoder
+    model: EditableModel
     hparams: FinetuneHparams
-    batching: Batching
 
     def batches(self, requests: Sequence[Request], windows: Sequence[Window]) -> Iterator[list[Edit]]:
-        """An edit of each request in each window, request by request; as many together as memory holds."""
-        items = [(request, window) for request in requests for window in windows]
-        for part in self.batching.of_items(items, self._bytes, lambda item: edit_name(item[0])):
-            yield self.batching.run(part, self._train)
+        """An edit of each request in each window, request by request, as many together as memory holds."""
+        items, batching = [(request, window) for request in requests for window in windows], self.model.batching
+        for group in batching.of_items(items, self._bytes, lambda item: edit_name(item[0])):
+            yield batching.run(group, self._train)
 
     def texts(self, request: Request) -> list[Text]:
         """The bare prompt with the target: once, or once for each sample of noise."""
         samples = 1 if request.sigma is None else self.hparams.noise_samples
-        prompts = [
-            self.encoder.prompted(request, request.fact.prompt, sample, samples).text for sample in range(samples)
-        ]
-        return [self.encoder.followed(request, text, request.target) for text in prompts]
+        encoder, prompt = self.model.encoder, request.fact.prompt
+        prompts = [encoder.prompted(request, prompt, sample, samples).text for sample in range(samples)]
+        return [encoder.followed(request, text, request.target) for text in prompts]
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _train(self, items: list[Item]) -> list[Edit]:
-        self.layers.forget()
+        self.model.layers.forget()
         edits = _EditBatch(self, items).run()
-        self.layers.forget()
+        self.model.layers.forget()
         return edits
 
     def _bytes(self, item: Item) -> int:
-        """Weights and what Adam keeps of them; rows at all layers behind the first that is edited."""
+        """Weights and what Adam keeps of them; rows at all layers after the first that is edited."""
         request, window = item
-        sizes = self.layers.architecture.sizes
-        wide = torch.promote_types(self.layers.dtype, torch.float32).itemsize
+        sizes, dtype = self.model.batching.sizes, self.model.layers.dtype
+        wide = torch.promote_types(dtype, torch.float32).itemsize
         rows = sum(map(len, self.texts(request)))
         trained = 3 * len(window.layers) * sizes.hidden * sizes.inner * wide
-        saved = rows * (sizes.depth - window.layers[0]) * self.batching.saved_row_bytes
-        kept = rows * self.layers.dtype.itemsize * (2 * sizes.hidden + sizes.inner)
+        saved = rows * (sizes.depth - window.layers[0]) * self.model.batching.saved_row_bytes
+        kept = rows * dtype.itemsize * (2 * sizes.hidden + sizes.inner)
         return trained + saved + kept
 
 
@@ -83,11 +79,11 @@ class _Trained:
     """The change of one weight: (hidden, inner), and (hidden,) of its bias, zero at first, under Adam."""
 
     def __init__(self, block: Block, dtype: torch.dtype, hparams: FinetuneHparams, backends: Backends) -> None:
-        own, bias = block.down.weight, block.down.bias
+        weight, bias = block.down.weight, block.down.bias
         self.hparams, self.backends = hparams, backends
-        self.moving = Moving.zeros_like(own, dtype)
-        self.moving_bias = None if bias is None else Moving.zeros_like(bias, dtype)
-        self.leaf = torch.zeros((), dtype=dtype, device=own.device, requires_grad=True)
+        self.moving = AdamState.zeros_like(weight, dtype)
+        self.moving_bias = None if bias is None else AdamState.zeros_like(bias, dtype)
+        self.leaf = torch.zeros((), dtype=dtype, device=weight.device, requires_grad=True)
         self.products: list[tuple[Tensor, Tensor]] = []
 
     def add(self, keys: Tensor) -> Tensor:
@@ -102,7 +98,8 @@ class _Trained:
         lr, bound = self.hparams.lr, self.hparams.norm_constraint
         self.backends.step_weight(self.moving, slopes, keys, lr, bound)
         if self.moving_bias is not None:
-            step(self.moving_bias, slopes.sum(0).to(self.moving_bias.change.dtype), lr, bound)
+            self.moving_bias.step(slopes.sum(0).to(self.moving_bias.change.dtype), lr)
+            self.moving_bias.change.clamp_(-bound, bound)
         self.products.clear()
 
     @property
@@ -136,15 +133,15 @@ class _EditBatch:
     """Edits that are trained together."""
 
     def __init__(self, method: Finetune, items: list[Item]) -> None:
-        self.method, self.items, self.layers = method, items, method.layers
+        self.method, self.items, self.layers = method, items, method.model.layers
         dtype = torch.promote_types(self.layers.dtype, torch.float32)
         self.trained: list[dict[int, _Trained]] = []
         blocks: dict[int, Block] = {}
         for _, window in items:
             for layer in window.layers:
                 blocks.setdefault(layer, self.layers.block(layer))
-            own = method.hparams, self.layers.backends
-            self.trained.append({layer: _Trained(blocks[layer], dtype, *own) for layer in window.layers})
+            options = dtype, method.hparams, self.layers.backends
+            self.trained.append({layer: _Trained(blocks[layer], *options) for layer in window.layers})
         self.first = np.array([window.layers[0] for _, window in items])
         self.texts: list[list[int]] = []
         self.prompts, self.unedited = self._unedited()
@@ -153,14 +150,14 @@ class _EditBatch:
         """All texts, once for every request, and what enters the first layer that is edited."""
         texts: list[Text] = []
         read: list[int] = []
-        known: dict[int, list[int]] = {}
+        numbers: dict[int, list[int]] = {}
         for request, _ in self.items:
-            if id(request) not in known:
-                own = self.method.texts(request)
-                known[id(request)] = list(range(len(texts), len(texts) + len(own)))
-                texts += own
-                read += [len(request.target)] * len(own)
-            self.texts.append(known[id(request)])
+            if id(request) not in numbers:
+                new = self.method.texts(request)
+                numbers[id(request)] = list(range(len(texts), len(texts) + len(new)))
+                texts += new
+                read += [len(request.target)] * len(new)
+            self.texts.append(numbers[id(request)])
         prompts = Prompts(texts, np.zeros(len(texts), dtype=np.int64), np.array(read))
         wanted = {(name, layer): prompts.tails for layer in set(self.first.tolist()) for name in _KEPT}
         return prompts, run_unedited(self.layers, texts, wanted)
@@ -175,9 +172,9 @@ class _EditBatch:
             # a loss that no step follows stays what it is: five checks in a row would all find the same
             low = np.zeros(len(live), dtype=bool) if hparams.stop_loss is None else loss[live] < hparams.stop_loss
             goes_on = np.isfinite(loss[live]) & ~low
-            for place, item in enumerate(live):
+            for number, item in enumerate(live):
                 for trained in self.trained[item].values():
-                    if goes_on[place]:
+                    if goes_on[number]:
                         trained.step()
                     else:
                         trained.products.clear()
@@ -191,12 +188,11 @@ class _EditBatch:
 
     def _edit(self, item: int, steps: int, loss: float) -> Edit:
         request, window = self.items[item]
-        common = (request, METHOD, window.layer, window.size, steps, loss)
-        listed = window.layers if window.listed else ()
         if not np.isfinite(loss):
-            return replace(failed(*common, f"the loss is {loss} after {steps} steps"), listed=listed)
-        changes: dict[int, LowRank | Dense] = {layer: own.change for layer, own in self.trained[item].items()}
-        return replace(made(*common, Delta(changes)), listed=listed)
+            reason = f"the loss is {loss} after {steps} steps"
+            return edit_of(request, FINETUNE.name, window, steps=steps, loss=loss, reason=reason)
+        delta = Delta({layer: trained.change for layer, trained in self.trained[item].items()})
+        return edit_of(request, FINETUNE.name, window, steps=steps, loss=loss, delta=delta)
 
 
 _KEPT = ("mid", "keys", "values")
@@ -225,7 +221,7 @@ class _Pass:
             none = torch.zeros(self.count, dtype=torch.float64, device=log_p.device)
             nll = none.index_add(0, self.owner, -log_p)
             loss = torch.where(self.erases, torch.exp(-nll), nll)
-            leaves = [own.leaf for trained in self.trained for own in trained.values()]
+            leaves = [weight.leaf for trained in self.trained for weight in trained.values()]
             torch.autograd.grad(loss.sum(), leaves, allow_unused=True)  # the products keep what they need
         return loss.detach().cpu().numpy()
 
@@ -246,3 +242,20 @@ class _Pass:
     def _addition(self, edit: int, layer: int) -> Addition | None:
         trained = self.trained[edit].get(layer)
         return None if trained is None else trained.add
+
+
+def _flops(work: EditWork, hparams: FinetuneHparams) -> float:
+    draws = hparams.noise_samples if work.noisy else 1
+    return work.flops.finetune(draws * work.trained.rows, draws * work.trained.read, work.windows, hparams.steps)
+
+
+FINETUNE = Method(
+    name="finetune",
+    hparams=FinetuneHparams,
+    build=Finetune,
+    flops=_flops,
+    window=1,
+    rank=None,
+    by_window=True,
+    grid={"norm_constraint": (1e-4, 5e-5, 2e-5, 1e-5)},
+)

@@ -1,37 +1,52 @@
-"""Hyperparameters of the editing methods; the defaults are the published ones for GPT-J (METHODS 4)."""
+"""Hyperparameters of the editing methods; the defaults are the published ones for GPT-J (docs/editing.md,
+"Hyperparameters")."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, get_args, get_type_hints
 
 from causalcone.engine.errors import ExperimentError
 
 
 @dataclass(frozen=True)
-class _Optimised:
-    """What all methods share: ``steps`` of Adam with learning rate ``lr``; once the loss is below ``stop_loss`` (None:
-    never) the method stops, in its own way."""
-
-    steps: int
-    lr: float
-    stop_loss: float | None
+class Hparams:
+    """Base of a method's hyperparameters, a frozen dataclass of numbers with defaults: whole ones (``int``) are at
+    least 1, others (``float``, or ``float | None``) finite and not negative."""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name in ("steps", "noise_samples"):
+        for name, kind in kinds_of(type(self)).items():
+            value = getattr(self, name)
+            if kind is int:
                 if not isinstance(value, int) or value < 1:
                     raise ExperimentError(f"{name} is {value!r}; give a whole number, at least one")
-            elif name == "stop_loss" and value is None:
+            elif value is None and type(None) in get_args(kind):
                 continue
             elif not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
                 raise ExperimentError(f"{name} is {value!r}; give a finite number that is not negative")
 
 
+def kinds_of(hparams: type[Hparams]) -> dict[str, Any]:
+    """The type of each hyperparameter: ``int``, ``float`` or ``float | None``."""
+    hints = get_type_hints(hparams)
+    return {field.name: hints[field.name] for field in fields(hparams)}
+
+
 @dataclass(frozen=True)
-class RomeHparams(_Optimised):
-    """How ROME finds v* (Meng et al. 2022). The divergence weighs ``kl_factor``, the vector's norm ``weight_decay``
-    over the square of the norm of v; the vector is kept within ``clamp`` norms of v. The last step only evaluates, but
-    in Fact Erasure."""
+class RomeHparams(Hparams):
+    """How ROME searches v* (Meng et al. 2022).
+
+    Args:
+        steps: Steps of Adam; the last only evaluates the loss, except in Fact Erasure.
+        lr: Learning rate of Adam.
+        stop_loss: The search stops once the loss is below this; None: never.
+        kl_factor: Weight of the divergence of the essence prompt's distribution.
+        weight_decay: Weight of the vector's norm, over the squared norm of the unedited value v.
+        clamp: Largest norm of the vector, in norms of v.
+
+    Raises:
+        ExperimentError: A value is negative, not finite, or (of ``steps``) not a whole number.
+    """
 
     steps: int = 20
     lr: float = 0.5
@@ -42,9 +57,21 @@ class RomeHparams(_Optimised):
 
 
 @dataclass(frozen=True)
-class MemitHparams(_Optimised):
-    """How MEMIT finds z* (as ``RomeHparams``) and spreads it over layers, against ``covariance_weight`` times the
-    second moment of their keys (Meng et al. 2023)."""
+class MemitHparams(Hparams):
+    """How MEMIT searches z* and spreads it over the layers of a window (Meng et al. 2023).
+
+    Args:
+        steps: Steps of Adam; the last only evaluates the loss.
+        lr: Learning rate of Adam.
+        stop_loss: The search stops once the loss is below this; None: never.
+        kl_factor: Weight of the divergence of the essence prompt's distribution.
+        weight_decay: Weight of the vector's norm, over the squared norm of the unedited output of the layer.
+        clamp: Largest norm of the vector, in norms of that output.
+        covariance_weight: Weight of the second moment of a layer's keys against the edited keys.
+
+    Raises:
+        ExperimentError: A value is negative, not finite, or (of ``steps``) not a whole number.
+    """
 
     steps: int = 25
     lr: float = 0.5
@@ -56,11 +83,18 @@ class MemitHparams(_Optimised):
 
 
 @dataclass(frozen=True)
-class FinetuneHparams(_Optimised):
-    """Constrained fine-tuning: every weight stays within ``norm_constraint`` of what it was (Zhu et al. 2020). No step
-    is taken while the loss is below ``stop_loss``; five such checks in a row end it, but in Fact Erasure.
+class FinetuneHparams(Hparams):
+    """Constrained fine-tuning (Zhu et al. 2020).
 
-    noise_samples: how many draws of noise are trained on at once in Fact Forcing.
+    Args:
+        steps: Steps of Adam at most.
+        lr: Learning rate of Adam.
+        stop_loss: Training ends once the loss is below this; None: never.
+        norm_constraint: Every weight stays within this distance of its value before the edit.
+        noise_samples: Draws of noise that are trained on at once in Fact Forcing.
+
+    Raises:
+        ExperimentError: A value is negative, not finite, or (of ``steps`` and ``noise_samples``) not a whole number.
     """
 
     steps: int = 25
@@ -68,6 +102,3 @@ class FinetuneHparams(_Optimised):
     stop_loss: float | None = 1e-2
     norm_constraint: float = 1e-4
     noise_samples: int = 10
-
-
-Hparams = RomeHparams | MemitHparams | FinetuneHparams

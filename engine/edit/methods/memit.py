@@ -2,156 +2,175 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from causalcone.engine.edit.deltas.delta import Delta, LowRank
-from causalcone.engine.edit.methods.batching import Batching
-from causalcone.engine.edit.methods.edits import Edit, JointEdit, failed, made
+from causalcone.engine.edit.methods.edits import Edit, edit_of
 from causalcone.engine.edit.methods.hparams import MemitHparams
-from causalcone.engine.edit.methods.memit_prefixes import Prefixes, Update, head_places
-from causalcone.engine.edit.methods.objective import EditObjective
-from causalcone.engine.edit.methods.value_search import FoundValue, ValueOptimizer
-from causalcone.engine.edit.requests.prompts import Encoder
+from causalcone.engine.edit.methods.method import EditableModel, Method
+from causalcone.engine.edit.methods.value_search import EditObjective, FoundValue, ValueOptimizer
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
-from causalcone.engine.edit.runs.layers import Layers
+from causalcone.engine.edit.runs.frozen_prefix import FrozenPrefix, Places
+from causalcone.engine.edit.runs.layers import Layers, Passed
+from causalcone.engine.edit.runs.packed_runs import Runs, in_order, spans
 from causalcone.engine.errors import ExperimentError
+from causalcone.kernels.tiles import pieces
 
-if TYPE_CHECKING:
-    from causalcone.engine.edit.moments.moments import Moments
+Update = Callable[[Tensor, slice], Tensor]
+"""What a change adds to the values (R, hidden) of rows with keys (R, inner): a slice of all rows."""
 
-METHOD = "memit"
+
+@dataclass(frozen=True, eq=False)
+class JointEdit:
+    """One change of the model for several requests: delta, None where none of them found its vector; found: each
+    request's vector, or the reason why it has none."""
+
+    requests: tuple[Request, ...]
+    window: Window
+    found: tuple[FoundValue, ...]
+    delta: Delta | None
+
+    def edits(self) -> list[Edit]:
+        """For each request an edit that holds the common change: what is scored and written."""
+        pairs = zip(self.requests, self.found, strict=True)
+        return [_edit(MEMIT_JOINT.name, request, self.window, value, self.delta) for request, value in pairs]
 
 
 @dataclass(frozen=True)
 class Memit:
-    """The method on a model."""
+    """The method on a model, every request by itself."""
 
-    layers: Layers
-    encoder: Encoder
-    moments: Moments
-    contexts: Sequence[str]
+    model: EditableModel
     hparams: MemitHparams
-    batching: Batching
 
     def batches(self, requests: Sequence[Request], windows: Sequence[Window]) -> Iterator[list[Edit]]:
-        """An edit of each request in each window, request by request; as many together as are made together."""
-        ends = sorted({window.layers[-1] for window in windows})
-        for own in self.batching.of_requests(requests, ends, self._training):
-            yield self.batching.run(own, lambda part: self._batch(part, windows, ends))
+        """An edit of each request in each window, request by request, in batches of those made together."""
+        batching, ends = self.model.batching, sorted({window.layers[-1] for window in windows})
+        for group in batching.of_requests(requests, ends, self._objective):
+            yield batching.run(group, lambda part: self._batch(part, windows, ends))
 
     @torch.inference_mode(False)
-    def _batch(self, own: Sequence[Request], windows: Sequence[Window], ends: Sequence[int]) -> list[Edit]:
-        self.layers.forget()
-        training = self._training(own)
-        search = self._search(training, windows, ends)
-        wanted = [(number, end) for number in range(len(own)) for end in ends]
-        vectors = dict(self.batching.of_vectors(wanted, search))
+    def _batch(self, requests: Sequence[Request], windows: Sequence[Window], ends: Sequence[int]) -> list[Edit]:
+        self.model.layers.forget()
+        objective = self._objective(requests)
+        search = self._search(objective, windows, ends)
+        wanted = [(number, end) for number in range(len(requests)) for end in ends]
+        vectors = dict(self.model.batching.of_vectors(wanted, search))
         by_window = []
         for window in windows:
-            found = [vectors[number, window.layers[-1]] for number in range(len(own))]
-            by_window.append(self._spread_each(own, window, search, training, found))
-        self.layers.forget()
+            values = [vectors[number, window.layers[-1]] for number in range(len(requests))]
+            by_window.append(self._spread(requests, window, search, objective, values))
+        self.model.layers.forget()
         return [edit for edits in zip(*by_window, strict=True) for edit in edits]
+
+    def _objective(self, requests: Sequence[Request]) -> EditObjective:
+        return EditObjective.of(requests, self.model.encoder, self.model.contexts)
+
+    def _search(self, objective: EditObjective, windows: Sequence[Window], ends: Sequence[int]) -> ValueOptimizer:
+        prefixes = _prefix_places(objective)
+        more = {("inputs", window.layers[0]): prefixes for window in windows}
+        return objective.search(self.model.layers, ends, "out", self.hparams, more)
+
+    def _prefixes(
+        self, window: Window, search: ValueOptimizer, objective: EditObjective, values: Sequence[FoundValue]
+    ) -> list[Prefixes]:
+        """The contexts of the requests that found their vector, if there are any."""
+        numbers = [number for number, value in enumerate(values) if value.reason is None]
+        if not numbers:
+            return []
+        goal = torch.stack([values[number].base + values[number].delta for number in numbers])
+        return [Prefixes(self.model.layers, window, search.unedited, objective, numbers, goal)]
+
+    def _spread(
+        self,
+        requests: Sequence[Request],
+        window: Window,
+        search: ValueOptimizer,
+        objective: EditObjective,
+        values: Sequence[FoundValue],
+    ) -> list[Edit]:
+        """The edit of each request."""
+        changes: list[dict[int, LowRank]] = [{} for value in values if value.reason is None]
+        for prefixes in self._prefixes(window, search, objective, values):
+            for number, layer in enumerate(window.layers):
+                keys, missing = prefixes.look(layer)
+                rest = missing / (len(window.layers) - number)
+                right = self.model.solve(layer, keys.T).T.to(keys.device)
+                # R k^T (lambda C + k k^T)^-1 = R (C^-1 k)^T / (lambda + k . C^-1 k)
+                left = rest / (self.hparams.covariance_weight + (keys * right).sum(1))[:, None]
+                left, right = left.to(self._wide), right.to(self._wide)
+                for row, change in enumerate(changes):
+                    change[layer] = LowRank(left[row, :, None], right[row, :, None])
+                if layer != window.layers[-1]:
+                    prefixes.apply(_update_each(left, right, prefixes.request))
+        deltas = iter(changes)
+        return [
+            _edit(MEMIT.name, request, window, value, None if value.reason else Delta(next(deltas)))
+            for request, value in zip(requests, values, strict=True)
+        ]
+
+    @property
+    def _wide(self) -> torch.dtype:
+        """What changes of weights are kept in."""
+        return torch.promote_types(self.model.layers.dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class JointMemit(Memit):
+    """The method on a model, all requests together."""
+
+    def batches(self, requests: Sequence[Request], windows: Sequence[Window]) -> Iterator[list[Edit]]:
+        """An edit of each request in each window, window by window; those of a window share their change."""
+        return (self.joint(requests, window).edits() for window in windows)
 
     @torch.inference_mode(False)
     def joint(self, requests: Sequence[Request], window: Window) -> JointEdit:
         """One change of the model for all requests together."""
         end = window.layers[-1]
-        self.layers.forget()
-        parts: list[Prefixes] = []
-        found: list[FoundValue] = []
-        for own in self.batching.of_requests(requests, [end], self._training):
-            training = self._training(own)
-            search = self._search(training, [window], [end])
-            vectors = [each for _, each in self.batching.of_vectors([(n, end) for n in range(len(own))], search)]
-            parts += self._heads(window, search, training, vectors)
-            found += vectors
-        delta = self._solve_together(window, parts)
-        self.layers.forget()
-        return JointEdit(tuple(requests), window, tuple(found), delta)
+        self.model.layers.forget()
+        groups: list[Prefixes] = []
+        values: list[FoundValue] = []
+        for group in self.model.batching.of_requests(requests, [end], self._objective):
+            objective = self._objective(group)
+            search = self._search(objective, [window], [end])
+            wanted = [(number, end) for number in range(len(group))]
+            vectors = [value for _, value in self.model.batching.of_vectors(wanted, search)]
+            groups += self._prefixes(window, search, objective, vectors)
+            values += vectors
+        delta = self._solve_together(window, groups)
+        self.model.layers.forget()
+        return JointEdit(tuple(requests), window, tuple(values), delta)
 
-    def _solve_together(self, window: Window, parts: Sequence[Prefixes]) -> Delta | None:
+    def _solve_together(self, window: Window, groups: Sequence[Prefixes]) -> Delta | None:
         """The change that takes all keys to their goals, layer by layer; None where no request found its vector."""
         changes: dict[int, LowRank] = {}
-        for place, layer in enumerate(window.layers if parts else ()):
+        for number, layer in enumerate(window.layers if groups else ()):
             seen = []
-            for part in parts:
-                seen.append(part.look(layer))
-                part.release()
+            for prefixes in groups:
+                seen.append(prefixes.look(layer))
+                prefixes.release()
             keys, missing = (torch.cat(column) for column in zip(*seen, strict=True))
-            rest = missing / (len(window.layers) - place)
-            right = self.moments.solve(layer, keys.T).to(keys.device)
+            rest = missing / (len(window.layers) - number)
+            right = self.model.solve(layer, keys.T).to(keys.device)
             # R K^T (lambda C + K K^T)^-1 = R (lambda + K^T C^-1 K)^-1 (C^-1 K)^T
             matrix = keys @ right
             matrix.diagonal().add_(self.hparams.covariance_weight)
             left = _solved(matrix.T, rest).T
-            changes[layer] = LowRank(left.to(self.wide), right.to(self.wide))
+            changes[layer] = LowRank(left.to(self._wide), right.to(self._wide))
             if layer != window.layers[-1]:
-                for part in parts:
-                    part.apply(_shared_update(changes[layer]))
+                for prefixes in groups:
+                    prefixes.apply(_update_all(changes[layer]))
         return Delta(changes) if changes else None
 
-    def _training(self, requests: Sequence[Request]) -> EditObjective:
-        return EditObjective.of(requests, self.encoder, self.contexts)
 
-    def _search(self, training: EditObjective, windows: Sequence[Window], ends: Sequence[int]) -> ValueOptimizer:
-        heads = head_places(training)
-        more = {("inputs", window.layers[0]): heads for window in windows}
-        return training.search(self.layers, ends, "out", self.hparams, more)
-
-    def _heads(
-        self, window: Window, search: ValueOptimizer, training: EditObjective, found: Sequence[FoundValue]
-    ) -> list[Prefixes]:
-        """The contexts of the requests that found their vector, if there are any."""
-        kept = [number for number, each in enumerate(found) if each.reason is None]
-        if not kept:
-            return []
-        goal = torch.stack([found[number].base + found[number].delta for number in kept])
-        return [Prefixes(self.layers, window, search.unedited, training, kept, goal)]
-
-    def _spread_each(
-        self,
-        requests: Sequence[Request],
-        window: Window,
-        search: ValueOptimizer,
-        training: EditObjective,
-        found: Sequence[FoundValue],
-    ) -> list[Edit]:
-        """The edit of each request by itself."""
-        changes: list[dict[int, LowRank]] = [{} for each in found if each.reason is None]
-        for heads in self._heads(window, search, training, found):
-            for place, layer in enumerate(window.layers):
-                keys, missing = heads.look(layer)
-                rest = missing / (len(window.layers) - place)
-                right = self.moments.solve(layer, keys.T).T.to(keys.device)
-                # R k^T (lambda C + k k^T)^-1 = R (C^-1 k)^T / (lambda + k . C^-1 k)
-                left = rest / (self.hparams.covariance_weight + (keys * right).sum(1))[:, None]
-                left, right = left.to(self.wide), right.to(self.wide)
-                for number, own in enumerate(changes):
-                    own[layer] = LowRank(left[number, :, None], right[number, :, None])
-                if layer != window.layers[-1]:
-                    heads.apply(_own_update(left, right, heads.request))
-        own_changes = iter(changes)
-        edits = []
-        for request, each in zip(requests, found, strict=True):
-            common = (request, METHOD, window.layer, window.size, each.steps, each.loss)
-            if each.reason is not None:
-                edits.append(failed(*common, each.reason))
-            else:
-                edits.append(made(*common, Delta(next(own_changes))))
-        listed = window.layers if window.listed else ()
-        return [replace(edit, listed=listed) for edit in edits]
-
-    @property
-    def wide(self) -> torch.dtype:
-        """What changes of weights are kept in."""
-        return torch.promote_types(self.layers.dtype, torch.float32)
+def _edit(method: str, request: Request, window: Window, value: FoundValue, delta: Delta | None) -> Edit:
+    return edit_of(request, method, window, steps=value.steps, loss=value.loss, delta=delta, reason=value.reason)
 
 
 def _solved(matrix: Tensor, right: Tensor) -> Tensor:
@@ -164,17 +183,132 @@ def _solved(matrix: Tensor, right: Tensor) -> Tensor:
         ) from error
 
 
-def _own_update(left: Tensor, right: Tensor, request: Tensor) -> Update:
+def _update_each(left: Tensor, right: Tensor, request: Tensor) -> Update:
     """Each row changed by its request's rank-one change: left (n, hidden), right (n, inner), request (R,)."""
 
     def update(keys: Tensor, rows: slice) -> Tensor:
-        own = request[rows]
-        along = (keys * right.index_select(0, own).to(keys.dtype)).sum(1, keepdim=True)
-        return along * left.index_select(0, own).to(keys.dtype)
+        numbers = request[rows]
+        along = (keys * right.index_select(0, numbers).to(keys.dtype)).sum(1, keepdim=True)
+        return along * left.index_select(0, numbers).to(keys.dtype)
 
     return update
 
 
-def _shared_update(change: LowRank) -> Update:
+def _update_all(change: LowRank) -> Update:
     """All rows changed by one change."""
     return lambda keys, _: change.to(keys.device, keys.dtype).product(keys)
+
+
+def _prefix_places(objective: EditObjective) -> Places:
+    """All tokens of all contexts up to the lookup, of all requests."""
+    texts = objective.contexts.flatten()
+    count = objective.prompts.lookup[texts] + 1
+    return np.repeat(texts, count), spans(np.zeros_like(count), count)
+
+
+class Prefixes:
+    """The contexts up to the lookups of n requests, each bare prompt first, on their way through the window.
+
+    goal (n, hidden) is what the bare prompts' outputs at the window's last layer are to become.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        window: Window,
+        unedited: FrozenPrefix,
+        objective: EditObjective,
+        numbers: Sequence[int],
+        goal: Tensor,
+    ) -> None:
+        """``numbers`` are the requests' among those of the objective; ``unedited`` holds the inputs of the window's
+        first layer at all prefixes of the objective."""
+        self.layers, self.window, self.goal = layers, window, goal.double()
+        lengths = objective.prompts.lookup[objective.contexts] + 1
+        starts = (np.cumsum(lengths) - lengths.ravel()).reshape(lengths.shape)
+        n, contexts = len(numbers), lengths.shape[1]
+        order = in_order(lengths[list(numbers)].ravel())
+        count = lengths[list(numbers)].ravel()[order]
+        first = np.cumsum(count) - count
+        bare = order % contexts == 0
+        bare_count = count[bare]
+        bare_end = np.empty(n, dtype=np.int64)
+        bare_end[order[bare] // contexts] = np.cumsum(bare_count) - 1
+
+        self.runs, self.bare_runs = (_whole_runs(counts, layers.device) for counts in (count, bare_count))
+        picked, lookup, self.bare, self.bare_lookup, self.request = (
+            torch.from_numpy(index).to(layers.device)
+            for index in (
+                spans(starts[list(numbers)].ravel()[order], count),
+                (first + count - 1)[np.argsort(order)],
+                spans(first[bare], bare_count),
+                bare_end,
+                np.repeat(order // contexts, count),
+            )
+        )
+        self.lookup = lookup.view(n, contexts)
+        self.at = window.layers[0]
+        self.rows = unedited.kept["inputs", self.at].index_select(0, picked)
+        self._passed: Passed | None = None
+
+    @torch.no_grad()
+    def look(self, layer: int) -> tuple[Tensor, Tensor]:
+        """At a layer of the window, as the layers before it are now: each request's key (n, inner), of which the bare
+        prompt's is half, and how far its output (n, hidden) at the window's last layer is from the goal; float64."""
+        while self.at < layer:
+            self.rows = self.layers.advance(self.layers.block(self.at), self.rows, self.runs).out
+            self.at += 1
+        passed = self._pass()
+        assert passed.keys is not None
+        keys = passed.keys[self.lookup].double()
+        rows = passed.out.index_select(0, self.bare)
+        for later in range(layer + 1, self.window.layers[-1] + 1):
+            rows = self.layers.advance(self.layers.block(later), rows, self.bare_runs).out
+        rest = self.goal - rows.index_select(0, self.bare_lookup).double()
+        return (keys[:, 0] + keys[:, 1:].mean(1)) / 2, rest
+
+    def release(self) -> None:
+        """Free what was seen at the layer, several times the memory of what enters it; it is computed again."""
+        self._passed = None
+
+    @torch.no_grad()
+    def apply(self, update: Update) -> None:
+        """Go through the layer that was looked at, changed."""
+        block, passed = self.layers.block(self.at), self._pass()
+        assert passed.keys is not None
+        out = torch.empty_like(passed.out)
+        for rows in pieces(len(out), self.layers.tiles.rows):
+            values = passed.values[rows] + update(passed.keys[rows], rows)
+            out[rows] = passed.mid[rows] + block.mlp_output(values)
+        self.rows = out
+        self.at += 1
+        self.release()
+
+    def _pass(self) -> Passed:
+        if self._passed is None:
+            self._passed = self.layers.advance(self.layers.block(self.at), self.rows, self.runs, keep_keys=True)
+        return self._passed
+
+
+def _whole_runs(count: np.ndarray, device: torch.device) -> Runs:
+    none = np.zeros_like(count)
+    return Runs(none, count, none, none, device)
+
+
+MEMIT = Method(
+    name="memit",
+    hparams=MemitHparams,
+    build=Memit,
+    flops=lambda work, hparams: work.flops.memit(work.searched, work.windows, hparams.steps),
+    window=5,
+    needs_moments=True,
+    contexts="memit",
+    grid={"kl_factor": (0.0625, 0.9, 1.0)},
+)
+MEMIT_JOINT = replace(
+    MEMIT,
+    name="memit_joint",
+    build=JointMemit,
+    flops=lambda work, hparams: work.flops.memit_joint(work.searched, work.windows, hparams.steps),
+    joint=True,
+)

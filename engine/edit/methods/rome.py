@@ -5,74 +5,64 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from causalcone.engine.edit.deltas.delta import Delta, LowRank
-from causalcone.engine.edit.methods.batching import Batching
-from causalcone.engine.edit.methods.edits import Edit, failed, made
+from causalcone.engine.edit.methods.edits import Edit, edit_of
 from causalcone.engine.edit.methods.hparams import RomeHparams
-from causalcone.engine.edit.methods.objective import EditObjective
-from causalcone.engine.edit.methods.value_search import FoundValue, ValueOptimizer
-from causalcone.engine.edit.requests.prompts import Encoder
+from causalcone.engine.edit.methods.method import EditableModel, Method
+from causalcone.engine.edit.methods.value_search import EditObjective, FoundValue
 from causalcone.engine.edit.requests.requests import Request
-from causalcone.engine.edit.runs.layers import Layers
-
-if TYPE_CHECKING:
-    from causalcone.engine.edit.moments.moments import Moments
-
-METHOD = "rome"
+from causalcone.engine.edit.requests.windows import Window
 
 
 @dataclass(frozen=True)
 class Rome:
     """The method on a model."""
 
-    layers: Layers
-    encoder: Encoder
-    moments: Moments
-    contexts: Sequence[str]
+    model: EditableModel
     hparams: RomeHparams
-    batching: Batching
 
-    def batches(self, requests: Sequence[Request], at: Sequence[int]) -> Iterator[list[Edit]]:
-        """An edit of each request at each of the layers ``at``, request by request; as many together as are made
-        together."""
-        for own in self.batching.of_requests(requests, at, self._training):
-            yield self.batching.run(own, lambda part: self._batch(part, at))
+    def batches(self, requests: Sequence[Request], windows: Sequence[Window]) -> Iterator[list[Edit]]:
+        """An edit of each request at each layer, request by request, in batches of those made together."""
+        batching, layers = self.model.batching, [window.layer for window in windows]
+        for group in batching.of_requests(requests, layers, self._objective):
+            yield batching.run(group, lambda part: self._batch(part, windows))
 
     @torch.inference_mode(False)
-    def _batch(self, own: Sequence[Request], at: Sequence[int]) -> list[Edit]:
-        self.layers.forget()
-        training = self._training(own)
-        keys = {("keys", layer): training.prompts.lookups for layer in at}
-        search = training.search(self.layers, at, "values", self.hparams, keys)
-        wanted = [(number, layer) for number in range(len(own)) for layer in at]
-        found = dict(self.batching.of_vectors(wanted, search))
-        directions = {layer: self._directions(search, layer) for layer in at}
-        self.layers.forget()
-        return [self._edit(own[n], (n, layer), found[n, layer], search, directions[layer][n]) for n, layer in wanted]
+    def _batch(self, requests: Sequence[Request], windows: Sequence[Window]) -> list[Edit]:
+        self.model.layers.forget()
+        layers = [window.layer for window in windows]
+        objective = self._objective(requests)
+        keys_of = {("keys", layer): objective.prompts.lookups for layer in layers}
+        search = objective.search(self.model.layers, layers, "values", self.hparams, keys_of)
+        wanted = [(number, layer) for number in range(len(requests)) for layer in layers]
+        values = dict(self.model.batching.of_vectors(wanted, search))
+        by_window = []
+        for window in windows:
+            keys = search.unedited.kept["keys", window.layer]
+            means = torch.stack([keys[list(goal.contexts)].double().mean(0) for goal in search.goals])
+            directions = self.model.solve(window.layer, means.T).T.to(keys.device)
+            by_window.append(
+                [
+                    _edit(request, window, values[number, window.layer], keys[goal.contexts[0]].double(), direction)
+                    for number, (request, goal, direction) in enumerate(
+                        zip(requests, search.goals, directions, strict=True)
+                    )
+                ]
+            )
+        self.model.layers.forget()
+        return [edit for edits in zip(*by_window, strict=True) for edit in edits]
 
-    def _directions(self, search: ValueOptimizer, layer: int) -> Tensor:
-        """(requests, inner) float64: C^-1 k* of each."""
-        keys = search.unedited.kept["keys", layer]
-        means = torch.stack([keys[list(goal.contexts)].double().mean(0) for goal in search.goals])
-        return self.moments.solve(layer, means.T).T
+    def _objective(self, requests: Sequence[Request]) -> EditObjective:
+        return EditObjective.of(requests, self.model.encoder, self.model.contexts)
 
-    def _training(self, requests: Sequence[Request]) -> EditObjective:
-        return EditObjective.of(requests, self.encoder, self.contexts)
 
-    def _edit(
-        self, request: Request, edit: tuple[int, int], found: FoundValue, search: ValueOptimizer, direction: Tensor
-    ) -> Edit:
-        number, layer = edit
-        if found.reason is not None:
-            return failed(request, METHOD, layer, 1, found.steps, found.loss, found.reason)
-        key = search.unedited.kept["keys", layer][search.goals[number].contexts[0]].double()
-        change = rank_one(key, found.delta, direction.to(key.device))
-        return made(request, METHOD, layer, 1, found.steps, found.loss, Delta({layer: change}))
+def _edit(request: Request, window: Window, value: FoundValue, key: Tensor, direction: Tensor) -> Edit:
+    delta = None if value.reason else Delta({window.layer: rank_one(key, value.delta, direction)})
+    return edit_of(request, ROME.name, window, steps=value.steps, loss=value.loss, delta=delta, reason=value.reason)
 
 
 def rank_one(key: Tensor, delta: Tensor, direction: Tensor) -> LowRank:
@@ -80,3 +70,14 @@ def rank_one(key: Tensor, delta: Tensor, direction: Tensor) -> LowRank:
     u = direction / direction.norm()
     weight = delta.double() / (key @ u)
     return LowRank(weight[:, None].to(delta.dtype), u[:, None].to(delta.dtype))
+
+
+ROME = Method(
+    name="rome",
+    hparams=RomeHparams,
+    build=Rome,
+    flops=lambda work, hparams: work.flops.rome(work.searched, [layer for (layer,) in work.windows], hparams.steps),
+    needs_moments=True,
+    contexts="rome",
+    grid={"kl_factor": (0.0625, 0.9, 1.0)},
+)

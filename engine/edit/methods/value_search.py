@@ -1,4 +1,5 @@
-"""The search for v* and z*: vectors that, added at the lookup, make the model say the target (METHODS 4).
+"""The search for v* and z*: vectors that, added at the lookup, make the model say the target (docs/editing.md,
+"Methods").
 
 All edits of a batch, at any layers, take their steps together; an edit that is done leaves the batch.
 """
@@ -6,30 +7,32 @@ All edits of a batch, at any layers, take their steps together; an edit that is 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from causalcone.engine.edit.methods.adam import Adam
 from causalcone.engine.edit.methods.hparams import MemitHparams, RomeHparams
+from causalcone.engine.edit.requests.prompts import ESSENCE, Encoder
+from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.runs.edited_runs import EditedRuns, Join, Prompts
-from causalcone.engine.edit.runs.frozen_prefix import FrozenPrefix, Places, Wanted
+from causalcone.engine.edit.runs.frozen_prefix import FrozenPrefix, Places, Wanted, run_unedited
 from causalcone.engine.edit.runs.layers import Layers
+from causalcone.engine.edit.runs.packed_runs import Text
 from causalcone.engine.models.base import Block
+from causalcone.kernels.adam import AdamState
 from causalcone.kernels.readout_gradients import divergence, log_probability
 
 Site = Literal["values", "out"]
-"""What a vector is added to: the output of a layer's down-projection, or the layer's own output."""
+"""What a vector is added to: the output of a layer's down-projection, or the layer's output."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What a request wants, by its number: contexts and essence are texts of the prompts, by number; the target's token
-    ids are read after each context, the divergence at the end of ``essence``. erases: the target is to become unlikely.
-    """
+    """The goal of a request: contexts and essence are texts of the prompts, by number; the target's token ids are read
+    after each context, the divergence at the end of ``essence``. erases: the target is to become unlikely."""
 
     contexts: tuple[int, ...]
     essence: int
@@ -47,6 +50,58 @@ class FoundValue:
     steps: int
     loss: float
     reason: str | None
+
+
+@dataclass(frozen=True)
+class EditObjective:
+    """The texts of some requests, each in its contexts and with the prompt of its subject's essence; and each request's
+    goal."""
+
+    prompts: Prompts
+    goals: list[Goal]
+
+    @classmethod
+    def of(cls, requests: Sequence[Request], encoder: Encoder, contexts: Sequence[str]) -> EditObjective:
+        texts: list[Text] = []
+        lookup: list[int] = []
+        read: list[int] = []
+        goals: list[Goal] = []
+        for request in requests:
+            first = len(texts)
+            for prompted in encoder.contexts(request, contexts):
+                texts.append(encoder.followed(request, prompted.text, request.target))
+                lookup.append(prompted.lookup)
+                read.append(len(request.target))
+            essence = encoder.prompted(request, ESSENCE)
+            texts.append(replace(essence.text, tokens=essence.text.tokens[: essence.lookup + 1]))
+            lookup.append(essence.lookup)
+            read.append(1)
+            numbers = tuple(range(first, len(texts) - 1))
+            goals.append(Goal(numbers, len(texts) - 1, request.target, request.erases))
+        return cls(Prompts(texts, np.array(lookup), np.array(read)), goals)
+
+    @property
+    def contexts(self) -> np.ndarray:
+        """(requests, contexts) texts by number, the bare prompt first."""
+        return np.array([goal.contexts for goal in self.goals])
+
+    def search(
+        self,
+        layers: Layers,
+        at: Collection[int],
+        site: Site,
+        hparams: RomeHparams | MemitHparams,
+        more: Wanted,
+    ) -> ValueOptimizer:
+        """The search for vectors at the layers ``at``, after a pass of the texts through the unedited model, of which
+        ``more`` is kept than the search needs."""
+        essence = np.array([goal.essence for goal in self.goals])
+        wanted: dict[tuple[str, int], Places] = {("out", layer): self.prompts.tails for layer in at}
+        if site == "values":
+            wanted.update({(name, layer): self.prompts.lookups for layer in at for name in ("values", "mid")})
+        distributions = essence, self.prompts.lookup[essence]
+        unedited = run_unedited(layers, self.prompts.texts, {**wanted, **more}, min(at) + 1, distributions)
+        return ValueOptimizer(layers, self.prompts, unedited, self.goals, site, hparams)
 
 
 @dataclass(frozen=True)
@@ -71,36 +126,34 @@ class ValueOptimizer:
         """The vector of each edit: a goal, by number, and a layer."""
         wide = torch.promote_types(self.layers.dtype, torch.float32)
         base = torch.stack([self.base(*edit) for edit in edits]).to(wide)
-        delta, size = torch.zeros_like(base), base.norm(dim=1)
-        adam = Adam(self.hparams.lr, delta)
-        found: list[FoundValue | None] = [None] * len(edits)
+        state, size = AdamState.zeros_like(base, wide), base.norm(dim=1)
+        values: list[FoundValue | None] = [None] * len(edits)
         live = list(range(len(edits)))
         readings = _Readings(self, edits, size)
         for step in range(self.hparams.steps):
             if not live:
                 break
-            loss, gradient = readings.evaluate(delta)
+            loss, gradient = readings.evaluate(state.change)
             updates = self._updates(step, [edits[i] for i in live])
             done = self._done(loss, updates)
-            for place, edit in enumerate(live):
-                if done[place]:
-                    found[edit] = _found(delta[place], base[edit], step, loss[place])
+            for row in np.flatnonzero(done).tolist():
+                values[live[row]] = _value(state.change[row], base[live[row]], step, loss[row])
             if done.any():
-                kept = torch.from_numpy(np.flatnonzero(~done)).to(delta.device)
-                live = [edit for place, edit in enumerate(live) if not done[place]]
-                delta, gradient = delta[kept], gradient[kept]
-                loss = loss[~done]
-                adam.keep(kept)
+                rest = torch.from_numpy(np.flatnonzero(~done)).to(base.device)
+                live = [edit for edit, is_done in zip(live, done, strict=True) if not is_done]
+                gradient, loss = gradient[rest], loss[~done]
+                state.keep(rest)
                 readings = _Readings(self, [edits[i] for i in live], size[live])
             if live:
-                delta = _clamped(delta + adam.change(gradient), self.hparams.clamp * size[live])
+                state.step(gradient, self.hparams.lr)
+                state.change = _clamped(state.change, self.hparams.clamp * size[live])
                 if step == self.hparams.steps - 1:
-                    for place, edit in enumerate(live):
-                        found[edit] = _found(delta[place], base[edit], step + 1, loss[place])
-        return [each for each in found if each is not None]
+                    for row, edit in enumerate(live):
+                        values[edit] = _value(state.change[row], base[edit], step + 1, loss[row])
+        return [value for value in values if value is not None]
 
     def joining(self, block: Block, layer: int, join: Join, vectors: Tensor) -> Tensor:
-        """The rows of runs behind the layer where their vectors, among (E, hidden), are added."""
+        """The rows of runs after the layer where their vectors, among (E, hidden), are added."""
         kept = self.unedited.kept
         added = vectors[torch.from_numpy(join.edits).to(vectors.device)]
         rows = kept["out", layer].index_select(0, join.tails)
@@ -111,7 +164,7 @@ class ValueOptimizer:
         return rows.index_copy(0, join.lookups, edited)
 
     def _updates(self, step: int, edits: Sequence[tuple[int, int]]) -> np.ndarray:
-        """(E,) which edits are updated in this step: the last one only evaluates, but where ROME erases a fact."""
+        """(E,) which edits are updated in this step: the last one only evaluates, except where ROME erases a fact."""
         last = step == self.hparams.steps - 1
         rome = isinstance(self.hparams, RomeHparams)
         return np.array([not last or (rome and self.goals[goal].erases) for goal, _ in edits])
@@ -122,15 +175,7 @@ class ValueOptimizer:
         return ~np.isfinite(loss) | low | ~updates
 
 
-def wanted_by_vectors(prompts: Prompts, at: Collection[int], site: Site) -> Wanted:
-    """What the search for vectors at the layers ``at`` starts from."""
-    wanted: dict[tuple[str, int], Places] = {("out", layer): prompts.tails for layer in at}
-    if site == "values":
-        wanted.update({(name, layer): prompts.lookups for layer in at for name in ("values", "mid")})
-    return wanted
-
-
-def _found(delta: Tensor, base: Tensor, steps: int, loss: float) -> FoundValue:
+def _value(delta: Tensor, base: Tensor, steps: int, loss: float) -> FoundValue:
     reason = None if np.isfinite(loss) else f"the loss is {loss} after {steps} steps"
     return FoundValue(delta.clone(), base, steps, float(loss), reason)
 
@@ -142,7 +187,7 @@ def _clamped(delta: Tensor, largest: Tensor) -> Tensor:
 
 
 class _Readings:
-    """What is read out of the runs of a batch of edits, and the loss that it makes."""
+    """The rows that are read out of the runs of a batch of edits, and the loss that they make."""
 
     def __init__(self, search: ValueOptimizer, edits: Sequence[tuple[int, int]], size: Tensor) -> None:
         self.search, self.size = search, size
@@ -151,12 +196,12 @@ class _Readings:
             return
         goals = search.goals
         texts = [(*goals[goal].contexts, goals[goal].essence) for goal, _ in edits]
-        of = np.repeat(np.arange(len(edits)), [len(own) for own in texts])
+        of = np.repeat(np.arange(len(edits)), [len(members) for members in texts])
         layer = np.array([layer for _, layer in edits])
-        members = np.array([text for own in texts for text in own])
+        members = np.array([text for members in texts for text in members])
         self.cone = EditedRuns(search.layers, search.prompts, layer, of, members, search.unedited)
         # by run, then in the order of what is read: the edit, its target's tokens and their weight, or its divergence
-        essence = np.concatenate([np.arange(len(own)) == len(own) - 1 for own in texts])
+        essence = np.concatenate([np.arange(len(members)) == len(members) - 1 for members in texts])
         order = self.cone.order
         device = search.layers.device
         run_goal = np.array([goal for goal, _ in edits])[of]
@@ -165,29 +210,28 @@ class _Readings:
         owner: list[int] = []
         divergent: list[tuple[int, int, int]] = []
         reference: list[int] = []
-        place = 0
+        row = 0
         for run in order:
             goal = goals[run_goal[run]]
             if essence[run]:
-                divergent.append((place, of[run], run_goal[run]))
-                place += 1
+                divergent.append((row, of[run], run_goal[run]))
+                row += 1
                 continue
             tokens = len(goal.target)
             targets += goal.target
             weights += [1 / (tokens * len(goal.contexts))] * tokens
             owner += [of[run]] * tokens
-            reference += range(place, place + tokens)
-            place += tokens
+            reference += range(row, row + tokens)
+            row += tokens
         self.targets, self.read = (torch.tensor(column, device=device) for column in (targets, reference))
         self.owner = torch.tensor(np.array(owner), device=device)
         self.weights = torch.tensor(weights, dtype=torch.float64, device=device)
-        self.divergent, self.divergent_owner, self.reference = torch.tensor(np.array(divergent), device=device).unbind(
-            1
-        )
+        columns = torch.tensor(np.array(divergent), device=device).unbind(1)
+        self.divergent, self.divergent_owner, self.reference = columns
         self.erases = torch.tensor([goals[goal].erases for goal, _ in edits], device=device)
 
     def evaluate(self, delta: Tensor) -> tuple[np.ndarray, Tensor]:
-        """The loss (E,) of each edit, and its gradient by the vectors delta (E, hidden)."""
+        """The loss (E,) of each edit, and its gradient with respect to the vectors delta (E, hidden)."""
         hparams, size = self.search.hparams, self.size
         leaf = delta.detach().requires_grad_()
         with torch.enable_grad():

@@ -29,7 +29,7 @@ from torch import Tensor
 from causalcone.engine.compute import as_dtype
 from causalcone.engine.edit.moments.identity import Identity
 from causalcone.engine.errors import ExperimentError
-from causalcone.engine.models import ARCHITECTURES
+from causalcone.engine.models import families
 from causalcone.engine.tensor_file import Layout
 
 MomentValues = tuple[Mapping[int, Tensor], Mapping[int, int], str | None, Identity | None]
@@ -37,10 +37,6 @@ MomentValues = tuple[Mapping[int, Tensor], Mapping[int, int], str | None, Identi
 
 _MOMENTS = Layout(key="causalcone.moments", noun="moments", remedy="collect the moments again")
 _SUMS = Layout(key="causalcone.sums", noun="partial sums", remedy="delete it to begin anew")
-_DOWN_PROJECTIONS = [
-    re.compile(re.escape(pattern).replace(r"\{\}", r"(\d+)") + "_")
-    for pattern in sorted({architecture.down_projection for architecture in ARCHITECTURES.values()})
-]
 
 
 def write_moments(path: str | Path, values: MomentValues, dtype: torch.dtype | str | None) -> None:
@@ -182,5 +178,7 @@ def _only_layer(path: Path, wanted: tuple[int, ...] | None) -> int:
 
 def _layer_of(path: Path) -> int | None:
     """The layer that a published file's name tells, by the name of the down-projection at its beginning."""
-    found = [match for pattern in _DOWN_PROJECTIONS if (match := pattern.match(path.name))]
-    return int(found[0][1]) if found else None
+    for name in sorted({family.down_projection for family in families().values()}):
+        if match := re.match(re.escape(name).replace(r"\{\}", r"(\d+)") + "_", path.name):
+            return int(match[1])
+    return None

@@ -1,4 +1,4 @@
-"""What is asked of an edit: a fact, a problem, and the target to train towards or away from (METHODS 4)."""
+"""Requests: a fact, a problem, and the target that is trained towards or away from (docs/editing.md, "Problems")."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from dataclasses import dataclass
 
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.facts import Fact
+from causalcone.engine.schemas import PROBLEMS
 
-ERROR_INJECTION, TRACING_REVERSAL, FACT_ERASURE, FACT_AMPLIFICATION, FACT_FORCING = PROBLEMS = (
-    "error_injection",
-    "tracing_reversal",
-    "fact_erasure",
-    "fact_amplification",
-    "fact_forcing",
-)
+ERROR_INJECTION, TRACING_REVERSAL, FACT_ERASURE, FACT_AMPLIFICATION, FACT_FORCING = PROBLEMS
+NOISY = (TRACING_REVERSAL, FACT_FORCING)
+"""The problems whose subjects carry noise."""
+
+
+def check_problem(problem: str) -> None:
+    """Raises ``ExperimentError`` for a problem that there is not."""
+    if problem not in PROBLEMS:
+        raise ExperimentError(f"unknown problem {problem!r}; choose from {', '.join(PROBLEMS)}")
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,7 @@ class Request:
     sigma: float | None = None
 
     def __post_init__(self) -> None:
-        if self.problem not in PROBLEMS:
-            raise ExperimentError(f"unknown problem {self.problem!r}; choose from {', '.join(PROBLEMS)}")
+        check_problem(self.problem)
         if not self.target:
             raise ExperimentError(f"fact {self.fact.id!r}: the request's target has no tokens; give at least one")
         if (self.sigma is None) == (self.problem == FACT_FORCING):

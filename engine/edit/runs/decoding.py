@@ -16,13 +16,15 @@ from torch import Tensor
 
 from causalcone.engine.edit.deltas.delta import Delta, Dense, LowRank
 from causalcone.engine.edit.runs.layers import Change, Layers
-from causalcone.engine.edit.runs.packed_runs import Runs, Text, spans, visible_keys
+from causalcone.engine.edit.runs.packed_runs import Runs, Text, spans
 from causalcone.engine.errors import ExperimentError, MemoryBudgetError, ModelError
 from causalcone.engine.memory import halving
 from causalcone.engine.models.base import Block
 from causalcone.engine.run.session import Session
 from causalcone.kernels.attention import attend
 from causalcone.kernels.linear import Linear
+from causalcone.kernels.log_sums import capped
+from causalcone.kernels.row_attention import visible_keys
 from causalcone.kernels.tiles import pieces
 
 
@@ -191,9 +193,7 @@ class _Model:
 
     def _next_tokens(self, states: Tensor, top_k: int | None, uniform: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.unembedding(states)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.softcap is not None:
-            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        logits = capped(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.softcap)
         if top_k is None:
             best, tokens = logits.max(-1)
             return tokens, best.isfinite()

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from causalcone.kernels.row_attention import visible_keys
+
 
 @dataclass(frozen=True)
 class Text:
@@ -108,10 +110,3 @@ def spans(start: np.ndarray, count: np.ndarray) -> np.ndarray:
     """start[0], start[0] + 1, ... (count[0] of them), then start[1], ..."""
     first = np.cumsum(count) - count
     return np.arange(int(count.sum())) + np.repeat(start - first, count)
-
-
-def visible_keys(positions: Tensor, keys: int, window: int | None) -> Tensor:
-    """(m, K) bool, which of K keys the tokens at ``positions`` (m,) see."""
-    tokens, key_positions = positions[:, None], torch.arange(keys, device=positions.device)
-    seen = key_positions <= tokens
-    return seen if window is None else seen & (key_positions > tokens - window)

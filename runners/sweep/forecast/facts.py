@@ -12,7 +12,6 @@ from causalcone.engine.errors import CausalconeError
 from causalcone.engine.facts import Fact
 from causalcone.engine.models.base import Sizes
 from causalcone.runners.edits.settings import read_contexts
-from causalcone.runners.inputs.inputs import is_demo
 from causalcone.runners.sweep.config import Sweep
 from causalcone.runners.sweep.driver import read_facts
 from causalcone.runners.sweep.forecast.counterfact_lengths import typical_facts
@@ -48,7 +47,7 @@ class PlannedFacts:
 
 def facts_of(sweep: Sweep, sizes: Sizes) -> PlannedFacts:
     """What can be known of the sweep's facts: the file's, measured with the model's tokenizer; else typical ones."""
-    if not is_demo(sweep.facts) and not Path(sweep.facts).expanduser().is_file():
+    if not Path(sweep.facts_path()).expanduser().is_file():
         count = sweep.limit or USUAL_FACTS
         source = "the sweep's limit" if sweep.limit else "a guess; set limit"
         return _typical(count, f"facts: {count:,} ({source}), since {sweep.facts} is not there")

@@ -11,20 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from causalcone.engine.edit.methods.hparams import FinetuneHparams
 from causalcone.engine.edit.moments.collect import TOKENS_PER_COMPONENT
 from causalcone.engine.edit.requests.requests import FACT_FORCING, TRACING_REVERSAL
 from causalcone.engine.edit.requests.windows import as_windows
-from causalcone.engine.edit.scoring.flops import Asked, Flops, Grown
+from causalcone.engine.edit.runs.flops import Asked, EditWork, Flops, Grown
 from causalcone.engine.edit.scoring.sampled_texts import ESSENCE_TEXTS, TEXT_TOKENS
 from causalcone.engine.edit.texts.contexts import MEMIT_TOKENS, MEMIT_WORDS, ROME_TOKENS
 from causalcone.engine.edit.texts.recall import COMPLETION_TOKENS
 from causalcone.engine.errors import ExperimentError
-from causalcone.engine.localize.branches import choose_tokens
 from causalcone.engine.localize.causal_tracing import CausalTracing, Zeroing, target_tokens
 from causalcone.engine.localize.gradients import runs_along
-from causalcone.engine.localize.options import TraceSpec
-from causalcone.engine.localize.states import State, as_states
+from causalcone.engine.localize.options import TraceSpec, ZeroSpec, choose_tokens
+from causalcone.engine.localize.states import State, as_states, states_in
 from causalcone.engine.models.base import Architecture
 from causalcone.engine.plan.cone import Shape
 from causalcone.engine.plan.cost import cost
@@ -127,13 +125,20 @@ class Counting:
     def _trace(self, stage: Stage) -> StageCost:
         own, noise = self.sweep.trace, self.sweep.noise
         assert own is not None
-        spec = TraceSpec(self._states("trace", own.states), noise.samples, 1.0, noise.seed, own.target, own.tokens)
+        spec = TraceSpec(
+            states=self._states("trace", own.states),
+            samples=noise.samples,
+            sigma=1.0,
+            target=own.target,
+            tokens=own.tokens,
+        )
         return self._restored(stage, self._some(own.facts), spec)
 
     def _sever(self, stage: Stage) -> StageCost:
         own, noise = self.sweep.sever, self.sweep.noise
         assert own is not None
-        spec = TraceSpec(as_states(("hidden:1",), 1), noise.samples, 1.0, noise.seed, own.target, own.tokens)
+        states = as_states("hidden:1")
+        spec = TraceSpec(states=states, samples=noise.samples, sigma=1.0, target=own.target, tokens=own.tokens)
         parts = [
             self._restored(stage, self._some(own.facts), replace(spec, sever=part, compat=self.sweep.compat))
             for part in own.parts
@@ -145,8 +150,8 @@ class Counting:
         restoring = CausalTracing(spec, self.architecture.sizes.depth)
 
         def one(lengths: FactLengths) -> tuple[float, int]:
-            case, branches = restoring.case(lengths.encoded(spec.target), None)
-            return self._planned(case, restoring.samples), len(branches.run)
+            trial, grid = restoring.trial(lengths.encoded(spec.target))
+            return self._planned(trial, restoring.samples), len(grid.run)
 
         flops, rows = _added(facts, one)
         return StageCost(stage, flops, {"traces": rows})
@@ -154,11 +159,12 @@ class Counting:
     def _zero(self, stage: Stage) -> StageCost:
         own = self.sweep.zero
         assert own is not None
-        zeroing = Zeroing(self._states("zero", own.states), own.tokens, self.architecture.sizes.depth)
+        spec = ZeroSpec(states=self._states("zero", own.states), target=own.target, tokens=own.tokens)
+        zeroing = Zeroing(spec, self.architecture.sizes.depth)
 
         def one(lengths: FactLengths) -> tuple[float, int]:
-            case, branches = zeroing.case(lengths.encoded(own.target))
-            return self._planned(case, 1), len(branches.run)
+            trial, grid = zeroing.trial(lengths.encoded(own.target))
+            return self._planned(trial, 1), len(grid.run)
 
         flops, rows = _added(self._some(own.facts), one)
         return StageCost(stage, flops, {"traces": rows})
@@ -186,7 +192,7 @@ class Counting:
 
     def _states(self, stage: str, states: Sequence[str]) -> tuple[State, ...]:
         try:
-            return as_states(states, self.architecture.sizes.heads)
+            return states_in(as_states(states), self.architecture.sizes.heads)
         except ExperimentError as error:
             raise ExperimentError(f"{stage}.states: {error}") from error
 
@@ -237,24 +243,22 @@ class EditCounts:
 
     def made(self, setting: Setting) -> float:
         """Edits of all facts at all layers."""
-        windows, steps = self.windows(setting), setting.hparams.steps
-        if isinstance(setting.hparams, FinetuneHparams):
-            draws = setting.hparams.noise_samples if self.problem == FACT_FORCING else 1
-            asked = self._total(lambda each, target, other: Asked.after(each.prompt, [target]))
-            return self.flops.finetune(draws * asked.rows, draws * asked.read, windows, steps)
-        whose = setting.contexts
-        assert whose is not None
-        texts = self._total(lambda each, target, other: each.searched(whose, target))
-        if setting.joint:
-            return self.flops.memit_joint(texts, windows, steps)
-        if setting.method == "rome":
-            return self.flops.rome(texts, self.layers, steps)
-        return self.flops.memit(texts, windows, steps)
+        definition = setting.definition
+        work = EditWork(
+            flops=self.flops,
+            windows=self.windows(setting),
+            searched=self._total(lambda each, target, other: each.searched(definition.contexts, target)),
+            trained=self._total(lambda each, target, other: Asked.after(each.prompt, [target])),
+            noisy=self.problem == FACT_FORCING,
+        )
+        return definition.flops(work, setting.hparams)
 
     def scored(self, setting: Setting) -> float:
         """Answers, and where asked for what is written, before and after every edit."""
         windows, last = self.windows(setting), self.sizes.depth - 1
-        rank = None if setting.method == "finetune" else sum(w for _, w in self.facts) if setting.joint else 1
+        rank: float | None = setting.definition.rank
+        if rank is not None and setting.definition.joint:
+            rank *= sum(weight for _, weight in self.facts)
         asked = self._total(lambda each, target, other: self._asked(each, target, other))
         flops = self.flops.unedited(asked, whole=any(window[0] == last for window in windows))
         flops += sum(self.flops.edited(asked, window, rank) for window in windows)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from causalcone.engine.edit.requests.problems import REVERSAL_TOKENS
 from causalcone.engine.edit.requests.prompts import ESSENCE, Encoder
 from causalcone.engine.edit.requests.requests import FACT_AMPLIFICATION, TRACING_REVERSAL, Request
-from causalcone.engine.edit.scoring.flops import Asked, Searched
+from causalcone.engine.edit.runs.flops import Asked, Searched
 from causalcone.engine.edit.texts.contexts import MEMIT_TOKENS, MEMIT_WORDS, ROME_TOKENS, Contexts
 from causalcone.engine.facts import EncodedFact, Fact, encode, target_ids
 
@@ -49,9 +49,10 @@ class FactLengths:
             return self.new or self.target, self.target
         return self.target, self.new
 
-    def searched(self, method: str, target: int) -> Searched:
-        """What a vector is searched on."""
-        return Searched.of(self.contexts[method], self.essence, target)
+    def searched(self, contexts: str | None, target: int) -> Searched:
+        """The texts that a vector is searched on: in a method's contexts, or the bare prompt."""
+        texts = self.contexts["rome"][:1] if contexts is None else self.contexts[contexts]
+        return Searched.of(texts, self.essence, target)
 
     def answers(self, target: int, other: int | None) -> Asked:
         """What edits are scored on, but for essence texts."""

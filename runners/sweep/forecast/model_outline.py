@@ -10,9 +10,8 @@ from urllib.parse import urlparse
 from urllib.request import getproxies
 
 from causalcone.engine.errors import CausalconeError, ExperimentError
+from causalcone.engine.models import outline
 from causalcone.engine.models.base import Architecture
-from causalcone.engine.models.outline import outline
-from causalcone.runners.inputs.inputs import is_demo
 from causalcone.runners.sweep.config import Sweep
 
 _EXAMPLE = "--set 'shape={model_type=\"gpt2\", n_layer=48, n_embd=1600, n_head=25, vocab_size=50257}'"
@@ -34,11 +33,7 @@ def known_tokenizer(sweep: Sweep) -> Any:
     """The tokenizer of the model's folder, or of the hub where this machine keeps a copy; None where there is none."""
     from transformers import AutoTokenizer
 
-    if is_demo(sweep.model):
-        from causalcone.runners.demo.model import demo_world, train_tokenizer
-
-        return train_tokenizer(demo_world())
-    folder = _folder(sweep.model)
+    folder = _folder(sweep.outline_path())
     try:  # the hub itself is not asked: without a network that takes a minute
         found = AutoTokenizer.from_pretrained(sweep.model if folder is None else folder, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError):
@@ -50,12 +45,7 @@ def _config(sweep: Sweep) -> tuple[str, Any]:
     """Where the model's config is from, and the config."""
     from transformers import AutoConfig
 
-    if is_demo(sweep.model):
-        from causalcone.runners.demo.model import RECIPES, demo_world, train_tokenizer
-        from causalcone.runners.demo.training import config_of
-
-        return "the demo model", config_of(train_tokenizer(demo_world()), RECIPES["demo"])
-    folder = _folder(sweep.model)
+    folder = _folder(sweep.outline_path())
     if folder is None and sweep.shape is not None:
         return "shape", _shaped(sweep.shape)
     try:

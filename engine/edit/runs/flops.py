@@ -1,4 +1,4 @@
-"""What it takes to edit and to score, counted from the lengths of texts: nothing is computed.
+"""FLOPs of editing and scoring, counted from the lengths of texts: nothing is computed.
 
 Counted are multiply-adds x 2 of all products with weights: the projections of the layers, forwards and back, what edits
 add to them, and the unembedding. Products of attention, and the solves with second moments, are left out. Lengths of
@@ -19,9 +19,9 @@ class _Counts:
     """Numbers of several requests together."""
 
     @classmethod
-    def total(cls, parts: Iterable[tuple[Self, float]]) -> Self:
-        """The sum of parts, each so many times."""
-        rows = [[times * number for number in astuple(part)] for part, times in parts]
+    def total(cls, weighted: Iterable[tuple[Self, float]]) -> Self:
+        """The sum of counts, each times its weight."""
+        rows = [[weight * number for number in astuple(counts)] for counts, weight in weighted]
         return cls(*map(sum, zip(*rows, strict=True))) if rows else cls(*[0.0] * len(fields(cls)))
 
 
@@ -30,14 +30,14 @@ class Searched(_Counts):
     """The texts that a vector is searched on: contexts with the target but its last token, and the essence prompt.
 
     requests: how many; whole: tokens of all texts; tails: those from the lookup on; read: those that are read out;
-    heads: of all contexts up to the lookup; bare: of the bare prompt up to it.
+    prefixes: of all contexts up to the lookup; bare: of the bare prompt up to it.
     """
 
     requests: float
     whole: float
     tails: float
     read: float
-    heads: float
+    prefixes: float
     bare: float
 
     @classmethod
@@ -51,7 +51,7 @@ class Searched(_Counts):
             whole=whole + essence,
             tails=whole - before + 1,
             read=len(contexts) * target + 1,
-            heads=before + len(contexts),
+            prefixes=before + len(contexts),
             bare=contexts[0][1] + 1,
         )
 
@@ -67,7 +67,7 @@ class Asked(_Counts):
 
     @classmethod
     def after(cls, prompt: int, answers: Iterable[int]) -> Asked:
-        """Answers of so many tokens after one prompt: one of a single token is read in another's run."""
+        """Answers of these lengths after one prompt: one of a single token is read in another's run."""
         longest, *others = sorted(answers, reverse=True)
         runs = [longest, *(answer for answer in others if answer > 1)]
         return cls(sum(prompt + answer - 1 for answer in runs), sum(runs), sum(runs))
@@ -75,7 +75,7 @@ class Asked(_Counts):
 
 @dataclass(frozen=True)
 class Grown(_Counts):
-    """Texts that a model goes on with: how many, their tokens, and the new tokens."""
+    """Texts that a model continues: how many, their tokens, and the new tokens."""
 
     texts: float
     tokens: float
@@ -96,45 +96,46 @@ class Flops:
     def memit(self, texts: Searched, windows: Sequence[Sequence[int]], steps: int) -> float:
         """An edit in each of the windows, of every request by itself. In each layer of a window all contexts go up to
         the lookup; from there to its end the bare prompt."""
-        spread = sum((texts.heads * len(own) + texts.bare * _pairs(len(own))) * self._layer for own in windows)
-        return 2 * (self._search(texts, {own[-1] for own in windows}, steps) + spread)
+        sizes = [len(window) for window in windows]
+        spread = sum((texts.prefixes * size + texts.bare * _pairs(size)) * self._layer for size in sizes)
+        return 2 * (self._search(texts, {window[-1] for window in windows}, steps) + spread)
 
     def memit_joint(self, texts: Searched, windows: Sequence[Sequence[int]], steps: int) -> float:
         """An edit in each of the windows, of all requests together: layers but the last are gone through once to see
         the keys, and once changed."""
         total = 0.0
-        for own in windows:
-            heads = texts.heads * (2 * len(own) - 1) + texts.bare * _pairs(len(own))
-            change = texts.heads * (len(own) - 1) * self._change(texts.requests)
-            total += self._search(texts, own[-1:], steps) + heads * self._layer + change
+        for window in windows:
+            rows = texts.prefixes * (2 * len(window) - 1) + texts.bare * _pairs(len(window))
+            change = texts.prefixes * (len(window) - 1) * self._change(texts.requests)
+            total += self._search(texts, window[-1:], steps) + rows * self._layer + change
         return 2 * total
 
     def finetune(
         self, rows: float, read: float, windows: Sequence[Sequence[int]], steps: int, first: int | None = None
     ) -> float:
-        """An edit in each of the windows, on texts of so many ``rows``, of which ``read`` are read out.
+        """An edit in each of the windows, on texts of ``rows`` tokens, of which ``read`` are read out.
 
         The rows go through the unedited model once, as far as ``first``: the last window's first layer by default.
         """
-        last = max(own[0] for own in windows) if first is None else first
-        trained = sum(self._trained(own, rows, read) for own in windows)
+        last = max(window[0] for window in windows) if first is None else first
+        trained = sum(self._trained(window, rows, read) for window in windows)
         return 2 * (rows * (last + 1) * self._layer + steps * trained)
 
     def unedited(self, asked: Asked, whole: bool = False) -> float:
         """Answers of the model as it is; ``whole``: all rows go through the last layer, where one edits it."""
         read = asked.rows if whole else asked.read
-        return 2 * (self._behind(-1, asked.rows, read) + asked.distinct * self._readout)
+        return 2 * (self._after(-1, asked.rows, read) + asked.distinct * self._readout)
 
     def edited(self, asked: Asked, window: Sequence[int], rank: float | None = 1) -> float:
         """Answers of a model with one edit, whose change of each weight has a ``rank``; None for a dense one."""
         first, *later = window
         last = self.sizes.depth - 1
         changed = asked.rows + sum(asked.read if layer == last else asked.rows for layer in later)
-        behind = self._behind(first, asked.rows, asked.read)
-        return 2 * (changed * self._change(rank) + behind + asked.distinct * self._readout)
+        after = self._after(first, asked.rows, asked.read)
+        return 2 * (changed * self._change(rank) + after + asked.distinct * self._readout)
 
     def decoding(self, texts: Grown, changed: int = 0, rank: float | None = 1) -> float:
-        """What texts go on with, token by token; in a model whose ``changed`` layers are edited."""
+        """Continuations of texts, token by token; in a model with ``changed`` edited layers."""
         rows = texts.tokens + texts.new - texts.texts
         layers = rows * self.sizes.depth * self._layer - (texts.tokens - texts.texts) * self._beyond_keys
         return 2 * (layers + texts.new * self._readout + rows * changed * self._change(rank))
@@ -147,19 +148,19 @@ class Flops:
     def _search(self, texts: Searched, layers: Collection[int], steps: int) -> float:
         """The unedited texts, the essence prompt's distribution, and the steps of a vector at each layer."""
         unedited = texts.whole * self.sizes.depth * self._layer + texts.requests * self._readout
-        stepped = (self._behind(at, texts.tails, texts.read) + texts.read * self._readout for at in layers)
+        stepped = (self._after(layer, texts.tails, texts.read) + texts.read * self._readout for layer in layers)
         return unedited + 2 * steps * sum(stepped)
 
     def _trained(self, window: Sequence[int], rows: float, read: float) -> float:
-        """One step: rows behind the window's first layer, the changes of its weights, and the readout."""
+        """One step: rows after the window's first layer, the changes of its weights, and the readout."""
         last = self.sizes.depth - 1
         first, *later = window
         change = 2 * rows  # its product, and its weight's gradient; the first layer's keys need none
         change += sum(3 * (read if layer == last else rows) for layer in later)
-        return 2 * (self._behind(first, rows, read) + read * self._readout) + change * self._change(None)
+        return 2 * (self._after(first, rows, read) + read * self._readout) + change * self._change(None)
 
-    def _behind(self, layer: int, rows: float, read: float) -> float:
-        """Rows through all layers behind this one: in the last, those that are not read give keys and values only."""
+    def _after(self, layer: int, rows: float, read: float) -> float:
+        """Rows through all layers after this one: in the last, those that are not read give keys and values only."""
         layers = self.sizes.depth - 1 - layer
         return rows * layers * self._layer - (rows - read) * self._beyond_keys if layers else 0
 
@@ -182,6 +183,18 @@ class Flops:
     @property
     def _readout(self) -> int:
         return self.sizes.hidden * self.sizes.vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditWork:
+    """Edits of some requests in each of the windows. searched: the texts that a vector is searched on, in the method's
+    contexts; trained: the bare prompts with their targets; noisy: whether subjects carry noise (Fact Forcing)."""
+
+    flops: Flops
+    windows: Sequence[Sequence[int]]
+    searched: Searched
+    trained: Asked
+    noisy: bool
 
 
 def _pairs(layers: int) -> int:

@@ -1,8 +1,7 @@
-"""What blocks of several architectures are made of: rotary positions, activations."""
+"""Rotary positions: queries and keys turned by angles that grow with their position."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,20 +9,6 @@ import torch
 from torch import Tensor
 
 from causalcone.engine.errors import ModelError
-
-_FUSED_ACTIVATIONS = {
-    "NewGELUActivation": "gelu_tanh",
-    "GELUTanh": "gelu_tanh",
-    "GELUActivation": "gelu",
-    "ReLU": "relu",
-    "SiLUActivation": "silu",
-    "SiLU": "silu",
-}
-
-
-def activation_of(module: Any) -> str | Callable[[Tensor], Tensor]:
-    """A name that ``Linear`` can apply in its product, or the model's own function."""
-    return _FUSED_ACTIVATIONS.get(type(module).__name__, module)
 
 
 @dataclass(frozen=True)
@@ -76,11 +61,6 @@ def turn(heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> 
     turned[..., left].mul_(cos).addcmul_(heads[..., right], sin, value=-1)
     turned[..., right].mul_(cos).addcmul_(heads[..., left], sin)
     return turned
-
-
-def rotary_of(module: Any, positions: int, dtype: torch.dtype, device: torch.device) -> Rotary:
-    """The tables that a model's own rotary module computes, for ``positions`` tokens."""
-    return Rotary.of(module.inv_freq.to(device), positions, dtype, module.attention_scaling)
 
 
 def refuse_length_dependent(module: Any) -> None:

@@ -1,4 +1,5 @@
-"""Refuses models whose parameters, read directly, would not give what the model's own forward computes."""
+"""The model's own forward: its logits to compare with, and the refusal of models whose parameters, read directly, would
+not give what it computes."""
 
 from __future__ import annotations
 
@@ -6,13 +7,27 @@ import re
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from causalcone.engine.errors import ModelError
 
 
+@torch.no_grad()
+def model_logits(model: Any, ids: Tensor) -> Tensor:
+    """The model's logits (1, T, V) of token ids (1, T) without dropout, its training mode left as it was."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        return model(ids, use_cache=False, output_hidden_states=False, output_attentions=False, return_dict=True).logits
+    finally:
+        for module in training:
+            module.training = True
+
+
 def refuse_unreadable(model: Any, modules: dict[str, type]) -> None:
     """Raise ``ModelError`` naming what is in the way: quantization, offloading, adapters, hooks, or custom code.
-    ``modules`` gives the exact class of modules by name ('*' is any number)."""
+    ``modules`` are those of ``Architecture``."""
     refuse_changed(model, modules)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -41,7 +56,7 @@ def refuse_unfinite(model: Any) -> None:
             raise ModelError(f"the parameter {name} holds NaN or infinity; the weights are damaged, load them again")
 
 
-def is_finite(values: torch.Tensor) -> bool:
+def is_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite."""
     return not values.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
 
@@ -55,22 +70,21 @@ def _hooks(module: torch.nn.Module) -> bool:
 
 
 def _refuse_custom_code(model: Any, modules: dict[str, type]) -> None:
-    expected = [
-        (re.compile(name.replace(".", r"\.").replace("*", r"\d+") + r"\Z"), cls) for name, cls in modules.items()
-    ]
-    found = set()
+    present = set()
+    patterns = {name: re.compile(re.escape(name.rstrip("?")).replace(r"\*", r"\d+") + r"\Z") for name in modules}
     for name, module in model.named_modules():
-        for pattern, cls in expected:
+        for expected, pattern in patterns.items():
             if pattern.match(name):
-                found.add(pattern)
-                if type(module) is not cls:
+                present.add(expected)
+                if type(module) is not modules[expected]:
                     raise ModelError(
-                        f"{_named(name)} is a {type(module).__name__} where {cls.__name__} is expected; wrapped "
-                        "models (LoRA, quantization) and custom code are not supported: load the plain, merged model"
+                        f"{_named(name)} is a {type(module).__name__} where {modules[expected].__name__} is expected; "
+                        "wrapped models (LoRA, quantization) and custom code are not supported: load the plain, merged "
+                        "model"
                     )
-    for pattern, cls in expected:
-        if pattern not in found:
-            raise ModelError(f"the model has no {cls.__name__} where one is expected ({pattern.pattern})")
+    for expected, kind in modules.items():
+        if expected not in present and not expected.endswith("?"):
+            raise ModelError(f"the model has no {kind.__name__} where one is expected ({expected})")
 
 
 def _named(name: str) -> str:

@@ -1,0 +1,100 @@
+"""A method of editing: everything that is known of it, in one value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from torch import Tensor
+
+from causalcone.engine.edit.methods.batching import Batching
+from causalcone.engine.edit.methods.edits import Edit
+from causalcone.engine.edit.methods.hparams import Hparams
+from causalcone.engine.edit.requests.prompts import Encoder
+from causalcone.engine.edit.requests.requests import Request
+from causalcone.engine.edit.requests.windows import Window, as_layers, as_windows
+from causalcone.engine.edit.runs.flops import EditWork
+from causalcone.engine.edit.runs.layers import Layers
+from causalcone.engine.errors import ExperimentError
+
+if TYPE_CHECKING:
+    from causalcone.engine.edit.moments.moments import Moments
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditableModel:
+    """What a method works with. layers: the model's, which edited runs pass through; batching: how many edits fit into
+    memory; contexts: texts put before prompts, for methods that need them."""
+
+    layers: Layers
+    encoder: Encoder
+    batching: Batching
+    contexts: Sequence[str] = ()
+    moments: Moments | None = None
+
+    def solve(self, layer: int, right: Tensor) -> Tensor:
+        """C^-1 right (inner, n) with the second moment C of the layer's keys."""
+        assert self.moments is not None
+        return self.moments.solve(layer, right)
+
+
+class EditMaker(Protocol):
+    """A method on a model."""
+
+    def batches(self, requests: Sequence[Request], windows: Sequence[Window]) -> Iterator[list[Edit]]:
+        """An edit of each request in each window, request by request, in batches of those made together."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Method:
+    """A method of editing.
+
+    name: what options and tables call it; hparams: the class of its hyperparameters; build: makes it on a model; flops:
+    what it takes to edit, in multiply-adds x 2.
+    window: how many layers it edits together by default; None for a method of one layer; joint: whether all requests
+    share one change of the weights; rank: of the change of a weight per request, None for a dense one.
+    needs_moments: whether it needs second moments of the edited layers; contexts: whose contexts it needs.
+    preset_name: the method whose settings a preset has for it, itself by default; by_window: whether presets have
+    settings for each size of window; grid: the values that tuning tries by default; caution: for each hyperparameter
+    whether more of it makes an edit more cautious (1) or bolder (-1).
+    """
+
+    name: str
+    hparams: type[Hparams]
+    build: Callable[[EditableModel, Any], EditMaker]
+    flops: Callable[[EditWork, Any], float]
+    window: int | None = None
+    joint: bool = False
+    rank: int | None = 1
+    needs_moments: bool = False
+    contexts: Literal["rome", "memit"] | None = None
+    preset_name: str = ""
+    by_window: bool = False
+    grid: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    caution: Mapping[str, Literal[1, -1]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.preset_name:
+            object.__setattr__(self, "preset_name", self.name)
+
+    def size(self, window: int | None) -> int:
+        """How many layers are edited together where ``window`` are asked for."""
+        if window is None:
+            return self.window or 1
+        if self.window is None and window != 1:
+            raise ExperimentError(f"{self.name} edits one layer, not a window of {window}; choose another method")
+        return window
+
+    def windows(self, layers: Any, window: int | None, depth: int) -> list[Window]:
+        """The windows that are edited: around each layer, or as listed."""
+        size = self.size(window)
+        return as_windows(as_layers(layers, depth) if self.window is None else layers, size, depth)
+
+    def checked(self, hparams: Hparams | None) -> Hparams:
+        """The hyperparameters, by default all at their defaults; refuses those of other methods."""
+        if hparams is None:
+            return self.hparams()
+        if not isinstance(hparams, self.hparams):
+            raise ExperimentError(f"the hyperparameters are {type(hparams).__name__}; give {self.hparams.__name__}")
+        return hparams

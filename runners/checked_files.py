@@ -1,0 +1,96 @@
+"""Files that users write, read with plain complaints; tables of TOML files checked with pydantic."""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from causalcone.engine.errors import CausalconeError, ExperimentError, FactError
+
+Count = Annotated[StrictInt, Field(ge=1)]
+
+
+class CheckedTable(BaseModel):
+    """A table of the file; a key that it cannot have is refused by name."""
+
+    model_config = ConfigDict(frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, table: Any) -> Any:
+        known = cls.model_fields
+        unknown = [key for key in table if key not in known] if isinstance(table, Mapping) else []
+        if unknown:
+            names = {"unknown": ", ".join(map(repr, unknown)), "known": ", ".join(known)}
+            raise PydanticCustomError("unknown_key", "cannot have {unknown}, only {known}", names)
+        return table
+
+
+def read_text(path: Path, error: type[CausalconeError] = FactError) -> str:
+    """The text of a UTF-8 file; raises an ``error`` that says why there is none."""
+    if path.is_dir():
+        raise error(f"{path} is a folder; give a file in it")
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise error(f"{path} does not exist") from None
+    except OSError as reason:
+        raise error(f"cannot read {path}: {reason.strerror}") from reason
+    except UnicodeDecodeError as reason:
+        raise error(f"{path} is not UTF-8 text (byte {reason.start}); save it as UTF-8") from reason
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file. Raises ``ExperimentError`` for one that cannot be read."""
+    try:
+        return tomllib.loads(read_text(path, ExperimentError))
+    except tomllib.TOMLDecodeError as error:
+        raise ExperimentError(f"{path} is not TOML: {error}") from error
+
+
+def noise_level(value: Any) -> float | str:
+    """A level of noise: a number, or a string such as "3sd"."""
+    if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?sd", value):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf:
+        return float(value)
+    raise PydanticCustomError("sigma", 'must be a number that is not negative, or a string like "3sd"')
+
+
+PLAINER: Mapping[str, str] = {
+    "missing": "is missing",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "tuple_type": "must be a list",
+    "dict_type": "must be a table",
+    "model_type": "must be a table",
+    "greater_than_equal": "must be at least {ge}",
+    "too_short": "is empty",
+    "bool_type": "must be true or false",
+    "string_type": "must be a string",
+    "finite_number": "must be a finite number",
+    "literal_error": "must be {expected}",
+}
+"""Plain words for pydantic's kinds of errors."""
+
+_ALTERNATIVE = re.compile(r"bool|int|float|str|constrained-.*|.*\[.*")
+"""Pydantic adds such names to a key for each of the types that its value may be of."""
+
+
+def complaints(error: ValidationError) -> Iterator[str]:
+    """Complaints about a table, a line for each key."""
+    lines: dict[str, list[str]] = {}
+    for problem in error.errors(include_url=False):
+        plainer = PLAINER.get(problem["type"])
+        text = plainer.format(**problem.get("ctx", {})) if plainer else problem["msg"]
+        keys = [str(key) for key in problem["loc"] if not _ALTERNATIVE.fullmatch(str(key))]
+        lines.setdefault(".".join(keys), []).append(text)
+    for key, texts in lines.items():
+        yield f"{key} {', or '.join(dict.fromkeys(texts))}".strip()
