@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import polars as pl
 
-from causalcone.engine.edit.requests.requests import PROBLEMS
+from causalcone.engine.schemas import PROBLEMS
 
 METHODS = {"rome": "ROME", "memit": "MEMIT", "memit_joint": "joint MEMIT", "finetune": "FT"}
 
