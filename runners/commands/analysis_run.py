@@ -16,7 +16,7 @@ from causalcone.analysis.scores import Aggregate
 from causalcone.analysis.sweep_results import State, Study
 from causalcone.engine.atomic import write_text
 from causalcone.engine.errors import ExperimentError
-from causalcone.engine.localize.states import MOST_HEADS, as_states
+from causalcone.engine.localize.states import HEADS, as_states
 from causalcone.runners.options import StudyOptions
 from causalcone.runners.results.folder import ResultError
 
@@ -86,10 +86,10 @@ def open_study(analysis: StudyOptions, mixed: bool = False) -> tuple[Study, Anal
         _check_choice("--compat", analysis.compat, get_args(Compat))
     state: State | None = None
     if analysis.state is not None:
-        states = as_states((analysis.state,), MOST_HEADS)
-        if len(states) > 1:
+        (parsed,) = as_states((analysis.state,))
+        if parsed.kind == HEADS:
             raise ExperimentError(f"--state is {analysis.state!r}; give one state, such as mlp:5 or head.3:1")
-        state = (states[0].kind, states[0].window)
+        state = (parsed.kind, parsed.window)
     options = AnalysisOptions(
         state=state,
         at=analysis.at,  # type: ignore[arg-type]
