@@ -140,12 +140,7 @@ def described(config: PretrainedConfig, sizes: Sizes) -> str:
 
 def parse() -> argparse.Namespace:
     parser = command.parser(__doc__, naive_fraction=0.01, least=40)
-    parser.add_argument(
-        "--only",
-        type=partial(command.chosen, of=tuple(FAMILIES)),
-        default=list(FAMILIES),
-        help=f"comma-separated, of {','.join(FAMILIES)} (all)",
-    )
+    command.add_names(parser, "--only", FAMILIES)
     return command.parse(parser)
 
 

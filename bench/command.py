@@ -6,13 +6,14 @@ import argparse
 import gc
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from measure import measure_both, say
 from naive import Limits
-from report import RESULTS, Growing
+from report import RESULTS, Growing, record, write_json
 from studies import Study
 from workload import DATA
 
@@ -31,10 +32,22 @@ def parser(doc: str | None, naive_fraction: float, least: int) -> argparse.Argum
     shared.add_argument("--naive-least", type=int, default=least, help=f"values timed at least ({least})")
     shared.add_argument("--memory", help="memory for a pass, such as 2GiB (half of what is free)")
     shared.add_argument("--data", type=Path, default=DATA, help="folder of counterfact_prompts.json, gpt2-tokenizer/")
-    shared.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON (bench/results)")
-    shared.add_argument("--record", action="store_true", help="put the table into bench/RESULTS.md")
-    shared.add_argument("--toy", action="store_true", help="a tiny model, to try the script")
+    add_output(shared, "a tiny model, to try the script")
     return shared
+
+
+def add_output(to: argparse.ArgumentParser, toy: str) -> None:
+    """The options of every script: where results go, and the one to try it, with its help."""
+    to.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON (bench/results)")
+    to.add_argument("--record", action="store_true", help="put the table into bench/RESULTS.md")
+    to.add_argument("--toy", action="store_true", help=toy)
+
+
+def add_names(to: argparse.ArgumentParser, option: str, names: Iterable[str]) -> None:
+    """An option that takes some of the names, separated by commas, and is all of them if it is not given."""
+    of = tuple(names)
+    listed = f"comma-separated, of {','.join(of)} (all)"
+    to.add_argument(option, type=partial(chosen, of=of), default=list(of), help=listed)
 
 
 def parse(shared: argparse.ArgumentParser) -> argparse.Namespace:
@@ -76,6 +89,14 @@ def measure(model: Any, tokenizer: Any, study: Study, options: argparse.Namespac
         memory=options.memory,
     )
     return result
+
+
+def publish(report: dict[str, Any], text: str, name: str, options: argparse.Namespace) -> None:
+    """Print a report, write its JSON and, where that is asked for, its section of the page."""
+    print(text)
+    say(f"written to {write_json(report, options.out, name + '-toy' * options.toy)}")
+    if options.record:
+        record(text, name)
 
 
 def run_each(measurements: Mapping[str, Callable[[], dict[str, Any]]], growing: Growing) -> None:

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import command
 import torch
 from editing_methods import METHODS, Setup
 from editing_studies import EFFICIENCY as EDITING_EFFICIENCY
@@ -29,7 +30,7 @@ from kernel_times import kernel_report, kernel_table
 from large_models import MODELS, config_of, lacking, rounded, shape_of
 from measure import EFFICIENCY, deviation, measure_both, say
 from naive import RESTORING, Limits
-from report import RESULTS, device_name, editing, environment, markdown, record, write_json
+from report import device_name, editing, environment, markdown, record, write_json
 from studies import Tracing, Values
 from workload import LENGTHS, describe_prompts, generated, random_model
 
@@ -259,9 +260,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--naive-edits", type=int, default=2, help="edits of the naive way, per dtype (2)")
     parser.add_argument("--threads", type=int, help="CPU threads (torch's default)")
     parser.add_argument("--memory", help="memory for a pass, such as 20GiB (half of what is free)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON (bench/results)")
-    parser.add_argument("--record", action="store_true", help="put the table into bench/RESULTS.md")
-    parser.add_argument("--toy", action="store_true", help="tiny models, to try the script: --device cpu --toy")
+    command.add_output(parser, "tiny models, to try the script: --device cpu --toy")
     options = parser.parse_args()
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; try the script with --device cpu --toy")

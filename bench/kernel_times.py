@@ -14,12 +14,13 @@ from measure import say, synchronize
 from report import device_name, environment, where
 from torch import Tensor
 
-from causalcone.kernels.backends import TORCH, Backends
-from causalcone.kernels.finetune_step import Moving
+from causalcone.kernels.adam import AdamState
+from causalcone.kernels.adding import RowSum
+from causalcone.kernels.backends import TORCH, Backends, backends_of
 from causalcone.kernels.norms import LayerNorm
-from causalcone.kernels.row_attention import ScoreRule
+from causalcone.kernels.row_attention import RunRows, ScoreRule
 
-TRITON = Backends("triton", "triton")
+TRITON = backends_of("triton", "triton")
 LEAST_SECONDS, REPEATS = 0.2, 5
 
 
@@ -143,14 +144,15 @@ def operations(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterat
     left, right, index = rows(R, width), rows(R, width), places(R)
     norm = LayerNorm(rows(1, width)[0], rows(1, width)[0], 1e-5)
     order = torch.arange(R, device=device)
+    terms = RowSum(left, index, right, order)
 
     def add(own: Backends) -> tuple[Callable[[], None], Tensor]:
         out = torch.empty_like(left)
-        return lambda: own.add_rows(left, index, right, order, out, R), out
+        return lambda: own.add_rows(terms, out, R), out
 
     def add_normed(own: Backends) -> tuple[Callable[[], None], Tensor]:
         out, normed = torch.empty_like(left), torch.empty_like(left)
-        return lambda: own.add_normed(left, index, right, order, out, order, norm, normed, R), normed
+        return lambda: own.add_normed(terms, out, order, norm, normed, R), normed
 
     def gather(own: Backends) -> tuple[Callable[[], None], Tensor]:
         out = torch.empty_like(left)
@@ -184,7 +186,7 @@ def operations(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterat
 
         def step(own: Backends) -> tuple[Callable[[], None], Tensor]:
             # the mean is compared: Adam's first change is the gradient's sign, which rounding may turn near zero
-            moving = Moving.zeros_like(torch.empty(width, shape.inner, device=device), torch.float32)
+            moving = AdamState.zeros_like(torch.empty(width, shape.inner, device=device), torch.float32)
             return lambda: own.step_weight(moving, slopes, keys, 5e-4, 1e-3), moving.mean
 
         yield Operation("step of fine-tuning", step, 6 * 4 * width * shape.inner)
@@ -202,7 +204,7 @@ def attention(shape: Shape, m: int, rows: Callable[..., Tensor], places: Callabl
 
     def make(own: Backends) -> tuple[Callable[[], None], Tensor]:
         out = queries.new_empty(runs * m, shape.width)
-        arguments = (queries, keys_values, query_rows, key_rows, tuple(range(K - m, K)), scoring, out, tile)
+        arguments = (queries, keys_values, RunRows(query_rows, key_rows, tuple(range(K - m, K))), scoring, out, tile)
         return lambda: own.attend_rows(*arguments), out
 
     moved = (2 * runs * m + 2 * runs * m + 2 * runs // 10 * (K - m)) * shape.width * queries.element_size()

@@ -127,12 +127,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = command.parser(__doc__, naive_fraction=0.005, least=40)
-    parser.add_argument(
-        "--methods",
-        type=partial(command.chosen, of=tuple(METHODS)),
-        default=list(METHODS),
-        help=f"comma-separated, of {','.join(METHODS)} (all)",
-    )
+    command.add_names(parser, "--methods", METHODS)
     parser.add_argument("--whole", action="store_true", help="all prompts for the methods that take longest, too")
     return command.parse(parser)
 

@@ -82,16 +82,31 @@ def file_name(report: dict[str, Any], name: str) -> str:
     return f"{name}-{report['date']}.json"
 
 
+def measured(report: dict[str, Any]) -> list[dict[str, Any]]:
+    return [result for result in report["results"] if "skipped" not in result]
+
+
+def not_measured(report: dict[str, Any]) -> list[str]:
+    """A sentence for each result that is not there, with the reason."""
+    skipped = [result for result in report["results"] if "skipped" in result]
+    return [f"Not measured: {_title(result)}: {result['skipped']}." for result in skipped]
+
+
+def _title(result: dict[str, Any]) -> str:
+    if "model" not in result:
+        return result["name"]
+    return f"{result['model']} in {result['dtype']}" if "dtype" in result else result["model"]
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The results as a table, with what every ratio means below it."""
-    results = [result for result in report["results"] if "skipped" not in result]
     lines = [
         *_introduction(report),
         "| model | way | facts | seconds | facts/s | efficiency | peak memory | against naive float32 "
         "| against naive, same dtype |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for result in results:
+    for result in measured(report):
         naive = result["naive"]
         ratios = [result.get("ratio_to_naive_float32"), result.get("ratio_to_naive_same_dtype")]
         lines.append(_row(result, result, "engine", [_times(ratio) for ratio in ratios]))
@@ -101,59 +116,51 @@ def markdown(report: dict[str, Any]) -> str:
         "| model | matmul rate | FLOPs, naive / engine | naive timed on | engine to naive way | bfloat16 to float32 "
         "| effects |",
         "|---|--:|--:|--:|--:|--:|--:|",
-        *[_details(result) for result in results],
+        *[_details(result) for result in measured(report)],
         "",
         f"Naive: {report['naive']}. {_meanings(report)}",
     ]
-    for result in report["results"]:
-        if "skipped" in result:
-            dtype = f" in {result['dtype']}" if "dtype" in result else ""
-            lines.append(f"Not measured: {result['model']}{dtype}: {result['skipped']}.")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *not_measured(report), ""])
 
 
 def comparison(report: dict[str, Any]) -> str:
     """A table with one line per thing compared, such as a method, and a second one with what there is to know of it."""
     kind = report["compared"]
-    measured = [result for result in report["results"] if "skipped" not in result]
     lines = [
         *_introduction(report),
         f"| {kind} | facts | seconds | facts/s | efficiency | peak memory | naive, scaled | against naive | goal "
         "| engine to naive way | effects |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-        *[_compared(result) for result in measured],
+        *[_compared(result) for result in measured(report)],
         "",
         f"| {kind} | {report['detail']} | naive timed on | naive efficiency |",
         "|---|---|--:|--:|",
-        *[_compared_details(result) for result in measured],
+        *[_compared_details(result) for result in measured(report)],
         "",
         f"Naive: {report['naive']}. {_meanings(report)} {report['note']}.",
     ]
-    lines += [f"Not measured: {each['name']}: {each['skipped']}." for each in report["results"] if "skipped" in each]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *not_measured(report), ""])
 
 
 def editing(report: dict[str, Any]) -> str:
     """A table with one line per method of editing, and a second one with what there is to know of it."""
-    measured = [result for result in report["results"] if "skipped" not in result]
     lines = [
         *_heading(report, report["given"]),
         "| method | edits | seconds | edits/s | efficiency | peak memory | naive, scaled | against naive "
         "| change of weights | p after the edit | effects |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-        *[_edited(result) for result in measured],
+        *[_edited(result) for result in measured(report)],
         "",
         "| method | layers | naive way | naive timed on | naive peak memory | matmul rate |",
         "|---|---|---|--:|--:|--:|",
-        *[_edited_details(result) for result in measured],
+        *[_edited_details(result) for result in measured(report)],
         "",
         f"Naive: {report['naive']}. Efficiency: {report['efficiency']}. Change of weights: the largest norm of the "
         "difference of engine and naive way, relative to the naive way's. P after the edit: their largest difference "
         "over all prompts and both targets, in probability and relative to it. Effects: the largest relative change of "
         f"the new target's probability by an edit. {report['note']}.",
     ]
-    lines += [f"Not measured: {each['name']}: {each['skipped']}." for each in report["results"] if "skipped" in each]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *not_measured(report), ""])
 
 
 def _edited(result: dict[str, Any]) -> str:
@@ -163,12 +170,7 @@ def _edited(result: dict[str, Any]) -> str:
     cells = [
         result["name"],
         f"{result['edits']:,}",
-        f"{result['seconds']:.2f}",
-        f"{result['edits_per_second']:.3g}",
-        _share(result["efficiency"]),
-        f"{result['peak_bytes'] / 2**20:,.0f} MiB",
-        f"{naive['seconds']:.1f}",
-        _times(result["ratio_to_naive_same_dtype"]),
+        *_speed(result, "edits_per_second"),
         "" if weights is None else f"{weights:.1e}",
         _differences(difference),
         f"{result['largest_relative_effect']:.1e}",
@@ -236,17 +238,24 @@ def _row(result: dict[str, Any], way: dict[str, Any], name: str, ratios: list[st
     return f"| {' | '.join(cells)} |"
 
 
+def _speed(result: dict[str, Any], rate: str) -> list[str]:
+    """Cells on seconds, rate, efficiency, memory, the naive way's seconds and the ratio of the two."""
+    return [
+        f"{result['seconds']:.2f}",
+        f"{result[rate]:.3g}",
+        _share(result["efficiency"]),
+        f"{result['peak_bytes'] / 2**20:,.0f} MiB",
+        f"{result['naive']['seconds']:.1f}",
+        _times(result["ratio_to_naive_same_dtype"]),
+    ]
+
+
 def _compared(result: dict[str, Any]) -> str:
     naive, effect = result["naive"], result["largest_relative_effect"]
     cells = [
         result["name"],
         str(result["facts"]),
-        f"{result['seconds']:.2f}",
-        f"{result['facts_per_second']:.3g}",
-        _share(result["efficiency"]),
-        f"{result['peak_bytes'] / 2**20:,.0f} MiB",
-        f"{naive['seconds']:.1f}",
-        _times(result["ratio_to_naive_same_dtype"]),
+        *_speed(result, "facts_per_second"),
         f"{result['goal']:g}x" if result["goal"] else "",
         _differences(naive["engine_difference"]),
         "" if effect is None else f"{effect:.1e}",

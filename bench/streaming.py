@@ -13,19 +13,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 import command
 import pyarrow as pa
 import torch
 import transformers
 from measure import PeakMemory, deviation, matmul_rate, planned, say
-from report import environment, record, where, write_json
+from report import environment, where
 from studies import Tracing
 from workload import describe_prompts, generated, gpt2, random_model
 
 from causalcone import Tracer
-from causalcone.engine.localize.tracer import WEIGHTS
+from causalcone.engine.run.loading import Weights
 
 SHAPES = {
     False: {"n_layer": 40, "n_embd": 512, "n_head": 8, "n_positions": 64, "vocab_size": 1024},
@@ -51,7 +51,9 @@ def main() -> None:
         study = Tracing(facts, Tracer(model, tokenizer).noise_level(facts), STATES, options.samples)
         del model
         say(f"{size / 2**20:,.0f} MiB of weights, {memory / 2**20:,.0f} MiB for passes")
-        ways = {weights: Way(weights, study, lambda w=weights: opened(folder, w, memory)) for weights in WEIGHTS}
+        ways = {
+            weights: Way(weights, study, lambda w=weights: opened(folder, w, memory)) for weights in get_args(Weights)
+        }
         for way in ways.values():
             way.study.small().compute(way.open())
         for _ in range(options.repeats):
@@ -80,11 +82,7 @@ def main() -> None:
         "difference": deviation(streamed, resident),
         "results": results,
     }
-    text = written(report)
-    print(text)
-    say(f"written to {write_json(report, options.out, 'streaming-toy' if options.toy else 'streaming')}")
-    if options.record:
-        record(text, "streaming")
+    command.publish(report, written(report), "streaming", options)
 
 
 class Way:
@@ -175,9 +173,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="threads (2)")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each way, of which the median counts (2)")
     parser.add_argument("--times", type=int, default=3, help="how many times larger than its memory the model is (3)")
-    parser.add_argument("--out", type=Path, default=command.RESULTS, help="folder of the JSON (bench/results)")
-    parser.add_argument("--record", action="store_true", help="put the table into bench/RESULTS.md")
-    parser.add_argument("--toy", action="store_true", help="a tiny model, to try the script")
+    command.add_output(parser, "a tiny model, to try the script")
     options = parser.parse_args()
     if min(options.prompts, options.samples, options.threads, options.repeats, options.times) < 1:
         parser.error("--prompts, --samples, --threads, --repeats and --times are whole numbers from 1 up")

@@ -25,7 +25,7 @@ import psutil
 import pyarrow as pa
 import torch
 from measure import say
-from report import RESULTS, Growing, environment, where
+from report import Growing, environment, where
 from rich.console import Console
 from workload import DATA, SHAPES, gpt2, prompts, random_model
 
@@ -304,9 +304,7 @@ def written_cluster(result: dict[str, Any]) -> list[str]:
 
 def parse() -> argparse.Namespace:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument(
-        "--studies", type=lambda names: command.chosen(names, (LONG, CLUSTER)), default=[LONG, CLUSTER]
-    )
+    command.add_names(options, "--studies", (LONG, CLUSTER))
     options.add_argument("--facts", type=int, default=10_000, help="facts of the long sweep (10,000)")
     options.add_argument("--unit", type=int, default=100, help="facts, and edits, of its units (100)")
     options.add_argument("--prompts", type=int, default=20, help="prompts on the cluster (20)")
@@ -314,9 +312,7 @@ def parse() -> argparse.Namespace:
     options.add_argument("--workers", type=int, default=2, help="workers of the cluster (2)")
     options.add_argument("--threads", type=int, default=2, help="threads of this process (2)")
     options.add_argument("--data", type=Path, default=DATA, help="folder of counterfact_prompts.json, gpt2-tokenizer/")
-    options.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON (bench/results)")
-    options.add_argument("--record", action="store_true", help="put the table into bench/RESULTS.md")
-    options.add_argument("--toy", action="store_true", help="a tiny model on the cluster, to try the script")
+    command.add_output(options, "a tiny model on the cluster, to try the script")
     return options.parse_args()
 
 

@@ -7,19 +7,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from causalcone.engine.localize.branches import restoration_branches
+from causalcone.engine.localize.causal_tracing import restoration_grid
 from causalcone.engine.localize.options import DEFAULT_STATES
 from causalcone.engine.localize.states import as_states
 from causalcone.engine.plan.compiler import compile_plan
 from causalcone.engine.plan.cone import Shape
 from causalcone.engine.plan.interventions import CLEAN_AND_CORRUPTED
+from causalcone.kernels.adam import AdamState
+from causalcone.kernels.adding import RowSum
 from causalcone.kernels.attention import attend
-from causalcone.kernels.backends import TORCH, Backends
-from causalcone.kernels.finetune_step import Moving
+from causalcone.kernels.backends import TORCH, backends_of
 from causalcone.kernels.linear import Linear
 from causalcone.kernels.norms import LayerNorm, RMSNorm
 from causalcone.kernels.readout import Readout
-from causalcone.kernels.row_attention import ScoreRule
+from causalcone.kernels.row_attention import RunRows, ScoreRule
 
 WIDTH, INNER, HEADS, VOCABULARY, DEPTH = 768, 3072, 12, 50257, 12
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -28,7 +29,7 @@ ON_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
 ROWS = 65_536 if ON_CUDA else 1024
 BACKENDS = pytest.mark.parametrize(
-    "backends", [TORCH, *([Backends("triton", "triton")] if ON_CUDA else [])], ids=lambda own: own.rows
+    "backends", [TORCH, *([backends_of("triton", "triton")] if ON_CUDA else [])], ids=("torch", "triton")[: 1 + ON_CUDA]
 )
 
 
@@ -71,7 +72,8 @@ def test_row_attention(benchmark, backends, queries, keys, dtype):
     key_rows[:, : keys // 2] = key_rows[0, : keys // 2]
     query_rows = torch.randint(rows, (runs, queries), device=DEVICE)
     out = torch.empty(runs * queries, WIDTH, dtype=dtype, device=DEVICE)
-    arguments = (query_rows, key_rows, tuple(range(keys - queries, keys)), ScoreRule(WIDTH // HEADS, 0.125), out)
+    runs_of = RunRows(query_rows, key_rows, tuple(range(keys - queries, keys)))
+    arguments = (runs_of, ScoreRule(WIDTH // HEADS, 0.125), out)
     benchmark(timed(backends.attend_rows), q, kv, *arguments, 262_144 if ON_CUDA else 4096)
 
 
@@ -89,12 +91,13 @@ def test_gathered_and_normed(benchmark, backends, norm, dtype):
 def test_sums(benchmark, backends, normed, dtype):
     left, right, out, into = (rows_of(ROWS, WIDTH, dtype) for _ in range(4))
     index = torch.randperm(ROWS, device=DEVICE)
+    terms = RowSum(left, index, right, index)
     if normed:
         places = torch.arange(ROWS, device=DEVICE)
         norm = norm_of("layer", dtype)
-        benchmark(timed(backends.add_normed), left, index, right, index, out, places, norm, into, ROWS)
+        benchmark(timed(backends.add_normed), terms, out, places, norm, into, ROWS)
     else:
-        benchmark(timed(backends.add_rows), left, index, right, index, out, ROWS)
+        benchmark(timed(backends.add_rows), terms, out, ROWS)
 
 
 @DTYPES
@@ -108,7 +111,7 @@ def test_readout(benchmark, backends, dtype):
 
 @BACKENDS
 def test_step_of_finetuning(benchmark, backends):
-    moving = Moving.zeros_like(torch.empty(WIDTH, INNER, device=DEVICE), torch.float32)
+    moving = AdamState.zeros_like(torch.empty(WIDTH, INNER, device=DEVICE), torch.float32)
     slopes, keys = rows_of(12, WIDTH, torch.float32), rows_of(12, INNER, torch.float32)
     benchmark(timed(backends.step_weight), moving, slopes, keys, 5e-4, 1e-4)
 
@@ -135,10 +138,10 @@ def timed(function):
 
 def test_plan_compilation(benchmark):
     """A prompt of eight tokens whose subject is the first four: every default state, layer and token."""
-    states = as_states(DEFAULT_STATES, HEADS)
+    states = as_states(DEFAULT_STATES)
 
     def compile_one():
-        branches = restoration_branches(states, DEPTH, 0, tuple(range(8)), CLEAN_AND_CORRUPTED)
-        return compile_plan(Shape(8, (0, 4), ((7,),)), branches.experiment, DEPTH)
+        grid = restoration_grid(states, DEPTH, 0, tuple(range(8)), CLEAN_AND_CORRUPTED)
+        return compile_plan(Shape(8, (0, 4), ((7,),)), grid.experiment, DEPTH)
 
     benchmark(compile_one)

@@ -13,7 +13,7 @@ import command
 import torch
 from measure import EFFICIENCY, deviation, measure_both, say
 from naive import RESTORING
-from report import environment, markdown, record, write_json
+from report import environment, markdown
 from studies import Tracing
 from workload import SHAPES, describe_prompts, gpt2, prompts, random_model
 
@@ -65,11 +65,7 @@ def main() -> None:
         "efficiency": EFFICIENCY,
         "results": results,
     }
-    text = markdown(report)
-    print(text)
-    say(f"written to {write_json(report, options.out, 'trace-toy' if options.toy else 'trace')}")
-    if options.record:
-        record(text, "trace")
+    command.publish(report, markdown(report), "trace", options)
 
 
 def parse() -> argparse.Namespace:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,25 +12,24 @@ from causalcone.kernels.norms import Norm
 from causalcone.kernels.tiles import pieces
 
 
-def add_rows(left: Tensor, left_index: Tensor, right: Tensor, right_index: Tensor, out: Tensor, tile: int) -> None:
-    """``out`` (R, D) = rows of ``left`` at ``left_index`` (R,) + rows of ``right`` at ``right_index`` (R,), walked in
-    tiles of so many rows."""
+class RowSum(NamedTuple):
+    """Rows of ``left`` at ``left_index`` (R,) + rows of ``right`` at ``right_index`` (R,)."""
+
+    left: Tensor
+    left_index: Tensor
+    right: Tensor
+    right_index: Tensor
+
+
+def add_rows(terms: RowSum, out: Tensor, tile: int) -> None:
+    """``out`` (R, D) = the sums, walked in tiles of ``tile`` rows."""
+    left, left_index, right, right_index = terms
     for part in pieces(len(out), tile):
         torch.add(left.index_select(0, left_index[part]), right.index_select(0, right_index[part]), out=out[part])
 
 
-def add_normed(
-    left: Tensor,
-    left_index: Tensor,
-    right: Tensor,
-    right_index: Tensor,
-    out: Tensor,
-    index: Tensor,
-    norm: Norm,
-    normed: Tensor,
-    tile: int,
-) -> None:
+def add_normed(terms: RowSum, out: Tensor, index: Tensor, norm: Norm, normed: Tensor, tile: int) -> None:
     """``add_rows``, and ``normed`` (N, D) = ``norm`` of the sums at ``index`` (N,), no row of which comes twice."""
-    add_rows(left, left_index, right, right_index, out, tile)
+    add_rows(terms, out, tile)
     for part in pieces(len(normed), tile):
         normed[part] = gather_normed(out, index[part], norm)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from causalcone.kernels.log_sums import capped
+
 
 def attend(
     queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float, softcap: float | None = None
@@ -54,8 +56,7 @@ def _attend_capped(
         zip(queries.chunk(groups, 2), out.chunk(groups, 2), strict=True)
     ):  # the query heads of one key head are queries more
         scores = torch.bmm(query.reshape(B, -1, d), keys[:, :, group].transpose(1, 2)).mul_(scale)
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
-        weights = scores.view(B, m, H // groups, -1).add_(hidden.unsqueeze(-2)).softmax(-1)
+        weights = capped(scores, softcap).view(B, m, H // groups, -1).add_(hidden.unsqueeze(-2)).softmax(-1)
         place.copy_(torch.bmm(weights.view(B, -1, weights.shape[-1]), values[:, :, group]).view(place.shape))
     return out.to(dtype)
 

@@ -7,19 +7,17 @@ in float32 and narrower dtypes. flash-attn's kernels, for attention alone, are u
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from causalcone.kernels import adding, finetune_step, gathering, log_sums, row_attention
-from causalcone.kernels.finetune_step import Moving
+from causalcone.kernels import adam, adding, flash_attention, gathering, log_sums, row_attention
 from causalcone.kernels.norms import Norm
-from causalcone.kernels.row_attention import ScoreRule
 
 KERNELS, ATTENTION = "CAUSALCONE_KERNELS", "CAUSALCONE_ATTENTION"
 """Variables of the environment that force a backend, for all operations and for attention alone."""
@@ -30,103 +28,70 @@ _FUSED = (torch.float32, *_NARROW)
 
 
 class BackendError(ValueError):
-    """A backend that was asked for and cannot be used; the message names what is missing and the mend."""
+    """A backend that was asked for and cannot be used; the message names what is missing and what to do."""
 
 
 @dataclass(frozen=True)
+class FusedOperation:
+    """An operation of ``kernels/fused``, whose module is imported when it is first called. No other form steps in where
+    it fails: the error says how to choose one."""
+
+    module: str
+    name: str
+
+    def __call__(self, *arguments: Any) -> Any:
+        try:
+            return getattr(import_module(f"causalcone.kernels.fused.{self.module}"), self.name)(*arguments)
+        except Exception as error:
+            error.add_note(f"This came from a Triton kernel of causalcone. {KERNELS}=torch computes without them.")
+            raise
+
+
+def _never(norm: Norm, width: int) -> bool:
+    return False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Backends:
-    """The operations of a pass, each in the form chosen: ``attention`` torch, triton or flash, the others (``rows``)
-    torch or triton. Arguments are those of the torch forms; ``tile`` is how many rows or keys those take at a time."""
+    """The operations of a pass, each in the form chosen; those of torch define their arguments. ``fuses`` is whether a
+    norm of rows of some width costs no trip through memory of its own, in ``gather_normed`` and in ``add_normed``."""
 
     attention: str = "torch"
     rows: str = "torch"
-
-    def attend_rows(
-        self,
-        queries: Tensor,
-        keys_values: Tensor,
-        query_rows: Tensor,
-        key_rows: Tensor,
-        tokens: tuple[int, ...],
-        scoring: ScoreRule,
-        out: Tensor,
-        tile: int,
-    ) -> None:
-        """``row_attention.attend_rows``."""
-        own = (queries, keys_values, query_rows, key_rows, tokens, scoring, out)
-        if self.attention == "triton":
-            with _kernel() as fused:
-                fused("row_attention").attend_rows(*own)
-        elif self.attention == "flash":
-            from causalcone.kernels import flash_attention
-
-            flash_attention.attend_rows(*own)
-        else:
-            row_attention.attend_rows(*own, tile)
-
-    def gather_normed(self, rows: Tensor, index: Tensor, norm: Norm) -> Tensor:
-        """``gathering.gather_normed``."""
-        if not self.fuses(norm, rows.shape[1]):
-            return gathering.gather_normed(rows, index, norm)
-        with _kernel() as fused:
-            return fused("gathering").gather_normed(rows, index, norm)
-
-    def add_rows(
-        self, left: Tensor, left_index: Tensor, right: Tensor, right_index: Tensor, out: Tensor, tile: int
-    ) -> None:
-        """``adding.add_rows``."""
-        if self.rows == "torch":
-            adding.add_rows(left, left_index, right, right_index, out, tile)
-            return
-        with _kernel() as fused:
-            fused("adding").add_rows(left, left_index, right, right_index, out)
-
-    def fuses(self, norm: Norm, width: int) -> bool:
-        """Whether the norm of rows so wide costs no trip through memory of its own, in ``gather_normed`` and in
-        ``add_normed``."""
-        return self.rows == "triton" and gathering.fuses(norm, width)
-
-    def add_normed(
-        self,
-        left: Tensor,
-        left_index: Tensor,
-        right: Tensor,
-        right_index: Tensor,
-        out: Tensor,
-        index: Tensor,
-        norm: Norm,
-        normed: Tensor,
-        tile: int,
-    ) -> None:
-        """``adding.add_normed``."""
-        own = (left, left_index, right, right_index, out, index, norm, normed)
-        if not self.fuses(norm, out.shape[1]):
-            adding.add_normed(*own, tile)
-            return
-        with _kernel() as fused:
-            fused("adding").add_normed(*own)
-
-    def add_tile(
-        self, logits: Tensor, start: int, softcap: float | None, targets: Tensor, total: Tensor, target_logits: Tensor
-    ) -> None:
-        """``log_sums.add_tile``."""
-        own = (logits, start, softcap, targets, total, target_logits)
-        if self.rows == "torch":
-            log_sums.add_tile(*own)
-            return
-        with _kernel() as fused:
-            fused("log_sums").add_tile(*own)
-
-    def step_weight(self, weight: Moving, slopes: Tensor, keys: Tensor, lr: float, bound: float) -> None:
-        """``finetune_step.step_weight``."""
-        if self.rows == "torch":
-            finetune_step.step_weight(weight, slopes, keys, lr, bound)
-            return
-        with _kernel() as fused:
-            fused("finetune_step").step_weight(weight, slopes, keys, lr, bound)
+    """The names of the forms: of attention, and of the other operations."""
+    attend_rows: Callable[..., None] = row_attention.attend_rows
+    gather_normed: Callable[..., Tensor] = gathering.gather_normed
+    add_rows: Callable[..., None] = adding.add_rows
+    add_normed: Callable[..., None] = adding.add_normed
+    add_tile: Callable[..., None] = log_sums.add_tile
+    step_weight: Callable[..., None] = adam.step_weight
+    fuses: Callable[[Norm, int], bool] = _never
 
 
 TORCH = Backends()
+
+_ATTENTION: dict[str, Callable[..., None]] = {
+    "torch": row_attention.attend_rows,
+    "triton": FusedOperation("row_attention", "attend_rows"),
+    "flash": flash_attention.attend_rows,
+}
+_ROWS = {
+    "torch": TORCH,
+    "triton": Backends(
+        rows="triton",
+        gather_normed=FusedOperation("gathering", "gather_normed"),
+        add_rows=FusedOperation("adding", "add_rows"),
+        add_normed=FusedOperation("adding", "add_normed"),
+        add_tile=FusedOperation("log_sums", "add_tile"),
+        step_weight=FusedOperation("adam", "step_weight"),
+        fuses=gathering.fuses,
+    ),
+}
+
+
+def backends_of(attention: str, rows: str) -> Backends:
+    """Attention in torch, triton or flash, and the other operations in torch or triton."""
+    return replace(_ROWS[rows], attention=attention, attend_rows=_ATTENTION[attention])
 
 
 def choose(device: torch.device, dtype: torch.dtype, kernels: str | None = None) -> Backends:
@@ -146,7 +111,7 @@ def choose(device: torch.device, dtype: torch.dtype, kernels: str | None = None)
         return TORCH
     usual = "triton" if device.type == "cuda" and find_spec("triton") else "torch"
     rows = usual if asked in (None, "flash") else str(asked)
-    return Backends(of_attention or asked or usual, rows)
+    return backends_of(of_attention or asked or usual, rows)
 
 
 def _variable(name: str) -> tuple[str | None, str]:
@@ -157,7 +122,7 @@ def _variable(name: str) -> tuple[str | None, str]:
 def _check(name: str, source: str, device: torch.device, dtype: torch.dtype) -> None:
     """Raise ``BackendError`` where a backend asked for cannot be used."""
     if name not in NAMES:
-        raise BackendError(f"{source} is no backend; choose from {', '.join(NAMES)}")
+        raise BackendError(f"{source} is not a backend; choose from {', '.join(NAMES)}")
     if name == "torch" or dtype not in _FUSED:
         return
     if name == "triton":
@@ -178,16 +143,3 @@ def _check(name: str, source: str, device: torch.device, dtype: torch.dtype) -> 
             f"{source}, but flash-attn computes in bfloat16 and float16 and the dtype is {dtype}; choose triton, or "
             "another dtype"
         )
-
-
-@contextmanager
-def _kernel() -> Iterator[Any]:
-    """Finds a module of ``kernels/fused``. No other form steps in where a kernel fails: the error says how to choose
-    one."""
-    from importlib import import_module
-
-    try:
-        yield lambda name: import_module(f"causalcone.kernels.fused.{name}")
-    except Exception as error:
-        error.add_note(f"This came from a Triton kernel of causalcone. {KERNELS}=torch computes without them.")
-        raise

@@ -11,51 +11,33 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from causalcone.kernels.row_attention import MAX_RUNS, ScoreRule
+from causalcone.kernels.row_attention import MAX_RUNS, RunRows, ScoreRule
 
 
 def attend_rows(
-    queries: Tensor,
-    keys_values: Tensor,
-    query_rows: Tensor,
-    key_rows: Tensor,
-    tokens: tuple[int, ...],
-    scoring: ScoreRule,
-    out: Tensor,
+    queries: Tensor, keys_values: Tensor, runs: RunRows, scoring: ScoreRule, out: Tensor, tile: int = 0
 ) -> None:
     """``out`` (B * m, H * d) = the heads' outputs of query rows, run by run, as ``row_attention.py`` says.
 
     In bfloat16 or float16, on CUDA devices. The host waits for the device here: it has to know how long sequences are.
     """
-    if not query_rows.numel():
+    if not runs.queries.numel():
         return
-    parts = (query_rows.split(MAX_RUNS), key_rows.split(MAX_RUNS), out.split(MAX_RUNS * len(tokens)))
-    for of_queries, of_keys, results in zip(*parts, strict=True):
-        _attend_runs(queries, keys_values, of_queries, of_keys, tokens, scoring, results)
-
-
-def _attend_runs(
-    queries: Tensor,
-    keys_values: Tensor,
-    query_rows: Tensor,
-    key_rows: Tensor,
-    tokens: tuple[int, ...],
-    scoring: ScoreRule,
-    out: Tensor,
-) -> None:
     d = scoring.head_dim
     heads, packed = queries.unflatten(1, (-1, d)), keys_values.unflatten(1, (2, -1, d))
-    results = out.view(*query_rows.shape, *heads.shape[1:])
-    for part in _stretches(tokens):  # flash-attn's mask is that of neighbouring tokens, the last keys their own
-        stretch = tokens[part]
-        seen = key_rows[:, : stretch[-1] + 1]
-        if scoring.window is not None and scoring.window < seen.shape[1]:
-            order = torch.arange(len(seen), device=seen.device)
-            prefix, new = torch.zeros_like(order), torch.ones_like(order, dtype=torch.bool)
-        else:
-            order, prefix, new = _prefixes(seen, stretch[0])
-        attended = _attend(heads, packed, query_rows[order, part], seen[order], prefix, new, scoring)
-        results[order, part] = attended.view(len(order), len(stretch), *heads.shape[1:])
+    batches = zip(runs.queries.split(MAX_RUNS), runs.keys.split(MAX_RUNS), strict=True)
+    for (query_rows, key_rows), part in zip(batches, out.split(MAX_RUNS * len(runs.tokens)), strict=True):
+        results = part.view(*query_rows.shape, *heads.shape[1:])
+        for columns in _stretches(runs.tokens):  # flash-attn's mask is that of neighbours, the last keys their own
+            stretch = runs.tokens[columns]
+            seen = key_rows[:, : stretch[-1] + 1]
+            if scoring.window is not None and scoring.window < seen.shape[1]:
+                order = torch.arange(len(seen), device=seen.device)
+                prefix, new = torch.zeros_like(order), torch.ones_like(order, dtype=torch.bool)
+            else:
+                order, prefix, new = _prefixes(seen, stretch[0])
+            attended = _attend(heads, packed, query_rows[order, columns], seen[order], prefix, new, scoring)
+            results[order, columns] = attended.view(len(order), len(stretch), *heads.shape[1:])
 
 
 def _attend(

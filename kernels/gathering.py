@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 from torch import Tensor
 
 from causalcone.kernels.norms import LayerNorm, Norm, RMSNorm, unchanged
@@ -12,6 +14,6 @@ def gather_normed(rows: Tensor, index: Tensor, norm: Norm = unchanged) -> Tensor
     return norm(rows.index_select(0, index))
 
 
-def fuses(norm: Norm, width: int) -> bool:
-    """Whether a kernel can take this norm of rows so wide into its own trip through memory."""
-    return isinstance(norm, LayerNorm) or (isinstance(norm, RMSNorm) and len(norm.weight) == width)
+def fuses(norm: Norm, width: int) -> TypeGuard[LayerNorm | RMSNorm]:
+    """Whether a kernel can take this norm of rows of this width into its own trip through memory."""
+    return isinstance(norm, LayerNorm | RMSNorm) and (norm.weight is None or len(norm.weight) == width)

@@ -26,5 +26,5 @@ def add_tile(
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """Logits bounded by ``softcap * tanh(logit / softcap)``, in place."""
+    """Logits or scores bounded by ``softcap * tanh(logit / softcap)``, in place."""
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)

@@ -1,12 +1,13 @@
 """Row-indexed attention: a query row sees given key rows of packed tensors, those of its ancestors and its own run's.
 
-Query rows (B, m) and key rows (B, K) belong to B runs that query for the same m tokens: key k of a run is the row of
-its token k, whichever run that row was computed in.
+Key k of a run is the row of its token k, whichever run that row was computed in. Runs are attended together that query
+for the same tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ MAX_RUNS = 16_384
 @dataclass(frozen=True)
 class ScoreRule:
     """How scores come about. ``scale`` multiplies them; ``softcap`` bounds them by ``softcap * tanh(score / softcap)``,
-    where it is a number; ``window`` is how many tokens a query sees, its own included, None for all before it."""
+    where it is a number; ``window`` is how many tokens a query sees, itself included, None for all before it."""
 
     head_dim: int
     scale: float
@@ -29,29 +30,30 @@ class ScoreRule:
     window: int | None = None
 
 
+class RunRows(NamedTuple):
+    """Which packed rows belong to B runs: their queries' (B, m) and their keys' (B, K), and the tokens (m,) that query,
+    each below K."""
+
+    queries: Tensor
+    keys: Tensor
+    tokens: tuple[int, ...]
+
+
 def attend_rows(
-    queries: Tensor,
-    keys_values: Tensor,
-    query_rows: Tensor,
-    key_rows: Tensor,
-    tokens: tuple[int, ...],
-    scoring: ScoreRule,
-    out: Tensor,
-    tile: int,
+    queries: Tensor, keys_values: Tensor, runs: RunRows, scoring: ScoreRule, out: Tensor, tile: int
 ) -> None:
     """``out`` (B * m, H * d) = the heads' outputs of query rows, run by run.
 
-    queries (Q, H * d) and keys_values (S, 2 * G * d), keys and values side by side: packed rows; query_rows (B, m) and
-    key_rows (B, K): which of them belong to each run; tokens (m,): the tokens that query, each below K. Runs are walked
-    in batches of about ``tile`` keys, of which copies are made.
+    queries (Q, H * d) and keys_values (S, 2 * G * d), keys and values side by side, are packed rows. Runs are walked in
+    batches of about ``tile`` keys, of which copies are made.
     """
-    if not query_rows.numel():
+    if not runs.queries.numel():
         return
-    visible = visible_keys(tokens, key_rows.shape[1], scoring.window, queries.device)
+    visible = visible_keys(on_device(torch.tensor(runs.tokens), queries.device), runs.keys.shape[1], scoring.window)
     d = scoring.head_dim
     first = 0
-    runs = runs_at_once(key_rows.shape[1], tile)
-    for q, k in zip(query_rows.split(runs), key_rows.split(runs), strict=True):
+    count = runs_at_once(runs.keys.shape[1], tile)
+    for q, k in zip(runs.queries.split(count), runs.keys.split(count), strict=True):
         gathered = keys_values.index_select(0, k.flatten()).view(*k.shape, 2, keys_values.shape[1] // (2 * d), d)
         query = queries.index_select(0, q.flatten()).view(*q.shape, queries.shape[1] // d, d)
         attended = attend(query, gathered[:, :, 0], gathered[:, :, 1], visible, scoring.scale, scoring.softcap)
@@ -59,10 +61,9 @@ def attend_rows(
         first += q.numel()
 
 
-def visible_keys(tokens: tuple[int, ...], keys: int, window: int | None, device: torch.device) -> Tensor:
-    """(m, K) which of the keys 0..K-1 each querying token sees."""
-    token = on_device(torch.tensor(tokens), device)[:, None]
-    key = torch.arange(keys, device=device)
+def visible_keys(tokens: Tensor, keys: int, window: int | None) -> Tensor:
+    """(m, K) which of the keys 0..K-1 each querying token (m,) sees, of the last ``window`` or all before it."""
+    token, key = tokens[:, None], torch.arange(keys, device=tokens.device)
     return (key <= token) if window is None else (key <= token) & (key > token - window)
 
 

@@ -1,6 +1,10 @@
 """Fixtures and marks that all tests share."""
 
+import importlib
+import os
 import sys
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,19 +12,29 @@ from helpers import interpreter  # noqa: F401
 from helpers.collected_moments import MANY
 from helpers.models import FACTS, gpt2, tokenizer
 
-torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it computes
+# The models are tiny: a second thread costs more than it computes, in the processes that tests start too.
+torch.set_num_threads(1)
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS"):
+    os.environ.setdefault(variable, "1")
 
 
-DEMO = ("test_demo_model", "test_demo", "test_readme", "test_embedding", "test_docs", "test_bench_sweep")
-"""Files whose tests need the demo model: one process trains it, and the others need not wait for that."""
+BENCH = Path(__file__).parents[1] / "bench"
 
 
 def pytest_collection_modifyitems(items):
-    """The demo model's tests come first and take the longest; a file's tests share their fixtures in one process."""
+    """The order of files, each of which one process runs: one of those that need the demo model, which is trained then,
+    slow ones, the others that need the demo model, and all else."""
+    marks = defaultdict(set)
     for item in items:
-        group = "demo" if item.path.stem in DEMO else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: DEMO.index(item.path.stem) if item.path.stem in DEMO else len(DEMO))
+        marks[item.path].update(mark.name for mark in item.iter_markers())
+    demo = sorted((path for path in marks if "demo" in marks[path]), key=lambda path: path.parent.name != "demo")
+
+    def turn(item):
+        if item.path in demo:
+            return 0 if item.path == demo[0] else 2
+        return 1 if "slow" in marks[item.path] else 3
+
+    items.sort(key=turn)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -38,12 +52,36 @@ def model():
     return gpt2()
 
 
+@pytest.fixture
+def used_model():
+    """A model as its user may hold it, that a test may change."""
+    from helpers.unchanged import used_model
+
+    return used_model()
+
+
+@pytest.fixture(scope="module")
+def moments(model):
+    """Second moments of random keys, for all layers of the model."""
+    from helpers.editing_cases import random_moments
+
+    return random_moments(model)
+
+
 @pytest.fixture(scope="module")
 def collected(model, tokenizer):
     """Second moments of all layers of the model, from more tokens than its keys have components."""
     from causalcone.engine.edit.moments.moments import Moments
 
     return Moments.collect(model, tokenizer, MANY, tokens="all", source="pairs of facts")
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """Imports scripts of bench/, which lie beside each other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCH)
+        yield importlib.import_module
 
 
 @pytest.fixture(scope="module")

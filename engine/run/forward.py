@@ -16,10 +16,11 @@ from causalcone.engine.plan.interventions import CLEAN
 from causalcone.engine.plan.plan import Captured, Given, LayerPlan, Rows, Segment
 from causalcone.engine.run.head_patching import mix_heads
 from causalcone.engine.run.packing import Group, PackedStage, Placement, gather_rows, place, place_attention, spread
+from causalcone.kernels.adding import RowSum
 from causalcone.kernels.backends import TORCH, Backends
 from causalcone.kernels.norms import Norm, unchanged
 from causalcone.kernels.readout import Readout
-from causalcone.kernels.row_attention import ScoreRule
+from causalcone.kernels.row_attention import RunRows, ScoreRule
 from causalcone.kernels.tiles import Tiles, pieces
 from causalcone.kernels.transfer import on_device
 
@@ -98,13 +99,13 @@ class _ForwardPass:
         mlp = self.space.take("keys", mlp_stage.rows, hidden)
         computed = mlp[: mlp_stage.computed]
         read, read_stage = (rows, stage) if self.architecture.parallel else (mid, mid_stage)
-        index = gather_rows([plan.mlp for plan in plans], read_stage)
+        index, terms = gather_rows([plan.mlp for plan in plans], read_stage), RowSum(rows, inputs, attn, attns)
         if not self.architecture.parallel and self.backends.fuses(block.mlp_in, hidden):
             # normed as they are summed, into the rows that the MLP's outputs then take
-            self.backends.add_normed(rows, inputs, attn, attns, mid, index, block.mlp_in, computed, self.tiles.rows)
+            self.backends.add_normed(terms, mid, index, block.mlp_in, computed, self.tiles.rows)
             self._project(block.mlp_of, computed, None, computed)
         else:
-            self.backends.add_rows(rows, inputs, attn, attns, mid, self.tiles.rows)
+            self.backends.add_rows(terms, mid, self.tiles.rows)
             self._project(block.mlp_of, read, index, computed, norm=block.mlp_in)
         self._give(mlp, mlp_stage, given)
         self._capture("mlp", mlp, mlp_stage, plans)
@@ -114,7 +115,7 @@ class _ForwardPass:
         out = self.space.take("stream", out_stage.rows, hidden)
         mids = gather_rows([plan.out_mid for plan in plans], mid_stage)
         mlps = gather_rows([plan.out_mlp for plan in plans], mlp_stage)
-        self.backends.add_rows(mid, mids, mlp, mlps, out[: out_stage.computed], self.tiles.rows)
+        self.backends.add_rows(RowSum(mid, mids, mlp, mlps), out[: out_stage.computed], self.tiles.rows)
         self._give(out, out_stage, given)
         self._capture("hidden", out, out_stage, plans)
         return out, out_stage
@@ -163,7 +164,8 @@ class _ForwardPass:
             for segment in plan.segments:
                 q, k = segment_rows(segment, queried, keys)
                 part = out[first : first + q.numel()]
-                self.backends.attend_rows(queries, keys_values, q, k, segment.tokens, scoring, part, self.tiles.keys)
+                runs = RunRows(q, k, segment.tokens)
+                self.backends.attend_rows(queries, keys_values, runs, scoring, part, self.tiles.keys)
                 first += q.numel()
 
     def _project(

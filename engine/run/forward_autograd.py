@@ -24,6 +24,7 @@ from causalcone.kernels.readout import Readout
 from causalcone.kernels.readout_gradients import log_probability
 from causalcone.kernels.row_attention import runs_at_once, visible_keys
 from causalcone.kernels.tiles import Tiles, pieces
+from causalcone.kernels.transfer import on_device
 
 
 def run_gradient_pass(
@@ -134,6 +135,10 @@ class _AutogradPass:
             own = block.attention_output(shared)
         return self._with_given(stage, own, block.attention_output(varying), [plan.attn_given for plan in plans])
 
+    def _visible(self, segment: Segment, block: Block) -> Tensor:
+        tokens = on_device(torch.tensor(segment.tokens), self.device)
+        return visible_keys(tokens, segment.keys.shape[1], block.window)
+
     def _attend(
         self, queries: _GradientRows, keys: _GradientRows, block: Block, plans: Sequence[LayerPlan]
     ) -> tuple[Tensor, Tensor]:
@@ -143,7 +148,7 @@ class _AutogradPass:
         outputs: dict[bool, list[Tensor]] = {False: [none], True: [none]}
         for varying in (False, True):
             works = [
-                (visible_keys(segment.tokens, segment.keys.shape[1], block.window, self.device), *batch)
+                (self._visible(segment, block), *batch)
                 for plan, key_place, query_place in zip(
                     plans, keys.stage.placements, queries.stage.placements, strict=True
                 )

@@ -9,45 +9,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from causalcone.kernels import adding
+from causalcone.kernels.adding import RowSum
 from causalcone.kernels.fused.gathering import norm_arguments, norm_flags
 from causalcone.kernels.fused.parts import normed, power_of_two, warps_for
-from causalcone.kernels.norms import LayerNorm, RMSNorm
+from causalcone.kernels.gathering import fuses
+from causalcone.kernels.norms import Norm
 
 
-def add_rows(left: Tensor, left_index: Tensor, right: Tensor, right_index: Tensor, out: Tensor) -> None:
-    """``out`` (R, D) = rows of ``left`` at ``left_index`` (R,) + rows of ``right`` at ``right_index`` (R,)."""
-    _launch(left, left_index, right, right_index, out, out, left_index, (out, out, 0.0), NORMED=False,
-            CENTRED=False, WEIGHTED=False, BIASED=False)  # fmt: skip
+def add_rows(terms: RowSum, out: Tensor, tile: int = 0) -> None:
+    """``out`` (R, D) = the sums."""
+    flags = {"NORMED": False, "CENTRED": False, "WEIGHTED": False, "BIASED": False}
+    _launch(terms, out, out, terms.left_index, (out, out, 0.0), flags)
 
 
-def add_normed(
-    left: Tensor,
-    left_index: Tensor,
-    right: Tensor,
-    right_index: Tensor,
-    out: Tensor,
-    index: Tensor,
-    norm: LayerNorm | RMSNorm,
-    into: Tensor,
-) -> None:
+def add_normed(terms: RowSum, out: Tensor, index: Tensor, norm: Norm, into: Tensor, tile: int = 0) -> None:
     """``add_rows``, and ``into`` (N, D) = ``norm`` of the sums at ``index`` (N,), no row of which comes twice."""
+    if not fuses(norm, out.shape[1]):
+        adding.add_normed(terms, out, index, norm, into, tile)
+        return
     place = torch.full((len(out),), -1, dtype=torch.int64, device=out.device)
     place[index] = torch.arange(len(index), device=out.device)
-    arguments = norm_arguments(norm, out)
-    _launch(left, left_index, right, right_index, out, into, place, arguments, NORMED=True, **norm_flags(norm))
+    _launch(terms, out, into, place, norm_arguments(norm, out), {"NORMED": True, **norm_flags(norm)})
 
 
 def _launch(
-    left: Tensor,
-    left_index: Tensor,
-    right: Tensor,
-    right_index: Tensor,
-    out: Tensor,
-    into: Tensor,
-    place: Tensor,
-    norm: tuple[Tensor, Tensor, float],
-    **flags: bool,
+    terms: RowSum, out: Tensor, into: Tensor, place: Tensor, norm: tuple[Tensor, Tensor, float], flags: dict[str, bool]
 ) -> None:
+    left, left_index, right, right_index = terms
     assert left.stride(-1) == right.stride(-1) == 1
     assert out.is_contiguous()
     assert into.is_contiguous()

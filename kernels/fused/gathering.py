@@ -9,14 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from causalcone.kernels import gathering
 from causalcone.kernels.fused.parts import normed, power_of_two, warps_for
-from causalcone.kernels.norms import LayerNorm, RMSNorm
+from causalcone.kernels.gathering import fuses
+from causalcone.kernels.norms import LayerNorm, Norm, RMSNorm
 
 
-def gather_normed(rows: Tensor, index: Tensor, norm: LayerNorm | RMSNorm) -> Tensor:
+def gather_normed(rows: Tensor, index: Tensor, norm: Norm) -> Tensor:
     """The norm of rows (S, D) at ``index`` (R,): (R, D) in the rows' dtype."""
-    assert rows.stride(-1) == 1
     width = rows.shape[1]
+    if not fuses(norm, width):
+        return gathering.gather_normed(rows, index, norm)
+    assert rows.stride(-1) == 1
     out = torch.empty(len(index), width, dtype=rows.dtype, device=rows.device)
     block = power_of_two(width)
     if len(index):

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from causalcone.kernels.fused.parts import INTERPRETED, power_of_two, tanh, warps_for
-from causalcone.kernels.row_attention import ScoreRule
+from causalcone.kernels.row_attention import RunRows, ScoreRule
 from causalcone.kernels.transfer import on_device
 
 FEW = 4
@@ -29,29 +29,23 @@ FEW = 4
 
 
 def attend_rows(
-    queries: Tensor,
-    keys_values: Tensor,
-    query_rows: Tensor,
-    key_rows: Tensor,
-    tokens: tuple[int, ...],
-    scoring: ScoreRule,
-    out: Tensor,
+    queries: Tensor, keys_values: Tensor, runs: RunRows, scoring: ScoreRule, out: Tensor, tile: int = 0
 ) -> None:
     """``out`` (B * m, H * d) = the heads' outputs of query rows, run by run, as ``kernels/row_attention.py`` says."""
     assert queries.is_contiguous()
     assert keys_values.is_contiguous()
     assert out.is_contiguous()
-    (runs, m), K = query_rows.shape, key_rows.shape[1]
-    if not runs * m:
+    (count, m), K = runs.queries.shape, runs.keys.shape[1]
+    if not count * m:
         return
     d = scoring.head_dim
     groups = keys_values.shape[1] // (2 * d)
     sharing = queries.shape[1] // d // groups
     dot, rows, keys, warps = _tile(m * sharing, K, power_of_two(d, 16), queries.dtype)
     blocks = triton.cdiv(m * sharing, rows)
-    querying = on_device(torch.tensor(tokens), out.device)
-    _attend[(runs * groups * blocks,)](
-        queries, keys_values, query_rows.contiguous(), key_rows.contiguous(), querying, out,
+    querying = on_device(torch.tensor(runs.tokens), out.device)
+    _attend[(count * groups * blocks,)](
+        queries, keys_values, runs.queries.contiguous(), runs.keys.contiguous(), querying, out,
         m, K, scoring.scale, scoring.softcap or 0.0, scoring.window or 0, blocks,
         HEAD_DIM=d, PADDED=power_of_two(d, 16), GROUPS=groups, SHARING=sharing, ROWS=rows, KEYS=keys,
         CAPPED=scoring.softcap is not None, WINDOWED=scoring.window is not None, DOT=dot, INTERPRETED=INTERPRETED,

@@ -137,7 +137,7 @@ class Store:
 
     @contextmanager
     def log_of(self, logger: logging.Logger) -> Iterator[None]:
-        """Appends the logger's messages of level INFO and above to the log meanwhile, and to that alone: dated lines."""
+        """Appends the logger's messages of level INFO and above to the log alone meanwhile, as dated lines."""
         handler, level, propagate = _LogHandler(self), logger.level, logger.propagate
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)

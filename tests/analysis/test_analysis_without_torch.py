@@ -34,6 +34,7 @@ print(*peaks.filter(kind="mlp", role="last_subject")["layer"])
 """
 
 
+@pytest.mark.slow
 def test_analysis_without_torch(tmp_path: Path) -> None:
     made_up_traces([" Big", " Rome", " is", " in"], (0, 2), layers=8).write_parquet(tmp_path / "traces.parquet")
     done = run(SCRIPT, tmp_path / "traces.parquet", tmp_path / "map.png")
@@ -41,6 +42,7 @@ def test_analysis_without_torch(tmp_path: Path) -> None:
     assert (tmp_path / "map.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["analyze", "report"])
 def test_commands_without_torch(command: str, tmp_path: Path) -> None:
     study = write_study(tmp_path / "study", traced(EFFECTS), [edited(SCORES)])

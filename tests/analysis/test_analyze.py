@@ -38,6 +38,7 @@ def run_json(folder, **changes):
     (folder / "run.json").write_text(json.dumps({**run, **changes}))
 
 
+@pytest.mark.slow
 def test_tables_are_those_of_the_functions(study, tmp_path, run):
     code, printed, error = run("analyze", study, "--out", tmp_path, "--no-figures", *DRAWS)
     assert (code, error) == (0, "")
@@ -68,6 +69,7 @@ def test_options_are_named_in_the_tables(study, tmp_path, run):
     assert {"p_mixed", "fact_share"} <= set(pl.read_csv(tmp_path / "tables" / "uncertainty.csv").columns)
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_as_png_and_pdf(study, tmp_path, run):
     code, printed, _ = run("analyze", study, "--out", tmp_path, "--scatter-all", *DRAWS)
     assert code == 0
@@ -103,6 +105,7 @@ def test_the_default_folder_is_inside_and_the_sweep_goes_on(copy, folder, run):
 # --- what is missing ---
 
 
+@pytest.mark.slow
 def test_a_sweep_without_edits(copy, tmp_path, run):
     for table in ("edits", "probes", "metrics"):
         shutil.rmtree(copy / table)

@@ -11,6 +11,8 @@ from causalcone.analysis.papers.inputs import AnalysisOptions
 from causalcone.analysis.papers.tables import paper_tables
 from causalcone.analysis.sweep_results import Study
 
+pytestmark = pytest.mark.slow
+
 QUICK = AnalysisOptions(draws=100)
 DRAWS = ("--draws", "100")
 

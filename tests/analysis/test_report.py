@@ -23,6 +23,7 @@ def packed(study):
     return report_data(Study(study), CHOICE)
 
 
+@pytest.mark.slow
 def test_the_grids_are_the_traces(study, packed):
     traces = pl.read_parquet(study / "traces/restore/*.parquet")
     grids = packed.about["grids"]

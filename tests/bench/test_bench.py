@@ -1,7 +1,6 @@
 """The benchmark scripts at toy size: they run, and what they report is complete and consistent. No time is judged."""
 
 import argparse
-import importlib
 import json
 import math
 import subprocess
@@ -104,6 +103,7 @@ def numbers(value):
     return [value] if isinstance(value, int | float) else []
 
 
+@pytest.mark.slow
 def test_trace(tmp_path):
     report, text = run("trace.py", tmp_path, "--prompts", "2", "--repeats", "2", "--naive-fraction", "0.1")
     check(report, text)
@@ -137,6 +137,7 @@ def check_comparison(report, text, names):
         assert f" {result['detail']} |" in text
 
 
+@pytest.mark.slow
 def test_methods(tmp_path):
     report, text = run("methods.py", tmp_path, "--prompts", "2", "--methods", ",".join(METHODS), *FEW)
     check_comparison(report, text, [result["name"] for result in report["results"]])
@@ -163,6 +164,7 @@ def test_methods(tmp_path):
     assert by_method["gradients"]["naive"]["engine_difference"]["largest"] > 0, "only states without gradient"
 
 
+@pytest.mark.slow
 def test_architectures(tmp_path):
     report, text = run("architectures.py", tmp_path, "--prompts", "1", *FEW)
     check_comparison(report, text, FAMILIES)
@@ -199,6 +201,7 @@ def test_names_are_chosen_from_a_list(bench):
         chosen("a,magic", ("a", "b"))
 
 
+@pytest.mark.slow
 def test_gpu_script_on_the_cpu(tmp_path):
     few = ("--parts", "tracing", "--facts", "3", "--seconds", "0.5", "--naive-seconds", "0.1")
     report, text = run("gpu.py", tmp_path, "--device", "cpu", *few)
@@ -208,6 +211,7 @@ def test_gpu_script_on_the_cpu(tmp_path):
     assert report["note"] in text
 
 
+@pytest.mark.slow
 def test_kernels_on_the_cpu(tmp_path):
     """There they have their torch forms alone."""
     report, text = run("gpu.py", tmp_path, "--device", "cpu", "--parts", "kernels")
@@ -220,6 +224,7 @@ def test_kernels_on_the_cpu(tmp_path):
         assert f"| {result['name']} | {result['dtype']} | " in text
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 def test_kernels(tmp_path):
     report, _ = run("gpu.py", tmp_path, "--parts", "kernels")
@@ -228,6 +233,7 @@ def test_kernels(tmp_path):
         assert result["difference"] < (1e-5 if result["dtype"] == "float32" else 2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 def test_gpu_script(tmp_path):
     few = ("--parts", "tracing", "--facts", "20", "--seconds", "2", "--naive-seconds", "1")
@@ -244,13 +250,6 @@ def test_what_is_measured_is_kept_where_the_rest_fails(bench, capsys):
     found = list(bench("gpu").measured(results(), {"model": "b"}))
     assert found == [{"model": "a"}, {"model": "b", "skipped": "RuntimeError: the device is gone"}]
     assert "the device is gone" in capsys.readouterr().err
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """Imports the scripts' helpers, which lie beside them."""
-    monkeypatch.setattr(sys, "path", [*sys.path, str(BENCH)])
-    return importlib.import_module
 
 
 @pytest.mark.parametrize("count", [20, 40])
@@ -301,6 +300,7 @@ def test_a_recorded_section_replaces_the_one_before(bench, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_streaming(tmp_path):
     report, text = run("streaming.py", tmp_path, "--prompts", "2", "--repeats", "1")
     resident, streamed = report["results"]

@@ -1,7 +1,6 @@
 """The benchmark of editing at toy size: what it counts, compares and reports. No time is judged."""
 
 import argparse
-import importlib
 import json
 import math
 import subprocess
@@ -12,12 +11,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
+from helpers.counted_flops import counted
 from helpers.edited_models import dense, low_rank
 from helpers.models import FACTS, gpt2
 from oracles.editing import Change
-from torch.utils.flop_counter import FlopCounterMode
 
-from causalcone.engine.edit.deltas.delta import Delta, LowRank
+from causalcone.engine.edit.deltas.delta import Delta
 from causalcone.engine.edit.methods.hparams import RomeHparams
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.runners.demo.model import train_tokenizer
@@ -55,14 +54,6 @@ EDITED = tuple(
 
 
 @pytest.fixture(scope="module")
-def bench():
-    """Imports scripts that lie beside each other."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCH)
-        yield importlib.import_module
-
-
-@pytest.fixture(scope="module")
 def methods(bench):
     """The methods in a few steps."""
     known = bench("editing_methods").METHODS
@@ -78,20 +69,6 @@ def setup(bench, model, tokenizer):
     return bench("editing_methods").Setup(model, tokenizer, EDITED, (0, 2, 3), contexts, moments)
 
 
-@pytest.fixture
-def counted(monkeypatch):
-    """FLOPs of the products that a call executes, but for those of attention."""
-    monkeypatch.setattr(LowRank, "norm", 1.0)  # which is a product, but none with weights
-
-    def counted(function):
-        with FlopCounterMode(display=False) as counter:
-            function()
-        by_operation = counter.get_flop_counts()["Global"].items()
-        return sum(n for operation, n in by_operation if str(operation) in ("aten.mm", "aten.addmm"))
-
-    return counted
-
-
 def ready(setup):
     """An editor that has checked the model and has the factors of its moments, and what it is to edit."""
     editor = setup.editor()
@@ -102,9 +79,10 @@ def ready(setup):
     return editor, requests
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", METHODS)
 @pytest.mark.parametrize("layers", [(0, 2, 3), (1,), (3,)])
-def test_flops_are_those_executed(methods, setup, counted, key, layers):
+def test_flops_are_those_executed(methods, setup, key, layers):
     editor, requests = ready(setup)
     batches = []
     executed = counted(lambda: batches.extend(methods[key].batches(editor, requests, layers)))
@@ -113,7 +91,7 @@ def test_flops_are_those_executed(methods, setup, counted, key, layers):
 
 
 @pytest.mark.parametrize("layers", [(0, 2, 3), (1,)])
-def test_flops_of_scoring_are_those_executed(bench, setup, counted, layers):
+def test_flops_of_scoring_are_those_executed(bench, setup, layers):
     editor, requests = ready(setup)
     edits = editor.rome(requests, layers)
     executed = counted(lambda: editor.score(edits))
@@ -128,6 +106,7 @@ def test_flops_of_edits_made_in_several_batches(methods, setup):
     assert sum(finetune.flops(setup, [edit]) for edit in one_by_one) > whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", METHODS)
 def test_engine_and_naive_way_make_the_same_edits(bench, methods, setup, key):
     measure = bench("editing_studies").measure
@@ -225,6 +204,7 @@ def check_result(result):
     assert naive["engine_difference"]["edits"] == naive["edits_timed"]
 
 
+@pytest.mark.slow
 def test_the_script(tmp_path):
     few = ("--model", "tiny", "--facts", "2", "--layers", "0,1", "--naive-least", "2")
     report, text, file = run("editing.py", tmp_path, *few, "--methods", "scoring,finetune5,rome")
@@ -242,6 +222,7 @@ def test_the_script(tmp_path):
             assert result["hparams"]["steps"] == (20 if result["method"] == "rome" else 25)
 
 
+@pytest.mark.slow
 def test_scoring_alone_makes_its_edits_first(bench, tmp_path, monkeypatch, capsys):
     few = ("--model", "tiny", "--facts", "1", "--layers", "0", "--methods", "scoring", "--naive-seconds", "0")
     monkeypatch.setattr(sys, "argv", ["editing.py", *few, "--threads", "1", "--out", str(tmp_path)])
@@ -290,6 +271,7 @@ def test_the_demo_model_is_edited_in_its_own_contexts(bench, monkeypatch):
     assert set(table["prompt_kind"].to_pylist()) == {"rewrite", "paraphrase", "neighborhood"}
 
 
+@pytest.mark.slow
 def test_gpu_script_on_the_cpu(tmp_path):
     few = ("--toy", "--device", "cpu", "--parts", "editing", "--edit-facts", "2", "--naive-edits", "1")
     report, text, file = run("gpu.py", tmp_path, *few)
@@ -305,6 +287,7 @@ def test_gpu_script_on_the_cpu(tmp_path):
     assert report["results"][0]["naive"]["engine_difference"]["largest_of_weights"] < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 def test_gpu_script(tmp_path):
     few = ("--toy", "--parts", "editing", "--edit-facts", "2", "--naive-edits", "1")

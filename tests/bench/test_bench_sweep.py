@@ -1,6 +1,5 @@
 """The benchmark of sweeps at toy size: it runs, and compares what it says. No time is judged."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -23,7 +22,7 @@ def run(out, study):
     return result, done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.demo
 def test_long(tmp_path):
     result, text = run(tmp_path, "long")
     assert (result["facts"], result["compared"]) == (12, 6)
@@ -43,9 +42,8 @@ def test_cluster(tmp_path):
     assert f"{result['ratio']:.0%} of it" in text
 
 
-def test_the_first_and_the_last_are_compared(monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
-    sweep = importlib.import_module("sweep")
+def test_the_first_and_the_last_are_compared(bench):
+    sweep = bench("sweep")
     steps = [sweep.Step(Unit("trace", "", k, (0, 1), 2), 1.0 + k, 100 * (k + 1)) for k in range(4)]
     assert sweep.taken(steps, 3) == steps[:2]
     found = sweep.ends(steps, 3)

@@ -9,7 +9,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers.edit_command import CONTEXTS, FAST, arguments, assert_same, read, run_json, write_inputs
+from helpers.edit_command import CONTEXTS, FAST, PRESET_SETTINGS, arguments, assert_same, read, run_json, write_inputs
 from helpers.editing_cases import FULL
 from helpers.models import FACTS
 
@@ -126,13 +126,9 @@ def test_everything_that_decides_the_results_is_kept_with_them(user, tmp_path, r
 
 # --- presets and overrides ---
 
-PRESET = """
+PRESET = f"""
 [own]
-edit_layers = [1, 3]
-sigma = 0.4
-tracing_window = 3
-aggregate = "mean"
-defaults.rome.steps = 2
+{PRESET_SETTINGS}defaults.rome.steps = 2
 defaults.memit.covariance_weight = 7.0
 [own.problems.error_injection]
 rome.kl_factor = 0.9
@@ -215,6 +211,7 @@ def test_facts_that_the_model_does_not_know_are_left_out_and_listed(user, tmp_pa
     assert (code, "--no-filter" in error, (tmp_path / "none").exists()) == (2, True, False)
 
 
+@pytest.mark.slow
 def test_facts_without_prompts_are_edited_and_not_scored(user, tmp_path, run):
     out, facts = tmp_path / "out", tmp_path / "facts.jsonl"
     bare = dataclasses.replace(FACTS[1], target_new="Latin")
@@ -313,6 +310,7 @@ def test_the_commonest_reasons_are_told():
     assert failed_lines({}) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError("the disk is on fire")])
 def test_what_was_finished_stays_readable(failure, user, tmp_path, monkeypatch, run):
     whole = tmp_path / "whole"

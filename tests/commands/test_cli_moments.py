@@ -41,7 +41,7 @@ def same(found, expected):
     assert found.tokens == expected.tokens
     assert found.layers == expected.layers
     for layer in expected.layers:
-        assert torch.equal(found.matrices[layer], expected.matrices[layer])
+        torch.testing.assert_close(found.matrices[layer], expected.matrices[layer], rtol=1e-5, atol=1e-6)
 
 
 def test_moments_are_those_that_the_engine_collects(folder, texts, user, tmp_path, run):

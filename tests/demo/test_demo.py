@@ -24,9 +24,6 @@ from causalcone.runners.sweep.config import load_sweep
 from causalcone.runners.sweep.stages import stages_of
 from causalcone.runners.sweep.worker import Worker
 
-pytestmark = pytest.mark.slow
-
-FACTS, EDITED = 50, 2
 METHODS = (("rome", 1, "ROME"), ("memit", 3, "MEMIT-3"), ("finetune", 1, "FT-1"), ("finetune", 5, "FT-5"))
 PROBLEMS = ("error_injection", "tracing_reversal", "fact_erasure", "fact_amplification", "fact_forcing")
 EXAMPLE = (Path(__file__).resolve().parents[2] / "docs" / "editing.md").read_text(encoding="utf-8")
@@ -38,10 +35,22 @@ def said(out, facts, edits=1, **options):
     return console.file.getvalue()
 
 
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((12, 1), id="few facts", marks=pytest.mark.demo),
+        pytest.param((50, 2), id="many facts", marks=[pytest.mark.demo, pytest.mark.long]),
+    ],
+)
+def size(request):
+    """How many facts are traced, and how many of them are edited."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def first(tmp_path_factory):
+def first(size, tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "results"
-    return out, said(out, FACTS, EDITED)
+    return out, said(out, *size)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +70,7 @@ def test_the_summary_states_the_papers_pattern(first):
         assert f"{number:+.3f}" in text
 
 
-def test_the_summary_says_what_severing_and_zeroing_take(first):
+def test_the_summary_says_what_severing_and_zeroing_take(first, size):
     out, text = first
     severed = severed_effects(out / "traces")
     mlp, attn = (severed.filter(method=f"sever_{name}").sort("layer") for name in ("mlp", "attn"))
@@ -74,7 +83,7 @@ def test_the_summary_says_what_severing_and_zeroing_take(first):
     curve = zeroing_curve(out / demo.ZEROED)
     assert curve["effect"][0] > 0.3 > 0.1 > curve["effect"][-1]
     assert f"{curve['effect'].max():.3f} of p(answer) is lost" in text
-    assert curve["facts"].to_list() == [FACTS] * len(curve)
+    assert curve["facts"].to_list() == [size[0]] * len(curve)
 
 
 def test_every_problem_method_and_score_is_there(first, table):
@@ -136,11 +145,11 @@ def test_every_figure_is_there(first):
     assert all((out / "plots" / name.split("/")[-1]).stat().st_size > 10_000 for name in figures)
 
 
-def test_a_second_run_finds_the_results_of_the_first(first, monkeypatch):
+def test_a_second_run_finds_the_results_of_the_first(first, size, monkeypatch):
     out, text = first
     monkeypatch.setattr(Worker, "run", lambda *_: pytest.fail("everything is there"))
     drawn = {path: path.stat().st_mtime for path in out.rglob("*.png")}
-    again = said(out, FACTS, EDITED)
+    again = said(out, *size)
     start = "│ hidden:1"
     shown, shown_again = (
         [line for line in each[each.index(start) :].splitlines() if not line.startswith("complete after")]
@@ -150,14 +159,15 @@ def test_a_second_run_finds_the_results_of_the_first(first, monkeypatch):
     assert {path: path.stat().st_mtime for path in out.rglob("*.png")} == drawn
 
 
-def test_another_number_of_facts_is_refused_and_replaces_the_results_when_asked(first):
+def test_another_number_of_facts_is_refused(first, size):
     out, _ = first
     kept = (out / "run.json").read_text()
     with pytest.raises(ResultError, match=r"limit.*\n.*--overwrite"):
-        said(out, FACTS - 1, EDITED)
+        said(out, size[0] - 1, size[1])
     assert (out / "run.json").read_text() == kept
 
 
+@pytest.mark.demo
 def test_results_of_another_origin_are_left(tmp_path):
     out = tmp_path / "results"
     (out / "traces").mkdir(parents=True)
@@ -197,7 +207,8 @@ def test_the_demo_models_moments_are_collected_once(quick, monkeypatch):
     model, tokenizer = demo_model.demo_model(progress=False)
     expected = cc.Moments.collect(model, tokenizer, running_texts(demo_world()), tokens="all")
     assert moments.tokens == expected.tokens
-    assert all(torch.equal(moments.matrices[layer], expected.matrices[layer]) for layer in range(3))
+    for layer in range(3):
+        torch.testing.assert_close(moments.matrices[layer], expected.matrices[layer], rtol=1e-5, atol=1e-6)
     monkeypatch.setattr(cc.Moments, "collect", lambda *_, **__: pytest.fail("they are there"))
     again = demo_moments(progress=False)
     again.check(model, range(3))
@@ -218,6 +229,7 @@ def test_moments_of_another_model_are_replaced(quick):
         assert found.tokens != other.tokens
 
 
+@pytest.mark.demo
 def test_the_example_of_the_page_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (example,) = re.findall(r"```python\n(.*?)```", EXAMPLE, re.DOTALL)

@@ -11,7 +11,7 @@ from causalcone.runners.demo.model import demo_folder
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "embedding.md").read_text(encoding="utf-8")
 METHODS, DOOR = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.demo
 
 
 def test_the_methods_run(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from causalcone.runners.demo.corpus import running_texts
 from causalcone.runners.demo.model import demo_folder, demo_world
 
 
-@pytest.mark.slow
+@pytest.mark.demo
 def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tracing, editing = blocks("README.md", "python")
@@ -45,7 +45,7 @@ def smaller(arguments):
     return ["--limit", "2"] if "--facts" in arguments else []
 
 
-@pytest.mark.slow
+@pytest.mark.demo
 def test_the_command_lines_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = commands("README.md")

@@ -107,6 +107,7 @@ class Play:
         torch.testing.assert_close(seen(self.model, layer).double(), wanted, rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [("gpt2", torch.float64), ("llama", torch.float32), ("opt", torch.float16), ("gpt2", torch.bfloat16)],

@@ -48,11 +48,6 @@ PRODUCTS = {"linear", "mm", "addmm", "bmm", "baddbmm"}
 
 
 @pytest.fixture(scope="module")
-def moments(model):
-    return random_moments(model)
-
-
-@pytest.fixture(scope="module")
 def whole(model, moments):
     """By method, all edits made together."""
     ed = editor(model, moments)
@@ -111,6 +106,7 @@ def assert_same_table(found, expected):
 # --- budgets ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("memory", BUDGETS)
 def test_every_budget_gives_the_same_edits(model, moments, whole, passes, method, memory):
@@ -142,6 +138,7 @@ def test_budgets_that_are_too_small(model, moments, whole):
         ed.score(whole["rome"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", BUDGETS)
 def test_every_budget_gives_the_same_joint_edit(model, moments, memory):
     parts, together = (
@@ -166,6 +163,7 @@ def test_every_budget_gives_the_same_scores(model, moments, whole, passes, memor
     assert_same_table(found.metrics, expected.metrics)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "mistral", "gptj", "gemma3_text"])
 def test_budgets_of_other_architectures(passes, name):
     """Norms around the MLP, sliding windows, blocks in parallel."""

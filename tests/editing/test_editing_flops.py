@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.command_line import running_text
+from helpers.counted_flops import counted
 from helpers.edited_models import dense, low_rank
 from helpers.editing_cases import FULL
-from torch.utils.flop_counter import FlopCounterMode
 
 from causalcone import Editor
-from causalcone.engine.edit.deltas.delta import Delta, LowRank
+from causalcone.engine.edit.deltas.delta import Delta
 from causalcone.engine.edit.methods.edits import edit_of
 from causalcone.engine.edit.methods.hparams import MemitHparams
 from causalcone.engine.edit.moments.moments import Moments
@@ -19,7 +19,7 @@ from causalcone.engine.edit.requests.windows import Window
 from causalcone.engine.edit.runs.decoding import continuations
 from causalcone.engine.edit.runs.flops import Asked, Flops, Grown, Searched
 from causalcone.engine.edit.runs.packed_runs import Text
-from causalcone.engine.edit.scoring.probes import questions_about
+from causalcone.engine.edit.scoring.probes import probes_of
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.run.session import Session
 
@@ -32,28 +32,15 @@ def editor(model, tokenizer):
     return editor
 
 
-@pytest.fixture
-def counted(monkeypatch):
-    monkeypatch.setattr(LowRank, "norm", 1.0)  # which is a product, but none with weights
-
-    def counted(function):
-        with FlopCounterMode(display=False) as counter:
-            function()
-        by_operation = counter.get_flop_counts()["Global"].items()
-        return sum(n for operation, n in by_operation if str(operation) in ("aten.mm", "aten.addmm"))
-
-    return counted
-
-
 def asked(request, encoder):
-    questions = questions_about(request, encoder)
-    distinct = {(each.run, place) for each in questions.asked for place in range(len(each.tokens))}
+    questions = probes_of(request, encoder)
+    distinct = {(each.run, place) for each in questions.probes for place in range(len(each.tokens))}
     return Asked(questions.rows, sum(questions.read), len(distinct))
 
 
 @pytest.mark.parametrize("rank", [1, 3, None])
 @pytest.mark.parametrize("window", [(0,), (1, 2), (2, 3), (3,)])
-def test_scoring(editor, model, counted, window, rank):
+def test_scoring(editor, model, window, rank):
     """Of changes of any rank, and of dense ones, in several layers."""
     request = editor.requests(FULL[:1], filtered=False)[0]
     of = Flops(editor.session.sizes)
@@ -66,7 +53,7 @@ def test_scoring(editor, model, counted, window, rank):
     assert of.unedited(own, whole=window[0] == 3) + of.edited(own, window, rank) == executed
 
 
-def test_joint_edits(editor, counted):
+def test_joint_edits(editor):
     sizes, requests = editor.session.sizes, editor.requests(FULL[:2], filtered=False)
     encoder = Encoder(editor.session.tokenizer, sizes)
     texts = Searched.total(
@@ -91,7 +78,7 @@ def test_joint_edits(editor, counted):
 
 
 @pytest.mark.parametrize("edited", [False, True])
-def test_decoding(model, tokenizer, counted, edited):
+def test_decoding(model, tokenizer, edited):
     session = Session(model, tokenizer)
     texts = [Text((5, 17, 230)), Text((5, 9, 41, 8, 99))]
     deltas = [Delta({1: low_rank(model, 2), 2: low_rank(model, 2)}) for _ in texts] if edited else None
@@ -100,7 +87,7 @@ def test_decoding(model, tokenizer, counted, edited):
     assert found == pytest.approx(executed, rel=1e-9)
 
 
-def test_moments(model, tokenizer, counted):
+def test_moments(model, tokenizer):
     executed = counted(lambda: Moments.collect(model, tokenizer, running_text(), (0, 2), tokens=200))
     sizes = Session(model, tokenizer).sizes
     found = Flops(sizes).moments(200, (0, 2))

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers.compare import assert_table_close
 from helpers.edited_models import dense, low_rank
 from helpers.editing_cases import (
     CONTEXTS,
@@ -21,7 +22,6 @@ from helpers.editing_cases import (
     ROME,
     START,
     THREE,
-    collected_moments,
     editor,
     error,
     random_moments,
@@ -38,8 +38,8 @@ import causalcone as cc
 from causalcone.engine.edit.deltas.delta import Delta
 from causalcone.engine.edit.requests.problems import FilteredFacts
 from causalcone.engine.edit.requests.requests import PROBLEMS
+from causalcone.engine.edit.scoring.generation_metrics import generation_entropy
 from causalcone.engine.edit.scoring.sampled_texts import generate_texts
-from causalcone.engine.edit.scoring.text_metrics import generation_entropy
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.engine.schemas import METRIC_SCHEMA, PROBE_SCHEMA
@@ -48,31 +48,22 @@ ANSWERS = {"start": "CALLE call", "end": " hej", "one token": "hehe", "many toke
 """What the model says after the prompts of some facts, in whichever case."""
 
 
-@pytest.fixture(scope="module")
-def moments(model):
-    return random_moments(model)
-
-
-@pytest.fixture(scope="module")
-def collected(model):
-    return collected_moments(model)
-
-
 # --- the same again ---
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_same_seed_gives_the_same_bits(model, tokenizer, moments, method):
+def test_the_same_seed_gives_the_same_numbers(model, tokenizer, moments, method):
     """On a fresh editor and on a used one."""
     one, other = (cc.Editor(model, tokenizer, moments, sigma=0.3, seed=5) for _ in range(2))
     results = [study(ed, method) for ed in (one, other, one)]
     for edits, scores in results[1:]:
-        assert scores.probes.equals(results[0][1].probes)
-        assert scores.metrics.equals(results[0][1].metrics)
+        assert_table_close(scores.probes, results[0][1].probes)
+        assert_table_close(scores.metrics, results[0][1].metrics)
         for edit, expected in zip(edits, results[0][0], strict=True):
-            assert (edit.edit_id, edit.loss, edit.steps) == (expected.edit_id, expected.loss, expected.steps)
+            assert (edit.edit_id, edit.steps) == (expected.edit_id, expected.steps)
+            assert edit.loss == pytest.approx(expected.loss, rel=1e-9)
             for layer in expected.delta.layers:
-                assert weight(edit.delta, layer).equal(weight(expected.delta, layer))
+                assert error(weight(edit.delta, layer), weight(expected.delta, layer)) < 1e-9
 
 
 def test_contexts_are_sampled_once(model, tokenizer, moments):

@@ -21,7 +21,6 @@ from helpers.editing_cases import (
     ONE_TOKEN,
     ROME,
     START,
-    collected_moments,
     editor,
     error,
     random_moments,
@@ -42,16 +41,6 @@ BROKEN = request(replace(ONE_TOKEN, id="broken"), "fact_forcing", sigma=1e200)
 """Noise that no model survives."""
 
 AT_ONE = Window(1, 1, (1,))
-
-
-@pytest.fixture(scope="module")
-def moments(model):
-    return random_moments(model)
-
-
-@pytest.fixture(scope="module")
-def collected(model):
-    return collected_moments(model)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -24,7 +24,7 @@ from helpers.editing_cases import (
     task,
     unlifted,
 )
-from helpers.families import FAMILIES
+from helpers.families import EVERY_FAMILY, FAMILIES
 from helpers.models import gpt2
 from helpers.models import tokenizer as byte_level
 from oracles import finetune as oracle_finetune
@@ -52,7 +52,7 @@ def likely(model, fact, problem="fact_erasure"):
     return Request(fact, problem, (int(logits[0, -1].argmax()),))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EVERY_FAMILY)
 def family(request):
     return FAMILIES[request.param](3, 32, 4, dtype=torch.float64)
 
@@ -73,7 +73,7 @@ def test_the_unmodified_float64_model(family):
         assert_exact(family, [INJECTION, FORCING], (1,), 3, bounds=replace(UNMODIFIED, weights=5e-2))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_float32(name):
     """One weight of a layer that goes the other way is an error of a thirtieth."""
     model = FAMILIES[name](3, 32, 4, dtype=torch.float32)

@@ -28,7 +28,7 @@ from helpers.editing_cases import (
     unlifted,
     weight,
 )
-from helpers.families import FAMILIES
+from helpers.families import EVERY_FAMILY, FAMILIES
 from helpers.models import gpt2
 from helpers.models import tokenizer as byte_level
 from oracles import memit as oracle_memit
@@ -77,7 +77,7 @@ def assert_joint(model, requests, layers, hparams=FEW_STEPS, bounds=EXACT, conte
     return joint
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EVERY_FAMILY)
 def family(request):
     return FAMILIES[request.param](3, 32, 4, dtype=torch.float64)
 
@@ -98,12 +98,13 @@ def test_the_unmodified_float64_model(family):
         assert_joint(family, [FORCING], (0, 1), bounds=UNMODIFIED, **SHORT)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_float32(name):
     model = FAMILIES[name](3, 32, 4, dtype=torch.float32)
     assert_exact(model, [FORCING, ERASURE], (0,), 3, bounds=SINGLE, **SHORT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("facts", [FULL[::2], FULL[1::2]], ids=["start, end, one token", "middle, only, many tokens"])
 def test_every_problem_and_place_of_the_subject(model, facts, problem):

@@ -64,6 +64,7 @@ def studies(draw):
     return model, requests, draw(st.lists(phrases(1, 4), min_size=1, max_size=2)), tuple(window)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(drawn=studies(), clamp=st.sampled_from([0.1, 4.0]), kl_factor=st.sampled_from([0.0, 0.5]))
 def test_any_edit_is_the_plain_one(drawn, clamp, kl_factor):

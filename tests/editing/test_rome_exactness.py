@@ -28,7 +28,7 @@ from helpers.editing_cases import (
     unlifted,
     weight,
 )
-from helpers.families import FAMILIES
+from helpers.families import EVERY_FAMILY, FAMILIES
 from helpers.models import gpt2
 from helpers.models import tokenizer as byte_level
 from oracles import rome as oracle_rome
@@ -58,7 +58,7 @@ def assert_exact(model, requests, layers, hparams=FEW_STEPS, bounds=EXACT, **opt
     return edits
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EVERY_FAMILY)
 def family(request):
     return FAMILIES[request.param](3, 32, 4, dtype=torch.float64)
 
@@ -73,11 +73,12 @@ def test_the_unmodified_float64_model(family):
         assert_exact(family, [FORCING], (1,), bounds=UNMODIFIED, **SHORT)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_float32(name):
     assert_exact(FAMILIES[name](3, 32, 4, dtype=torch.float32), [INJECTION, FORCING], (0,), bounds=SINGLE, **SHORT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("facts", [FULL[::2], FULL[1::2]], ids=["start, end, one token", "middle, only, many tokens"])
 def test_every_problem_and_place_of_the_subject(model, facts, problem):
@@ -114,6 +115,7 @@ def test_contexts_with_special_tokens(model):
         assert_rome(edit, plain(model, moments, edit, FEW_STEPS, tokenizer=tokenizer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "hparams",
     [

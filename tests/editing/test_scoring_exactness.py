@@ -22,7 +22,7 @@ from helpers.editing_cases import (
     unlifted,
     weight,
 )
-from helpers.families import FAMILIES
+from helpers.families import EVERY_FAMILY, FAMILIES
 from helpers.models import FACTS
 from helpers.models import tokenizer as byte_level
 from oracles import scores as oracle_scores
@@ -148,7 +148,7 @@ def success(kind, probes, problem):
     }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EVERY_FAMILY)
 def family(request):
     return FAMILIES[request.param](3, 32, 4, dtype=torch.float64)
 
@@ -166,7 +166,7 @@ def test_the_unmodified_float64_model(family):
         assert_exact(family, [edit(FORCING, deltas(family)["ends"])], bounds=(1e-4, 5e-6))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_float32(name):
     model = FAMILIES[name](3, 32, 4, dtype=torch.float32)
     assert_exact(model, [edit(FORCING, deltas(model)["ends"]), edit(INJECTION, deltas(model)["dense"])])

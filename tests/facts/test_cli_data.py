@@ -10,6 +10,7 @@ from types import ModuleType
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.fact_records import COUNTERFACT
 from helpers.models import FACTS, ZERO_WIDTH_SPACE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,21 +20,6 @@ from causalcone.runners.demo.model import demo_world
 from causalcone.runners.facts import data as fact_data
 from causalcone.runners.facts.files import SkippedRecords
 
-COUNTERFACT = {
-    "case_id": 17,
-    "pararel_idx": 3,
-    "requested_rewrite": {
-        "prompt": "{} was born in",
-        "relation_id": "P19",
-        "target_new": {"str": "Lima", "id": "Q2868"},
-        "target_true": {"str": "Oslo", "id": "Q585"},
-        "subject": "Åse Lund",
-    },
-    "paraphrase_prompts": ["Åse Lund's home town is"],
-    "neighborhood_prompts": ["Kari Moe was born in"],
-    "attribute_prompts": ["Ana Paz was born in"],
-    "generation_prompts": ["Åse Lund's childhood was"],
-}
 ZSRE = {
     "subject": "Bo",
     "src": "Who taught Bo?",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.fact_records import COUNTERFACT
 
 from causalcone.engine.errors import FactError
 from causalcone.engine.facts import Fact
@@ -14,21 +15,6 @@ from causalcone.runners.facts.files import load_facts, save_facts
 
 SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
-COUNTERFACT: dict[str, Any] = {
-    "case_id": 17,
-    "pararel_idx": 3,
-    "requested_rewrite": {
-        "prompt": "{} was born in",
-        "relation_id": "P19",
-        "target_new": {"str": "Lima", "id": "Q2868"},
-        "target_true": {"str": "Oslo", "id": "Q585"},
-        "subject": "Åse Lund",
-    },
-    "paraphrase_prompts": ["It rained. Åse Lund comes from", "Åse Lund's home town is"],
-    "neighborhood_prompts": ["Kari Moe was born in"],
-    "attribute_prompts": ["Ana Paz was born in"],
-    "generation_prompts": ["Åse Lund's childhood was"],
-}
 ZSRE: list[dict[str, Any]] = [
     {
         "subject": "Bo",

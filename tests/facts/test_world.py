@@ -174,6 +174,7 @@ def test_snippets_tell_of_subjects_with_the_object(world, truths):
             assert f" {shared}." in sample["text"]
 
 
+@pytest.mark.slow
 def test_a_world_for_load_tests():
     world = World.generate(33_400)
     assert len(world.facts) >= 100_000

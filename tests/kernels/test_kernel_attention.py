@@ -5,10 +5,10 @@ import torch
 from helpers.kernel_cases import assert_near, devices, dtypes, random
 
 from causalcone.kernels import row_attention
-from causalcone.kernels.backends import Backends
-from causalcone.kernels.row_attention import ScoreRule, visible_keys
+from causalcone.kernels.backends import backends_of
+from causalcone.kernels.row_attention import RunRows, ScoreRule, visible_keys
 
-TRITON = Backends(attention="triton")
+TRITON = backends_of("triton", "torch")
 
 pytest.importorskip("triton")
 
@@ -30,7 +30,7 @@ def assert_like_torch(device, dtype, heads, groups, head_dim, tokens, keys, coun
     queries = random(rows, heads * head_dim, device=device, dtype=dtype)
     keys_values = random(rows, 2 * groups * head_dim, device=device, dtype=dtype, seed=1)
     scoring = ScoreRule(head_dim, 1.7 * head_dim**-0.5, softcap, window)
-    index = (query_rows, key_rows, tokens, scoring)
+    index = (RunRows(query_rows, key_rows, tokens), scoring)
     width = (count * len(tokens), heads * head_dim)
     exact = torch.empty(width, device=device)
     found = torch.full(width, torch.nan, dtype=dtype, device=device)
@@ -82,7 +82,8 @@ def test_it_writes_nothing_beside_its_slice(device):
     rows, query_rows, key_rows = runs_of(2, (3, 4), 5, device)
     queries, keys_values = random(rows, 2 * 20, device=device), random(rows, 4 * 20, device=device)
     whole = torch.full((8, 40), 7.0, device=device)
-    TRITON.attend_rows(queries, keys_values, query_rows, key_rows, (3, 4), ScoreRule(20, 0.2), whole[2:6], 16)
+    runs = RunRows(query_rows, key_rows, (3, 4))
+    TRITON.attend_rows(queries, keys_values, runs, ScoreRule(20, 0.2), whole[2:6], 16)
     assert (whole[:2] == 7).all()
     assert (whole[6:] == 7).all()
     assert (whole[2:6] != 7).all()
@@ -97,13 +98,14 @@ def test_rows_beyond_two_to_the_31_elements():
     index = torch.arange(rows - 4, rows, device="cuda").repeat(100_000, 1)
     scoring = ScoreRule(64, 0.125)
     out = torch.empty(100_000, width, dtype=torch.bfloat16, device="cuda")
-    TRITON.attend_rows(queries, keys_values, index[:, 3:], index, (3,), scoring, out, 16)
+    TRITON.attend_rows(queries, keys_values, RunRows(index[:, 3:], index, (3,)), scoring, out, 16)
     exact = torch.empty(1, width, device="cuda")
     own = torch.arange(4, device="cuda")[None]
-    row_attention.attend_rows(queries[-4:].float(), keys_values[-4:].float(), own[:, 3:], own, (3,), scoring, exact, 16)
+    last = queries[-4:].float(), keys_values[-4:].float(), RunRows(own[:, 3:], own, (3,))
+    row_attention.attend_rows(*last, scoring, exact, 16)
     assert_near(out[-1:], exact, torch.bfloat16)
 
 
 def test_visible_keys():
-    seen = visible_keys((0, 3), 4, 2, torch.device("cpu"))
+    seen = visible_keys(torch.tensor([0, 3]), 4, 2)
     assert seen.tolist() == [[True, False, False, False], [False, False, True, True]]

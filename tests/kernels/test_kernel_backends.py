@@ -14,11 +14,12 @@ from helpers.models import FACTS, gpt2, tokenizer
 
 import causalcone as cc
 from causalcone.kernels import backends, flash_attention, row_attention
-from causalcone.kernels.backends import TORCH, BackendError, Backends, choose
-from causalcone.kernels.row_attention import ScoreRule
+from causalcone.kernels.adding import RowSum
+from causalcone.kernels.backends import TORCH, BackendError, backends_of, choose
+from causalcone.kernels.row_attention import RunRows, ScoreRule
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-ALL_TRITON = Backends("triton", "triton")
+ALL_TRITON = backends_of("triton", "triton")
 
 
 @pytest.fixture(autouse=True)
@@ -40,19 +41,19 @@ def test_choices(monkeypatch):
     assert choose(CUDA, torch.float32) == choose(CUDA, torch.bfloat16) == ALL_TRITON
     assert choose(CUDA, torch.float64) == choose(CUDA, torch.float64, "triton") == TORCH
     assert choose(CUDA, torch.float16, "torch") == TORCH
-    assert choose(CUDA, torch.bfloat16, "flash") == Backends("flash", "triton")
+    assert choose(CUDA, torch.bfloat16, "flash") == backends_of("flash", "triton")
     monkeypatch.setenv(backends.KERNELS, "torch")
     assert choose(CUDA, torch.float32) == TORCH
     assert choose(CUDA, torch.float32, "triton") == ALL_TRITON
     monkeypatch.setenv(backends.ATTENTION, "triton")
-    assert choose(CUDA, torch.float32) == Backends("triton", "torch")
+    assert choose(CUDA, torch.float32) == backends_of("triton", "torch")
 
 
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize(
     ("device", "dtype", "kernels", "message"),
     [
-        (CPU, torch.float32, "cuda", "kernels='cuda' is no backend; choose from torch, triton, flash"),
+        (CPU, torch.float32, "cuda", "kernels='cuda' is not a backend; choose from torch, triton, flash"),
         (CPU, torch.float32, "triton", "TRITON_INTERPRET=1"),
         (CPU, torch.bfloat16, "flash", "runs on CUDA devices"),
         (CUDA, torch.float32, "flash", "bfloat16 and float16"),
@@ -80,10 +81,11 @@ def test_a_kernel_that_fails_says_how_to_do_without():
     triton = pytest.importorskip("triton")
     assert triton
     with pytest.raises(AssertionError) as raised:
-        ALL_TRITON.add_rows(*[torch.ones(4, 4).T, torch.arange(2)] * 2, torch.empty(2, 4), 1)
+        ALL_TRITON.add_rows(RowSum(*[torch.ones(4, 4).T, torch.arange(2)] * 2), torch.empty(2, 4), 1)
     assert "CAUSALCONE_KERNELS=torch" in raised.value.__notes__[0]
 
 
+@pytest.mark.slow
 def test_the_package_does_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"
@@ -133,7 +135,7 @@ def test_flash_attention(monkeypatch, window, softcap, tokens, count):
     query_rows = torch.randint(100, (count, len(tokens)), generator=generator)
     queries, keys_values = random(100, 4 * 8), random(100, 2 * 2 * 8, seed=1)
     exact, found = torch.empty(2, count * len(tokens), 4 * 8)
-    arguments = (queries, keys_values, query_rows, key_rows, tokens, ScoreRule(8, 0.7, softcap, window))
+    arguments = (queries, keys_values, RunRows(query_rows, key_rows, tokens), ScoreRule(8, 0.7, softcap, window))
     row_attention.attend_rows(*arguments, exact, 1000)
     flash_attention.attend_rows(*arguments, found)
     torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)

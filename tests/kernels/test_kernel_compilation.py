@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).parents[1] / "support" / "compile_kernels.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_kernel_compiles(tmp_path, capability):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}

@@ -6,15 +6,16 @@ import pytest
 import torch
 from helpers.kernel_cases import assert_near, assert_sums, devices, dtypes, random
 
-from causalcone.kernels import adding, finetune_step, gathering, log_sums
-from causalcone.kernels.backends import Backends
-from causalcone.kernels.finetune_step import Moving
+from causalcone.kernels import adam, adding, gathering, log_sums
+from causalcone.kernels.adam import AdamState
+from causalcone.kernels.adding import RowSum
+from causalcone.kernels.backends import backends_of
 from causalcone.kernels.norms import LayerNorm, RMSNorm, unchanged
 from causalcone.kernels.readout import Readout
 
 pytest.importorskip("triton")
 
-TRITON = Backends(rows="triton")
+TRITON = backends_of("torch", "triton")
 WIDTHS = pytest.mark.parametrize("width", [48, 64, 130])
 NORMS = {
     "layer": lambda width, **like: LayerNorm(1 + 0.3 * random(width, **like), random(width, **like), 1e-5),
@@ -57,8 +58,9 @@ def test_sums(device, dtype, width):
     left, right = random(9, width, device=device, dtype=dtype), random(4, width, device=device, dtype=dtype, seed=1)
     index = index_of(6, 9, device), index_of(6, 4, device, 1)
     exact, found = (torch.empty(6, width, dtype=dtype, device=device) for _ in range(2))
-    adding.add_rows(left, index[0], right, index[1], exact, 4)
-    TRITON.add_rows(left, index[0], right, index[1], found, 4)
+    terms = RowSum(left, index[0], right, index[1])
+    adding.add_rows(terms, exact, 4)
+    TRITON.add_rows(terms, found, 4)
     assert_sums(found, exact)
 
 
@@ -68,12 +70,12 @@ def test_sums(device, dtype, width):
 def test_sums_that_are_normed(device, dtype, name):
     width = 48
     left, right = random(9, width, device=device, dtype=dtype), random(4, width, device=device, dtype=dtype, seed=1)
-    sources = left, index_of(6, 9, device), right, index_of(6, 4, device, 1)
+    terms = RowSum(left, index_of(6, 9, device), right, index_of(6, 4, device, 1))
     norm, index = NORMS[name](width, device=device, dtype=dtype), torch.tensor([4, 0, 5], device=device)
     sums, normed = (torch.empty(n, width, dtype=dtype, device=device) for n in (6, 3))
     exact_sums, exact = torch.empty_like(sums), torch.empty_like(normed)
-    TRITON.add_normed(*sources, sums, index, norm, normed, 4)
-    adding.add_normed(*sources, exact_sums, index, norm, exact, 2)
+    TRITON.add_normed(terms, sums, index, norm, normed, 4)
+    adding.add_normed(terms, exact_sums, index, norm, exact, 2)
     assert_sums(sums, exact_sums)
     assert_near(normed, wide(norm)(sums[index].float()), dtype)
     assert_near(normed, exact, dtype)
@@ -85,8 +87,9 @@ def test_no_rows(device):
     norm = NORMS["layer"](16, device=device, dtype=torch.float32)
     out, normed = torch.empty(0, 16, device=device), torch.empty(0, 16, device=device)
     assert TRITON.gather_normed(rows, none, norm).shape == (0, 16)
-    TRITON.add_rows(rows, none, rows, none, out, 4)
-    TRITON.add_normed(rows, none, rows, none, out, none, norm, normed, 4)
+    terms = RowSum(rows, none, rows, none)
+    TRITON.add_rows(terms, out, 4)
+    TRITON.add_normed(terms, out, none, norm, normed, 4)
 
 
 @devices
@@ -138,11 +141,11 @@ def test_readout(device, vocabulary):
 def test_steps_of_finetuning(device, dtype, rows):
     """The gradient is that of the rows as they are; in the torch form it is rounded to their dtype."""
     hidden, inner, lr, bound = 40, 70, 1e-3, 2e-3
-    exact, found = (Moving.zeros_like(torch.empty(hidden, inner, device=device), torch.float32) for _ in range(2))
+    exact, found = (AdamState.zeros_like(torch.empty(hidden, inner, device=device), torch.float32) for _ in range(2))
     for number in range(3):
         slopes = random(rows, hidden, device=device, dtype=dtype, seed=2 * number)
         keys = random(rows, inner, device=device, dtype=dtype, seed=2 * number + 1)
-        finetune_step.step_weight(exact, slopes.float(), keys.float(), lr, bound)
+        adam.step_weight(exact, slopes.float(), keys.float(), lr, bound)
         TRITON.step_weight(found, slopes, keys, lr, bound)
     for own, other in zip(vars(found).values(), vars(exact).values(), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-3 * lr)
@@ -151,6 +154,6 @@ def test_steps_of_finetuning(device, dtype, rows):
 
 @devices
 def test_a_gradient_that_is_not_a_number_is_seen(device):
-    moving = Moving.zeros_like(torch.empty(3, 4, device=device), torch.float32)
+    moving = AdamState.zeros_like(torch.empty(3, 4, device=device), torch.float32)
     TRITON.step_weight(moving, torch.full((1, 3), torch.nan, device=device), random(1, 4, device=device), 0.1, 0.1)
     assert torch.isnan(moving.change).all()

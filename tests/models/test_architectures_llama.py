@@ -1,34 +1,17 @@
-"""Llama and its relatives: every value of every layer is the one that the model itself computes."""
+"""Llama and its relatives, Gemma among them: every value of every layer is the one that the model itself computes."""
 
 import pytest
 import torch
 from helpers.compare import assert_same
-from helpers.families import FAMILIES
+from helpers.families import FAMILIES, quick_first
 from helpers.models import FACTS, tokenizer
-from helpers.plain_blocks import TOKENS, TOLERANCE, assert_exact, assert_same_values, run_blocks, run_model
+from helpers.plain_blocks import MIDS, TOKENS, TOLERANCE, assert_exact, assert_same_values, run_blocks, run_model
 from oracles import tracing as oracle
 from torch import nn
 
 import causalcone as cc
 from causalcone.engine.errors import ModelError
 from causalcone.engine.models import read_architecture
-
-MIDS = {
-    "llama": "post_attention_layernorm",
-    "mistral": "post_attention_layernorm",
-    "ministral": "post_attention_layernorm",
-    "qwen2": "post_attention_layernorm",
-    "qwen3": "post_attention_layernorm",
-    "seed_oss": "post_attention_layernorm",
-    "cwm": "post_attention_layernorm",
-    "smollm3": "post_attention_layernorm",
-    "granite": "post_attention_layernorm",
-    "phi3": "post_attention_layernorm",
-    "starcoder2": "post_attention_layernorm",
-    "olmo2": "mlp",
-    "olmo3": "mlp",
-}
-"""By family: the module of a layer that takes in the residual stream after attention."""
 
 ROPES = {
     "linear": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0},
@@ -119,7 +102,7 @@ def test_unmodified_model(family):
     assert_same_values(found, run_model(model, TOKENS, "model.layers", MIDS[family], lift=False), 5e-6)
 
 
-@pytest.mark.parametrize("family", MIDS)
+@pytest.mark.parametrize("family", quick_first(MIDS, ("llama", "olmo2", "gemma2")))
 def test_tracing(family):
     model, facts = FAMILIES[family](3, 16, 2), FACTS[1:2]
     options = {"states": (("hidden", 1), ("mlp", 2), ("attn", 3)), "samples": 2, "sigma": 0.5}

@@ -1,6 +1,5 @@
 """The naive way of editing that benchmarks are measured against: what it computes, by hand and one text at a time."""
 
-import importlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,6 @@ from torch.nn.functional import kl_div
 from causalcone.engine.edit.methods.hparams import FinetuneHparams, MemitHparams, RomeHparams
 from causalcone.engine.facts import Fact
 
-BENCH = Path(__file__).parents[2] / "bench"
 CONTEXTS = ("They say", "One of the famous city", "Is it", "The tongue is known to be in Rome", "Bo")
 FACT = Fact(
     "ann",
@@ -29,14 +27,6 @@ FACT = Fact(
     neighborhood_prompts=("The sport of Bo is", "The sport of Danielle Darrieux is", "Rome is"),
 )
 LAYER = 1
-
-
-@pytest.fixture(scope="module")
-def bench():
-    """Imports scripts that lie beside each other."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCH)
-        yield importlib.import_module
 
 
 @pytest.fixture(scope="module")

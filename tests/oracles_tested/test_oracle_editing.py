@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.families import FAMILIES
+from helpers.families import EVERY_FAMILY, FAMILIES
 from helpers.models import FACTS, gpt2, tokenizer
 from oracles.editing import (
     Change,
@@ -41,7 +41,7 @@ ROME = RomeHparams(steps=6)
 MEMIT = MemitHparams(steps=6, covariance_weight=3.0)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EVERY_FAMILY)
 def family(request):
     return build(request.param)
 

@@ -4,25 +4,17 @@ import copy
 
 import pytest
 import torch
-from helpers.families import FAMILIES
+from helpers.families import EVERY_FAMILY, FAMILIES
 from helpers.models import FACTS, gpt2, tokenizer
 from oracles import tracing as oracle
+from oracles.editing import down
 from oracles.gradients import integrated_gradients
 from oracles.model import LAYOUTS, Site, hooked, precision, predict, sites
 
 FACT = FACTS[4]  # its subject is in reach of the last token in sliding windows too
-DOWN = {
-    "gpt2": "mlp.c_proj",
-    "gptj": "mlp.fc_out",
-    "gpt_neo": "mlp.c_proj",
-    "gpt_neox": "mlp.dense_4h_to_h",
-    "opt": "fc2",
-    "phi": "mlp.fc2",
-    "starcoder2": "mlp.c_proj",
-}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EVERY_FAMILY)
 def family(request):
     """A random float64 model of a family, of three layers and two heads. OPT's ReLU would make its gradients jump."""
     smooth = {"activation_function": "gelu"} if request.param == "opt" else {}
@@ -78,9 +70,8 @@ def test_zeroing_is_a_model_with_zero_weights(family, kind):
     """In a window of two layers: the last layer and the one before it."""
     changed = copy.deepcopy(family)
     layout = LAYOUTS[family.config.model_type]
-    for block in changed.get_submodule(layout.blocks)[-2:]:
-        path = DOWN.get(family.config.model_type, "mlp.down_proj") if kind == "mlp" else layout.projection
-        erase(block.get_submodule(path), kind)
+    for layer, block in list(enumerate(changed.get_submodule(layout.blocks)))[-2:]:
+        erase(down(changed, layer) if kind == "mlp" else block.get_submodule(layout.projection), kind)
     (row,) = (row for row in zero(family, states=[(kind, 2)]) if row["layer"] == 2)
     case = oracle.encode(family, tokenizer(), FACT, "argmax")
     with torch.no_grad(), precision(family, lift=True):

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers.families import FAMILIES
+from helpers.families import EVERY_FAMILY, FAMILIES
 from helpers.models import FACTS, gpt2, tokenizer
 from oracles.editing import Task, about_subject, changed, down, down_weight
 from oracles.finetune import finetune, training_loss
@@ -21,7 +21,7 @@ ERASURE = dataclasses.replace(TASK, problem="fact_erasure")
 HPARAMS = FinetuneHparams(steps=4, lr=5e-4, norm_constraint=1.2e-3, noise_samples=3)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EVERY_FAMILY)
 def family(request):
     """A random float64 model of a family. OPT's ReLU would make its gradients jump."""
     smooth = {"activation_function": "gelu"} if request.param == "opt" else {}

@@ -10,12 +10,13 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
-from causalcone.kernels.backends import Backends
-from causalcone.kernels.finetune_step import Moving
+from causalcone.kernels.adam import AdamState
+from causalcone.kernels.adding import RowSum
+from causalcone.kernels.backends import backends_of
 from causalcone.kernels.norms import LayerNorm, RMSNorm
-from causalcone.kernels.row_attention import ScoreRule
+from causalcone.kernels.row_attention import RunRows, ScoreRule
 
-TRITON = Backends("triton", "triton")
+TRITON = backends_of("triton", "triton")
 
 SHARED_BYTES = 163 * 1024
 """What a block may have of an SM's shared memory on an A100; an H100 has more."""
@@ -65,16 +66,17 @@ def launch_all(dtype: torch.dtype) -> None:
         query_rows, key_rows = torch.zeros(2, m, dtype=torch.int64), torch.zeros(2, 50, dtype=torch.int64)
         scoring, out = ScoreRule(head_dim, 0.125, softcap, window), rows(heads * head_dim, 2 * m)
         queries, keys_values = rows(heads * head_dim), rows(2 * groups * head_dim)
-        TRITON.attend_rows(queries, keys_values, query_rows, key_rows, tokens, scoring, out, 1)
+        TRITON.attend_rows(queries, keys_values, RunRows(query_rows, key_rows, tokens), scoring, out, 1)
     for width in (96, 4096, 8192):
         for norm in (LayerNorm(rows(width)[0], rows(width)[0], 1e-5), RMSNorm(torch.empty(width), 1e-6)):
             TRITON.gather_normed(rows(width), index, norm)
-            TRITON.add_normed(rows(width), index, rows(width), index, rows(width), index[:2], norm, rows(width, 2), 1)
-        TRITON.add_rows(rows(width), index, rows(width), index, rows(width), 1)
+            terms = RowSum(rows(width), index, rows(width), index)
+            TRITON.add_normed(terms, rows(width), index[:2], norm, rows(width, 2), 1)
+        TRITON.add_rows(terms, rows(width), 1)
     sums = torch.zeros(4, dtype=torch.float64)
     for softcap in (None, 30.0):
         TRITON.add_tile(rows(1000), 0, softcap, index, sums, sums.clone())
-    TRITON.step_weight(Moving.zeros_like(torch.empty(40, 96), torch.float32), rows(40), rows(96), 1e-3, 1e-3)
+    TRITON.step_weight(AdamState.zeros_like(torch.empty(40, 96), torch.float32), rows(40), rows(96), 1e-3, 1e-3)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ from causalcone.runners.results import store as stores
 from causalcone.runners.results.folder import ResultError
 from causalcone.runners.sweep import worker as work
 from causalcone.runners.sweep.executor import LocalExecutor
+from causalcone.runners.sweep.facts_table import FACTS, fact_table
 from causalcone.runners.sweep.status import status_of
+from causalcone.runners.sweep.units import EDIT, NOISE, PREPARED, Chosen, later_stages
 from causalcone.runners.sweep.worker import Worker
 
 PROBLEMS = ("error_injection", "fact_forcing")
@@ -98,6 +100,22 @@ def test_run_json_has_all_that_decides_the_results(whole, file):
     assert (notes["configuration"], notes["items"]) == (kept["hash"], 4)
 
 
+def test_a_fact_that_is_left_out_has_its_own_reason(file, tmp_path):
+    """The first is refused for what the model says under noise, the second before the model is asked."""
+    changes = ('edit.problems=["tracing_reversal"]', 'edit.methods=["finetune:1"]', "noise.sigma=1e-9")
+    sweep, place = configured(file, *changes), str(tmp_path / "out")
+    store = stores.Store.open(place)
+    store.write_table(FACTS, fact_table([FULL[0], dataclasses.replace(FULL[1], target_new=" ")]), {})
+    store.write_json(PREPARED[NOISE], {"sigma": 1e-9})
+    stages = later_stages(sweep, Chosen((0, 1), (0, 1)), 4)
+    unit = next(unit for stage in stages for unit in stage.units if unit.stage == EDIT)
+    Worker(sweep, place).run(unit)
+    first, second = store.read_table(unit.left_out).to_pylist()
+    assert (first["fact_id"], second["fact_id"]) == (FULL[0].id, FULL[1].id)
+    assert "with noise of level 1e-09" in first["reason"]
+    assert "target_new ' ' is empty" in second["reason"]
+
+
 @pytest.mark.parametrize("read", ["polars", "pandas"])
 def test_other_readers_find_the_data_sets(whole, read):
     rows = tables(whole)["probes"].height
@@ -164,7 +182,7 @@ def stopped_after(monkeypatch, count, error):
     return done
 
 
-@pytest.mark.parametrize("count", [0, 2, 5, 8, 14, 30])
+@pytest.mark.parametrize("count", [5, *(pytest.param(count, marks=pytest.mark.slow) for count in (0, 2, 8, 14, 30))])
 def test_what_was_interrupted_goes_on(file, whole, tmp_path, monkeypatch, count):
     out = tmp_path / "out"
     done = stopped_after(monkeypatch, count, KeyboardInterrupt())
@@ -178,6 +196,7 @@ def test_what_was_interrupted_goes_on(file, whole, tmp_path, monkeypatch, count)
     assert swept(file, out).computed == 0
 
 
+@pytest.mark.slow
 def test_a_signal_ends_it_after_the_unit_that_is_running(file, whole, tmp_path, monkeypatch):
     run, out, done, before = Worker.run, tmp_path / "out", [], signal.getsignal(signal.SIGTERM)
 
@@ -196,6 +215,7 @@ def test_a_signal_ends_it_after_the_unit_that_is_running(file, whole, tmp_path, 
     assert_same_tables(tables(out), tables(whole), 1e-9)
 
 
+@pytest.mark.slow
 def test_damaged_and_missing_parts_are_computed_again(file, whole, tmp_path):
     out = tmp_path / "out"
     swept(file, out)
@@ -254,6 +274,7 @@ def test_a_second_process_is_refused(file, tmp_path):
 # --- what cannot be computed ---
 
 
+@pytest.mark.slow
 def test_failed_units_are_recorded_and_retried(file, whole, tmp_path, monkeypatch):
     out, run = tmp_path / "out", Worker.run
 
@@ -283,6 +304,7 @@ def test_failed_units_are_recorded_and_retried(file, whole, tmp_path, monkeypatc
     assert_same_tables(tables(out), tables(whole), 1e-9)
 
 
+@pytest.mark.slow
 def test_preparations_that_fail_end_it(file, tmp_path, folder):
     broken = cc.Moments.load(folder / "moments.safetensors", (0, 1))
     broken.save(tmp_path / "moments.safetensors")
@@ -321,6 +343,7 @@ def test_facts_that_a_problem_is_not_posed_for_are_listed(file, tmp_path):
     assert tables(out)["edits"].height == 0
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full(file, whole, tmp_path, monkeypatch):
     """Ends it at once, with what is finished; it goes on when there is room."""
     write, out, names = stores.Store._write_locally, tmp_path / "out", []
@@ -362,6 +385,7 @@ def test_status_of_a_sweep_under_way(file, tmp_path, monkeypatch, run):
     assert (code, "holds no sweep" in error) == (2, True)
 
 
+@pytest.mark.slow
 def test_the_command(file, whole, tmp_path, run):
     out = tmp_path / "out"
     code, printed, error = run("sweep", file, "--out", out)

@@ -99,6 +99,7 @@ def test_sizes_of_the_usual_config(family):
 # --- presets ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sweep_names())
 def test_presets_are_planned_with_nothing_at_hand(alone, name):
     chosen = load_sweep(name)

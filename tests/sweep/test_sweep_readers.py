@@ -33,6 +33,7 @@ def counted(out):
     return rows
 
 
+@pytest.mark.slow
 def test_tables_can_be_read_at_any_moment(file, tmp_path, console):
     out, seen = tmp_path / "out", []
 

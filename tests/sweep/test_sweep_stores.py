@@ -129,6 +129,7 @@ def test_addresses_that_nobody_knows():
         Store.open("gopher://hole/x")
 
 
+@pytest.mark.slow
 def test_a_sweep_in_a_bucket(s3, folder, tmp_path):
     """The same tables as on a disk; it goes on there too."""
     file, local, place = write_sweep(folder), tmp_path / "local", s3.format("study")

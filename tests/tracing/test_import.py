@@ -50,6 +50,7 @@ def test_an_unknown_name_is_an_attribute_error():
     assert not hasattr(cc, "no_such_thing")
 
 
+@pytest.mark.slow
 def test_importing_the_engine_touches_nothing_global():
     code = (
         "import random, warnings, numpy, torch\n"

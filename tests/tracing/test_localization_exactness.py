@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers.compare import assert_same, assert_same_gradients, restored_share
-from helpers.families import FAMILIES
+from helpers.compare import assert_same, assert_same_gradients, assert_table_close, restored_share
+from helpers.families import EVERY_FAMILY, FAMILIES
 from helpers.models import FACTS, gpt2
 from oracles import gradients as oracle_gradients
 from oracles import tracing as oracle
@@ -42,11 +42,12 @@ def assert_exact(model, tokenizer, facts, states, **options):
     return rows
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EVERY_FAMILY)
 def family(request):
     return FAMILIES[request.param](3, 32, 4, dtype=torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_on_gpt2(model, tokenizer, method):
     states, options = METHODS[method]
@@ -60,7 +61,7 @@ def test_methods_on_every_architecture(family, tokenizer, method):
     assert_exact(family, tokenizer, FEW[:2], states, **options)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_float32_on_every_architecture(name, tokenizer):
     model = FAMILIES[name](3, 32, 4, dtype=torch.float32)
     assert_exact(model, tokenizer, FEW[:2], STATES)
@@ -123,11 +124,11 @@ def test_integrated_gradients_on_every_architecture(family, tokenizer):
 
 @pytest.mark.parametrize("target", ["label", "argmax"])
 @pytest.mark.parametrize("tokens", ["all", "subject_last"])
-@pytest.mark.parametrize("baseline", ["zero", "corrupted"])
+@pytest.mark.parametrize("baseline", ["zero", pytest.param("corrupted", marks=pytest.mark.slow)])
 def test_integrated_gradients(model, tokenizer, baseline, tokens, target):
     options = {"steps": 5, "baseline": baseline, "tokens": tokens, "target": target, "samples": 2, "sigma": 0.3}
-    table = cc.Tracer(model, tokenizer).integrated_gradients(FEW, **options)
-    assert_same_gradients(table, oracle_gradients.integrated_gradients(model, tokenizer, FEW, **options))
+    table = cc.Tracer(model, tokenizer).integrated_gradients(FEW[1:], **options)
+    assert_same_gradients(table, oracle_gradients.integrated_gradients(model, tokenizer, FEW[1:], **options))
 
 
 def test_integrated_gradients_are_complete(model, tokenizer):
@@ -157,6 +158,7 @@ def test_splitting_changes_nothing(tokenizer, method):
     assert_same(tracer.trace(FEW, states, samples=4, sigma=0.5, **options), whole.to_pylist())
 
 
+@pytest.mark.slow
 def test_splitting_gradients_changes_nothing(tokenizer):
     model = gpt2(3, dtype=torch.float64)
     whole = cc.Tracer(model, tokenizer).integrated_gradients(FEW[:2], steps=5)
@@ -177,7 +179,7 @@ def test_gradients_whatever_the_callers_mode(model, tokenizer, mode):
     expected = tracer.integrated_gradients(FEW[:1], kinds=("mlp",), steps=3)
     with mode():
         table = tracer.integrated_gradients(FEW[:1], kinds=("mlp",), steps=3)
-    assert table.equals(expected)
+    assert_table_close(table, expected)
 
 
 def test_gradients_of_improbable_targets_in_float16(tokenizer):

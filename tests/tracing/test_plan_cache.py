@@ -14,8 +14,8 @@ def facts():
     """Facts of many shapes, so that plans come and go."""
     return [
         cc.Fact(f"{before} {after}", "so " * before + "{} plays" + " on" * after, "Ann Lee", "tennis")
-        for after in range(8)
-        for before in range(5)
+        for after in range(6)
+        for before in range(4)
     ]
 
 
@@ -25,4 +25,4 @@ def test_a_small_cache_changes_nothing(model, tokenizer, facts, limit):
     tracer = cc.Tracer(model, tokenizer)
     tracer.session._plans = passes.PlanCache(limit)
     assert_same(tracer.trace(facts, **OPTIONS), expected)
-    assert len(tracer.session._plans.entries) < 40
+    assert len(tracer.session._plans.entries) < len(facts)

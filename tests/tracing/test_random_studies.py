@@ -2,6 +2,7 @@
 
 import functools
 
+import pytest
 from helpers.budgets import smallest_budget
 from helpers.compare import assert_same
 from helpers.models import gpt2, tokenizer
@@ -70,6 +71,7 @@ def studies(draw):
     return random_model(draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 4]))), several, options
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(study=studies(), share=st.sampled_from([1.0, 1.05, 1.5, 10.0]))
 def test_any_study_under_any_budget_gives_the_oracles_numbers(study, share):

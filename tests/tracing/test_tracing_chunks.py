@@ -49,6 +49,7 @@ def test_facts_one_by_one(model, tokenizer, expected):
         assert_same(tracer.trace([fact], **OPTIONS), [row for row in expected if row["fact_id"] == fact.id])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [1.0, 1.1, 2.0, 5.0])
 def test_every_budget_gives_the_same_numbers(model, tokenizer, expected, share):
     budget = int(share * smallest_budget(model, tokenizer, FACTS, **OPTIONS))
@@ -74,11 +75,12 @@ def test_a_fact_larger_than_the_budget_is_split(model, tokenizer, expected):
     assert_same(pa.Table.from_batches(batches), [row for row in expected if row["fact_id"] == fact.id])
 
 
+@pytest.mark.slow
 def test_deviations_do_not_depend_on_the_budget(model, tokenizer):
     options = {**OPTIONS, "sigma": "3sd", "samples": 2}
-    budget = smallest_budget(model, tokenizer, FACTS, **options)
-    table = cc.Tracer(model, tokenizer, memory=budget).trace(FACTS, **options)
-    assert_same(table, oracle.trace(model, tokenizer, FACTS, **options))
+    budget = smallest_budget(model, tokenizer, FACTS[:2], **options)
+    table = cc.Tracer(model, tokenizer, memory=budget).trace(FACTS[:2], **options)
+    assert_same(table, oracle.trace(model, tokenizer, FACTS[:2], **options))
 
 
 def test_a_budget_below_the_smallest_part_is_refused(model, tokenizer):

@@ -5,8 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers.compare import KEY, TOLERANCE, assert_same, restored_share
-from helpers.models import FACTS, FAMILIES, gpt2
+from helpers.compare import KEY, TOLERANCE, assert_same, assert_table_close, restored_share
+from helpers.models import FACTS, gpt2
 from helpers.models import tokenizer as make_tokenizer
 from oracles import tracing as oracle
 
@@ -28,12 +28,11 @@ def assert_exact(model, tokenizer, facts=FACTS, dtype=None, **options):
     return rows
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("layers", "width", "heads"), [(1, 16, 1), (2, 32, 4), (3, 24, 3), (5, 48, 6)])
-def test_shapes(family, layers, width, heads, tokenizer):
+def test_shapes(layers, width, heads, tokenizer):
     """Subjects at the start, in the middle and at the end, of one and of many tokens, targets of one to three tokens,
     prompts of unequal length, all traced together."""
-    assert_exact(FAMILIES[family](layers, width, heads), tokenizer)
+    assert_exact(gpt2(layers, width, heads), tokenizer)
 
 
 @pytest.mark.parametrize("target", ["label", "argmax"])
@@ -48,13 +47,13 @@ def test_facts_of_one_shape(model, tokenizer, target):
     assert len({row["p_corrupted"] for row in rows}) == len(facts)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_windows(family, kind, tokenizer):
+def test_windows(kind, tokenizer):
     """Windows of all sizes, up to larger than the model, in one call."""
     states = [(kind, window) for window in (1, 2, 3, 5, 10, 40)]
     fact = cc.Fact("middle", "In {} they speak", "Ann Rome", "Latin")
-    rows = assert_exact(FAMILIES[family](11, 16, 2), tokenizer, [fact], states=states, samples=2, tokens=(1, 3, 4, 5))
+    rows = assert_exact(gpt2(11, 16, 2), tokenizer, [fact], states=states, samples=2, tokens=(1, 3, 4, 5))
     assert restored_share(rows) > 0.5
 
 
@@ -107,6 +106,7 @@ def test_tokens_before_the_subject_carry_the_corrupted_probability(model, tokeni
     assert all(row["p_patched"] == row["p_corrupted"] for row in before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -174,7 +174,7 @@ def test_dtypes_by_name(tokenizer):
     model = gpt2(1, dtype=torch.float32)
     options = {"states": STATES, "samples": 2}
     named = cc.Tracer(model, tokenizer, dtype="float64").trace(SHORT, **options)
-    assert named.equals(cc.Tracer(model, tokenizer, dtype=torch.float64).trace(SHORT, **options))
+    assert_table_close(named, cc.Tracer(model, tokenizer, dtype=torch.float64).trace(SHORT, **options))
 
 
 def test_probabilities_are_finer_than_float32(tokenizer):

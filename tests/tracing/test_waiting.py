@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers.compare import assert_table_close
 from helpers.families import FAMILIES
 from helpers.models import FACTS
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,10 +80,10 @@ def ahead(monkeypatch):
 
 
 def test_a_pass_is_begun_before_the_one_before_is_waited_for(model, tokenizer, ahead, monkeypatch):
-    expected = cc.Tracer(model, tokenizer).trace(FACTS, samples=2)
+    expected = cc.Tracer(model, tokenizer).trace(FACTS[:3], samples=2)
     del ahead[:]
     monkeypatch.setattr("causalcone.engine.run.scheduler.MAX_ROWS_CPU", 1)
-    found = cc.Tracer(model, tokenizer).trace(FACTS, samples=2)
+    found = cc.Tracer(model, tokenizer).trace(FACTS[:3], samples=2)
     assert found["fact_id"].equals(expected["fact_id"])
     np.testing.assert_allclose(found["p_patched"], expected["p_patched"], atol=1e-12)
     begun = [place for place, (what, _) in enumerate(ahead) if what == "begun"]
@@ -126,4 +127,4 @@ def test_no_pass_waits_for_the_device(kind, tokenizer, monkeypatch):
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(job, "run_pass", strict)
-    assert tracer.trace(FACTS, STATES, samples=2).equals(expected)
+    assert_table_close(tracer.trace(FACTS, STATES, samples=2), expected, 1e-5)

@@ -28,8 +28,8 @@ from causalcone.engine.edit.runs.frozen_prefix import FrozenPrefix, run_unedited
 from causalcone.engine.edit.runs.layers import Change
 from causalcone.engine.edit.runs.packed_runs import Text
 from causalcone.engine.models.base import Block
+from causalcone.kernels.adam import AdamState
 from causalcone.kernels.backends import Backends
-from causalcone.kernels.finetune_step import Moving, step
 from causalcone.kernels.readout_gradients import log_probability
 
 Item = tuple[Request, Window]
@@ -81,8 +81,8 @@ class _Trained:
     def __init__(self, block: Block, dtype: torch.dtype, hparams: FinetuneHparams, backends: Backends) -> None:
         weight, bias = block.down.weight, block.down.bias
         self.hparams, self.backends = hparams, backends
-        self.moving = Moving.zeros_like(weight, dtype)
-        self.moving_bias = None if bias is None else Moving.zeros_like(bias, dtype)
+        self.moving = AdamState.zeros_like(weight, dtype)
+        self.moving_bias = None if bias is None else AdamState.zeros_like(bias, dtype)
         self.leaf = torch.zeros((), dtype=dtype, device=weight.device, requires_grad=True)
         self.products: list[tuple[Tensor, Tensor]] = []
 
@@ -98,7 +98,8 @@ class _Trained:
         lr, bound = self.hparams.lr, self.hparams.norm_constraint
         self.backends.step_weight(self.moving, slopes, keys, lr, bound)
         if self.moving_bias is not None:
-            step(self.moving_bias, slopes.sum(0).to(self.moving_bias.change.dtype), lr, bound)
+            self.moving_bias.step(slopes.sum(0).to(self.moving_bias.change.dtype), lr)
+            self.moving_bias.change.clamp_(-bound, bound)
         self.products.clear()
 
     @property

@@ -22,12 +22,11 @@ from causalcone.engine.edit.runs.frozen_prefix import FrozenPrefix, Places, Want
 from causalcone.engine.edit.runs.layers import Layers
 from causalcone.engine.edit.runs.packed_runs import Text
 from causalcone.engine.models.base import Block
+from causalcone.kernels.adam import AdamState
 from causalcone.kernels.readout_gradients import divergence, log_probability
 
 Site = Literal["values", "out"]
 """What a vector is added to: the output of a layer's down-projection, or the layer's output."""
-
-_BETAS, _EPS = (0.9, 0.999), 1e-8
 
 
 @dataclass(frozen=True)
@@ -127,31 +126,30 @@ class ValueOptimizer:
         """The vector of each edit: a goal, by number, and a layer."""
         wide = torch.promote_types(self.layers.dtype, torch.float32)
         base = torch.stack([self.base(*edit) for edit in edits]).to(wide)
-        delta, size = torch.zeros_like(base), base.norm(dim=1)
-        adam = _Adam(self.hparams.lr, delta)
+        state, size = AdamState.zeros_like(base, wide), base.norm(dim=1)
         values: list[FoundValue | None] = [None] * len(edits)
         live = list(range(len(edits)))
         readings = _Readings(self, edits, size)
         for step in range(self.hparams.steps):
             if not live:
                 break
-            loss, gradient = readings.evaluate(delta)
+            loss, gradient = readings.evaluate(state.change)
             updates = self._updates(step, [edits[i] for i in live])
             done = self._done(loss, updates)
             for row in np.flatnonzero(done).tolist():
-                values[live[row]] = _value(delta[row], base[live[row]], step, loss[row])
+                values[live[row]] = _value(state.change[row], base[live[row]], step, loss[row])
             if done.any():
-                rest = torch.from_numpy(np.flatnonzero(~done)).to(delta.device)
+                rest = torch.from_numpy(np.flatnonzero(~done)).to(base.device)
                 live = [edit for edit, is_done in zip(live, done, strict=True) if not is_done]
-                delta, gradient = delta[rest], gradient[rest]
-                loss = loss[~done]
-                adam.keep(rest)
+                gradient, loss = gradient[rest], loss[~done]
+                state.keep(rest)
                 readings = _Readings(self, [edits[i] for i in live], size[live])
             if live:
-                delta = _clamped(delta + adam.change(gradient), self.hparams.clamp * size[live])
+                state.step(gradient, self.hparams.lr)
+                state.change = _clamped(state.change, self.hparams.clamp * size[live])
                 if step == self.hparams.steps - 1:
                     for row, edit in enumerate(live):
-                        values[edit] = _value(delta[row], base[edit], step + 1, loss[row])
+                        values[edit] = _value(state.change[row], base[edit], step + 1, loss[row])
         return [value for value in values if value is not None]
 
     def joining(self, block: Block, layer: int, join: Join, vectors: Tensor) -> Tensor:
@@ -186,28 +184,6 @@ def _clamped(delta: Tensor, largest: Tensor) -> Tensor:
     """Rows scaled down to norms of at most ``largest`` (E,)."""
     norm = delta.norm(dim=1)
     return delta * torch.where(norm > largest, largest / norm, 1.0)[:, None]
-
-
-class _Adam:
-    """The state of Adam (Kingma and Ba 2015) for vectors that have all taken the same number of steps; some may leave
-    before the others."""
-
-    def __init__(self, lr: float, like: Tensor) -> None:
-        self.lr, self.steps = lr, 0
-        self.mean, self.square = torch.zeros_like(like), torch.zeros_like(like)
-
-    def change(self, gradient: Tensor) -> Tensor:
-        """The change of the vectors by one more step."""
-        self.steps += 1
-        first, second = _BETAS
-        self.mean.lerp_(gradient, 1 - first)
-        self.square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        spread = self.square.sqrt().div_((1 - second**self.steps) ** 0.5).add_(_EPS)
-        return (self.mean / spread).mul_(-self.lr / (1 - first**self.steps))
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these vectors only."""
-        self.mean, self.square = self.mean[rows], self.square[rows]
 
 
 class _Readings:

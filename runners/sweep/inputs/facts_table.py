@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from collections.abc import Sequence
 
 import pyarrow as pa
@@ -12,7 +11,7 @@ import pyarrow as pa
 from causalcone.engine.facts import Fact
 from causalcone.engine.schemas import FACT_SCHEMA, FILTER_SCHEMA
 from causalcone.runners.demo.files import path_of
-from causalcone.runners.facts.files import SkippedRecords, load_facts
+from causalcone.runners.facts import files
 from causalcone.runners.sweep.inputs.settings import Sweep
 from causalcone.runners.sweep.inputs.units import Selection
 
@@ -68,17 +67,10 @@ def select(sweep: Sweep, table: pa.Table) -> Selection:
 
 def read_facts(sweep: Sweep) -> tuple[list[Fact], list[str]]:
     """The facts of the sweep's file, within its limit, and why records were skipped."""
-    skipped: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", SkippedRecords)
-        facts = load_facts(
-            path_of(sweep.facts, "facts"),
-            sweep.limit,
-            sweep.seed,
-            zsre_form=sweep.zsre_form,
-            on_error="skip" if sweep.skip_bad_facts else "raise",
-        )
-    for warning in caught:
-        if isinstance(warning.message, SkippedRecords):
-            skipped += warning.message.problems
-    return facts, skipped
+    return files.read_facts(
+        path_of(sweep.facts, "facts"),
+        sweep.limit,
+        sweep.seed,
+        zsre_form=sweep.zsre_form,
+        on_error="skip" if sweep.skip_bad_facts else "raise",
+    )

@@ -8,7 +8,7 @@ from functools import cached_property
 import pyarrow as pa
 
 from causalcone.engine.compute import Compute
-from causalcone.engine.facts import Fact
+from causalcone.engine.facts import Fact, Skipped
 from causalcone.engine.localize.tracer import Tracer
 from causalcone.engine.run.session import Session
 from causalcone.engine.schemas import LEFT_OUT_SCHEMA
@@ -51,9 +51,9 @@ class Resources:
         """The prepared standard deviation of noise."""
         return float(self.store.read_json(NOISE_FILE)["sigma"])
 
-    def leave_out(self, unit: Unit, reasons: Sequence[tuple[str, str]]) -> None:
-        """Note the ids of facts that a unit cannot use, each with the reason."""
-        if reasons:
-            rows = [{"fact_id": fact_id, "unit": unit.name, "reason": reason} for fact_id, reason in reasons]
+    def leave_out(self, unit: Unit, skipped: Sequence[Skipped]) -> None:
+        """Note the facts that a unit cannot use."""
+        if skipped:
+            rows = [{"fact_id": fact.fact_id, "unit": unit.name, "reason": fact.reason} for fact in skipped]
             table = pa.Table.from_pylist(rows, schema=LEFT_OUT_SCHEMA)
             self.store.write_table(unit.left_out, table, {"unit": unit.name})

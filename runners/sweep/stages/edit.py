@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -13,6 +11,7 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr
 
 from causalcone.engine.edit.editor import Editor
 from causalcone.engine.edit.moments.moments import Moments
+from causalcone.engine.edit.requests.problems import make_requests
 from causalcone.engine.edit.requests.requests import (
     ERROR_INJECTION,
     FACT_AMPLIFICATION,
@@ -20,7 +19,6 @@ from causalcone.engine.edit.requests.requests import (
     FACT_FORCING,
     NOISY,
     TRACING_REVERSAL,
-    Problem,
 )
 from causalcone.engine.edit.requests.windows import as_layers, as_windows
 from causalcone.engine.edit.runs.flops import Asked, EditWork, Grown
@@ -29,8 +27,7 @@ from causalcone.engine.edit.scoring.tables import edit_batch
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.facts import Fact
-from causalcone.engine.run.session import SkippedFacts
-from causalcone.engine.schemas import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA
+from causalcone.engine.schemas import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA, Problem
 from causalcone.runners.checked_files import CheckedTable, Count
 from causalcone.runners.demo.files import path_of
 from causalcone.runners.edits.checks import EditChecks
@@ -166,11 +163,17 @@ class Edit(Stage[EditSettings]):
             self._resources = self._editor(resources), self._references()
         editor, references = self._resources
         layers = self.layers(problem, resources.session.sizes.depth)
-        facts = resources.facts_of(unit)
-        with _reasons() as reasons:
-            requests = editor.requests(facts, problem, filtered=False, on_error="skip", compat=self.sweep.compat)
-        used = {request.fact.id for request in requests}
-        resources.leave_out(unit, list(zip([fact.id for fact in facts if fact.id not in used], reasons, strict=True)))
+        requests, skipped, _ = make_requests(
+            editor.session,
+            resources.facts_of(unit),
+            problem,
+            editor.sigma,
+            filtered=False,
+            on_error="skip",
+            compat=self.sweep.compat,
+            seed=editor.seed,
+        )
+        resources.leave_out(unit, skipped)
         generation = self.options.generates(problem)
         edits, probes, metrics = [], [], []
         for batch in editor.batches(requests, setting.method, layers, setting.window, setting.hparams):
@@ -212,20 +215,6 @@ class Edit(Stage[EditSettings]):
 
 def _group(problem: str, setting: Setting) -> str:
     return f"{problem}/{setting.method}-{setting.window}"
-
-
-@contextmanager
-def _reasons() -> Iterator[list[str]]:
-    """Why facts are left out meanwhile, in their order."""
-    reasons: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield reasons
-    for warning in caught:
-        if isinstance(warning.message, SkippedFacts):
-            reasons += warning.message.reasons
-        else:
-            warnings.warn(warning.message, stacklevel=3)
 
 
 class EditCounts:

@@ -11,12 +11,10 @@ import pyarrow as pa
 from pydantic import Field
 
 from causalcone.engine.edit.runs.flops import Asked
-from causalcone.engine.localize.branches import check_tokens, choose_tokens
-from causalcone.engine.localize.causal_tracing import CausalTracing, target_tokens
-from causalcone.engine.localize.causal_tracing import Zeroing as ZeroedStates
+from causalcone.engine.localize.causal_tracing import CausalTracing, Zeroing, target_tokens
 from causalcone.engine.localize.gradients import runs_along
-from causalcone.engine.localize.options import TraceSpec
-from causalcone.engine.localize.states import MOST_HEADS, as_states
+from causalcone.engine.localize.options import TraceSpec, ZeroSpec, as_tokens, check_tokens, choose_tokens
+from causalcone.engine.localize.states import State, as_states, states_in
 from causalcone.engine.plan.cone import Shape
 from causalcone.engine.plan.interventions import SITES
 from causalcone.engine.run.runner import Trial
@@ -87,9 +85,14 @@ class _Localization(Stage[Options]):
         super().__init__(sweep, options)
         if isinstance(options, TraceSettings | ZeroSettings):
             with errors_of(f"{self.name}.states"):
-                as_states(options.states, MOST_HEADS)
+                as_states(options.states)
         with errors_of(f"{self.name}.tokens"):
-            check_tokens(options.tokens)
+            check_tokens(as_tokens(options.tokens))
+
+    def states(self, texts: Sequence[str], counts: Counts) -> tuple[State, ...]:
+        """The states that the model has."""
+        with errors_of(f"{self.name}.states"):
+            return states_in(as_states(texts), counts.architecture.sizes.heads)
 
 
 class Trace(_Localization[TraceSettings]):
@@ -113,9 +116,13 @@ class Trace(_Localization[TraceSettings]):
 
     def cost(self, units: StageUnits, counts: Counts) -> StageCost:
         options, noise = self.options, self.sweep.noise
-        with errors_of("trace.states"):
-            states = as_states(options.states, counts.architecture.sizes.heads)
-        spec = TraceSpec(states, noise.samples, 1.0, noise.seed, options.target, options.tokens)
+        spec = TraceSpec(
+            states=self.states(options.states, counts),
+            samples=noise.samples,
+            sigma=1.0,
+            target=options.target,
+            tokens=options.tokens,
+        )
         flops, rows = _restored(counts, options.facts, spec)
         return StageCost(units, flops, {"traces": rows})
 
@@ -137,7 +144,7 @@ class Sever(_Localization[SeverSettings]):
             (("hidden", 1),),
             tokens=options.tokens,
             target=options.target,
-            sever=unit.group.removeprefix("sever_"),
+            sever=next(part for part in options.parts if unit.group == f"sever_{part}"),
             compat=self.sweep.compat,
             samples=noise.samples,
             sigma=resources.noise_level,
@@ -147,7 +154,8 @@ class Sever(_Localization[SeverSettings]):
 
     def cost(self, units: StageUnits, counts: Counts) -> StageCost:
         options, noise = self.options, self.sweep.noise
-        spec = TraceSpec(as_states(("hidden:1",), 1), noise.samples, 1.0, noise.seed, options.target, options.tokens)
+        states = as_states("hidden:1")
+        spec = TraceSpec(states=states, samples=noise.samples, sigma=1.0, target=options.target, tokens=options.tokens)
         specs = [replace(spec, sever=part, compat=self.sweep.compat) for part in options.parts]
         flops, rows = np.sum([_restored(counts, options.facts, spec) for spec in specs], axis=0)
         return StageCost(units, float(flops), {"traces": float(rows)})
@@ -158,8 +166,8 @@ def _restored(counts: Counts, facts: int | None, spec: TraceSpec) -> tuple[float
     tracing = CausalTracing(spec, counts.architecture.sizes.depth)
 
     def one(lengths: FactLengths) -> tuple[float, int]:
-        trial, branches = tracing.case(lengths.encoded(spec.target), None)
-        return counts.planned(trial, tracing.samples), len(branches.run)
+        trial, grid = tracing.trial(lengths.encoded(spec.target))
+        return counts.planned(trial, tracing.samples), len(grid.run)
 
     return counts.added(facts, one)
 
@@ -176,13 +184,13 @@ class Zero(_Localization[ZeroSettings]):
         return {"traces": pa.Table.from_batches(list(batches), schema=TRACE_SCHEMA)}
 
     def cost(self, units: StageUnits, counts: Counts) -> StageCost:
-        options, sizes = self.options, counts.architecture.sizes
-        with errors_of("zero.states"):
-            zeroing = ZeroedStates(as_states(options.states, sizes.heads), options.tokens, sizes.depth)
+        options = self.options
+        spec = ZeroSpec(states=self.states(options.states, counts), target=options.target, tokens=options.tokens)
+        zeroing = Zeroing(spec, counts.architecture.sizes.depth)
 
         def one(lengths: FactLengths) -> tuple[float, int]:
-            trial, branches = zeroing.case(lengths.encoded(options.target))
-            return counts.planned(trial, 1), len(branches.run)
+            trial, grid = zeroing.trial(lengths.encoded(options.target))
+            return counts.planned(trial, 1), len(grid.run)
 
         flops, rows = counts.added(options.facts, one)
         return StageCost(units, flops, {"traces": rows})

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import torch
 
@@ -72,6 +73,26 @@ def assert_close(found: np.ndarray, right: np.ndarray, scale: np.ndarray, dtype:
     np.testing.assert_allclose(found, right, rtol=0, atol=absolute, err_msg=name)
     there = ~np.isnan(right)
     np.testing.assert_array_less(abs(found - right)[there], (relative * scale)[there], err_msg=name)
+
+
+def assert_table_close(found: Any, expected: Any, within: float = 1e-9) -> None:
+    """Two tables of pyarrow or polars are the same row for row, of two runs whose sums may be ordered differently.
+
+    Numbers differ by no more than ``within`` of their size, or of 1 where that is larger.
+    """
+    one, other = (table if isinstance(table, pl.DataFrame) else pl.DataFrame(table) for table in (found, expected))
+    assert one.schema == other.schema
+    assert one.height == other.height
+    for name in one.columns:
+        ours, theirs = one[name], other[name]
+        if not ours.dtype.is_float():
+            assert ours.equals(theirs), name
+            continue
+        ours, theirs = (column.cast(pl.Float64).fill_nan(None) for column in (ours, theirs))
+        assert one[name].is_null().equals(other[name].is_null()), name
+        assert ours.is_null().equals(theirs.is_null()), name
+        apart = ((ours - theirs).abs() / theirs.abs().clip(lower_bound=1.0)).drop_nulls()
+        assert apart.is_empty() or apart.max() <= within, (name, apart.max())
 
 
 def restored_share(rows: Rows) -> float:

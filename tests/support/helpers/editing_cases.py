@@ -97,12 +97,6 @@ def random_moments(model: Any, seed: int = 0) -> cc.Moments:
     return cc.Moments(matrices, dict.fromkeys(matrices, 10**6))
 
 
-def collected_moments(model: Any) -> cc.Moments:
-    """Moments that know which model they are of."""
-    texts = [f"{fact.text} {fact.target_true} {n}." for n in range(40) for fact in FULL]
-    return cc.Moments.collect(model, tokenizer(), texts)
-
-
 def unit_moments(model: Any) -> cc.Moments:
     """Identities: what is solved with them stays as it is."""
     layers = range(model.config.num_hidden_layers)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -89,3 +90,12 @@ FAMILIES: dict[str, Builder] = {
 }
 """By name: builds a random model of so many layers, of this width and number of heads, in a ``dtype`` and from a
 ``seed``; other keywords are options of its config."""
+
+
+def quick_first(families: Iterable[str], quick: Sequence[str]) -> list[Any]:
+    """Parameters of a test of families: all but the ``quick`` ones are marked slow."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in families]
+
+
+EVERY_FAMILY = quick_first(FAMILIES, ("gpt2", "llama", "gptj", "gemma2"))
+"""Quick are sequential and parallel layers, rotary positions, soft caps and windows, and norms on either side."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -93,6 +92,3 @@ def randomised(model: PreTrainedModel, dtype: torch.dtype, seed: int) -> PreTrai
                 inputs = parameter.shape[1] if parameter in linears else parameter.shape[0]
                 parameter.copy_(1.5 * noise / inputs**0.5)
     return model.to(dtype).eval()
-
-
-FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {"gpt2": gpt2}

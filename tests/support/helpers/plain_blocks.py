@@ -19,6 +19,19 @@ from helpers.lifting import lifted
 TOKENS = (5, 7, 300, 12, 45, 45, 9, 100, 33, 34, 2)
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
+MIDS = {
+    **dict.fromkeys(
+        (
+            *("llama", "mistral", "ministral", "qwen2", "qwen3", "seed_oss", "cwm", "smollm3", "granite", "phi3"),
+            *("starcoder2", "gemma"),
+        ),
+        "post_attention_layernorm",
+    ),
+    **dict.fromkeys(("gemma2", "gemma3_text"), "pre_feedforward_layernorm"),
+    **dict.fromkeys(("olmo2", "olmo3"), "mlp"),
+}
+"""By family with layers like Llama's: the module of a layer that takes in the residual stream after attention."""
+
 
 @dataclass(frozen=True)
 class Values:

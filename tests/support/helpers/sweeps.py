@@ -12,6 +12,7 @@ from rich.console import Console
 from causalcone.runners.sweep.config import load_sweep
 from causalcone.runners.sweep.driver import Driver, SweepSummary
 from causalcone.runners.sweep.inputs.settings import Sweep
+from helpers.compare import assert_table_close
 from helpers.edit_command import write_inputs
 
 TABLES = ("traces", "gradients", "edits", "probes", "metrics")
@@ -77,13 +78,4 @@ def assert_same_tables(found: dict[str, pl.DataFrame], expected: dict[str, pl.Da
     """Row for row; numbers within so much of their size, or of 1 where that is larger."""
     assert found.keys() == expected.keys()
     for name, table in found.items():
-        other = expected[name]
-        assert table.shape == other.shape, name
-        for column in table.columns:
-            one, two = table[column], other[column]
-            if not one.dtype.is_float():
-                assert one.equals(two), (name, column)
-                continue
-            assert one.is_null().equals(two.is_null()), (name, column)
-            apart = ((one - two).abs() / two.abs().clip(lower_bound=1.0)).drop_nulls()
-            assert apart.is_empty() or apart.max() <= within, (name, column, apart.max())
+        assert_table_close(table, expected[name], within)

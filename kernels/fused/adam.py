@@ -1,4 +1,4 @@
-"""A step of constrained fine-tuning in one trip over the weight; ``kernels/finetune_step.py`` defines it.
+"""A step of constrained fine-tuning in one trip over the weight; ``kernels/adam.py`` defines it.
 
 The gradient is a product of few rows, tens of them, and is made tile by tile where it is used, in float32, and never
 written. What passes through memory is the change and Adam's two means, read and written once: 24 bytes per weight. The
@@ -9,13 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from causalcone.kernels.finetune_step import BETAS, EPS, Moving
+from causalcone.kernels.adam import BETAS, EPS, AdamState
 from causalcone.kernels.fused.parts import INTERPRETED
 
 TALL, WIDE, DEEP = 32, 64, 16
 
 
-def step_weight(weight: Moving, slopes: Tensor, keys: Tensor, lr: float, bound: float) -> None:
+def step_weight(weight: AdamState, slopes: Tensor, keys: Tensor, lr: float, bound: float) -> None:
     """One step along the gradient ``slopes.T @ keys`` of a weight (hidden, inner), clamped to -bound .. bound."""
     assert weight.change.is_contiguous()
     weight.steps += 1
