@@ -20,9 +20,11 @@ from causalcone.runners.results import store as stores
 from causalcone.runners.results.folder import ResultError
 from causalcone.runners.sweep import worker as work
 from causalcone.runners.sweep.executor import LocalExecutor
-from causalcone.runners.sweep.facts_table import FACTS, fact_table
+from causalcone.runners.sweep.inputs.facts_table import FACTS, fact_table
+from causalcone.runners.sweep.inputs.resources import NOISE_FILE
+from causalcone.runners.sweep.inputs.units import Selection
+from causalcone.runners.sweep.stages import stages_of
 from causalcone.runners.sweep.status import status_of
-from causalcone.runners.sweep.units import EDIT, NOISE, PREPARED, Chosen, later_stages
 from causalcone.runners.sweep.worker import Worker
 
 PROBLEMS = ("error_injection", "fact_forcing")
@@ -106,9 +108,9 @@ def test_a_fact_that_is_left_out_has_its_own_reason(file, tmp_path):
     sweep, place = configured(file, *changes), str(tmp_path / "out")
     store = stores.Store.open(place)
     store.write_table(FACTS, fact_table([FULL[0], dataclasses.replace(FULL[1], target_new=" ")]), {})
-    store.write_json(PREPARED[NOISE], {"sigma": 1e-9})
-    stages = later_stages(sweep, Chosen((0, 1), (0, 1)), 4)
-    unit = next(unit for stage in stages for unit in stage.units if unit.stage == EDIT)
+    store.write_json(NOISE_FILE, {"sigma": 1e-9})
+    (work,) = stages_of(sweep)["edit"].units(Selection((0, 1), (0, 1)), 4)
+    (unit,) = work.units
     Worker(sweep, place).run(unit)
     first, second = store.read_table(unit.left_out).to_pylist()
     assert (first["fact_id"], second["fact_id"]) == (FULL[0].id, FULL[1].id)
