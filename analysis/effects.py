@@ -105,9 +105,6 @@ def zeroing_effects(table: TraceSource) -> pl.DataFrame:
 
     Returns:
         One row per fact, method, kind, window and layer: these, p_clean, p_zeroed, effect (null where p_clean is 0).
-
-    Raises:
-        TableError: the table cannot be read.
     """
     p_clean, p_zeroed = pl.col("p_clean"), pl.col("p_zeroed")
     zeroed = read_traces(table).filter(pl.col("method") == "zero").rename({"p_patched": "p_zeroed"})
@@ -129,9 +126,6 @@ def flagged_facts(table: TraceSource) -> pl.DataFrame:
 
     Returns:
         One row per such fact: fact_id, p_clean, p_corrupted.
-
-    Raises:
-        TableError: the table cannot be read.
     """
     facts = read_traces(table).select("fact_id", "p_clean", "p_corrupted").unique(maintain_order=True)
     return facts.filter(pl.col("p_clean") <= pl.col("p_corrupted"))

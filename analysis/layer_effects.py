@@ -118,9 +118,6 @@ def gradient_norms(table: TraceSource) -> pl.DataFrame:
 
     Returns:
         One row per kind and layer: kind, layer, norm, facts.
-
-    Raises:
-        TableError: the table cannot be read.
     """
     per_fact = read_gradients(table).group_by("kind", "layer", "fact_id").agg(norm=pl.mean("norm"))
     return per_fact.group_by("kind", "layer").agg(norm=pl.mean("norm"), facts=pl.len()).sort("kind", "layer")
@@ -135,9 +132,6 @@ def gradient_summary(table: TraceSource) -> pl.DataFrame:
 
     Returns:
         One row per kind: kind, layer, norm, mean_gap and largest_gap (of |gap|), facts.
-
-    Raises:
-        TableError: the table cannot be read.
     """
     norms = gradient_norms(table).sort("norm", "layer", descending=[True, False]).unique("kind", keep="first")
     gaps = (

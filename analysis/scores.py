@@ -19,7 +19,7 @@ from causalcone.analysis.tables.edits import (
 )
 from causalcone.analysis.tables.names import position
 from causalcone.analysis.tables.traces import TableError, TraceSource, one_of
-from causalcone.engine.edit.requests.requests import ERROR_INJECTION, FACT_ERASURE, PROBLEMS, TRACING_REVERSAL
+from causalcone.engine.schemas import ERROR_INJECTION, FACT_ERASURE, PROBLEMS, TRACING_REVERSAL
 
 Aggregate = Literal["first", "mean"]
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 import command
 import pyarrow as pa
@@ -25,7 +25,7 @@ from studies import Tracing
 from workload import describe_prompts, generated, gpt2, random_model
 
 from causalcone import Tracer
-from causalcone.engine.localize.tracer import WEIGHTS
+from causalcone.engine.run.loading import Weights
 
 SHAPES = {
     False: {"n_layer": 40, "n_embd": 512, "n_head": 8, "n_positions": 64, "vocab_size": 1024},
@@ -51,7 +51,9 @@ def main() -> None:
         study = Tracing(facts, Tracer(model, tokenizer).noise_level(facts), STATES, options.samples)
         del model
         say(f"{size / 2**20:,.0f} MiB of weights, {memory / 2**20:,.0f} MiB for passes")
-        ways = {weights: Way(weights, study, lambda w=weights: opened(folder, w, memory)) for weights in WEIGHTS}
+        ways = {
+            weights: Way(weights, study, lambda w=weights: opened(folder, w, memory)) for weights in get_args(Weights)
+        }
         for way in ways.values():
             way.study.small().compute(way.open())
         for _ in range(options.repeats):

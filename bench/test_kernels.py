@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from causalcone.engine.localize.branches import restoration_branches
+from causalcone.engine.localize.causal_tracing import restoration_grid
 from causalcone.engine.localize.options import DEFAULT_STATES
 from causalcone.engine.localize.states import as_states
 from causalcone.engine.plan.compiler import compile_plan
@@ -138,10 +138,10 @@ def timed(function):
 
 def test_plan_compilation(benchmark):
     """A prompt of eight tokens whose subject is the first four: every default state, layer and token."""
-    states = as_states(DEFAULT_STATES, HEADS)
+    states = as_states(DEFAULT_STATES)
 
     def compile_one():
-        branches = restoration_branches(states, DEPTH, 0, tuple(range(8)), CLEAN_AND_CORRUPTED)
-        return compile_plan(Shape(8, (0, 4), ((7,),)), branches.experiment, DEPTH)
+        grid = restoration_grid(states, DEPTH, 0, tuple(range(8)), CLEAN_AND_CORRUPTED)
+        return compile_plan(Shape(8, (0, 4), ((7,),)), grid.experiment, DEPTH)
 
     benchmark(compile_one)

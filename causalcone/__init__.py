@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the same names as below, for editors and type checkers
     from causalcone.engine.edit.texts.contexts import Contexts as Contexts
     from causalcone.engine.errors import CausalconeError as CausalconeError
     from causalcone.engine.facts import Fact as Fact
+    from causalcone.engine.facts import SkippedFacts as SkippedFacts
     from causalcone.engine.localize.patching import Intervention as Intervention
     from causalcone.engine.localize.patching import Prompt as Prompt
     from causalcone.engine.localize.patching import PromptResult as PromptResult
@@ -33,7 +34,6 @@ if TYPE_CHECKING:  # the same names as below, for editors and type checkers
     from causalcone.engine.localize.tracer import TracePlan as TracePlan
     from causalcone.engine.localize.tracer import Tracer as Tracer
     from causalcone.engine.noise import Noise as Noise
-    from causalcone.engine.run.session import SkippedFacts as SkippedFacts
     from causalcone.runners.facts.files import load_facts as load_facts
     from causalcone.runners.facts.files import save_facts as save_facts
 
@@ -51,12 +51,11 @@ _NAMES = {
     "engine.edit.scoring.tables": ["edit_batch"],
     "engine.edit.texts.contexts": ["Contexts"],
     "engine.errors": ["CausalconeError"],
-    "engine.facts": ["Fact"],
+    "engine.facts": ["Fact", "SkippedFacts"],
     "engine.localize.patching": ["Intervention", "Prompt", "PromptResult", "Read"],
     "engine.localize.states": ["State"],
     "engine.localize.tracer": ["TracePlan", "Tracer"],
     "engine.noise": ["Noise"],
-    "engine.run.session": ["SkippedFacts"],
     "runners.facts.files": ["load_facts", "save_facts"],
 }
 _HOMES = {name: f"causalcone.{module}" for module, names in _NAMES.items() for name in names}

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeVar, get_args
 
-from causalcone.engine.errors import FactError
+from causalcone.engine.errors import CausalconeError, ExperimentError, FactError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+OnError = Literal["raise", "skip"]
+"""What to do about a fact that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +70,15 @@ class EncodedFact:
     """A fact as token ids.
 
     prompt: ids of the filled prompt, special tokens included; span: half-open token range of the subject;
-    target: ids of the target, empty where the clean run's own most likely token is the target.
+    target: ids of the target, empty where the clean run's own most likely token is the target; counterfactual: ids of
+    the prompt about its ``counterfactual_subject``, where the subject is corrupted by that.
     """
 
     fact: Fact
     prompt: tuple[int, ...]
     span: tuple[int, int]
     target: tuple[int, ...]
+    counterfactual: tuple[int, ...] | None = None
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -153,3 +161,36 @@ def check_unique(facts: Iterable[Fact]) -> None:
         if fact.id in seen:
             raise FactError(f"two facts have the id {fact.id!r}; ids must be unique")
         seen.add(fact.id)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A fact that is left out, and why."""
+
+    fact_id: str
+    reason: str
+
+
+class SkippedFacts(UserWarning):
+    """Facts left out under ``on_error="skip"``; ``reasons`` has a line for each, and so has the message."""
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        self.reasons = tuple(reasons)
+        super().__init__(f"{len(reasons)} facts skipped:\n" + "\n".join(reasons))
+
+
+def usable(
+    items: Iterable[Item], make: Callable[[Item], Result], fact_id: Callable[[Item], str], on_error: OnError
+) -> tuple[list[Result], list[Skipped]]:
+    """What ``make`` makes of items, and those that it refuses, where that is no error to end with."""
+    if on_error not in get_args(OnError):
+        raise ExperimentError(f"on_error is {on_error!r}; choose 'raise' or 'skip'")
+    results, skipped = [], []
+    for item in items:
+        try:
+            results.append(make(item))
+        except CausalconeError as error:
+            if on_error == "raise":
+                raise
+            skipped.append(Skipped(fact_id(item), str(error)))
+    return results, skipped

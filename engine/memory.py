@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
 
-from causalcone.engine.errors import ExperimentError
+from causalcone.engine.errors import ExperimentError, MemoryBudgetError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 SHARE_OF_FREE = 0.5
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "ALLOC_FAILED")
@@ -81,3 +86,23 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def halving(
+    items: list[Item], function: Callable[[list[Item]], list[Result]], name: Callable[[Item], str]
+) -> list[Result]:
+    """``function`` of the items; where memory runs out, of one half after the other. Raises ``MemoryBudgetError`` with
+    the name of an item that does not fit alone."""
+    try:
+        return function(items)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        if len(items) == 1:
+            raise MemoryBudgetError(
+                f"memory ran out on {name(items[0])}; free some memory, or use a smaller dtype"
+            ) from error
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    middle = len(items) // 2
+    return [result for half in (items[:middle], items[middle:]) for result in halving(half, function, name)]

@@ -15,7 +15,7 @@ from torch import Tensor
 from causalcone.engine.errors import ExperimentError
 
 NOISES = ("gaussian", "uniform", "multivariate", "t", "counterfactual")
-SCALED_NOISES = ("gaussian", "uniform")
+SCALED_NOISES, SHAPED_NOISES = ("gaussian", "uniform"), ("multivariate", "t")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +35,8 @@ class Noise:
     covariance: Any = None
 
     def __post_init__(self) -> None:
-        if self.kind not in NOISES:
-            raise ExperimentError(f"unknown noise {self.kind!r}; choose from {', '.join(NOISES)}")
-        shaped = self.kind in ("multivariate", "t")
+        _check_kind(self.kind, self.replace, self.dof)
+        shaped = self.kind in SHAPED_NOISES
         for name in ("mean", "covariance"):
             value = getattr(self, name)
             if shaped == (value is None):
@@ -50,16 +49,6 @@ class Noise:
             )
         if shaped and not np.allclose(self.covariance, self.covariance.T):
             raise ExperimentError("the noise's covariance is not symmetric, or not finite; give that of embeddings")
-        if self.kind == "t" and self.dof is None:
-            raise ExperimentError("the noise 't' needs dof, its degrees of freedom")
-        if self.kind != "t" and self.dof is not None:
-            raise ExperimentError(f"dof goes with the noise 't' only, not with {self.kind!r}; drop it")
-        if self.dof is not None and not self.dof > 2:
-            raise ExperimentError(
-                f"dof is {self.dof!r}; give more than 2 degrees of freedom, so that a variance exists"
-            )
-        if self.replace and self.kind == "counterfactual":
-            raise ExperimentError("a counterfactual prompt has no noise that could replace embeddings; drop replace")
 
     @classmethod
     def like(
@@ -73,6 +62,32 @@ class Noise:
         centred = rows - mean
         covariance = (centred * counts[:, None]).T @ centred / (counts.sum() - 1)
         return cls("multivariate" if dof is None else "t", replace, dof, mean, covariance)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextNoise:
+    """Noise of kind ``multivariate`` or ``t`` like the embeddings of running text, which a model is needed for."""
+
+    kind: str
+    texts: tuple[str, ...]
+    replace: bool = False
+    dof: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_kind(self.kind, self.replace, self.dof)
+
+
+def _check_kind(kind: str, replace: bool, dof: float | None) -> None:
+    if kind not in NOISES:
+        raise ExperimentError(f"unknown noise {kind!r}; choose from {', '.join(NOISES)}")
+    if kind == "t" and dof is None:
+        raise ExperimentError("the noise 't' needs dof, its degrees of freedom")
+    if kind != "t" and dof is not None:
+        raise ExperimentError(f"dof goes with the noise 't' only, not with {kind!r}; drop it")
+    if dof is not None and not dof > 2:
+        raise ExperimentError(f"dof is {dof!r}; give more than 2 degrees of freedom, so that a variance exists")
+    if replace and kind == "counterfactual":
+        raise ExperimentError("a counterfactual prompt has no noise that could replace embeddings; drop replace")
 
 
 @dataclass

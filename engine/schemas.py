@@ -1,9 +1,15 @@
-"""Columns of every table of results, as Arrow schemas; docs/results.md says more about them. Probabilities are float64,
+"""Columns of every table of results, as Arrow schemas (docs/results.md), and names in them. Probabilities are float64,
 layers and tokens count from 0, columns that do not apply to a row are null."""
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import pyarrow as pa
+
+Problem = Literal["error_injection", "tracing_reversal", "fact_erasure", "fact_amplification", "fact_forcing"]
+PROBLEMS: tuple[Problem, ...] = get_args(Problem)
+ERROR_INJECTION, TRACING_REVERSAL, FACT_ERASURE, FACT_AMPLIFICATION, FACT_FORCING = PROBLEMS
 
 _TEXT, _COUNT, _NUMBER, _FLAG = pa.string(), pa.int32(), pa.float64(), pa.bool_()
 
@@ -45,7 +51,7 @@ GRADIENT_SCHEMA = _schema(
 EDIT_SCHEMA = _schema(
     edit_id=_TEXT,
     fact_id=_TEXT,
-    problem=_TEXT,
+    problem=_TEXT,  # one of PROBLEMS
     method=_TEXT,
     layer=_COUNT,  # centre of the window
     window=_COUNT,

@@ -18,7 +18,7 @@ from causalcone.analysis.stats.regressions import GROUP, regressions
 from causalcone.analysis.sweep_results import RESTORED, ZEROED, State, Study
 from causalcone.analysis.tables.names import SEVERED, in_order
 from causalcone.analysis.tables.traces import TableError
-from causalcone.engine.edit.requests.requests import ERROR_INJECTION, FACT_FORCING
+from causalcone.engine.schemas import ERROR_INJECTION, FACT_FORCING
 
 SUFFIXES = (".png", ".pdf")
 MAPS = 6

@@ -21,7 +21,7 @@ from causalcone.analysis.stats.uncertainty import bootstrap, left_out_layers, pe
 from causalcone.analysis.sweep_results import Study
 from causalcone.analysis.tables.names import in_order, method_name, words
 from causalcone.analysis.tables.traces import TableError
-from causalcone.engine.edit.requests.requests import ERROR_INJECTION
+from causalcone.engine.schemas import ERROR_INJECTION
 
 SCORE_TABLES = {3: "rewrite", 4: "paraphrase", 5: "neighborhood", 6: "overall"}
 

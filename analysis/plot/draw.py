@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
+from matplotlib.collections import QuadMesh
 from matplotlib.colorbar import Colorbar
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.ticker import MaxNLocator
@@ -39,6 +41,9 @@ METHOD_NAMES = {
     "sever_attn": "attention severed",
     "sever_both": "MLP and attention severed",
 }
+
+UNKNOWN: dict[str, Any] = {"facecolor": "0.95", "hatch": "////", "edgecolor": "0.8"}
+"""Cells without a value, which must not look like a low one."""
 
 _SPACES = {" ": "␣", "\n": "↵", "\r": "⇤", "\t": "⇥"}
 _OTHER_FONTS = ("Noto Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans Arabic", "Noto Sans Devanagari")
@@ -164,8 +169,29 @@ def legend(figure: Figure, columns: int, **options: Any) -> None:
     figure.legend(loc="outside lower center", ncols=columns, fontsize=8.5, frameon=False, **options)
 
 
+def grid(rows: pl.DataFrame, key: str, names: Sequence[Any], column: str, layers: int) -> np.ndarray:
+    """A column as (names of the key, layers), NaN where the table has no row."""
+    values = np.full((len(names), layers), np.nan)
+    numbers = {name: number for number, name in enumerate(names)}
+    for name, layer, value in rows.select(key, "layer", column).iter_rows():
+        values[numbers[name], layer] = value
+    return values
+
+
+def cells(axes: Axes, values: np.ndarray, scale: Normalize, colors: str) -> QuadMesh:
+    """Values (rows, layers) as cells, the first row at the top."""
+    edges = (np.arange(size + 1) - 0.5 for size in reversed(values.shape))
+    shown = np.ma.masked_invalid(values)
+    mesh = axes.pcolormesh(*edges, shown, cmap=colors, norm=scale, edgecolors="white", linewidth=0.4)
+    if np.isnan(values).any():
+        axes.patch.set(**UNKNOWN)
+    axes.set_ylim(len(values) - 0.5, -0.5)
+    axes.spines[:].set_visible(False)
+    return mesh
+
+
 def color_bar(
-    figure: Figure, axes: Axes, mesh: ScalarMappable, label: str = "", aspect: int = 18, **options: Any
+    figure: Figure, axes: Axes, mesh: QuadMesh, label: str = "", aspect: int = 18, **options: Any
 ) -> Colorbar:
     bar = figure.colorbar(mesh, ax=axes, pad=0.02, aspect=aspect, **options)
     bar.ax.tick_params(labelsize=8, length=2, color="0.4")

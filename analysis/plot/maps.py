@@ -6,7 +6,6 @@ import os
 import textwrap
 from collections.abc import Sequence
 
-import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
@@ -14,7 +13,6 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
-from numpy.typing import NDArray
 
 from causalcone.analysis.plot import draw
 from causalcone.analysis.tables.traces import TableError, TraceSource, read_gradients, read_traces, single_tokens
@@ -102,8 +100,8 @@ def gradients(
     layers = draw.layer_count(fact)
     figure, grid = _map_grid(len(kinds), shown, layers)
     for number, (axes, kind) in enumerate(zip(grid, kinds, strict=True)):
-        values = _token_grid(fact.filter(kind=kind), "norm", tokens, layers)
-        mesh = _draw_map(axes, values, Normalize(0, max(values.max(), 1e-12)), draw.KIND_COLORS.get(kind, "Blues"))
+        values = draw.grid(fact.filter(kind=kind), "token", tokens, "norm", layers)
+        mesh = draw.cells(axes, values, Normalize(0, max(values.max(), 1e-12)), draw.KIND_COLORS.get(kind, "Blues"))
         axes.set_title(f"Norm of integrated gradients,\n{draw.KIND_NAMES.get(kind, kind)}", fontsize=10)
         draw.layer_axis(axes, 1, layers)
         _label_tokens(figure, axes, shown, inside, labels=number % MAP_COLUMNS == 0)
@@ -141,8 +139,8 @@ def _draw_traces(fact: pl.DataFrame) -> Figure:
     scale = Normalize(*_limits(fact))
     for number, (axes, state) in enumerate(zip(grid, states, strict=True)):
         _, kind, window = state
-        values = _token_grid(draw.rows_of(fact, state), "p_patched", tokens["token"].to_list(), layers)
-        mesh = _draw_map(axes, values, scale, draw.KIND_COLORS.get(kind, "Blues"))
+        values = draw.grid(draw.rows_of(fact, state), "token", tokens["token"].to_list(), "p_patched", layers)
+        mesh = draw.cells(axes, values, scale, draw.KIND_COLORS.get(kind, "Blues"))
         axes.set_title(draw.state_title(state), fontsize=10)
         draw.layer_axis(axes, window, layers)
         _label_tokens(figure, axes, texts, inside, labels=number % MAP_COLUMNS == 0)
@@ -177,34 +175,6 @@ def _prompt_text(texts: Sequence[str]) -> str:
     """Tokens' texts as a line."""
     glue = "" if any(text[:1] in (" ", "▁") for text in texts) else " "  # some tokenizers drop a token's space
     return draw.drawable(glue.join(texts).replace("▁", " ").replace("\n", "↵").strip())
-
-
-def _token_grid(cells: pl.DataFrame, column: str, tokens: Sequence[int], layers: int) -> NDArray[np.float64]:
-    """A column as (tokens, layers), NaN where the table has no row."""
-    values = np.full((len(tokens), layers), np.nan)
-    row = {token: number for number, token in enumerate(tokens)}
-    for token, layer, value in cells.select("token", "layer", column).iter_rows():
-        values[row[token], layer] = value
-    return values
-
-
-def _draw_map(axes: Axes, values: NDArray[np.float64], scale: Normalize, colors: str) -> QuadMesh:
-    """Values (tokens, layers) as cells, the first token at the top."""
-    tokens, layers = values.shape
-    mesh = axes.pcolormesh(
-        np.arange(layers + 1) - 0.5,
-        np.arange(tokens + 1) - 0.5,
-        np.ma.masked_invalid(values),
-        cmap=colors,
-        norm=scale,
-        edgecolors="white",
-        linewidth=0.4,
-    )
-    if np.isnan(values).any():  # unknown values must not look like a low probability
-        axes.patch.set(facecolor="0.95", hatch="////", edgecolor="0.8")
-    axes.set_ylim(tokens - 0.5, -0.5)
-    axes.spines[:].set_visible(False)
-    return mesh
 
 
 def _label_tokens(figure: Figure, axes: Axes, texts: Sequence[str], inside: Sequence[bool], labels: bool) -> None:

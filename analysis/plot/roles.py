@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
@@ -89,16 +88,8 @@ def _draw_lines(axes: Axes, averages: pl.DataFrame) -> None:
 
 
 def _draw_roles(figure: Figure, axes: Axes, averages: pl.DataFrame, layers: int, scale: Normalize, colors: str) -> None:
-    values = np.full((len(ROLES), layers), np.nan)
-    for role, layer, effect in averages.select("role", "layer", "effect").iter_rows():
-        values[ROLES.index(role), layer] = effect
-    edges = np.arange(layers + 1) - 0.5, np.arange(len(ROLES) + 1) - 0.5
-    mesh = axes.pcolormesh(
-        *edges, np.ma.masked_invalid(values), cmap=colors, norm=scale, edgecolors="white", linewidth=0.4
-    )
-    axes.patch.set(facecolor="0.95", hatch="////", edgecolor="0.8")  # shows where no fact has such a token
-    axes.set_ylim(len(ROLES) - 0.5, -0.5)
+    mesh = draw.cells(axes, draw.grid(averages, "role", ROLES, "effect", layers), scale, colors)
+    axes.patch.set(**draw.UNKNOWN)  # shows where no fact has such a token
     axes.set_yticks(range(len(ROLES)), [ROLE_NAMES[role] for role in ROLES])
     axes.tick_params(axis="y", labelsize=8.5, length=0)
-    axes.spines[:].set_visible(False)
     draw.color_bar(figure, axes, mesh, "effect", aspect=14)

@@ -147,9 +147,6 @@ def with_roles(table: TraceSource) -> pl.DataFrame:
 
     Returns:
         The rows with a column ``role``, an enum in the order of ``ROLES``.
-
-    Raises:
-        TableError: the table cannot be read.
     """
     traces = read_traces(table)
     return pl.concat(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,21 +20,20 @@ from causalcone.engine.edit.methods.memit import MEMIT, MEMIT_JOINT, JointEdit, 
 from causalcone.engine.edit.methods.method import EditableModel, Method
 from causalcone.engine.edit.methods.registry import method_named
 from causalcone.engine.edit.moments.moments import Moments
-from causalcone.engine.edit.requests.problems import make_requests
+from causalcone.engine.edit.requests.problems import FilteredFacts, make_requests
 from causalcone.engine.edit.requests.prompts import Encoder
-from causalcone.engine.edit.requests.requests import NOISY, Request
+from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
 from causalcone.engine.edit.runs.layers import Layers
-from causalcone.engine.edit.scoring.generation_metrics import Generation, References
+from causalcone.engine.edit.scoring.generation_metrics import Generation, References, ReferenceScorer
 from causalcone.engine.edit.scoring.metrics import Row, metrics_of
-from causalcone.engine.edit.scoring.probes import ProbeSet, questions_about
+from causalcone.engine.edit.scoring.probes import ProbeSet, probes_of
 from causalcone.engine.edit.scoring.sampled_texts import essence_texts
 from causalcone.engine.edit.scoring.scoring import EditScorer, Scored, check_edits
 from causalcone.engine.edit.scoring.tables import metric_batch, probe_batch
-from causalcone.engine.edit.scoring.text_metrics import ReferenceScorer
 from causalcone.engine.edit.texts.contexts import Contexts, check_contexts, sample_contexts
 from causalcone.engine.errors import ExperimentError
-from causalcone.engine.facts import Fact, encode
+from causalcone.engine.facts import Fact, OnError, SkippedFacts, encode
 from causalcone.engine.localize.options import DEFAULT_SIGMA
 from causalcone.engine.noise import parse_sigma
 from causalcone.engine.plan.cost import weight_bytes
@@ -144,20 +144,31 @@ class Editor:
         problem: str = "error_injection",
         *,
         filtered: bool = True,
-        on_error: str = "raise",
+        on_error: OnError = "raise",
         compat: str | None = None,
     ) -> list[Request]:
         """What a problem (METHODS 4; Hase et al. 2023) asks of facts: error_injection, tracing_reversal, fact_erasure,
         fact_amplification or fact_forcing.
 
-        filtered: leave out facts that the model does not complete, and warn which. on_error: ``"skip"`` leaves out
-        facts that cannot be used. Raises ``FactError`` or ``ExperimentError``, each naming the item and the mend.
+        filtered: leave out facts that the model does not complete, and warn ``FilteredFacts``. on_error: ``"skip"``
+        leaves out facts that cannot be used, and warns ``SkippedFacts``. Raises ``FactError`` or ``ExperimentError``,
+        each naming the item and the mend.
         """
-        given = list(facts)
-        return make_requests(
-            self.session, given, problem, self._level(given, problem), filtered=filtered, on_error=on_error,
-            compat=compat, seed=self.seed,
-        )  # fmt: skip
+        requests, skipped, unposed = make_requests(
+            self.session,
+            facts,
+            problem,
+            self.sigma,
+            filtered=filtered,
+            on_error=on_error,
+            compat=compat,
+            seed=self.seed,
+        )
+        if unposed:
+            warnings.warn(FilteredFacts(problem, [each.reason for each in unposed]), stacklevel=2)
+        if skipped:
+            warnings.warn(SkippedFacts([each.reason for each in skipped]), stacklevel=2)
+        return requests
 
     def rome(self, requests: Sequence[Request], layers: LayerChoice, hparams: RomeHparams | None = None) -> list[Edit]:
         """ROME (Meng et al. 2022): an edit of each request at each layer.
@@ -326,10 +337,10 @@ class Editor:
         check_edits(edits, self.session.sizes)
         texts = self._essence_of([edit.request.fact for edit in edits]) if essence else {}
 
-        def ask(edit: Edit) -> ProbeSet:
-            return questions_about(edit.request, self._encoder, texts.get(edit.fact_id, ()))
+        def edit_probes(edit: Edit) -> ProbeSet:
+            return probes_of(edit.request, self._encoder, texts.get(edit.fact_id, ()))
 
-        scored = EditScorer(*self._means(), ask, accuracy).score(edits)
+        scored = EditScorer(*self._means(), edit_probes, accuracy).score(edits)
         yield from each_within(self.session.computing, map(_checked_scores, scored))
 
     def _essence_of(self, facts: Iterable[Fact]) -> dict[str, list[str]]:
@@ -348,13 +359,6 @@ class Editor:
         if self._scorer is None or self._scorer[0] is not references:
             self._scorer = references, ReferenceScorer(references.corpus)
         return self._scorer[1]
-
-    def _level(self, facts: Sequence[Fact], problem: str) -> float | None:
-        """The noise level, where the problem has noise."""
-        if problem not in NOISY:
-            return None
-        value, in_deviations = parse_sigma(self.sigma)
-        return value * self.session.subject_deviation(facts) if in_deviations else value
 
     def _prepare(self, method: Method, requests: Sequence[Request], windows: Sequence[Window]) -> None:
         """Check what is asked, before anything is computed."""

@@ -10,13 +10,27 @@ import numpy as np
 
 from causalcone.engine.errors import FactError
 from causalcone.engine.facts import EncodedFact, encode
-from causalcone.engine.localize.branches import TraceGrid, choose_tokens, restoration_branches, zeroing_branches
-from causalcone.engine.localize.options import TraceSpec
+from causalcone.engine.localize.options import SEVERED, TraceSpec, ZeroSpec, choose_tokens
 from causalcone.engine.localize.states import State
 from causalcone.engine.models.base import Sizes
 from causalcone.engine.plan.cone import Shape
-from causalcone.engine.plan.interventions import Base
+from causalcone.engine.plan.interventions import CLEAN, CORRUPTED, SITES, ZERO, Base, Experiment, Overwrites
 from causalcone.engine.run.runner import Trial
+
+TOGETHER = -1
+"""The token of a table row that is about all chosen tokens together."""
+
+
+@dataclass(frozen=True, eq=False)
+class TraceGrid:
+    """The experiment on one shape, and its table: what each row is about (``state``, an index; centre ``layer``;
+    ``token``), and the ``run`` that shows it; all (rows,)."""
+
+    experiment: Experiment
+    state: np.ndarray
+    layer: np.ndarray
+    token: np.ndarray
+    run: np.ndarray
 
 
 def target_tokens(fact: EncodedFact) -> tuple[int, ...]:
@@ -25,7 +39,7 @@ def target_tokens(fact: EncodedFact) -> tuple[int, ...]:
 
 
 def corrupted_span(fact: EncodedFact, extra_tokens: int) -> tuple[int, int]:
-    """The subject's tokens and ``extra_tokens`` behind them, as far as the prompt has them."""
+    """The subject's tokens and ``extra_tokens`` after them, as far as the prompt has them."""
     return fact.span[0], min(fact.span[1] + extra_tokens, len(fact.prompt))
 
 
@@ -47,11 +61,11 @@ def counterfactual_prompt(fact: EncodedFact, tokenizer: Any, sizes: Sizes) -> tu
 
 @dataclass
 class CausalTracing:
-    """Causal tracing as ``spec`` says, in a model of ``depth`` layers; facts of one shape share their branches."""
+    """Causal tracing as ``spec`` says, in a model of ``depth`` layers; facts of one shape share their grid."""
 
     spec: TraceSpec
     depth: int
-    _branches: dict[tuple, TraceGrid] = field(default_factory=dict)
+    _grids: dict[tuple, TraceGrid] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:
@@ -71,44 +85,112 @@ class CausalTracing:
     def draws(self) -> int:
         return 1 + max(base.draw or 0 for base in self.bases)
 
-    def branches(self, fact: EncodedFact, first_corrupted: int) -> TraceGrid:
+    def grid(self, fact: EncodedFact, first_corrupted: int) -> TraceGrid:
         spec = self.spec
-        tokens = choose_tokens(spec.chosen, len(fact.prompt), fact.span)
+        tokens = choose_tokens(spec.tokens, len(fact.prompt), fact.span)
         key = (tokens, first_corrupted)
-        if key not in self._branches:
-            self._branches[key] = restoration_branches(
+        if key not in self._grids:
+            self._grids[key] = restoration_grid(
                 spec.states, self.depth, first_corrupted, tokens, self.bases, spec.sever, spec.joint
             )
-        return self._branches[key]
+        return self._grids[key]
 
-    def case(self, fact: EncodedFact, counterfactual: tuple[int, ...] | None) -> tuple[Trial, TraceGrid]:
+    def trial(self, fact: EncodedFact) -> tuple[Trial, TraceGrid]:
         read = target_tokens(fact)
         tokens = len(fact.tokens)
-        if counterfactual is None:
+        if fact.counterfactual is None:
             span = corrupted_span(fact, self.spec.extra_tokens)
-            branches = self.branches(fact, span[0])
+            grid = self.grid(fact, span[0])
             shape = Shape(tokens, span, (read,))
-            return Trial(fact.fact.id, (fact.tokens,), fact.target, shape, branches.experiment), branches
-        other = counterfactual + fact.target[:-1]
+            return Trial(fact.fact.id, (fact.tokens,), fact.target, shape, grid.experiment), grid
+        other = fact.counterfactual + fact.target[:-1]
         alike = tuple(bool(same) for same in np.array(fact.tokens) == np.array(other))
-        branches = self.branches(fact, alike.index(False))
+        grid = self.grid(fact, alike.index(False))
         shape = Shape(tokens, (0, 0), (read, read), (alike,))
-        return Trial(fact.fact.id, (fact.tokens, other), fact.target, shape, branches.experiment), branches
+        return Trial(fact.fact.id, (fact.tokens, other), fact.target, shape, grid.experiment), grid
 
 
 @dataclass
 class Zeroing:
-    """Zeroing of ``states`` at the chosen tokens together."""
+    """Zeroing as ``spec`` says, in a model of ``depth`` layers."""
 
-    states: Sequence[State]
-    tokens: str | tuple[int, ...]
+    spec: ZeroSpec
     depth: int
-    _branches: dict[tuple, TraceGrid] = field(default_factory=dict)
+    _grids: dict[tuple, TraceGrid] = field(default_factory=dict)
 
-    def case(self, fact: EncodedFact) -> tuple[Trial, TraceGrid]:
-        tokens = choose_tokens(self.tokens, len(fact.prompt), fact.span)
-        if tokens not in self._branches:
-            self._branches[tokens] = zeroing_branches(self.states, self.depth, tokens)
-        branches = self._branches[tokens]
+    def trial(self, fact: EncodedFact) -> tuple[Trial, TraceGrid]:
+        tokens = choose_tokens(self.spec.tokens, len(fact.prompt), fact.span)
+        if tokens not in self._grids:
+            self._grids[tokens] = zeroing_grid(self.spec.states, self.depth, tokens)
+        grid = self._grids[tokens]
         shape = Shape(len(fact.tokens), (0, 0), (target_tokens(fact),))
-        return Trial(fact.fact.id, (fact.tokens,), fact.target, shape, branches.experiment), branches
+        return Trial(fact.fact.id, (fact.tokens,), fact.target, shape, grid.experiment), grid
+
+
+def restoration_grid(
+    states: Sequence[State],
+    depth: int,
+    first_corrupted: int,
+    tokens: Sequence[int],
+    bases: tuple[Base, ...],
+    sever: str | None = None,
+    joint: bool = False,
+) -> TraceGrid:
+    """Causal tracing, plain or severed: corrupted runs with one window restored to its clean values.
+
+    One table row per (state, centre layer, token), or per (state, centre layer) where the tokens are restored jointly.
+    Branches fork from the last of ``bases`` (a clean run, a corrupted one, and where the restored runs are corrupted
+    otherwise, that one). Tokens before the first corrupted one show that run itself: restoring them changes nothing.
+    """
+    reached = tuple(token for token in tokens if token >= first_corrupted)
+    table, windows = _windows(states, depth, tokens, reached, len(bases), joint)
+    restored = _overwritten(windows, len(bases), reached, CLEAN)
+    held = [restored]
+    for site in SEVERED[sever]:
+        # where the restored run has the same noise, nothing differs below its window
+        start = restored.end if len(bases) == 2 else np.zeros_like(restored.end)
+        held.append(
+            Overwrites.of(np.array(SITES.index(site)), start, np.array(depth), restored.run, restored.token, CORRUPTED)
+        )
+    experiment = Experiment(bases, np.full(len(windows), len(bases) - 1), Overwrites.joined(*held[::-1]))
+    return TraceGrid(experiment, *table)
+
+
+def zeroing_grid(states: Sequence[State], depth: int, tokens: Sequence[int]) -> TraceGrid:
+    """Zeroing: clean runs with one window set to zero at all of ``tokens``; a table row per (state, centre layer)."""
+    table, windows = _windows(states, depth, tokens, tuple(tokens), 1, joint=True)
+    overwrites = _overwritten(windows, 1, tuple(tokens), ZERO)
+    return TraceGrid(Experiment((Base(),), np.full(len(windows), CLEAN), overwrites), *table)
+
+
+def _windows(
+    states: Sequence[State], depth: int, tokens: Sequence[int], reached: tuple[int, ...], bases: int, joint: bool
+) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """The table's columns (state, layer, token, run), and the distinct windows (B, 5): site, head, token, start, end.
+    Equal windows are one branch; rows about tokens that are not ``reached`` show the run that branches fork from."""
+    about = [TOGETHER] if joint else list(tokens)
+    state, layer, token = (
+        axis.ravel() for axis in np.meshgrid(np.arange(len(states)), np.arange(depth), np.array(about), indexing="ij")
+    )
+    site = np.array([SITES.index(each.site) for each in states])[state]
+    head = np.array([-1 if each.head is None else each.head for each in states])[state]
+    ranges = np.array([[each.layers(centre, depth) for centre in range(depth)] for each in states])
+    start, end = ranges[state, layer].T
+    run = np.full(len(state), bases - 1)
+    reaches = np.full(len(state), bool(reached)) if joint else np.isin(token, reached)
+    # sorted by site and token first, so that a half of the branches still shares most of its windows' beginnings
+    columns = np.stack([site, head, token, start, end], 1)[reaches]
+    windows, branch = np.unique(columns, axis=0, return_inverse=True)
+    run[reaches] = branch.ravel() + bases
+    return (state, layer, token, run), windows
+
+
+def _overwritten(windows: np.ndarray, bases: int, together: tuple[int, ...], source: int) -> Overwrites:
+    """The windows' overwrites; those about all tokens together have one for each."""
+    run = np.arange(len(windows)) + bases
+    site, head, token, start, end = windows.T
+    if len(windows) and token[0] == TOGETHER:
+        times = len(together)
+        site, head, start, end, run = (np.repeat(column, times) for column in (site, head, start, end, run))
+        token = np.tile(together, len(windows))
+    return Overwrites.of(site, start, end, run, token, source, head=head)

@@ -7,16 +7,19 @@ from its baseline to its clean value: the points are what differs from sample to
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
-from causalcone.engine.facts import EncodedFact
-from causalcone.engine.localize.branches import choose_tokens
+from causalcone.engine.errors import ModelError
+from causalcone.engine.facts import EncodedFact, Fact, OnError, Skipped
 from causalcone.engine.localize.causal_tracing import target_tokens
-from causalcone.engine.noise import NoiseStream
+from causalcone.engine.localize.options import GradientSpec, Progress, choose_tokens
+from causalcone.engine.localize.trace_run import facts_of_level
+from causalcone.engine.noise import Noise, NoiseStream
 from causalcone.engine.plan.cone import Shape
 from causalcone.engine.plan.interventions import (
     CLEAN,
@@ -30,6 +33,7 @@ from causalcone.engine.plan.interventions import (
 )
 from causalcone.engine.run.runner import Result, Trial
 from causalcone.engine.run.session import Session
+from causalcone.engine.schemas import GRADIENT_SCHEMA
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,67 @@ class Attribution:
     norm: np.ndarray
     total: np.ndarray
     gap: np.ndarray
+
+    def batch(self, fact_id: str) -> pa.RecordBatch:
+        """The table of the fact."""
+        columns = [
+            pa.repeat(pa.scalar(fact_id), len(self.layer)),
+            pa.array([SITES[site] for site in self.site]),
+            pa.array(self.layer, pa.int32()),
+            pa.array(self.token, pa.int32()),
+            *map(pa.array, (self.norm, self.total, self.gap)),
+        ]
+        return pa.RecordBatch.from_arrays(columns, schema=GRADIENT_SCHEMA)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientRun:
+    """Facts made ready for integrated gradients. spec: with the noise level as a number; skipped: facts that cannot be
+    used."""
+
+    method: IntegratedGradients
+    spec: GradientSpec
+    facts: list[EncodedFact]
+    skipped: list[Skipped]
+
+    @classmethod
+    def of(
+        cls, session: Session, facts: Sequence[Fact], spec: GradientSpec, on_error: OnError, limit: int | None = None
+    ) -> GradientRun:
+        """Of the first ``limit`` facts, with a noise level that is of all of them."""
+        if session.architecture.held_bytes is not None:
+            raise ModelError(
+                "integrated gradients go back through all layers, whose weights have to be in memory for that; load "
+                "the model with weights='resident'"
+            )
+
+        def ready(fact: EncodedFact) -> EncodedFact:
+            choose_tokens(spec.tokens, len(fact.prompt), fact.span, fact.fact.id)
+            return fact
+
+        corrupted = spec.baseline == "corrupted"
+        level_of, integrated = facts_of_level(facts, limit, spec.sigma if corrupted else 0.0)
+        encoded, skipped = session.encode(level_of, spec.target, on_error, ready)
+        noise = None
+        if corrupted and encoded:
+            level = session.noise_level(spec.sigma, [each.fact for each in encoded])
+            spec = replace(spec, sigma=level)
+            noise = NoiseStream(Noise(), level, spec.seed, spec.samples, session.sizes.hidden)
+        method = IntegratedGradients(session, spec.kinds, spec.steps, spec.tokens, noise)
+        return cls(
+            method=method, spec=spec, facts=[each for each in encoded if each.fact.id in integrated], skipped=skipped
+        )
+
+    def batches(self, progress: Progress | None = None) -> Iterator[pa.RecordBatch]:
+        """One batch per fact, in order; the call itself refuses memory that is too little for a single run."""
+        self.method.check_memory(self.facts)
+        return self._batches(progress or (lambda done, of: None))
+
+    def _batches(self, report: Progress) -> Iterator[pa.RecordBatch]:
+        report(0, len(self.facts))
+        for done, (fact, attribution) in enumerate(zip(self.facts, self.method.of(self.facts), strict=True), start=1):
+            yield attribution.batch(fact.fact.id)
+            report(done, len(self.facts))
 
 
 @dataclass(frozen=True)
@@ -82,18 +147,28 @@ class IntegratedGradients:
         axes = ([SITES.index(kind) for kind in self.kinds], range(self.session.sizes.depth), tokens)
         return np.stack([axis.ravel() for axis in np.meshgrid(*map(np.array, axes), indexing="ij")], axis=1)
 
+    def check_memory(self, facts: Sequence[EncodedFact]) -> None:
+        """Raise ``MemoryBudgetError`` where not even the clean run of the longest fact fits."""
+        if facts:
+            longest = max(facts, key=lambda fact: len(fact.tokens))
+            self.session.run([self._reading(longest, self._states(longest)[:1])], self._samples, self.noise)
+
     def _ends(self, fact: EncodedFact, at: np.ndarray) -> tuple[Tensor, Tensor]:
         """The states' clean values (1, states, hidden) and their baselines (J, states, hidden), float64."""
+        states = len(at)
+        ((_, result),) = self.session.run([self._reading(fact, at)], self._samples, self.noise)
+        clean = result.states[:1, :states].double()
+        return clean, result.states[:, states:].double() if self.noise else torch.zeros_like(clean)
+
+    def _reading(self, fact: EncodedFact, at: np.ndarray) -> Trial:
+        """The clean run, and the corrupted one, from which the states are read."""
         states = len(at)
         bases = CLEAN_AND_CORRUPTED if self.noise else (Base(),)
         site, layer, token = np.tile(at, (len(bases), 1)).T
         captures = Captures(site, layer, np.repeat(np.arange(len(bases)), states), token)
         experiment = Experiment(bases, np.empty(0, dtype=np.int64), Overwrites.none(), captures=captures)
         shape = Shape(len(fact.tokens), fact.span if self.noise else (0, 0), (target_tokens(fact),))
-        case = Trial(fact.fact.id, (fact.tokens,), fact.target, shape, experiment)
-        ((_, result),) = self.session.run([case], self._samples, self.noise)
-        clean = result.states[:1, :states].double()
-        return clean, result.states[:, states:].double() if self.noise else torch.zeros_like(clean)
+        return Trial(fact.fact.id, (fact.tokens,), fact.target, shape, experiment)
 
     def _integrate(
         self, fact: EncodedFact, at: np.ndarray, clean: Tensor, baseline: Tensor
@@ -127,8 +202,8 @@ class IntegratedGradients:
     def _run(self, fact: EncodedFact, at: np.ndarray, vectors: tuple[Tensor, ...]) -> Result:
         """Each state set to its vectors (points, hidden), in a run of its own."""
         shape = Shape(len(fact.tokens), (0, 0), (target_tokens(fact),))
-        case = Trial(fact.fact.id, (fact.tokens,), fact.target, shape, runs_along(at), vectors)
-        ((_, result),) = self.session.run([case], len(vectors[0]), gradient=True)
+        trial = Trial(fact.fact.id, (fact.tokens,), fact.target, shape, runs_along(at), vectors)
+        ((_, result),) = self.session.run([trial], len(vectors[0]), gradient=True)
         return result
 
 

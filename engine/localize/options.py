@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypedDict, get_args
 
 from causalcone.engine.errors import ExperimentError
-from causalcone.engine.localize.branches import SEVERED, check_tokens
-from causalcone.engine.localize.states import State, check_kinds
-from causalcone.engine.noise import SCALED_NOISES, Noise, parse_sigma
+from causalcone.engine.localize.states import State, States, as_states, check_kinds, states_in
+from causalcone.engine.noise import SCALED_NOISES, Noise, TextNoise, parse_sigma
+from causalcone.engine.run.session import Session
 
 DEFAULT_STATES = (("hidden", 1), ("mlp", 10), ("attn", 10))
 DEFAULT_SIGMA = "3sd"
-BASELINES = ("zero", "corrupted")
+GAUSSIAN = Noise()
+TOKEN_CHOICES = ("all", "subject_onward", "subject", "subject_last", "last")
+SEVERED = {None: (), "mlp": ("mlp",), "attn": ("attn",), "both": ("mlp", "attn")}
+"""By what is severed, the sites that are held at their corrupted values."""
 
+Target = Literal["label", "argmax"]
+Sever = Literal["mlp", "attn", "both"]
+Compat = Literal["published"]
+Baseline = Literal["zero", "corrupted"]
 Progress = Callable[[int, int], None]
 Tokens = str | Sequence[int]
 Chosen = str | tuple[int, ...]
@@ -27,16 +34,16 @@ class TraceOptions(TypedDict, total=False):
     samples: int
     sigma: float | str
     seed: int
-    target: str
+    target: Target
     tokens: Tokens
     joint: bool
     noise: Noise | str | None
     extra_tokens: int
-    sever: str | None
-    compat: str | None
+    sever: Sever | None
+    compat: Compat | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TraceSpec:
     """A causal trace.
 
@@ -44,65 +51,99 @@ class TraceSpec:
     standard deviations of the facts' subject embeddings. seed: of the noise. target: ``"label"`` (product over all
     tokens of ``target_true``) or ``"argmax"`` (the clean run's most likely token). tokens: ``"all"``,
     ``"subject_onward"``, ``"subject"``, ``"subject_last"``, ``"last"`` or indices. joint: restore the chosen tokens
-    together, not one by one. noise: a ``Noise``, or the name of one that needs no more; Gaussian by default; with a
-    counterfactual prompt there is one corrupted run, and samples, sigma and seed have no part in it.
-    extra_tokens: how many tokens behind the subject are corrupted too. sever: hold the token's ``"mlp"``, ``"attn"`` or
-    ``"both"`` at their corrupted values (with hidden states). compat: ``"published"`` draws the noise of severed runs,
-    and takes p_corrupted of replacing noise, as the published code does.
+    together, not one by one. noise: with a counterfactual prompt there is one corrupted run, and samples, sigma and
+    seed have no part in it. extra_tokens: how many tokens after the subject are corrupted too. sever: hold the token's
+    ``"mlp"``, ``"attn"`` or ``"both"`` at their corrupted values (with hidden states). compat: ``"published"`` draws
+    the noise of severed runs, and takes p_corrupted of replacing noise, as the published code does.
     """
 
     states: tuple[State, ...]
     samples: int = 10
     sigma: float | str = DEFAULT_SIGMA
     seed: int = 1
-    target: str = "label"
-    tokens: Tokens = "all"
+    target: Target = "label"
+    tokens: Chosen = "all"
     joint: bool = False
-    noise: Noise | str | None = None
+    noise: Noise | TextNoise = GAUSSIAN
     extra_tokens: int = 0
-    sever: str | None = None
-    compat: str | None = None
+    sever: Sever | None = None
+    compat: Compat | None = None
+
+    @classmethod
+    def of(cls, states: States, noise: Noise | str | None = None, tokens: Tokens = "all", **options: Any) -> TraceSpec:
+        """From ``TraceOptions``."""
+        corruption = noise if isinstance(noise, Noise) else Noise(noise or "gaussian")
+        return cls(states=as_states(states), noise=corruption, tokens=as_tokens(tokens), **options)
 
     def __post_init__(self) -> None:
         check_count("samples", self.samples, "noise samples")
         check_seed(self.seed)
         check_target(self.target)
         parse_sigma(self.sigma)
-        if not isinstance(self.noise, Noise):
-            object.__setattr__(self, "noise", Noise(self.noise or "gaussian"))
         check_tokens(self.tokens)
-        noise = self.corruption
-        if noise.kind not in SCALED_NOISES and self.sigma != DEFAULT_SIGMA:
-            raise ExperimentError(f"sigma has no meaning with {noise.kind} noise, which has a size of its own; drop it")
+        kind = self.noise.kind
+        if kind not in SCALED_NOISES and self.sigma != DEFAULT_SIGMA:
+            raise ExperimentError(f"sigma has no meaning with {kind} noise, which has a size of its own; drop it")
         if isinstance(self.extra_tokens, bool) or not isinstance(self.extra_tokens, int) or self.extra_tokens < 0:
             raise ExperimentError(f"extra_tokens is {self.extra_tokens!r}; give a whole number of tokens from 0 up")
-        if self.extra_tokens and noise.kind == "counterfactual":
+        if self.extra_tokens and kind == "counterfactual":
             raise ExperimentError("a counterfactual prompt has no noise for extra tokens; drop extra_tokens")
         if self.sever not in SEVERED:
             raise ExperimentError(f"cannot sever {self.sever!r}; choose mlp, attn or both")
         other = next((state for state in self.states if state.kind != "hidden"), None)
         if self.sever and other:
             raise ExperimentError(f"severed tracing restores hidden states only, not {other}; leave that state out")
-        if self.compat not in (None, "published"):
+        if self.compat not in (None, *get_args(Compat)):
             raise ExperimentError(f"unknown compat {self.compat!r}; the only one is 'published'")
-        if self.compat and self.sever and noise.kind == "counterfactual":
+        if self.compat and self.sever and kind == "counterfactual":
             raise ExperimentError("the published code has no counterfactual prompts; drop compat or the noise")
 
     @property
     def corruption(self) -> Noise:
-        """The noise, when all is checked."""
+        """The noise, in a resolved trace."""
         assert isinstance(self.noise, Noise)
         return self.noise
-
-    @property
-    def chosen(self) -> Chosen:
-        """The tokens, when all is checked."""
-        return check_tokens(self.tokens)
 
     @property
     def method(self) -> str:
         """The name of the method in tables."""
         return f"sever_{self.sever}" if self.sever else "restore"
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What to keep of it beside results."""
+        return {**_configuration(self), "noise": self.noise.kind}
+
+    def resolved(self, session: Session) -> TraceSpec:
+        """The same with the states, and the noise, of a session's model; the level of noise is not resolved yet."""
+        noise = self.noise
+        if isinstance(noise, TextNoise):
+            noise = session.embedding_noise(noise.texts, noise.dof, noise.replace)
+        if noise.mean is not None and len(noise.mean) != session.sizes.hidden:
+            raise ExperimentError(f"the noise has {len(noise.mean)} dimensions, the embeddings {session.sizes.hidden}")
+        return replace(self, states=states_in(self.states, session.sizes.heads), noise=noise)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroSpec:
+    """Zeroing of states at the chosen tokens together; target and tokens as for tracing."""
+
+    states: tuple[State, ...]
+    target: Target = "label"
+    tokens: Chosen = "subject"
+
+    def __post_init__(self) -> None:
+        check_target(self.target)
+        check_tokens(self.tokens)
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What to keep of it beside results."""
+        return _configuration(self)
+
+    def resolved(self, session: Session) -> ZeroSpec:
+        """The same with the states of a session's model."""
+        return replace(self, states=states_in(self.states, session.sizes.heads))
 
 
 class GradientOptions(TypedDict, total=False):
@@ -110,15 +151,15 @@ class GradientOptions(TypedDict, total=False):
     they are by default."""
 
     steps: int
-    baseline: str
-    target: str
+    baseline: Baseline
+    target: Target
     tokens: Tokens
     samples: int
     sigma: float | str
     seed: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GradientSpec:
     """Integrated gradients.
 
@@ -128,14 +169,20 @@ class GradientSpec:
     target: ``"argmax"`` or ``"label"``, and tokens: as for tracing.
     """
 
-    kinds: Sequence[str]
+    kinds: tuple[str, ...]
     steps: int = 50
-    baseline: str = "zero"
-    target: str = "argmax"
-    tokens: Tokens = "all"
+    baseline: Baseline = "zero"
+    target: Target = "argmax"
+    tokens: Chosen = "all"
     samples: int = 10
     sigma: float | str = DEFAULT_SIGMA
     seed: int = 1
+
+    @classmethod
+    def of(cls, kinds: Sequence[str], tokens: Tokens = "all", **options: Any) -> GradientSpec:
+        """From ``GradientOptions``."""
+        check_kinds(kinds)
+        return cls(kinds=tuple(kinds), tokens=as_tokens(tokens), **options)
 
     def __post_init__(self) -> None:
         check_kinds(self.kinds)
@@ -145,13 +192,52 @@ class GradientSpec:
         check_target(self.target)
         parse_sigma(self.sigma)
         check_tokens(self.tokens)
-        if self.baseline not in BASELINES:
-            raise ExperimentError(f"unknown baseline {self.baseline!r}; choose from {', '.join(BASELINES)}")
+        if self.baseline not in get_args(Baseline):
+            raise ExperimentError(f"unknown baseline {self.baseline!r}; choose from {', '.join(get_args(Baseline))}")
 
     @property
-    def chosen(self) -> Chosen:
-        """The tokens, when all is checked."""
-        return check_tokens(self.tokens)
+    def configuration(self) -> dict[str, Any]:
+        """What to keep of it beside results."""
+        return _configuration(self)
+
+
+def _configuration(spec: TraceSpec | ZeroSpec | GradientSpec) -> dict[str, Any]:
+    values = {field.name: getattr(spec, field.name) for field in fields(spec)}
+    return values if "states" not in values else {**values, "states": [str(state) for state in values["states"]]}
+
+
+def choose_tokens(
+    tokens: str | Sequence[int], prompt: int, span: tuple[int, int], fact_id: str = ""
+) -> tuple[int, ...]:
+    """Token positions from a choice's name or from indices (negative ones count from the prompt's end)."""
+    start, end = span
+    named = {
+        "all": range(prompt),
+        "subject_onward": range(start, prompt),
+        "subject": range(start, end),
+        "subject_last": (end - 1,),
+        "last": (prompt - 1,),
+    }
+    if isinstance(tokens, str):
+        return tuple(named[tokens])
+    for index in tokens:
+        if not -prompt <= index < prompt:
+            raise ExperimentError(f"fact {fact_id!r}: token {index} is outside its prompt of {prompt} tokens")
+    return tuple(sorted({index % prompt for index in tokens}))
+
+
+def as_tokens(tokens: str | Iterable[int]) -> Chosen:
+    """A choice of tokens that can be kept."""
+    return tokens if isinstance(tokens, str) else tuple(tokens)
+
+
+def check_tokens(tokens: Chosen) -> None:
+    """Raise ``ExperimentError`` naming what can be chosen."""
+    if isinstance(tokens, str):
+        if tokens not in TOKEN_CHOICES:
+            raise ExperimentError(f"unknown tokens {tokens!r}; choose from {', '.join(TOKEN_CHOICES)}, or give indices")
+    elif not tokens or not all(isinstance(index, int) and not isinstance(index, bool) for index in tokens):
+        raise ExperimentError(f"tokens {tokens!r} are not one or more whole numbers; choose indices or {TOKEN_CHOICES}")
 
 
 def check_count(name: str, value: int, what: str) -> None:
@@ -165,10 +251,5 @@ def check_seed(seed: int) -> None:
 
 
 def check_target(target: str) -> None:
-    if target not in ("label", "argmax"):
+    if target not in get_args(Target):
         raise ExperimentError(f"unknown target {target!r}; choose 'label' or 'argmax'")
-
-
-def check_on_error(on_error: str) -> None:
-    if on_error not in ("raise", "skip"):
-        raise ExperimentError(f"on_error is {on_error!r}; choose 'raise' or 'skip'")

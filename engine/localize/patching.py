@@ -13,8 +13,8 @@ from torch import Tensor
 
 from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.engine.facts import EncodedFact, Fact, encode
-from causalcone.engine.localize.branches import choose_tokens
 from causalcone.engine.localize.causal_tracing import target_tokens
+from causalcone.engine.localize.options import choose_tokens
 from causalcone.engine.localize.states import KINDS, State
 from causalcone.engine.models.base import Sizes
 from causalcone.engine.noise import Noise
@@ -173,7 +173,7 @@ class Patching:
         takes_others = self.base.startswith("other") or any(each.from_other for run in self.runs for each in run)
         return encode_prompt(prompt, number, tokenizer, self.sizes, takes_others)
 
-    def case(self, prompt: EncodedPrompt, number: int) -> Trial:
+    def trial(self, prompt: EncodedPrompt, number: int) -> Trial:
         """The experiment on one prompt, the ``number``-th."""
         bases, names = self._bases(prompt)
         own = _Places(prompt, self._base_text(self.base))

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from causalcone.engine.errors import ExperimentError
 
 KINDS = ("hidden", "mlp", "attn")
-
-MOST_HEADS = 1024
-"""More than any model has: what names heads can be checked before a model is read."""
+HEADS = "heads"
+"""The kind that stands for each of a model's heads."""
 
 
 def check_kinds(kinds: Sequence[str]) -> None:
@@ -23,15 +22,15 @@ def check_kinds(kinds: Sequence[str]) -> None:
 class State:
     """A kind of value over a window of so many layers.
 
-    kind: ``hidden`` (block output), ``mlp`` or ``attn`` (what the module adds to the residual stream), or ``head.N``
-    (what attention head N hands to the output projection).
+    kind: ``hidden`` (block output), ``mlp`` or ``attn`` (what the module adds to the residual stream), ``head.N`` (what
+    attention head N hands to the output projection), or ``heads`` (each of the heads in turn).
     """
 
     kind: str
     window: int = 1
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS and self.head is None:
+        if self.kind not in (*KINDS, HEADS) and self.head is None:
             raise ExperimentError(
                 f"unknown kind {self.kind!r}; choose from hidden, mlp, attn, head.N (one head) and heads (each of them)"
             )
@@ -60,30 +59,37 @@ class State:
 States = Iterable[State | str | tuple[str, int]]
 
 
-def as_states(states: States, heads: int) -> tuple[State, ...]:
-    """States from ``State``, ``("mlp", 10)`` or ``"mlp:10"``; the kind ``heads`` stands for each of ``heads`` heads.
-
-    An error names the one that makes no sense.
-    """
+def as_states(states: States) -> tuple[State, ...]:
+    """States from ``State``, ``("mlp", 10)`` or ``"mlp:10"``. An error names the one that makes no sense."""
     if isinstance(states, str):
         states = [states]
-    parsed = tuple(each for state in states for each in _as_states(state, heads))
+    parsed = tuple(
+        state if isinstance(state, State) else State(*(_parse(state) if isinstance(state, str) else _pair(state)))
+        for state in states
+    )
     if not parsed:
         raise ExperimentError("no states are given; give at least one, such as ('hidden', 1)")
-    if len(set(parsed)) < len(parsed):
-        twice = next(state for state in parsed if parsed.count(state) > 1)
-        raise ExperimentError(f"the state {twice} is given twice; give each once")
-    for state in parsed:
+    return _different(parsed)
+
+
+def states_in(states: Iterable[State], heads: int) -> tuple[State, ...]:
+    """The states in a model of so many heads, each of which the kind ``heads`` stands for."""
+    expanded = [
+        each
+        for state in states
+        for each in ([State(f"head.{n}", state.window) for n in range(heads)] if state.kind == HEADS else [state])
+    ]
+    for state in expanded:
         if state.head is not None and state.head >= heads:
             raise ExperimentError(f"the state {state} names a head that is not there; the model has {heads} heads")
-    return parsed
+    return _different(expanded)
 
 
-def _as_states(state: State | str | tuple[str, int], heads: int) -> list[State]:
-    if isinstance(state, State):
-        return [state]
-    kind, window = _parse(state) if isinstance(state, str) else _pair(state)
-    return [State(name, window) for name in ([f"head.{head}" for head in range(heads)] if kind == "heads" else [kind])]
+def _different(states: Sequence[State]) -> tuple[State, ...]:
+    if len(set(states)) < len(states):
+        twice = next(state for state in states if states.count(state) > 1)
+        raise ExperimentError(f"the state {twice} is given twice; give each once")
+    return tuple(states)
 
 
 def _parse(state: str) -> tuple[str, int]:

@@ -120,7 +120,6 @@ class PassRunner:
 
     def results(self, budget: Budget) -> Iterator[tuple[int, Result]]:
         """The number of each case in order, with its result."""
-        self._check_smallest(budget)
         collected = _TrialResults(self)
         space = Buffers(self.dtype, self.device)
         ahead = passes_ahead(self.device)
@@ -136,7 +135,7 @@ class PassRunner:
             raise
         yield from collected.add_all(chain.from_iterable(finish() for finish in running))
 
-    def _check_smallest(self, budget: Budget) -> None:
+    def check_smallest(self, budget: Budget) -> None:
         """Refuse, before anything is computed, what does not fit even one sample of one run at a time."""
         known = set()
         for index, case in enumerate(self.cases):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -11,12 +10,12 @@ import numpy as np
 import torch
 
 from causalcone.engine.compute import Compute, as_backends
-from causalcone.engine.errors import CausalconeError, ExperimentError
-from causalcone.engine.facts import EncodedFact, Fact, check_unique, encode, subject_ids
+from causalcone.engine.errors import ExperimentError
+from causalcone.engine.facts import EncodedFact, Fact, OnError, Skipped, check_unique, encode, subject_ids, usable
 from causalcone.engine.memory import default_budget
 from causalcone.engine.models import read_architecture
 from causalcone.engine.models.base import Architecture
-from causalcone.engine.noise import subject_deviation
+from causalcone.engine.noise import Noise, parse_sigma, subject_deviation
 from causalcone.engine.plan.cost import Cost, cost
 from causalcone.engine.run.runner import PassRunner, Result, Trial
 from causalcone.engine.run.scheduler import Budget, PlanCache, plan_budget
@@ -26,14 +25,6 @@ from causalcone.kernels.precision import each_within, float32_products
 
 Noised = Callable[[int, range], np.ndarray]
 """The noise of a span of so many tokens, for a range of samples (``NoiseStream``)."""
-
-
-class SkippedFacts(UserWarning):
-    """Facts left out under ``on_error="skip"``; ``reasons`` has a line for each, and so has the message."""
-
-    def __init__(self, reasons: Sequence[str]) -> None:
-        self.reasons = tuple(reasons)
-        super().__init__(f"{len(reasons)} facts skipped:\n" + "\n".join(reasons))
 
 
 class Session:
@@ -56,46 +47,63 @@ class Session:
         self._verified: tuple[tuple[int, int | None], ...] | None = None
 
     def encode(
-        self, facts: Sequence[Fact], target: str, on_error: str, check: Callable[[EncodedFact], object]
-    ) -> list[EncodedFact]:
-        """Facts as token ids, of which ``check`` raises no error; those that cannot be used are skipped, if asked."""
+        self,
+        facts: Sequence[Fact],
+        target: str,
+        on_error: OnError,
+        ready: Callable[[EncodedFact], EncodedFact] = lambda fact: fact,
+    ) -> tuple[list[EncodedFact], list[Skipped]]:
+        """Facts as token ids, as ``ready`` makes them or refuses them; and those that cannot be used, if these are to
+        be skipped."""
         check_unique(facts)
-        encoded, skipped = [], []
-        for fact in facts:
-            try:
-                each = encode(fact, self.tokenizer, target, self.sizes.vocabulary, self.sizes.positions)
-                check(each)
-            except CausalconeError as error:
-                if on_error == "raise":
-                    raise
-                skipped.append(str(error))
-            else:
-                encoded.append(each)
-        if skipped:
-            warnings.warn(SkippedFacts(skipped), stacklevel=5)
-        return encoded
+        sizes = self.sizes
+        return usable(
+            facts,
+            lambda fact: ready(encode(fact, self.tokenizer, target, sizes.vocabulary, sizes.positions)),
+            lambda fact: fact.id,
+            on_error,
+        )
 
-    def subject_deviation(self, facts: Sequence[Fact]) -> float:
-        """The standard deviation of the embeddings of the facts' subjects (METHODS 2)."""
+    def noise_level(self, sigma: float | str, facts: Sequence[Fact]) -> float:
+        """The noise level as a number: ``"<k>sd"`` is k standard deviations of the facts' subject embeddings."""
+        value, in_deviations = parse_sigma(sigma)
+        if not in_deviations:
+            return value
         subjects = [subject_ids(fact, self.tokenizer) for fact in facts]
         if not any(subjects):
             raise ExperimentError("sigma in standard deviations needs at least one fact whose subject has tokens")
-        if max(map(max, filter(None, subjects))) >= self.sizes.vocabulary:
-            raise ExperimentError("a subject has tokens outside the model's vocabulary; use the model's own tokenizer")
+        self._check_vocabulary(max(map(max, filter(None, subjects))), "a subject")
         with torch.inference_mode():
-            return subject_deviation(subjects, self.architecture.embed)
+            return value * subject_deviation(subjects, self.architecture.embed)
+
+    def embedding_noise(self, texts: Iterable[str], dof: float | None, replace: bool) -> Noise:
+        """Noise like the embeddings of running text."""
+        tokens = [token for text in texts for token in self.tokenizer(text)["input_ids"]]
+        if len(tokens) < 2:
+            raise ExperimentError("embedding noise needs running text of at least two tokens")
+        self._check_vocabulary(max(tokens), "the text")
+        with torch.inference_mode():
+            return Noise.like(tokens, self.architecture.embed, dof, replace)
+
+    def _check_vocabulary(self, largest: int, name: str) -> None:
+        if largest >= self.sizes.vocabulary:
+            raise ExperimentError(f"{name} has tokens outside the model's vocabulary; use the model's own tokenizer")
 
     def run(
         self, trials: Sequence[Trial], samples: int = 1, noise: Noised | None = None, gradient: bool = False
     ) -> Iterator[tuple[int, Result]]:
-        """Verify the model, then run the trials: the number of each in order, with its result.
+        """Run the trials, once the model is verified: the number of each in order, with its result.
 
-        samples, noise: of the corrupted runs. gradient: the gradients of p by the given vectors are results too.
+        samples, noise: of the corrupted runs. gradient: the gradients of p by the given vectors are results too. The
+        call itself raises ``MemoryBudgetError`` where not even the smallest part of a trial fits.
         """
-        if trials:
-            budget = self.budget(gradient)
-            self.verify(trials[0].prompts[0])
-            runner = self._runner(trials, samples, noise, gradient)
+        runner, budget = self._runner(trials, samples, noise, gradient), self.budget(gradient)
+        runner.check_smallest(budget)
+        return self._results(runner, budget)
+
+    def _results(self, runner: PassRunner, budget: Budget) -> Iterator[tuple[int, Result]]:
+        if runner.cases:
+            self.verify(runner.cases[0].prompts[0])
             yield from each_within(self.computing, runner.results(budget))
 
     def costs(

@@ -16,7 +16,7 @@ from causalcone.analysis.scores import Aggregate
 from causalcone.analysis.sweep_results import State, Study
 from causalcone.engine.atomic import write_text
 from causalcone.engine.errors import ExperimentError
-from causalcone.engine.localize.states import MOST_HEADS, as_states
+from causalcone.engine.localize.states import HEADS, as_states
 from causalcone.runners.options import StudyOptions
 from causalcone.runners.results.folder import ResultError
 
@@ -27,9 +27,12 @@ _COLUMNS = ("problem", "method", "window", "r2_layer", "r2_trace", "r2_both", "d
 def analyze_folder(
     analysis: StudyOptions, out: Path, console: Console, *, mixed: bool, scatter: bool, figures: bool
 ) -> None:
-    """Raises ``TableError`` for a folder that is not a sweep's, and ``ResultError`` where nothing can be written."""
-    study, choice = opened(analysis, mixed)
-    tables, missing = paper_tables(study, choice)
+    """Write tables and figures, and print the answer.
+
+    Raises ``TableError`` for a folder that is not a sweep's, and ``ResultError`` where nothing can be written.
+    """
+    study, options = open_study(analysis, mixed)
+    tables, missing = paper_tables(study, options)
     drawn: list[Path] = []
     try:
         for table in tables:
@@ -37,7 +40,7 @@ def analyze_folder(
         if figures:
             from causalcone.analysis.papers.figures import paper_figures
 
-            drawn, undrawn = paper_figures(study, out / _FIGURES, choice, every=scatter)
+            drawn, undrawn = paper_figures(study, out / _FIGURES, options, every=scatter)
             missing += undrawn
         write_text(out / "tables.md", index(tables, missing))
     except OSError as error:
@@ -55,17 +58,11 @@ def analyze_folder(
         console.print(line, highlight=False, markup=False)
 
 
-def report_folder(analysis: StudyOptions, out: Path, console: Console) -> None:
-    """Errors are those of ``analyze_folder``."""
-    study, choice = opened(analysis)
-    write_page(study, choice, out, console)
-
-
-def write_page(study: Study, choice: AnalysisOptions, out: Path, console: Console) -> None:
+def write_page(study: Study, options: AnalysisOptions, out: Path, console: Console) -> None:
     """Write the page of a study, and print its answer and what is missing."""
     from causalcone.analysis.page.report import report, report_data
 
-    data = report_data(study, choice)
+    data = report_data(study, options)
     try:
         write_text(out, report(data))
     except OSError as error:
@@ -79,7 +76,7 @@ def write_page(study: Study, choice: AnalysisOptions, out: Path, console: Consol
         console.print(line, highlight=False, markup=False)
 
 
-def opened(analysis: StudyOptions, mixed: bool = False) -> tuple[Study, AnalysisOptions]:
+def open_study(analysis: StudyOptions, mixed: bool = False) -> tuple[Study, AnalysisOptions]:
     """The folder, and the options as they were typed, checked."""
     _check_choice("--at", analysis.at, get_args(At))
     _check_choice("--denominator", analysis.denominator, get_args(Denominator))
@@ -89,15 +86,20 @@ def opened(analysis: StudyOptions, mixed: bool = False) -> tuple[Study, Analysis
         _check_choice("--compat", analysis.compat, get_args(Compat))
     state: State | None = None
     if analysis.state is not None:
-        states = as_states((analysis.state,), MOST_HEADS)
-        if len(states) > 1:
+        (parsed,) = as_states((analysis.state,))
+        if parsed.kind == HEADS:
             raise ExperimentError(f"--state is {analysis.state!r}; give one state, such as mlp:5 or head.3:1")
-        state = (states[0].kind, states[0].window)
-    choice = AnalysisOptions(
-        state, analysis.at, analysis.denominator, not analysis.additive, analysis.draws, mixed,  # type: ignore[arg-type]
+        state = (parsed.kind, parsed.window)
+    options = AnalysisOptions(
+        state=state,
+        at=analysis.at,  # type: ignore[arg-type]
+        denominator=analysis.denominator,  # type: ignore[arg-type]
+        interaction=not analysis.additive,
+        draws=analysis.draws,
+        mixed=mixed,
         compat=analysis.compat,  # type: ignore[arg-type]
-    )  # fmt: skip
-    return Study(analysis.folder, analysis.aggregate), choice  # type: ignore[arg-type]
+    )
+    return Study(analysis.folder, analysis.aggregate), options  # type: ignore[arg-type]
 
 
 def _terminal_table(table: Table) -> TerminalTable:

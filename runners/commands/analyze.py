@@ -30,8 +30,8 @@ def analyze(
     """
     from causalcone.runners.commands.analysis_run import analyze_folder
 
-    place = out or analysis.folder / "analysis"
-    analyze_folder(analysis, place, Console(), mixed=mixed, scatter=scatter, figures=figures)
+    out = out or analysis.folder / "analysis"
+    analyze_folder(analysis, out, Console(), mixed=mixed, scatter=scatter, figures=figures)
 
 
 @takes(StudyOptions)
@@ -43,9 +43,10 @@ def report(
 
     It has the answer, scores by layer and method, effects by window size, an explorer of single facts, and a table.
     """
-    from causalcone.runners.commands.analysis_run import report_folder
+    from causalcone.runners.commands.analysis_run import open_study, write_page
 
-    report_folder(analysis, out or analysis.folder / "report.html", Console())
+    study, options = open_study(analysis)
+    write_page(study, options, out or analysis.folder / "report.html", Console())
 
 
 COMMANDS = {

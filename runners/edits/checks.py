@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from causalcone.engine.edit.methods.value_search import EditObjective
 from causalcone.engine.edit.requests.prompts import ESSENCE, Encoder
 from causalcone.engine.edit.requests.requests import Request
-from causalcone.engine.edit.scoring.probes import questions_about
+from causalcone.engine.edit.scoring.probes import probes_of
 from causalcone.engine.edit.scoring.sampled_texts import TEXT_TOKENS
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.errors import FactError
@@ -28,9 +28,9 @@ class EditChecks:
     scoring: ScoringOptions
     references: ReferenceTexts | None
 
-    def __call__(self, request: Request) -> None:
+    def __call__(self, request: Request) -> Request:
         encoder = Encoder(self.session.tokenizer, self.session.sizes)
-        questions_about(request, encoder)
+        probes_of(request, encoder)
         if self.contexts is not None:
             for setting in self.plan.of_contexts:
                 EditObjective.of([request], encoder, getattr(self.contexts, str(setting.definition.contexts)))
@@ -41,6 +41,7 @@ class EditChecks:
                 self._room(request, len(encoder.written(request, prompt)))
         if self.references is not None and request.fact.generation_prompts:
             self.references.of(request.fact)
+        return request
 
     def _room(self, request: Request, tokens: int) -> None:
         limit = min(TEXT_TOKENS, self.session.sizes.positions)

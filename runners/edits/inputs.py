@@ -4,7 +4,7 @@ and no edit is made yet."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,17 @@ from rich.console import Console
 
 from causalcone.engine.edit.editor import Editor
 from causalcone.engine.edit.moments.moments import Moments
-from causalcone.engine.edit.requests.problems import FilteredFacts
+from causalcone.engine.edit.requests.problems import make_requests
 from causalcone.engine.edit.requests.requests import NOISY, Request
 from causalcone.engine.edit.requests.windows import as_windows
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.errors import ExperimentError, FactError
-from causalcone.engine.run.session import SkippedFacts
+from causalcone.engine.facts import usable
 from causalcone.runners.edits.checks import EditChecks
 from causalcone.runners.edits.moments import collected
 from causalcone.runners.edits.settings import EditPlan, parse_layers, plan_of, read_contexts
 from causalcone.runners.edits.study import EditStudy
-from causalcone.runners.inputs.inputs import Inputs, noted, open_inputs
+from causalcone.runners.inputs.inputs import Inputs, open_inputs
 from causalcone.runners.inputs.reference_texts import ReferenceTexts, load_reference_texts
 from causalcone.runners.inputs.running_text import RunningText, open_texts
 from causalcone.runners.options import (
@@ -70,7 +70,6 @@ def editing(
     plan = plan_of(choice, choice.problem, layers, scoring.aggregate)
     texts = given_texts(choice, plan, scoring)
     inputs = open_inputs(source)
-    inputs.check_memory()
     editor = editor_of(inputs, choice, plan, texts.contexts)
     moments = moments_of(inputs, choice, plan, texts.running, output.quiet)
     prepared = prepared_edits(editor, moments, inputs, choice, plan, scoring, texts.references)
@@ -97,12 +96,14 @@ def prepared_edits(
 ) -> PreparedEdits:
     """The plan made ready with what was read: requests that nothing is wrong with, and what to keep of the options."""
     editor.moments = None if moments is None else moments.with_ridge(choice.ridge)
-    filtered: list[str] = []
-    with noted(inputs.skipped):
-        requests = _requests(editor, inputs, choice, plan, filtered)
-        contexts = editor.contexts if plan.of_contexts else None
-        checks = EditChecks(editor.session, plan, contexts, scoring, references)
-        requests = _checked(requests, inputs, checks)
+    requests, skipped, unposed = make_requests(
+        editor.session, inputs.facts, plan.problem, editor.sigma,
+        filtered=choice.filtered, on_error=inputs.on_error, compat=choice.compat, seed=editor.seed,
+    )  # fmt: skip
+    checks = EditChecks(editor.session, plan, editor.contexts if plan.of_contexts else None, scoring, references)
+    requests, more = usable(requests, checks, lambda request: request.fact.id, inputs.on_error)
+    inputs.leave_out([*skipped, *more])
+    filtered = [each.reason for each in unposed]
     _tell(plan, inputs, requests, filtered, scoring)
     evaluate = {
         "essence": scoring.essence,
@@ -144,7 +145,7 @@ def _running_text(choice: EditMethodOptions, plan: EditPlan) -> RunningText | No
 def editor_of(inputs: Inputs, choice: EditMethodOptions, plan: EditPlan, contexts: Contexts | None) -> Editor:
     """Without moments yet; the level of the noise is that of all facts of the file."""
     sigma = inputs.noise_level(plan.sigma) if plan.problem in NOISY else plan.sigma
-    return Editor.on(inputs.tracer.session, contexts=contexts, sigma=sigma, seed=choice.seed)
+    return Editor.on(inputs.session, contexts=contexts, sigma=sigma, seed=choice.seed)
 
 
 def moments_of(
@@ -157,48 +158,14 @@ def moments_of(
 ) -> Moments | None:
     """The moments of the layers that are edited, where a method needs them. resume: a file that keeps a collection
     under way."""
-    depth = inputs.tracer.session.sizes.depth
+    depth = inputs.session.sizes.depth
     windows = [window for each in plan.of_moments for window in as_windows(plan.layers, each.window, depth)]
     layers = sorted({layer for window in windows for layer in window.layers})
     if not layers:
         return None
     if texts is not None:
-        return collected(inputs.tracer.session, texts, layers, Console(), quiet, resume=resume)
+        return collected(inputs.session, texts, layers, Console(), quiet, resume=resume)
     return Moments.load(str(choice.moments_path()), layers)
-
-
-def _requests(
-    editor: Editor, inputs: Inputs, choice: EditMethodOptions, plan: EditPlan, filtered: list[str]
-) -> list[Request]:
-    """What the problem asks of the facts; why it is not posed for some goes to ``filtered``."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        requests = editor.requests(
-            inputs.facts, plan.problem, filtered=choice.filtered, on_error=inputs.on_error, compat=choice.compat
-        )
-    for each in caught:
-        if isinstance(each.message, FilteredFacts):
-            filtered += each.message.reasons
-        else:
-            warnings.warn(each.message, stacklevel=2)
-    return requests
-
-
-def _checked(requests: Sequence[Request], inputs: Inputs, check: Callable[[Request], None]) -> list[Request]:
-    """The requests that nothing is wrong with; those of others are skipped, if asked."""
-    good, reasons = [], []
-    for request in requests:
-        try:
-            check(request)
-        except FactError as error:
-            if inputs.on_error == "raise":
-                raise
-            reasons.append(str(error))
-        else:
-            good.append(request)
-    if reasons:
-        warnings.warn(SkippedFacts(reasons), stacklevel=2)
-    return good
 
 
 def _tell(

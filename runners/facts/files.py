@@ -9,12 +9,12 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
 from causalcone.engine.errors import FactError
-from causalcone.engine.facts import Fact
+from causalcone.engine.facts import Fact, OnError
 from causalcone.runners.checked_files import PLAINER, read_text
 from causalcone.runners.facts.schemas import SCHEMAS, Convert, ZsreForm, converter, detect_schema
 
@@ -33,7 +33,7 @@ def load_facts(
     seed: int = 0,
     *,
     zsre_form: ZsreForm = "hase",
-    on_error: Literal["raise", "skip"] = "raise",
+    on_error: OnError = "raise",
 ) -> list[Fact]:
     """Facts of a JSON or JSON-lines file, in the file's order (docs/data.md).
 
@@ -52,6 +52,21 @@ def load_facts(
     Raises:
         FactError: Names the file and the record at fault.
     """
+    facts, problems = read_facts(path, limit, seed, zsre_form=zsre_form, on_error=on_error)
+    if problems:
+        warnings.warn(SkippedRecords(Path(path), problems), stacklevel=2)
+    return facts
+
+
+def read_facts(
+    path: str | os.PathLike[str],
+    limit: int | None = None,
+    seed: int = 0,
+    *,
+    zsre_form: ZsreForm = "hase",
+    on_error: OnError = "raise",
+) -> tuple[list[Fact], list[str]]:
+    """As ``load_facts``: the facts, and what is wrong with the records that are left out."""
     path = Path(path)
     if limit is not None and limit < 1:
         raise FactError(f"limit is {limit}; it must be at least 1, or None for all facts")
@@ -65,13 +80,11 @@ def load_facts(
     if on_error == "raise":
         facts = [_convert(path, index, record, convert) for index, record in enumerate(records[:limit])]
         _refuse_duplicates(path, facts)
-        return facts
+        return facts, []
     facts, problems = good_facts(path, records, convert, limit)
     if not facts:
         raise FactError(f"{path} holds no usable fact; the first problem: {problems[0]}")
-    if problems:
-        warnings.warn(SkippedRecords(path, problems), stacklevel=2)
-    return facts
+    return facts, problems
 
 
 def save_facts(facts: Iterable[Fact], path: str | os.PathLike[str]) -> None:

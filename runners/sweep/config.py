@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
 
-from causalcone.engine.edit.requests.requests import Problem
 from causalcone.engine.errors import CausalconeError, ExperimentError
-from causalcone.engine.localize.branches import check_tokens
-from causalcone.engine.localize.states import MOST_HEADS, as_states
+from causalcone.engine.localize.options import as_tokens, check_tokens
+from causalcone.engine.localize.states import as_states
 from causalcone.engine.memory import parse_bytes
+from causalcone.engine.schemas import Problem
 from causalcone.runners.checked_files import CheckedTable, Count, complaints, noise_level, read_toml
 from causalcone.runners.demo.files import path_of
 from causalcone.runners.edits.settings import EditPlan
@@ -264,11 +264,11 @@ def _check(named: str, sweep: Sweep) -> None:
     for key in ("trace", "zero"):
         own = getattr(sweep, key)
         if own is not None:
-            check(f"{key}.states", lambda own=own: as_states(own.states, MOST_HEADS))  # type: ignore[misc]
+            check(f"{key}.states", lambda own=own: as_states(own.states))  # type: ignore[misc]
     for key in ("trace", "sever", "zero", "gradients"):
         own = getattr(sweep, key)
         if own is not None:
-            check(f"{key}.tokens", lambda own=own: check_tokens(own.tokens))  # type: ignore[misc]
+            check(f"{key}.tokens", lambda own=own: check_tokens(as_tokens(own.tokens)))  # type: ignore[misc]
     given = [name for name in ("file", "texts", "dataset") if getattr(sweep.moments, name) is not None]
     if len(given) > 1:
         raise ExperimentError(f"{named}: moments: {' and '.join(given)} are both given; give one of the two")

@@ -15,7 +15,7 @@ from rich.console import Console
 from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.engine.facts import Fact
 from causalcone.engine.schemas import FAILURE_SCHEMA, LEFT_OUT_SCHEMA
-from causalcone.runners.facts.files import SkippedRecords, load_facts
+from causalcone.runners.facts import files
 from causalcone.runners.inputs.fingerprints import facts_fingerprint
 from causalcone.runners.results.folder import ResultError, differences, versions
 from causalcone.runners.results.store import Store
@@ -278,14 +278,7 @@ def _alone(sweep: Sweep, place: str) -> Executor:
 
 def read_facts(sweep: Sweep) -> tuple[list[Fact], list[str]]:
     """The facts of the sweep's file, within its limit, and why records were skipped."""
-    skipped: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", SkippedRecords)
-        facts = load_facts(
-            sweep.facts_path(), sweep.limit, sweep.seed, zsre_form=sweep.zsre_form,
-            on_error="skip" if sweep.skip_bad_facts else "raise",
-        )  # fmt: skip
-    for each in caught:
-        if isinstance(each.message, SkippedRecords):
-            skipped += each.message.problems
-    return facts, skipped
+    return files.read_facts(
+        sweep.facts_path(), sweep.limit, sweep.seed, zsre_form=sweep.zsre_form,
+        on_error="skip" if sweep.skip_bad_facts else "raise",
+    )  # fmt: skip

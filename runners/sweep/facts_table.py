@@ -12,7 +12,7 @@ from causalcone.engine.facts import Fact
 from causalcone.engine.schemas import FACT_SCHEMA, FILTER_SCHEMA
 from causalcone.runners.results.store import Store
 from causalcone.runners.sweep.config import Sweep
-from causalcone.runners.sweep.units import FILTER, Chosen, Unit, filter_stage
+from causalcone.runners.sweep.units import FILTER, Chosen, filter_stage
 
 FACTS = "facts.parquet"
 
@@ -70,8 +70,3 @@ def chosen(sweep: Sweep, table: pa.Table) -> Chosen:
             if likely:
                 erasable.append(place)
     return Chosen(tuple(known), tuple(erasable))
-
-
-def left_out_of(unit: Unit, reasons: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
-    """Rows of the table of facts that a unit could not use: each with its reason."""
-    return [{"fact_id": fact_id, "unit": unit.name, "reason": reason} for fact_id, reason in reasons]

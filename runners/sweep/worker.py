@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,14 +14,14 @@ import pyarrow as pa
 from causalcone.engine.edit.editor import Editor
 from causalcone.engine.edit.moments.collect import collect
 from causalcone.engine.edit.moments.moments import Moments
-from causalcone.engine.edit.requests.requests import ERROR_INJECTION, FACT_AMPLIFICATION, Request
+from causalcone.engine.edit.requests.problems import make_requests
+from causalcone.engine.edit.requests.requests import ERROR_INJECTION, FACT_AMPLIFICATION
 from causalcone.engine.edit.scoring.tables import edit_batch
 from causalcone.engine.edit.texts.contexts import Contexts, sample_contexts
 from causalcone.engine.edit.texts.recall import COMPLETION_TOKENS, answer_probabilities, completes, completions
 from causalcone.engine.errors import CausalconeError
-from causalcone.engine.facts import Fact, encode
+from causalcone.engine.facts import Fact, Skipped, encode
 from causalcone.engine.localize.tracer import Tracer
-from causalcone.engine.run.session import SkippedFacts
 from causalcone.engine.schemas import (
     EDIT_SCHEMA,
     FILTER_SCHEMA,
@@ -43,7 +41,7 @@ from causalcone.runners.options import PassOptions, ScoringOptions, TextOptions
 from causalcone.runners.results.store import Store
 from causalcone.runners.sweep import units
 from causalcone.runners.sweep.config import Sweep
-from causalcone.runners.sweep.facts_table import FACTS, chosen, facts_of, left_out_of
+from causalcone.runners.sweep.facts_table import FACTS, chosen, facts_of
 from causalcone.runners.sweep.units import Unit, edit_layers, moment_layers
 
 
@@ -225,7 +223,7 @@ class Worker:
         assert own is not None
         batches = self.tracer.stream(
             self._facts(unit), (("hidden", 1),), tokens=own.tokens, target=own.target,
-            sever=unit.group.removeprefix("sever_"), compat=self.sweep.compat,
+            sever=unit.group.removeprefix("sever_"), compat=self.sweep.compat,  # type: ignore[arg-type]
             samples=noise.samples, sigma=self._level, seed=noise.seed,
         )  # fmt: skip
         writing.tables(traces=pa.Table.from_batches(list(batches), schema=TRACE_SCHEMA))
@@ -254,11 +252,11 @@ class Worker:
         plan, editor = self.sweep.plan(problem), self._editor
         setting = plan.settings[unit.setting]
         layers = edit_layers(self.sweep, problem, editor.session.sizes.depth)
-        with _reasons() as reasons:
-            requests = editor.requests(
-                self._facts(unit), problem, filtered=False, on_error="skip", compat=self.sweep.compat
-            )
-        writing.left_out(requests, reasons)
+        requests, skipped, _ = make_requests(
+            editor.session, self._facts(unit), problem, editor.sigma,
+            filtered=False, on_error="skip", compat=self.sweep.compat, seed=editor.seed,
+        )  # fmt: skip
+        writing.left_out(skipped)
         generation = edit.generates(problem)
         asked = {"essence": edit.essence, "accuracy": edit.accuracy, "generation": generation}
         references = self._references if generation else None
@@ -299,25 +297,9 @@ class _Writing:
         for name in units.TABLES[unit.stage]:
             store.write_table(unit.file(name), tables[name], notes)
 
-    def left_out(self, requests: Sequence[Request], reasons: Sequence[str]) -> None:
+    def left_out(self, skipped: Sequence[Skipped]) -> None:
         """Note the facts that no request could be made of."""
-        made = {request.fact.id for request in requests}
-        lacking = [fact.id for fact in self.worker._facts(self.unit) if fact.id not in made]
-        rows = left_out_of(self.unit, list(zip(lacking, reasons, strict=True)))
+        rows = [{"fact_id": each.fact_id, "unit": self.unit.name, "reason": each.reason} for each in skipped]
         if rows:
             table = pa.Table.from_pylist(rows, schema=LEFT_OUT_SCHEMA)
             self.worker.store.write_table(self.unit.left_out, table, {"unit": self.unit.name})
-
-
-@contextmanager
-def _reasons() -> Iterator[list[str]]:
-    """Why facts are left out meanwhile, in their order."""
-    reasons: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield reasons
-    for each in caught:
-        if isinstance(each.message, SkippedFacts):
-            reasons += each.message.reasons
-        else:
-            warnings.warn(each.message, stacklevel=3)

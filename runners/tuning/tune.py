@@ -93,12 +93,11 @@ class _Trying:
     def all_of(self, grids: Sequence[ProblemGrids]) -> None:
         """All settings of all problems; the model, moments and contexts are the same for each."""
         inputs = open_inputs(self.source)
-        inputs.check_memory()
-        as_windows((self.choice.layer,), 1, inputs.tracer.session.sizes.depth)
+        as_windows((self.choice.layer,), 1, inputs.session.sizes.depth)
         contexts, moments = self.texts.contexts, None
         fingerprints = {
             "facts_fingerprint": facts_fingerprint(inputs.facts),
-            "model_fingerprint": model_fingerprint(inputs.tracer.session.architecture),
+            "model_fingerprint": model_fingerprint(inputs.session.architecture),
         }
         for number, each in enumerate(grids):
             own = replace(inputs, skipped=list(inputs.skipped))
@@ -106,7 +105,7 @@ class _Trying:
             if number == 0:
                 moments = self._moments(inputs, each)
             prepared = prepared_edits(editor, moments, own, self.choice, each.plan, _UNSCORED)
-            self.folder.begin(inputs.tracer.session.sizes.depth)
+            self.folder.begin(inputs.session.sizes.depth)
             self._settings_of(each, prepared, fingerprints)
             contexts = editor.contexts if each.plan.of_contexts else contexts
 
@@ -114,7 +113,7 @@ class _Trying:
         """Those given; or collected once, and kept in the folder."""
         if self.texts.running is None:
             return moments_of(inputs, self.choice, grids.plan, None, self.output.quiet)
-        self.folder.begin(inputs.tracer.session.sizes.depth)
+        self.folder.begin(inputs.session.sizes.depth)
         kept, partial = self.folder.path / MOMENTS, self.folder.path / PARTIAL
         if kept.exists():
             return Moments.load(kept)

@@ -2,17 +2,24 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from causalcone.engine.localize.tracer import Tracer
 from causalcone.runners.demo import model as demo
-from causalcone.runners.demo.corpus import Packing, batches, tokenized
+from causalcone.runners.demo.corpus import Packing, batches, running_texts, tokenized
+from causalcone.runners.demo.files import Kind, path_of
 from causalcone.runners.demo.training import Recipe, _hidden, config_of
 from causalcone.runners.demo.world import World
+from causalcone.runners.facts.files import load_facts
+from causalcone.runners.inputs.reference_texts import as_reference_texts, load_reference_texts
+from causalcone.runners.inputs.running_text import open_texts
+from causalcone.runners.options import TextOptions
 
 QUICK = Recipe(subjects=12, layers=3, width=16, heads=2, steps=3, packing=Packing(rows=4), first_open_layer=2)
 
@@ -160,6 +167,26 @@ def test_folder_loads_through_the_auto_classes(quick):
     inputs = torch.tensor([bpe(text)["input_ids"]])
     with torch.no_grad():
         assert torch.equal(auto_model(inputs).logits, model(inputs).logits)
+
+
+def test_the_name_demo_stands_for_files_in_the_cache(quick, tmp_path, monkeypatch):
+    """They are made once, and hold the world that the model knows; a file called demo is meant where there is one."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    paths = {kind: Path(path_of("demo", kind)) for kind in get_args(Kind)}
+    written = {path: path.stat().st_mtime_ns for path in paths.values()}
+    assert all(path.parent == quick for path in written)
+    assert {Path(path_of("demo", kind)): path.stat().st_mtime_ns for kind, path in paths.items()} == written
+    world = demo.demo_world()
+    assert load_facts(paths["facts"]) == world.facts
+    texts = open_texts(TextOptions(texts="demo"))
+    assert (list(texts.texts), texts.source) == (running_texts(world), "the demo world's sentences")
+    assert load_reference_texts(paths["snippets"]) == as_reference_texts(world.snippets(), "the world")
+    assert AutoConfig.from_pretrained(paths["outline"]).n_layer == QUICK.layers
+    assert AutoTokenizer.from_pretrained(paths["outline"]).get_vocab() == demo.train_tokenizer(world).get_vocab()
+    assert path_of("gpt2", "model") == "gpt2"
+    Path("demo").touch()
+    assert path_of("demo", "facts") == "demo"
 
 
 def test_progress_is_plain_lines_away_from_a_terminal(quick, capfd):

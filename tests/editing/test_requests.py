@@ -14,19 +14,20 @@ from helpers.tokenizers import TOKENIZERS
 from oracles import requests as oracle_requests
 from oracles.editing import about_subject, target_log_p
 
+import causalcone as cc
 from causalcone.engine.compute import Compute
 from causalcone.engine.edit.deltas.apply import applied
 from causalcone.engine.edit.deltas.delta import Delta, LowRank
 from causalcone.engine.edit.requests import problems as request_making
-from causalcone.engine.edit.requests.problems import FilteredFacts, make_requests
+from causalcone.engine.edit.requests.problems import FilteredFacts
 from causalcone.engine.edit.requests.requests import PROBLEMS, Request
 from causalcone.engine.edit.scoring import sampled_texts
 from causalcone.engine.edit.scoring.sampled_texts import essence_texts, generate_texts
 from causalcone.engine.edit.texts import contexts
 from causalcone.engine.edit.texts.contexts import Contexts, sample_contexts
 from causalcone.engine.errors import ExperimentError, FactError
-from causalcone.engine.facts import Fact, target_ids
-from causalcone.engine.run.session import Session, SkippedFacts
+from causalcone.engine.facts import Fact, SkippedFacts, target_ids
+from causalcone.engine.run.session import Session
 
 SIGMA = 0.7
 ANSWERS = {"start": "CALLE call", "end": " hej", "one token": "hehe", "many tokens": "Calle"}
@@ -40,6 +41,10 @@ ASKED = tuple(
 @pytest.fixture(scope="module")
 def session(model):
     return Session(model, byte_level())
+
+
+def make_requests(session, facts, problem, sigma=None, seed=0, **options):
+    return cc.Editor.on(session, sigma=sigma, seed=seed).requests(facts, problem, **options)
 
 
 def p_true(model, tokenizer, fact):
@@ -221,12 +226,10 @@ def test_ids_are_unique(session):
     ("problem", "sigma", "options", "match"),
     [
         ("fact_injection", 0.1, {}, "fact_injection"),
-        ("tracing_reversal", None, {}, "sigma is None"),
-        ("fact_forcing", None, {}, "sigma is None"),
-        ("fact_forcing", 0.0, {}, "sigma is 0.0"),
+        ("tracing_reversal", "0sd", {}, "sigma is 0"),
+        ("fact_forcing", 0.0, {}, "sigma is 0"),
         ("fact_forcing", -1.0, {}, "sigma is -1.0"),
         ("fact_forcing", math.nan, {}, "sigma is nan"),
-        ("fact_forcing", "3sd", {}, "noise_level"),
         ("fact_erasure", None, {"on_error": "ignore"}, "ignore"),
         ("fact_erasure", None, {"compat": "paper"}, "paper"),
     ],

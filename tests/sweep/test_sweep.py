@@ -20,7 +20,9 @@ from causalcone.runners.results import store as stores
 from causalcone.runners.results.folder import ResultError
 from causalcone.runners.sweep import worker as work
 from causalcone.runners.sweep.executor import LocalExecutor
+from causalcone.runners.sweep.facts_table import FACTS, fact_table
 from causalcone.runners.sweep.status import status_of
+from causalcone.runners.sweep.units import EDIT, NOISE, PREPARED, Chosen, later_stages
 from causalcone.runners.sweep.worker import Worker
 
 PROBLEMS = ("error_injection", "fact_forcing")
@@ -96,6 +98,22 @@ def test_run_json_has_all_that_decides_the_results(whole, file):
     part = next((whole / "edits").rglob("*.parquet"))
     notes = json.loads(pq.read_schema(part).metadata[b"causalcone"])
     assert (notes["configuration"], notes["items"]) == (kept["hash"], 4)
+
+
+def test_a_fact_that_is_left_out_has_its_own_reason(file, tmp_path):
+    """The first is refused for what the model says under noise, the second before the model is asked."""
+    changes = ('edit.problems=["tracing_reversal"]', 'edit.methods=["finetune:1"]', "noise.sigma=1e-9")
+    sweep, place = configured(file, *changes), str(tmp_path / "out")
+    store = stores.Store.open(place)
+    store.write_table(FACTS, fact_table([FULL[0], dataclasses.replace(FULL[1], target_new=" ")]), {})
+    store.write_json(PREPARED[NOISE], {"sigma": 1e-9})
+    stages = later_stages(sweep, Chosen((0, 1), (0, 1)), 4)
+    unit = next(unit for stage in stages for unit in stage.units if unit.stage == EDIT)
+    Worker(sweep, place).run(unit)
+    first, second = store.read_table(unit.left_out).to_pylist()
+    assert (first["fact_id"], second["fact_id"]) == (FULL[0].id, FULL[1].id)
+    assert "with noise of level 1e-09" in first["reason"]
+    assert "target_new ' ' is empty" in second["reason"]
 
 
 @pytest.mark.parametrize("read", ["polars", "pandas"])

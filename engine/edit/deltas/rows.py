@@ -1,4 +1,4 @@
-"""Rows of many edited models in one tensor: each edit's rows get what its own change of weights adds."""
+"""Rows of many edited models in one tensor: to each edit's rows, its change of weights adds its own product."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from causalcone.engine.edit.deltas.delta import Dense, LowRank
 
 Addition = Callable[[Tensor], Tensor]
-"""What a change of weights adds to values (R, hidden), from their keys (R, inner)."""
+"""The addition of a change of weights to values (R, hidden), from their keys (R, inner)."""
 
 
 def addition(change: LowRank | Dense, device: torch.device, dtype: torch.dtype) -> Addition:
-    """What the change adds to values in ``dtype``; one of low rank is computed in float32 at least."""
+    """The addition of a change to values in ``dtype``; a low-rank product is computed in float32 at least."""
     wide = torch.promote_types(dtype, torch.float32)
     change = change.to(device, wide if isinstance(change, LowRank) else dtype)
     return lambda keys: change.product(keys).to(dtype)

@@ -12,7 +12,7 @@ import torch
 from causalcone.engine.edit.methods.value_search import EditObjective, FoundValue, ValueOptimizer
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.errors import MemoryBudgetError
-from causalcone.engine.memory import out_of_memory
+from causalcone.engine.memory import halving
 from causalcone.engine.models.base import Sizes
 from causalcone.engine.run.scheduler import Budget
 
@@ -77,19 +77,7 @@ class Batching:
 
     def run(self, items: list[Item], function: Callable[[list[Item]], list[Result]]) -> list[Result]:
         """``function`` of the items; of halves of them, where memory runs out after all."""
-        try:
-            return function(items)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            if len(items) == 1:
-                raise MemoryBudgetError(
-                    "memory ran out on a single edit; free some memory, or use a smaller dtype"
-                ) from error
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        middle = len(items) // 2
-        return [result for half in (items[:middle], items[middle:]) for result in self.run(half, function)]
+        return halving(items, function, lambda _: "a single edit")
 
     @property
     def row_bytes(self) -> int:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -24,16 +23,12 @@ from causalcone.engine.edit.runs.packed_runs import Text
 from causalcone.engine.edit.texts.contexts import TOP_K, continued
 from causalcone.engine.edit.texts.recall import COMPLETION_TOKENS, answer_probabilities, completes, completions
 from causalcone.engine.errors import ExperimentError, FactError
-from causalcone.engine.facts import EncodedFact, Fact, check_unique, encode, target_ids
-from causalcone.engine.localize.options import check_on_error
-from causalcone.engine.noise import parse_sigma
-from causalcone.engine.run.session import Session, SkippedFacts
+from causalcone.engine.facts import EncodedFact, Fact, OnError, Skipped, check_unique, encode, target_ids, usable
+from causalcone.engine.localize.options import DEFAULT_SIGMA
+from causalcone.engine.run.session import Session
 
 REVERSAL_TOKENS = 12
 ERASABLE = 0.02
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class FilteredFacts(UserWarning):
@@ -49,61 +44,39 @@ def make_requests(
     session: Session,
     facts: Iterable[Fact],
     problem: str,
-    sigma: float | None = None,
+    sigma: float | str = DEFAULT_SIGMA,
     *,
     filtered: bool = True,
-    on_error: str = "raise",
+    on_error: OnError = "raise",
     compat: str | None = None,
     seed: int = 0,
-) -> list[Request]:
-    """What a problem asks of facts, in their order.
+) -> tuple[list[Request], list[Skipped], list[Skipped]]:
+    """What a problem asks of facts, in their order; those that cannot be used; and those that the problem is not posed
+    for, because of what the model makes of them.
 
-    sigma: the level of the noise on the subject, which Fact Forcing and Tracing Reversal need. filtered: leave out
-    facts that the model does not complete (none of its 36 likeliest tokens, one after the other, brings the answer), in
-    Fact Erasure also those whose answer has p < 0.02, and warn ``FilteredFacts``. on_error: ``"skip"`` leaves out facts
-    that cannot be used and warns ``SkippedFacts``. compat: ``"published"`` drops p <= 0.02 in every problem, and trains
-    Tracing Reversal towards the prompt followed by a continuation that is drawn (top-k 5), under ``seed``.
+    sigma: the level of the noise on the subject, in Fact Forcing and Tracing Reversal. filtered: leave out facts that
+    the model does not complete (none of its 36 likeliest tokens, one after the other, brings the answer), in Fact
+    Erasure also those whose answer has p < 0.02. on_error: ``"skip"`` leaves out facts that cannot be used. compat:
+    ``"published"`` drops p <= 0.02 in every problem, and trains Tracing Reversal towards the prompt followed by a
+    continuation that is drawn (top-k 5), under ``seed``.
 
     Raises ``FactError`` naming a fact that has no target, or whose target is what the model says already, and
     ``ExperimentError`` for arguments that make no sense.
     """
-    making = _Making(session, problem, sigma, filtered, compat, seed)
-    check_on_error(on_error)
-    given, bad = list(facts), _Bad(on_error)
-    check_unique(given)
-    posed = bad.left_out(given, making.checked)
+    facts = list(facts)
+    level = session.noise_level(sigma, facts) if problem in NOISY else 0.0
+    making = _Making(session, problem, level, filtered, compat, seed)
+    check_unique(facts)
+    posed, skipped = usable(facts, making.checked, lambda fact: fact.id, on_error)
+    unposed: list[Skipped] = []
     if filtered:
-        reasons: list[str] = []
-        posed = list(making.likely(making.completed(posed, reasons), reasons))
-        if reasons:
-            warnings.warn(FilteredFacts(problem, reasons), stacklevel=2)
-    if problem == TRACING_REVERSAL:
-        requests = bad.left_out(making.noised(posed), making.reversal)
-    else:
-        requests = [making.request(fact) for fact in posed]
-    if bad.reasons:
-        warnings.warn(SkippedFacts(bad.reasons), stacklevel=2)
-    return requests
-
-
-@dataclass
-class _Bad:
-    """Why facts cannot be used, where that is no error."""
-
-    on_error: str
-    reasons: list[str] = field(default_factory=list)
-
-    def left_out(self, items: Iterable[Item], function: Callable[[Item], Result]) -> list[Result]:
-        """What the function makes of the items, but for those that it refuses."""
-        results = []
-        for item in items:
-            try:
-                results.append(function(item))
-            except FactError as error:
-                if self.on_error == "raise":
-                    raise
-                self.reasons.append(str(error))
-        return results
+        posed = list(making.likely(making.completed(posed, unposed), unposed))
+    if problem != TRACING_REVERSAL:
+        return [making.request(each) for each in posed], skipped, unposed
+    noised = making.noised(posed)
+    requests, more = usable(noised, making.reversal, lambda each: each.posed.fact.id, on_error)
+    order = {fact.id: number for number, fact in enumerate(facts)}
+    return requests, sorted(skipped + more, key=lambda each: order[each.fact_id]), unposed
 
 
 @dataclass(frozen=True)
@@ -129,11 +102,11 @@ class _Noised:
 
 @dataclass(frozen=True)
 class _Making:
-    """The arguments of ``make_requests``, and its steps."""
+    """The arguments of ``make_requests``, and its steps. level: of the noise, zero where there is none."""
 
     session: Session
     problem: str
-    sigma: float | None
+    level: float
     filtered: bool
     compat: str | None
     seed: int
@@ -144,16 +117,8 @@ class _Making:
             raise ExperimentError(f"unknown compat {self.compat!r}; the only one is 'published'")
         if self.problem in NOISY and self.level == 0:
             raise ExperimentError(
-                f"sigma is {self.sigma!r}; {self.problem} needs the level of the subject's noise, a positive number"
+                f"sigma is 0; {self.problem} needs the level of the subject's noise, a positive number"
             )
-
-    @property
-    def level(self) -> float:
-        """The level of the noise, zero where there is none."""
-        value, in_deviations = parse_sigma(0.0 if self.sigma is None else self.sigma)
-        if in_deviations:
-            raise ExperimentError(f"sigma is {self.sigma!r}; give a number (Tracer.noise_level turns '3sd' into one)")
-        return value
 
     def checked(self, fact: Fact) -> _Posed:
         """The fact as token ids; refuses what can be seen to be wrong before the model runs."""
@@ -191,18 +156,19 @@ class _Making:
             )
         return ids
 
-    def completed(self, posed: Sequence[_Posed], reasons: list[str]) -> list[_Posed]:
-        """The facts whose answer the model says; why it does not say the others' goes to ``reasons``."""
+    def completed(self, posed: Sequence[_Posed], unposed: list[Skipped]) -> list[_Posed]:
+        """The facts whose answer the model says; why it does not say the others' goes to ``unposed``."""
         kept = []
         for each, said in zip(posed, completions(self.session, [each.encoded for each in posed]), strict=True):
             if completes(each.fact, said):
                 kept.append(each)
             else:
-                reasons.append(f"fact {each.fact.id!r}: the model says {said!r}, not {each.fact.target_true!r}")
+                reason = f"fact {each.fact.id!r}: the model says {said!r}, not {each.fact.target_true!r}"
+                unposed.append(Skipped(each.fact.id, reason))
         return kept
 
-    def likely(self, posed: Sequence[_Posed], reasons: list[str]) -> list[_Posed]:
-        """The facts whose answer is likely enough for the problem; why the others are not goes to ``reasons``."""
+    def likely(self, posed: Sequence[_Posed], unposed: list[Skipped]) -> list[_Posed]:
+        """The facts whose answer is likely enough for the problem; why the others are not goes to ``unposed``."""
         published = self.compat == "published"
         if self.problem != FACT_ERASURE and not published:
             return list(posed)
@@ -213,9 +179,8 @@ class _Making:
                 kept.append(each)
             else:
                 least = "more than" if published else "at least"
-                reasons.append(
-                    f"fact {each.fact.id!r}: p({each.fact.target_true!r}) is {p:.3g}, not {least} {ERASABLE}"
-                )
+                reason = f"fact {each.fact.id!r}: p({each.fact.target_true!r}) is {p:.3g}, not {least} {ERASABLE}"
+                unposed.append(Skipped(each.fact.id, reason))
         return kept
 
     def noised(self, posed: Sequence[_Posed]) -> list[_Noised]:

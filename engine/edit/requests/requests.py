@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.facts import Fact
+from causalcone.engine.schemas import PROBLEMS
 
-Problem = Literal["error_injection", "tracing_reversal", "fact_erasure", "fact_amplification", "fact_forcing"]
-PROBLEMS: tuple[Problem, ...] = get_args(Problem)
 ERROR_INJECTION, TRACING_REVERSAL, FACT_ERASURE, FACT_AMPLIFICATION, FACT_FORCING = PROBLEMS
 NOISY = (TRACING_REVERSAL, FACT_FORCING)
 """The problems whose subjects carry noise."""

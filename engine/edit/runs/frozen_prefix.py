@@ -1,4 +1,4 @@
-"""What the unedited model makes of texts: computed once, and then frozen for all steps of all edits."""
+"""The unedited model's rows of texts: computed once, and then frozen for all steps of all edits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from causalcone.engine.edit.runs.layers import Layers
 from causalcone.engine.edit.runs.packed_runs import Runs, Text, in_order
 
 Places = tuple[np.ndarray, np.ndarray]
-"""Texts (n,) by number, and a token (n,) of each."""
+"""Texts (n,) by number, and one token (n,) of each."""
 
 Wanted = Mapping[tuple[str, int], Places]
 """By name and layer, where rows are kept: a field of ``Passed``, or ``inputs``, what enters the layer."""
@@ -22,8 +22,7 @@ Wanted = Mapping[tuple[str, int], Places]
 @dataclass(frozen=True)
 class FrozenPrefix:
     """start (N,): the row of each text's first token; keys_values: of attention, of all rows, by layer; kept: the rows
-    asked for, in the order of their places; log_p (n, V): distributions of the next token asked for, in float32 or
-    better."""
+    wanted, in the order of their places; log_p (n, V): the next token's distributions, in float32 or better."""
 
     start: np.ndarray
     keys_values: Mapping[int, Tensor]
@@ -43,7 +42,7 @@ def run_unedited(
     """Run texts through the unedited model.
 
     past_from: the first layer of which attention's keys and values are kept (None: of no layer); distributions: where
-    the next token's distribution is read. Layers that nothing asked for depends on are not computed.
+    the next token's distribution is read. Layers that no result depends on are not computed.
     """
     order = in_order(np.array([len(text) for text in texts]))
     runs = Runs.of_texts([texts[i] for i in order], layers.device)

@@ -19,11 +19,10 @@ from causalcone.engine.edit.scoring.sampled_texts import ESSENCE_TEXTS, TEXT_TOK
 from causalcone.engine.edit.texts.contexts import MEMIT_TOKENS, MEMIT_WORDS, ROME_TOKENS
 from causalcone.engine.edit.texts.recall import COMPLETION_TOKENS
 from causalcone.engine.errors import ExperimentError
-from causalcone.engine.localize.branches import choose_tokens
 from causalcone.engine.localize.causal_tracing import CausalTracing, Zeroing, target_tokens
 from causalcone.engine.localize.gradients import runs_along
-from causalcone.engine.localize.options import TraceSpec
-from causalcone.engine.localize.states import State, as_states
+from causalcone.engine.localize.options import TraceSpec, ZeroSpec, choose_tokens
+from causalcone.engine.localize.states import State, as_states, states_in
 from causalcone.engine.models.base import Architecture
 from causalcone.engine.plan.cone import Shape
 from causalcone.engine.plan.cost import cost
@@ -126,13 +125,20 @@ class Counting:
     def _trace(self, stage: Stage) -> StageCost:
         own, noise = self.sweep.trace, self.sweep.noise
         assert own is not None
-        spec = TraceSpec(self._states("trace", own.states), noise.samples, 1.0, noise.seed, own.target, own.tokens)
+        spec = TraceSpec(
+            states=self._states("trace", own.states),
+            samples=noise.samples,
+            sigma=1.0,
+            target=own.target,
+            tokens=own.tokens,
+        )
         return self._restored(stage, self._some(own.facts), spec)
 
     def _sever(self, stage: Stage) -> StageCost:
         own, noise = self.sweep.sever, self.sweep.noise
         assert own is not None
-        spec = TraceSpec(as_states(("hidden:1",), 1), noise.samples, 1.0, noise.seed, own.target, own.tokens)
+        states = as_states("hidden:1")
+        spec = TraceSpec(states=states, samples=noise.samples, sigma=1.0, target=own.target, tokens=own.tokens)
         parts = [
             self._restored(stage, self._some(own.facts), replace(spec, sever=part, compat=self.sweep.compat))
             for part in own.parts
@@ -144,8 +150,8 @@ class Counting:
         restoring = CausalTracing(spec, self.architecture.sizes.depth)
 
         def one(lengths: FactLengths) -> tuple[float, int]:
-            case, branches = restoring.case(lengths.encoded(spec.target), None)
-            return self._planned(case, restoring.samples), len(branches.run)
+            trial, grid = restoring.trial(lengths.encoded(spec.target))
+            return self._planned(trial, restoring.samples), len(grid.run)
 
         flops, rows = _added(facts, one)
         return StageCost(stage, flops, {"traces": rows})
@@ -153,11 +159,12 @@ class Counting:
     def _zero(self, stage: Stage) -> StageCost:
         own = self.sweep.zero
         assert own is not None
-        zeroing = Zeroing(self._states("zero", own.states), own.tokens, self.architecture.sizes.depth)
+        spec = ZeroSpec(states=self._states("zero", own.states), target=own.target, tokens=own.tokens)
+        zeroing = Zeroing(spec, self.architecture.sizes.depth)
 
         def one(lengths: FactLengths) -> tuple[float, int]:
-            case, branches = zeroing.case(lengths.encoded(own.target))
-            return self._planned(case, 1), len(branches.run)
+            trial, grid = zeroing.trial(lengths.encoded(own.target))
+            return self._planned(trial, 1), len(grid.run)
 
         flops, rows = _added(self._some(own.facts), one)
         return StageCost(stage, flops, {"traces": rows})
@@ -185,7 +192,7 @@ class Counting:
 
     def _states(self, stage: str, states: Sequence[str]) -> tuple[State, ...]:
         try:
-            return as_states(states, self.architecture.sizes.heads)
+            return states_in(as_states(states), self.architecture.sizes.heads)
         except ExperimentError as error:
             raise ExperimentError(f"{stage}.states: {error}") from error
 
