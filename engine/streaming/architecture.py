@@ -17,6 +17,9 @@ from causalcone.engine.models.reference import is_finite, model_logits, refuse_c
 from causalcone.engine.streaming.prefetch import Layout, StreamedMatrix, read_layers
 from causalcone.engine.streaming.tensor_files import Entry, read_rows, read_tensor
 
+_SLICE = 1024
+"""Rows of the unembedding in memory at a time, where the model's own forward is run."""
+
 
 class Streamed(Architecture):
     """Computes what ``inner`` does, an architecture whose model has its weights on the meta device.
@@ -160,9 +163,6 @@ def check_finite(entry: Entry, values: Tensor) -> None:
 
 def _parameter(tensor: Tensor) -> Any:
     return tensor if isinstance(tensor, torch.nn.Parameter) else torch.nn.Parameter(tensor, requires_grad=False)
-
-
-_SLICE = 1024
 
 
 def streamed_logits(streamed: Streamed, ids: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from causalcone.engine.models.reference import refuse_changed
 from causalcone.engine.streaming.architecture import Streamed
 from causalcone.engine.streaming.tensor_files import DTYPES, Entry, entries_of
 
+_REMEDY = "load it with weights='resident'"
+
 
 def open_streamed(path: str, config: Any, dtype: torch.dtype | None, device: torch.device) -> Streamed:
     """The model of a folder or hub id with this config, computed in ``dtype``, as saved by default.
@@ -46,7 +48,7 @@ def _without_weights(config: Any, dtype: torch.dtype) -> Any:
     saved = model.state_dict().keys()
     for name, buffer in list(model.named_buffers()):
         if name in saved:
-            raise ModelError(f"the model saves the buffer {name}, which is not streamed; {MEND}")
+            raise ModelError(f"the model saves the buffer {name}, which is not streamed; {_REMEDY}")
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, torch.empty_like(buffer, device="cpu"))
     model.initialize_weights()
@@ -55,9 +57,6 @@ def _without_weights(config: Any, dtype: torch.dtype) -> Any:
 
 def _as_dtype(dtype: Any) -> torch.dtype | None:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
-
-
-MEND = "load it with weights='resident'"
 
 
 def saved_tensors(path: str) -> dict[str, Entry]:
@@ -69,7 +68,7 @@ def saved_tensors(path: str) -> dict[str, Entry]:
     if index is None:
         raise ModelError(
             f"{path!r} has no weights as safetensors ({SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}), which are "
-            f"what can be streamed; save the model with save_pretrained, or {MEND}"
+            f"what can be streamed; save the model with save_pretrained, or {_REMEDY}"
         )
     try:
         places: dict[str, str] = json.loads(index.read_text())["weight_map"]
@@ -125,7 +124,7 @@ def parameters_in(model: Any, saved: Mapping[str, Entry]) -> dict[str, Entry]:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ModelError(
             f"the files of the model hold no tensor for {', '.join(missing[:3])}{more}; its layout is not one that can "
-            f"be streamed: {MEND}"
+            f"be streamed: {_REMEDY}"
         )
     return found
 
@@ -141,7 +140,7 @@ def _renamed(model: Any, saved: Mapping[str, Entry]) -> dict[str, Entry]:
             if matched is not None and not isinstance(transform, WeightRenaming):
                 raise ModelError(
                     f"transformers converts the tensor {own!r} of {entry.path} as it loads it, but tensors are "
-                    f"streamed as they are; {MEND}"
+                    f"streamed as they are; {_REMEDY}"
                 )
         found[name] = entry
     return found

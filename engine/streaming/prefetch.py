@@ -13,6 +13,9 @@ from torch import Tensor
 
 from causalcone.engine.streaming.tensor_files import Entry, read_rows, read_values
 
+_ALIGNED = 64
+"""Vector instructions like addresses to be multiples of this number of bytes."""
+
 
 class HostLanding:
     """Two buffers in memory, which are read into and computed with."""
@@ -78,10 +81,6 @@ def landing(elements: int, dtype: torch.dtype, device: torch.device) -> HostLand
     if device.type == "cuda":
         return CudaLanding(elements, dtype, device)
     return HostLanding(elements, dtype)
-
-
-_ALIGNED = 64
-"""Bytes that vector instructions like addresses to be multiples of."""
 
 
 @dataclass(frozen=True)
