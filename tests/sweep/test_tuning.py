@@ -10,7 +10,7 @@ import pytest
 import torch
 from filelock import FileLock
 from helpers.compare import assert_table_close
-from helpers.edit_command import arguments, read, run_json, write_inputs
+from helpers.edit_command import PRESET_SETTINGS, arguments, read, run_json, write_inputs
 from helpers.editing_cases import FULL
 from hypothesis import given
 from hypothesis import strategies as st
@@ -173,13 +173,9 @@ def test_grids_that_make_no_sense(case):
 
 # --- the preset ---
 
-PRESET = """
+PRESET = f"""
 [own]
-edit_layers = [1, 3]
-sigma = 0.4
-tracing_window = 3
-aggregate = "mean"
-defaults.rome.lr = 0.25
+{PRESET_SETTINGS}defaults.rome.lr = 0.25
 defaults.finetune.stop_loss = "never"
 [own.problems.error_injection]
 rome.kl_factor = 0.9
