@@ -54,7 +54,7 @@ class RunSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class TableRun:
-    """A run that makes one table: ``batches``, one for each of ``facts`` facts. configuration: kept beside the table."""
+    """A run that makes one table: ``batches``, one for each of ``facts`` facts. configuration: kept beside it."""
 
     title: str
     table: str
