@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from causalcone.engine.compute import Compute
+from causalcone.engine.compute import Compute, Kernels
 from causalcone.engine.edit.methods.batching import Batching
 from causalcone.engine.edit.methods.edits import FAILED, Edit
 from causalcone.engine.edit.methods.finetune import FINETUNE
@@ -35,7 +35,7 @@ from causalcone.engine.edit.scoring.text_metrics import ReferenceScorer
 from causalcone.engine.edit.texts.contexts import Contexts, check_contexts, sample_contexts
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.facts import Fact, OnError, SkippedFacts, encode
-from causalcone.engine.localize.options import DEFAULT_SIGMA
+from causalcone.engine.localize.options import DEFAULT_SIGMA, Compat
 from causalcone.engine.noise import parse_sigma
 from causalcone.engine.plan.cost import weight_bytes
 from causalcone.engine.run.loading import open_session
@@ -80,7 +80,7 @@ class Editor:
         memory: int | str | None = None,
         sigma: float | str | None = None,
         seed: int = 0,
-        kernels: str | None = None,
+        kernels: Kernels | None = None,
         tf32: bool = False,
     ) -> None:
         self._open(
@@ -146,14 +146,23 @@ class Editor:
         *,
         filtered: bool = True,
         on_error: OnError = "raise",
-        compat: str | None = None,
+        compat: Compat | None = None,
     ) -> list[Request]:
-        """What a problem (METHODS 4; Hase et al. 2023) asks of facts: error_injection, tracing_reversal, fact_erasure,
-        fact_amplification or fact_forcing.
+        """What a problem asks of facts (docs/editing.md, "Problems"; Hase et al. 2023).
 
-        filtered: leave out facts that the model does not complete, and warn ``FilteredFacts``. on_error: ``"skip"``
-        leaves out facts that cannot be used, and warns ``SkippedFacts``. Raises ``FactError`` or ``ExperimentError``,
-        each naming the item and the mend.
+        Args:
+            facts: The facts, with different ids.
+            problem: error_injection, tracing_reversal, fact_erasure, fact_amplification or fact_forcing.
+            filtered: Leave out facts that the model does not complete, and warn ``FilteredFacts``.
+            on_error: ``"skip"`` leaves out facts that cannot be used, and warns ``SkippedFacts``.
+            compat: ``"published"`` trains and filters as the published code does.
+
+        Returns:
+            The requests, in the order of the facts.
+
+        Raises:
+            FactError: A fact cannot be used.
+            ExperimentError: An argument makes no sense.
         """
         requests, skipped, unposed = make_requests(
             self.session,
@@ -318,11 +327,14 @@ class Editor:
         generation: bool = False,
         references: References | None = None,
     ) -> Scores:
-        """Probes and metrics of edits (METHODS 5). Facts without evaluation prompts have rewrite probes only.
+        """Probes and metrics of edits (docs/editing.md, "Scores").
 
-        essence: the perplexity of five texts about each subject, sampled from the unedited model; accuracy: the share
-        of the targets' tokens that are most likely; generation: the entropy of what the edited models write, and, with
-        ``references``, how alike it is to texts about the new target.
+        Args:
+            edits: The edits; facts without evaluation prompts have rewrite probes only.
+            essence: Add the perplexity of five texts about each subject, sampled from the unedited model.
+            accuracy: Add the share of the targets' tokens that are most likely.
+            generation: Add the entropy of what the edited models write.
+            references: Texts about new targets; add how alike the written texts are to them.
         """
         scored = list(self._scored(edits, essence, accuracy))
         rows: list[Row] = [row for each in scored for row in metrics_of(each, accuracy)]

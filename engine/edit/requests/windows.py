@@ -1,4 +1,4 @@
-"""Windows of layers that are edited together (METHODS 3)."""
+"""Windows of layers that are edited together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Contexts: texts drawn from the unedited model, behind which prompts are seen in editing (METHODS 4)."""
+"""Contexts: texts drawn from the unedited model, after which prompts are seen in editing
+(docs/editing.md, "Second moments and contexts")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model knows of facts: what it says after their prompts, and how likely it thinks their answers (METHODS 4)."""
+"""What a model knows of facts: what it says after their prompts, and how likely it thinks their answers."""
 
 from __future__ import annotations
 
