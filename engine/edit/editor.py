@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -12,8 +12,8 @@ import pyarrow as pa
 import torch
 
 from causalcone.engine.compute import Compute
-from causalcone.engine.edit.methods.batching import Batching
-from causalcone.engine.edit.methods.edits import FAILED, Edit
+from causalcone.engine.edit.methods.batching import layers_and_batching
+from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.methods.finetune import FINETUNE
 from causalcone.engine.edit.methods.hparams import FinetuneHparams, Hparams, MemitHparams, RomeHparams
 from causalcone.engine.edit.methods.memit import MEMIT, MEMIT_JOINT, JointEdit, JointMemit
@@ -24,33 +24,28 @@ from causalcone.engine.edit.requests.problems import FilteredFacts, make_request
 from causalcone.engine.edit.requests.prompts import Encoder
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
-from causalcone.engine.edit.runs.layers import Layers
 from causalcone.engine.edit.scoring.generation_metrics import Generation, References, ReferenceScorer
 from causalcone.engine.edit.scoring.metrics import Row, metrics_of
 from causalcone.engine.edit.scoring.probes import ProbeSet, probes_of
 from causalcone.engine.edit.scoring.sampled_texts import essence_texts
-from causalcone.engine.edit.scoring.scoring import EditScorer, Scored, check_edits
+from causalcone.engine.edit.scoring.scoring import EditScorer, Scored, check_edits, checked_scores
 from causalcone.engine.edit.scoring.tables import metric_batch, probe_batch
 from causalcone.engine.edit.texts.contexts import Contexts, check_contexts, sample_contexts
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.facts import Fact, OnError, SkippedFacts, encode
 from causalcone.engine.localize.options import DEFAULT_SIGMA
 from causalcone.engine.noise import parse_sigma
-from causalcone.engine.plan.cost import weight_bytes
 from causalcone.engine.run.loading import open_session
-from causalcone.engine.run.scheduler import Budget
 from causalcone.engine.run.session import Session
 from causalcone.engine.schemas import PROBE_SCHEMA
 from causalcone.kernels.precision import each_within
-
-_SHARE_OF_WEIGHTS = 0.25
 
 LayerChoice = str | Sequence[int | Sequence[int]]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What scoring gives: the edits, of which those that give no finite probabilities count as failed; probes, with the
+    """Scores of edits: the edits, of which those that give no finite probabilities count as failed; probes, with the
     columns of ``PROBE_SCHEMA``; metrics, with those of ``METRIC_SCHEMA``."""
 
     edits: list[Edit]
@@ -147,27 +142,28 @@ class Editor:
         on_error: OnError = "raise",
         compat: str | None = None,
     ) -> list[Request]:
-        """What a problem (METHODS 4; Hase et al. 2023) asks of facts: error_injection, tracing_reversal, fact_erasure,
-        fact_amplification or fact_forcing.
+        """The requests that a problem (Hase et al. 2023; docs/editing.md, "Problems") makes of facts.
 
-        filtered: leave out facts that the model does not complete, and warn ``FilteredFacts``. on_error: ``"skip"``
-        leaves out facts that cannot be used, and warns ``SkippedFacts``. Raises ``FactError`` or ``ExperimentError``,
-        each naming the item and the mend.
+        Args:
+            facts: Facts, with the targets that the problem needs.
+            problem: ``"error_injection"``, ``"tracing_reversal"``, ``"fact_erasure"``, ``"fact_amplification"`` or
+                ``"fact_forcing"``.
+            filtered: Leave out facts that the model does not complete, and warn ``FilteredFacts``.
+            on_error: ``"skip"`` leaves out facts that cannot be used, and warns ``SkippedFacts``.
+            compat: ``"published"`` poses problems as the published code does.
+
+        Raises:
+            FactError: A fact cannot be used; the message names it and the fix.
+            ExperimentError: An argument cannot be used.
         """
         requests, skipped, unposed = make_requests(
-            self.session,
-            facts,
-            problem,
-            self.sigma,
-            filtered=filtered,
-            on_error=on_error,
-            compat=compat,
+            self.session, facts, problem, self.sigma, filtered=filtered, on_error=on_error, compat=compat,
             seed=self.seed,
-        )
+        )  # fmt: skip
         if unposed:
-            warnings.warn(FilteredFacts(problem, [each.reason for each in unposed]), stacklevel=2)
+            warnings.warn(FilteredFacts(problem, [fact.reason for fact in unposed]), stacklevel=2)
         if skipped:
-            warnings.warn(SkippedFacts([each.reason for each in skipped]), stacklevel=2)
+            warnings.warn(SkippedFacts([fact.reason for fact in skipped]), stacklevel=2)
         return requests
 
     def rome(self, requests: Sequence[Request], layers: LayerChoice, hparams: RomeHparams | None = None) -> list[Edit]:
@@ -265,7 +261,7 @@ class Editor:
         window: int | None = None,
         hparams: Hparams | None = None,
     ) -> Iterator[list[Edit]]:
-        """The edits of a method, in batches of those that are made together.
+        """The edits of a method, in batches of those that are made together, each made when it is asked for.
 
         Args:
             requests: Requests, as ``Editor.requests`` makes them.
@@ -274,17 +270,14 @@ class Editor:
             window: Layers in a window; the method's default if None.
             hparams: Hyperparameters of the method; the defaults if None.
 
-        Returns:
-            Batches of edits; each is made when it is asked for. Arguments are checked at once.
-
         Raises:
-            ExperimentError: An argument, or the editor's moments, cannot be used.
+            ExperimentError: An argument, or the editor's moments, cannot be used; this is checked at once.
         """
-        chosen, listed = method_named(method), _listed(requests)
-        windows = chosen.windows(layers, window, self.session.sizes.depth)
-        checked = chosen.checked(hparams)
-        self._prepare(chosen, listed, windows)
-        batches = chosen.build(self._model(chosen), checked).batches(listed, windows) if listed else iter(())
+        definition, listed = method_named(method), _listed(requests)
+        windows = definition.windows(layers, window, self.session.sizes.depth)
+        checked = definition.checked(hparams)
+        self._prepare(definition, listed, windows)
+        batches = definition.build(self._model(definition), checked).batches(listed, windows) if listed else iter(())
         return each_within(self.session.computing, batches)
 
     def run(
@@ -304,8 +297,8 @@ class Editor:
             del batch
 
     def score(self, edits: Sequence[Edit]) -> pa.Table:
-        """The probabilities of both targets on all prompts of the edits' facts, before and after each edit: a row for
-        every edit and prompt, with the columns of ``PROBE_SCHEMA``. No weight is written."""
+        """Probabilities of both targets on all prompts of the edits' facts, before and after each edit: a row for every
+        edit and prompt, with the columns of ``PROBE_SCHEMA``. No weight is written."""
         return pa.Table.from_batches([self.evaluate(edits).probes], schema=PROBE_SCHEMA)
 
     def evaluate(
@@ -317,18 +310,21 @@ class Editor:
         generation: bool = False,
         references: References | None = None,
     ) -> Scores:
-        """Probes and metrics of edits (METHODS 5). Facts without evaluation prompts have rewrite probes only.
+        """Probes and metrics of edits (docs/editing.md, "Scores").
 
-        essence: the perplexity of five texts about each subject, sampled from the unedited model; accuracy: the share
-        of the targets' tokens that are most likely; generation: the entropy of what the edited models write, and, with
-        ``references``, how alike it is to texts about the new target.
+        Args:
+            edits: Edits of one method or several; facts without evaluation prompts have rewrite probes only.
+            essence: Measure the perplexity of five texts about each subject, sampled from the unedited model.
+            accuracy: Measure the share of the targets' tokens that are most likely.
+            generation: Measure the entropy of texts of the edited models.
+            references: Measure also how alike these texts are to texts about the new target.
         """
-        scored = list(self._scored(edits, essence, accuracy))
-        rows: list[Row] = [row for each in scored for row in metrics_of(each, accuracy)]
-        final = [each.edit for each in scored]
+        results = list(self._scored(edits, essence, accuracy))
+        rows: list[Row] = [row for scored in results for row in metrics_of(scored, accuracy)]
+        final = [scored.edit for scored in results]
         if generation or references is not None:
             rows += Generation(self.session, self.seed, references, self._scorer_of(references)).rows(final)
-        return Scores(final, probe_batch(scored), metric_batch(rows))
+        return Scores(final, probe_batch(results), metric_batch(rows))
 
     def _scored(self, edits: Sequence[Edit], essence: bool, accuracy: bool) -> Iterator[Scored]:
         if not edits:
@@ -340,8 +336,8 @@ class Editor:
         def edit_probes(edit: Edit) -> ProbeSet:
             return probes_of(edit.request, self._encoder, texts.get(edit.fact_id, ()))
 
-        scored = EditScorer(*self._means(), edit_probes, accuracy).score(edits)
-        yield from each_within(self.session.computing, map(_checked_scores, scored))
+        scored = EditScorer(*layers_and_batching(self.session), edit_probes, accuracy).score(edits)
+        yield from each_within(self.session.computing, map(checked_scores, scored))
 
     def _essence_of(self, facts: Iterable[Fact]) -> dict[str, list[str]]:
         """The essence texts of facts, by their ids: sampled once from the model as it is."""
@@ -349,7 +345,7 @@ class Editor:
         keys = {fact.id: (fact.id, fact.subject, of_weights) for fact in facts}
         new = {fact.id: fact for fact in facts if keys[fact.id] not in self._essence}
         sampled = essence_texts(self.session, new.values(), self.seed)
-        self._essence.update({keys[name]: own for name, own in sampled.items()})
+        self._essence.update({keys[name]: texts for name, texts in sampled.items()})
         return {name: self._essence[key] for name, key in keys.items()}
 
     def _scorer_of(self, references: References | None) -> ReferenceScorer | None:
@@ -361,12 +357,10 @@ class Editor:
         return self._scorer[1]
 
     def _prepare(self, method: Method, requests: Sequence[Request], windows: Sequence[Window]) -> None:
-        """Check what is asked, before anything is computed."""
+        """Check requests and moments before anything is computed."""
         for request in requests:
             if not isinstance(request, Request):
-                raise ExperimentError(
-                    f"{request!r} is not a request; make requests with Editor.requests(facts, problem)"
-                )
+                raise ExperimentError(f"{request!r} is not a request; make them with Editor.requests(facts, problem)")
             prompt = self._encoder.prompted(request, request.fact.prompt)
             self._encoder.followed(request, prompt.text, request.target)
         if method.needs_moments:
@@ -384,24 +378,9 @@ class Editor:
         prompt = encode(request.fact, self.session.tokenizer, "argmax", sizes.vocabulary, sizes.positions).prompt
         self.session.verify(prompt)
 
-    def _means(self) -> tuple[Layers, Batching]:
-        """The layers that passes go through, and how much goes through them together."""
-        session = self.session
-        budget, kept = self._budget()
-        layers = Layers(session.architecture, budget.tiles, session.dtype, session.device, kept, session.backends)
-        return layers, Batching(session.sizes, budget, session.dtype)
-
-    def _budget(self) -> tuple[Budget, bool]:
-        """What a pass may take, and whether weights made ready are kept from step to step: where they take little."""
-        budget = self.session.budget(gradient=True)
-        kept = 2 * weight_bytes(self.session.sizes, self.session.dtype)
-        if kept > _SHARE_OF_WEIGHTS * budget.total:
-            return budget, False
-        return replace(budget, fixed=budget.fixed + kept), True
-
     def _model(self, method: Method) -> EditableModel:
         """The model made ready for a method."""
-        layers, batching = self._means()
+        layers, batching = layers_and_batching(self.session)
         contexts = () if method.contexts is None else getattr(self.contexts, method.contexts)
         return EditableModel(
             layers=layers, encoder=self._encoder, batching=batching, contexts=contexts, moments=self.moments
@@ -416,16 +395,3 @@ def _listed(requests: Any) -> list[Request]:
 
 def _flat(batches: Iterable[list[Edit]]) -> list[Edit]:
     return [edit for batch in batches for edit in batch]
-
-
-def _checked_scores(scored: Scored) -> Scored:
-    """The same, with an edit as failed where the model, edited or not, gives no finite probabilities."""
-    if not scored.pre.finite:
-        reason = "the unedited model gives probabilities that are not finite; compute in float32 or bfloat16"
-    elif scored.post is None or scored.post.finite:
-        return scored
-    else:
-        reason = "the edited model gives probabilities that are not finite"
-    edit = replace(scored.edit, delta=None, reason=reason)
-    assert edit.status == FAILED
-    return replace(scored, edit=edit, post=None)
