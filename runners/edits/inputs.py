@@ -39,8 +39,8 @@ from causalcone.runners.results.folder import refuse_occupied
 
 @dataclass(frozen=True)
 class PreparedEdits:
-    """A study ready to be carried out. options: those to keep beside its results; filtered: why the problem is not posed
-    for some facts."""
+    """A study ready to be carried out. options: those to keep beside its results; filtered: the reasons why the problem
+    is not posed for some facts."""
 
     study: EditStudy
     options: dict[str, Any]
