@@ -4,7 +4,7 @@ weight is written (docs/editing.md, "Scores")."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 
@@ -45,17 +45,6 @@ class Scored:
     probes: ProbeSet
     pre: ProbeResults
     post: ProbeResults | None
-
-
-def checked_scores(scored: Scored) -> Scored:
-    """The same, with a failed edit where the model, edited or not, gives no finite probabilities."""
-    if not scored.pre.finite:
-        reason = "the unedited model gives probabilities that are not finite; compute in float32 or bfloat16"
-    elif scored.post is None or scored.post.finite:
-        return scored
-    else:
-        reason = "the edited model gives probabilities that are not finite"
-    return replace(scored, edit=replace(scored.edit, delta=None, reason=reason), post=None)
 
 
 Group = tuple[ProbeSet, list[Edit]]
