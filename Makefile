@@ -26,7 +26,7 @@ test-lowest: $(LOWEST)/.ready  ## what "make test-fast" runs, with the lowest ve
 
 test-cluster: $(READY)  ## sweeps on clusters that are started on this machine, which takes minutes
 	$(BIN)/pip install -q -c constraints.txt -e '.[cluster]'
-	$(PYTEST) tests/sweep/test_sweep_cluster.py
+	$(PYTEST) tests/sweep/test_sweep_cluster.py tests/editing/test_registry.py
 
 test-browser: $(READY)  ## the report's page in chromium, which Debian has with its chromium-driver
 	$(BIN)/pip install -q -c constraints.txt -e '.[browser]'

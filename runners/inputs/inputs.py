@@ -57,7 +57,7 @@ class Inputs:
 
     def leave_out(self, skipped: Sequence[Skipped]) -> None:
         """Warn of facts that are left out, and keep the reasons."""
-        reasons = [each.reason for each in skipped]
+        reasons = [fact.reason for fact in skipped]
         if reasons:
             warnings.warn(SkippedFacts(reasons), stacklevel=2)
         self.skipped.extend(reason for reason in reasons if reason not in self.skipped)
@@ -68,11 +68,11 @@ class Inputs:
             return self.session.noise_level(sigma, ())
         encoded, skipped = self.session.encode(self.every, "label", self.on_error)
         self.leave_out(skipped)
-        return self.session.noise_level(sigma, [each.fact for each in encoded])
+        return self.session.noise_level(sigma, [prompt.fact for prompt in encoded])
 
     @property
     def configuration(self) -> dict[str, object]:
-        """What to keep of all this beside the results."""
+        """The options, and what they came to here, to keep beside the results."""
         backends = self.session.backends
         return {
             "model": self.source.model,
