@@ -13,7 +13,7 @@ from causalcone.engine.edit.methods.value_search import EditObjective, FoundValu
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.runs.layers import Layers
 from causalcone.engine.errors import MemoryBudgetError
-from causalcone.engine.memory import halving
+from causalcone.engine.memory import fitting, halving
 from causalcone.engine.models.base import Sizes
 from causalcone.engine.plan.cost import weight_bytes
 from causalcone.engine.run.scheduler import Budget
@@ -47,21 +47,17 @@ class Batching:
     ) -> list[list[Item]]:
         """Consecutive items whose bytes fit a share of the budget together, at least one. Raises ``MemoryBudgetError``
         with the name of one that alone takes more than the whole budget."""
-        limit, held = share * self.budget.for_rows, 0
-        groups: list[list[Item]] = []
-        for item in items:
+
+        def weight(item: Item) -> int:
             weight = weigh(item)
             if weight > self.budget.for_rows:
                 raise MemoryBudgetError(
                     f"{name(item)} alone needs about {(weight + self.budget.fixed) / 2**20:.1f} MiB, the budget is "
                     f"{self.budget.total / 2**20:.1f} MiB; give more memory"
                 )
-            if not groups or held + weight > limit:
-                groups.append([])
-                held = 0
-            groups[-1].append(item)
-            held += weight
-        return groups
+            return weight
+
+        return list(fitting(items, weight, share * self.budget.for_rows))
 
     def of_requests(
         self, requests: Sequence[Request], at: Collection[int], objective: Callable[[Sequence[Request]], EditObjective]

@@ -19,6 +19,7 @@ from causalcone.engine.edit.moments.identity import Identity, key_width
 from causalcone.engine.edit.runs.layers import Layers
 from causalcone.engine.edit.runs.packed_runs import Runs, Text
 from causalcone.engine.errors import ExperimentError, MemoryBudgetError
+from causalcone.engine.memory import fitting
 from causalcone.engine.run.session import Session
 from causalcone.kernels.tiles import Tiles
 
@@ -222,7 +223,7 @@ def _count(
     """Add all pieces to the sums, pass by pass."""
     layers = Layers(session.architecture, frame.tiles, session.dtype, session.device)
     verified = False
-    for packed in passes(pieces, frame.rows):
+    for packed in fitting(pieces, len, frame.rows):
         if not verified:
             session.verify(packed[0][:_CHECKED_TOKENS])
             verified = True
@@ -242,7 +243,7 @@ def _count(
 def _run(layers: Layers, packed: Sequence[tuple[int, ...]], sums: Sums) -> None:
     """One pass, up to the last layer with a sum."""
     texts = sorted(map(Text, packed), key=len)
-    runs = Runs.of_texts(texts, layers.device)
+    runs = Runs.whole(np.array([len(text) for text in texts]), layers.device)
     rows = layers.enter(texts)
     for layer in range(max(sums.by_layer) + 1):
         rows = _advance(layers, layer, rows, runs, sums)
@@ -286,20 +287,6 @@ def first_tokens(pieces: Iterator[tuple[int, ...]], tokens: int | None) -> Itera
         tokens -= len(piece)
         if tokens <= 0:
             return
-
-
-def passes(pieces: Iterator[tuple[int, ...]], rows: int) -> Iterator[list[tuple[int, ...]]]:
-    """Batches of pieces, in order, with at most ``rows`` tokens each."""
-    packed: list[tuple[int, ...]] = []
-    count = 0
-    for piece in pieces:
-        if packed and count + len(piece) > rows:
-            yield packed
-            packed, count = [], 0
-        packed.append(piece)
-        count += len(piece)
-    if packed:
-        yield packed
 
 
 def _skip(pieces: Iterator[tuple[int, ...]], sums: Sums, path: Path) -> None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from causalcone.engine.edit.moments.collect import collect
 from causalcone.engine.edit.moments.files import read_moments, write_moments
 from causalcone.engine.edit.moments.identity import Identity, key_width
 from causalcone.engine.errors import ExperimentError
+from causalcone.engine.memory import RecentlyUsed
 from causalcone.engine.models import read_architecture
 from causalcone.engine.models.base import Architecture
 from causalcone.engine.run.session import Session
@@ -50,7 +50,7 @@ class Moments:
     source: str | None = None
     identity: Identity | None = None
     ridge: float = 0.0
-    _factors: _Factors = field(default_factory=lambda: _Factors(), repr=False)
+    _factors: _Factors = field(default_factory=lambda: _Factors(_FACTOR_BYTES), repr=False)
 
     def __post_init__(self) -> None:
         _checked_ridge(self.ridge)
@@ -294,22 +294,11 @@ def _growth(apply: Callable[[Tensor], Tensor], like: Tensor) -> float:
     return norm
 
 
-class _Factors:
-    """Factors by layer, ridge and device, the most recently used ones up to a number of bytes, and at least one."""
+class _Factors(RecentlyUsed[tuple[int, float, torch.device], _Factor]):
+    """Factors by layer, ridge and device."""
 
-    def __init__(self) -> None:
-        self.entries: OrderedDict[tuple[int, float, torch.device], _Factor] = OrderedDict()
-
-    def get(self, key: tuple[int, float, torch.device], make: Callable[[], _Factor]) -> _Factor:
-        if key in self.entries:
-            self.entries.move_to_end(key)
-        else:
-            self.entries[key] = make()
-            while (
-                len(self.entries) > 1 and sum(factor.lower.nbytes for factor in self.entries.values()) > _FACTOR_BYTES
-            ):
-                self.entries.popitem(last=False)
-        return self.entries[key]
+    def size(self, value: _Factor) -> int:
+        return value.lower.nbytes
 
 
 def _checked_ridge(ridge: float) -> float:
