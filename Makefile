@@ -2,10 +2,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+LOWEST := .venv-lowest
 PYTEST := $(BIN)/python -m pytest
 PARALLEL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+FAST := -m "not slow and not demo and not long"
 
-.PHONY: demo test test-fast test-long test-cluster test-browser docs lint format types bench clean help
+.PHONY: demo test test-fast test-long test-lowest test-cluster test-browser docs lint format types bench clean help
 
 demo: $(READY)  ## set up, train the demo model once, trace and edit its facts
 	$(BIN)/causalcone demo
@@ -14,14 +16,17 @@ test: $(READY)  ## set up, run the tests but for the long ones
 	$(PYTEST) $(PARALLEL)
 
 test-fast: $(READY)  ## the tests that are neither slow nor need the demo model
-	$(PYTEST) $(PARALLEL) -m "not slow and not demo and not long"
+	$(PYTEST) $(PARALLEL) $(FAST)
 
 test-long: $(READY)  ## those that "make test" leaves out
 	$(PYTEST) $(PARALLEL) -m long
 
+test-lowest: $(LOWEST)/.ready  ## what "make test-fast" runs, with the lowest versions that pyproject.toml allows
+	$(LOWEST)/bin/python -m pytest $(PARALLEL) $(FAST) --ignore tests/guards  # whose help texts are those of one typer
+
 test-cluster: $(READY)  ## sweeps on clusters that are started on this machine, which takes minutes
 	$(BIN)/pip install -q -c constraints.txt -e '.[cluster]'
-	$(PYTEST) tests/sweep/test_sweep_cluster.py
+	$(PYTEST) tests/sweep/test_sweep_cluster.py tests/editing/test_registry.py
 
 test-browser: $(READY)  ## the report's page in chromium, which Debian has with its chromium-driver
 	$(BIN)/pip install -q -c constraints.txt -e '.[browser]'
@@ -56,7 +61,7 @@ bench: $(READY)  ## measure again what bench/RESULTS.md says
 
 clean:  ## remove what was built and cached, but no environment and no results
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)*' -prune -exec rm -rf {} +
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -65,3 +70,8 @@ $(READY): pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
 	touch $(READY)
+
+$(LOWEST)/.ready: pyproject.toml setup.py constraints-lowest.txt
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install -q -c constraints-lowest.txt -e '.[test]'
+	touch $(LOWEST)/.ready

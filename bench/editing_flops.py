@@ -11,7 +11,7 @@ from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
 from causalcone.engine.edit.runs import flops
 from causalcone.engine.edit.runs.flops import Asked, Searched
-from causalcone.engine.edit.scoring.probes import ProbeSet, questions_about
+from causalcone.engine.edit.scoring.probes import ProbeSet, probes_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Flops:
         whole = any(edit.layer == self.encoder.sizes.depth - 1 for edit in edits)
         found = []
         for request, own in by_request(edits):
-            questions = questions_about(request, self.encoder)
+            questions = probes_of(request, self.encoder)
             asked = Asked(questions.rows, sum(questions.read), distinct_rows(questions))
             found.append(self._of.unedited(asked, whole))
             found += [self._of.edited(asked, (edit.layer,)) for edit in own]
@@ -83,4 +83,4 @@ def by_request(edits: Sequence[Edit]) -> list[tuple[Request, list[Edit]]]:
 
 def distinct_rows(questions: ProbeSet) -> int:
     """Rows that the answers are read at: several of them may be read at one."""
-    return len({(asked.run, place) for asked in questions.asked for place in range(len(asked.tokens))})
+    return len({(asked.run, place) for asked in questions.probes for place in range(len(asked.tokens))})

@@ -170,12 +170,7 @@ def _edited(result: dict[str, Any]) -> str:
     cells = [
         result["name"],
         f"{result['edits']:,}",
-        f"{result['seconds']:.2f}",
-        f"{result['edits_per_second']:.3g}",
-        _share(result["efficiency"]),
-        f"{result['peak_bytes'] / 2**20:,.0f} MiB",
-        f"{naive['seconds']:.1f}",
-        _times(result["ratio_to_naive_same_dtype"]),
+        *_speed(result, "edits_per_second"),
         "" if weights is None else f"{weights:.1e}",
         _differences(difference),
         f"{result['largest_relative_effect']:.1e}",
@@ -243,17 +238,24 @@ def _row(result: dict[str, Any], way: dict[str, Any], name: str, ratios: list[st
     return f"| {' | '.join(cells)} |"
 
 
+def _speed(result: dict[str, Any], rate: str) -> list[str]:
+    """Cells on seconds, rate, efficiency, memory, the naive way's seconds and the ratio of the two."""
+    return [
+        f"{result['seconds']:.2f}",
+        f"{result[rate]:.3g}",
+        _share(result["efficiency"]),
+        f"{result['peak_bytes'] / 2**20:,.0f} MiB",
+        f"{result['naive']['seconds']:.1f}",
+        _times(result["ratio_to_naive_same_dtype"]),
+    ]
+
+
 def _compared(result: dict[str, Any]) -> str:
     naive, effect = result["naive"], result["largest_relative_effect"]
     cells = [
         result["name"],
         str(result["facts"]),
-        f"{result['seconds']:.2f}",
-        f"{result['facts_per_second']:.3g}",
-        _share(result["efficiency"]),
-        f"{result['peak_bytes'] / 2**20:,.0f} MiB",
-        f"{naive['seconds']:.1f}",
-        _times(result["ratio_to_naive_same_dtype"]),
+        *_speed(result, "facts_per_second"),
         f"{result['goal']:g}x" if result["goal"] else "",
         _differences(naive["engine_difference"]),
         "" if effect is None else f"{effect:.1e}",

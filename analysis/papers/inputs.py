@@ -14,7 +14,7 @@ from causalcone.analysis.sweep_results import ZEROED, State, Study
 from causalcone.analysis.tables.traces import TableError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AnalysisOptions:
     """How the tables are computed; published protocol: interaction, the largest effect over tokens, p_high.
 

@@ -34,7 +34,7 @@ REGRESSION_SCHEMA: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RegressionData:
     """The edits of a problem, method and window that have a score and an effect. key: these and the score's name;
     score, effect: (n,); layer, fact: (n,), numbers from 0 without gaps, in the order of ``layers`` and ``facts``."""

@@ -9,6 +9,10 @@ import polars as pl
 from causalcone.engine.schemas import PROBLEMS
 
 METHODS = {"rome": "ROME", "memit": "MEMIT", "memit_joint": "joint MEMIT", "finetune": "FT"}
+"""Names of methods in the papers' order; other methods go by the name that tables have, after these."""
+
+_LONG = {**METHODS, "finetune": "fine-tuning"}
+_OF_ONE_LAYER = ("rome",)
 
 SEVERED = {"mlp": "MLP outputs", "attn": "attention outputs", "both": "both outputs"}
 """Modules that tracing severs: methods are called ``sever_`` and one of these."""
@@ -27,7 +31,12 @@ COLORS = {
 
 def method_name(method: str, window: int) -> str:
     """As papers do: FT-1 is fine-tuning of one layer."""
-    return METHODS.get(method, method) + ("" if method == "rome" else f"-{window}")
+    return METHODS.get(method, method) + ("" if method in _OF_ONE_LAYER else f"-{window}")
+
+
+def long_name(method: str, window: int) -> str:
+    """In words, such as "fine-tuning of 5 layers"."""
+    return _LONG.get(method, method) + ("" if method in _OF_ONE_LAYER else f" of {window_name(window)}")
 
 
 def words(name: str) -> str:
@@ -46,8 +55,9 @@ def window_name(size: int) -> str:
 
 
 def in_order(frame: pl.DataFrame) -> pl.DataFrame:
-    """Problems and methods in the papers' order, small windows first; what is equal stays in its order."""
-    return frame.sort(position("problem", PROBLEMS), position("method", METHODS), "window", maintain_order=True)
+    """Problems and methods in the papers' order, small windows first; equal rows stay in their order."""
+    by = position("problem", PROBLEMS), position("method", METHODS), "method", "window"
+    return frame.sort(*by, maintain_order=True)
 
 
 def position(column: str, names: Iterable[str]) -> pl.Expr:

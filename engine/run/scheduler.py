@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 from causalcone.engine.errors import MemoryBudgetError
+from causalcone.engine.memory import RecentlyUsed
 from causalcone.engine.models.base import Sizes
 from causalcone.engine.plan.cost import Footprint, fixed_bytes, peak_bytes
 from causalcone.engine.plan.plan import Plan, plan_bytes
@@ -138,19 +138,11 @@ def split(parts: Sequence[TrialPart]) -> list[list[TrialPart]] | None:
     return [[half] for half in halves] if halves else None
 
 
-class PlanCache:
-    """Plans and footprints by what they depend on; the longest unused are dropped beyond a fixed size."""
+class PlanCache(RecentlyUsed[Hashable, tuple[Plan, Footprint]]):
+    """Plans and footprints by what they depend on."""
 
     def __init__(self, limit: int = _PLAN_CACHE_BYTES) -> None:
-        self.limit, self.held = limit, 0
-        self.entries: OrderedDict[Hashable, tuple[Plan, Footprint]] = OrderedDict()
+        super().__init__(limit)
 
-    def get(self, key: Hashable, make: Callable[[], tuple[Plan, Footprint]]) -> tuple[Plan, Footprint]:
-        if key in self.entries:
-            self.entries.move_to_end(key)
-        else:
-            self.entries[key] = make()
-            self.held += plan_bytes(self.entries[key][0])
-            while self.held > self.limit and len(self.entries) > 1:
-                self.held -= plan_bytes(self.entries.popitem(last=False)[1][0])
-        return self.entries[key]
+    def size(self, value: tuple[Plan, Footprint]) -> int:
+        return plan_bytes(value[0])

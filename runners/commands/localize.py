@@ -40,9 +40,9 @@ def trace(
     from causalcone.runners.show.figures import draw_traces
     from causalcone.runners.show.tables import effect_tables, layer_tables
 
-    prepared = prepare_tracing(source, tracing, sampling)
-    with open_results(output, prepared.configuration, "traces") as folder:
-        done = prepared.run.carry_out(folder, Console(), output.quiet, keep=plot)
+    run = prepare_tracing(source, tracing, sampling)
+    with open_results(output, run.configuration, run.table) as folder:
+        done = run.carry_out(folder, output.quiet, keep=plot)
         figures = draw_traces(output.out, done.first, tracing.joint) if plot else []
     folder.finish(**done.results)
     if output.quiet:
@@ -80,9 +80,9 @@ def zero(
     from causalcone.runners.show.figures import draw_zeroing
     from causalcone.runners.show.tables import layer_tables
 
-    prepared = prepare_zeroing(source, zeroing)
-    with open_results(output, prepared.configuration, "traces") as folder:
-        done = prepared.run.carry_out(folder, Console(), output.quiet)
+    run = prepare_zeroing(source, zeroing)
+    with open_results(output, run.configuration, run.table) as folder:
+        done = run.carry_out(folder, output.quiet)
         figures = draw_zeroing(output.out) if plot else []
     folder.finish(**done.results)
     if not output.quiet:
@@ -108,10 +108,10 @@ def gradients(
     from causalcone.runners.show.figures import draw_gradients
     from causalcone.runners.show.tables import GAP_NOTE, gradient_table
 
-    prepared = prepare_gradients(source, integration, sampling)
-    with open_results(output, prepared.configuration, "gradients") as folder:
-        done = prepared.run.carry_out(folder, Console(), output.quiet, keep=plot)
-        figures = draw_gradients(output.out, done.first, prepared.inputs.facts, prepared.inputs.tracer)
+    run = prepare_gradients(source, integration, sampling)
+    with open_results(output, run.configuration, run.table) as folder:
+        done = run.carry_out(folder, output.quiet, keep=plot)
+        figures = draw_gradients(output.out, done.first, run.inputs.facts, run.inputs.tracer)
     folder.finish(**done.results)
     if not output.quiet:
         by_kind = gradient_summary(done.path)

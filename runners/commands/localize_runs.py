@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+from rich.console import Console
 
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.localize.gradients import GradientRun
@@ -22,19 +28,65 @@ from causalcone.runners.options import (
     TracingOptions,
     ZeroingOptions,
 )
-from causalcone.runners.results.table_run import TableRun
+from causalcone.runners.results.folder import ResultFolder
+from causalcone.runners.show.progress import shown_progress
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A run ready to be carried out, and the configuration to keep beside its results."""
+class RunSummary:
+    """The table that a run has written to ``path`` in ``seconds``; ``first`` are the batches of the first facts."""
 
+    path: Path
+    facts: int
+    rows: int
+    seconds: float
+    first: tuple[pa.RecordBatch, ...]
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """The numbers for ``run.json``."""
+        return {"facts": self.facts, "rows": self.rows, "seconds": round(self.seconds, 3)}
+
+    def sentence(self) -> str:
+        rate = f"{self.seconds:.1f} s ({self.facts / self.seconds:.2f} facts/s)"
+        return f"{self.facts} facts, {self.rows} rows in {rate} -> {self.path}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRun:
+    """A run that makes one table: ``batches``, one for each of ``facts`` facts. configuration: kept beside it."""
+
+    title: str
+    table: str
+    schema: pa.Schema
     inputs: Inputs
-    run: TableRun
+    facts: int
+    batches: Iterator[pa.RecordBatch]
     configuration: dict[str, Any]
 
+    def carry_out(self, folder: ResultFolder, quiet: bool = False, keep: int = 0) -> RunSummary:
+        """Compute the run into its table in ``folder``; the first ``keep`` facts' batches are kept for figures.
 
-def prepare_tracing(source: SourceOptions, choice: TracingOptions, sampling: SamplingOptions) -> Prepared:
+        Whatever ends it early, the facts finished by then are in the table.
+        """
+        first: list[pa.RecordBatch] = []
+        finished = 0
+        started = time.monotonic()
+        with (
+            shown_progress(Console(), self.title, quiet=quiet) as progress,
+            folder.table(self.table, self.schema) as table,
+        ):
+            progress(0, self.facts)
+            for batch in self.batches:
+                table.write(batch)
+                if finished < keep:
+                    first.append(batch)
+                finished += 1
+                progress(finished, self.facts)
+        return RunSummary(folder.path / self.table, finished, table.rows, time.monotonic() - started, tuple(first))
+
+
+def prepare_tracing(source: SourceOptions, choice: TracingOptions, sampling: SamplingOptions) -> TableRun:
     """Causal tracing, plain or severed."""
     spec = _trace_spec(choice, sampling)
     inputs = open_inputs(source)
@@ -44,8 +96,7 @@ def prepare_tracing(source: SourceOptions, choice: TracingOptions, sampling: Sam
     if isinstance(spec.noise, TextNoise):
         digest = hashlib.sha256("\n".join(spec.noise.texts).encode()).hexdigest()
         noise |= {"noise_texts": str(choice.noise_texts), "noise_texts_sha256": digest}
-    table = TableRun("tracing", "traces", TRACE_SCHEMA, len(run.facts), run.batches())
-    return _prepared("trace", inputs, table, {**run.spec.configuration, **noise})
+    return _table_run("trace", "tracing", inputs, run, {**run.spec.configuration, **noise})
 
 
 def tracing_plan(source: SourceOptions, choice: TracingOptions, sampling: SamplingOptions) -> tuple[Inputs, TracePlan]:
@@ -56,7 +107,7 @@ def tracing_plan(source: SourceOptions, choice: TracingOptions, sampling: Sampli
     return inputs, run.plan()
 
 
-def prepare_zeroing(source: SourceOptions, choice: ZeroingOptions) -> Prepared:
+def prepare_zeroing(source: SourceOptions, choice: ZeroingOptions) -> TableRun:
     """Representation zeroing."""
     spec = ZeroSpec(
         states=as_states(choice.state or ["mlp:5"]),
@@ -65,11 +116,10 @@ def prepare_zeroing(source: SourceOptions, choice: ZeroingOptions) -> Prepared:
     )
     inputs = open_inputs(source)
     run = inputs.used(TraceRun.zeroing(inputs.session, inputs.facts, spec, inputs.on_error))
-    table = TableRun("zeroing", "traces", TRACE_SCHEMA, len(run.facts), run.batches())
-    return _prepared("zero", inputs, table, run.spec.configuration)
+    return _table_run("zero", "zeroing", inputs, run, run.spec.configuration)
 
 
-def prepare_gradients(source: SourceOptions, choice: IntegrationOptions, sampling: SamplingOptions) -> Prepared:
+def prepare_gradients(source: SourceOptions, choice: IntegrationOptions, sampling: SamplingOptions) -> TableRun:
     """Integrated gradients."""
     spec = GradientSpec(
         kinds=tuple(choice.kind or KINDS),
@@ -86,8 +136,7 @@ def prepare_gradients(source: SourceOptions, choice: IntegrationOptions, samplin
     noise: dict[str, Any] = {"samples": None, "sigma": None, "seed": None}
     if spec.baseline == "corrupted":
         noise = {"sigma_given": sampling.sigma}
-    table = TableRun("integrating gradients", "gradients", GRADIENT_SCHEMA, len(run.facts), run.batches())
-    return _prepared("gradients", inputs, table, {**run.spec.configuration, **noise})
+    return _table_run("gradients", "integrating gradients", inputs, run, {**run.spec.configuration, **noise})
 
 
 def parse_tokens(tokens: str) -> str | tuple[int, ...]:
@@ -135,5 +184,16 @@ def _noise_texts(choice: TracingOptions) -> list[str]:
     return texts
 
 
-def _prepared(command: str, inputs: Inputs, table: TableRun, options: dict[str, Any]) -> Prepared:
-    return Prepared(inputs, table, {"command": command, **inputs.configuration, **options})
+def _table_run(
+    command: str, title: str, inputs: Inputs, run: TraceRun | GradientRun, options: dict[str, Any]
+) -> TableRun:
+    gradients = isinstance(run, GradientRun)
+    return TableRun(
+        title=title,
+        table="gradients" if gradients else "traces",
+        schema=GRADIENT_SCHEMA if gradients else TRACE_SCHEMA,
+        inputs=inputs,
+        facts=len(run.facts),
+        batches=run.batches(),
+        configuration={"command": command, **inputs.configuration, **options},
+    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from causalcone.engine.edit.methods.value_search import EditObjective
 from causalcone.engine.edit.requests.prompts import ESSENCE, Encoder
 from causalcone.engine.edit.requests.requests import Request
-from causalcone.engine.edit.scoring.probes import questions_about
+from causalcone.engine.edit.scoring.probes import probes_of
 from causalcone.engine.edit.scoring.sampled_texts import TEXT_TOKENS
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.errors import FactError
@@ -30,7 +30,7 @@ class EditChecks:
 
     def __call__(self, request: Request) -> Request:
         encoder = Encoder(self.session.tokenizer, self.session.sizes)
-        questions_about(request, encoder)
+        probes_of(request, encoder)
         if self.contexts is not None:
             for setting in self.plan.of_contexts:
                 EditObjective.of([request], encoder, getattr(self.contexts, str(setting.definition.contexts)))

@@ -1,4 +1,4 @@
-"""What tables of edits show, for the terminal."""
+"""Summaries of tables of edits for the terminal."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import polars as pl
 from rich.table import Table
 
 from causalcone.analysis.scores import SCORES, counterfact_metrics, mean_scores, scores, zsre_metrics
-from causalcone.analysis.tables.names import METHODS, in_order, method_name
+from causalcone.analysis.tables.names import heading, in_order, long_name, method_name, words
 from causalcone.analysis.tables.traces import TableError
 from causalcone.runners.show.tables import new_table
 
 MOST_REASONS = 3
 
 _SHOWN = [name for name in SCORES if name != "rewrite_magnitude"]
-_LONG = {**METHODS, "finetune": "fine-tuning"}
 
 
 def scores_of(folder: Path, aggregate: str, essence: bool) -> pl.DataFrame:
@@ -47,14 +46,14 @@ def score_tables(table: pl.DataFrame) -> list[Table]:
     means = mean_scores(table).filter(pl.col("n") > 0)
     tables = []
     for method, window in _settings(table):
-        own = means.filter(method=method, window=window)
+        means_of = means.filter(method=method, window=window)
         facts = table.filter(method=method, window=window)["fact_id"].n_unique()
-        names = [name for name in _SHOWN if not own.filter(score=name).is_empty()]
-        rows = {name: _by_layer(own.filter(score=name), "mean") for name in names}
+        names = [name for name in _SHOWN if not means_of.filter(score=name).is_empty()]
+        rows = {name: _by_layer(means_of.filter(score=name), "mean") for name in names}
         shown = new_table(
-            f"{_heading(method, window)}: mean scores of {facts} facts by layer", "layer", *map(_spoken, names)
+            f"{_heading(method, window)}: mean scores of {facts} facts by layer", "layer", *map(words, names)
         )
-        for layer in own["layer"].unique().sort():
+        for layer in means_of["layer"].unique().sort():
             shown.add_row(str(layer), *(_cell(rows[name], layer) for name in names))
         if names:
             tables.append(shown)
@@ -67,14 +66,14 @@ def rewrite_tables(table: pl.DataFrame) -> list[Table]:
     means = mean_scores(table).filter(pl.col("n") > 0, score="rewrite")
     tables = []
     for problem in in_order(means)["problem"].unique(maintain_order=True):
-        own = in_order(means.filter(problem=problem))
+        posed = in_order(means.filter(problem=problem))
         facts = table.filter(problem=problem)["fact_id"].n_unique()
-        layers = own["layer"].unique().sort().to_list()
+        layers = posed["layer"].unique().sort().to_list()
         shown = new_table(
-            f"{_title(problem)}: mean rewrite score of {facts} facts by layer", "method", *map(str, layers)
+            f"{heading(problem)}: mean rewrite score of {facts} facts by layer", "method", *map(str, layers)
         )
-        for method, window in _settings(own):
-            row = _by_layer(own.filter(method=method, window=window), "mean")
+        for method, window in _settings(posed):
+            row = _by_layer(posed.filter(method=method, window=window), "mean")
             shown.add_row(method_name(method, window), *(_cell(row, layer) for layer in layers))
         tables.append(shown)
     return tables
@@ -85,15 +84,15 @@ def metric_tables(metrics: pl.DataFrame, names: Sequence[str]) -> list[Table]:
     what ``analysis.counterfact_metrics`` or ``zsre_metrics`` gives."""
     tables = []
     for method, window in _settings(metrics):
-        own = metrics.filter(pl.col("metric").is_in(names), method=method, window=window)
-        there = [name for name in names if not own.filter(metric=name).is_empty()]
-        table = new_table(f"{_heading(method, window)}: metrics by layer", "layer", *map(_spoken, there))
-        before = own.group_by("metric").agg(pl.mean("pre")).select("metric", "pre").rows()
-        table.add_row("unedited", *(f"{dict(before)[name]:.3f}" for name in there))
-        for layer in own["layer"].unique().sort():
-            values = [_by_layer(own.filter(metric=name), "post") for name in there]
-            table.add_row(str(layer), *(f"{each[layer]:.3f}" if layer in each else "-" for each in values))
-        if there:
+        rows = metrics.filter(pl.col("metric").is_in(names), method=method, window=window)
+        present = [name for name in names if not rows.filter(metric=name).is_empty()]
+        table = new_table(f"{_heading(method, window)}: metrics by layer", "layer", *map(words, present))
+        before = dict(rows.group_by("metric").agg(pl.mean("pre")).select("metric", "pre").rows())
+        table.add_row("unedited", *(f"{before[name]:.3f}" for name in present))
+        for layer in rows["layer"].unique().sort():
+            values = [_by_layer(rows.filter(metric=name), "post") for name in present]
+            table.add_row(str(layer), *(f"{column[layer]:.3f}" if layer in column else "-" for column in values))
+        if present:
             tables.append(table)
     return tables
 
@@ -120,7 +119,7 @@ def best_sentences(table: pl.DataFrame) -> list[str]:
                 f"{method_name(method, window)} at layer {layer} ({mean:.3f})" for layer, mean in _pairs(best, "mean")
             ]
         if parts:
-            sentences.append(f"{_title(problem)}: the best overall scores are those of {', '.join(parts)}.")
+            sentences.append(f"{heading(problem)}: the best overall scores are those of {', '.join(parts)}.")
     return sentences
 
 
@@ -129,22 +128,9 @@ def _settings(frame: pl.DataFrame) -> list[tuple[str, int]]:
     return frame.select("method", "window").unique(maintain_order=True).rows()
 
 
-def _named(method: str, window: int) -> str:
-    layers = "one layer" if window == 1 else f"{window} layers"
-    return _LONG.get(method, method) + ("" if method == "rome" else f" of {layers}")
-
-
 def _heading(method: str, window: int) -> str:
-    name = _named(method, window)
+    name = long_name(method, window)
     return name[0].upper() + name[1:]
-
-
-def _title(problem: str) -> str:
-    return _spoken(problem).capitalize()
-
-
-def _spoken(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def _by_layer(rows: pl.DataFrame, column: str) -> dict[int, float]:

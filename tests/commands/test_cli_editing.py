@@ -9,7 +9,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers.edit_command import CONTEXTS, FAST, arguments, assert_same, read, run_json, write_inputs
+from helpers.edit_command import CONTEXTS, FAST, PRESET_SETTINGS, arguments, assert_same, read, run_json, write_inputs
 from helpers.editing_cases import FULL
 from helpers.models import FACTS
 
@@ -126,13 +126,9 @@ def test_everything_that_decides_the_results_is_kept_with_them(user, tmp_path, r
 
 # --- presets and overrides ---
 
-PRESET = """
+PRESET = f"""
 [own]
-edit_layers = [1, 3]
-sigma = 0.4
-tracing_window = 3
-aggregate = "mean"
-defaults.rome.steps = 2
+{PRESET_SETTINGS}defaults.rome.steps = 2
 defaults.memit.covariance_weight = 7.0
 [own.problems.error_injection]
 rome.kl_factor = 0.9

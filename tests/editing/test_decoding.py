@@ -13,7 +13,7 @@ from oracles.requests import greedy
 
 from causalcone.engine.edit.deltas.delta import Delta, Dense, LowRank
 from causalcone.engine.edit.runs import decoding
-from causalcone.engine.edit.runs.decoding import decode, drawn, text_seed
+from causalcone.engine.edit.runs.decoding import decode, draw, text_seed
 from causalcone.engine.edit.runs.layers import Layers
 from causalcone.engine.edit.runs.packed_runs import Text
 from causalcone.engine.errors import ExperimentError, MemoryBudgetError, ModelError
@@ -119,7 +119,7 @@ def test_draws():
     logits = torch.tensor([[3.0, 2.0, 1.0]]).log().expand(6, 3)
     tokens = torch.tensor([[30, 10, 20]]).expand(6, 3)
     uniform = torch.tensor([0.0, 0.49, 0.51, 0.83, 0.84, 1 - 1e-16], dtype=torch.float64)
-    assert drawn(logits, tokens, uniform).tolist() == [30, 30, 10, 10, 20, 20]
+    assert draw(logits, tokens, uniform).tolist() == [30, 30, 10, 10, 20, 20]
 
 
 def test_seeds_of_texts():
@@ -172,12 +172,12 @@ def test_changed_weights_in_half_precision():
         Delta({layer: change.to(torch.device("cpu"), torch.float32) for layer, change in delta.changes.items()})
         for delta in random_changes(model)[0]
     )
-    deltas = decoding._Deltas.of([low, dense, None], decoding._Ready.of(layers_of(model)))
+    deltas = decoding._Deltas.of([low, dense, None], decoding._Model.of(layers_of(model)))
     keys = torch.randn(3, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
     for layer, text, delta in ((0, 0, low), (2, 1, dense)):
         more = delta.changes[layer].product(keys)
         values = -more.bfloat16()
-        found = deltas.change(layer, lambda own: own.places)(keys, values.clone())
+        found = deltas.change(layer, lambda target: target.index)(keys, values.clone())
         assert found.dtype == torch.bfloat16
         torch.testing.assert_close(found[text].float(), (more + values)[text], rtol=2**-8, atol=1e-5)
         assert found[text].count_nonzero() > 16
@@ -213,12 +213,12 @@ def groups(monkeypatch):
     """How many texts were in each of the groups."""
     seen = []
 
-    class Counted(decoding._Growing):
-        def __init__(self, ready, tasks):
+    class Counted(decoding._TextGroup):
+        def __init__(self, model, tasks):
             seen.append(len(tasks))
-            super().__init__(ready, tasks)
+            super().__init__(model, tasks)
 
-    monkeypatch.setattr(decoding, "_Growing", Counted)
+    monkeypatch.setattr(decoding, "_TextGroup", Counted)
     return seen
 
 

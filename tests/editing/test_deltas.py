@@ -191,7 +191,7 @@ def test_what_is_no_delta_is_refused(own):
         LowRank(few.left, few.right[:, :1])
     with pytest.raises(ExperimentError, match=r"bias \(31,\)"):
         Dense(torch.zeros(32, 128), torch.zeros(31))
-    with pytest.raises(ExperimentError, match="LowRank is no delta"):
+    with pytest.raises(ExperimentError, match="LowRank is not a delta"):
         apply(own, few)
 
 

@@ -19,7 +19,7 @@ from causalcone.engine.edit.requests.windows import Window
 from causalcone.engine.edit.runs.decoding import continuations
 from causalcone.engine.edit.runs.flops import Asked, Flops, Grown, Searched
 from causalcone.engine.edit.runs.packed_runs import Text
-from causalcone.engine.edit.scoring.probes import questions_about
+from causalcone.engine.edit.scoring.probes import probes_of
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.run.session import Session
 
@@ -33,8 +33,8 @@ def editor(model, tokenizer):
 
 
 def asked(request, encoder):
-    questions = questions_about(request, encoder)
-    distinct = {(each.run, place) for each in questions.asked for place in range(len(each.tokens))}
+    questions = probes_of(request, encoder)
+    distinct = {(each.run, place) for each in questions.probes for place in range(len(each.tokens))}
     return Asked(questions.rows, sum(questions.read), len(distinct))
 
 

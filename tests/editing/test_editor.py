@@ -38,8 +38,8 @@ import causalcone as cc
 from causalcone.engine.edit.deltas.delta import Delta
 from causalcone.engine.edit.requests.problems import FilteredFacts
 from causalcone.engine.edit.requests.requests import PROBLEMS
+from causalcone.engine.edit.scoring.generation_metrics import generation_entropy
 from causalcone.engine.edit.scoring.sampled_texts import generate_texts
-from causalcone.engine.edit.scoring.text_metrics import generation_entropy
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.engine.schemas import METRIC_SCHEMA, PROBE_SCHEMA

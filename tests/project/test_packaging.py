@@ -7,6 +7,9 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.version import Version
+
 import causalcone
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +29,15 @@ def test_a_wheel_holds_every_file_of_the_folders(tmp_path):
     [wheel] = (tmp_path / "wheels").iterdir()
     with zipfile.ZipFile(wheel) as packed:
         assert {name for name in packed.namelist() if ".dist-info/" not in name} == expected
+
+
+def test_the_lowest_versions_are_the_bounds():
+    lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    needed = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["test"]]
+    bounds = {each.name: min(each.specifier, key=str).version for each in map(Requirement, needed)}
+    assert pinned.keys() == bounds.keys()
+    assert {name: Version(pinned[name]) for name in pinned} == {name: Version(bounds[name]) for name in pinned}
 
 
 def test_the_version():

@@ -1,6 +1,6 @@
 """Deltas written into a model's own parameters, and taken out again bit for bit.
 
-What a delta changes is kept as it was until the delta is reverted. Deltas may lie on each other: on one parameter the
+The parameters' values before a delta are kept until it is reverted. Deltas may lie on each other: on one parameter the
 last comes off first; those of different layers come off in any order.
 """
 
@@ -36,7 +36,7 @@ _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
 class RoundedAway(UserWarning):
-    """A delta of norm ``asked`` of which the weights' dtypes swallowed a part of norm ``lost``."""
+    """A delta of norm ``asked``, of which rounding to the weights' dtypes lost a part of norm ``lost``."""
 
     def __init__(self, asked: float, lost: float, dtypes: Sequence[str]) -> None:
         super().__init__(asked, lost, dtypes)
@@ -52,26 +52,27 @@ class RoundedAway(UserWarning):
 class Handle:
     """A delta that is applied to a model."""
 
-    def __init__(self, model: Any, kept: Sequence[_Kept]) -> None:
-        self._model, self._kept = model, kept
+    def __init__(self, model: Any, changed: Sequence[_Changed]) -> None:
+        self._model, self._changed = model, changed
         self._reverted = False
 
     def revert(self) -> None:
         """Give the weights back the bits they had before the delta.
 
-        Raises ``ExperimentError`` if that is done already, or if a later delta lies on this one; ``ModelError`` if
-        something else changed the weights meanwhile. Nothing is written then.
+        Raises:
+            ExperimentError: if the delta is reverted already, or a later one lies on it. Nothing is written then.
+            ModelError: if something else changed the weights in the meantime. Nothing is written then.
         """
         if self._reverted:
             raise ExperimentError("this delta is reverted already; call revert once for every apply")
-        for kept in self._kept:
-            _check_last(self, kept.parameter)
-        for kept in self._kept:
-            kept.check_unchanged(self._model)
-        _restore(self._kept)
-        for module in {kept.parameter.module for kept in self._kept}:
+        for changed in self._changed:
+            _check_last(self, changed.parameter)
+        for changed in self._changed:
+            changed.check_unchanged(self._model)
+        _restore(self._changed)
+        for module in {changed.parameter.module for changed in self._changed}:
             _APPLIED[module].pop()
-        self._reverted, self._kept, self._model = True, (), None
+        self._reverted, self._changed, self._model = True, (), None
 
 
 _APPLIED: weakref.WeakKeyDictionary[torch.nn.Module, list[weakref.ref[Handle]]] = weakref.WeakKeyDictionary()
@@ -79,20 +80,42 @@ _APPLIED: weakref.WeakKeyDictionary[torch.nn.Module, list[weakref.ref[Handle]]] 
 
 
 def apply(model: Any, delta: Delta) -> Handle:
-    """Add a delta to a transformers model's own parameters, in place, until ``revert`` of the returned handle.
+    """Add a delta to a transformers model's own parameters, in place.
 
     The sum is taken in float32, or in float64 for weights of float64, and rounded to the weights' dtype; the warning
-    ``RoundedAway`` tells where that loses more than 1 % of the delta's norm. The handle keeps what was there before.
-    Raises ``ExperimentError`` for a delta that does not fit the model or is not finite, ``ModelError`` for a model that
-    cannot be edited; its weights are then as they were.
+    ``RoundedAway`` says where that loses more than 1 % of the delta's norm.
+
+    Args:
+        model: A transformers model.
+        delta: The change of its weights.
+
+    Returns:
+        A handle, which keeps the previous values; its ``revert`` restores them.
+
+    Raises:
+        ExperimentError: for a delta that does not fit the model or is not finite; the weights are then unchanged.
+        ModelError: for a model that cannot be edited.
     """
     return _apply(model, delta, stacklevel=3)
 
 
 @contextmanager
 def applied(model: Model, delta: Delta) -> Iterator[Model]:
-    """``with applied(model, delta) as model:`` runs its block on the edited model; afterwards, also after an exception,
-    the weights have the bits they had before. As ``apply`` and ``Handle.revert``, which say what is raised."""
+    """A block, ``with applied(model, delta) as model:``, that runs on the edited model.
+
+    Afterwards, also after an exception, the weights have the bits they had before.
+
+    Args:
+        model: A transformers model.
+        delta: The change of its weights.
+
+    Yields:
+        The model.
+
+    Raises:
+        ExperimentError: as ``apply`` and ``Handle.revert``.
+        ModelError: likewise.
+    """
     handle = _apply(model, delta, stacklevel=4)
     try:
         yield model
@@ -101,10 +124,17 @@ def applied(model: Model, delta: Delta) -> Iterator[Model]:
 
 
 def export(model: Any, delta: Delta, folder: str | Path, tokenizer: Any = None) -> None:
-    """Write the edited model, and the tokenizer where one is given, to a new folder that ``from_pretrained`` takes.
+    """Write the edited model to a new folder that ``from_pretrained`` takes, whole or not at all.
 
-    The folder appears whole or not at all, and the model is left as it was. Raises ``ExperimentError`` for a folder
-    that holds something already, and as ``apply`` does.
+    Args:
+        model: A transformers model, which is left unchanged.
+        delta: The change of its weights.
+        folder: A folder that does not exist, or is empty.
+        tokenizer: A tokenizer to write too.
+
+    Raises:
+        ExperimentError: for a folder that is not empty or cannot be written, and as ``apply``.
+        ModelError: as ``apply``.
     """
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -138,7 +168,7 @@ class _Parameter:
 
     @property
     def tensor(self) -> Tensor:
-        """It, without gradient; ``AttributeError`` where the module has no such parameter."""
+        """The parameter, without gradient; ``AttributeError`` where the module has none."""
         return self.module.get_parameter(self.attribute).detach()
 
     def as_rows(self, tensor: Tensor) -> Tensor:
@@ -149,8 +179,8 @@ class _Parameter:
 
 
 @dataclass(eq=False)
-class _Kept:
-    """What a parameter held before a delta, and the fingerprint of what the delta made of it."""
+class _Changed:
+    """A parameter, its values before a delta, and the fingerprint of its values with the delta."""
 
     parameter: _Parameter
     before: Tensor
@@ -164,46 +194,46 @@ class _Kept:
         except AttributeError:
             now = None
         if now is None or module is not self.parameter.module:
-            what = "is another parameter now"
+            difference = "is another parameter now"
         elif now.is_meta or now.dtype != self.before.dtype or now.shape != self.before.shape:
-            what = f"is now {tuple(now.shape)} in {now.dtype} on {now.device}"
+            difference = f"is now {tuple(now.shape)} in {now.dtype} on {now.device}"
         elif not all(map(torch.equal, _fingerprint(now), self.fingerprint)):
-            what = "holds other values"
+            difference = "holds other values"
         else:
             return
         raise ModelError(
-            f"something else changed {name} after the delta was applied (it {what}); undo that change and revert "
+            f"something else changed {name} after the delta was applied (it {difference}); undo that change and revert "
             "again, or load the model again"
         )
 
 
 def _apply(model: Any, delta: Delta, stacklevel: int) -> Handle:
     if not isinstance(delta, Delta):
-        raise ExperimentError(f"a {type(delta).__name__} is no delta; give a Delta, such as an edit's .delta")
-    kept: list[_Kept] = []
-    asked = lost = 0.0
+        raise ExperimentError(f"a {type(delta).__name__} is not a delta; give a Delta, such as an edit's .delta")
+    changes: list[_Changed] = []
+    norms = [0.0, 0.0]
     try:
-        for parameter, change in _parts(model, delta):
-            kept.append(_Kept(parameter, parameter.tensor.clone()))
-            of_this = _add(kept[-1], change)
-            asked, lost = math.hypot(asked, of_this[0]), math.hypot(lost, of_this[1])
-        if lost > WORTH_A_WARNING * asked:
-            dtypes = sorted({str(each.before.dtype).removeprefix("torch.") for each in kept})
-            warnings.warn(RoundedAway(asked, lost, dtypes), stacklevel=stacklevel)
+        for parameter, change in _parameters(model, delta):
+            changes.append(_Changed(parameter, parameter.tensor.clone()))
+            norms = list(map(math.hypot, norms, _add(changes[-1], change)))
+        norm, lost = norms
+        if lost > WORTH_A_WARNING * norm:
+            dtypes = sorted({str(changed.before.dtype).removeprefix("torch.") for changed in changes})
+            warnings.warn(RoundedAway(norm, lost, dtypes), stacklevel=stacklevel)
     except BaseException:
-        _restore(kept)
+        _restore(changes)
         raise
-    handle = Handle(model, kept)
-    for module in {each.parameter.module for each in kept}:
+    handle = Handle(model, changes)
+    for module in {changed.parameter.module for changed in changes}:
         _APPLIED.setdefault(module, []).append(weakref.ref(handle))
     return handle
 
 
-def _parts(model: Any, delta: Delta) -> list[tuple[_Parameter, LowRank | Dense]]:
+def _parameters(model: Any, delta: Delta) -> list[tuple[_Parameter, LowRank | Dense]]:
     """The parameters that a delta changes, each with what is added to it seen as (out, in); refuses a misfit."""
     architecture = read_architecture(model)
     depth = architecture.sizes.depth
-    parts: list[tuple[_Parameter, LowRank | Dense]] = []
+    parameters: list[tuple[_Parameter, LowRank | Dense]] = []
     for layer, change in delta.changes.items():
         if layer >= depth:
             raise ExperimentError(
@@ -219,16 +249,16 @@ def _parts(model: Any, delta: Delta) -> list[tuple[_Parameter, LowRank | Dense]]
                 f"the delta's change of layer {layer} is for a weight of {change.shape}, but {path} has {shape} "
                 "(out, in); apply it to the model that it was made for"
             )
-        parts.append((weight, change))
+        parameters.append((weight, change))
         if isinstance(change, Dense) and change.bias is not None:
             if module.bias is None:
                 raise ExperimentError(
                     f"the delta changes the bias of layer {layer}, but {path} has none; give its bias as None"
                 )
-            parts.append((_Parameter(layer, path, module, "bias"), Dense(change.bias[:, None])))
-    for parameter, _ in parts:
+            parameters.append((_Parameter(layer, path, module, "bias"), Dense(change.bias[:, None])))
+    for parameter, _ in parameters:
         _refuse_shared(model, parameter)
-    return parts
+    return parameters
 
 
 def _refuse_shared(model: Any, parameter: _Parameter) -> None:
@@ -250,41 +280,41 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
-def _add(kept: _Kept, change: LowRank | Dense) -> tuple[float, float]:
-    """Add a change to a parameter; the norm of what was asked for, and of what rounding lost of it."""
-    parameter, tensor = kept.parameter, kept.parameter.tensor
+def _add(changed: _Changed, change: LowRank | Dense) -> tuple[float, float]:
+    """Add a change to a parameter; the norm of the change, and of the part that rounding lost."""
+    parameter, tensor = changed.parameter, changed.parameter.tensor
     wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    asked = lost = 0.0
+    norm = lost = 0.0
     with _writing(tensor):
         change = change.to(tensor.device, wide)
-        before, now = parameter.as_rows(kept.before), parameter.as_rows(tensor)
+        before, now = parameter.as_rows(changed.before), parameter.as_rows(tensor)
         step = max(1, _BLOCK // now.shape[1])
         for start in range(0, len(now), step):
             rows = slice(start, start + step)
             old, wanted = before[rows].to(wide), change.rows(rows)
             now[rows] = old + wanted
             missing = wanted - (now[rows].to(wide) - old)
-            asked, lost = math.hypot(asked, _norm(wanted)), math.hypot(lost, _norm(missing))
-        kept.fingerprint = _fingerprint(tensor)
-    if not math.isfinite(asked):
+            norm, lost = math.hypot(norm, _norm(wanted)), math.hypot(lost, _norm(missing))
+        changed.fingerprint = _fingerprint(tensor)
+    if not math.isfinite(norm):
         raise ExperimentError(f"the delta's change of layer {parameter.layer} holds NaN or infinity; make it anew")
     if not math.isfinite(lost):
         raise ExperimentError(
             f"with the delta, {parameter.name} would hold NaN or infinity in {tensor.dtype}; "
             "apply it to finite weights in a wider dtype"
         )
-    return asked, lost
+    return norm, lost
 
 
 def _norm(rows: Tensor) -> float:
     return torch.linalg.vector_norm(rows, dtype=torch.float64).item()
 
 
-def _restore(kept: Sequence[_Kept]) -> None:
-    for each in reversed(kept):
-        tensor = each.parameter.tensor
+def _restore(changes: Sequence[_Changed]) -> None:
+    for changed in reversed(changes):
+        tensor = changed.parameter.tensor
         with _writing(tensor):
-            tensor.copy_(each.before)
+            tensor.copy_(changed.before)
 
 
 def _check_last(handle: Handle, parameter: _Parameter) -> None:
@@ -292,7 +322,7 @@ def _check_last(handle: Handle, parameter: _Parameter) -> None:
     last = _APPLIED[parameter.module][-1]()
     if last is None:
         raise ExperimentError(
-            f"layer {parameter.layer} holds a later delta that can no more be reverted, its handle being gone; "
+            f"layer {parameter.layer} holds a later delta that can no longer be reverted, its handle being gone; "
             "load the model again, and keep the handles of deltas that come off"
         )
     if last is not handle:
@@ -304,7 +334,7 @@ def _check_last(handle: Handle, parameter: _Parameter) -> None:
 
 @contextmanager
 def _writing(tensor: Tensor) -> Iterator[None]:
-    """Allows writing to a parameter, such that its version counts it, and products in the dtype of their factors."""
+    """Allows writing to a parameter so that its version counts it, and products in the dtype of their factors."""
     inference, device = torch.inference_mode(tensor.is_inference()), tensor.device.type
     with inference, torch.no_grad(), torch.autocast(device, enabled=False):
         yield

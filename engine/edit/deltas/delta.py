@@ -1,4 +1,4 @@
-"""Changes of a model's weights: what an edit adds to the MLP down-projections of some layers.
+"""Changes of a model's weights: tensors that an edit adds to the MLP down-projections of some layers.
 
 Weights are seen as (out, in) = (hidden, inner), whichever way round a model keeps them.
 
@@ -39,7 +39,7 @@ class LowRank:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(hidden, inner) of the weight that it is for."""
+        """(hidden, inner), the shape of the weight."""
         return self.left.shape[0], self.right.shape[0]
 
     @property
@@ -52,12 +52,12 @@ class LowRank:
     def to(self, device: torch.device, dtype: torch.dtype) -> LowRank:
         return LowRank(self.left.detach().to(device, dtype), self.right.detach().to(device, dtype))
 
-    def rows(self, chosen: slice) -> Tensor:
-        """What is added to rows ``chosen`` of the weight: (rows, inner)."""
-        return self.left[chosen] @ self.right.T
+    def rows(self, at: slice) -> Tensor:
+        """The addition to the weight's rows ``at``: (rows, inner)."""
+        return self.left[at] @ self.right.T
 
     def product(self, keys: Tensor) -> Tensor:
-        """What it adds to values (R, hidden), from their keys (R, inner), in its own dtype."""
+        """The addition to values (R, hidden), from their keys (R, inner), in this change's dtype."""
         return (keys.to(self.right.dtype) @ self.right) @ self.left.T
 
 
@@ -78,31 +78,39 @@ class Dense:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(hidden, inner) of the weight that it is for."""
+        """(hidden, inner), the shape of the weight."""
         return self.weight.shape[0], self.weight.shape[1]
 
     @property
     def norm(self) -> float:
         """Frobenius norm of weight and bias together."""
-        parts = [self.weight] if self.bias is None else [self.weight, self.bias]
-        return sum(torch.linalg.vector_norm(part, dtype=torch.float64).item() ** 2 for part in parts) ** 0.5
+        tensors = [self.weight] if self.bias is None else [self.weight, self.bias]
+        return sum(torch.linalg.vector_norm(tensor, dtype=torch.float64).item() ** 2 for tensor in tensors) ** 0.5
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Dense:
         bias = None if self.bias is None else self.bias.detach().to(device, dtype)
         return Dense(self.weight.detach().to(device, dtype), bias)
 
-    def rows(self, chosen: slice) -> Tensor:
-        """What is added to rows ``chosen`` of the weight: (rows, inner)."""
-        return self.weight[chosen]
+    def rows(self, at: slice) -> Tensor:
+        """The addition to the weight's rows ``at``: (rows, inner)."""
+        return self.weight[at]
 
     def product(self, keys: Tensor) -> Tensor:
-        """What it adds to values (R, hidden), from their keys (R, inner), in its own dtype."""
+        """The addition to values (R, hidden), from their keys (R, inner), in this change's dtype."""
         return torch.nn.functional.linear(keys.to(self.weight.dtype), self.weight, self.bias)
 
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """A change of a model's weights: what is added to the MLP down-projection, by its 0-based layer."""
+    """A change of a model's weights.
+
+    Attributes:
+        changes: The additions to MLP down-projections, by layer from 0: ``LowRank(left, right)`` or
+            ``Dense(weight, bias)``.
+
+    Raises:
+        ExperimentError: for a change of another type, and for a layer that is not a number from 0.
+    """
 
     changes: Mapping[int, LowRank | Dense]
 

@@ -1,4 +1,4 @@
-"""Rows of many edited models in one tensor: each edit's rows get what its own change of weights adds."""
+"""Rows of many edited models in one tensor: to each edit's rows, its change of weights adds its own product."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from causalcone.engine.edit.deltas.delta import Dense, LowRank
 
 Addition = Callable[[Tensor], Tensor]
-"""What a change of weights adds to values (R, hidden), from their keys (R, inner)."""
+"""The addition of a change of weights to values (R, hidden), from their keys (R, inner)."""
 
 
 def addition(change: LowRank | Dense, device: torch.device, dtype: torch.dtype) -> Addition:
-    """What the change adds to values in ``dtype``; one of low rank is computed in float32 at least."""
+    """The addition of a change to values in ``dtype``; a low-rank product is computed in float32 at least."""
     wide = torch.promote_types(dtype, torch.float32)
     change = change.to(device, wide if isinstance(change, LowRank) else dtype)
     return lambda keys: change.product(keys).to(dtype)
@@ -33,6 +33,6 @@ def slices(of: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, slice]]:
         start = int(ends[run])
 
 
-def changed(keys: Tensor, values: Tensor, parts: Sequence[tuple[slice, Addition | None]]) -> Tensor:
-    """New values: each part, in order and without gaps, with its addition. Gradient flows."""
-    return torch.cat([values[part] if add is None else values[part] + add(keys[part]) for part, add in parts])
+def changed(keys: Tensor, values: Tensor, additions: Sequence[tuple[slice, Addition | None]]) -> Tensor:
+    """New values: all rows, slice by slice in order and without gaps, with their additions. Gradient flows."""
+    return torch.cat([values[at] if add is None else values[at] + add(keys[at]) for at, add in additions])

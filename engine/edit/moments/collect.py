@@ -19,6 +19,7 @@ from causalcone.engine.edit.moments.identity import Identity, key_width
 from causalcone.engine.edit.runs.layers import Layers
 from causalcone.engine.edit.runs.packed_runs import Runs, Text
 from causalcone.engine.errors import ExperimentError, MemoryBudgetError
+from causalcone.engine.memory import fitting
 from causalcone.engine.run.session import Session
 from causalcone.kernels.tiles import Tiles
 
@@ -51,7 +52,7 @@ class FewTokens(UserWarning):
 
 @dataclass(frozen=True)
 class Spec:
-    """What is collected: at which layers, of how many tokens (None: of all), in pieces of how many at most."""
+    """A collection: its layers, the number of tokens (None: all), the most tokens of a piece, and the keys' width."""
 
     layers: tuple[int, ...]
     tokens: int | None
@@ -61,12 +62,12 @@ class Spec:
     @classmethod
     def of(cls, session: Session, layers: Sequence[int] | None, tokens: int | str | None, length: int | None) -> Spec:
         sizes = session.sizes
-        chosen = tuple(range(sizes.depth)) if layers is None else tuple(sorted(set(layers)))
-        wrong = [layer for layer in chosen if not 0 <= layer < sizes.depth]
-        if wrong or not chosen:
-            named = ", ".join(map(str, wrong)) or "none"
-            raise ExperimentError(f"the layers {named} were chosen; the model's are 0 to {sizes.depth - 1}")
-        width = key_width(session.architecture, chosen[0])
+        layers = range(sizes.depth) if layers is None else sorted(set(layers))
+        wrong = [layer for layer in layers if not 0 <= layer < sizes.depth]
+        if wrong or not layers:
+            names = ", ".join(map(str, wrong)) or "none"
+            raise ExperimentError(f"the layers {names} were chosen; the model's are 0 to {sizes.depth - 1}")
+        width = key_width(session.architecture, layers[0])
         if tokens is None:
             tokens = TOKENS_PER_COMPONENT * width
         if tokens != "all" and (not isinstance(tokens, int) or tokens < 1):
@@ -74,13 +75,13 @@ class Spec:
         length = min(LENGTH, sizes.positions) if length is None else length
         if not 1 <= length <= sizes.positions:
             raise ExperimentError(f"length is {length!r}; give 1 to {sizes.positions}, the model's positions")
-        return cls(chosen, None if isinstance(tokens, str) else tokens, length, width)
+        return cls(tuple(layers), None if isinstance(tokens, str) else tokens, length, width)
 
 
 @dataclass
 class Sums:
-    """What is counted so far: by layer the sum of k k^T (inner, inner) in float64, of which the blocks from the
-    diagonal on count; of how many tokens; the checksum of their ids. ``whole``: every layer has the same tokens."""
+    """Sums so far: by layer that of k k^T (inner, inner) in float64, of which the blocks from the diagonal on count;
+    the number of tokens; the checksum of their ids. ``whole``: every layer has the same tokens."""
 
     by_layer: dict[int, Tensor]
     tokens: int = 0
@@ -88,7 +89,7 @@ class Sums:
     whole: bool = True
 
     def add(self, layer: int, keys: Tensor) -> None:
-        """Add the products of keys (R, inner), strip by strip: a symmetric sum needs little more than its half."""
+        """Add the products of keys (R, inner), strip by strip: a symmetric sum needs little more than half of them."""
         total, width = self.by_layer[layer], keys.shape[1]
         for rows in keys.split(CHUNK):
             wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
@@ -106,12 +107,12 @@ class Sums:
 
 
 class Checkpoint:
-    """A file that keeps a collection under way. of: what is collected, of which model."""
+    """The file of an unfinished collection. of: a description of the collection and the model."""
 
     def __init__(self, path: Path, of: Mapping[str, Any]) -> None:
         self.path, self.of = path, of
         self.due = time.monotonic() + SAVE_EVERY
-        self.kept = 0
+        self.saved = 0
 
     def load(self, sums: Sums) -> None:
         """Go on from the file, where there is one."""
@@ -120,14 +121,14 @@ class Checkpoint:
         by_layer, sums.tokens, sums.ids = read_sums(self.path, self.of)
         for layer, total in sums.by_layer.items():
             total.copy_(by_layer[layer])
-        self.kept = sums.tokens
+        self.saved = sums.tokens
 
     def save(self, sums: Sums) -> None:
-        """Write what is new, unless a pass was interrupted midway."""
-        if sums.whole and sums.tokens > self.kept:
+        """Write the sums if there are new ones, unless a pass was interrupted midway."""
+        if sums.whole and sums.tokens > self.saved:
             begun = time.monotonic()
             write_sums(sums.by_layer, sums.tokens, sums.ids, self.of, self.path)
-            self.kept = sums.tokens
+            self.saved = sums.tokens
             now = time.monotonic()
             self.due = now + max(SAVE_EVERY, 10 * (now - begun))
 
@@ -138,7 +139,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Frame:
-    """How passes are run: rows of one at most, tiles, and where sums lie."""
+    """How passes are run: the most rows of one, tiles, and the device of the sums."""
 
     rows: int
     tiles: Tiles
@@ -146,7 +147,7 @@ class Frame:
 
     @classmethod
     def of(cls, session: Session, spec: Spec) -> Frame:
-        """What the memory budget allows; ``MemoryBudgetError`` where it does not even allow a piece."""
+        """The largest passes that fit the memory budget; ``MemoryBudgetError`` where not even a piece does."""
         sizes, budget = session.sizes, session.budget()
         itemsize, wide = session.dtype.itemsize, max(4, session.dtype.itemsize)
         on_cpu = session.device.type == "cpu"
@@ -205,8 +206,8 @@ def collect(
         raise ExperimentError("the texts hold no tokens; give texts that the model can read")
     if spec.tokens is not None and sums.tokens < spec.tokens:
         warnings.warn(FewTokens(sums.tokens, spec.tokens), stacklevel=3)
-    kept = torch.promote_types(session.dtype, torch.float32)
-    matrices = {layer: sums.take(layer, kept) for layer in spec.layers}
+    dtype = torch.promote_types(session.dtype, torch.float32)
+    matrices = {layer: sums.take(layer, dtype) for layer in spec.layers}
     return matrices, dict.fromkeys(spec.layers, sums.tokens), source, identity
 
 
@@ -222,7 +223,7 @@ def _count(
     """Add all pieces to the sums, pass by pass."""
     layers = Layers(session.architecture, frame.tiles, session.dtype, session.device)
     verified = False
-    for packed in passes(pieces, frame.rows):
+    for packed in fitting(pieces, len, frame.rows):
         if not verified:
             session.verify(packed[0][:_CHECKED_TOKENS])
             verified = True
@@ -240,16 +241,16 @@ def _count(
 
 @torch.no_grad()
 def _run(layers: Layers, packed: Sequence[tuple[int, ...]], sums: Sums) -> None:
-    """One pass: up to the last layer that is asked for."""
+    """One pass, up to the last layer with a sum."""
     texts = sorted(map(Text, packed), key=len)
-    runs = Runs.of_texts(texts, layers.device)
+    runs = Runs.whole(np.array([len(text) for text in texts]), layers.device)
     rows = layers.enter(texts)
     for layer in range(max(sums.by_layer) + 1):
         rows = _advance(layers, layer, rows, runs, sums)
 
 
 def _advance(layers: Layers, layer: int, rows: Tensor, runs: Runs, sums: Sums) -> Tensor:
-    """The output of a layer, and nothing else of what it made."""
+    """The output of a layer; its other rows are freed on return."""
     passed = layers.advance(layers.block(layer), rows, runs, keep_keys=layer in sums.by_layer)
     if passed.keys is not None:
         sums.add(layer, passed.keys)
@@ -277,7 +278,7 @@ def pieces_of(
 
 
 def first_tokens(pieces: Iterator[tuple[int, ...]], tokens: int | None) -> Iterator[tuple[int, ...]]:
-    """The first ``tokens`` tokens of pieces, the last one cut; None for all."""
+    """The first ``tokens`` tokens of pieces, the last piece cut; None for all."""
     if tokens is None:
         yield from pieces
         return
@@ -288,22 +289,8 @@ def first_tokens(pieces: Iterator[tuple[int, ...]], tokens: int | None) -> Itera
             return
 
 
-def passes(pieces: Iterator[tuple[int, ...]], rows: int) -> Iterator[list[tuple[int, ...]]]:
-    """As many pieces together as have at most ``rows`` tokens, in their order."""
-    packed: list[tuple[int, ...]] = []
-    held = 0
-    for piece in pieces:
-        if packed and held + len(piece) > rows:
-            yield packed
-            packed, held = [], 0
-        packed.append(piece)
-        held += len(piece)
-    if packed:
-        yield packed
-
-
 def _skip(pieces: Iterator[tuple[int, ...]], sums: Sums, path: Path) -> None:
-    """Pass by the pieces that are counted already; refuses other ones."""
+    """Skip the pieces that are counted already; refuses others."""
     seen = ids = 0
     while seen < sums.tokens:
         piece = next(pieces, ())

@@ -22,12 +22,12 @@ _ROUNDED = {
 
 @dataclass(frozen=True)
 class Identity:
-    """Which model keys are of.
+    """The model that keys are of.
 
     name: where it was loaded from, for messages; sizes: by name; fingerprints: by layer, and by dtype, of the weights
-    that this layer's keys depend on, rounded to that dtype: a hash of up to 4,096 values, evenly spaced, of every
-    parameter outside of layers, in the layers below, and in the layer itself but for its down-projection. So an edit
-    changes the identity for all layers above it, and for its own layer not.
+    that the layer's keys depend on, rounded to that dtype: a hash of up to 4,096 values, evenly spaced, of every
+    parameter outside of layers, in the layers below, and in the layer itself except its down-projection. So an edit
+    changes the identity for all layers above it, but not for the edited layer.
     """
 
     model_type: str
@@ -59,17 +59,17 @@ class Identity:
             if other.sizes.get(size) != value:
                 return f"the {size} is {other.sizes.get(size)}, not {value}"
         for layer in layers:
-            own, others = self.fingerprints[layer], other.fingerprints[layer]
-            common = [dtype for dtype in own if dtype in others]
+            mine, others = self.fingerprints[layer], other.fingerprints[layer]
+            common = [dtype for dtype in mine if dtype in others]
             if not common:
-                return f"the weights are in {next(iter(others))}, which cannot be compared with {next(iter(own))}"
-            if own[common[0]] != others[common[0]]:
+                return f"the weights are in {next(iter(others))}, which cannot be compared with {next(iter(mine))}"
+            if mine[common[0]] != others[common[0]]:
                 return f"the weights that the keys of layer {layer} depend on are others"
         return None
 
 
 def key_width(architecture: Architecture, layer: int) -> int:
-    """``inner``, the width of the keys of a layer."""
+    """The width ``inner`` of a layer's keys."""
     weight = architecture.model.get_submodule(architecture.down_projection.format(layer)).weight
     return int(weight.numel()) // architecture.sizes.hidden
 
@@ -87,20 +87,20 @@ def _fingerprints(architecture: Architecture, layers: Collection[int]) -> dict[i
         for name in names:
             flat = parameters[name].detach().reshape(-1)
             count = min(len(flat), _SAMPLED)
-            places = torch.arange(count, device=flat.device) * (len(flat) - 1) // max(1, count - 1)
-            values = flat[places].cpu()
+            sampled = torch.arange(count, device=flat.device) * (len(flat) - 1) // max(1, count - 1)
+            values = flat[sampled].cpu()
             for dtype, digest in hashes.items():
                 digest.update(repr(tuple(parameters[name].shape)).encode())
                 digest.update(values.to(dtype).view(torch.uint8).numpy())
 
     in_layers = architecture.down_projection.split("{}")[0]
     add(sorted(name for name in parameters if not name.startswith(in_layers)))
-    found: dict[int, dict[str, str]] = {}
+    fingerprints: dict[int, dict[str, str]] = {}
     for layer in range(max(layers, default=-1) + 1):
-        own = sorted(name for name in parameters if name.startswith(f"{in_layers}{layer}."))
+        names = sorted(name for name in parameters if name.startswith(f"{in_layers}{layer}."))
         down = architecture.down_projection.format(layer) + "."
-        add(name for name in own if not name.startswith(down))
+        add(name for name in names if not name.startswith(down))
         if layer in layers:
-            found[layer] = {str(d).removeprefix("torch."): digest.hexdigest() for d, digest in hashes.items()}
-        add(name for name in own if name.startswith(down))
-    return found
+            fingerprints[layer] = {str(d).removeprefix("torch."): digest.hexdigest() for d, digest in hashes.items()}
+        add(name for name in names if name.startswith(down))
+    return fingerprints

@@ -1,9 +1,9 @@
-"""Second moments of keys: how much of each direction in them a layer's down-projection has to keep (METHODS 4)."""
+"""Second moments of keys, which say how much of each direction a layer's down-projection has to preserve
+(docs/editing.md, "Second moments and contexts")."""
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from causalcone.engine.edit.moments.collect import collect
 from causalcone.engine.edit.moments.files import read_moments, write_moments
 from causalcone.engine.edit.moments.identity import Identity, key_width
 from causalcone.engine.errors import ExperimentError
+from causalcone.engine.memory import RecentlyUsed
 from causalcone.engine.models import read_architecture
 from causalcone.engine.models.base import Architecture
 from causalcone.engine.run.session import Session
@@ -33,12 +34,15 @@ _ITERATIONS = 30
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """The uncentred second moments C = E[k k^T] of the keys k of some layers: of what enters the MLP's down-projection
+    """The uncentred second moments C = E[k k^T] of some layers' keys k, the inputs of the MLP's down-projection
     (Meng et al. 2022).
 
-    matrices: by layer C (inner, inner), in float64, or in float32 where it is no more exact; tokens: by layer, of how
-    many tokens it is the mean; source: what texts they are of, in words; identity: the model that they are of, None
-    where it is not known; ridge: what ``solve`` adds to the diagonal, in units of the diagonal's mean.
+    Attributes:
+        matrices: C (inner, inner) by layer, in float64, or in float32 where it is no more exact.
+        tokens: By layer, the number of tokens that C is the mean of.
+        source: A description of the texts.
+        identity: The model that the keys are of; None where it is not known.
+        ridge: A number that ``solve`` adds to the diagonal, in units of the diagonal's mean.
     """
 
     matrices: Mapping[int, Tensor] = field(repr=False)
@@ -46,7 +50,7 @@ class Moments:
     source: str | None = None
     identity: Identity | None = None
     ridge: float = 0.0
-    _factors: _Factors = field(default_factory=lambda: _Factors(), repr=False)
+    _factors: _Factors = field(default_factory=lambda: _Factors(_FACTOR_BYTES), repr=False)
 
     def __post_init__(self) -> None:
         _checked_ridge(self.ridge)
@@ -79,24 +83,36 @@ class Moments:
         progress: Callable[[int, int | None], None] | None = None,
         resume: str | Path | None = None,
     ) -> Moments:
-        """The second moments of a model's keys over running text, of all layers in one pass over the texts.
-
-        texts: any iterable of strings, or of mappings whose ``"text"`` is one; each is tokenized alone, with the
-        tokenizer's default special tokens, and cut into pieces of ``length`` tokens (512 by default, or the model's
-        positions where these are fewer), which start at position 0 and see themselves alone. layers: which, all by
-        default. tokens: how many are taken, counted from the first text on, the last text cut to give exactly so many;
-        10 x inner by default, which Gupta et al. 2025 report to be enough; ``"all"`` takes all tokens of all texts.
-        source: what texts these are, in words; it is kept with the moments. dtype, device, memory: as of ``Tracer``;
-        sums of all layers (8 x inner^2 bytes each) count towards ``memory`` on a CPU; where they would take more than
-        half of a GPU's share, they lie in the machine's memory. progress: called with the number of tokens done and
-        wanted (None for all). resume: a file that is written every minute or so, and whenever the collection ends or is
-        interrupted between passes; the same call goes on where it says, and returns what it holds where nothing is
-        left to do. It is never deleted here.
+        """Collect the second moments of a model's keys over running text, of all layers in one pass over the texts.
 
         Keys are those of the compute dtype; products are in float32 (in float64 for float64) over at most 1,024 tokens,
-        and summed in float64. Warns ``FewTokens`` where the texts end before ``tokens``. Raises ``ExperimentError``
-        for texts without tokens, and for a file of ``resume`` that is of another model or other texts; ``ModelError``;
-        ``MemoryBudgetError``.
+        and summed in float64. Warns ``FewTokens`` where the texts end before ``tokens``.
+
+        Args:
+            model: A transformers model.
+            tokenizer: Its tokenizer.
+            texts: Any iterable of strings, or of mappings whose ``"text"`` is one. Each is tokenized alone, with the
+                tokenizer's default special tokens, and cut into pieces, which start at position 0 and see no other.
+            layers: Numbers from 0; all layers by default.
+            tokens: The number of tokens to take from the first text on, the last text cut to give exactly as many;
+                10 x inner by default, which Gupta et al. 2025 report to be enough; ``"all"`` for all tokens.
+            source: A description of the texts, kept with the moments.
+            dtype: Of the pass, as for ``Tracer``.
+            device: Of the pass, as for ``Tracer``.
+            memory: A budget in bytes, as for ``Tracer``. On a CPU it includes the sums of all layers (8 x inner^2 bytes
+                each); sums that would take more than half of a GPU's share lie in the machine's memory.
+            length: Tokens of a piece; 512 by default, or the model's positions where these are fewer.
+            progress: Called with the number of tokens done and wanted (None for all).
+            resume: A file that is written about every minute, and whenever the collection ends or is interrupted
+                between passes. The same call goes on from there; the file is never deleted.
+
+        Returns:
+            The moments, in float32 or better.
+
+        Raises:
+            ExperimentError: for texts without tokens, and for a ``resume`` file of another model or other texts.
+            ModelError: for a model that cannot be computed exactly.
+            MemoryBudgetError: for a budget that does not hold the sums and one piece.
         """
         session = Session(model, tokenizer, Compute.of(dtype, device, memory))
         return cls(
@@ -105,11 +121,11 @@ class Moments:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers that there are moments of."""
+        """The layers that have moments, in order."""
         return tuple(sorted(self.matrices))
 
     def width(self, layer: int) -> int:
-        """``inner``, the width of a layer's keys."""
+        """The width ``inner`` of a layer's keys."""
         return len(self._matrix(layer))
 
     def matrix(self, layer: int) -> Tensor:
@@ -117,16 +133,26 @@ class Moments:
         return self._matrix(layer).double()
 
     def with_ridge(self, ridge: float) -> Moments:
-        """These moments, solved with ``ridge`` x the mean of C's diagonal added to the diagonal."""
+        """The same moments, solved with ``ridge`` x the mean of C's diagonal added to the diagonal."""
         return replace(self, ridge=ridge)
 
     @torch.no_grad()
     def solve(self, layer: int, keys: Tensor, ridge: float | None = None) -> Tensor:
-        """(C + ridge x mean(diag C) x I)^-1 keys: (inner, n) in float64, for keys (inner, n), on their device.
+        """Solve (C + ridge x mean(diag C) x I) X = keys.
 
-        ridge: these moments' own by default. The factor is computed once for each layer, ridge and device, and kept
-        with as many others as 4 GiB hold. Raises ``ExperimentError`` for a layer without moment, keys of another width,
-        and a moment that is singular or conditioned beyond ``CONDITION_LIMITS``.
+        The factor is computed once for each layer, ridge and device, and kept with as many others as 4 GiB hold.
+
+        Args:
+            layer: A layer with a moment.
+            keys: (inner, n).
+            ridge: That of these moments by default.
+
+        Returns:
+            X (inner, n) in float64, on the device of the keys.
+
+        Raises:
+            ExperimentError: for a layer without moment, keys of another width, and a moment that is singular or
+                conditioned beyond ``CONDITION_LIMITS``.
         """
         matrix = self._matrix(layer)
         if keys.ndim != 2 or len(keys) != len(matrix):
@@ -138,17 +164,21 @@ class Moments:
         return factor.solve(keys)
 
     def check(self, model: Any, layers: Iterable[int]) -> None:
-        """Raise ``ExperimentError`` unless these are moments of the model, for each of the layers.
+        """Check that these are moments of a model.
 
-        Moments of unknown identity are only checked for the width of the model's keys. The model may be in another
-        dtype than the one the moments were collected from, if one of the two is a rounding of the other; it may also be
-        the ``Architecture`` that was read of it.
+        Args:
+            model: The model, or the ``Architecture`` that was read of it. It may be in another dtype than the one the
+                moments were collected from, if one of the two is a rounding of the other.
+            layers: The layers to check; moments of unknown identity only for the width of the keys.
+
+        Raises:
+            ExperimentError: for a layer without moment, and for another model.
         """
         layers = tuple(layers)
-        lacking = [layer for layer in layers if layer not in self.matrices]
-        if lacking:
+        missing = [layer for layer in layers if layer not in self.matrices]
+        if missing:
             raise ExperimentError(
-                f"there is no moment of layer {_listed(lacking)}, only of {_listed(self.matrices)}; "
+                f"there is no moment of layer {_listed(missing)}, only of {_listed(self.matrices)}; "
                 "collect those that are missing too"
             )
         architecture = model if isinstance(model, Architecture) else read_architecture(model)
@@ -163,29 +193,38 @@ class Moments:
                 if width != self.width(layer):
                     difference = f"the keys of layer {layer} have a width of {width}, not {self.width(layer)}"
         if difference is not None:
-            named = "" if self.identity is None or not self.identity.name else f" {self.identity.name}"
+            name = "" if self.identity is None or not self.identity.name else f" {self.identity.name}"
             raise ExperimentError(
-                f"the moments are of another model{named}: in this one, {difference}; load the model that they are of, "
+                f"the moments are of another model{name}: in this one, {difference}; load the model that they are of, "
                 "take off its edits, or collect moments of this one"
             )
 
     def save(self, path: str | Path, dtype: torch.dtype | str | None = None) -> None:
-        """Write the moments to one safetensors file, whole or not at all.
+        """Write the moments to one safetensors file, whole or not at all. The ridge is not saved.
 
-        dtype: float32 halves what float64 takes; each moment's own by default. The ridge is not saved. Raises
-        ``ExperimentError`` for a file that cannot be written.
+        Args:
+            path: The file, which is replaced if it exists; folders are made as needed.
+            dtype: float32 takes half the space of float64; that of each moment by default.
+
+        Raises:
+            ExperimentError: for a file that cannot be written.
         """
         write_moments(path, (self.matrices, self.tokens, self.source, self.identity), dtype)
 
     @classmethod
     def load(cls, path: str | Path | Mapping[int, str | Path], layers: int | Sequence[int] | None = None) -> Moments:
-        """The moments of a file that ``save`` wrote, or those published with ROME: an ``.npz`` file, a folder of them,
-        or such files by layer.
+        """Read moments from a file that ``save`` wrote, or those published with ROME, whose identity is not known.
 
-        layers: read these only. The name of a published file tells its layer
-        (``transformer.h.17.mlp.c_proj_float32_mom2_100000.npz``); where it does not, ``layers`` says which it is. Of
-        published moments the identity is not known. Raises ``ExperimentError`` naming a file or layer that is missing,
-        or a file that is damaged.
+        Args:
+            path: The file; of published moments an ``.npz`` file, a folder of them, or such files by layer.
+            layers: Read these layers only. The name of a published file gives its layer
+                (``transformer.h.17.mlp.c_proj_float32_mom2_100000.npz``); where it does not, ``layers`` gives it.
+
+        Returns:
+            The moments, on the CPU.
+
+        Raises:
+            ExperimentError: naming a file or layer that is missing, or a file that is damaged.
         """
         return cls(*read_moments(path, layers))
 
@@ -200,11 +239,11 @@ class Moments:
         condition, factor = math.inf, None
         wide = matrix.to(device, torch.float64, copy=True)
         wide.diagonal().add_(ridge * wide.diagonal().mean())
-        silent = int((wide.diagonal() <= 0).sum())
+        zeros = int((wide.diagonal() <= 0).sum())
         if tokens < width and not ridge:
             reason = f"they cannot span keys of width {width}"
-        elif silent:
-            reason = f"{silent} of the {width} components of its keys are zero in all of them"
+        elif zeros:
+            reason = f"{zeros} of the {width} components of its keys are zero in all of them"
         else:
             factor, reason = _Factor.of(wide), "its keys hardly vary in some directions"
             condition = math.inf if factor is None else factor.condition()
@@ -245,7 +284,7 @@ class _Factor:
 
 
 def _growth(apply: Callable[[Tensor], Tensor], like: Tensor) -> float:
-    """The largest eigenvalue of what is applied, by power iteration from random vectors, always the same."""
+    """The largest eigenvalue of a linear map, by power iteration from the same random vector each time."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(len(like), 1, generator=generator, dtype=torch.float64).to(like.device)
     norm = 1.0
@@ -255,20 +294,11 @@ def _growth(apply: Callable[[Tensor], Tensor], like: Tensor) -> float:
     return norm
 
 
-class _Factors:
-    """Factors by layer, ridge and device; the longest unused are dropped beyond a number of bytes, but for the last."""
+class _Factors(RecentlyUsed[tuple[int, float, torch.device], _Factor]):
+    """Factors by layer, ridge and device."""
 
-    def __init__(self) -> None:
-        self.entries: OrderedDict[tuple[int, float, torch.device], _Factor] = OrderedDict()
-
-    def get(self, key: tuple[int, float, torch.device], make: Callable[[], _Factor]) -> _Factor:
-        if key in self.entries:
-            self.entries.move_to_end(key)
-        else:
-            self.entries[key] = make()
-            while len(self.entries) > 1 and sum(each.lower.nbytes for each in self.entries.values()) > _FACTOR_BYTES:
-                self.entries.popitem(last=False)
-        return self.entries[key]
+    def size(self, value: _Factor) -> int:
+        return value.lower.nbytes
 
 
 def _checked_ridge(ridge: float) -> float:

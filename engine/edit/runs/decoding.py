@@ -1,7 +1,7 @@
-"""Decoding: how a model goes on after many texts at once, each with a change of weights of its own.
+"""Decoding: the tokens that a model continues many texts with, each under a change of weights of its own.
 
-Texts of any lengths grow together. The keys and values of what is there already are stored; a step takes one row of
-each text through the layers.
+Texts of any lengths grow together. Keys and values of the tokens so far are stored; a step takes one row of each text
+through the layers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from causalcone.engine.edit.deltas.delta import Delta, Dense, LowRank
 from causalcone.engine.edit.runs.layers import Change, Layers
 from causalcone.engine.edit.runs.packed_runs import Runs, Text, spans
 from causalcone.engine.errors import ExperimentError, MemoryBudgetError, ModelError
-from causalcone.engine.memory import out_of_memory
+from causalcone.engine.memory import halving
 from causalcone.engine.models.base import Block
 from causalcone.engine.run.session import Session
 from causalcone.kernels.attention import attend
@@ -55,41 +55,43 @@ def decode(
     deltas: Sequence[Delta | None] | None = None,
     memory: int | None = None,
 ) -> list[tuple[int, ...]]:
-    """The token ids with which each text goes on: exactly ``lengths`` of them, past end-of-text tokens too.
+    """The token ids that continue each text: exactly ``lengths`` of them, past end-of-text tokens too.
 
     top_k: None for the most likely token each time, else each token is drawn from the distribution over the ``top_k``
-    most likely ones, with ``seeds``, one for each text. Step s of a text uses number s of those that
-    ``torch.rand`` gives in float64 from a generator with the text's seed, so that (but for rounding of the
-    probabilities) neither the other texts nor ``memory`` make a difference, and a longer continuation begins like a
-    shorter one. deltas: changes of weights, one or None for each text; texts may share one. Noise is on a text's own
-    tokens alone. memory: bytes for stored keys and values and for rows; texts that do not fit together are decoded one
-    group after the other.
+    most likely ones, with ``seeds``, one for each text. Step s of a text uses number s of those that ``torch.rand``
+    gives in float64 from a generator with the text's seed, so that (up to rounding of the probabilities) neither the
+    other texts nor ``memory`` make a difference, and a longer continuation begins like a shorter one. deltas: changes
+    of weights, one or None for each text; texts may share one. Noise is on a text's given tokens alone. memory: bytes
+    for stored keys and values and for rows; texts that do not fit together are decoded one group after the other.
 
-    Besides, all layers' weights and the unembedding are held as the products need them: on CPUs in float32 or bfloat16,
-    and where dtype or device are not the model's, that is a second copy of the model.
+    In addition, all layers' weights and the unembedding are held as the products need them: on CPUs in float32 or
+    bfloat16; where dtype or device are not the model's, that is a second copy of the model.
 
     Raises ``ExperimentError`` for arguments that make no sense, among them a text that outgrows the model's positions,
     ``MemoryBudgetError`` where not even one text fits, and ``ModelError`` where logits are not finite.
     """
     tasks = _tasks(layers, texts, lengths, top_k, seeds, deltas)
-    found: list[tuple[int, ...]] = [()] * len(texts)
+    results: list[tuple[int, ...]] = [()] * len(texts)
     if tasks:
-        ready = _Ready.of(layers)
+        model = _Model.of(layers)
         for group in _groups(layers, tasks, memory):
-            for task, tokens in zip(group, _run(ready, group, top_k), strict=True):
-                found[task.number] = tokens
-    return found
+            decoded = halving(
+                group, lambda half: _TextGroup(model, half).grow(top_k), lambda task: f"text {task.number} alone"
+            )
+            for task, tokens in zip(group, decoded, strict=True):
+                results[task.number] = tokens
+    return results
 
 
 def text_seed(seed: int, *names: str | int) -> int:
-    """A seed for one of the texts that are drawn under a seed, which depends on the text's own names alone."""
+    """A seed for one of the texts that are drawn under a seed; it depends on that seed and the text's names alone."""
     digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
     return int.from_bytes(digest[:7], "big")
 
 
 @dataclass(frozen=True)
 class _Task:
-    """A text, by its number, that so many tokens are to be added to."""
+    """A text, by its number, to be continued by ``length`` tokens."""
 
     number: int
     text: Text
@@ -111,8 +113,8 @@ def _tasks(
     seeds: Sequence[int] | None,
     deltas: Sequence[Delta | None] | None,
 ) -> list[_Task]:
-    """What there is to do, the longest continuations first: the texts that still grow are then the first at any time.
-    Equal lengths are neighbours."""
+    """The texts to be continued, the longest continuations first: those that still grow are then the first at any
+    time. Equal lengths are neighbours."""
     for name, column in (("lengths", lengths), ("seeds", seeds), ("deltas", deltas)):
         if column is not None and len(column) != len(texts):
             raise ExperimentError(f"there are {len(texts)} texts and {len(column)} {name}; give one for each text")
@@ -127,8 +129,7 @@ def _tasks(
             raise ExperimentError(f"text {number} has no tokens to go on from; begin it with one")
         if length < 0:
             raise ExperimentError(f"text {number} is to be continued by {length} tokens; give a number from 0")
-        delta = None if deltas is None else deltas[number]
-        task = _Task(number, text, length, 0 if seeds is None else seeds[number], delta)
+        task = _Task(number, text, length, seeds[number] if seeds else 0, deltas[number] if deltas else None)
         if task.room > positions:
             raise ExperimentError(
                 f"text {number} has {len(text)} tokens and is to be continued by {length}, which needs {task.room} "
@@ -143,121 +144,103 @@ def _groups(layers: Layers, tasks: Sequence[_Task], memory: int | None) -> Itera
     """Consecutive tasks that fit the memory together. All store as many tokens as the longest of their group."""
     sizes, itemsize = layers.architecture.sizes, layers.dtype.itemsize
     kv, heads = 2 * sizes.kv_heads * sizes.head_dim, sizes.heads * sizes.head_dim
+    stored = sizes.depth * kv * itemsize
     group: list[_Task] = []
     room = rows = 0
     for task in tasks:
-        room = max(room, task.room)
         width = 4 * sizes.hidden + 2 * heads + kv + (0 if task.delta is None else sizes.inner)
-        rows += len(task.text) * width * itemsize
-        needed = rows + (len(group) + 1) * room * sizes.depth * kv * itemsize
-        if memory is not None and needed > memory:
-            alone = len(task.text) * width * itemsize + task.room * sizes.depth * kv * itemsize
+        task_rows = len(task.text) * width * itemsize
+        if memory is not None and rows + task_rows + (len(group) + 1) * max(room, task.room) * stored > memory:
+            alone = task_rows + task.room * stored
             if alone > memory:
                 raise MemoryBudgetError(
                     f"text {task.number} needs {alone / 2**20:.1f} MiB to be continued, and {memory / 2**20:.1f} MiB "
                     "are left for it; give more memory"
                 )
             yield group
-            group, room, rows = [], task.room, len(task.text) * width * itemsize
+            group, room, rows = [], 0, 0
         group.append(task)
+        room, rows = max(room, task.room), rows + task_rows
     yield group
 
 
-def _run(ready: _Ready, group: Sequence[_Task], top_k: int | None) -> list[tuple[int, ...]]:
-    """The new tokens of each task; where memory runs out after all, of one half after the other."""
-    try:
-        return _Growing(ready, group).grow(top_k)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        if len(group) == 1:
-            raise MemoryBudgetError(
-                f"memory ran out on text {group[0].number} alone; free some memory, or use a smaller dtype"
-            ) from error
-    if ready.layers.device.type == "cuda":
-        torch.cuda.empty_cache()
-    middle = len(group) // 2
-    return [*_run(ready, group[:middle], top_k), *_run(ready, group[middle:], top_k)]
-
-
 @dataclass(frozen=True)
-class _Ready:
-    """The model made ready for many small steps: its layers and its unembedding, ``read`` rows of logits at a time."""
+class _Model:
+    """The model prepared for many small steps: layers and unembedding, ``tile`` rows of logits at a time."""
 
     layers: Layers
     blocks: Sequence[Block]
     unembedding: Linear
     softcap: float | None
-    read: int
+    tile: int
 
     @classmethod
-    def of(cls, layers: Layers) -> _Ready:
+    def of(cls, layers: Layers) -> _Model:
         readout = layers.readout()
         bias = None if readout.bias is None else readout.bias.to(layers.dtype)
         unembedding = Linear(readout.weight.to(layers.dtype), bias)
-        read = max(1, readout.rows * readout.vocabulary // len(readout.weight))
+        tile = max(1, readout.rows * readout.vocabulary // len(readout.weight))
         blocks = [layers.block(layer) for layer in range(layers.depth)]
-        return cls(layers, blocks, unembedding, readout.softcap, read)
+        return cls(layers, blocks, unembedding, readout.softcap, tile)
 
-    def choose(self, rows: Tensor, top_k: int | None, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    def next_tokens(self, rows: Tensor, top_k: int | None, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """The next tokens (n,) after rows (n, hidden) of the last layer, with numbers ``uniform`` (n,) from [0, 1), and
         whether their logits are finite (n,)."""
         states = self.layers.architecture.final_norm(rows)
-        chosen = [self._choose(states[tile], top_k, uniform[tile]) for tile in pieces(len(states), self.read)]
-        tokens, finite = zip(*chosen, strict=True)
+        tiles = [self._next_tokens(states[tile], top_k, uniform[tile]) for tile in pieces(len(states), self.tile)]
+        tokens, finite = zip(*tiles, strict=True)
         return torch.cat(tokens), torch.cat(finite)
 
-    def _choose(self, states: Tensor, top_k: int | None, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    def _next_tokens(self, states: Tensor, top_k: int | None, uniform: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.unembedding(states)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logits = capped(logits, self.softcap)
+        logits = capped(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.softcap)
         if top_k is None:
             best, tokens = logits.max(-1)
             return tokens, best.isfinite()
         best, tokens = logits.topk(min(top_k, logits.shape[1]), dim=-1)
-        return drawn(best, tokens, uniform), best.isfinite().all(-1)
+        return draw(best, tokens, uniform), best.isfinite().all(-1)
 
 
-def drawn(logits: Tensor, tokens: Tensor, uniform: Tensor) -> Tensor:
+def draw(logits: Tensor, tokens: Tensor, uniform: Tensor) -> Tensor:
     """One of the tokens (n, k) of each row (n,), by their logits (n, k) from the largest on: the first whose
     probability, with those of all before it, exceeds ``uniform`` (n,) float64 from [0, 1)."""
-    reached = logits.double().softmax(-1).cumsum(-1)
-    place = (reached <= uniform[:, None]).sum(-1).clamp_(max=logits.shape[1] - 1)  # the last may stay just below 1
-    return tokens.gather(1, place[:, None])[:, 0]
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    index = (cumulative <= uniform[:, None]).sum(-1).clamp_(max=logits.shape[1] - 1)  # the last may stay just below 1
+    return tokens.gather(1, index[:, None])[:, 0]
 
 
-class _Growing:
+class _TextGroup:
     """Texts that grow together. past: by layer, stored keys and values (texts, room, 2 * kv_heads * head_dim)."""
 
-    def __init__(self, ready: _Ready, tasks: Sequence[_Task]) -> None:
-        self.ready, self.layers, self.tasks = ready, ready.layers, tasks
+    def __init__(self, model: _Model, tasks: Sequence[_Task]) -> None:
+        self.model, self.layers, self.tasks = model, model.layers, tasks
         self.device = self.layers.device
         self.tokens = np.array([len(task.text) for task in tasks])
         self.start = np.cumsum(self.tokens) - self.tokens
         self.lengths = np.array([task.length for task in tasks])
-        self.deltas = _Deltas.of([task.delta for task in tasks], ready)
+        self.deltas = _Deltas.of([task.delta for task in tasks], model)
         sizes, room = self.layers.architecture.sizes, max(task.room for task in tasks)
         stored = (len(tasks), room, 2 * sizes.kv_heads * sizes.head_dim)
-        # zeros: what is not written yet takes part with weight zero, and must be finite
-        self.past = [torch.zeros(stored, dtype=self.layers.dtype, device=self.device) for _ in ready.blocks]
+        # zeros: rows that are not written yet take part with weight zero, and must be finite
+        self.past = [torch.zeros(stored, dtype=self.layers.dtype, device=self.device) for _ in model.blocks]
 
     def grow(self, top_k: int | None) -> list[tuple[int, ...]]:
         """The new tokens of each text."""
         steps = int(self.lengths[0])
         uniform = torch.zeros(steps, len(self.tasks), dtype=torch.float64)
         if top_k is not None:
-            for place, task in enumerate(self.tasks):
+            for column, task in enumerate(self.tasks):
                 generator = torch.Generator().manual_seed(task.seed)
-                uniform[: task.length, place] = torch.rand(task.length, dtype=torch.float64, generator=generator)
+                uniform[: task.length, column] = torch.rand(task.length, dtype=torch.float64, generator=generator)
         uniform = uniform.to(self.device)
         new = torch.zeros(len(self.tasks), steps, dtype=torch.int64, device=self.device)
         finite = torch.ones(len(self.tasks), dtype=torch.bool, device=self.device)
         length = torch.from_numpy(self.tokens).to(self.device)
         rows = self._begin()
         for step in range(steps):
-            tokens, right = self.ready.choose(rows, top_k, uniform[step, : len(rows)])
+            tokens, are_finite = self.model.next_tokens(rows, top_k, uniform[step, : len(rows)])
             new[: len(rows), step] = tokens
-            finite[: len(rows)] &= right
+            finite[: len(rows)] &= are_finite
             live = int((self.lengths > step + 1).sum())
             if live:
                 rows = self._step(tokens[:live], length[:live] + step, int(self.tokens[:live].max()) + step + 1)
@@ -266,26 +249,26 @@ class _Growing:
             raise ModelError(
                 f"text {number}: logits are not finite in {self.layers.dtype}; compute in float32 or bfloat16"
             )
-        return [tuple(own[: task.length]) for own, task in zip(new.tolist(), self.tasks, strict=True)]
+        return [tuple(row[: task.length]) for row, task in zip(new.tolist(), self.tasks, strict=True)]
 
     def _begin(self) -> Tensor:
         """Rows (texts, hidden) of the last layer at the last token of each text; its keys and values are stored."""
         texts = [task.text for task in self.tasks]
-        runs = Runs.of_texts(texts, self.device, read=np.ones_like(self.tokens))
+        runs = Runs.whole(self.tokens, self.device, read=np.ones_like(self.tokens))
         room = self.past[0].shape[1]
-        places = torch.from_numpy(spans(np.arange(len(texts)) * room, self.tokens)).to(self.device)
+        slots = torch.from_numpy(spans(np.arange(len(texts)) * room, self.tokens)).to(self.device)
         rows = self.layers.enter(texts)
-        for layer, (block, past) in enumerate(zip(self.ready.blocks, self.past, strict=True)):
+        for layer, (block, past) in enumerate(zip(self.model.blocks, self.past, strict=True)):
             last = layer == self.layers.depth - 1
-            change = self.deltas.change(layer, (lambda own: own.places) if last else self._all_rows)
+            change = self.deltas.change(layer, (lambda target: target.index) if last else self._all_rows)
             passed = self.layers.advance(block, rows, runs, read_only=last, change=change)
-            past.flatten(0, 1)[places] = passed.keys_values
+            past.flatten(0, 1)[slots] = passed.keys_values
             rows = passed.out
         return rows
 
-    def _all_rows(self, changed: _Changed) -> Tensor:
+    def _all_rows(self, target: _ChangedTexts) -> Tensor:
         """The rows of all tokens of the texts with a change."""
-        rows = spans(self.start[changed.texts], self.tokens[changed.texts])
+        rows = spans(self.start[target.texts], self.tokens[target.texts])
         return torch.from_numpy(rows).to(self.device)
 
     def _step(self, tokens: Tensor, positions: Tensor, seen: int) -> Tensor:
@@ -294,14 +277,14 @@ class _Growing:
         layers, live = self.layers, len(tokens)
         embeddings = layers.architecture.embed(tokens).to(self.device, layers.dtype)
         rows = layers.architecture.enter(embeddings, positions)
-        each = torch.arange(live, device=self.device)
-        for layer, (block, past) in enumerate(zip(self.ready.blocks, self.past, strict=True)):
+        texts = torch.arange(live, device=self.device)
+        for layer, (block, past) in enumerate(zip(self.model.blocks, self.past, strict=True)):
             keys_values = layers.by_tiles(block.keys_values, rows, positions)
-            past[each, positions] = keys_values
+            past[texts, positions] = keys_values
             queries = layers.by_tiles(block.queries, rows, positions)
             heads = self._attend(block, queries, past[:live, :seen], positions)
-            change = self.deltas.change(layer, lambda own: own.places[: np.searchsorted(own.texts, live)])
-            rows = layers.behind_attention(block, rows, heads, keys_values, change).out
+            change = self.deltas.change(layer, lambda target: target.index[: np.searchsorted(target.texts, live)])
+            rows = layers.after_attention(block, rows, heads, keys_values, change).out
         return rows
 
     def _attend(self, block: Block, queries: Tensor, past: Tensor, positions: Tensor) -> Tensor:
@@ -310,56 +293,55 @@ class _Growing:
         keys, values = past.unflatten(2, (2, -1, block.head_dim)).unbind(2)
         visible = visible_keys(positions, past.shape[1], block.window)
         at_once = max(1, self.layers.tiles.keys // past.shape[1])
-        parts = zip(*(whole.split(at_once) for whole in (query, keys, values, visible[:, None])), strict=True)
-        heads = [attend(q, k, v, seen, block.scale, block.softcap) for q, k, v, seen in parts]
+        tiles = zip(*(whole.split(at_once) for whole in (query, keys, values, visible[:, None])), strict=True)
+        heads = [attend(q, k, v, seen, block.scale, block.softcap) for q, k, v, seen in tiles]
         return torch.cat(heads).flatten(1)
 
 
 @dataclass(frozen=True)
-class _Changed:
-    """A change of one layer, and the texts that have it, by number and in order: texts (n,), places (n,) the same on
-    the device."""
+class _ChangedTexts:
+    """A change of one layer, and the texts that have it, in order: texts (n,), index (n,) the same on the device."""
 
     change: LowRank | Dense
     texts: np.ndarray
-    places: Tensor
+    index: Tensor
 
 
 @dataclass(frozen=True)
 class _Deltas:
-    """What is changed in each layer, for which of the texts."""
+    """The changes of each layer, with the texts that have them."""
 
-    changes: dict[int, list[_Changed]]
+    changes: dict[int, list[_ChangedTexts]]
 
     @classmethod
-    def of(cls, deltas: Sequence[Delta | None], ready: _Ready) -> _Deltas:
-        layers = ready.layers
+    def of(cls, deltas: Sequence[Delta | None], model: _Model) -> _Deltas:
+        layers = model.layers
         wide = torch.promote_types(layers.dtype, torch.float32)
         distinct = {id(delta): delta for delta in deltas if delta is not None}
-        changes: dict[int, list[_Changed]] = {}
+        changes: dict[int, list[_ChangedTexts]] = {}
         for delta in distinct.values():
-            texts = np.array([number for number, own in enumerate(deltas) if own is delta])
-            places = torch.from_numpy(texts).to(layers.device)
+            texts = np.array([number for number, other in enumerate(deltas) if other is delta])
+            index = torch.from_numpy(texts).to(layers.device)
             for layer, change in delta.changes.items():
-                if layer >= layers.depth or change.shape != tuple(ready.blocks[layer].down.weight.shape):
+                if layer >= layers.depth or change.shape != tuple(model.blocks[layer].down.weight.shape):
                     raise ExperimentError(
                         f"a delta has a change of {change.shape} for layer {layer}, which does not fit the model; use "
                         "deltas of this model"
                     )
-                changes.setdefault(layer, []).append(_Changed(change.to(layers.device, wide), texts, places))
+                changes.setdefault(layer, []).append(_ChangedTexts(change.to(layers.device, wide), texts, index))
         return cls(changes)
 
-    def change(self, layer: int, rows_of: Callable[[_Changed], Tensor]) -> Change | None:
+    def change(self, layer: int, rows_of: Callable[[_ChangedTexts], Tensor]) -> Change | None:
         """The change of a layer in a pass where ``rows_of`` are the rows of the texts that have it."""
         if layer not in self.changes:
             return None
 
-        def changed(keys: Tensor, values: Tensor) -> Tensor:
-            for own in self.changes[layer]:
-                rows = rows_of(own)
+        def add(keys: Tensor, values: Tensor) -> Tensor:
+            for target in self.changes[layer]:
+                rows = rows_of(target)
                 if len(rows):
-                    more = own.change.product(keys.index_select(0, rows))
-                    values[rows] = (values[rows] + more).to(values.dtype)
+                    product = target.change.product(keys.index_select(0, rows))
+                    values[rows] = (values[rows] + product).to(values.dtype)
             return values
 
-        return changed
+        return add

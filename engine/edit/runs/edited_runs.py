@@ -1,4 +1,4 @@
-"""The cones of edits: of each text the tokens from the lookup on, in the layers behind the edit, over a frozen past."""
+"""Runs of edits: of each text the tokens from the lookup on, in the layers after the edit, over a frozen prefix."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class Prompts:
         return np.cumsum(self.tail_rows) - self.tail_rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Join:
-    """Runs that join the pass behind a layer: texts (n,) and edits (n,) by number; tails: the texts' rows from the
-    lookup on, among those of all texts; lookups (n,): which of these are lookups; merged: for each row of the pass from
-    here on, its place in the rows before and the joining rows behind them; ``runs`` are all from here on, ``of`` (N,)
-    their edits."""
+    """Runs that join the pass after a layer: texts (n,) and edits (n,) by number, with their rows (n,); tails: the
+    texts' rows from the lookup on, among those of all texts; lookups (n,): which of these are lookups; merged: for each
+    row of the pass from here on, its index in the rows before, followed by the joining rows; ``runs`` are all from here
+    on, ``of`` (N,) their edits."""
 
     texts: Tensor
     edits: np.ndarray
@@ -63,17 +63,17 @@ class Join:
 
 
 Joining = Callable[[Block, int, Join], Tensor]
-"""The rows (n, hidden) behind a layer of the runs that join there."""
+"""The rows (n, hidden) of the runs that join after a layer."""
 
 Changing = Callable[[int, "Join", bool], Change | None]
-"""How runs that joined before are edited at a layer too; the flag says that only rows that are read out are there."""
+"""The change at a layer of the runs already in the pass; the flag is true when only read-out rows remain."""
 
 
 class EditedRuns:
-    """The runs of edits: run i is of edit ``of[i]``, in text ``texts[i]``, and differs from the unedited run behind
+    """The runs of edits: run i is of edit ``of[i]``, in text ``texts[i]``, and differs from the unedited run after
     layer ``layer[of[i]]``, from the text's lookup on.
 
-    What is read out comes in the order of ``order``: run ``order[0]``'s rows, then run ``order[1]``'s, ...
+    Rows are read out in the order of ``order``: run ``order[0]``'s rows, then run ``order[1]``'s, ...
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class EditedRuns:
         texts: np.ndarray,
         unedited: FrozenPrefix | None = None,
     ) -> None:
-        """``unedited`` holds the keys and values of what is before the lookups, where there is anything."""
+        """``unedited`` holds the keys and values of the tokens before the lookups, where there are any."""
         self.layers, self.prompts = layers, prompts
         self.keys_values = {} if unedited is None else unedited.keys_values
         self.stored = np.zeros(len(prompts.texts), dtype=np.int64) if unedited is None else unedited.start
@@ -95,16 +95,16 @@ class EditedRuns:
 
     def _joins(self, layer: np.ndarray, of: np.ndarray, texts: np.ndarray) -> Iterator[tuple[int, Join]]:
         device, last = self.layers.device, self.layers.depth - 1
-        live, own = np.empty(0, dtype=np.int64), layer[of]
+        live, first_layer = np.empty(0, dtype=np.int64), layer[of]
         count, read = self.prompts.tail_rows[texts], self.prompts.read[texts]
         for at in np.unique(layer):
-            new = np.flatnonzero(own == at)
-            kept = count if at < last else read  # behind the last layer only what is read out is there
-            sizes = np.concatenate([kept[live], count[new]])
+            new = np.flatnonzero(first_layer == at)
+            rows = count if at < last else read  # after the last layer only read-out rows remain
+            sizes = np.concatenate([rows[live], count[new]])
             first = np.cumsum(sizes) - sizes
             if at == last:
                 first[len(live) :] += (count - read)[new]
-            place = np.argsort(np.concatenate([live, new]), kind="stable")
+            order = np.argsort(np.concatenate([live, new]), kind="stable")
             live = np.sort(np.concatenate([live, new]))
             join = Join(
                 texts=torch.from_numpy(texts[new]).to(device),
@@ -112,7 +112,7 @@ class EditedRuns:
                 rows=count[new],
                 tails=torch.from_numpy(spans(self.prompts.tail_start[texts[new]], count[new])).to(device),
                 lookups=torch.from_numpy(np.cumsum(count[new]) - count[new]).to(device),
-                merged=torch.from_numpy(spans(first[place], kept[live])).to(device),
+                merged=torch.from_numpy(spans(first[order], rows[live])).to(device),
                 runs=self._runs(texts[live]),
                 of=of[live],
             )
@@ -128,39 +128,35 @@ class EditedRuns:
         )
 
     def read_out(self, joining: Joining, changing: Changing | None = None) -> Tensor:
-        """Final, normed rows (n, hidden) of what is read out."""
-        wave = self.wave(joining, changing)
+        """Final, normed rows (n, hidden) that are read out."""
+        edited = EditedPass(self, joining, changing)
         for layer in range(min(self.joins), self.layers.depth):
-            wave.advance(layer, self.layers.block(layer))
-        return wave.states()
-
-    def wave(self, joining: Joining, changing: Changing | None = None) -> EditedPass:
-        """The same in steps of one layer, for a pass that has other runs beside these."""
-        return EditedPass(self, joining, changing)
+            edited.advance(layer, self.layers.block(layer))
+        return edited.states()
 
 
 class EditedPass:
-    """The rows of a cone on their way through the layers."""
+    """The rows of edited runs on their way through the layers, one at a time, so that other runs can go beside them."""
 
-    def __init__(self, cone: EditedRuns, joining: Joining, changing: Changing | None) -> None:
-        self.cone, self.joining, self.changing = cone, joining, changing
+    def __init__(self, edited: EditedRuns, joining: Joining, changing: Changing | None = None) -> None:
+        self.edited, self.joining, self.changing = edited, joining, changing
         self.rows: Tensor | None = None
         self.live: Join | None = None
 
     def advance(self, layer: int, block: Block) -> None:
-        """Go through a layer; then the runs that differ behind it join."""
-        layers, joins = self.cone.layers, self.cone.joins
+        """Go through a layer; then the runs that differ after it join."""
+        layers, joins = self.edited.layers, self.edited.joins
         if self.rows is not None and self.live is not None:
             last = layer == layers.depth - 1
             change = self.changing(layer, self.live, last) if self.changing else None
-            past = self.cone.keys_values.get(layer)
+            past = self.edited.keys_values.get(layer)
             self.rows = layers.advance(block, self.rows, self.live.runs, past=past, read_only=last, change=change).out
         if layer in joins:
             self.live = joins[layer]
-            own = self.joining(block, layer, self.live)
-            self.rows = (own if self.rows is None else torch.cat([self.rows, own])).index_select(0, self.live.merged)
+            new = self.joining(block, layer, self.live)
+            self.rows = (new if self.rows is None else torch.cat([self.rows, new])).index_select(0, self.live.merged)
 
     def states(self) -> Tensor:
-        """Final, normed rows (n, hidden) of what is read out."""
+        """Final, normed rows (n, hidden) that are read out."""
         assert self.rows is not None
-        return self.cone.layers.architecture.final_norm(self.rows)
+        return self.edited.layers.architecture.final_norm(self.rows)

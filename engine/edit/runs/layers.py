@@ -1,4 +1,4 @@
-"""Goes through the layers of a model with packed runs, forwards or under autograd."""
+"""A model's layers over packed runs, forwards or under autograd."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from causalcone.kernels.backends import TORCH, Backends
 from causalcone.kernels.readout import Readout
 from causalcone.kernels.tiles import Tiles, pieces
 
-Ready = TypeVar("Ready")
+Prepared = TypeVar("Prepared")
 
 Change = Callable[[Tensor, Tensor], Tensor]
 """Values (R, hidden) of an edited down-projection, from its keys (R, inner) and the values of the unedited one."""
@@ -25,8 +25,8 @@ Change = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Passed:
-    """What a layer makes of rows: keys and values of attention; the residual before the MLP is added; the keys (where
-    they were asked for) and values of the MLP's down-projection; the layer's output."""
+    """A layer's rows: keys and values of attention; the residual before the MLP is added; keys (where requested) and
+    values of the MLP's down-projection; the layer's output."""
 
     keys_values: Tensor
     mid: Tensor
@@ -37,46 +37,46 @@ class Passed:
 
 @dataclass(frozen=True)
 class Layers:
-    """A model's layers, in the dtype and on the device of the pass. keeps: whether weights that were made ready are
-    kept for the passes to come, until ``forget``. backends: of the readout, and of steps of fine-tuning."""
+    """A model's layers, in the dtype and on the device of the pass. caches: whether prepared weights are kept for later
+    passes, until ``forget``. backends: of the readout, and of steps of fine-tuning."""
 
     architecture: Architecture
     tiles: Tiles
     dtype: torch.dtype
     device: torch.device
-    keeps: bool = False
+    caches: bool = False
     backends: Backends = TORCH
-    _kept: dict[int | str, Any] = field(default_factory=dict)
+    _cache: dict[int | str, Any] = field(default_factory=dict)
 
     @property
     def depth(self) -> int:
         return self.architecture.sizes.depth
 
     def block(self, layer: int) -> Block:
-        return self._ready(layer, lambda: self.architecture.block(layer, self.dtype, self.device))
+        return self._prepared(layer, lambda: self.architecture.block(layer, self.dtype, self.device))
 
     def readout(self) -> Readout:
-        return self._ready("readout", self._readout)
+        return self._prepared("readout", self._readout)
 
     def forget(self) -> None:
         """Read the model's weights anew from here on: it may have been edited."""
-        self._kept.clear()
+        self._cache.clear()
 
     @torch.no_grad()
-    def _ready(self, name: int | str, make: Callable[[], Ready]) -> Ready:
-        if not self.keeps:
+    def _prepared(self, name: int | str, make: Callable[[], Prepared]) -> Prepared:
+        if not self.caches:
             return make()
-        if name not in self._kept:
-            self._kept[name] = make()
-        return self._kept[name]
+        if name not in self._cache:
+            self._cache[name] = make()
+        return self._cache[name]
 
     def _readout(self) -> Readout:
         weight, bias = self.architecture.unembedding()
-        readout = Readout(
-            weight.detach().to(self.device), None if bias is None else bias.detach().to(self.device),
-            self.tiles.readout_rows, self.tiles.vocabulary, self.architecture.logit_softcap, backends=self.backends,
-        )  # fmt: skip
-        return readout.keeping(self.dtype) if self.keeps else readout
+        weight, bias = weight.detach().to(self.device), None if bias is None else bias.detach().to(self.device)
+        rows, vocabulary = self.tiles.readout_rows, self.tiles.vocabulary
+        softcap = self.architecture.logit_softcap
+        readout = Readout(weight, bias, rows, vocabulary, softcap, backends=self.backends)
+        return readout.keeping(self.dtype) if self.caches else readout
 
     @torch.no_grad()
     def enter(self, texts: Sequence[Text]) -> Tensor:
@@ -105,14 +105,14 @@ class Layers:
         """One layer. past: stored keys and values of attention (S, 2 * kv_heads * head_dim); read_only: only the rows
         that are read out go beyond attention's keys and values, as in the last layer."""
         keys_values = self.by_tiles(block.keys_values, rows, runs.positions)
-        asking, positions = rows, runs.positions
+        positions = runs.positions
         if read_only:
-            asking, positions = rows.index_select(0, runs.read_rows), positions[runs.read_rows]
-        queries = self.by_tiles(block.queries, asking, positions)
+            rows, positions = rows.index_select(0, runs.read_rows), positions[runs.read_rows]
+        queries = self.by_tiles(block.queries, rows, positions)
         heads = self._attend(block, queries, keys_values, runs, past, read_only)
-        return self.behind_attention(block, asking, heads, keys_values, change, keep_keys)
+        return self.after_attention(block, rows, heads, keys_values, change, keep_keys)
 
-    def behind_attention(
+    def after_attention(
         self,
         block: Block,
         rows: Tensor,
@@ -129,7 +129,7 @@ class Layers:
     def _project(
         self, block: Block, rows: Tensor, change: Change | None, keep_keys: bool
     ) -> tuple[Tensor | None, Tensor]:
-        """Keys, if asked for, and values of the down-projection."""
+        """Keys, if requested, and values of the down-projection."""
         if not keep_keys and change is None:
             return None, self.by_tiles(lambda tile: block.down(block.keys_of_mlp(tile)), rows)
         keys = self.by_tiles(block.keys_of_mlp, rows)
@@ -141,14 +141,14 @@ class Layers:
     ) -> Tensor:
         """The heads' outputs (Q, heads * head_dim): one dense batch for all runs of one form."""
         outputs = []
-        # split, not sliced: the way back of a slice goes through all rows
-        queried = queries.split([batch.queries(read_only) for batch in runs.batches])
-        own_keys = keys_values.split([batch.count * batch.length for batch in runs.batches])
-        for batch, own, key_rows in zip(runs.batches, queried, own_keys, strict=True):
-            if not len(own):
+        # split, not sliced: the gradient of a slice goes through all rows
+        by_batch = queries.split([batch.queries(read_only) for batch in runs.batches])
+        keys_by_batch = keys_values.split([batch.count * batch.length for batch in runs.batches])
+        for batch, query_rows, key_rows in zip(runs.batches, by_batch, keys_by_batch, strict=True):
+            if not len(query_rows):
                 continue
             keys = self._keys(batch, key_rows, past, block.head_dim)
-            query = own.view(batch.count, -1, self.architecture.sizes.heads, block.head_dim)
+            query = query_rows.view(batch.count, -1, self.architecture.sizes.heads, block.head_dim)
             visible = batch.visible(query.shape[1], keys.shape[1], block.window)
             runs_at_once = max(1, self.tiles.keys // keys.shape[1])
             for q, k in zip(query.split(runs_at_once), keys.split(runs_at_once), strict=True):
@@ -159,16 +159,16 @@ class Layers:
 
     @staticmethod
     def _keys(batch: RunBatch, keys_values: Tensor, past: Tensor | None, head_dim: int) -> Tensor:
-        """(B, K, 2, kv_heads, head_dim) what runs of one form see, stored and own."""
-        own = keys_values.view(batch.count, -1, 2, keys_values.shape[1] // 2 // head_dim, head_dim)
+        """(B, K, 2, kv_heads, head_dim): the keys and values that runs of one form see, the stored ones first."""
+        new = keys_values.view(batch.count, -1, 2, keys_values.shape[1] // 2 // head_dim, head_dim)
         if past is None or not batch.past.shape[1]:
-            return own
-        stored = past.index_select(0, batch.past.flatten()).view(*batch.past.shape, *own.shape[2:])
-        return torch.cat([stored, own], dim=1)
+            return new
+        stored = past.index_select(0, batch.past.flatten()).view(*batch.past.shape, *new.shape[2:])
+        return torch.cat([stored, new], dim=1)
 
     def by_tiles(self, function: Callable[..., Tensor], rows: Tensor, *more: Tensor) -> Tensor:
         """``function`` of rows; without gradient in tiles that stay in cache."""
         if (rows.requires_grad and torch.is_grad_enabled()) or len(rows) <= self.tiles.rows:
             return function(rows, *more)
-        parts = [function(rows[part], *(other[part] for other in more)) for part in pieces(len(rows), self.tiles.rows)]
-        return torch.cat(parts)
+        tiles = pieces(len(rows), self.tiles.rows)
+        return torch.cat([function(rows[tile], *(other[tile] for other in more)) for tile in tiles])

@@ -1,12 +1,8 @@
-"""Token sequences packed into one tensor of rows: where each run's rows lie, and which rows attend to which.
-
-Editing needs none of the finer forks of tracing: a run has a row for each of its tokens from some token on, at every
-layer, and the tokens before that one have stored keys and values.
-"""
+"""Token sequences packed into one tensor of rows: where each run's rows lie, and which rows attend to which."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,7 +28,7 @@ class Text:
 @dataclass(frozen=True)
 class RunBatch:
     """Runs of one form, whose rows are neighbours: ``count`` (B) runs of ``length`` (m) rows each, of which the last
-    ``read`` are read out, and before them stored rows: past (B, p)."""
+    ``read`` are read out, after stored rows: past (B, p)."""
 
     count: int
     length: int
@@ -44,15 +40,15 @@ class RunBatch:
         return self.count * (self.read if read_only else self.length)
 
     def visible(self, queries: int, keys: int, window: int | None) -> Tensor:
-        """(m, K) which keys each of the last ``queries`` tokens sees."""
+        """(m, K) bool, which keys each of the last ``queries`` tokens sees."""
         return visible_keys(torch.arange(keys - queries, keys, device=self.past.device), keys, window)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Runs:
     """Runs in the order of their rows, all (N,) int64: run i has ``past[i]`` tokens whose keys and values are stored,
-    at rows ``stored[i]`` and following, then ``rows[i]`` tokens with rows of their own, of which the last ``read[i]``
-    are read out. Runs of one form must be neighbours (``in_order``)."""
+    from row ``stored[i]`` on, then ``rows[i]`` tokens with rows of their own, of which the last ``read[i]`` are read
+    out. Runs of one form must be neighbours (``in_order``)."""
 
     past: np.ndarray
     rows: np.ndarray
@@ -61,11 +57,10 @@ class Runs:
     device: torch.device
 
     @classmethod
-    def of_texts(cls, texts: Sequence[Text], device: torch.device, read: np.ndarray | None = None) -> Runs:
-        """Whole texts, which must be in order of their lengths and of how many rows are read."""
-        rows = np.array([len(text) for text in texts], dtype=np.int64)
+    def whole(cls, rows: np.ndarray, device: torch.device, read: np.ndarray | None = None) -> Runs:
+        """Runs of whole texts of ``rows`` (N,) tokens, in order of their lengths and of how many rows are read."""
         none = np.zeros_like(rows)
-        return cls(none, rows, none if read is None else read, none, device)
+        return cls(past=none, rows=rows, read=none if read is None else read, stored=none, device=device)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,7 +1,11 @@
-"""What edited models write: its entropy, and how alike it is to texts about the new target (METHODS 5)."""
+"""Metrics of what edited models write: n-gram entropy, and likeness to texts about the new target (docs/editing.md,
+"Scores")."""
 
 from __future__ import annotations
 
+import math
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,13 +14,70 @@ from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.scoring.metrics import Row
 from causalcone.engine.edit.scoring.sampled_texts import generate_texts
-from causalcone.engine.edit.scoring.text_metrics import ReferenceScorer, generation_entropy
+from causalcone.engine.errors import ExperimentError
 from causalcone.engine.facts import Fact
 from causalcone.engine.run.session import Session
 
+_WORD = re.compile(r"\w+(?:['\u2019]\w+)*|[^\w\s]")
+_ENTROPY_WEIGHTS = {2: 2 / 3, 3: 4 / 3}
+
+
+def words(text: str) -> list[str]:
+    """The words of a text as written, contractions whole, and every other character but space as one word.
+
+    Published code splits words as the Penn Treebank does, which also takes contractions apart.
+    """
+    return _WORD.findall(text)
+
+
+def generation_entropy(texts: Sequence[str]) -> float:
+    """Meng et al. 2022's generation entropy in bits, low where a model repeats itself: the mean of 2/3 of the entropy
+    of a text's bigrams and 4/3 of that of its trigrams (0 for a text too short to have any), averaged over texts.
+
+    Raises ``ExperimentError`` for no texts.
+    """
+    if not texts:
+        raise ExperimentError("there are no texts; give at least one generated text")
+    entropies = (weight * _entropy(words(text), n) for text in texts for n, weight in _ENTROPY_WEIGHTS.items())
+    return math.fsum(entropies) / len(_ENTROPY_WEIGHTS) / len(texts)
+
+
+def _entropy(tokens: Sequence[str], n: int) -> float:
+    counts = Counter(zip(*(tokens[start:] for start in range(n)), strict=False)).values()
+    total = sum(counts)
+    return math.fsum(count / total * math.log2(total / count) for count in counts)
+
+
+class ReferenceScorer:
+    """Meng et al. 2022's reference score: how similar generated texts are to reference texts.
+
+    ``corpus`` holds the texts that words are weighed by, in published code all reference texts of a data set: its words
+    are the vocabulary, and the fewer of its texts have one, the more it weighs (smoothed inverse document frequency).
+    Words are lower-cased and have two or more letters or digits. Raises ``ExperimentError`` for a corpus without words.
+    """
+
+    def __init__(self, corpus: Sequence[str]) -> None:
+        from sklearn.feature_extraction.text import TfidfVectorizer  # slow to import, and few need it
+
+        self._vectorizer = TfidfVectorizer()
+        try:
+            self._vectorizer.fit(corpus)
+        except ValueError as error:
+            raise ExperimentError(f"the {len(corpus)} texts of the corpus cannot weigh words: {error}") from error
+
+    def score(self, generations: Sequence[str], references: Sequence[str]) -> float:
+        """The cosine, in [0, 1], between the weighted word counts of all generations and of all references; 0 where one
+        side has no word of the vocabulary. Raises ``ExperimentError`` where one side has no texts."""
+        for name, texts in (("generations", generations), ("references", references)):
+            if not texts:
+                raise ExperimentError(f"there are no {name}; give at least one text")
+        vectors = self._vectorizer.transform([" ".join(generations), " ".join(references)])
+        generated, reference = vectors.toarray()  # of length 1, or 0
+        return min(1.0, float(generated @ reference))
+
 
 class References(Protocol):
-    """Texts about targets: those about a fact's new target, and all of them."""
+    """Texts about targets: those about a fact's new target, and all of them (``corpus``)."""
 
     def of(self, fact: Fact) -> Sequence[str]: ...
 
@@ -26,7 +87,7 @@ class References(Protocol):
 
 @dataclass(frozen=True)
 class Generation:
-    """Texts that the model writes after the facts' generation prompts, before and after edits."""
+    """Metrics of the texts that the model writes after the facts' generation prompts, before and after edits."""
 
     session: Session
     seed: int
@@ -35,15 +96,15 @@ class Generation:
 
     def rows(self, edits: Sequence[Edit]) -> Iterator[Row]:
         """The metrics of each edit whose fact has generation prompts."""
-        asked = [edit for edit in edits if edit.request.fact.generation_prompts]
-        requests: dict[int, Request] = {id(edit.request): edit.request for edit in asked}
+        edits = [edit for edit in edits if edit.request.fact.generation_prompts]
+        requests: dict[int, Request] = {id(edit.request): edit.request for edit in edits}
         before = dict(zip(requests, generate_texts(self.session, list(requests.values()), self.seed), strict=True))
-        done = [edit for edit in asked if edit.delta is not None]
+        made = [edit for edit in edits if edit.delta is not None]
         written = generate_texts(
-            self.session, [edit.request for edit in done], self.seed, [edit.delta for edit in done]
+            self.session, [edit.request for edit in made], self.seed, [edit.delta for edit in made]
         )
-        after = {id(edit): texts for edit, texts in zip(done, written, strict=True)}
-        for edit in asked:
+        after = {id(edit): texts for edit, texts in zip(made, written, strict=True)}
+        for edit in edits:
             pre, post = before[id(edit.request)], after.get(id(edit))
             entropy = None if post is None else generation_entropy(post)
             yield edit.edit_id, "generation_entropy", generation_entropy(pre), entropy

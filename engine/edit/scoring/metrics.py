@@ -1,4 +1,5 @@
-"""Metrics of single edits: perplexity of essence texts, and Meng et al.'s scores and accuracies (METHODS 5)."""
+"""Metrics of single edits: perplexity of essence texts, and Meng et al.'s scores and accuracies (docs/editing.md,
+"Scores")."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from causalcone.engine.edit.scoring.probes import (
     PARAPHRASE,
     REWRITE,
     TARGET,
+    Answer,
     ProbeSet,
 )
 from causalcone.engine.edit.scoring.scoring import ProbeResults, Scored
@@ -29,8 +31,8 @@ _NAMES = {REWRITE: "efficacy", PARAPHRASE: "paraphrase", NEIGHBORHOOD: "neighbor
 
 
 def metrics_of(scored: Scored, accuracy: bool) -> Iterator[Row]:
-    """All metrics that the scored questions give, none where the unedited model's answers are not finite; ``accuracy``
-    says whether the most likely tokens were read."""
+    """All metrics that the scored probes give, none where the unedited model's results are not finite; ``accuracy``:
+    whether the most likely tokens were read."""
     if not scored.pre.finite:
         return
     rows = {
@@ -44,59 +46,63 @@ def metrics_of(scored: Scored, accuracy: bool) -> Iterator[Row]:
 
 def _perplexity(scored: Scored) -> dict[str, Values]:
     """Mean over texts of exp(-sum of the N - 1 log-probabilities / N)."""
-    texts = [place for place, each in enumerate(scored.questions.asked) if each.kind == ESSENCE]
+    probes = enumerate(scored.probes.probes)
+    texts = [(number, 1 + len(probe.tokens)) for number, probe in probes if probe.kind == ESSENCE]
     if not texts:
         return {}
-    lengths = np.array([1 + len(scored.questions.asked[place].tokens) for place in texts])
+    numbers, lengths = np.array(texts).T
 
-    def mean(answers: ProbeResults) -> float:
-        return float(np.exp(-answers.log_p[texts] / lengths).mean())
+    def mean(results: ProbeResults) -> float:
+        return float(np.exp(-results.log_p[numbers] / lengths).mean())
 
     return {"perplexity": _before_and_after(scored, mean)}
 
 
 def _success(scored: Scored, kind: str) -> Iterator[tuple[str, Values]]:
-    """Score and magnitude: how often, and by how much, the new target is more likely than the true one (the other way
-    round for neighbours); p is the geometric mean over the target's tokens."""
-    pairs = _pairs(scored.questions, kind)
+    """Score and magnitude: how often, and by how much, the new target is more likely than the true one (for neighbours
+    the reverse); p is the geometric mean over the target's tokens."""
+    pairs = _pairs(scored.probes, kind)
     if not pairs:
         return
     new, true = np.array(pairs).T
     if kind == NEIGHBORHOOD:
         new, true = true, new
-    counts = np.array([len(each.tokens) for each in scored.questions.asked])
+    counts = np.array([len(probe.tokens) for probe in scored.probes.probes])
 
-    def differences(answers: ProbeResults) -> np.ndarray:
-        p = np.exp(answers.log_p / counts)
+    def differences(results: ProbeResults) -> np.ndarray:
+        p = np.exp(results.log_p / counts)
         return p[new] - p[true]
 
-    yield f"{_NAMES[kind]}_score", _before_and_after(scored, lambda own: float((differences(own) > 0).mean()))
-    yield f"{_NAMES[kind]}_magnitude", _before_and_after(scored, lambda own: float(differences(own).mean()))
+    yield f"{_NAMES[kind]}_score", _before_and_after(scored, lambda results: float((differences(results) > 0).mean()))
+    yield f"{_NAMES[kind]}_magnitude", _before_and_after(scored, lambda results: float(differences(results).mean()))
 
 
-def _pairs(questions: ProbeSet, kind: str) -> list[tuple[int, int]]:
-    """For each prompt of a kind, the questions about the new target and about the true one."""
-    places = {(each.index, each.answer): n for n, each in enumerate(questions.asked) if each.kind == kind}
-    new, true = (TARGET, OTHER) if questions.request.trains_new else (OTHER, TARGET)
-    return [
-        (places[index, new], places[index, true])
-        for index, answer in places
-        if answer == new and (index, true) in places
-    ]
+def _numbers(probes: ProbeSet, kind: str) -> dict[tuple[int, Answer], int]:
+    """The numbers of the probes of a kind, by prompt and answer."""
+    return {(probe.index, probe.answer): n for n, probe in enumerate(probes.probes) if probe.kind == kind}
+
+
+def _pairs(probes: ProbeSet, kind: str) -> list[tuple[int, int]]:
+    """For each prompt of a kind, the probes of the new target and of the true one."""
+    numbers = _numbers(probes, kind)
+    targets: tuple[Answer, Answer] = (TARGET, OTHER)
+    new, true = targets if probes.request.trains_new else targets[::-1]
+    prompts = [index for index, answer in numbers if answer == new and (index, true) in numbers]
+    return [(numbers[index, new], numbers[index, true]) for index in prompts]
 
 
 def _accuracies(scored: Scored) -> Iterator[tuple[str, Values]]:
     """The share of the target's tokens that are the most likely ones, of neighbours those of their own answer where
     they have one."""
     for kind in _NAMES:
-        places = {(each.index, each.answer): n for n, each in enumerate(scored.questions.asked) if each.kind == kind}
-        chosen = [places.get((index, OWN), place) for (index, answer), place in places.items() if answer == TARGET]
-        if chosen:
-            yield f"{kind}_accuracy", _before_and_after(scored, partial(_mean_right, at=chosen))
+        numbers = _numbers(scored.probes, kind)
+        read = [numbers.get((index, OWN), number) for (index, answer), number in numbers.items() if answer == TARGET]
+        if read:
+            yield f"{kind}_accuracy", _before_and_after(scored, partial(_mean_right, numbers=read))
 
 
-def _mean_right(answers: ProbeResults, at: list[int]) -> float:
-    return float(answers.right[at].mean())
+def _mean_right(results: ProbeResults, numbers: list[int]) -> float:
+    return float(results.right[numbers].mean())
 
 
 def _before_and_after(scored: Scored, metric: Callable[[ProbeResults], float]) -> Values:

@@ -20,34 +20,30 @@ TEXT_TOKENS = 100
 
 
 def essence_texts(session: Session, facts: Iterable[Fact], seed: int) -> dict[str, list[str]]:
-    """By fact, five texts that the unedited model gives to "{subject} is a": up to 100 tokens with the prompt's (and no
-    more when the text is tokenized anew, nor than the model has positions), each one of the five likeliest.
+    """By fact, five texts with which the unedited model continues "{subject} is a": up to 100 tokens with the prompt's
+    (and no more when the text is tokenized anew, nor than the model has positions), each one of the five likeliest.
 
     A fact's texts depend on the model, the seed and the fact's id alone. Raises ``FactError`` for a subject that is too
     long.
     """
-    given, sizes = list(facts), session.sizes
-    check_unique(given)
-    about = [replace(fact, prompt=ESSENCE) for fact in given]
+    facts, sizes = list(facts), session.sizes
+    check_unique(facts)
+    about = [replace(fact, prompt=ESSENCE) for fact in facts]
     prompts = [encode(fact, session.tokenizer, "argmax", sizes.vocabulary, sizes.positions).prompt for fact in about]
     texts = [Text(prompt) for prompt in prompts for _ in range(ESSENCE_TEXTS)]
-    lengths = [_left(session, fact, prompt) for fact, prompt in zip(about, prompts, strict=True)]
-    new = continuations(
-        session,
-        texts,
-        [length for length in lengths for _ in range(ESSENCE_TEXTS)],
-        top_k=TOP_K,
-        seeds=[text_seed(seed, "essence", fact.id, number) for fact in given for number in range(ESSENCE_TEXTS)],
-    )
-    whole = [
-        [_whole(session, fact.text, prompt, new[number * ESSENCE_TEXTS + i]) for i in range(ESSENCE_TEXTS)]
-        for number, (fact, prompt) in enumerate(zip(about, prompts, strict=True))
+    lengths = [
+        _room(session, fact, prompt) for fact, prompt in zip(about, prompts, strict=True) for _ in range(ESSENCE_TEXTS)
     ]
-    return {fact.id: own for fact, own in zip(given, whole, strict=True)}
+    seeds = [text_seed(seed, "essence", fact.id, number) for fact in facts for number in range(ESSENCE_TEXTS)]
+    new = iter(continuations(session, texts, lengths, top_k=TOP_K, seeds=seeds))
+    return {
+        fact.id: [_whole(session, fact.text, prompt, next(new)) for _ in range(ESSENCE_TEXTS)]
+        for fact, prompt in zip(about, prompts, strict=True)
+    }
 
 
 def _whole(session: Session, text: str, prompt: Sequence[int], new: tuple[int, ...]) -> str:
-    """A text and what new tokens add to it: so many that it has no more tokens than there may be, tokenized anew."""
+    """A text continued by as many of the new tokens as it has when it is tokenized anew, at most."""
     limit = len(prompt) + len(new)
     while True:
         whole = text + continued(session, prompt, new)
@@ -59,35 +55,30 @@ def _whole(session: Session, text: str, prompt: Sequence[int], new: tuple[int, .
 def generate_texts(
     session: Session, requests: Sequence[Request], seed: int, deltas: Sequence[Delta | None] | None = None
 ) -> list[list[str]]:
-    """For each request the texts that the model, changed by the request's delta where there is one, gives to the fact's
-    generation prompts: up to 100 tokens with the prompt's, or as many as the model has positions, each one of the five
-    likeliest. In Fact Forcing the subject carries its noise.
+    """For each request the texts with which the model, changed by the request's delta where there is one, continues the
+    fact's generation prompts: up to 100 tokens with the prompt's, or as many as the model has positions, each one of
+    the five likeliest. In Fact Forcing the subject carries its noise.
 
-    What is drawn depends on the seed, the fact's id and the prompt's number alone, so that texts before and after an
+    Random numbers depend on the seed, the fact's id and the prompt's number alone, so that texts before and after an
     edit differ by the edit. Raises ``FactError`` for a prompt that is too long.
     """
     if deltas is not None and len(deltas) != len(requests):
         raise ExperimentError(f"there are {len(requests)} requests and {len(deltas)} deltas; give one for each")
     encoder = Encoder(session.tokenizer, session.sizes)
-    own = [(number, i) for number, each in enumerate(requests) for i in range(len(each.fact.generation_prompts))]
-    prompts = [requests[number].fact.generation_prompts[i] for number, i in own]
-    texts = [encoder.written(requests[number], prompt) for (number, _), prompt in zip(own, prompts, strict=True)]
-    new = continuations(
-        session,
-        texts,
-        [_left(session, requests[number].fact, text.tokens) for (number, _), text in zip(own, texts, strict=True)],
-        top_k=TOP_K,
-        seeds=[text_seed(seed, "generation", requests[number].fact.id, i) for number, i in own],
-        deltas=None if deltas is None else [deltas[number] for number, _ in own],
-    )
-    written: list[list[str]] = [[] for _ in requests]
-    for (number, _), prompt, text, tokens in zip(own, prompts, texts, new, strict=True):
-        written[number].append(prompt + continued(session, text.tokens, tokens))
-    return written
+    texts, lengths, seeds, text_deltas = [], [], [], []
+    for request, delta in zip(requests, deltas or [None] * len(requests), strict=True):
+        for index, prompt in enumerate(request.fact.generation_prompts):
+            texts.append(encoder.written(request, prompt))
+            lengths.append(_room(session, request.fact, texts[-1].tokens))
+            seeds.append(text_seed(seed, "generation", request.fact.id, index))
+            text_deltas.append(delta)
+    new = continuations(session, texts, lengths, top_k=TOP_K, seeds=seeds, deltas=text_deltas)
+    written = (continued(session, text.tokens, tokens) for text, tokens in zip(texts, new, strict=True))
+    return [[prompt + next(written) for prompt in request.fact.generation_prompts] for request in requests]
 
 
-def _left(session: Session, fact: Fact, prompt: Sequence[int]) -> int:
-    """How many tokens a text may have behind its prompt."""
+def _room(session: Session, fact: Fact, prompt: Sequence[int]) -> int:
+    """How many tokens a text may have after its prompt."""
     limit = min(TEXT_TOKENS, session.sizes.positions)
     if len(prompt) >= limit:
         raise FactError(

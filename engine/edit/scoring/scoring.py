@@ -1,5 +1,5 @@
-"""Reads many edited models in one pass: each edit's runs share every layer below it with the unedited ones, and no
-weight is written (METHODS 5)."""
+"""Scores of many edited models in one pass: each edit's runs share every layer below it with the unedited ones, and no
+weight is written (docs/editing.md, "Scores")."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from causalcone.engine.edit.deltas.rows import Addition, addition, changed, slic
 from causalcone.engine.edit.methods.batching import Batching, edit_name
 from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.requests.windows import check_layer
-from causalcone.engine.edit.runs.edited_runs import EditedRuns, Join, Prompts
+from causalcone.engine.edit.runs.edited_runs import EditedPass, EditedRuns, Join, Prompts
 from causalcone.engine.edit.runs.layers import Change, Layers, Passed
 from causalcone.engine.edit.runs.packed_runs import Runs
 from causalcone.engine.edit.scoring.probes import ProbeSet
@@ -26,8 +26,8 @@ from causalcone.engine.models.base import Block, Sizes
 
 @dataclass(frozen=True)
 class ProbeResults:
-    """log_p (Q,) float64: of each question's answer, summed over its tokens; right (Q,): the share of its tokens that
-    are the most likely ones, NaN where that was not asked."""
+    """log_p (Q,) float64: of each probe's answer, summed over its tokens; right (Q,): the share of its tokens that are
+    the most likely ones, NaN where that was not requested."""
 
     log_p: np.ndarray
     right: np.ndarray
@@ -39,58 +39,61 @@ class ProbeResults:
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """An edit with its request's questions, and how the model answers them without and with it; None if it failed."""
+    """An edit with its request's probes, and their results without and with it; None if it failed."""
 
     edit: Edit
-    questions: ProbeSet
+    probes: ProbeSet
     pre: ProbeResults
     post: ProbeResults | None
 
 
+Group = tuple[ProbeSet, list[Edit]]
+"""A request's probes, and edits of it."""
+
+
 @dataclass(frozen=True)
 class EditScorer:
-    """ask: the questions about a request; accuracy: whether the most likely tokens are read as well."""
+    """probes_of: the probes of an edit's request; accuracy: whether the most likely tokens are read as well."""
 
     layers: Layers
     batching: Batching
-    ask: Callable[[Edit], ProbeSet]
+    probes_of: Callable[[Edit], ProbeSet]
     accuracy: bool = False
 
     def score(self, edits: Sequence[Edit]) -> Iterator[Scored]:
-        """Each edit's answers, in order. Edits of one request should follow each other: they share its unedited run."""
-        groups = [(self.ask(own[0]), own) for own in (list(own) for _, own in groupby(edits, _same_request))]
-
-        def name(group: tuple[ProbeSet, list[Edit]]) -> str:
-            return edit_name(group[0].request)
-
-        for part in self.batching.of_items(self._pieces(groups), self._bytes, name):
-            scored = self.batching.run(part, self._together)
+        """Each edit's results, in order. Edits of one request should follow each other: they share its unedited run."""
+        by_request = (list(edits) for _, edits in groupby(edits, lambda edit: id(edit.request)))
+        groups = [(self.probes_of(edits[0]), edits) for edits in by_request]
+        batches = self.batching.of_items(self._fitting(groups), self._bytes, lambda group: edit_name(group[0].request))
+        for batch in batches:
+            scored = self.batching.run(batch, self._together)
             self.layers.forget()
             yield from scored
 
-    def _pieces(self, groups: Sequence[tuple[ProbeSet, list[Edit]]]) -> Iterator[tuple[ProbeSet, list[Edit]]]:
-        """Requests with their edits; with as many at once as the budget holds."""
-        for questions, own in groups:
-            weigh = partial(self._edit_bytes, questions)
-            for part in self.batching.of_items(own, weigh, lambda edit: f"the edit {edit.edit_id!r}", 0.5):
-                yield questions, part
+    def _together(self, groups: list[Group]) -> list[Scored]:
+        return list(_ScoringPass(self, groups).run())
 
-    def _edit_bytes(self, questions: ProbeSet, edit: Edit) -> int:
+    def _fitting(self, groups: Sequence[Group]) -> Iterator[Group]:
+        """Requests with their edits, as many at once as the budget holds."""
+        for probes, edits in groups:
+            weigh = partial(self._edit_bytes, probes)
+            for batch in self.batching.of_items(edits, weigh, lambda edit: f"the edit {edit.edit_id!r}", 0.5):
+                yield probes, batch
+
+    def _edit_bytes(self, probes: ProbeSet, edit: Edit) -> int:
         if edit.delta is None:
             return 0
         later = len(edit.delta.changes) > 1
-        keys = self.layers.architecture.sizes.inner * self.layers.dtype.itemsize
-        return questions.rows * (2 * self.batching.row_bytes + later * keys)
+        return probes.rows * (2 * self.batching.row_bytes + later * self._key_bytes)
 
-    def _bytes(self, group: tuple[ProbeSet, list[Edit]]) -> int:
-        questions, own = group
-        keys = self.layers.architecture.sizes.inner * self.layers.dtype.itemsize
-        return questions.rows * (2 * self.batching.row_bytes + keys) + sum(
-            self._edit_bytes(questions, edit) for edit in own
-        )
+    def _bytes(self, group: Group) -> int:
+        probes, edits = group
+        unedited = probes.rows * (2 * self.batching.row_bytes + self._key_bytes)
+        return unedited + sum(self._edit_bytes(probes, edit) for edit in edits)
 
-    def _together(self, groups: list[tuple[ProbeSet, list[Edit]]]) -> list[Scored]:
-        return [scored for own in _ScoringPass(self, groups).run() for scored in own]
+    @property
+    def _key_bytes(self) -> int:
+        return self.layers.architecture.sizes.inner * self.layers.dtype.itemsize
 
 
 def check_edits(edits: Sequence[Edit], sizes: Sizes) -> None:
@@ -114,79 +117,74 @@ def check_edits(edits: Sequence[Edit], sizes: Sizes) -> None:
                 )
 
 
-def _same_request(edit: Edit) -> int:
-    return id(edit.request)
-
-
 class _ScoringPass:
     """The unedited runs of some requests, and beside them those of their edits."""
 
-    def __init__(self, scoring: EditScorer, groups: list[tuple[ProbeSet, list[Edit]]]) -> None:
-        self.layers, self.accuracy, self.groups = scoring.layers, scoring.accuracy, groups
-        texts = [text for questions, _ in groups for text in questions.runs]
-        read = np.array([count for questions, _ in groups for count in questions.read])
+    def __init__(self, scorer: EditScorer, groups: Sequence[Group]) -> None:
+        self.layers, self.accuracy, self.groups = scorer.layers, scorer.accuracy, groups
+        texts = [text for probes, _ in groups for text in probes.runs]
+        read = np.array([count for probes, _ in groups for count in probes.read])
         lengths = np.array([len(text) for text in texts])
         order = np.lexsort((read, lengths))
-        self.order, place = order, np.argsort(order)
+        rank = np.argsort(order)
         self.prompts = Prompts([texts[i] for i in order], np.zeros_like(lengths), read[order])
-        none = np.zeros_like(lengths)
-        self.runs = Runs(none, lengths[order], read[order], none, self.layers.device)
-        starts = np.cumsum([0, *(len(questions.runs) for questions, _ in groups)])
-        self.of_group = [place[starts[i] : starts[i + 1]] for i in range(len(groups))]
-        self.edits = [(number, edit.delta) for number, (_, own) in enumerate(groups) for edit in own if edit.delta]
+        self.runs = Runs.whole(lengths[order], self.layers.device, read[order])
+        starts = np.cumsum([0, *(len(probes.runs) for probes, _ in groups)])
+        self.of_group = [rank[starts[i] : starts[i + 1]] for i in range(len(groups))]
+        self.edits = [(number, edit.delta) for number, (_, edits) in enumerate(groups) for edit in edits if edit.delta]
+        self.additions = [
+            {layer: addition(change, self.layers.device, self.layers.dtype) for layer, change in delta.changes.items()}
+            for _, delta in self.edits
+        ]
         self.unedited: Passed | None = None
 
     @torch.no_grad()
-    def run(self) -> Iterator[list[Scored]]:
-        pre, post = self._answers()
+    def run(self) -> Iterator[Scored]:
+        pre, post = self._results()
         edited = iter(post)
-        for number, (questions, own) in enumerate(self.groups):
-            yield [Scored(edit, questions, pre[number], next(edited) if edit.delta else None) for edit in own]
+        for (probes, edits), unedited in zip(self.groups, pre, strict=True):
+            for edit in edits:
+                yield Scored(edit, probes, unedited, next(edited) if edit.delta else None)
 
-    def _answers(self) -> tuple[list[ProbeResults], list[ProbeResults]]:
+    def _results(self) -> tuple[list[ProbeResults], list[ProbeResults]]:
         """Of each request without an edit, and of each edit."""
         layers = self.layers
         joined = {min(delta.changes) for _, delta in self.edits}
         rows = layers.enter(self.prompts.texts)
-        cone, wave = None, None
-        if self.edits:
-            cone = self._cone()
-            wave = cone.wave(self._joining, self._changing)
+        edited = EditedPass(self._edited_runs(), self._joining, self._changing) if self.edits else None
         for layer in range(layers.depth):
             block = layers.block(layer)
             last = layer == layers.depth - 1
-            # the last layer is computed for what is read out only, but where edits need all of its rows
+            # the last layer is computed for the rows that are read out, unless edits need all of its rows
             whole = last and layer in joined
             self.unedited = layers.advance(
                 block, rows, self.runs, read_only=last and not whole, keep_keys=layer in joined
             )
             rows = self.unedited.out.index_select(0, self.runs.read_rows) if whole else self.unedited.out
-            if wave is not None and layer >= min(joined):
-                wave.advance(layer, block)
+            if edited is not None and layer >= min(joined):
+                edited.advance(layer, block)
         self.unedited = None
         states = layers.architecture.final_norm(rows)
-        every = np.arange(len(self.groups))
+        groups = np.arange(len(self.groups))
         members = np.concatenate(self.of_group)
-        of = np.repeat(every, [len(own) for own in self.of_group])
-        pre = self._read(states, every, np.argsort(members), of, members)
-        if cone is None or wave is None:
+        pre = self._read(states, groups, np.argsort(members), *self._runs_of(groups))
+        if edited is None:
             return pre, []
-        of_edit, texts = self._edit_runs()
-        group = np.array([number for number, _ in self.edits])
-        return pre, self._read(wave.states(), group, cone.order, of_edit, texts)
+        groups = self._group_of_edit
+        return pre, self._read(edited.states(), groups, edited.edited.order, *self._runs_of(groups))
 
-    def _edit_runs(self) -> tuple[np.ndarray, np.ndarray]:
-        """The edit and the text of each run of each edit."""
-        texts = [self.of_group[number] for number, _ in self.edits]
-        return np.repeat(np.arange(len(texts)), [len(own) for own in texts]), np.concatenate(texts)
+    @property
+    def _group_of_edit(self) -> np.ndarray:
+        return np.array([number for number, _ in self.edits])
 
-    def _cone(self) -> EditedRuns:
+    def _runs_of(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For readers of some groups each, the reader and the text of every run."""
+        texts = [self.of_group[number] for number in groups]
+        return np.repeat(np.arange(len(texts)), list(map(len, texts))), np.concatenate(texts)
+
+    def _edited_runs(self) -> EditedRuns:
         first = np.array([min(delta.changes) for _, delta in self.edits])
-        self.additions = [
-            {layer: addition(change, self.layers.device, self.layers.dtype) for layer, change in delta.changes.items()}
-            for _, delta in self.edits
-        ]
-        return EditedRuns(self.layers, self.prompts, first, *self._edit_runs())
+        return EditedRuns(self.layers, self.prompts, first, *self._runs_of(self._group_of_edit))
 
     def _joining(self, block: Block, layer: int, join: Join) -> Tensor:
         base = self.unedited
@@ -198,43 +196,38 @@ class _ScoringPass:
         return base.mid.index_select(0, join.tails) + self.layers.by_tiles(block.mlp_output, values)
 
     def _changing(self, layer: int, live: Join, read_only: bool) -> Change | None:
-        if not any(layer in own for own in self.additions):
+        if not any(layer in by_layer for by_layer in self.additions):
             return None
-        parts: list[tuple[slice, Addition | None]] = [
+        additions: list[tuple[slice, Addition | None]] = [
             (rows, self.additions[edit].get(layer))
             for edit, rows in slices(live.of, live.runs.read if read_only else live.runs.rows)
         ]
-        return lambda keys, values: changed(keys, values, parts)
+        return lambda keys, values: changed(keys, values, additions)
 
     def _read(
         self, states: Tensor, group: np.ndarray, order: np.ndarray, of: np.ndarray, texts: np.ndarray
     ) -> list[ProbeResults]:
-        """Answers of askers, asker i about the requests of ``group[i]``. ``order``: how the runs, each with its asker
-        and its text, follow each other in what is read, ``states`` (n, hidden)."""
+        """The results of readers, reader i of the probes of ``group[i]``. ``order``: how the runs, each with its reader
+        and its text, follow each other in the rows ``states`` (n, hidden)."""
         read = self.prompts.read[texts[order]]
         starts = np.empty(len(order), dtype=np.int64)
         starts[order] = np.cumsum(read) - read
-        first = np.searchsorted(of, np.arange(len(group)))  # runs come asker by asker
-        row, token, question, width = [], [], [], []
-        asked = 0
-        for asker, number in enumerate(group):
-            for each in self.groups[number][0].asked:
-                count = len(each.tokens)
-                row.append(starts[first[asker] + each.run] + np.arange(count))
-                token.append(np.array(each.tokens))
-                question.append(np.full(count, asked))
-                width.append(count)
-                asked += 1
-        rows, tokens, questions = (np.concatenate(column) for column in (row, token, question))
-        log_p, right = self._token_answers(states, rows, tokens)
-        total = np.bincount(questions, log_p, asked)
-        shares = np.bincount(questions, right, asked) / np.array(width)
-        ends = np.cumsum([len(self.groups[number][0].asked) for number in group])
+        first = np.searchsorted(of, np.arange(len(group)))  # runs come reader by reader
+        sets = [self.groups[number][0].probes for number in group]
+        probes = [(run + probe.run, probe.tokens) for run, probes in zip(first, sets, strict=True) for probe in probes]
+        width = np.array([len(answer) for _, answer in probes])
+        rows = np.concatenate([starts[run] + np.arange(len(answer)) for run, answer in probes])
+        tokens = np.concatenate([np.array(answer) for _, answer in probes])
+        probe_of_token = np.repeat(np.arange(len(probes)), width)
+        log_p, right = self._token_results(states, rows, tokens)
+        total = np.bincount(probe_of_token, log_p, len(probes))
+        shares = np.bincount(probe_of_token, right, len(probes)) / width
+        ends = np.cumsum(list(map(len, sets)))
         return [
             ProbeResults(*pair) for pair in zip(np.split(total, ends[:-1]), np.split(shares, ends[:-1]), strict=True)
         ]
 
-    def _token_answers(self, states: Tensor, rows: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _token_results(self, states: Tensor, rows: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """log p and whether it is the most likely one, of tokens (n,) read at ``rows`` (n,) of the states."""
         readout, device = self.layers.readout(), states.device
         # several answers may be read at one row, whose logits are computed once
@@ -242,12 +235,12 @@ class _ScoringPass:
         distinct, first, count = np.unique(rows[by_row], return_index=True, return_counts=True)
         slot = np.empty_like(rows)
         slot[by_row] = np.arange(len(rows)) - np.repeat(first, count)
-        place = np.searchsorted(distinct, rows)
+        index = np.searchsorted(distinct, rows)
         targets = np.zeros((len(distinct), count.max()), dtype=np.int64)
-        targets[place, slot] = tokens
-        own = states.index_select(0, torch.from_numpy(distinct).to(device))
-        log_p = readout.target_log_probabilities(own, torch.from_numpy(targets).to(device)).cpu().numpy()
+        targets[index, slot] = tokens
+        states = states.index_select(0, torch.from_numpy(distinct).to(device))
+        log_p = readout.target_log_probabilities(states, torch.from_numpy(targets).to(device)).cpu().numpy()
         right = np.full(len(rows), np.nan)
         if self.accuracy:
-            right = (readout.most_likely(own).cpu().numpy()[place] == tokens).astype(np.float64)
-        return log_p[place, slot], right
+            right = (readout.most_likely(states).cpu().numpy()[index] == tokens).astype(np.float64)
+        return log_p[index, slot], right

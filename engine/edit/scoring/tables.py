@@ -8,13 +8,20 @@ import numpy as np
 import pyarrow as pa
 
 from causalcone.engine.edit.methods.edits import Edit
-from causalcone.engine.edit.scoring.probes import OTHER, PROMPT_KINDS, TARGET
+from causalcone.engine.edit.scoring.probes import OTHER, PROMPT_KINDS, TARGET, Answer
 from causalcone.engine.edit.scoring.scoring import ProbeResults, Scored
 from causalcone.engine.schemas import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA
 
 
 def edit_batch(edits: Iterable[Edit]) -> pa.RecordBatch:
-    """The table of edits. A loss that is not finite is null: the reason says what it was."""
+    """The table of edits.
+
+    Args:
+        edits: Edits of any methods, such as ``Editor.rome`` makes.
+
+    Returns:
+        A row for each edit, with the columns of ``EDIT_SCHEMA``. A loss that is not finite is null; the reason has it.
+    """
     rows = [
         {
             **{name: getattr(edit, name) for name in EDIT_SCHEMA.names},
@@ -28,7 +35,7 @@ def edit_batch(edits: Iterable[Edit]) -> pa.RecordBatch:
 def probe_batch(scored: Iterable[Scored]) -> pa.RecordBatch:
     """The table of probes: probabilities of the problem's target and of the other one, before and after each edit; null
     where there is no other target, the edit failed, or they are not finite."""
-    rows = [row for each in scored for row in _probe_rows(each)]
+    rows = [row for result in scored for row in _probe_rows(result)]
     return pa.RecordBatch.from_pylist(rows, schema=PROBE_SCHEMA)
 
 
@@ -40,13 +47,13 @@ def metric_batch(rows: Iterable[tuple[str, str, float, float | None]]) -> pa.Rec
 
 
 def _probe_rows(scored: Scored) -> list[dict[str, object]]:
-    places = {(each.kind, each.index, each.answer): n for n, each in enumerate(scored.questions.asked)}
+    numbers = {(probe.kind, probe.index, probe.answer): n for n, probe in enumerate(scored.probes.probes)}
 
-    def p(answers: ProbeResults | None, kind: str, index: int, answer: str) -> float | None:
-        place = places.get((kind, index, answer))
-        if answers is None or place is None or not np.isfinite(answers.log_p[place]):
+    def p(results: ProbeResults | None, kind: str, index: int, answer: Answer) -> float | None:
+        number = numbers.get((kind, index, answer))
+        if results is None or number is None or not np.isfinite(results.log_p[number]):
             return None
-        return float(np.exp(answers.log_p[place]))
+        return float(np.exp(results.log_p[number]))
 
     return [
         {
@@ -58,6 +65,6 @@ def _probe_rows(scored: Scored) -> list[dict[str, object]]:
             "p_pre_other": p(scored.pre, kind, index, OTHER),
             "p_post_other": p(scored.post, kind, index, OTHER),
         }
-        for kind, index, answer in places
+        for kind, index, answer in numbers
         if kind in PROMPT_KINDS and answer == TARGET
     ]

@@ -1,5 +1,5 @@
-"""Contexts: texts drawn from the unedited model, after which prompts are seen in editing
-(docs/editing.md, "Second moments and contexts")."""
+"""Contexts: texts sampled from the unedited model that are put before prompts in editing (docs/editing.md, "Second
+moments and contexts")."""
 
 from __future__ import annotations
 
@@ -21,9 +21,16 @@ ATTEMPTS = 100
 
 @dataclass(frozen=True)
 class Contexts:
-    """What ROME and MEMIT put before a prompt, besides nothing: ``"{text}. {prompt}"``.
+    """Texts that ROME and MEMIT put before a prompt, ``"{text}. {prompt}"``, in addition to the bare prompt.
 
-    ``dataclasses.asdict`` makes a value for JSON of it, and ``Contexts(**value)`` the contexts again.
+    ``dataclasses.asdict`` gives a value for JSON, and ``Contexts(**value)`` the contexts again.
+
+    Attributes:
+        rome: Texts for ROME.
+        memit: Texts for MEMIT.
+
+    Raises:
+        ExperimentError: for an empty list or an empty text.
     """
 
     rome: tuple[str, ...]
@@ -43,7 +50,7 @@ def check_contexts(texts: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Start:
-    """The text's words, as token ids, and how many tokens it is to have in all."""
+    """The first words of a text, as token ids, and the number of tokens that it gets in total."""
 
     words: str
     tokens: tuple[int, ...]
@@ -55,12 +62,12 @@ class _Start:
 
 
 def sample_contexts(session: Session, seed: int) -> Contexts:
-    """Texts that go on by one of the five likeliest tokens each time, the same for a model and a seed.
+    """Texts whose tokens are each one of the five likeliest, the same for a model and a seed.
 
     ROME's are 10 texts of 5 tokens and 10 of 10, begun from the BOS token (the EOS token of tokenizers that have no BOS
-    token), MEMIT's 5 of 10 tokens, begun from a word each. All tokens that run through the model count, special ones
-    too, as in published code; the texts hold what is no special token, without braces. A text of nothing but white
-    space is drawn anew. Raises ``ExperimentError`` where the model gives no text.
+    token), MEMIT's 5 of 10 tokens, each begun from a word. All tokens that run through the model count, special ones
+    too, as in published code; the texts are without special tokens and braces. A text of nothing but white space is
+    sampled again. Raises ``ExperimentError`` where the model gives no text.
     """
     start = _start_token(session)
     starts = [_Start("", (start,), total) for total in ROME_TOKENS]
@@ -89,7 +96,7 @@ def _sampled(session: Session, starts: Sequence[_Start], seeds: Sequence[int]) -
 
 def continued(session: Session, tokens: Sequence[int], new: Sequence[int]) -> str:
     """The text that new tokens add to tokens before them, without special tokens. Decoders may treat the beginning of a
-    text in their own way, so all is decoded, and what the tokens before stand for taken off."""
+    text differently, so everything is decoded, and the text of the tokens before is removed."""
 
     def text(ids: Sequence[int]) -> str:
         return str(session.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -17,6 +17,13 @@ from helpers.compare import assert_table_close
 from helpers.editing_cases import FULL
 
 CONTEXTS = {"rome": ["They say", "Bo"], "memit": ["In the city"]}
+PRESET_SETTINGS = """\
+edit_layers = [1, 3]
+sigma = 0.4
+tracing_window = 3
+aggregate = "mean"
+"""
+"""What every preset needs, in TOML."""
 FAST = ("--set", "steps=2", "--quiet")
 
 

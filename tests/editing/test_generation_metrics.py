@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from causalcone.engine.edit.scoring.text_metrics import ReferenceScorer, generation_entropy, words
+from causalcone.engine.edit.scoring.generation_metrics import ReferenceScorer, generation_entropy, words
 from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.engine.facts import Fact
 from causalcone.runners.inputs.reference_texts import load_reference_texts
@@ -109,7 +109,7 @@ def test_what_cannot_be_scored() -> None:
 
 
 def test_the_library_is_loaded_only_where_it_is_used() -> None:
-    code = "import causalcone.engine.edit.scoring.text_metrics, sys; print('sklearn' in sys.modules)"
+    code = "import causalcone.engine.edit.scoring.generation_metrics, sys; print('sklearn' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 
