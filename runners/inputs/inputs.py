@@ -101,11 +101,11 @@ def open_inputs(source: SourceOptions) -> Inputs:
     return Inputs(source, open_session(source), facts, on_error, problems)
 
 
-def open_session(source: SourceOptions | ComputeOptions) -> Session:
+def open_session(source: ComputeOptions) -> Session:
     """A session on the model, read now; it is computed with in the way that the options say."""
     transformers.utils.logging.disable_progress_bar()
     device = source.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kernels, tf32 = (source.kernels, source.tf32) if isinstance(source, SourceOptions | PassOptions) else (None, False)
+    kernels, tf32 = (source.kernels, source.tf32) if isinstance(source, PassOptions) else (None, False)
     compute = Compute.of(source.dtype, device, source.memory, kernels, tf32)
     weights = source.weights if isinstance(source, StreamableSourceOptions) else "resident"
     return loading.open_session(source.model_path(), compute, weights)
