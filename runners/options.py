@@ -8,7 +8,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from causalcone.runners.demo.files import path_of, title_of
+from causalcone.runners.demo.files import path_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,14 +202,6 @@ class TextOptions:
     dataset_config: Annotated[str | None, Option(help="The data set's configuration, such as wikitext-103-v1.")] = None
     split: Annotated[str, Option(help="The data set's split.")] = "train"
     column: Annotated[str, Option(help="The column that holds the texts.")] = "text"
-
-    def texts_path(self) -> str | None:
-        """The file or folder of texts, if no data set is taken instead."""
-        return None if self.texts is None else path_of(self.texts, "texts")
-
-    def texts_title(self) -> str | None:
-        """The name of the texts in results, if it is not that of their file."""
-        return None if self.texts is None else title_of(self.texts, "texts")
 
 
 @dataclass(frozen=True, kw_only=True)

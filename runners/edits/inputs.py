@@ -32,7 +32,6 @@ from causalcone.runners.options import (
     OutputOptions,
     ScoringOptions,
     SourceOptions,
-    TextOptions,
 )
 from causalcone.runners.results.folder import refuse_occupied
 
@@ -139,7 +138,7 @@ def _running_text(choice: EditMethodOptions, plan: EditPlan) -> RunningText | No
             f"{plan.of_moments[0].method} needs second moments: give --moments with a file of 'causalcone moments', or "
             "--texts to collect them now, one of the two"
         )
-    return None if choice.texts is None else open_texts(TextOptions(texts=choice.texts))
+    return None if choice.texts is None else open_texts(choice.texts)
 
 
 def editor_of(inputs: Inputs, choice: EditMethodOptions, plan: EditPlan, contexts: Contexts | None) -> Editor:

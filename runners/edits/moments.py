@@ -31,7 +31,7 @@ def collect_to_file(
     A collection that ends early is kept beside it, or in ``target.resume``, and taken up from there; once the moments
     are written, that file is deleted.
     """
-    parsed, tokens, text = parse_layers(choice.layers), _tokens(choice.tokens), open_texts(texts)
+    parsed, tokens, text = parse_layers(choice.layers), _tokens(choice.tokens), open_texts(**vars(texts))
     layers = None if isinstance(parsed, str) else parsed
     _make_ready(target)
     kept = target.resume or target.out.with_name(f"{target.out.name}.partial")

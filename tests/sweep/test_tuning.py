@@ -22,6 +22,7 @@ from causalcone.engine.errors import ExperimentError
 from causalcone.runners.edits.presets import load_hparams, load_preset, preset_text, tuned_preset
 from causalcone.runners.options import TuningOptions
 from causalcone.runners.sweep.config import load_sweep
+from causalcone.runners.sweep.stages import stages_of
 from causalcone.runners.tuning.grid import problem_grids
 from causalcone.runners.tuning.results import ROUNDING, Candidate, choose
 
@@ -291,7 +292,7 @@ def test_edit_and_sweeps_take_the_preset(user, preset, tmp_path, run):
     (tmp_path / "sweep.toml").write_text(
         f'model = "m"\nfacts = "f"\n[edit]\nmethods = ["finetune:1"]\npreset = "{own}"\nlayers = "preset"\n'
     )
-    plan = load_sweep(str(tmp_path / "sweep.toml")).plan("error_injection")
+    plan = stages_of(load_sweep(str(tmp_path / "sweep.toml")))["edit"].plans["error_injection"]
     assert dataclasses.asdict(plan.settings[0].hparams) == chosen["hparams"]
 
 

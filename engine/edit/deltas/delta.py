@@ -84,8 +84,8 @@ class Dense:
     @property
     def norm(self) -> float:
         """Frobenius norm of weight and bias together."""
-        parts = [self.weight] if self.bias is None else [self.weight, self.bias]
-        return sum(torch.linalg.vector_norm(part, dtype=torch.float64).item() ** 2 for part in parts) ** 0.5
+        tensors = [self.weight] if self.bias is None else [self.weight, self.bias]
+        return sum(torch.linalg.vector_norm(tensor, dtype=torch.float64).item() ** 2 for tensor in tensors) ** 0.5
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Dense:
         bias = None if self.bias is None else self.bias.detach().to(device, dtype)

@@ -33,6 +33,6 @@ def slices(of: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, slice]]:
         start = int(ends[run])
 
 
-def changed(keys: Tensor, values: Tensor, parts: Sequence[tuple[slice, Addition | None]]) -> Tensor:
-    """New values: each part, in order and without gaps, with its addition. Gradient flows."""
-    return torch.cat([values[part] if add is None else values[part] + add(keys[part]) for part, add in parts])
+def changed(keys: Tensor, values: Tensor, additions: Sequence[tuple[slice, Addition | None]]) -> Tensor:
+    """New values: all rows, slice by slice in order and without gaps, with their additions. Gradient flows."""
+    return torch.cat([values[at] if add is None else values[at] + add(keys[at]) for at, add in additions])

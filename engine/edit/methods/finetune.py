@@ -226,7 +226,7 @@ class _Pass:
         return loss.detach().cpu().numpy()
 
     def _joining(self, block: Block, layer: int, join: Join) -> Tensor:
-        mid, keys, values = (self.batch.unedited.kept[name, layer].index_select(0, join.tails) for name in _KEPT)
+        mid, keys, values = (self.batch.unedited.rows[name, layer].index_select(0, join.tails) for name in _KEPT)
         parts = [(rows, self._addition(edit, layer)) for edit, rows in slices(join.edits, join.rows)]
         return mid + block.mlp_output(changed(keys, values, parts))
 

@@ -235,7 +235,7 @@ class Prefixes:
         bare_end = np.empty(n, dtype=np.int64)
         bare_end[order[bare] // contexts] = np.cumsum(bare_count) - 1
 
-        self.runs, self.bare_runs = (_whole_runs(counts, layers.device) for counts in (count, bare_count))
+        self.runs, self.bare_runs = (Runs.whole(counts, layers.device) for counts in (count, bare_count))
         picked, lookup, self.bare, self.bare_lookup, self.request = (
             torch.from_numpy(index).to(layers.device)
             for index in (
@@ -248,7 +248,7 @@ class Prefixes:
         )
         self.lookup = lookup.view(n, contexts)
         self.at = window.layers[0]
-        self.rows = unedited.kept["inputs", self.at].index_select(0, picked)
+        self.rows = unedited.rows["inputs", self.at].index_select(0, picked)
         self._passed: Passed | None = None
 
     @torch.no_grad()
@@ -288,11 +288,6 @@ class Prefixes:
         if self._passed is None:
             self._passed = self.layers.advance(self.layers.block(self.at), self.rows, self.runs, keep_keys=True)
         return self._passed
-
-
-def _whole_runs(count: np.ndarray, device: torch.device) -> Runs:
-    none = np.zeros_like(count)
-    return Runs(none, count, none, none, device)
 
 
 MEMIT = Method(

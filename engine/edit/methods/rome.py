@@ -42,7 +42,7 @@ class Rome:
         values = dict(self.model.batching.of_vectors(wanted, search))
         by_window = []
         for window in windows:
-            keys = search.unedited.kept["keys", window.layer]
+            keys = search.unedited.rows["keys", window.layer]
             means = torch.stack([keys[list(goal.contexts)].double().mean(0) for goal in search.goals])
             directions = self.model.solve(window.layer, means.T).T.to(keys.device)
             by_window.append(

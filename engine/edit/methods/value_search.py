@@ -119,7 +119,7 @@ class ValueOptimizer:
         """(hidden,) what the vector is added to at the lookup of the bare prompt."""
         bare = self.goals[goal].contexts[0]
         row = bare if self.site == "values" else self.prompts.tail_start[bare]
-        return self.unedited.kept[self.site, layer][row]
+        return self.unedited.rows[self.site, layer][row]
 
     @torch.inference_mode(False)
     def find(self, edits: Sequence[tuple[int, int]]) -> list[FoundValue]:
@@ -154,7 +154,7 @@ class ValueOptimizer:
 
     def joining(self, block: Block, layer: int, join: Join, vectors: Tensor) -> Tensor:
         """The rows of runs after the layer where their vectors, among (E, hidden), are added."""
-        kept = self.unedited.kept
+        kept = self.unedited.rows
         added = vectors[torch.from_numpy(join.edits).to(vectors.device)]
         rows = kept["out", layer].index_select(0, join.tails)
         if self.site == "out":

@@ -243,7 +243,7 @@ def _count(
 def _run(layers: Layers, packed: Sequence[tuple[int, ...]], sums: Sums) -> None:
     """One pass, up to the last layer with a sum."""
     texts = sorted(map(Text, packed), key=len)
-    runs = Runs.of_texts(texts, layers.device)
+    runs = Runs.whole(np.array([len(text) for text in texts]), layers.device)
     rows = layers.enter(texts)
     for layer in range(max(sums.by_layer) + 1):
         rows = _advance(layers, layer, rows, runs, sums)

@@ -254,7 +254,7 @@ class _TextGroup:
     def _begin(self) -> Tensor:
         """Rows (texts, hidden) of the last layer at the last token of each text; its keys and values are stored."""
         texts = [task.text for task in self.tasks]
-        runs = Runs.of_texts(texts, self.device, read=np.ones_like(self.tokens))
+        runs = Runs.whole(self.tokens, self.device, read=np.ones_like(self.tokens))
         room = self.past[0].shape[1]
         slots = torch.from_numpy(spans(np.arange(len(texts)) * room, self.tokens)).to(self.device)
         rows = self.layers.enter(texts)

@@ -45,7 +45,7 @@ class Prompts:
         return np.cumsum(self.tail_rows) - self.tail_rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Join:
     """Runs that join the pass after a layer: texts (n,) and edits (n,) by number, with their rows (n,); tails: the
     texts' rows from the lookup on, among those of all texts; lookups (n,): which of these are lookups; merged: for each

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -44,7 +44,7 @@ class RunBatch:
         return visible_keys(torch.arange(keys - queries, keys, device=self.past.device), keys, window)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Runs:
     """Runs in the order of their rows, all (N,) int64: run i has ``past[i]`` tokens whose keys and values are stored,
     from row ``stored[i]`` on, then ``rows[i]`` tokens with rows of their own, of which the last ``read[i]`` are read
@@ -57,11 +57,10 @@ class Runs:
     device: torch.device
 
     @classmethod
-    def of_texts(cls, texts: Sequence[Text], device: torch.device, read: np.ndarray | None = None) -> Runs:
-        """Whole texts, which must be in order of their lengths and of how many rows are read."""
-        rows = np.array([len(text) for text in texts], dtype=np.int64)
+    def whole(cls, rows: np.ndarray, device: torch.device, read: np.ndarray | None = None) -> Runs:
+        """Runs of whole texts of ``rows`` (N,) tokens, in order of their lengths and of how many rows are read."""
         none = np.zeros_like(rows)
-        return cls(none, rows, none if read is None else read, none, device)
+        return cls(past=none, rows=rows, read=none if read is None else read, stored=none, device=device)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -128,8 +128,7 @@ class _ScoringPass:
         order = np.lexsort((read, lengths))
         rank = np.argsort(order)
         self.prompts = Prompts([texts[i] for i in order], np.zeros_like(lengths), read[order])
-        none = np.zeros_like(lengths)
-        self.runs = Runs(none, lengths[order], read[order], none, self.layers.device)
+        self.runs = Runs.whole(lengths[order], self.layers.device, read[order])
         starts = np.cumsum([0, *(len(probes.runs) for probes, _ in groups)])
         self.of_group = [rank[starts[i] : starts[i + 1]] for i in range(len(groups))]
         self.edits = [(number, edit.delta) for number, (_, edits) in enumerate(groups) for edit in edits if edit.delta]
@@ -199,11 +198,11 @@ class _ScoringPass:
     def _changing(self, layer: int, live: Join, read_only: bool) -> Change | None:
         if not any(layer in by_layer for by_layer in self.additions):
             return None
-        parts: list[tuple[slice, Addition | None]] = [
+        additions: list[tuple[slice, Addition | None]] = [
             (rows, self.additions[edit].get(layer))
             for edit, rows in slices(live.of, live.runs.read if read_only else live.runs.rows)
         ]
-        return lambda keys, values: changed(keys, values, parts)
+        return lambda keys, values: changed(keys, values, additions)
 
     def _read(
         self, states: Tensor, group: np.ndarray, order: np.ndarray, of: np.ndarray, texts: np.ndarray

@@ -11,12 +11,12 @@ from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.errors import CausalconeError
 from causalcone.engine.facts import Fact
 from causalcone.engine.models.base import Sizes
+from causalcone.runners.demo.files import path_of
 from causalcone.runners.edits.settings import read_contexts
-from causalcone.runners.sweep.config import Sweep
-from causalcone.runners.sweep.driver import read_facts
-from causalcone.runners.sweep.forecast.counterfact_lengths import typical_facts
-from causalcone.runners.sweep.forecast.lengths import FactLengths, measured_lengths
-from causalcone.runners.sweep.forecast.model_outline import known_tokenizer
+from causalcone.runners.sweep.inputs.facts_table import read_facts
+from causalcone.runners.sweep.inputs.lengths import FactLengths, measured_lengths, typical_facts
+from causalcone.runners.sweep.inputs.model_outline import known_tokenizer
+from causalcone.runners.sweep.inputs.settings import Sweep
 
 MEASURED = 1000
 """Of so many facts the texts are measured, evenly spaced ones, where there are more."""
@@ -47,7 +47,7 @@ class PlannedFacts:
 
 def facts_of(sweep: Sweep, sizes: Sizes) -> PlannedFacts:
     """What can be known of the sweep's facts: the file's, measured with the model's tokenizer; else typical ones."""
-    if not Path(sweep.facts_path()).expanduser().is_file():
+    if not Path(path_of(sweep.facts, "facts")).expanduser().is_file():
         count = sweep.limit or USUAL_FACTS
         source = "the sweep's limit" if sweep.limit else "a guess; set limit"
         return _typical(count, f"facts: {count:,} ({source}), since {sweep.facts} is not there")
