@@ -134,6 +134,7 @@ def patchings(draw):
     return model, cc.Prompt(text, others=(other,)), runs
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(patching=patchings())
 def test_any_interventions(patching):
