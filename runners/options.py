@@ -36,19 +36,6 @@ class ComputeOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PassOptions(ComputeOptions):
-    """The model, and how passes compute."""
-
-    kernels: Annotated[
-        str | None,
-        Option(help="Force torch, triton or flash (attention); by default triton on CUDA devices, else torch."),
-    ] = None
-    tf32: Annotated[
-        bool, Option("--tf32", help="Multiply float32 in TF32 on CUDA devices: faster, 10 bits of mantissa.")
-    ] = False
-
-
-@dataclass(frozen=True, kw_only=True)
 class FactsOptions(ModelOptions):
     """The model and the facts."""
 
@@ -67,8 +54,16 @@ class FactsOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceOptions(PassOptions, FactsOptions):
-    """The model and the facts, and how passes compute; on the command line facts come before how to compute."""
+class SourceOptions(ComputeOptions, FactsOptions):
+    """The model and the facts, and how passes compute."""
+
+    kernels: Annotated[
+        str | None,
+        Option(help="Force torch, triton or flash (attention); by default triton on CUDA devices, else torch."),
+    ] = None
+    tf32: Annotated[
+        bool, Option("--tf32", help="Multiply float32 in TF32 on CUDA devices: faster, 10 bits of mantissa.")
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
