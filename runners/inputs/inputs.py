@@ -21,7 +21,7 @@ from causalcone.engine.noise import parse_sigma
 from causalcone.engine.run import loading
 from causalcone.engine.run.session import Session
 from causalcone.runners.facts.files import SkippedRecords, read_facts
-from causalcone.runners.options import ComputeOptions, PassOptions, SourceOptions, StreamableSourceOptions
+from causalcone.runners.options import ComputeOptions, SourceOptions, StreamableSourceOptions
 
 Run = TypeVar("Run", TraceRun, GradientRun)
 
@@ -101,9 +101,9 @@ def open_inputs(source: SourceOptions) -> Inputs:
     return Inputs(source, open_session(source), facts, on_error, problems)
 
 
-def open_session(source: SourceOptions | ComputeOptions) -> Session:
+def open_session(source: ComputeOptions) -> Session:
     """A session on the model of the options, read now."""
-    kernels, tf32 = (source.kernels, source.tf32) if isinstance(source, SourceOptions | PassOptions) else (None, False)
+    kernels, tf32 = (source.kernels, source.tf32) if isinstance(source, SourceOptions) else (None, False)
     compute = Compute.of(source.dtype, source.device, source.memory, kernels, tf32)
     weights = source.weights if isinstance(source, StreamableSourceOptions) else "resident"
     return open_model(source.model_path(), compute, weights)

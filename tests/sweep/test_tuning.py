@@ -157,7 +157,7 @@ BAD_OPTIONS = {
     "unknown method": ({"method": ["mend"]}, "unknown method 'mend'"),
     "one place in a preset": ({"method": ["memit:3", "memit:5"]}, "a preset has one setting for memit:3 and memit:5"),
     "joint": ({"method": ["memit:3", "memit_joint:3"]}, "a preset has one setting for memit:3 and memit_joint:3"),
-    "set and varied": ({"changes": ["kl_factor=1"]}, "--set kl_factor=1: that is what the grid of rome varies"),
+    "set and varied": ({"changes": ["kl_factor=1"]}, "--set kl_factor=1: the grid of rome varies that"),
     "problem twice": ({"problem": ["fact_erasure"] * 2}, "a problem is given twice"),
     "unknown problem": ({"problem": ["fact_lifting"]}, "unknown problem 'fact_lifting'"),
     "aggregate": ({"aggregate": "median"}, "median"),
