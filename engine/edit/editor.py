@@ -118,8 +118,8 @@ class Editor:
         if contexts is not None:
             texts = contexts if isinstance(contexts, Contexts) else Contexts(*2 * (check_contexts(contexts),))
             self.__dict__["contexts"] = texts
-        self._encoder = Encoder(session.tokenizer, session.sizes)
-        self._evaluator = Evaluator(session, self._encoder, seed)
+        self.encoder = Encoder(session.tokenizer, session.sizes)
+        self.evaluator = Evaluator(session, self.encoder, seed)
 
     @cached_property
     def contexts(self) -> Contexts:
@@ -224,7 +224,7 @@ class Editor:
         checked: Any = MEMIT_JOINT.checked(hparams)
         self._prepare(MEMIT_JOINT, listed, windows)
         with self.session.computing():
-            return JointMemit(self._model(MEMIT_JOINT), checked).joint(listed, windows[0])
+            return next(JointMemit(self._model(MEMIT_JOINT), checked).joint(listed, windows))
 
     def finetune(
         self,
@@ -295,7 +295,7 @@ class Editor:
         """
         batches = self.batches(requests, method, layers, window, hparams)
         while batch := next(batches, None):
-            for scored in self._evaluator.score(batch):
+            for scored in self.evaluator.score(batch):
                 yield scored.edit, probe_batch([scored])
                 del scored
             del batch
@@ -338,15 +338,14 @@ class Editor:
         Raises:
             ExperimentError: for an edit that does not fit the model, or is there twice.
         """
-        return self._evaluator.evaluate(edits, essence, accuracy, generation, references)
+        return self.evaluator.evaluate(edits, essence, accuracy, generation, references)
 
     def _prepare(self, method: Method, requests: Sequence[Request], windows: Sequence[Window]) -> None:
         """Check the arguments before anything is computed."""
         for request in requests:
             if not isinstance(request, Request):
                 raise ExperimentError(f"{request!r} is not a request; make them with Editor.requests(facts, problem)")
-            prompt = self._encoder.prompted(request, request.fact.prompt)
-            self._encoder.followed(request, prompt.text, request.target)
+            self.encoder.trained(request, 1)
         if method.needs_moments:
             if self.moments is None:
                 raise ExperimentError(
@@ -355,14 +354,14 @@ class Editor:
             layers = sorted({layer for window in windows for layer in window.layers})
             self.moments.check(self.session.architecture, layers)
         if requests:
-            self.session.verify(self._encoder.prompt(requests[0].fact))
+            self.session.verify(self.encoder.bare(requests[0]).text.tokens)
 
     def _model(self, method: Method) -> EditableModel:
         """The model prepared for a method."""
         layers, batching = layers_and_batching(self.session)
         contexts = () if method.contexts is None else getattr(self.contexts, method.contexts)
         return EditableModel(
-            layers=layers, encoder=self._encoder, batching=batching, contexts=contexts, moments=self.moments
+            layers=layers, encoder=self.encoder, batching=batching, contexts=contexts, moments=self.moments
         )
 
 

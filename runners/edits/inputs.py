@@ -6,6 +6,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from causalcone.engine.edit.requests.windows import as_windows
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.engine.facts import usable
-from causalcone.runners.edits.checks import EditChecks
 from causalcone.runners.edits.moments import collected
 from causalcone.runners.edits.settings import EditPlan, parse_layers, plan_of, read_contexts
 from causalcone.runners.edits.study import EditStudy
@@ -99,8 +99,12 @@ def prepared_edits(
         editor.session, inputs.facts, plan.problem, editor.sigma,
         filtered=choice.filtered, on_error=inputs.on_error, compat=choice.compat, seed=editor.seed,
     )  # fmt: skip
-    checks = EditChecks(editor.session, plan, editor.contexts if plan.of_contexts else None, scoring, references)
-    requests, more = usable(requests, checks, lambda request: request.fact.id, inputs.on_error)
+    contexts = [getattr(editor.contexts, str(setting.definition.contexts)) for setting in plan.of_contexts]
+    check = partial(
+        editor.evaluator.check, contexts=contexts,
+        essence=scoring.essence, generation=scoring.generation, references=references,
+    )  # fmt: skip
+    requests, more = usable(requests, check, lambda request: request.fact.id, inputs.on_error)
     inputs.leave_out([*skipped, *more])
     filtered = [fact.reason for fact in unposed]
     _warn(plan, inputs, requests, filtered, scoring)

@@ -20,7 +20,6 @@ from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import as_windows
 from causalcone.engine.edit.scoring.tables import edit_batch
-from causalcone.engine.edit.texts.recall import clean_trials
 from causalcone.engine.schemas import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA
 from causalcone.runners.edits.settings import EditPlan, Setting
 from causalcone.runners.results.folder import ResultFolder, TableWriter
@@ -90,10 +89,7 @@ class EditStudy:
         return tuple(window.layer for window in as_windows(self.plan.layers, 1, self.editor.session.sizes.depth))
 
     def check(self) -> None:
-        """Refuse what the editor would refuse, and memory that is too little for a single run of the longest fact."""
-        session = self.editor.session
-        longest = max((request.fact for request in self.requests), key=lambda fact: len(fact.text))
-        session.run(clean_trials(session.encode([longest], "argmax", "raise")[0]))
+        """Refuse what the editor would refuse, such as memory that is too little for a single request."""
         for setting in self.plan.settings:
             self._edits(self.requests, setting)
 

@@ -4,6 +4,7 @@ early."""
 import dataclasses
 import json
 import sys
+from collections import Counter
 
 import polars as pl
 import pyarrow.parquet as pq
@@ -12,6 +13,7 @@ import torch
 from helpers.edit_command import CONTEXTS, FAST, PRESET_SETTINGS, arguments, assert_same, read, run_json, write_inputs
 from helpers.editing_cases import FULL
 from helpers.models import FACTS
+from transformers import PreTrainedTokenizerFast
 
 import causalcone as cc
 from causalcone.analysis import mean_scores, read_edits, read_metrics, read_probes, scores
@@ -85,6 +87,25 @@ def test_edits_and_scores_are_those_that_the_editor_computes(user, editor, tmp_p
         assert part in printed
     assert "96 edits of 6 facts, 0 failed" in printed
     assert "editing, memit:3: 24/24 edits" in printed
+
+
+def test_texts_are_tokenized_when_requests_are_made_and_once_more(user, tmp_path, run, monkeypatch):
+    """Whatever the number of methods and of batches."""
+    texts, tokenize = Counter(), PreTrainedTokenizerFast.__call__
+
+    def counted(tokenizer, text, **options):
+        texts[text] += 1
+        return tokenize(tokenizer, text, **options)
+
+    fact = dataclasses.replace(FULL[1], generation_prompts=("Bo said that", "In Rome"))
+    cc.save_facts([fact], tmp_path / "facts.jsonl")
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", counted)
+    more = ["--method", "memit:3", "--method", "finetune:2", "--essence", "--generation", *FAST]
+    code, _, error = run(*arguments(user, tmp_path / "out", *more, facts=tmp_path / "facts.jsonl", memory="5MB"))
+    assert (code, error) == (0, "")
+    derived = {fact.text, f"They say. {fact.text}", *fact.paraphrase_prompts, *fact.generation_prompts}
+    assert derived <= set(texts)
+    assert {text: count for text, count in texts.items() if count > 2} == {}
 
 
 def test_all_facts_in_one_change_of_the_weights(user, editor, tmp_path, run):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import torch
 
-from causalcone.engine.edit.methods.value_search import EditObjective, FoundValue, ValueOptimizer
+from causalcone.engine.edit.methods.value_search import FoundValue, ValueOptimizer
+from causalcone.engine.edit.requests.prompts import EditTask
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.runs.layers import Layers
 from causalcone.engine.errors import MemoryBudgetError
@@ -59,11 +61,10 @@ class Batching:
 
         return list(fitting(items, weight, share * self.budget.for_rows))
 
-    def of_requests(
-        self, requests: Sequence[Request], at: Collection[int], objective: Callable[[Sequence[Request]], EditObjective]
-    ) -> list[list[Request]]:
+    def of_tasks(self, tasks: Iterable[EditTask], at: Collection[int]) -> list[list[EditTask]]:
         """Requests whose contexts, passed through the unedited model, take half of the budget."""
-        return self.of_items(requests, lambda request: self._unedited_bytes(objective([request]), at), edit_name, 0.5)
+        weigh = partial(self._unedited_bytes, at)
+        return self.of_items(tasks, weigh, lambda task: edit_name(task.request), 0.5)
 
     def of_vectors(
         self, edits: Sequence[tuple[int, int]], search: ValueOptimizer
@@ -87,13 +88,13 @@ class Batching:
         queries, kv = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim
         return self.dtype.itemsize * (4 * sizes.hidden + 2 * queries + kv)
 
-    def _unedited_bytes(self, objective: EditObjective, at: Collection[int]) -> int:
+    def _unedited_bytes(self, at: Collection[int], task: EditTask) -> int:
         """Stored keys and values, what is kept at the layers, and the pass itself."""
-        sizes, texts = self.sizes, objective.prompts.texts
-        kv, rows = 2 * sizes.kv_heads * sizes.head_dim, sum(map(len, texts))
-        tails = int(objective.prompts.tail_rows.sum())
+        sizes, prompts = self.sizes, task.prompts
+        kv, rows = 2 * sizes.kv_heads * sizes.head_dim, sum(len(prompted.text) for prompted in prompts)
+        tails = rows - sum(prompted.lookup for prompted in prompts)
         stored = rows * kv * (sizes.depth - min(at) - 1)
-        kept = len(at) * (tails * sizes.hidden + len(texts) * (2 * sizes.hidden + sizes.inner))
+        kept = len(at) * (tails * sizes.hidden + len(prompts) * (2 * sizes.hidden + sizes.inner))
         return self.dtype.itemsize * (stored + kept) + rows * self.row_bytes + 12 * sizes.vocabulary
 
     def _cone_bytes(self, search: ValueOptimizer, number: int, layer: int) -> int:

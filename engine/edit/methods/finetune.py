@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +32,13 @@ from causalcone.kernels.adam import AdamState
 from causalcone.kernels.backends import Backends
 from causalcone.kernels.readout_gradients import log_probability
 
-Item = tuple[Request, Window]
+
+class Item(NamedTuple):
+    """A request to be trained in a window of layers. texts: its prompt with the target, for each sample of noise."""
+
+    request: Request
+    texts: Sequence[Text]
+    window: Window
 
 
 @dataclass(frozen=True)
@@ -44,16 +50,11 @@ class Finetune:
 
     def batches(self, requests: Sequence[Request], windows: Sequence[Window]) -> Iterator[list[Edit]]:
         """An edit of each request in each window, request by request, as many together as memory holds."""
-        items, batching = [(request, window) for request in requests for window in windows], self.model.batching
-        for group in batching.of_items(items, self._bytes, lambda item: edit_name(item[0])):
-            yield batching.run(group, self._train)
-
-    def texts(self, request: Request) -> list[Text]:
-        """The bare prompt with the target: once, or once for each sample of noise."""
-        samples = 1 if request.sigma is None else self.hparams.noise_samples
-        encoder, prompt = self.model.encoder, request.fact.prompt
-        prompts = [encoder.prompted(request, prompt, sample, samples).text for sample in range(samples)]
-        return [encoder.followed(request, text, request.target) for text in prompts]
+        encoder, batching = self.model.encoder, self.model.batching
+        trained = [(request, encoder.trained(request, self.hparams.noise_samples)) for request in requests]
+        items = [Item(request, texts, window) for request, texts in trained for window in windows]
+        groups = batching.of_items(items, self._bytes, lambda item: edit_name(item.request))
+        return (batching.run(group, self._train) for group in groups)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -65,10 +66,10 @@ class Finetune:
 
     def _bytes(self, item: Item) -> int:
         """Weights and what Adam keeps of them; rows at all layers after the first that is edited."""
-        request, window = item
+        _, texts, window = item
         sizes, dtype = self.model.batching.sizes, self.model.layers.dtype
         wide = torch.promote_types(dtype, torch.float32).itemsize
-        rows = sum(map(len, self.texts(request)))
+        rows = sum(map(len, texts))
         trained = 3 * len(window.layers) * sizes.hidden * sizes.inner * wide
         saved = rows * (sizes.depth - window.layers[0]) * self.model.batching.saved_row_bytes
         kept = rows * dtype.itemsize * (2 * sizes.hidden + sizes.inner)
@@ -137,12 +138,12 @@ class _EditBatch:
         dtype = torch.promote_types(self.layers.dtype, torch.float32)
         self.trained: list[dict[int, _Trained]] = []
         blocks: dict[int, Block] = {}
-        for _, window in items:
+        for _, _, window in items:
             for layer in window.layers:
                 blocks.setdefault(layer, self.layers.block(layer))
             options = dtype, method.hparams, self.layers.backends
             self.trained.append({layer: _Trained(blocks[layer], *options) for layer in window.layers})
-        self.first = np.array([window.layers[0] for _, window in items])
+        self.first = np.array([window.layers[0] for _, _, window in items])
         self.texts: list[list[int]] = []
         self.prompts, self.unedited = self._unedited()
 
@@ -151,13 +152,12 @@ class _EditBatch:
         texts: list[Text] = []
         read: list[int] = []
         numbers: dict[int, list[int]] = {}
-        for request, _ in self.items:
-            if id(request) not in numbers:
-                new = self.method.texts(request)
-                numbers[id(request)] = list(range(len(texts), len(texts) + len(new)))
-                texts += new
-                read += [len(request.target)] * len(new)
-            self.texts.append(numbers[id(request)])
+        for request, trained, _ in self.items:
+            if id(trained) not in numbers:
+                numbers[id(trained)] = list(range(len(texts), len(texts) + len(trained)))
+                texts += trained
+                read += [len(request.target)] * len(trained)
+            self.texts.append(numbers[id(trained)])
         prompts = Prompts(texts, np.zeros(len(texts), dtype=np.int64), np.array(read))
         wanted = {(name, layer): prompts.tails for layer in set(self.first.tolist()) for name in _KEPT}
         return prompts, run_unedited(self.layers, texts, wanted)
@@ -187,7 +187,7 @@ class _EditBatch:
         return [self._edit(item, int(steps[item]), float(loss[item])) for item in range(count)]
 
     def _edit(self, item: int, steps: int, loss: float) -> Edit:
-        request, window = self.items[item]
+        request, _, window = self.items[item]
         if not np.isfinite(loss):
             reason = f"the loss is {loss} after {steps} steps"
             return edit_of(request, FINETUNE.name, window, steps=steps, loss=loss, reason=reason)
@@ -207,7 +207,7 @@ class _Pass:
         texts = np.concatenate([batch.texts[item] for item in live])
         self.cone = EditedRuns(batch.layers, batch.prompts, batch.first[live], of, texts)
         self.trained = [batch.trained[item] for item in live]
-        requests = [batch.items[item][0] for item in live]
+        requests = [batch.items[item].request for item in live]
         owners, device = of[self.cone.order], batch.layers.device
         self.targets = torch.tensor([token for owner in owners for token in requests[owner].target], device=device)
         self.owner = torch.from_numpy(np.repeat(owners, [len(requests[owner].target) for owner in owners])).to(device)

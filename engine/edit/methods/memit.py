@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import starmap
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from causalcone.engine.edit.methods.edits import Edit, edit_of
 from causalcone.engine.edit.methods.hparams import MemitHparams
 from causalcone.engine.edit.methods.method import EditableModel, Method
 from causalcone.engine.edit.methods.value_search import EditObjective, FoundValue, ValueOptimizer
+from causalcone.engine.edit.requests.prompts import EditTask
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
 from causalcone.engine.edit.runs.frozen_prefix import FrozenPrefix, Places
@@ -52,25 +54,22 @@ class Memit:
     def batches(self, requests: Sequence[Request], windows: Sequence[Window]) -> Iterator[list[Edit]]:
         """An edit of each request in each window, request by request, in batches of those made together."""
         batching, ends = self.model.batching, sorted({window.layers[-1] for window in windows})
-        for group in batching.of_requests(requests, ends, self._objective):
-            yield batching.run(group, lambda part: self._batch(part, windows, ends))
+        groups = batching.of_tasks(self.model.tasks(requests), ends)
+        return (batching.run(group, lambda tasks: self._batch(tasks, windows, ends)) for group in groups)
 
     @torch.inference_mode(False)
-    def _batch(self, requests: Sequence[Request], windows: Sequence[Window], ends: Sequence[int]) -> list[Edit]:
+    def _batch(self, tasks: Sequence[EditTask], windows: Sequence[Window], ends: Sequence[int]) -> list[Edit]:
         self.model.layers.forget()
-        objective = self._objective(requests)
+        objective = EditObjective.of(tasks)
         search = self._search(objective, windows, ends)
-        wanted = [(number, end) for number in range(len(requests)) for end in ends]
+        wanted = [(number, end) for number in range(len(tasks)) for end in ends]
         vectors = dict(self.model.batching.of_vectors(wanted, search))
         by_window = []
         for window in windows:
-            values = [vectors[number, window.layers[-1]] for number in range(len(requests))]
-            by_window.append(self._spread(requests, window, search, objective, values))
+            values = [vectors[number, window.layers[-1]] for number in range(len(tasks))]
+            by_window.append(self._spread(tasks, window, search, objective, values))
         self.model.layers.forget()
         return [edit for edits in zip(*by_window, strict=True) for edit in edits]
-
-    def _objective(self, requests: Sequence[Request]) -> EditObjective:
-        return EditObjective.of(requests, self.model.encoder, self.model.contexts)
 
     def _search(self, objective: EditObjective, windows: Sequence[Window], ends: Sequence[int]) -> ValueOptimizer:
         prefixes = _prefix_places(objective)
@@ -89,7 +88,7 @@ class Memit:
 
     def _spread(
         self,
-        requests: Sequence[Request],
+        tasks: Sequence[EditTask],
         window: Window,
         search: ValueOptimizer,
         objective: EditObjective,
@@ -111,8 +110,8 @@ class Memit:
                     prefixes.apply(_update_each(left, right, prefixes.request))
         deltas = iter(changes)
         return [
-            _edit(MEMIT.name, request, window, value, None if value.reason else Delta(next(deltas)))
-            for request, value in zip(requests, values, strict=True)
+            _edit(MEMIT.name, task.request, window, value, None if value.reason else Delta(next(deltas)))
+            for task, value in zip(tasks, values, strict=True)
         ]
 
     @property
@@ -127,25 +126,31 @@ class JointMemit(Memit):
 
     def batches(self, requests: Sequence[Request], windows: Sequence[Window]) -> Iterator[list[Edit]]:
         """An edit of each request in each window, window by window; those of a window share their change."""
-        return (self.joint(requests, window).edits() for window in windows)
+        return (joint.edits() for joint in self.joint(requests, windows))
+
+    def joint(self, requests: Sequence[Request], windows: Sequence[Window]) -> Iterator[JointEdit]:
+        """For each window, one change of the model for all requests together."""
+        tasks = self.model.tasks(requests)
+        groups = [(self.model.batching.of_tasks(tasks, window.layers[-1:]), window) for window in windows]
+        return starmap(self._together, groups)
 
     @torch.inference_mode(False)
-    def joint(self, requests: Sequence[Request], window: Window) -> JointEdit:
-        """One change of the model for all requests together."""
+    def _together(self, batches: Sequence[Sequence[EditTask]], window: Window) -> JointEdit:
         end = window.layers[-1]
         self.model.layers.forget()
         groups: list[Prefixes] = []
         values: list[FoundValue] = []
-        for group in self.model.batching.of_requests(requests, [end], self._objective):
-            objective = self._objective(group)
+        for tasks in batches:
+            objective = EditObjective.of(tasks)
             search = self._search(objective, [window], [end])
-            wanted = [(number, end) for number in range(len(group))]
+            wanted = [(number, end) for number in range(len(tasks))]
             vectors = [value for _, value in self.model.batching.of_vectors(wanted, search)]
             groups += self._prefixes(window, search, objective, vectors)
             values += vectors
         delta = self._solve_together(window, groups)
         self.model.layers.forget()
-        return JointEdit(tuple(requests), window, tuple(values), delta)
+        requests = tuple(task.request for tasks in batches for task in tasks)
+        return JointEdit(requests, window, tuple(values), delta)
 
     def _solve_together(self, window: Window, groups: Sequence[Prefixes]) -> Delta | None:
         """The change that takes all keys to their goals, layer by layer; None where no request found its vector."""

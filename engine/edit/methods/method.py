@@ -11,7 +11,7 @@ from torch import Tensor
 from causalcone.engine.edit.methods.batching import Batching
 from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.methods.hparams import Hparams
-from causalcone.engine.edit.requests.prompts import Encoder
+from causalcone.engine.edit.requests.prompts import EditTask, Encoder
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window, as_layers, as_windows
 from causalcone.engine.edit.runs.flops import EditWork
@@ -32,6 +32,10 @@ class EditableModel:
     batching: Batching
     contexts: Sequence[str] = ()
     moments: Moments | None = None
+
+    def tasks(self, requests: Sequence[Request]) -> list[EditTask]:
+        """The requests as token sequences, in the contexts."""
+        return [self.encoder.task(request, self.contexts) for request in requests]
 
     def solve(self, layer: int, right: Tensor) -> Tensor:
         """C^-1 right (inner, n) with the second moment C of the layer's keys."""

@@ -14,6 +14,7 @@ from causalcone.engine.edit.methods.edits import Edit, edit_of
 from causalcone.engine.edit.methods.hparams import RomeHparams
 from causalcone.engine.edit.methods.method import EditableModel, Method
 from causalcone.engine.edit.methods.value_search import EditObjective, FoundValue
+from causalcone.engine.edit.requests.prompts import EditTask
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
 
@@ -28,17 +29,17 @@ class Rome:
     def batches(self, requests: Sequence[Request], windows: Sequence[Window]) -> Iterator[list[Edit]]:
         """An edit of each request at each layer, request by request, in batches of those made together."""
         batching, layers = self.model.batching, [window.layer for window in windows]
-        for group in batching.of_requests(requests, layers, self._objective):
-            yield batching.run(group, lambda part: self._batch(part, windows))
+        groups = batching.of_tasks(self.model.tasks(requests), layers)
+        return (batching.run(group, lambda tasks: self._batch(tasks, windows)) for group in groups)
 
     @torch.inference_mode(False)
-    def _batch(self, requests: Sequence[Request], windows: Sequence[Window]) -> list[Edit]:
+    def _batch(self, tasks: Sequence[EditTask], windows: Sequence[Window]) -> list[Edit]:
         self.model.layers.forget()
         layers = [window.layer for window in windows]
-        objective = self._objective(requests)
+        objective = EditObjective.of(tasks)
         keys_of = {("keys", layer): objective.prompts.lookups for layer in layers}
         search = objective.search(self.model.layers, layers, "values", self.hparams, keys_of)
-        wanted = [(number, layer) for number in range(len(requests)) for layer in layers]
+        wanted = [(number, layer) for number in range(len(tasks)) for layer in layers]
         values = dict(self.model.batching.of_vectors(wanted, search))
         by_window = []
         for window in windows:
@@ -47,22 +48,19 @@ class Rome:
             directions = self.model.solve(window.layer, means.T).T.to(keys.device)
             by_window.append(
                 [
-                    _edit(request, window, values[number, window.layer], keys[goal.contexts[0]].double(), direction)
-                    for number, (request, goal, direction) in enumerate(
-                        zip(requests, search.goals, directions, strict=True)
-                    )
+                    _edit(task, window, values[number, window.layer], keys[goal.contexts[0]].double(), direction)
+                    for number, (task, goal, direction) in enumerate(zip(tasks, search.goals, directions, strict=True))
                 ]
             )
         self.model.layers.forget()
         return [edit for edits in zip(*by_window, strict=True) for edit in edits]
 
-    def _objective(self, requests: Sequence[Request]) -> EditObjective:
-        return EditObjective.of(requests, self.model.encoder, self.model.contexts)
 
-
-def _edit(request: Request, window: Window, value: FoundValue, key: Tensor, direction: Tensor) -> Edit:
+def _edit(task: EditTask, window: Window, value: FoundValue, key: Tensor, direction: Tensor) -> Edit:
     delta = None if value.reason else Delta({window.layer: rank_one(key, value.delta, direction)})
-    return edit_of(request, ROME.name, window, steps=value.steps, loss=value.loss, delta=delta, reason=value.reason)
+    return edit_of(
+        task.request, ROME.name, window, steps=value.steps, loss=value.loss, delta=delta, reason=value.reason
+    )
 
 
 def rank_one(key: Tensor, delta: Tensor, direction: Tensor) -> LowRank:

@@ -7,7 +7,7 @@ All edits of a batch, at any layers, take their steps together; an edit that is 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from causalcone.engine.edit.methods.hparams import RomeHparams, ValueHparams
-from causalcone.engine.edit.requests.prompts import ESSENCE, Encoder
-from causalcone.engine.edit.requests.requests import Request
+from causalcone.engine.edit.requests.prompts import EditTask
 from causalcone.engine.edit.runs.edited_runs import EditedRuns, Join, Prompts
 from causalcone.engine.edit.runs.frozen_prefix import FrozenPrefix, Places, Wanted, run_unedited
 from causalcone.engine.edit.runs.layers import Layers
-from causalcone.engine.edit.runs.packed_runs import Text
 from causalcone.engine.models.base import Block
 from causalcone.kernels.adam import AdamState
 from causalcone.kernels.readout_gradients import divergence, log_probability
@@ -61,24 +59,16 @@ class EditObjective:
     goals: list[Goal]
 
     @classmethod
-    def of(cls, requests: Sequence[Request], encoder: Encoder, contexts: Sequence[str]) -> EditObjective:
-        texts: list[Text] = []
-        lookup: list[int] = []
+    def of(cls, tasks: Sequence[EditTask]) -> EditObjective:
+        prompts = [prompted for task in tasks for prompted in task.prompts]
         read: list[int] = []
         goals: list[Goal] = []
-        for request in requests:
-            first = len(texts)
-            for prompted in encoder.contexts(request, contexts):
-                texts.append(encoder.followed(request, prompted.text, request.target))
-                lookup.append(prompted.lookup)
-                read.append(len(request.target))
-            essence = encoder.prompted(request, ESSENCE)
-            texts.append(replace(essence.text, tokens=essence.text.tokens[: essence.lookup + 1]))
-            lookup.append(essence.lookup)
-            read.append(1)
-            numbers = tuple(range(first, len(texts) - 1))
-            goals.append(Goal(numbers, len(texts) - 1, request.target, request.erases))
-        return cls(Prompts(texts, np.array(lookup), np.array(read)), goals)
+        for task in tasks:
+            target, first = task.request.target, len(read)
+            read += [*[len(target)] * len(task.contexts), 1]
+            goals.append(Goal(tuple(range(first, len(read) - 1)), len(read) - 1, target, task.request.erases))
+        lookup = np.array([prompted.lookup for prompted in prompts])
+        return cls(Prompts([prompted.text for prompted in prompts], lookup, np.array(read)), goals)
 
     @property
     def contexts(self) -> np.ndarray:

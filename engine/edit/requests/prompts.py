@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.runs.packed_runs import Text
 from causalcone.engine.errors import FactError
-from causalcone.engine.facts import Fact, encode, encode_text
+from causalcone.engine.facts import encode, encode_text, target_ids
 from causalcone.engine.models.base import Sizes
 
 ESSENCE = "{} is a"
 NOISE_SEED = 1
+
+Encoded = TypeVar("Encoded")
 
 
 @dataclass(frozen=True)
@@ -31,24 +35,88 @@ class Prompted:
         return self.span[1] - 1
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EditTask:
+    """A request as the token sequences that its vector is searched on. contexts: the prompt, bare and after each
+    context, with the target's tokens except the last; essence: the prompt of its essence up to the lookup."""
+
+    request: Request
+    contexts: tuple[Prompted, ...]
+    essence: Prompted
+
+    @property
+    def prompts(self) -> tuple[Prompted, ...]:
+        """The contexts, then the essence."""
+        return (*self.contexts, self.essence)
+
+
+def _once(encode: Callable[[Encoder, Request, str], Encoded]) -> Callable[[Encoder, Request, str], Encoded]:
+    """Keeps what an encoder makes of a request's texts for as long as there is the request."""
+
+    @wraps(encode)
+    def encode_once(self: Encoder, request: Request, text: str) -> Encoded:
+        known = self.known.setdefault(request, {})
+        key = encode.__name__, text
+        if key not in known:
+            known[key] = encode(self, request, text)
+        return known[key]
+
+    return encode_once
+
+
+@lru_cache(maxsize=16)
+def _noise(sigma: float, samples: int, tokens: int, hidden: int) -> np.ndarray:
+    """(samples, tokens, hidden) samples of noise of a level, which all texts share."""
+    return sigma * np.random.RandomState(NOISE_SEED).randn(samples, tokens, hidden)
+
+
 @dataclass(frozen=True)
 class Encoder:
-    """Turns prompts into token ids as a model of ``sizes`` needs them."""
+    """Turns prompts into token ids as a model of ``sizes`` needs them, each text of a request once. Making is the
+    check: whatever cannot be used raises ``FactError``."""
 
     tokenizer: Any
     sizes: Sizes
+    known: WeakKeyDictionary[Request, dict[tuple[str, str], Any]] = field(
+        default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
+    )
 
-    def prompt(self, fact: Fact) -> tuple[int, ...]:
-        """The token ids of a fact's prompt."""
-        return encode(fact, self.tokenizer, "argmax", self.sizes.vocabulary, self.sizes.positions).prompt
+    def task(self, request: Request, contexts: Sequence[str]) -> EditTask:
+        """The request with contexts put before its prompt."""
+        prompts = tuple(
+            replace(prompted, text=self.followed(request, prompted.text, request.target))
+            for prompted in self.contexts(request, contexts)
+        )
+        whole = self.prompted(request, ESSENCE)
+        essence = replace(whole, text=replace(whole.text, tokens=whole.text.tokens[: whole.lookup + 1]))
+        return EditTask(request=request, contexts=prompts, essence=essence)
 
-    def prompted(self, request: Request, template: str, sample: int = 0, samples: int = 1) -> Prompted:
-        """A template with the request's subject, which carries sample number ``sample`` of its noise."""
+    def trained(self, request: Request, samples: int) -> list[Text]:
+        """The bare prompt with the target: once, or once for each of ``samples`` of noise on the subject."""
+        prompt = self.bare(request)
+        text = self.followed(request, prompt.text, request.target)
+        if request.sigma is None:
+            return [text]
+        noise = _noise(request.sigma, samples, prompt.span[1] - prompt.span[0], self.sizes.hidden)
+        return [replace(text, noise=sample) for sample in noise]
+
+    def bare(self, request: Request) -> Prompted:
+        """The request's prompt."""
+        return self.prompted(request, request.fact.prompt)
+
+    @_once
+    def prompted(self, request: Request, template: str) -> Prompted:
+        """A template with the request's subject, which carries its noise."""
         fact = replace(request.fact, prompt=template)
         encoded = encode(fact, self.tokenizer, "argmax", self.sizes.vocabulary, self.sizes.positions)
-        text = Text(encoded.prompt, *self._noise(request, encoded.span, sample, samples))
-        return Prompted(text, encoded.span)
+        return Prompted(self._noised(request, encoded.prompt, encoded.span), encoded.span)
 
+    @_once
+    def answer(self, request: Request, target: str) -> tuple[int, ...]:
+        """The token ids of an answer."""
+        return target_ids(target, self.tokenizer)
+
+    @_once
     def written(self, request: Request, text: str) -> Text:
         """A text as written; the first occurrence of the subject, if there is one, carries the request's noise."""
         at = text.find(request.fact.subject)
@@ -60,7 +128,7 @@ class Encoder:
                 f"fact {request.fact.id!r}: token id {max(ids)} of the prompt {text!r} is outside the model's "
                 f"vocabulary of {self.sizes.vocabulary}; use the model's own tokenizer"
             )
-        return Text(ids) if span is None else Text(ids, *self._noise(request, span, 0, 1))
+        return Text(ids) if span is None else self._noised(request, ids, span)
 
     def followed(self, request: Request, text: Text, target: Sequence[int]) -> Text:
         """A text and all tokens of a target except the last."""
@@ -83,10 +151,8 @@ class Encoder:
         plain = (text.replace("{", "").replace("}", "") for text in texts)
         return [self.prompted(request, template) for template in (prompt, *(f"{text}. {prompt}" for text in plain))]
 
-    def _noise(
-        self, request: Request, span: tuple[int, int], sample: int, samples: int
-    ) -> tuple[np.ndarray | None, int]:
+    def _noised(self, request: Request, tokens: tuple[int, ...], span: tuple[int, int]) -> Text:
+        """Tokens with the request's noise, if it has any, on a span."""
         if request.sigma is None:
-            return None, 0
-        samples_of_noise = np.random.RandomState(NOISE_SEED).randn(samples, span[1] - span[0], self.sizes.hidden)
-        return request.sigma * samples_of_noise[sample], span[0]
+            return Text(tokens)
+        return Text(tokens, _noise(request.sigma, 1, span[1] - span[0], self.sizes.hidden)[0], span[0])

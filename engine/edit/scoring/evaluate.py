@@ -9,11 +9,12 @@ import pyarrow as pa
 
 from causalcone.engine.edit.methods.batching import layers_and_batching
 from causalcone.engine.edit.methods.edits import FAILED, Edit
-from causalcone.engine.edit.requests.prompts import Encoder
+from causalcone.engine.edit.requests.prompts import ESSENCE, Encoder
+from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.scoring.generation_metrics import Generation, References, ReferenceScorer
 from causalcone.engine.edit.scoring.metrics import Row, metrics_of
 from causalcone.engine.edit.scoring.probes import ProbeSet, probes_of
-from causalcone.engine.edit.scoring.sampled_texts import essence_texts
+from causalcone.engine.edit.scoring.sampled_texts import essence_texts, text_room
 from causalcone.engine.edit.scoring.scoring import EditScorer, Scored, check_edits
 from causalcone.engine.edit.scoring.tables import metric_batch, probe_batch
 from causalcone.engine.facts import Fact
@@ -46,6 +47,27 @@ class Evaluator:
     _essence: dict[tuple[object, ...], list[str]] = field(default_factory=dict)
     _scorer: tuple[References, ReferenceScorer] | None = None
 
+    def check(
+        self,
+        request: Request,
+        essence: bool,
+        generation: bool,
+        references: References | None,
+        contexts: Iterable[Sequence[str]] = (),
+    ) -> Request:
+        """The request; raises ``FactError`` for one that cannot be edited in some contexts, or not be scored."""
+        probes_of(request, self.encoder)
+        for before in contexts:
+            self.encoder.task(request, before)
+        texts = [self.encoder.prompted(request, ESSENCE).text] if essence else []
+        if generation or references is not None:
+            texts += [self.encoder.written(request, prompt) for prompt in request.fact.generation_prompts]
+        for text in texts:
+            text_room(self.session, request.fact, text.tokens)
+        if references is not None and request.fact.generation_prompts:
+            references.of(request.fact)
+        return request
+
     def evaluate(
         self, edits: Sequence[Edit], essence: bool, accuracy: bool, generation: bool, references: References | None
     ) -> Scores:
@@ -54,14 +76,15 @@ class Evaluator:
         rows: list[Row] = [row for result in scored for row in metrics_of(result, accuracy)]
         final = [result.edit for result in scored]
         if generation or references is not None:
-            rows += Generation(self.session, self.seed, references, self._scorer_of(references)).rows(final)
+            scorer = self._scorer_of(references)
+            rows += Generation(self.session, self.encoder, self.seed, references, scorer).rows(final)
         return Scores(final, probe_batch(scored), metric_batch(rows))
 
     def score(self, edits: Sequence[Edit], essence: bool = False, accuracy: bool = False) -> Iterator[Scored]:
         """Each edit's probes, in order."""
         if not edits:
             return
-        self.session.verify(self.encoder.prompt(edits[0].request.fact))
+        self.session.verify(self.encoder.bare(edits[0].request).text.tokens)
         check_edits(edits, self.session.sizes)
         texts = self._essence_of([edit.request.fact for edit in edits]) if essence else {}
 

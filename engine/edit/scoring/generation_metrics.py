@@ -8,9 +8,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from causalcone.engine.edit.methods.edits import Edit
+from causalcone.engine.edit.requests.prompts import Encoder
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.scoring.metrics import Row
 from causalcone.engine.edit.scoring.sampled_texts import generate_texts
@@ -90,6 +92,7 @@ class Generation:
     """Metrics of the texts that the model writes after the facts' generation prompts, before and after edits."""
 
     session: Session
+    encoder: Encoder
     seed: int
     references: References | None
     scorer: ReferenceScorer | None
@@ -98,11 +101,10 @@ class Generation:
         """The metrics of each edit whose fact has generation prompts."""
         edits = [edit for edit in edits if edit.request.fact.generation_prompts]
         requests: dict[int, Request] = {id(edit.request): edit.request for edit in edits}
-        before = dict(zip(requests, generate_texts(self.session, list(requests.values()), self.seed), strict=True))
         made = [edit for edit in edits if edit.delta is not None]
-        written = generate_texts(
-            self.session, [edit.request for edit in made], self.seed, [edit.delta for edit in made]
-        )
+        write = partial(generate_texts, self.session, seed=self.seed, encoder=self.encoder)
+        before = dict(zip(requests, write(list(requests.values())), strict=True))
+        written = write([edit.request for edit in made], deltas=[edit.delta for edit in made])
         after = {id(edit): texts for edit, texts in zip(made, written, strict=True)}
         for edit in edits:
             pre, post = before[id(edit.request)], after.get(id(edit))

@@ -9,7 +9,6 @@ from typing import Final, Literal
 from causalcone.engine.edit.requests.prompts import Encoder
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.runs.packed_runs import Text
-from causalcone.engine.facts import target_ids
 
 REWRITE, PARAPHRASE, NEIGHBORHOOD, ATTRIBUTE = PROMPT_KINDS = ("rewrite", "paraphrase", "neighborhood", "attribute")
 ESSENCE = "essence"
@@ -49,7 +48,7 @@ class ProbeSet:
 def probes_of(request: Request, encoder: Encoder, essence: Sequence[str] = ()) -> ProbeSet:
     """Both targets after all prompts of the fact, a neighbour's own answer where it has one, and the essence texts."""
     fact = request.fact
-    prompts = [(REWRITE, 0, encoder.prompted(request, fact.prompt).text)]
+    prompts = [(REWRITE, 0, encoder.bare(request).text)]
     for kind, texts in (
         (PARAPHRASE, fact.paraphrase_prompts),
         (NEIGHBORHOOD, fact.neighborhood_prompts),
@@ -62,7 +61,7 @@ def probes_of(request: Request, encoder: Encoder, essence: Sequence[str] = ()) -
         if request.other is not None:
             answers[OTHER] = request.other
         if kind == NEIGHBORHOOD and fact.neighborhood_target is not None:
-            answers[OWN] = target_ids(fact.neighborhood_target, encoder.tokenizer)
+            answers[OWN] = encoder.answer(request, fact.neighborhood_target)
         collector.add(kind, index, text, answers)
     for index, written in enumerate(essence):
         text = encoder.written(request, written)

@@ -31,9 +31,8 @@ def essence_texts(session: Session, facts: Iterable[Fact], seed: int) -> dict[st
     about = [replace(fact, prompt=ESSENCE) for fact in facts]
     prompts = [encode(fact, session.tokenizer, "argmax", sizes.vocabulary, sizes.positions).prompt for fact in about]
     texts = [Text(prompt) for prompt in prompts for _ in range(ESSENCE_TEXTS)]
-    lengths = [
-        _room(session, fact, prompt) for fact, prompt in zip(about, prompts, strict=True) for _ in range(ESSENCE_TEXTS)
-    ]
+    rooms = [text_room(session, fact, prompt) for fact, prompt in zip(about, prompts, strict=True)]
+    lengths = [room for room in rooms for _ in range(ESSENCE_TEXTS)]
     seeds = [text_seed(seed, "essence", fact.id, number) for fact in facts for number in range(ESSENCE_TEXTS)]
     new = iter(continuations(session, texts, lengths, top_k=TOP_K, seeds=seeds))
     return {
@@ -53,7 +52,11 @@ def _whole(session: Session, text: str, prompt: Sequence[int], new: tuple[int, .
 
 
 def generate_texts(
-    session: Session, requests: Sequence[Request], seed: int, deltas: Sequence[Delta | None] | None = None
+    session: Session,
+    requests: Sequence[Request],
+    seed: int,
+    deltas: Sequence[Delta | None] | None = None,
+    encoder: Encoder | None = None,
 ) -> list[list[str]]:
     """For each request the texts with which the model, changed by the request's delta where there is one, continues the
     fact's generation prompts: up to 100 tokens with the prompt's, or as many as the model has positions, each one of
@@ -64,12 +67,12 @@ def generate_texts(
     """
     if deltas is not None and len(deltas) != len(requests):
         raise ExperimentError(f"there are {len(requests)} requests and {len(deltas)} deltas; give one for each")
-    encoder = Encoder(session.tokenizer, session.sizes)
+    encoder = encoder or Encoder(session.tokenizer, session.sizes)
     texts, lengths, seeds, text_deltas = [], [], [], []
     for request, delta in zip(requests, deltas or [None] * len(requests), strict=True):
         for index, prompt in enumerate(request.fact.generation_prompts):
             texts.append(encoder.written(request, prompt))
-            lengths.append(_room(session, request.fact, texts[-1].tokens))
+            lengths.append(text_room(session, request.fact, texts[-1].tokens))
             seeds.append(text_seed(seed, "generation", request.fact.id, index))
             text_deltas.append(delta)
     new = continuations(session, texts, lengths, top_k=TOP_K, seeds=seeds, deltas=text_deltas)
@@ -77,7 +80,7 @@ def generate_texts(
     return [[prompt + next(written) for prompt in request.fact.generation_prompts] for request in requests]
 
 
-def _room(session: Session, fact: Fact, prompt: Sequence[int]) -> int:
+def text_room(session: Session, fact: Fact, prompt: Sequence[int]) -> int:
     """How many tokens a text may have after its prompt."""
     limit = min(TEXT_TOKENS, session.sizes.positions)
     if len(prompt) >= limit:

@@ -34,14 +34,10 @@ def completes(fact: Fact, completion: str) -> bool:
 
 def answer_probabilities(session: Session, facts: Sequence[EncodedFact]) -> list[float]:
     """p(target_true) after each prompt, all of its tokens."""
-    return [math.exp(result.log_p[0, 0]) for _, result in session.run(clean_trials(facts))]
-
-
-def clean_trials(facts: Sequence[EncodedFact]) -> list[Trial]:
-    """The clean run of each fact."""
     clean = Experiment((Base(),), np.empty(0, dtype=np.int64), Overwrites.none())
     shapes = [Shape(len(fact.tokens), (0, 0), (target_tokens(fact),)) for fact in facts]
-    return [
+    trials = [
         Trial(fact.fact.id, (fact.tokens,), fact.target, shape, clean)
         for fact, shape in zip(facts, shapes, strict=True)
     ]
+    return [math.exp(result.log_p[0, 0]) for _, result in session.run(trials)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
@@ -30,10 +31,8 @@ from causalcone.engine.facts import Fact
 from causalcone.engine.schemas import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA, Problem
 from causalcone.runners.checked_files import CheckedTable, Count
 from causalcone.runners.demo.files import path_of
-from causalcone.runners.edits.checks import EditChecks
 from causalcone.runners.edits.settings import EditPlan, Setting
 from causalcone.runners.inputs.reference_texts import ReferenceTexts, load_reference_texts
-from causalcone.runners.options import ScoringOptions
 from causalcone.runners.sweep.inputs.lengths import FactLengths
 from causalcone.runners.sweep.inputs.resources import Resources
 from causalcone.runners.sweep.inputs.settings import Names, Sweep
@@ -141,14 +140,13 @@ class Edit(Stage[EditSettings]):
 
     def fact_check(self, resources: Resources) -> Callable[[Fact], object]:
         """Refuses facts that no request can be made of, or whose prompts are too long."""
-        session, options = resources.session, self.options
+        options = self.options
         # error injection asks more of a fact than the other problems, which ask the same
         problem = ERROR_INJECTION if ERROR_INJECTION in options.problems else FACT_AMPLIFICATION
         generation = any(map(options.generates, options.problems))
-        scoring = ScoringOptions(essence=options.essence, generation=generation)
         references = self._references() if generation else None
-        check = EditChecks(session, self.plans[options.problems[0]], None, scoring, references)
-        editor = Editor.on(session)
+        editor = Editor.on(resources.session)
+        check = partial(editor.evaluator.check, essence=options.essence, generation=generation, references=references)
         return lambda fact: check(*editor.requests([fact], problem, filtered=False))
 
     def compute(self, unit: Unit, resources: Resources) -> Mapping[str, pa.Table]:
