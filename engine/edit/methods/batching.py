@@ -39,11 +39,7 @@ class Batching:
     dtype: torch.dtype
 
     def of_items(
-        self,
-        items: Iterable[Item],
-        weigh: Callable[[Item], int],
-        name: Callable[[Item], str],
-        share: float = 1.0,
+        self, items: Iterable[Item], weigh: Callable[[Item], int], name: Callable[[Item], str], share: float = 1.0
     ) -> list[list[Item]]:
         """Consecutive items whose bytes fit a share of the budget together, at least one. Raises ``MemoryBudgetError``
         with the name of one that alone takes more than the whole budget."""
