@@ -101,8 +101,8 @@ def apply(model: Any, delta: Delta) -> Handle:
 
 @contextmanager
 def applied(model: Model, delta: Delta) -> Iterator[Model]:
-    """A block, ``with applied(model, delta) as model:``, that runs on the edited model; then, also after an exception, the
-    weights have the bits they had before.
+    """A block, ``with applied(model, delta) as model:``, that runs on the edited model; then, also after an exception,
+    the weights have the bits they had before.
 
     Args:
         model: A transformers model.

@@ -247,8 +247,8 @@ class Prefixes:
 
     @torch.no_grad()
     def look(self, layer: int) -> tuple[Tensor, Tensor]:
-        """At a layer, as those before it are now: each request's key (n, inner), half of it the bare prompt's, and how far
-        its output (n, hidden) at the window's last layer is from the goal; float64."""
+        """At a layer, as those before it are now: each request's key (n, inner), half of it the bare prompt's, and how
+        far its output (n, hidden) at the window's last layer is from the goal; float64."""
         while self.at < layer:
             self.rows = self.layers.advance(self.layers.block(self.at), self.rows, self.runs).out
             self.at += 1

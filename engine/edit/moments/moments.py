@@ -159,7 +159,7 @@ class Moments:
         """Check that these are moments of a model; where it is not known of which, only the width of the keys.
 
         Args:
-            model: The model or its ``Architecture``, in the dtype of the moments' model or a rounding of it, or reversely.
+            model: The model or its ``Architecture``; its dtype and that of the moments' model may be a rounding apart.
             layers: The layers to check.
 
         Raises:

@@ -178,7 +178,7 @@ class _Making:
             yield None if likely else f"p({item.fact.target_true!r}) is {p:.3g}, not {least} {ERASABLE}"
 
     def noised(self, posed: Sequence[_Posed]) -> list[_Noised]:
-        """The answers under noise, up to 12 tokens with the prompt's, at least one: likeliest, or as published, sampled."""
+        """Answers under noise, up to 12 tokens with the prompt's, at least one: likeliest, or as published, sampled."""
         prompts = [Text(item.encoded.prompt) for item in posed]
         noised = [replace(text, **self._noise(item.encoded)) for item, text in zip(posed, prompts, strict=True)]
         lengths = [max(1, REVERSAL_TOKENS - len(text)) for text in prompts]

@@ -28,7 +28,7 @@ class _Counts:
 @dataclass(frozen=True)
 class Searched(_Counts):
     """The texts of a search: contexts with the target but its last token, and the essence prompt. requests: how many;
-    whole: tokens of all; tails: from the lookup on; read: read out; prefixes, bare: up to it, of all and the bare one."""
+    whole: tokens of all; tails: from the lookup on; read: read out; prefixes: up to it; bare: of the bare prompt."""
 
     requests: float
     whole: float
@@ -39,7 +39,7 @@ class Searched(_Counts):
 
     @classmethod
     def of(cls, contexts: Sequence[tuple[int, int]], essence: int, target: int) -> Searched:
-        """Of one request: tokens and lookup of each context's prompt, the bare one first; the essence's to its lookup."""
+        """Of one request: tokens and lookup of each context's prompt, the bare one first; the essence's up to it."""
         whole = sum(tokens + target - 1 for tokens, _ in contexts)
         before = sum(lookup for _, lookup in contexts)
         return cls(
@@ -88,7 +88,7 @@ class Flops:
         return 2 * self._search(texts, layers, steps)
 
     def memit(self, texts: Searched, windows: Sequence[Sequence[int]], steps: int) -> float:
-        """Every request by itself: in a window's layers all contexts go up to the lookup; to its end the bare prompt."""
+        """Every request by itself: in a window's layers all contexts go up to the lookup; then the bare prompt."""
         sizes = [len(window) for window in windows]
         spread = sum((texts.prefixes * size + texts.bare * _pairs(size)) * self._layer for size in sizes)
         return 2 * (self._search(texts, {window[-1] for window in windows}, steps) + spread)

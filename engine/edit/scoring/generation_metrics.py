@@ -28,8 +28,8 @@ def words(text: str) -> list[str]:
 
 
 def generation_entropy(texts: Sequence[str]) -> float:
-    """Meng et al. 2022's generation entropy in bits, low where a model repeats itself: the mean over texts of that of 2/3
-    of the entropy of its bigrams and 4/3 of that of its trigrams (0 for a text too short to have any)."""
+    """Meng et al. 2022's generation entropy in bits, low where a model repeats itself: the mean over texts of that of
+    2/3 of the entropy of its bigrams and 4/3 of that of its trigrams (0 for a text too short to have any)."""
     if not texts:
         raise ExperimentError("there are no texts; give at least one generated text")
     entropies = (weight * _entropy(words(text), n) for text in texts for n, weight in _ENTROPY_WEIGHTS.items())

@@ -88,7 +88,7 @@ def _sampled(session: Session, starts: Sequence[_Start], seeds: Sequence[int]) -
 
 
 def continued(session: Session, tokens: Sequence[int], new: Sequence[int]) -> str:
-    """The text that new tokens add to those before, without special tokens: decoders may treat beginnings differently."""
+    """The text that new tokens add to those before, without special tokens: decoders may begin texts differently."""
 
     def text(ids: Sequence[int]) -> str:
         return str(session.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
