@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from causalcone.engine.compute import Compute
+from causalcone.engine.compute import Compute, Kernels
 from causalcone.engine.edit.methods.batching import layers_and_batching
 from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.methods.finetune import FINETUNE
@@ -29,7 +29,7 @@ from causalcone.engine.edit.scoring.tables import probe_batch
 from causalcone.engine.edit.texts.contexts import Contexts, check_contexts, sample_contexts
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.facts import Fact, OnError, SkippedFacts
-from causalcone.engine.localize.options import DEFAULT_SIGMA
+from causalcone.engine.localize.options import DEFAULT_SIGMA, Compat
 from causalcone.engine.noise import parse_sigma
 from causalcone.engine.run.loading import open_session
 from causalcone.engine.run.session import Session
@@ -64,7 +64,7 @@ class Editor:
         memory: int | str | None = None,
         sigma: float | str | None = None,
         seed: int = 0,
-        kernels: str | None = None,
+        kernels: Kernels | None = None,
         tf32: bool = False,
     ) -> None:
         self._open(
@@ -129,7 +129,7 @@ class Editor:
         *,
         filtered: bool = True,
         on_error: OnError = "raise",
-        compat: str | None = None,
+        compat: Compat | None = None,
     ) -> list[Request]:
         """Requests that a problem makes of facts (docs/editing.md, "Problems"; Hase et al. 2023).
 

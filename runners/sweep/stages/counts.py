@@ -51,10 +51,8 @@ class Counts:
 
     def added(self, count: int | None, one: Callable[[FactLengths], tuple[float, int]]) -> tuple[float, float]:
         """FLOPs and rows of the first ``count`` facts that go on, all together, from those of one."""
-        results = [(one(lengths), weight) for lengths, weight in grouped(self.some(count), PLANNED)]
-        return sum(flops * weight for (flops, _), weight in results), sum(
-            rows * weight for (_, rows), weight in results
-        )
+        results = [(*one(lengths), weight) for lengths, weight in grouped(self.some(count), PLANNED)]
+        return sum(flops * weight for flops, _, weight in results), sum(rows * weight for _, rows, weight in results)
 
     def planned(self, trial: Trial, samples: int, gradient: bool = False) -> float:
         """FLOPs of the engine's own plan, where memory does not split the fact."""
