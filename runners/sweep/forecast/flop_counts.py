@@ -199,8 +199,16 @@ class Counting:
     def _planned(self, case: Trial, samples: int, gradient: bool = False) -> float:
         """FLOPs of the engine's own plan, where memory does not split the fact."""
         nothing: Any = None  # noise is drawn when a pass runs
-        dtype, device = torch.float32, torch.device("cpu")
-        job = PassRunner(self.architecture, [case], samples, nothing, dtype, device, PlanCache(), gradient)
+        job = PassRunner(
+            architecture=self.architecture,
+            trials=[case],
+            samples=samples,
+            noise=nothing,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            plans=PlanCache(),
+            gradient=gradient,
+        )
         sizes, argmax = self.architecture.sizes, not case.targets
         return sum(cost(job.plan(part)[0], sizes, 1, samples, argmax).flops for part in job.parts())
 
