@@ -8,31 +8,14 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from causalcone.runners.demo.files import path_of, title_of
-
-_Model = Annotated[str, Option(help="Model folder or hub id; 'demo' is the embedded demo model.")]
-_Dtype = Annotated[
-    str | None, Option(help="Compute in float64, float32, bfloat16 or float16; the model's own by default.")
-]
-_Device = Annotated[str | None, Option(help="Compute on cpu, cuda, cuda:1, ...; cuda by default where it is.")]
-_Memory = Annotated[
-    str | None, Option(help="Bytes that a pass may take, such as 4GiB; half of what is free by default.")
-]
-
-_Kernels = Annotated[
-    str | None, Option(help="Force torch, triton or flash (attention); by default triton on CUDA devices, else torch.")
-]
-_Tf32 = Annotated[bool, Option("--tf32", help="Multiply float32 in TF32 on CUDA devices: faster, 10 bits of mantissa.")]
+from causalcone.runners.demo.files import path_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComputeOptions:
-    """The model, and how to compute."""
+class ModelOptions:
+    """The model."""
 
-    model: _Model
-    dtype: _Dtype = None
-    device: _Device = None
-    memory: _Memory = None
+    model: Annotated[str, Option(help="Model folder or hub id; 'demo' is the embedded demo model.")]
 
     def model_path(self) -> str:
         """The model's folder or hub id."""
@@ -40,41 +23,47 @@ class ComputeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PassOptions(ComputeOptions):
-    """The model, and how passes compute."""
+class ComputeOptions(ModelOptions):
+    """The model, and how to compute."""
 
-    kernels: _Kernels = None
-    tf32: _Tf32 = False
+    dtype: Annotated[
+        str | None, Option(help="Compute in float64, float32, bfloat16 or float16; the model's own by default.")
+    ] = None
+    device: Annotated[str | None, Option(help="Compute on cpu, cuda, cuda:1, ...; cuda by default where it is.")] = None
+    memory: Annotated[
+        str | None, Option(help="Bytes that a pass may take, such as 4GiB; half of what is free by default.")
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceOptions:
-    """The model and the facts, and how to compute."""
+class FactsOptions(ModelOptions):
+    """The model and the facts."""
 
-    model: _Model
     facts: Annotated[
         str,
         Option(
-            help="File of facts: CounterFact, zsRE, known-facts JSON, or causalcone's JSONL; 'demo' is the demo world."
+            help="File of facts: CounterFact, zsRE, known-facts JSON, or causalcone's JSONL; 'demo': the demo world."
         ),
     ]
     limit: Annotated[int | None, Option(help="Only the first N facts.", min=1)] = None
-    skip_bad_facts: Annotated[bool, Option("--skip-bad-facts", help="List facts that cannot be used and go on.")] = (
-        False
-    )
-    dtype: _Dtype = None
-    device: _Device = None
-    memory: _Memory = None
-    kernels: _Kernels = None
-    tf32: _Tf32 = False
-
-    def model_path(self) -> str:
-        """The model's folder or hub id."""
-        return path_of(self.model, "model")
+    skip_bad_facts: Annotated[bool, Option("--skip-bad-facts", help="List unusable facts and go on.")] = False
 
     def facts_path(self) -> str:
         """The file of facts."""
         return path_of(self.facts, "facts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions(ComputeOptions, FactsOptions):
+    """The model and the facts, and how passes compute."""
+
+    kernels: Annotated[
+        str | None,
+        Option(help="Force torch, triton or flash (attention); by default triton on CUDA devices, else torch."),
+    ] = None
+    tf32: Annotated[
+        bool, Option("--tf32", help="Multiply float32 in TF32 on CUDA devices: faster, 10 bits of mantissa.")
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,14 +197,6 @@ class TextOptions:
     dataset_config: Annotated[str | None, Option(help="The data set's configuration, such as wikitext-103-v1.")] = None
     split: Annotated[str, Option(help="The data set's split.")] = "train"
     column: Annotated[str, Option(help="The column that holds the texts.")] = "text"
-
-    def texts_path(self) -> str | None:
-        """The file or folder of texts, if no data set is taken instead."""
-        return None if self.texts is None else path_of(self.texts, "texts")
-
-    def texts_title(self) -> str | None:
-        """The name of the texts in results, if it is not that of their file."""
-        return None if self.texts is None else title_of(self.texts, "texts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,10 +352,9 @@ class ScoringOptions:
     references: Annotated[
         Path | None, Option(help="Attribute snippets (JSON) to compare the texts of edited models with.")
     ] = None
-    aggregate: Annotated[
-        str | None,
-        Option(help=f"Paraphrases and neighbours in the summary: {_AGGREGATE_HELP}"),
-    ] = None
+    aggregate: Annotated[str | None, Option(help=f"Paraphrases and neighbours in the summary: {_AGGREGATE_HELP}")] = (
+        None
+    )
     keep_deltas: Annotated[
         bool,
         Option("--keep-deltas", help="Keep every edit's change of weights; fine-tuning's are as large as these."),

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
 import torch
 
-from causalcone.engine.compute import Compute
-from causalcone.engine.edit.methods.batching import Batching
+from causalcone.engine.compute import Compute, Kernels
+from causalcone.engine.edit.methods.batching import layers_and_batching
 from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.methods.finetune import FINETUNE
 from causalcone.engine.edit.methods.hparams import FinetuneHparams, Hparams, MemitHparams, RomeHparams
@@ -24,22 +23,18 @@ from causalcone.engine.edit.requests.problems import FilteredFacts, make_request
 from causalcone.engine.edit.requests.prompts import Encoder
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
-from causalcone.engine.edit.runs.layers import Layers
 from causalcone.engine.edit.scoring.evaluate import Evaluator, Scores
 from causalcone.engine.edit.scoring.generation_metrics import References
 from causalcone.engine.edit.scoring.tables import probe_batch
 from causalcone.engine.edit.texts.contexts import Contexts, check_contexts, sample_contexts
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.facts import Fact, OnError, SkippedFacts
-from causalcone.engine.localize.options import DEFAULT_SIGMA
+from causalcone.engine.localize.options import DEFAULT_SIGMA, Compat
 from causalcone.engine.noise import parse_sigma
-from causalcone.engine.plan.cost import weight_bytes
 from causalcone.engine.run.loading import open_session
 from causalcone.engine.run.session import Session
 from causalcone.engine.schemas import PROBE_SCHEMA
 from causalcone.kernels.precision import each_within
-
-_SHARE_OF_WEIGHTS = 0.25
 
 LayerChoice = str | Sequence[int | Sequence[int]]
 
@@ -73,7 +68,7 @@ class Editor:
         memory: int | str | None = None,
         sigma: float | str | None = None,
         seed: int = 0,
-        kernels: str | None = None,
+        kernels: Kernels | None = None,
         tf32: bool = False,
     ) -> None:
         self._open(
@@ -124,7 +119,7 @@ class Editor:
             texts = contexts if isinstance(contexts, Contexts) else Contexts(*2 * (check_contexts(contexts),))
             self.__dict__["contexts"] = texts
         self._encoder = Encoder(session.tokenizer, session.sizes)
-        self._evaluator = Evaluator(session, self._encoder, seed, self._layers)
+        self._evaluator = Evaluator(session, self._encoder, seed)
 
     @cached_property
     def contexts(self) -> Contexts:
@@ -138,7 +133,7 @@ class Editor:
         *,
         filtered: bool = True,
         on_error: OnError = "raise",
-        compat: str | None = None,
+        compat: Compat | None = None,
     ) -> list[Request]:
         """Requests that a problem makes of facts (docs/editing.md, "Problems"; Hase et al. 2023).
 
@@ -259,7 +254,7 @@ class Editor:
         window: int | None = None,
         hparams: Hparams | None = None,
     ) -> Iterator[list[Edit]]:
-        """The edits of a method, in batches of those that are made together.
+        """The edits of a method, in batches of those that are made together, each made when it is asked for.
 
         Args:
             requests: Requests, as ``Editor.requests`` makes them.
@@ -268,17 +263,14 @@ class Editor:
             window: Layers in a window; the method's default if None.
             hparams: Hyperparameters of the method; the defaults if None.
 
-        Returns:
-            Batches of edits; each is made when it is asked for. Arguments are checked at once.
-
         Raises:
-            ExperimentError: An argument, or the editor's moments, cannot be used.
+            ExperimentError: An argument, or the editor's moments, cannot be used; this is checked at once.
         """
-        chosen, listed = method_named(method), _listed(requests)
-        windows = chosen.windows(layers, window, self.session.sizes.depth)
-        checked = chosen.checked(hparams)
-        self._prepare(chosen, listed, windows)
-        batches = chosen.build(self._model(chosen), checked).batches(listed, windows) if listed else iter(())
+        definition, listed = method_named(method), _listed(requests)
+        windows = definition.windows(layers, window, self.session.sizes.depth)
+        checked = definition.checked(hparams)
+        self._prepare(definition, listed, windows)
+        batches = definition.build(self._model(definition), checked).batches(listed, windows) if listed else iter(())
         return each_within(self.session.computing, batches)
 
     def run(
@@ -352,9 +344,7 @@ class Editor:
         """Check the arguments before anything is computed."""
         for request in requests:
             if not isinstance(request, Request):
-                raise ExperimentError(
-                    f"{request!r} is not a request; make requests with Editor.requests(facts, problem)"
-                )
+                raise ExperimentError(f"{request!r} is not a request; make them with Editor.requests(facts, problem)")
             prompt = self._encoder.prompted(request, request.fact.prompt)
             self._encoder.followed(request, prompt.text, request.target)
         if method.needs_moments:
@@ -367,20 +357,9 @@ class Editor:
         if requests:
             self.session.verify(self._encoder.prompt(requests[0].fact))
 
-    def _layers(self) -> tuple[Layers, Batching]:
-        """The layers that passes go through, and their batching. Prepared weights are kept from step to step where they
-        take little of the budget."""
-        session = self.session
-        budget, weights = session.budget(gradient=True), 2 * weight_bytes(session.sizes, session.dtype)
-        caches = weights <= _SHARE_OF_WEIGHTS * budget.total
-        if caches:
-            budget = replace(budget, fixed=budget.fixed + weights)
-        layers = Layers(session.architecture, budget.tiles, session.dtype, session.device, caches, session.backends)
-        return layers, Batching(session.sizes, budget, session.dtype)
-
     def _model(self, method: Method) -> EditableModel:
         """The model prepared for a method."""
-        layers, batching = self._layers()
+        layers, batching = layers_and_batching(self.session)
         contexts = () if method.contexts is None else getattr(self.contexts, method.contexts)
         return EditableModel(
             layers=layers, encoder=self._encoder, batching=batching, contexts=contexts, moments=self.moments

@@ -1,4 +1,5 @@
-"""Causal tracing and zeroing as experiments: what runs for each fact, and the table that comes of it (METHODS 3)."""
+"""Causal tracing and zeroing as experiments: what runs for each fact, and the table that comes of it
+(docs/methods.md, "Localization")."""
 
 from __future__ import annotations
 

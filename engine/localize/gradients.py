@@ -1,4 +1,4 @@
-"""Integrated gradients of hidden states, MLP and attention outputs (METHODS 3; Meng et al. 2022, Fig. 16).
+"""Integrated gradients of hidden states, MLP and attention outputs (docs/methods.md, "Integrated gradients").
 
 First one pass hands out the clean states, then every state is set, in a run of its own, to points of the straight line
 from its baseline to its clean value: the points are what differs from sample to sample.

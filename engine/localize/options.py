@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict, get_args
 
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.localize.states import State, States, as_states, check_kinds, states_in
-from causalcone.engine.noise import SCALED_NOISES, Noise, TextNoise, parse_sigma
+from causalcone.engine.noise import SCALED_NOISES, Noise, NoiseKind, TextNoise, parse_sigma
 from causalcone.engine.run.session import Session
 
 DEFAULT_STATES = (("hidden", 1), ("mlp", 10), ("attn", 10))
@@ -37,7 +37,7 @@ class TraceOptions(TypedDict, total=False):
     target: Target
     tokens: Tokens
     joint: bool
-    noise: Noise | str | None
+    noise: Noise | NoiseKind | None
     extra_tokens: int
     sever: Sever | None
     compat: Compat | None
@@ -70,7 +70,9 @@ class TraceSpec:
     compat: Compat | None = None
 
     @classmethod
-    def of(cls, states: States, noise: Noise | str | None = None, tokens: Tokens = "all", **options: Any) -> TraceSpec:
+    def of(
+        cls, states: States, noise: Noise | NoiseKind | None = None, tokens: Tokens = "all", **options: Any
+    ) -> TraceSpec:
         """From ``TraceOptions``."""
         corruption = noise if isinstance(noise, Noise) else Noise(noise or "gaussian")
         return cls(states=as_states(states), noise=corruption, tokens=as_tokens(tokens), **options)

@@ -1,21 +1,28 @@
-"""The general door: interventions of one's own on prompts of one's own, and what to read of the runs they make."""
+"""Interventions of one's own as experiments on prompts of one's own, and the results read of their runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from operator import index
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.engine.facts import EncodedFact, Fact, encode
 from causalcone.engine.localize.causal_tracing import target_tokens
 from causalcone.engine.localize.options import choose_tokens
-from causalcone.engine.localize.states import KINDS, State
+from causalcone.engine.localize.prompt_runs import (
+    Intervention,
+    Positions,
+    Prompt,
+    PromptResult,
+    Read,
+    RunValues,
+    whole_numbers,
+)
+from causalcone.engine.localize.states import State
 from causalcone.engine.models.base import Sizes
 from causalcone.engine.noise import Noise
 from causalcone.engine.plan.cone import Shape
@@ -24,101 +31,6 @@ from causalcone.engine.run.runner import Result, Trial
 
 NO_SUBJECT = (0, 0)
 """The span of a prompt that is about no subject."""
-
-Positions = int | str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A text to run, the ``target`` whose probability is read at its end (the clean run's most likely token, where it
-    is None), and ``others``: texts whose runs interventions can take values from."""
-
-    text: str
-    target: str | None = None
-    others: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class Intervention:
-    """At ``site`` (``hidden``, ``mlp``, ``attn`` or ``head.N``) of ``layers``, ``tokens`` take their values from
-    ``source``.
-
-    layers: numbers or one number. tokens: positions in the prompt (negative ones count from its end), one position, or
-    a name (``"all"``, ``"last"``; of facts also ``"subject"``, ``"subject_last"``, ``"subject_onward"``). source:
-    ``"clean"``, ``"corrupted"`` (of facts), ``"zero"``, ``"other"`` (the prompt's first other text; ``"other:1"`` the
-    second), or a vector (width,), or one for each prompt (prompts, width): hidden wide, or as wide as a head.
-    source_tokens: as many positions in the source's text, where they are not the same (negative ones count from the
-    source's own end).
-    """
-
-    site: str
-    layers: int | Iterable[int]
-    tokens: Positions
-    source: str | Tensor = "clean"
-    source_tokens: Positions | None = None
-
-    def __post_init__(self) -> None:
-        if self.site == "heads":
-            raise ExperimentError("an intervention is on one head; give head.N, and one intervention for each")
-        State(self.site)  # checks the name
-        object.__setattr__(self, "layers", _numbers(self.layers, "layers"))
-        for name in ("tokens", "source_tokens"):
-            positions = getattr(self, name)
-            if positions is not None and not isinstance(positions, str):
-                object.__setattr__(self, name, _numbers(positions, name))
-        if isinstance(self.source, np.ndarray):
-            object.__setattr__(self, "source", torch.from_numpy(self.source))
-        if not isinstance(self.source, str | Tensor):
-            raise ExperimentError(f"the source {self.source!r} is neither a name nor a vector")
-        if self.source_tokens is not None and (isinstance(self.source, Tensor) or self.source == "zero"):
-            raise ExperimentError("source_tokens go with values of another run; vectors and zero have none")
-
-    @property
-    def from_other(self) -> bool:
-        return isinstance(self.source, str) and self.source.startswith("other")
-
-
-@dataclass(frozen=True)
-class Read:
-    """What to read of every run besides the target's probability: ``logits`` at ``tokens``, or the values at a site
-    (``hidden``, ``mlp``, ``attn``) of ``layers`` at ``tokens``."""
-
-    what: str
-    tokens: Positions = -1
-    layers: int | Iterable[int] | None = None
-
-    def __post_init__(self) -> None:
-        if self.what not in ("logits", *KINDS):
-            raise ExperimentError(f"cannot read {self.what!r}; choose logits, hidden, mlp or attn")
-        if (self.what == "logits") != (self.layers is None):
-            raise ExperimentError(f"reading {self.what} {'needs' if self.layers is None else 'takes no'} layers")
-        if self.layers is not None:
-            object.__setattr__(self, "layers", _numbers(self.layers, "layers"))
-        if not isinstance(self.tokens, str):
-            object.__setattr__(self, "tokens", _numbers(self.tokens, "tokens"))
-
-
-@dataclass(frozen=True)
-class RunValues:
-    """What runs gave: ``p`` (samples, runs) float64, the target's probability; ``values``: for each ``Read`` a tensor
-    (samples, runs, tokens, vocabulary) of logits or (samples, runs, layers, tokens, hidden) of states."""
-
-    p: np.ndarray
-    values: tuple[Tensor, ...]
-
-    def __getitem__(self, runs: slice) -> RunValues:
-        return RunValues(self.p[:, runs], tuple(value[:, runs] for value in self.values))
-
-
-@dataclass(frozen=True)
-class PromptResult:
-    """The runs of one prompt: ``patched`` by each list of interventions, in their order, and the base runs, ``clean``,
-    ``corrupted`` (None where there is none) and ``others``, which nothing was changed in."""
-
-    patched: RunValues
-    clean: RunValues
-    corrupted: RunValues | None
-    others: RunValues
 
 
 @dataclass(frozen=True)
@@ -131,24 +43,6 @@ class EncodedPrompt:
     def text(self, number: int) -> tuple[int, ...]:
         """The token ids of its own text (0), or of the others (from 1)."""
         return self.own.prompt if number == 0 else self.others[number - 1]
-
-
-Runs = Sequence[Intervention] | Sequence[Sequence[Intervention]]
-
-
-def as_runs(interventions: Runs) -> list[list[Intervention]]:
-    """One list of interventions per run, from that or from the interventions of a single run."""
-    if isinstance(interventions, Intervention):
-        raise ExperimentError("interventions are a list; give [intervention] for a single one")
-    items: list[Any] = list(interventions)
-    single = [item for item in items if isinstance(item, Intervention)]
-    lists = [list(item) for item in items if not isinstance(item, Intervention)]
-    if single and lists:
-        raise ExperimentError("interventions mix single ones with lists; give one list, or one list per run")
-    for item in (each for run in lists for each in run):
-        if not isinstance(item, Intervention):
-            raise ExperimentError(f"{item!r} is no intervention; give cc.Intervention(site, layers, tokens, source)")
-    return [single] if single else lists
 
 
 @dataclass(frozen=True)
@@ -327,7 +221,7 @@ class _Places:
                     f"{fact.fact.id!r}: tokens {positions!r} need a fact's own prompt; give positions, 'all' or 'last'"
                 )
             return choose_tokens(positions, length, fact.span)
-        numbers = _numbers(positions, "tokens")
+        numbers = whole_numbers(positions, "tokens")
         for token in numbers:
             if not -length <= token < length:
                 raise ExperimentError(f"{fact.fact.id!r}: token {token} is outside its prompt of {length} tokens")
@@ -335,7 +229,7 @@ class _Places:
 
 
 def _as_layers(layers: int | Iterable[int], depth: int) -> tuple[int, ...]:
-    numbers = _numbers(layers, "layers")
+    numbers = whole_numbers(layers, "layers")
     for layer in numbers:
         if not 0 <= layer < depth:
             raise ExperimentError(f"there is no layer {layer}; the model has layers 0 to {depth - 1}")
@@ -355,18 +249,6 @@ def _vector(source: Tensor, width: int, number: int, prompts: int) -> Tensor:
     if not source.isfinite().all():
         raise ExperimentError("the source vector holds NaN or infinity")
     return (source[number] if source.dim() == 2 else source).detach()
-
-
-def _numbers(values: int | Iterable[int], name: str) -> tuple[int, ...]:
-    """Whole numbers from one or several."""
-    try:
-        return (index(values),)  # type: ignore[arg-type]
-    except TypeError:
-        pass
-    try:
-        return tuple(index(value) for value in values)  # type: ignore[union-attr]
-    except TypeError:
-        raise ExperimentError(f"{name} {values!r} are not whole numbers") from None
 
 
 def encode_prompt(

@@ -1,5 +1,5 @@
-"""An editing study made from the command line's options: all is checked, it is found out what the model knows and says,
-and no edit is made yet."""
+"""An editing study made from the command line's options: everything is checked, facts are filtered and texts sampled,
+but no edit is made yet."""
 
 from __future__ import annotations
 
@@ -32,29 +32,28 @@ from causalcone.runners.options import (
     OutputOptions,
     ScoringOptions,
     SourceOptions,
-    TextOptions,
 )
 from causalcone.runners.results.folder import refuse_occupied
 
 
 @dataclass(frozen=True)
 class PreparedEdits:
-    """A study ready to be carried out. given: what to keep of the options beside its results; filtered: why the problem
+    """A study ready to be carried out. options: those to keep beside its results; filtered: the reasons why the problem
     is not posed for some facts."""
 
     study: EditStudy
-    given: dict[str, Any]
+    options: dict[str, Any]
     filtered: list[str]
 
     @property
     def configuration(self) -> dict[str, Any]:
         """What to keep beside the results."""
-        return {"command": "edit", **self.given, **self.study.configuration}
+        return {"command": "edit", **self.options, **self.study.configuration}
 
 
 @dataclass(frozen=True)
-class GivenTexts:
-    """What the files that options name hold. running: text to collect moments over."""
+class TextInputs:
+    """Contents of the files that options name. running: text to collect moments over."""
 
     contexts: Contexts | None
     references: ReferenceTexts | None
@@ -64,11 +63,11 @@ class GivenTexts:
 def editing(
     source: SourceOptions, choice: EditingOptions, scoring: ScoringOptions, output: OutputOptions
 ) -> PreparedEdits:
-    """The study that the options ask for; moments are collected, if so asked."""
+    """The study of the options; moments are collected, if requested."""
     refuse_occupied(output.out, output.overwrite)
     layers = None if choice.layers is None else parse_layers(choice.layers)
     plan = plan_of(choice, choice.problem, layers, scoring.aggregate)
-    texts = given_texts(choice, plan, scoring)
+    texts = read_texts(choice, plan, scoring)
     inputs = open_inputs(source)
     editor = editor_of(inputs, choice, plan, texts.contexts)
     moments = moments_of(inputs, choice, plan, texts.running, output.quiet)
@@ -78,11 +77,11 @@ def editing(
     return replace(prepared, study=replace(prepared.study, collected=moments))
 
 
-def given_texts(choice: EditMethodOptions, plan: EditPlan, scoring: ScoringOptions) -> GivenTexts:
-    """Read them before the model is; refuses methods without moments."""
+def read_texts(choice: EditMethodOptions, plan: EditPlan, scoring: ScoringOptions) -> TextInputs:
+    """Read before the model is; refuses methods without moments."""
     contexts = None if choice.contexts is None else read_contexts(choice.contexts)
     references = None if scoring.references is None else load_reference_texts(scoring.references)
-    return GivenTexts(contexts, references, _running_text(choice, plan))
+    return TextInputs(contexts, references, _running_text(choice, plan))
 
 
 def prepared_edits(
@@ -94,7 +93,7 @@ def prepared_edits(
     scoring: ScoringOptions,
     references: ReferenceTexts | None = None,
 ) -> PreparedEdits:
-    """The plan made ready with what was read: requests that nothing is wrong with, and what to keep of the options."""
+    """The plan made ready: requests that have passed all checks, and the options to keep."""
     editor.moments = None if moments is None else moments.with_ridge(choice.ridge)
     requests, skipped, unposed = make_requests(
         editor.session, inputs.facts, plan.problem, editor.sigma,
@@ -103,8 +102,8 @@ def prepared_edits(
     checks = EditChecks(editor.session, plan, editor.contexts if plan.of_contexts else None, scoring, references)
     requests, more = usable(requests, checks, lambda request: request.fact.id, inputs.on_error)
     inputs.leave_out([*skipped, *more])
-    filtered = [each.reason for each in unposed]
-    _tell(plan, inputs, requests, filtered, scoring)
+    filtered = [fact.reason for fact in unposed]
+    _warn(plan, inputs, requests, filtered, scoring)
     evaluate = {
         "essence": scoring.essence,
         "accuracy": scoring.accuracy,
@@ -113,7 +112,7 @@ def prepared_edits(
     }
     study = EditStudy(editor, requests, plan, evaluate, scoring.keep_deltas)
     study.check()
-    given = {
+    options = {
         **inputs.configuration,
         "preset": choice.preset,
         "set": list(choice.changes or ()),
@@ -127,11 +126,11 @@ def prepared_edits(
         "references": None if scoring.references is None else str(scoring.references),
         "keep_deltas": scoring.keep_deltas,
     }
-    return PreparedEdits(study, given, filtered)
+    return PreparedEdits(study, options, filtered)
 
 
 def _running_text(choice: EditMethodOptions, plan: EditPlan) -> RunningText | None:
-    """The running text to collect moments over, if so asked; refuses methods without moments."""
+    """The running text to collect moments over, if requested; refuses methods without moments."""
     if not plan.of_moments:
         return None
     if (choice.moments is None) == (choice.texts is None):
@@ -139,7 +138,7 @@ def _running_text(choice: EditMethodOptions, plan: EditPlan) -> RunningText | No
             f"{plan.of_moments[0].method} needs second moments: give --moments with a file of 'causalcone moments', or "
             "--texts to collect them now, one of the two"
         )
-    return None if choice.texts is None else open_texts(TextOptions(texts=choice.texts))
+    return None if choice.texts is None else open_texts(choice.texts)
 
 
 def editor_of(inputs: Inputs, choice: EditMethodOptions, plan: EditPlan, contexts: Contexts | None) -> Editor:
@@ -159,7 +158,7 @@ def moments_of(
     """The moments of the layers that are edited, where a method needs them. resume: a file that keeps a collection
     under way."""
     depth = inputs.session.sizes.depth
-    windows = [window for each in plan.of_moments for window in as_windows(plan.layers, each.window, depth)]
+    windows = [window for setting in plan.of_moments for window in as_windows(plan.layers, setting.window, depth)]
     layers = sorted({layer for window in windows for layer in window.layers})
     if not layers:
         return None
@@ -168,10 +167,10 @@ def moments_of(
     return Moments.load(str(choice.moments_path()), layers)
 
 
-def _tell(
+def _warn(
     plan: EditPlan, inputs: Inputs, requests: Sequence[Request], filtered: Sequence[str], scoring: ScoringOptions
 ) -> None:
-    """Which facts are not edited, and which are not scored; an error where none is edited."""
+    """Warn of facts that are not edited or not scored; an error where none is edited."""
     if filtered:
         warnings.warn(
             f"{plan.problem} is not posed for {len(filtered)} of {len(inputs.facts)} facts, which run.json lists; "
@@ -185,9 +184,9 @@ def _tell(
         kind: sum(not getattr(request.fact, f"{kind}_prompts") for request in requests)
         for kind in ("paraphrase", "neighborhood", *(["generation"] if scoring.generation else []))
     }
-    told = [f"{count} have no {kind} prompts" for kind, count in lacking.items() if count]
-    if told:
+    notes = [f"{count} have no {kind} prompts" for kind, count in lacking.items() if count]
+    if notes:
         warnings.warn(
-            f"of {len(requests)} facts, {' and '.join(told)}: they are edited, but those scores are missing",
+            f"of {len(requests)} facts, {' and '.join(notes)}: they are edited, but those scores are missing",
             stacklevel=2,
         )

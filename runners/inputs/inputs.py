@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +21,7 @@ from causalcone.engine.noise import parse_sigma
 from causalcone.engine.run import loading
 from causalcone.engine.run.session import Session
 from causalcone.runners.facts.files import SkippedRecords, read_facts
-from causalcone.runners.options import ComputeOptions, PassOptions, SourceOptions, StreamableSourceOptions
+from causalcone.runners.options import ComputeOptions, SourceOptions, StreamableSourceOptions
 
 Run = TypeVar("Run", TraceRun, GradientRun)
 
@@ -101,11 +101,16 @@ def open_inputs(source: SourceOptions) -> Inputs:
     return Inputs(source, open_session(source), facts, on_error, problems)
 
 
-def open_session(source: SourceOptions | ComputeOptions) -> Session:
-    """A session on the model, read now; it is computed with in the way that the options say."""
-    transformers.utils.logging.disable_progress_bar()
-    device = source.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kernels, tf32 = (source.kernels, source.tf32) if isinstance(source, SourceOptions | PassOptions) else (None, False)
-    compute = Compute.of(source.dtype, device, source.memory, kernels, tf32)
+def open_session(source: ComputeOptions) -> Session:
+    """A session on the model of the options, read now."""
+    kernels, tf32 = (source.kernels, source.tf32) if isinstance(source, SourceOptions) else (None, False)
+    compute = Compute.of(source.dtype, source.device, source.memory, kernels, tf32)
     weights = source.weights if isinstance(source, StreamableSourceOptions) else "resident"
-    return loading.open_session(source.model_path(), compute, weights)
+    return open_model(source.model_path(), compute, weights)
+
+
+def open_model(path: str, compute: Compute, weights: str = "resident") -> Session:
+    """A session on the model of a folder or hub id, read now, by default on a GPU where there is one."""
+    transformers.utils.logging.disable_progress_bar()
+    device = compute.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return loading.open_session(path, replace(compute, device=device), weights)

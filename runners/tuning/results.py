@@ -1,4 +1,5 @@
-"""What a tuning found: scores of all settings, the chosen ones, and the preset that they make."""
+"""Results of a tuning: scores of all settings, the choice among them (Hase et al. 2023; docs/editing.md, "Tuning"), and
+the preset of the chosen ones."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import polars as pl
 from rich.table import Table
 
 from causalcone.analysis.scores import mean_scores
+from causalcone.analysis.tables.names import heading
 from causalcone.engine.errors import ExperimentError
 from causalcone.runners.edits.presets import preset_text, tuned_preset
 from causalcone.runners.options import SourceOptions, TuningOptions
@@ -96,7 +98,7 @@ def _losses(candidates: Sequence[Candidate]) -> list[float]:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """A setting that was tried: what is in its folder."""
+    """The results of a setting, in its folder."""
 
     point: GridPoint
     folder: Path
@@ -117,113 +119,113 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class TuningResult:
-    """All settings of a grid, and which is chosen."""
+    """The results of all settings of a grid, and the choice among them."""
 
     grid: Grid
-    tried: tuple[TrialResult, ...]
+    trials: tuple[TrialResult, ...]
     choice: TunedChoice
 
     @classmethod
-    def of(cls, grid: Grid, tried: Sequence[TrialResult], most: float, give_up: float) -> TuningResult:
+    def of(cls, grid: Grid, trials: Sequence[TrialResult], most: float, give_up: float) -> TuningResult:
         """Raises ``ExperimentError`` where no setting has a score, saying what failed."""
         try:
-            return cls(grid, tuple(tried), choose([each.means for each in tried], most, give_up))
+            return cls(grid, tuple(trials), choose([trial.means for trial in trials], most, give_up))
         except ExperimentError as error:
             reasons: Counter[str] = Counter()
-            for each in tried:
-                reasons.update(each.failed)
+            for trial in trials:
+                reasons.update(trial.failed)
             raise ExperimentError("; ".join([f"{grid}: {error}", *failed_lines(reasons)])) from error
 
     @property
-    def chosen(self) -> TrialResult:
-        return self.tried[self.choice.number]
+    def best(self) -> TrialResult:
+        """The chosen setting's."""
+        return self.trials[self.choice.number]
 
     def comment(self) -> str:
-        """What was chosen, in a line."""
-        chosen = self.chosen
-        means = (f"{name} {_shown(getattr(chosen.means, name))}" for name in SCORES)
+        """The choice in a line."""
+        means = (f"{name} {_text(getattr(self.best.means, name))}" for name in SCORES)
         note = "" if self.choice.note is None else f" ({self.choice.note})"
         return (
-            f"{self.grid.problem}, {self.grid.setting}: {chosen.point} of {len(self.tried)} settings on "
-            f"{chosen.facts} facts: {', '.join(means)}{note}"
+            f"{self.grid.problem}, {self.grid.setting}: {self.best.point} of {len(self.trials)} settings on "
+            f"{self.best.facts} facts: {', '.join(means)}{note}"
         )
 
 
-def tuning_table(tuned: Sequence[TuningResult], layer: int, path: Path) -> pl.DataFrame:
-    """A row for each setting: what was varied of it (null where that is of another method), mean scores, and whether it
-    is chosen. folder: where its edits are, below ``path``."""
-    names = dict.fromkeys(name for each in tuned for name in each.grid.points[0].values)
+def tuning_table(results: Sequence[TuningResult], layer: int, path: Path) -> pl.DataFrame:
+    """A row for each setting: the hyperparameters that were varied (null for those of other methods), mean scores, and
+    whether it is chosen. folder: where its edits are, below ``path``."""
+    names = dict.fromkeys(name for result in results for name in result.grid.points[0].values)
     rows = [
         {
-            "problem": each.grid.problem,
-            "method": tried.point.setting.method,
-            "window": tried.point.setting.window,
+            "problem": result.grid.problem,
+            "method": trial.point.setting.method,
+            "window": trial.point.setting.window,
             "layer": layer,
-            "folder": tried.folder.relative_to(path).as_posix(),
-            "setting": str(tried.point),
-            **{name: _number(tried.point.values.get(name)) for name in names},
-            "facts": tried.facts,
-            "edits": tried.edits,
-            "failed": sum(tried.failed.values()),
-            **{name: getattr(tried.means, name) for name in SCORES},
-            "chosen": tried is each.chosen,
+            "folder": trial.folder.relative_to(path).as_posix(),
+            "setting": str(trial.point),
+            **{name: _number(trial.point.values.get(name)) for name in names},
+            "facts": trial.facts,
+            "edits": trial.edits,
+            "failed": sum(trial.failed.values()),
+            **{name: getattr(trial.means, name) for name in SCORES},
+            "chosen": trial is result.best,
         }
-        for each in tuned
-        for tried in each.tried
+        for result in results
+        for trial in result.trials
     ]
     return pl.DataFrame(rows, schema_overrides=dict.fromkeys([*names, *SCORES], pl.Float64), infer_schema_length=None)
 
 
-def score_tables(tuned: Sequence[TuningResult]) -> list[Table]:
+def score_tables(results: Sequence[TuningResult]) -> list[Table]:
     """Mean scores of all settings, a table for each problem; the chosen ones are marked."""
     tables = []
-    for problem in dict.fromkeys(each.grid.problem for each in tuned):
-        own = [each for each in tuned if each.grid.problem == problem]
-        facts = own[0].chosen.facts
-        title = f"{problem.replace('_', ' ').capitalize()}: mean scores of {facts} facts by setting"
+    for problem in dict.fromkeys(result.grid.problem for result in results):
+        posed = [result for result in results if result.grid.problem == problem]
+        title = f"{heading(problem)}: mean scores of {posed[0].best.facts} facts by setting"
         table = new_table(title, "method", "setting", "rewrite", "paraphrase", "neighbourhood", "chosen")
-        for each in own:
-            for tried in each.tried:
-                scores = [_shown(getattr(tried.means, name)) for name in SCORES]
-                chosen = tried is each.chosen
-                row = (str(each.grid.setting), str(tried.point), *scores, "chosen" if chosen else "")
-                table.add_row(*row, style="bold" if chosen else None, end_section=tried is each.tried[-1])
+        for result in posed:
+            for trial in result.trials:
+                scores = [_text(getattr(trial.means, name)) for name in SCORES]
+                is_best = trial is result.best
+                row = (str(result.grid.setting), str(trial.point), *scores, "chosen" if is_best else "")
+                table.add_row(*row, style="bold" if is_best else None, end_section=trial is result.trials[-1])
         tables.append(table)
     return tables
 
 
 def chosen_preset(
     source: SourceOptions,
-    choice: TuningOptions,
+    options: TuningOptions,
     grids: Sequence[ProblemGrids],
     depth: int,
-    tuned: Sequence[TuningResult],
+    results: Sequence[TuningResult],
 ) -> str:
     """The text of a preset with the chosen settings; its comments say where they are from."""
-    begun = "" if choice.preset is None else f", begun from the preset {choice.preset}"
+    begin = "" if options.preset is None else f", begun from the preset {options.preset}"
     comments = [
         f"Tuned on {time.strftime('%Y-%m-%d')} by causalcone tune: the model {source.model}, facts of {source.facts}, "
-        f"layer {choice.layer + 1} (counted from 1){begun}; rewrite score at most {choice.most:g}, of the best "
-        f"paraphrase and neighbourhood score {choice.give_up:g} given up at most.",
-        *(each.comment() for each in tuned),
+        f"layer {options.layer + 1} (counted from 1){begin}; rewrite score at most {options.most:g}, of the best "
+        f"paraphrase and neighbourhood score {options.give_up:g} given up at most.",
+        *(result.comment() for result in results),
     ]
-    chosen = [(each.grid.problem, each.chosen.point.setting, tuple(each.chosen.point.values)) for each in tuned]
+    points = [(result.grid.problem, result.best.point) for result in results]
+    chosen = [(problem, point.setting, tuple(point.values)) for problem, point in points]
     plan = grids[0].plan  # all problems have its noise and its prompts
-    return preset_text(tuned_preset(choice.preset, depth, plan.sigma, plan.aggregate, chosen), comments)
+    return preset_text(tuned_preset(options.preset, depth, plan.sigma, plan.aggregate, chosen), comments)
 
 
-def told(tuned: Sequence[TuningResult]) -> list[dict[str, Any]]:
+def choices(results: Sequence[TuningResult]) -> list[dict[str, Any]]:
     """The choices for JSON."""
     return [
         {
-            "problem": each.grid.problem,
-            **each.chosen.point.setting.configuration,
-            "setting": str(each.chosen.point),
-            "means": {name: getattr(each.chosen.means, name) for name in SCORES},
-            "facts": each.chosen.facts,
-            "note": each.choice.note,
+            "problem": result.grid.problem,
+            **result.best.point.setting.configuration,
+            "setting": str(result.best.point),
+            "means": {name: getattr(result.best.means, name) for name in SCORES},
+            "facts": result.best.facts,
+            "note": result.choice.note,
         }
-        for each in tuned
+        for result in results
     ]
 
 
@@ -231,5 +233,5 @@ def _number(value: int | float | None) -> float | None:
     return None if value is None else float(value)
 
 
-def _shown(score: float | None) -> str:
+def _text(score: float | None) -> str:
     return "-" if score is None else f"{score:.3f}"

@@ -1,5 +1,5 @@
 """Tuning of editing as Hase et al. 2023 did it: few facts at one layer are edited with every setting of a grid, one
-setting is chosen by the mean scores, and a preset says which (METHODS 4)."""
+setting is chosen by the mean scores, and written as a preset (docs/editing.md, "Tuning")."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from causalcone.engine.atomic import replacing
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.windows import as_windows
 from causalcone.runners.edits.inputs import (
-    GivenTexts,
     PreparedEdits,
+    TextInputs,
     editor_of,
-    given_texts,
     moments_of,
     prepared_edits,
+    read_texts,
 )
 from causalcone.runners.edits.study import MOMENTS
 from causalcone.runners.inputs.fingerprints import facts_fingerprint, model_fingerprint
@@ -30,24 +30,25 @@ from causalcone.runners.options import OutputOptions, ScoringOptions, SourceOpti
 from causalcone.runners.results.folder import ResultError, ResultFolder
 from causalcone.runners.tuning.folder import COMPLETE, PARTIAL, PRESET, TABLE, TuningFolder
 from causalcone.runners.tuning.grid import Grid, GridPoint, ProblemGrids, problem_grids
-from causalcone.runners.tuning.results import TrialResult, TuningResult, chosen_preset, told, tuning_table
+from causalcone.runners.tuning.results import TrialResult, TuningResult, choices, chosen_preset, tuning_table
 
 _UNSCORED = ScoringOptions()
-"""Probabilities alone are measured of edits."""
+"""Only probabilities are measured."""
 
 
 def tune(source: SourceOptions, choice: TuningOptions, output: OutputOptions, console: Console) -> list[TuningResult]:
-    """Try what is not tried yet, choose, and write the table, the preset and the record.
+    """Try the settings that have no results yet, choose, and write the table, the preset and the record.
 
-    Whatever ends it early, settings that are done stay, and the same call goes on. A folder whose tuning is complete is
-    chosen from again, and the model is not read. Raises ``ResultError`` for a folder of another configuration.
+    Whatever ends it early, finished settings stay, and the same call resumes. With a folder whose tuning is complete,
+    only the choice is made again, and the model is not read. Raises ``ResultError`` for a folder of another
+    configuration.
     """
     grids = problem_grids(choice)
     folder = TuningFolder(output.out, _configuration(source, choice, grids), output.overwrite)
     if not folder.holds(grids):
-        texts = given_texts(choice, grids[0].plan, _UNSCORED)
+        texts = read_texts(choice, grids[0].plan, _UNSCORED)
         try:
-            _Trying(source, choice, output, console, folder, texts).all_of(grids)
+            _Trials(source, choice, output, console, folder, texts).all_of(grids)
         except BaseException:
             with suppress(ResultError):  # of the two errors, the one that ended it is told
                 if folder.stopped():
@@ -59,7 +60,7 @@ def tune(source: SourceOptions, choice: TuningOptions, output: OutputOptions, co
 
 
 def _configuration(source: SourceOptions, choice: TuningOptions, grids: Sequence[ProblemGrids]) -> dict[str, Any]:
-    """What decides the scores."""
+    """Everything that decides the scores."""
     return {
         "command": "tune",
         "model": source.model,
@@ -68,7 +69,7 @@ def _configuration(source: SourceOptions, choice: TuningOptions, grids: Sequence
         "skip_bad_facts": source.skip_bad_facts,
         "dtype": source.dtype,
         "layer": choice.layer,
-        "problems": {each.plan.problem: each.configuration for each in grids},
+        "problems": {posed.plan.problem: posed.configuration for posed in grids},
         "moments": choice.moments,
         "texts": choice.texts,
         "ridge": choice.ridge,
@@ -80,15 +81,15 @@ def _configuration(source: SourceOptions, choice: TuningOptions, grids: Sequence
 
 
 @dataclass(frozen=True)
-class _Trying:
-    """Edits facts with every setting, and scores that, a folder for each."""
+class _Trials:
+    """Edits facts with every setting and scores the edits, a folder for each setting."""
 
     source: SourceOptions
     choice: TuningOptions
     output: OutputOptions
     console: Console
     folder: TuningFolder
-    texts: GivenTexts
+    texts: TextInputs
 
     def all_of(self, grids: Sequence[ProblemGrids]) -> None:
         """All settings of all problems; the model, moments and contexts are the same for each."""
@@ -99,67 +100,69 @@ class _Trying:
             "facts_fingerprint": facts_fingerprint(inputs.facts),
             "model_fingerprint": model_fingerprint(inputs.session.architecture),
         }
-        for number, each in enumerate(grids):
-            own = replace(inputs, skipped=list(inputs.skipped))
-            editor = editor_of(own, self.choice, each.plan, contexts)
+        for number, posed in enumerate(grids):
+            facts = replace(inputs, skipped=list(inputs.skipped))
+            editor = editor_of(facts, self.choice, posed.plan, contexts)
             if number == 0:
-                moments = self._moments(inputs, each)
-            prepared = prepared_edits(editor, moments, own, self.choice, each.plan, _UNSCORED)
+                moments = self._moments(inputs, posed)
+            prepared = prepared_edits(editor, moments, facts, self.choice, posed.plan, _UNSCORED)
             self.folder.begin(inputs.session.sizes.depth)
-            self._settings_of(each, prepared, fingerprints)
-            contexts = editor.contexts if each.plan.of_contexts else contexts
+            self._settings_of(posed, prepared, fingerprints)
+            contexts = editor.contexts if posed.plan.of_contexts else contexts
 
     def _moments(self, inputs: Inputs, grids: ProblemGrids) -> Moments | None:
         """Those given; or collected once, and kept in the folder."""
         if self.texts.running is None:
             return moments_of(inputs, self.choice, grids.plan, None, self.output.quiet)
         self.folder.begin(inputs.session.sizes.depth)
-        kept, partial = self.folder.path / MOMENTS, self.folder.path / PARTIAL
-        if kept.exists():
-            return Moments.load(kept)
+        complete, partial = self.folder.path / MOMENTS, self.folder.path / PARTIAL
+        if complete.exists():
+            return Moments.load(complete)
         moments = moments_of(inputs, self.choice, grids.plan, self.texts.running, self.output.quiet, partial)
         assert moments is not None
-        moments.save(kept)
+        moments.save(complete)
         partial.unlink(missing_ok=True)
         return moments
 
     def _settings_of(self, grids: ProblemGrids, prepared: PreparedEdits, fingerprints: dict[str, str]) -> None:
-        """The settings of a problem that are not done."""
+        """Try the settings of a problem that are not done."""
         todo = []
         for grid in grids.grids:
             for point in grid.points:
                 plan = replace(grids.plan, settings=(point.setting,))
-                own = replace(prepared, study=replace(prepared.study, plan=plan))
-                configuration = {**own.configuration, "command": "tune", **fingerprints}
-                place = self.folder.place(grid, point)
-                if not self.folder.is_done(place, configuration):
-                    todo.append((grid, point, own, configuration, place))
+                trial = replace(prepared, study=replace(prepared.study, plan=plan))
+                configuration = {**trial.configuration, "command": "tune", **fingerprints}
+                path = self.folder.path_of(grid, point)
+                if not self.folder.is_done(path, configuration):
+                    todo.append((grid, point, trial, configuration, path))
         count = sum(len(grid.points) for grid in grids.grids)
-        for number, each in enumerate(todo, start=count - len(todo) + 1):
-            self._try(*each, f"{number} of {count}")
+        for number, arguments in enumerate(todo, start=count - len(todo) + 1):
+            self._try(*arguments, f"{number} of {count}")
 
     def _try(
-        self, grid: Grid, point: GridPoint, own: PreparedEdits, configuration: dict[str, Any], place: Path, which: str
+        self, grid: Grid, point: GridPoint, trial: PreparedEdits, configuration: dict[str, Any], path: Path, which: str
     ) -> None:
         if not self.output.quiet:
             self.console.print(f"{grid}, setting {which}: {point}", highlight=False)
-        with ResultFolder(place, configuration, overwrite=True) as results:
-            done = own.study.carry_out(results, self.console, self.output.quiet)
-            results.finish(**done.results, filtered=own.filtered)
+        with ResultFolder(path, configuration, overwrite=True) as results:
+            done = trial.study.carry_out(results, self.console, self.output.quiet)
+            results.finish(**done.results, filtered=trial.filtered)
 
 
 def _chosen(
     source: SourceOptions, choice: TuningOptions, grids: Sequence[ProblemGrids], folder: TuningFolder
 ) -> list[TuningResult]:
-    """Choose from what was tried, and write what is chosen."""
-    tuned = []
-    for each in grids:
-        for grid in each.grids:
-            tried = [TrialResult.read(point, folder.place(grid, point), each.plan.aggregate) for point in grid.points]
-            tuned.append(TuningResult.of(grid, tried, choice.most, choice.give_up))
-            if tuned[-1].choice.note is not None:
-                warnings.warn(f"{grid}: {tuned[-1].choice.note}", stacklevel=2)
-    table = tuning_table(tuned, choice.layer, folder.path)
+    """Choose among the settings, and write the choice."""
+    results = []
+    for posed in grids:
+        for grid in posed.grids:
+            trials = [
+                TrialResult.read(point, folder.path_of(grid, point), posed.plan.aggregate) for point in grid.points
+            ]
+            results.append(TuningResult.of(grid, trials, choice.most, choice.give_up))
+            if results[-1].choice.note is not None:
+                warnings.warn(f"{grid}: {results[-1].choice.note}", stacklevel=2)
+    table = tuning_table(results, choice.layer, folder.path)
     try:
         with replacing(folder.path / TABLE) as partial:
             table.write_parquet(partial)
@@ -167,6 +170,6 @@ def _chosen(
         raise ResultError(
             f"cannot write {folder.path / TABLE}: {error.strerror}; finished settings are kept"
         ) from error
-    folder.write_text(PRESET, chosen_preset(source, choice, grids, folder.record["depth"], tuned))
-    folder.write(COMPLETE, most=choice.most, give_up=choice.give_up, chosen=told(tuned), tried=table.to_dicts())
-    return tuned
+    folder.write_text(PRESET, chosen_preset(source, choice, grids, folder.record["depth"], results))
+    folder.write(COMPLETE, most=choice.most, give_up=choice.give_up, chosen=choices(results), tried=table.to_dicts())
+    return results

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -11,10 +11,15 @@ import torch
 
 from causalcone.engine.edit.methods.value_search import EditObjective, FoundValue, ValueOptimizer
 from causalcone.engine.edit.requests.requests import Request
+from causalcone.engine.edit.runs.layers import Layers
 from causalcone.engine.errors import MemoryBudgetError
 from causalcone.engine.memory import fitting, halving
 from causalcone.engine.models.base import Sizes
+from causalcone.engine.plan.cost import weight_bytes
 from causalcone.engine.run.scheduler import Budget
+from causalcone.engine.run.session import Session
+
+_SHARE_OF_WEIGHTS = 0.25
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -106,3 +111,15 @@ class Batching:
         sizes = self.sizes
         queries, kv = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim
         return self.dtype.itemsize * (8 * sizes.hidden + 3 * queries + 2 * kv + sizes.mlp_weights // sizes.hidden)
+
+
+def layers_and_batching(session: Session) -> tuple[Layers, Batching]:
+    """The layers that edited runs pass through, and how much passes together. Weights made ready stay from step to step
+    if they take little of the budget."""
+    budget = session.budget(gradient=True)
+    ready = 2 * weight_bytes(session.sizes, session.dtype)
+    fits = ready <= _SHARE_OF_WEIGHTS * budget.total
+    if fits:
+        budget = replace(budget, fixed=budget.fixed + ready)
+    layers = Layers(session.architecture, budget.tiles, session.dtype, session.device, fits, session.backends)
+    return layers, Batching(session.sizes, budget, session.dtype)

@@ -33,7 +33,19 @@ def kinds_of(hparams: type[Hparams]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class RomeHparams(Hparams):
+class ValueHparams(Hparams):
+    """What the search for a value takes: the hyperparameters of ``RomeHparams``, which describes them."""
+
+    steps: int = 20
+    lr: float = 0.5
+    stop_loss: float | None = 0.05
+    kl_factor: float = 0.0625
+    weight_decay: float = 0.5
+    clamp: float = 4.0
+
+
+@dataclass(frozen=True)
+class RomeHparams(ValueHparams):
     """How ROME searches v* (Meng et al. 2022).
 
     Args:
@@ -48,16 +60,9 @@ class RomeHparams(Hparams):
         ExperimentError: A value is negative, not finite, or (of ``steps``) not a whole number.
     """
 
-    steps: int = 20
-    lr: float = 0.5
-    stop_loss: float | None = 0.05
-    kl_factor: float = 0.0625
-    weight_decay: float = 0.5
-    clamp: float = 4.0
-
 
 @dataclass(frozen=True)
-class MemitHparams(Hparams):
+class MemitHparams(ValueHparams):
     """How MEMIT searches z* and spreads it over the layers of a window (Meng et al. 2023).
 
     Args:
@@ -74,10 +79,6 @@ class MemitHparams(Hparams):
     """
 
     steps: int = 25
-    lr: float = 0.5
-    stop_loss: float | None = 0.05
-    kl_factor: float = 0.0625
-    weight_decay: float = 0.5
     clamp: float = 0.75
     covariance_weight: float = 15_000.0
 

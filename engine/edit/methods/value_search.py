@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from causalcone.engine.edit.methods.hparams import MemitHparams, RomeHparams
+from causalcone.engine.edit.methods.hparams import RomeHparams, ValueHparams
 from causalcone.engine.edit.requests.prompts import ESSENCE, Encoder
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.runs.edited_runs import EditedRuns, Join, Prompts
@@ -90,7 +90,7 @@ class EditObjective:
         layers: Layers,
         at: Collection[int],
         site: Site,
-        hparams: RomeHparams | MemitHparams,
+        hparams: ValueHparams,
         more: Wanted,
     ) -> ValueOptimizer:
         """The search for vectors at the layers ``at``, after a pass of the texts through the unedited model, of which
@@ -113,7 +113,7 @@ class ValueOptimizer:
     unedited: FrozenPrefix
     goals: Sequence[Goal]
     site: Site
-    hparams: RomeHparams | MemitHparams
+    hparams: ValueHparams
 
     def base(self, goal: int, layer: int) -> Tensor:
         """(hidden,) what the vector is added to at the lookup of the bare prompt."""

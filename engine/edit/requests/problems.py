@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,7 +70,8 @@ def make_requests(
     posed, skipped = usable(facts, making.checked, lambda fact: fact.id, on_error)
     unposed: list[Skipped] = []
     if filtered:
-        posed = list(making.likely(making.completed(posed, unposed), unposed))
+        for reasons in (making.incomplete, making.unlikely):
+            posed = _split(posed, reasons(posed), unposed)
     if problem != TRACING_REVERSAL:
         return [making.request(fact) for fact in posed], skipped, unposed
     noised = making.noised(posed)
@@ -89,6 +90,13 @@ class _Posed:
     @property
     def fact(self) -> Fact:
         return self.encoded.fact
+
+
+def _split(posed: Sequence[_Posed], reasons: Iterable[str | None], unposed: list[Skipped]) -> list[_Posed]:
+    """The facts without a reason to leave them out; the others go to ``unposed``."""
+    pairs = list(zip(posed, reasons, strict=True))
+    unposed += [Skipped(item.fact.id, f"fact {item.fact.id!r}: {reason}") for item, reason in pairs if reason]
+    return [item for item, reason in pairs if reason is None]
 
 
 @dataclass(frozen=True)
@@ -156,33 +164,23 @@ class _Making:
             )
         return ids
 
-    def completed(self, posed: Sequence[_Posed], unposed: list[Skipped]) -> list[_Posed]:
-        """The facts that the model completes; the others go to ``unposed``."""
-        result = []
+    def incomplete(self, posed: Sequence[_Posed]) -> Iterator[str | None]:
+        """For each fact that the model does not complete, the reason."""
         texts = completions(self.session, [item.encoded for item in posed])
         for item, text in zip(posed, texts, strict=True):
-            if completes(item.fact, text):
-                result.append(item)
-            else:
-                reason = f"fact {item.fact.id!r}: the model says {text!r}, not {item.fact.target_true!r}"
-                unposed.append(Skipped(item.fact.id, reason))
-        return result
+            target = item.fact.target_true
+            yield None if completes(item.fact, text) else f"the model says {text!r}, not {target!r}"
 
-    def likely(self, posed: Sequence[_Posed], unposed: list[Skipped]) -> list[_Posed]:
-        """The facts whose answer is likely enough for the problem; the others go to ``unposed``."""
+    def unlikely(self, posed: Sequence[_Posed]) -> Iterator[str | None]:
+        """For each fact whose answer is too unlikely for the problem, the reason."""
         published = self.compat == "published"
         if self.problem != FACT_ERASURE and not published:
-            return list(posed)
-        probabilities = answer_probabilities(self.session, [item.encoded for item in posed])
-        result = []
-        for item, p in zip(posed, probabilities, strict=True):
-            if p > ERASABLE or (p == ERASABLE and not published):
-                result.append(item)
-            else:
-                least = "more than" if published else "at least"
-                reason = f"fact {item.fact.id!r}: p({item.fact.target_true!r}) is {p:.3g}, not {least} {ERASABLE}"
-                unposed.append(Skipped(item.fact.id, reason))
-        return result
+            yield from [None] * len(posed)
+            return
+        least = "more than" if published else "at least"
+        for item, p in zip(posed, answer_probabilities(self.session, [item.encoded for item in posed]), strict=True):
+            likely = p > ERASABLE or (p == ERASABLE and not published)
+            yield None if likely else f"p({item.fact.target_true!r}) is {p:.3g}, not {least} {ERASABLE}"
 
     def noised(self, posed: Sequence[_Posed]) -> list[_Noised]:
         """The model's answers under noise, up to 12 tokens with the prompt's and at least one: the likeliest tokens, or

@@ -1,4 +1,4 @@
-"""Windows of layers that are edited together (docs/editing.md, "Editing")."""
+"""Windows of layers that are edited together (docs/editing.md, "What is computed")."""
 
 from __future__ import annotations
 

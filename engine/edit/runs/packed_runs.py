@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from causalcone.kernels.row_attention import visible_keys
-
 
 @dataclass(frozen=True)
 class Text:
@@ -39,10 +37,6 @@ class RunBatch:
         """Rows of all runs that attend."""
         return self.count * (self.read if read_only else self.length)
 
-    def visible(self, queries: int, keys: int, window: int | None) -> Tensor:
-        """(m, K) bool, which keys each of the last ``queries`` tokens sees."""
-        return visible_keys(torch.arange(keys - queries, keys, device=self.past.device), keys, window)
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Runs:
@@ -64,11 +58,6 @@ class Runs:
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    @property
-    def count(self) -> int:
-        """Rows of all runs."""
-        return int(self.rows.sum())
 
     @cached_property
     def start(self) -> np.ndarray:

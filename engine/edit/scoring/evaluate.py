@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
-from causalcone.engine.edit.methods.batching import Batching
+from causalcone.engine.edit.methods.batching import layers_and_batching
 from causalcone.engine.edit.methods.edits import FAILED, Edit
 from causalcone.engine.edit.requests.prompts import Encoder
-from causalcone.engine.edit.runs.layers import Layers
 from causalcone.engine.edit.scoring.generation_metrics import Generation, References, ReferenceScorer
 from causalcone.engine.edit.scoring.metrics import Row, metrics_of
 from causalcone.engine.edit.scoring.probes import ProbeSet, probes_of
@@ -39,12 +38,11 @@ class Scores:
 
 @dataclass
 class Evaluator:
-    """Evaluates edits on a session. layers: makes the layers that passes go through, and their batching."""
+    """Evaluates edits on a session."""
 
     session: Session
     encoder: Encoder
     seed: int
-    layers: Callable[[], tuple[Layers, Batching]]
     _essence: dict[tuple[object, ...], list[str]] = field(default_factory=dict)
     _scorer: tuple[References, ReferenceScorer] | None = None
 
@@ -70,7 +68,7 @@ class Evaluator:
         def edit_probes(edit: Edit) -> ProbeSet:
             return probes_of(edit.request, self.encoder, texts.get(edit.fact_id, ()))
 
-        scored = EditScorer(*self.layers(), edit_probes, accuracy).score(edits)
+        scored = EditScorer(*layers_and_batching(self.session), edit_probes, accuracy).score(edits)
         yield from each_within(self.session.computing, map(_checked, scored))
 
     def _essence_of(self, facts: Iterable[Fact]) -> dict[str, list[str]]:
