@@ -9,13 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from causalcone.engine.facts import EncodedFact, Fact, OnError, Skipped, token_texts
-from causalcone.engine.localize.causal_tracing import (
-    TOGETHER,
-    CausalTracing,
-    TraceGrid,
-    Zeroing,
-    counterfactual_prompt,
-)
+from causalcone.engine.localize.causal_tracing import TOGETHER, CausalTracing, TraceGrid, Zeroing, counterfactual_prompt
 from causalcone.engine.localize.options import Progress, TraceSpec, ZeroSpec, choose_tokens
 from causalcone.engine.localize.states import State
 from causalcone.engine.noise import SCALED_NOISES, NoiseStream, parse_sigma
@@ -163,12 +157,7 @@ def facts_of_level(facts: Sequence[Fact], limit: int | None, sigma: float | str)
 
 
 def _trace_batch(
-    fact: EncodedFact,
-    method: str,
-    grid: TraceGrid,
-    states: Sequence[State],
-    texts: Sequence[str],
-    log_p: np.ndarray,
+    fact: EncodedFact, method: str, grid: TraceGrid, states: Sequence[State], texts: Sequence[str], log_p: np.ndarray
 ) -> pa.RecordBatch:
     """The table of one fact.
 

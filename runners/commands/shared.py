@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from rich.console import Console
 
@@ -39,17 +39,12 @@ def takes(*groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]
     return flat
 
 
-def _parameters(group: type) -> list[inspect.Parameter]:
-    hints = get_type_hints(group, include_extras=True)
-    return [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if field.default is MISSING else field.default,
-            annotation=hints[field.name],
-        )
-        for field in fields(group)
-    ]
+def _parameters(group: type) -> Iterator[inspect.Parameter]:
+    hints = get_type_hints(group)
+    for field in fields(group):
+        default = inspect.Parameter.empty if field.default is MISSING else field.default
+        annotation = Annotated[hints[field.name], field.metadata["option"]]
+        yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 @contextmanager
