@@ -1,5 +1,7 @@
 """The options of the commands, in groups that several commands share."""
 
+# ruff: noqa: RUF009 - ``option`` makes a field
+
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field
@@ -13,7 +15,8 @@ from causalcone.runners.demo.files import path_of
 
 def option(default: Any, help: str, *names: str, made: Any = Option, **more: Any) -> Any:
     """A field that ``takes`` makes an option of a command; needed where ``default`` is ``...``."""
-    return field(default=MISSING if default is ... else default, metadata={"option": made(*names, help=help, **more)})
+    parameter = made(default, *names, help=help, **more)
+    return field(default=MISSING if default is ... else default, metadata={"option": parameter})
 
 
 @dataclass(frozen=True, kw_only=True)

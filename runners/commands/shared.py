@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from rich.console import Console
 
@@ -42,8 +42,7 @@ def takes(*groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]
 def _parameters(group: type) -> Iterator[inspect.Parameter]:
     hints = get_type_hints(group)
     for field in fields(group):
-        default = inspect.Parameter.empty if field.default is MISSING else field.default
-        annotation = Annotated[hints[field.name], field.metadata["option"]]
+        default, annotation = field.metadata["option"], hints[field.name]
         yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
