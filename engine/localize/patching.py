@@ -1,4 +1,4 @@
-"""Interventions of one's own as experiments on prompts of one's own, and the results read of their runs."""
+"""A user's interventions as experiments on the user's prompts, and the results read of their runs."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Patching:
     base: str
     noise: Noise
     sizes: Sizes
-    prompts: int
+    prompts: int  # how many there are
 
     def __post_init__(self) -> None:
         if self.base == "other":
@@ -79,9 +79,31 @@ class Patching:
             raise ExperimentError("a counterfactual prompt is another text; give base or source 'other', and no noise")
 
     def encode(self, prompt: Prompt | Fact | str, number: int, tokenizer: Any) -> EncodedPrompt:
-        """The ``number``-th prompt as token ids."""
-        takes_others = self.base.startswith("other") or any(item.from_other for run in self.runs for item in run)
-        return encode_prompt(prompt, number, tokenizer, self.sizes, takes_others)
+        """The ``number``-th prompt as token ids; a fact's other text is that about its counterfactual subject, where
+        anything takes values from it."""
+
+        def tokens(fact: Fact, target: str) -> EncodedFact:
+            return encode(fact, tokenizer, target, self.sizes.vocabulary, self.sizes.positions)
+
+        if isinstance(prompt, Fact):
+            encoded, subject = tokens(prompt, "label"), prompt.counterfactual_subject
+            sources = [item.source for run in self.runs for item in run]
+            taken = any(isinstance(name, str) and name.startswith("other") for name in (self.base, *sources))
+            others = (prompt.prompt.replace("{}", subject),) if subject is not None and taken else ()
+        else:
+            prompt = Prompt(prompt) if isinstance(prompt, str) else prompt
+            text = Fact(f"prompt {number}", "{}", prompt.text, "none" if prompt.target is None else prompt.target)
+            encoded = replace(tokens(text, "argmax" if prompt.target is None else "label"), span=NO_SUBJECT)
+            others = prompt.others
+        fact = encoded.fact
+        texts = (Fact(f"{fact.id}, other {i}", "{}", other, fact.target_true) for i, other in enumerate(others))
+        result = EncodedPrompt(encoded, tuple(tokens(text, "argmax").prompt for text in texts))
+        longest = max(map(len, result.others), default=0) + max(0, len(encoded.target) - 1)
+        if longest > self.sizes.positions:
+            raise FactError(
+                f"{result.name}: another text and the target need {longest} of {self.sizes.positions} positions"
+            )
+        return result
 
     def trial(self, prompt: EncodedPrompt, number: int) -> Trial:
         """The experiment on one prompt, the ``number``-th."""
@@ -99,8 +121,8 @@ class Patching:
         prompts = tuple(text + target[:-1] for text in (prompt.fact.prompt, *prompt.others))
         return Trial(prompt.fact.fact.id, prompts, target, self._shape(prompt, prompts), experiment, tuple(vectors))
 
-    def result(self, prompt: EncodedPrompt, case: Trial, result: Result) -> PromptResult:
-        bases = case.experiment.bases
+    def result(self, prompt: EncodedPrompt, trial: Trial, result: Result) -> PromptResult:
+        bases = trial.experiment.bases
         runs = result.log_p.shape[1]
         values, at = [], {"logits": 0, "states": 0}
         for read in self.reads:
@@ -114,13 +136,8 @@ class Patching:
             values.append(part.unflatten(1, shape))
         every = RunValues(np.exp(result.log_p), tuple(values))
         noised = [number for number, base in enumerate(bases) if base.draw is not None]
-        first_other = 1 + len(noised)
-        return PromptResult(
-            patched=every[len(bases) :],
-            clean=every[:1],
-            corrupted=every[1:2] if noised else None,
-            others=every[first_other : len(bases)],
-        )
+        corrupted, others = every[1:2] if noised else None, every[1 + len(noised) : len(bases)]
+        return PromptResult(patched=every[len(bases) :], clean=every[:1], corrupted=corrupted, others=others)
 
     @property
     def corrupts(self) -> bool:
@@ -185,9 +202,9 @@ class Patching:
             for run, text in enumerate(texts):
                 tokens = prompt.tokens(read.tokens, text)
                 if len(tokens) != wanted:
+                    lengths = f"{wanted} and {len(tokens)} tokens"
                     raise ExperimentError(
-                        f"{prompt.name}: its texts have {wanted} and {len(tokens)} tokens to read; name "
-                        "positions that all have"
+                        f"{prompt.name}: its texts have {lengths} to read; name positions that all have"
                     )
                 if read.layers is None:
                     logits += [(run, token) for token in tokens]
@@ -227,11 +244,8 @@ def _source_tokens(intervention: Intervention, tokens: tuple[int, ...]) -> Posit
     """Where the source's values are: a subject's tokens are found in the fact's own prompt only."""
     if intervention.source_tokens is not None:
         return intervention.source_tokens
-    return (
-        tokens
-        if isinstance(intervention.tokens, str) and intervention.tokens.startswith("subject")
-        else intervention.tokens
-    )
+    positions = intervention.tokens
+    return tokens if isinstance(positions, str) and positions.startswith("subject") else positions
 
 
 def _vector(source: Tensor, width: int, number: int, prompts: int) -> Tensor:
@@ -240,30 +254,3 @@ def _vector(source: Tensor, width: int, number: int, prompts: int) -> Tensor:
     if not source.isfinite().all():
         raise ExperimentError("the source vector holds NaN or infinity")
     return (source[number] if source.dim() == 2 else source).detach()
-
-
-def encode_prompt(
-    prompt: Prompt | Fact | str, number: int, tokenizer: Any, sizes: Sizes, takes_others: bool
-) -> EncodedPrompt:
-    """Token ids of a prompt and its other texts; a fact's other text is that about its counterfactual subject, where
-    anything takes values from it."""
-
-    def tokens(fact: Fact, target: str) -> EncodedFact:
-        return encode(fact, tokenizer, target, sizes.vocabulary, sizes.positions)
-
-    if isinstance(prompt, Fact):
-        encoded, subject = tokens(prompt, "label"), prompt.counterfactual_subject
-        others: tuple[str, ...] = () if subject is None or not takes_others else (prompt.prompt.replace("{}", subject),)
-    else:
-        prompt = Prompt(prompt) if isinstance(prompt, str) else prompt
-        text = Fact(f"prompt {number}", "{}", prompt.text, "none" if prompt.target is None else prompt.target)
-        encoded = replace(tokens(text, "argmax" if prompt.target is None else "label"), span=NO_SUBJECT)
-        others = prompt.others
-    texts = (
-        Fact(f"{encoded.fact.id}, other {i}", "{}", other, encoded.fact.target_true) for i, other in enumerate(others)
-    )
-    result = EncodedPrompt(encoded, tuple(tokens(text, "argmax").prompt for text in texts))
-    longest = max(map(len, result.others), default=0) + max(0, len(encoded.target) - 1)
-    if longest > sizes.positions:
-        raise FactError(f"{result.name}: another text and the target need {longest} of {sizes.positions} positions")
-    return result
