@@ -68,7 +68,7 @@ class GradientSettings(LocalizationSettings):
 Options = TypeVar("Options", bound=LocalizationSettings)
 
 
-class _Localization(Stage[Options]):
+class _LocalizationStage(Stage[Options]):
     tables = (ResultTable("traces", TRACE_SCHEMA, row_bytes=16),)
     efficiency = USUAL_EFFICIENCY
 
@@ -86,7 +86,7 @@ class _Localization(Stage[Options]):
             return states_in(as_states(texts), counts.architecture.sizes.heads)
 
 
-class _Tracing(_Localization[Options]):
+class _TracingStage(_LocalizationStage[Options]):
     needs = (NOISE,)
 
     def traces(self, unit: Unit, resources: Resources, **options: Any) -> Mapping[str, pa.Table]:
@@ -114,7 +114,7 @@ class _Tracing(_Localization[Options]):
         return counts.added(self.options.facts, one)
 
 
-class Trace(_Tracing[TraceSettings]):
+class TraceStage(_TracingStage[TraceSettings]):
     """Causal tracing."""
 
     name, title, table = "trace", "causal tracing", TraceSettings
@@ -128,7 +128,7 @@ class Trace(_Tracing[TraceSettings]):
         return StageCost(units, flops, {"traces": rows})
 
 
-class Sever(_Tracing[SeverSettings]):
+class SeverStage(_TracingStage[SeverSettings]):
     """Severed tracing."""
 
     name, title, table = "sever", "severed tracing", SeverSettings
@@ -147,7 +147,7 @@ class Sever(_Tracing[SeverSettings]):
         return StageCost(units, sum(flops for flops, _ in parts), {"traces": sum(rows for _, rows in parts)})
 
 
-class Zero(_Localization[ZeroSettings]):
+class ZeroStage(_LocalizationStage[ZeroSettings]):
     """Representation zeroing."""
 
     name, title, table = "zero", "zeroing", ZeroSettings
@@ -171,7 +171,7 @@ class Zero(_Localization[ZeroSettings]):
         return StageCost(units, flops, {"traces": rows})
 
 
-class Gradients(_Localization[GradientSettings]):
+class GradientStage(_LocalizationStage[GradientSettings]):
     """Integrated gradients."""
 
     name, title, table = "gradients", "integrated gradients", GradientSettings
