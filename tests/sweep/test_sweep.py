@@ -405,7 +405,7 @@ def test_the_command(file, whole, tmp_path, run):
     ("change", "match"),
     [
         ("trac.states=[]", "cannot have 'trac', only model, facts"),
-        ("trace.state=[]", "trace cannot have 'state', only states, tokens"),
+        ("trace.state=[]", "trace cannot have 'state', only tokens, target, facts, states"),
         ("trace.states=[]", "trace.states is empty"),
         ('trace.states=["mpl:3"]', "trace.states: "),
         ("noise.samples=0", "noise.samples must be at least 1"),

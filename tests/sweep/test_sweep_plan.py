@@ -153,10 +153,10 @@ def test_edits_are_counted_as_in_the_benchmark(sweep, monkeypatch, problem):
         ]
 
     rome, memit, finetune = stage.plans[problem].settings
-    assert editing.made(rome) == benched.rome(edits("rome", 1), contexts["rome"], 2)
-    assert editing.made(memit) == benched.memit(edits("memit", 2), contexts["memit"], 2)
-    assert editing.made(finetune) == benched.finetune(edits("finetune", 1), 2)
-    assert editing.scored(rome) == benched.scoring(edits("rome", 1))
+    assert editing.making(rome) == benched.rome(edits("rome", 1), contexts["rome"], 2)
+    assert editing.making(memit) == benched.memit(edits("memit", 2), contexts["memit"], 2)
+    assert editing.making(finetune) == benched.finetune(edits("finetune", 1), 2)
+    assert editing.scoring(rome) == benched.scoring(edits("rome", 1))
 
 
 def _request(fact, problem, encoder):

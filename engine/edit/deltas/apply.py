@@ -57,11 +57,11 @@ class Handle:
         self._reverted = False
 
     def revert(self) -> None:
-        """Give the weights back the bits they had before the delta.
+        """Give the weights back the bits they had before the delta; where this is refused, nothing is written.
 
         Raises:
-            ExperimentError: if the delta is reverted already, or a later one lies on it. Nothing is written then.
-            ModelError: if something else changed the weights in the meantime. Nothing is written then.
+            ExperimentError: if the delta is reverted already, or a later one lies on it.
+            ModelError: if something else changed the weights in the meantime.
         """
         if self._reverted:
             raise ExperimentError("this delta is reverted already; call revert once for every apply")
@@ -101,20 +101,15 @@ def apply(model: Any, delta: Delta) -> Handle:
 
 @contextmanager
 def applied(model: Model, delta: Delta) -> Iterator[Model]:
-    """A block, ``with applied(model, delta) as model:``, that runs on the edited model.
-
-    Afterwards, also after an exception, the weights have the bits they had before.
+    """A block, ``with applied(model, delta) as model:``, that runs on the edited model; then, also after an exception,
+    the weights have the bits they had before.
 
     Args:
         model: A transformers model.
         delta: The change of its weights.
 
-    Yields:
-        The model.
-
     Raises:
-        ExperimentError: as ``apply`` and ``Handle.revert``.
-        ModelError: likewise.
+        ExperimentError, ModelError: as ``apply`` and ``Handle.revert``.
     """
     handle = _apply(model, delta, stacklevel=4)
     try:
@@ -133,8 +128,7 @@ def export(model: Any, delta: Delta, folder: str | Path, tokenizer: Any = None) 
         tokenizer: A tokenizer to write too.
 
     Raises:
-        ExperimentError: for a folder that is not empty or cannot be written, and as ``apply``.
-        ModelError: as ``apply``.
+        ExperimentError, ModelError: as ``apply``; also for a folder that is not empty or cannot be written.
     """
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -341,8 +335,7 @@ def _writing(tensor: Tensor) -> Iterator[None]:
 
 
 def _fingerprint(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Sums of a tensor's bits, taken as integers, along each of its dimensions: the same only for the same bits, up to
-    changes that cancel out in every row and every column."""
+    """Sums of a tensor's bits as integers along each dimension: other bits go unseen only if they cancel out in all."""
     try:
         words = tensor.view(torch.int64)  # several elements at once, where rows are that long
     except RuntimeError:

@@ -26,7 +26,6 @@ Result = TypeVar("Result")
 
 
 def edit_name(request: Request) -> str:
-    """The name of an edit in messages."""
     return f"the edit of fact {request.fact.id!r}"
 
 
@@ -39,14 +38,9 @@ class Batching:
     dtype: torch.dtype
 
     def of_items(
-        self,
-        items: Iterable[Item],
-        weigh: Callable[[Item], int],
-        name: Callable[[Item], str],
-        share: float = 1.0,
+        self, items: Iterable[Item], weigh: Callable[[Item], int], name: Callable[[Item], str], share: float = 1.0
     ) -> list[list[Item]]:
-        """Consecutive items whose bytes fit a share of the budget together, at least one. Raises ``MemoryBudgetError``
-        with the name of one that alone takes more than the whole budget."""
+        """Consecutive items whose bytes fit a share of the budget, at least one; refuses one larger than the budget."""
 
         def weight(item: Item) -> int:
             weight = weigh(item)

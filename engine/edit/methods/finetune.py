@@ -37,8 +37,6 @@ Item = tuple[Request, Window]
 
 @dataclass(frozen=True)
 class Finetune:
-    """The method on a model."""
-
     model: EditableModel
     hparams: FinetuneHparams
 
@@ -87,8 +85,7 @@ class _Trained:
         self.products: list[tuple[Tensor, Tensor]] = []
 
     def add(self, keys: Tensor) -> Tensor:
-        """What the change adds to values, (R, hidden), from keys (R, inner); gradient flows to the keys, and what the
-        weight's own gradient is made of is kept."""
+        """The addition to values (R, hidden), from keys (R, inner), to which gradient flows; ``step`` uses it."""
         return _WeightProduct.apply(keys, self.leaf, self)
 
     def step(self) -> None:
@@ -130,8 +127,6 @@ class _WeightProduct(torch.autograd.Function):
 
 
 class _EditBatch:
-    """Edits that are trained together."""
-
     def __init__(self, method: Finetune, items: list[Item]) -> None:
         self.method, self.items, self.layers = method, items, method.model.layers
         dtype = torch.promote_types(self.layers.dtype, torch.float32)

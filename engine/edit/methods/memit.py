@@ -28,8 +28,7 @@ Update = Callable[[Tensor, slice], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class JointEdit:
-    """One change of the model for several requests: delta, None where none of them found its vector; found: each
-    request's vector, or the reason why it has none."""
+    """One change for several requests: delta, None where no vector was found; found: of each request, with reasons."""
 
     requests: tuple[Request, ...]
     window: Window
@@ -95,7 +94,6 @@ class Memit:
         objective: EditObjective,
         values: Sequence[FoundValue],
     ) -> list[Edit]:
-        """The edit of each request."""
         changes: list[dict[int, LowRank]] = [{} for value in values if value.reason is None]
         for prefixes in self._prefixes(window, search, objective, values):
             for number, layer in enumerate(window.layers):
@@ -131,7 +129,6 @@ class JointMemit(Memit):
 
     @torch.inference_mode(False)
     def joint(self, requests: Sequence[Request], window: Window) -> JointEdit:
-        """One change of the model for all requests together."""
         end = window.layers[-1]
         self.model.layers.forget()
         groups: list[Prefixes] = []
@@ -207,10 +204,8 @@ def _prefix_places(objective: EditObjective) -> Places:
 
 
 class Prefixes:
-    """The contexts up to the lookups of n requests, each bare prompt first, on their way through the window.
-
-    goal (n, hidden) is what the bare prompts' outputs at the window's last layer are to become.
-    """
+    """The contexts up to the lookups of n requests, each bare prompt first, on their way through the window, whose last
+    layer's outputs at the bare prompts' ends are to become the goal (n, hidden)."""
 
     def __init__(
         self,
@@ -221,8 +216,7 @@ class Prefixes:
         numbers: Sequence[int],
         goal: Tensor,
     ) -> None:
-        """``numbers`` are the requests' among those of the objective; ``unedited`` holds the inputs of the window's
-        first layer at all prefixes of the objective."""
+        """numbers: of the requests, among the objective's; unedited: with the window's inputs at all its prefixes."""
         self.layers, self.window, self.goal = layers, window, goal.double()
         lengths = objective.prompts.lookup[objective.contexts] + 1
         starts = (np.cumsum(lengths) - lengths.ravel()).reshape(lengths.shape)
@@ -253,8 +247,8 @@ class Prefixes:
 
     @torch.no_grad()
     def look(self, layer: int) -> tuple[Tensor, Tensor]:
-        """At a layer of the window, as the layers before it are now: each request's key (n, inner), of which the bare
-        prompt's is half, and how far its output (n, hidden) at the window's last layer is from the goal; float64."""
+        """At a layer, as those before it are now: each request's key (n, inner), half of it the bare prompt's, and how
+        far its output (n, hidden) at the window's last layer is from the goal; float64."""
         while self.at < layer:
             self.rows = self.layers.advance(self.layers.block(self.at), self.rows, self.runs).out
             self.at += 1

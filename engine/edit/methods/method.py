@@ -40,8 +40,6 @@ class EditableModel:
 
 
 class EditMaker(Protocol):
-    """A method on a model."""
-
     def batches(self, requests: Sequence[Request], windows: Sequence[Window]) -> Iterator[list[Edit]]:
         """An edit of each request in each window, request by request, in batches of those made together."""
 

@@ -86,12 +86,7 @@ class EditObjective:
         return np.array([goal.contexts for goal in self.goals])
 
     def search(
-        self,
-        layers: Layers,
-        at: Collection[int],
-        site: Site,
-        hparams: ValueHparams,
-        more: Wanted,
+        self, layers: Layers, at: Collection[int], site: Site, hparams: ValueHparams, more: Wanted
     ) -> ValueOptimizer:
         """The search for vectors at the layers ``at``, after a pass of the texts through the unedited model, of which
         ``more`` is kept than the search needs."""

@@ -52,8 +52,6 @@ class FewTokens(UserWarning):
 
 @dataclass(frozen=True)
 class Spec:
-    """A collection: its layers, the number of tokens (None: all), the most tokens of a piece, and the keys' width."""
-
     layers: tuple[int, ...]
     tokens: int | None
     length: int
@@ -183,7 +181,6 @@ def collect(
     progress: Progress | None = None,
     resume: str | Path | None = None,
 ) -> MomentValues:
-    """The fields of ``Moments``; as ``Moments.collect``, in full float32 whatever the session computes in."""
     if isinstance(texts, (str, Mapping)):
         raise ExperimentError(f"texts is a {type(texts).__name__}; give a list of texts, or another iterable of them")
     spec = Spec.of(session, layers, tokens, length)

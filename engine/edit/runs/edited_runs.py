@@ -71,10 +71,7 @@ Changing = Callable[[int, "Join", bool], Change | None]
 
 class EditedRuns:
     """The runs of edits: run i is of edit ``of[i]``, in text ``texts[i]``, and differs from the unedited run after
-    layer ``layer[of[i]]``, from the text's lookup on.
-
-    Rows are read out in the order of ``order``: run ``order[0]``'s rows, then run ``order[1]``'s, ...
-    """
+    layer ``layer[of[i]]``, from the text's lookup on. Rows are read out in the runs' ``order``."""
 
     def __init__(
         self,
@@ -157,6 +154,5 @@ class EditedPass:
             self.rows = (new if self.rows is None else torch.cat([self.rows, new])).index_select(0, self.live.merged)
 
     def states(self) -> Tensor:
-        """Final, normed rows (n, hidden) that are read out."""
         assert self.rows is not None
         return self.edited.layers.architecture.final_norm(self.rows)

@@ -207,8 +207,7 @@ class _ScoringPass:
     def _read(
         self, states: Tensor, group: np.ndarray, order: np.ndarray, of: np.ndarray, texts: np.ndarray
     ) -> list[ProbeResults]:
-        """The results of readers, reader i of the probes of ``group[i]``. ``order``: how the runs, each with its reader
-        and its text, follow each other in the rows ``states`` (n, hidden)."""
+        """The results of readers, reader i of the probes of ``group[i]``, from rows (n, hidden) of ordered runs."""
         read = self.prompts.read[texts[order]]
         starts = np.empty(len(order), dtype=np.int64)
         starts[order] = np.cumsum(read) - read

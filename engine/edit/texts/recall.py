@@ -38,7 +38,6 @@ def answer_probabilities(session: Session, facts: Sequence[EncodedFact]) -> list
 
 
 def clean_trials(facts: Sequence[EncodedFact]) -> list[Trial]:
-    """The clean run of each fact."""
     clean = Experiment((Base(),), np.empty(0, dtype=np.int64), Overwrites.none())
     shapes = [Shape(len(fact.tokens), (0, 0), (target_tokens(fact),)) for fact in facts]
     return [

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from causalcone.engine.facts import Fact
+from causalcone.engine.facts import Fact, OnError
 from causalcone.engine.schemas import FACT_SCHEMA, FILTER_SCHEMA
 from causalcone.runners.demo.files import path_of
 from causalcone.runners.facts import files
@@ -67,10 +67,7 @@ def select(sweep: Sweep, table: pa.Table) -> Selection:
 
 def read_facts(sweep: Sweep) -> tuple[list[Fact], list[str]]:
     """The facts of the sweep's file, within its limit, and why records were skipped."""
+    on_error: OnError = "skip" if sweep.skip_bad_facts else "raise"
     return files.read_facts(
-        path_of(sweep.facts, "facts"),
-        sweep.limit,
-        sweep.seed,
-        zsre_form=sweep.zsre_form,
-        on_error="skip" if sweep.skip_bad_facts else "raise",
+        path_of(sweep.facts, "facts"), sweep.limit, sweep.seed, zsre_form=sweep.zsre_form, on_error=on_error
     )

@@ -64,14 +64,14 @@ class FactLengths:
     contexts: Mapping[str, Sequence[tuple[int, int]]]
 
     @property
-    def said(self) -> int:
-        """Tokens that the model is to say under noise in Tracing Reversal."""
+    def reversed(self) -> int:
+        """Tokens that the model writes under noise, in Tracing Reversal."""
         return max(1, REVERSAL_TOKENS - self.prompt)
 
     def targets(self, problem: str, published: bool) -> tuple[int, int | None]:
         """Tokens of the target that is trained, and of the other one."""
         if problem == TRACING_REVERSAL:
-            return self.said + self.prompt * published, self.target
+            return self.reversed + self.prompt * published, self.target
         if problem == "error_injection":
             return self.new or self.target, self.target
         return self.target, self.new
@@ -85,7 +85,7 @@ class FactLengths:
         """The prompts that edits are scored on, but for essence texts."""
         both = [target] if other is None else [target, other]
         prompts = [(self.prompt, 0), *self.asked]
-        return Asked.total((Asked.after(tokens, [*both, own] if own else both), 1) for tokens, own in prompts)
+        return Asked.total((Asked.after(tokens, [*both, answer] if answer else both), 1) for tokens, answer in prompts)
 
     def encoded(self, target: str) -> EncodedFact:
         """A fact of these lengths."""
@@ -99,7 +99,7 @@ def measured_lengths(fact: Fact, encoder: Encoder, contexts: Contexts | None) ->
     tokenizer, sizes = encoder.tokenizer, encoder.sizes
     encoded = encode(fact, tokenizer, "label", sizes.vocabulary, sizes.positions)
     request = Request(fact, FACT_AMPLIFICATION, encoded.target)
-    own = 0 if fact.neighborhood_target is None else len(target_ids(fact.neighborhood_target, tokenizer))
+    answer = 0 if fact.neighborhood_target is None else len(target_ids(fact.neighborhood_target, tokenizer))
     plain, neighbours = fact.paraphrase_prompts + fact.attribute_prompts, fact.neighborhood_prompts
     by_method = {} if contexts is None else {"rome": contexts.rome, "memit": contexts.memit}
     return FactLengths(
@@ -109,13 +109,13 @@ def measured_lengths(fact: Fact, encoder: Encoder, contexts: Contexts | None) ->
         new=None if fact.target_new is None else len(target_ids(fact.target_new, tokenizer)),
         essence=encoder.prompted(request, ESSENCE).lookup + 1,
         asked=tuple(
-            (len(encoder.written(request, text)), answer)
-            for texts, answer in ((plain, 0), (neighbours, own))
+            (len(encoder.written(request, text)), tokens)
+            for texts, tokens in ((plain, 0), (neighbours, answer))
             for text in texts
         ),
         generation=tuple(len(encoder.written(request, text)) for text in fact.generation_prompts),
         contexts={
-            method: [(len(each.text), each.lookup) for each in encoder.contexts(request, texts)]
+            method: [(len(prompt.text), prompt.lookup) for prompt in encoder.contexts(request, texts)]
             for method, texts in by_method.items()
         }
         or drawn_contexts(len(encoded.prompt), encoded.span[1] - 1),

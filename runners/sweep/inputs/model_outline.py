@@ -36,10 +36,10 @@ def known_tokenizer(sweep: Sweep) -> Any:
 
     folder = _folder(sweep)
     try:  # the hub itself is not asked: without a network that takes a minute
-        found = AutoTokenizer.from_pretrained(sweep.model if folder is None else folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(sweep.model if folder is None else folder, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError):
         return None
-    return found if found.is_fast else None
+    return tokenizer if tokenizer.is_fast else None
 
 
 def _config(sweep: Sweep) -> tuple[str, Any]:

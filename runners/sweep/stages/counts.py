@@ -51,16 +51,23 @@ class Counts:
 
     def added(self, count: int | None, one: Callable[[FactLengths], tuple[float, int]]) -> tuple[float, float]:
         """FLOPs and rows of the first ``count`` facts that go on, all together, from those of one."""
-        results = [(one(lengths), weight) for lengths, weight in grouped(self.some(count), PLANNED)]
-        return sum(flops * weight for (flops, _), weight in results), sum(
-            rows * weight for (_, rows), weight in results
-        )
+        results = [(*one(lengths), weight) for lengths, weight in grouped(self.some(count), PLANNED)]
+        return sum(flops * weight for flops, _, weight in results), sum(rows * weight for _, rows, weight in results)
 
     def planned(self, trial: Trial, samples: int, gradient: bool = False) -> float:
         """FLOPs of the engine's own plan, where memory does not split the fact."""
         nothing: Any = None  # noise is drawn when a pass runs
         dtype, device = torch.float32, torch.device("cpu")
-        runner = PassRunner(self.architecture, [trial], samples, nothing, dtype, device, PlanCache(), gradient)
+        runner = PassRunner(
+            architecture=self.architecture,
+            trials=[trial],
+            samples=samples,
+            noise=nothing,
+            dtype=dtype,
+            device=device,
+            plans=PlanCache(),
+            gradient=gradient,
+        )
         sizes, argmax = self.architecture.sizes, not trial.targets
         return sum(cost(runner.plan(part)[0], sizes, 1, samples, argmax).flops for part in runner.parts())
 

@@ -74,7 +74,7 @@ class EditSettings(CheckedTable):
         return self.generation or self.references is not None
 
 
-class Edit(Stage[EditSettings]):
+class EditStage(Stage[EditSettings]):
     """Edits and their scores. plans: by problem, the methods with their hyperparameters, and the layers."""
 
     name, title, table, item = "edit", "edits", EditSettings, "edits"
@@ -128,7 +128,7 @@ class Edit(Stage[EditSettings]):
         ]
 
     def units(self, selection: Selection, depth: int) -> list[StageUnits]:
-        found = []
+        works = []
         for problem, plan in self.plans.items():
             facts = selection.erasable if problem == FACT_ERASURE else selection.known
             facts, layers = facts[: self.options.facts], len(self.layers(problem, depth))
@@ -136,8 +136,8 @@ class Edit(Stage[EditSettings]):
             for setting in plan.settings:
                 size = max(1, len(facts)) if setting.definition.joint else max(1, self.sweep.units.edits // layers)
                 units += self.cut(_group(problem, setting), facts, size, layers)
-            found.append(StageUnits(self, problem.replace("_", " "), tuple(units), problem))
-        return found
+            works.append(StageUnits(self, problem.replace("_", " "), tuple(units), problem))
+        return works
 
     def fact_check(self, resources: Resources) -> Callable[[Fact], object]:
         """Refuses facts that no request can be made of, or whose prompts are too long."""
@@ -194,7 +194,7 @@ class Edit(Stage[EditSettings]):
     def cost(self, units: StageUnits, counts: Counts) -> StageCost:
         problem = next(problem for problem in self.plans if problem == units.subject)
         edits = EditCounts(self, problem, counts)
-        flops = edits.before() + sum(edits.made(setting) + edits.scored(setting) for setting in edits.settings)
+        flops = edits.before() + sum(edits.making(setting) + edits.scoring(setting) for setting in edits.settings)
         return StageCost(units, flops, edits.rows(units.items))
 
     def _editor(self, resources: Resources) -> Editor:
@@ -220,7 +220,7 @@ def _group(problem: str, setting: Setting) -> str:
 class EditCounts:
     """The edits of facts in one problem."""
 
-    def __init__(self, stage: Edit, problem: Problem, counts: Counts) -> None:
+    def __init__(self, stage: EditStage, problem: Problem, counts: Counts) -> None:
         self.options, self.flops, self.problem = stage.options, counts.flops, problem
         self.facts, self.sizes = counts.some(stage.options.facts), counts.architecture.sizes
         self.settings = stage.plans[problem].settings
@@ -233,14 +233,14 @@ class EditCounts:
         without; in the first problem, essence texts."""
         flops = 0.0
         if self.problem == TRACING_REVERSAL:
-            said = Grown.total((Grown(1, each.prompt, each.said), weight) for each, weight in self.facts)
-            flops += self.flops.decoding(said) * (1 if self.published else 2)
+            texts = Grown.total((Grown(1, fact.prompt, fact.reversed), weight) for fact, weight in self.facts)
+            flops += self.flops.decoding(texts) * (1 if self.published else 2)
         if self.options.essence and self.problem == self.options.problems[0]:
-            begun = ((each.essence + _ESSENCE_END, weight * ESSENCE_TEXTS) for each, weight in self.facts)
-            flops += self.flops.decoding(Grown.total((self._grown(tokens), times) for tokens, times in begun))
+            starts = ((fact.essence + _ESSENCE_END, weight * ESSENCE_TEXTS) for fact, weight in self.facts)
+            flops += self.flops.decoding(Grown.total((self._grown(tokens), times) for tokens, times in starts))
         return flops
 
-    def made(self, setting: Setting) -> float:
+    def making(self, setting: Setting) -> float:
         """Edits of all facts at all layers."""
         definition = setting.definition
         work = EditWork(
@@ -252,7 +252,7 @@ class EditCounts:
         )
         return definition.flops(work, setting.hparams)
 
-    def scored(self, setting: Setting) -> float:
+    def scoring(self, setting: Setting) -> float:
         """Answers, and texts where these are asked for, before and after every edit."""
         windows, last = self.windows(setting), self.sizes.depth - 1
         rank: float | None = setting.definition.rank
@@ -262,7 +262,7 @@ class EditCounts:
         flops = self.flops.unedited(asked, whole=any(window[0] == last for window in windows))
         flops += sum(self.flops.edited(asked, window, rank) for window in windows)
         if self.options.generates(self.problem):
-            texts = Grown.total((self._grown(n), weight) for each, weight in self.facts for n in each.generation)
+            texts = Grown.total((self._grown(n), weight) for fact, weight in self.facts for n in fact.generation)
             flops += self.flops.decoding(texts)
             flops += sum(self.flops.decoding(texts, len(window), rank) for window in windows)
         return flops
@@ -270,7 +270,7 @@ class EditCounts:
     def rows(self, edits: int) -> dict[str, float]:
         """Rows by table of this many edits: metrics are two of each kind of prompt, its accuracy, and the others."""
         count = sum(weight for _, weight in self.facts)
-        prompts = sum((1 + len(each.asked)) * weight for each, weight in self.facts) / count
+        prompts = sum((1 + len(fact.asked)) * weight for fact, weight in self.facts) / count
         kinds = 3 if prompts > 1 else 1
         written = 1 + (self.options.references is not None) if self.options.generates(self.problem) else 0
         metrics = self.options.essence + kinds * (2 + self.options.accuracy) + written
@@ -295,5 +295,5 @@ class EditCounts:
 
     def _total(self, of: Callable[[FactLengths, int, int | None], Any]) -> Any:
         """The sum over all facts."""
-        each = [(of(fact, *both), weight) for (fact, weight), both in zip(self.facts, self.targets, strict=True)]
-        return type(each[0][0]).total(each)
+        terms = [(of(fact, *both), weight) for (fact, weight), both in zip(self.facts, self.targets, strict=True)]
+        return type(terms[0][0]).total(terms)

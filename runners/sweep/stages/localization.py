@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Annotated, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -29,54 +28,46 @@ from causalcone.runners.sweep.stages.prepared import NOISE
 from causalcone.runners.sweep.stages.stage import ResultTable, Stage, StageCost, StageUnits, errors_of
 
 
-class TraceSettings(CheckedTable):
-    """Causal tracing: what is restored, at which tokens, of how many facts (all by default)."""
+class LocalizationSettings(CheckedTable):
+    """Shared by all of them. facts: how many, all by default."""
 
-    states: Names = ("hidden:1", "mlp:10", "attn:10")
     tokens: Tokens = "all"
     target: Target = "label"
     facts: Count | None = None
 
 
-class SeverSettings(CheckedTable):
+class TraceSettings(LocalizationSettings):
+    """Causal tracing. states: those that are restored, one at a time."""
+
+    states: Names = ("hidden:1", "mlp:10", "attn:10")
+
+
+class SeverSettings(LocalizationSettings):
     """Severed tracing of hidden states, once for each of the parts that are held."""
 
     parts: Annotated[tuple[Literal["mlp", "attn", "both"], ...], Field(min_length=1)] = ("mlp", "attn")
     tokens: Tokens = "subject_last"
-    target: Target = "label"
-    facts: Count | None = None
 
 
-class ZeroSettings(CheckedTable):
+class ZeroSettings(LocalizationSettings):
     """Representation zeroing."""
 
     states: Names = ("mlp:5",)
     tokens: Tokens = "subject"
-    target: Target = "label"
-    facts: Count | None = None
 
 
-class GradientSettings(CheckedTable):
+class GradientSettings(LocalizationSettings):
     """Integrated gradients."""
 
     kinds: Annotated[tuple[Literal["hidden", "mlp", "attn"], ...], Field(min_length=1)] = ("hidden", "mlp", "attn")
     steps: Count = 50
-    tokens: Tokens = "all"
     target: Target = "argmax"
-    facts: Count | None = None
 
 
-class _Tokens(Protocol):
-    @property
-    def tokens(self) -> Tokens: ...
-    @property
-    def facts(self) -> int | None: ...
+Options = TypeVar("Options", bound=LocalizationSettings)
 
 
-Options = TypeVar("Options", bound=_Tokens)
-
-
-class _Localization(Stage[Options]):
+class _LocalizationStage(Stage[Options]):
     tables = (ResultTable("traces", TRACE_SCHEMA, row_bytes=16),)
     efficiency = USUAL_EFFICIENCY
 
@@ -94,84 +85,68 @@ class _Localization(Stage[Options]):
             return states_in(as_states(texts), counts.architecture.sizes.heads)
 
 
-class Trace(_Localization[TraceSettings]):
-    """Causal tracing."""
+class _TracingStage(_LocalizationStage[Options]):
+    needs = (NOISE,)
 
-    name, title, table = "trace", "causal tracing", TraceSettings
-    needs, groups = (NOISE,), ("restore",)
-
-    def compute(self, unit: Unit, resources: Resources) -> Mapping[str, pa.Table]:
-        options, noise = self.options, self.sweep.noise
+    def traces(self, unit: Unit, resources: Resources, **options: Any) -> Mapping[str, pa.Table]:
         batches = resources.tracer.stream(
             resources.facts_of(unit),
-            options.states,
-            tokens=options.tokens,
-            target=options.target,
-            samples=noise.samples,
+            tokens=self.options.tokens,
+            target=self.options.target,
+            samples=self.sweep.noise.samples,
             sigma=resources.noise_level,
-            seed=noise.seed,
+            seed=self.sweep.noise.seed,
+            **options,
         )
         return {"traces": pa.Table.from_batches(list(batches), schema=TRACE_SCHEMA)}
 
+    def counted(self, counts: Counts, states: tuple[State, ...], **options: Any) -> tuple[float, float]:
+        """FLOPs and rows."""
+        samples, target, tokens = self.sweep.noise.samples, self.options.target, self.options.tokens
+        spec = TraceSpec(states=states, samples=samples, sigma=1.0, target=target, tokens=tokens, **options)
+        tracing = CausalTracing(spec, counts.architecture.sizes.depth)
+
+        def one(lengths: FactLengths) -> tuple[float, int]:
+            trial, grid = tracing.trial(lengths.encoded(target))
+            return counts.planned(trial, tracing.samples), len(grid.run)
+
+        return counts.added(self.options.facts, one)
+
+
+class TraceStage(_TracingStage[TraceSettings]):
+    """Causal tracing."""
+
+    name, title, table = "trace", "causal tracing", TraceSettings
+    groups = ("restore",)
+
+    def compute(self, unit: Unit, resources: Resources) -> Mapping[str, pa.Table]:
+        return self.traces(unit, resources, states=self.options.states)
+
     def cost(self, units: StageUnits, counts: Counts) -> StageCost:
-        options, noise = self.options, self.sweep.noise
-        spec = TraceSpec(
-            states=self.states(options.states, counts),
-            samples=noise.samples,
-            sigma=1.0,
-            target=options.target,
-            tokens=options.tokens,
-        )
-        flops, rows = _restored(counts, options.facts, spec)
+        flops, rows = self.counted(counts, self.states(self.options.states, counts))
         return StageCost(units, flops, {"traces": rows})
 
 
-class Sever(_Localization[SeverSettings]):
+class SeverStage(_TracingStage[SeverSettings]):
     """Severed tracing."""
 
     name, title, table = "sever", "severed tracing", SeverSettings
-    needs = (NOISE,)
 
     @property
     def groups(self) -> Sequence[str]:
         return [f"sever_{part}" for part in self.options.parts]
 
     def compute(self, unit: Unit, resources: Resources) -> Mapping[str, pa.Table]:
-        options, noise = self.options, self.sweep.noise
-        batches = resources.tracer.stream(
-            resources.facts_of(unit),
-            (("hidden", 1),),
-            tokens=options.tokens,
-            target=options.target,
-            sever=next(part for part in options.parts if unit.group == f"sever_{part}"),
-            compat=self.sweep.compat,
-            samples=noise.samples,
-            sigma=resources.noise_level,
-            seed=noise.seed,
-        )
-        return {"traces": pa.Table.from_batches(list(batches), schema=TRACE_SCHEMA)}
+        part, compat = unit.group.removeprefix("sever_"), self.sweep.compat
+        return self.traces(unit, resources, states=(("hidden", 1),), sever=part, compat=compat)
 
     def cost(self, units: StageUnits, counts: Counts) -> StageCost:
-        options, noise = self.options, self.sweep.noise
-        states = as_states("hidden:1")
-        spec = TraceSpec(states=states, samples=noise.samples, sigma=1.0, target=options.target, tokens=options.tokens)
-        specs = [replace(spec, sever=part, compat=self.sweep.compat) for part in options.parts]
-        flops, rows = np.sum([_restored(counts, options.facts, spec) for spec in specs], axis=0)
-        return StageCost(units, float(flops), {"traces": float(rows)})
+        states, compat = as_states("hidden:1"), self.sweep.compat
+        parts = [self.counted(counts, states, sever=part, compat=compat) for part in self.options.parts]
+        return StageCost(units, sum(flops for flops, _ in parts), {"traces": sum(rows for _, rows in parts)})
 
 
-def _restored(counts: Counts, facts: int | None, spec: TraceSpec) -> tuple[float, float]:
-    """FLOPs and rows of causal tracing."""
-    tracing = CausalTracing(spec, counts.architecture.sizes.depth)
-
-    def one(lengths: FactLengths) -> tuple[float, int]:
-        trial, grid = tracing.trial(lengths.encoded(spec.target))
-        return counts.planned(trial, tracing.samples), len(grid.run)
-
-    return counts.added(facts, one)
-
-
-class Zero(_Localization[ZeroSettings]):
+class ZeroStage(_LocalizationStage[ZeroSettings]):
     """Representation zeroing."""
 
     name, title, table = "zero", "zeroing", ZeroSettings
@@ -195,7 +170,7 @@ class Zero(_Localization[ZeroSettings]):
         return StageCost(units, flops, {"traces": rows})
 
 
-class Gradients(_Localization[GradientSettings]):
+class GradientStage(_LocalizationStage[GradientSettings]):
     """Integrated gradients."""
 
     name, title, table = "gradients", "integrated gradients", GradientSettings
