@@ -67,14 +67,12 @@ class Patching:
 
     runs: list[list[Intervention]]
     reads: tuple[Read, ...]
-    base: str
+    base: str  # "clean", "corrupted" or "other:N"
     noise: Noise
     sizes: Sizes
     prompts: int  # how many there are
 
     def __post_init__(self) -> None:
-        if self.base == "other":
-            object.__setattr__(self, "base", "other:0")
         if self.corrupts and self.noise.kind == "counterfactual":
             raise ExperimentError("a counterfactual prompt is another text; give base or source 'other', and no noise")
 
@@ -89,7 +87,7 @@ class Patching:
             encoded, subject = tokens(prompt, "label"), prompt.counterfactual_subject
             sources = [item.source for run in self.runs for item in run]
             taken = any(isinstance(name, str) and name.startswith("other") for name in (self.base, *sources))
-            others = (prompt.prompt.replace("{}", subject),) if subject is not None and taken else ()
+            others: tuple[str, ...] = (prompt.prompt.replace("{}", subject),) if subject is not None and taken else ()
         else:
             prompt = Prompt(prompt) if isinstance(prompt, str) else prompt
             text = Fact(f"prompt {number}", "{}", prompt.text, "none" if prompt.target is None else prompt.target)
@@ -99,10 +97,8 @@ class Patching:
         texts = (Fact(f"{fact.id}, other {i}", "{}", other, fact.target_true) for i, other in enumerate(others))
         result = EncodedPrompt(encoded, tuple(tokens(text, "argmax").prompt for text in texts))
         longest = max(map(len, result.others), default=0) + max(0, len(encoded.target) - 1)
-        if longest > self.sizes.positions:
-            raise FactError(
-                f"{result.name}: another text and the target need {longest} of {self.sizes.positions} positions"
-            )
+        if longest > (most := self.sizes.positions):
+            raise FactError(f"{result.name}: another text and the target need {longest} of {most} positions")
         return result
 
     def trial(self, prompt: EncodedPrompt, number: int) -> Trial:

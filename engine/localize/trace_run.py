@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -59,6 +59,11 @@ class FactsRun:
     def batches(self, progress: Progress | None = None) -> Iterator[pa.RecordBatch]:
         """``tables``, whose progress is reported."""
         return _reported(self.tables(), len(self.facts), progress or (lambda done, of: None))
+
+    @classmethod
+    def table(cls, batches: Iterable[pa.RecordBatch]) -> pa.Table:
+        """One table of all batches."""
+        return pa.Table.from_batches(list(batches), schema=cls.schema)
 
 
 def _reported(batches: Iterator[pa.RecordBatch], count: int, report: Progress) -> Iterator[pa.RecordBatch]:

@@ -33,7 +33,6 @@ from causalcone.engine.localize.trace_run import FactsRun, TracePlan, TraceRun
 from causalcone.engine.noise import SCALED_NOISES, Noise, NoiseKind, NoiseStream, parse_sigma
 from causalcone.engine.run.loading import Weights, open_session
 from causalcone.engine.run.session import Session
-from causalcone.engine.schemas import GRADIENT_SCHEMA, TRACE_SCHEMA
 
 
 class Tracer:
@@ -145,8 +144,7 @@ class Tracer:
             ModelError: The model cannot be computed exactly.
             MemoryBudgetError: The memory is too little for the smallest part of a fact.
         """
-        batches = self.stream(facts, states, on_error=on_error, progress=progress, **options)
-        return pa.Table.from_batches(list(batches), schema=TRACE_SCHEMA)
+        return TraceRun.table(self.stream(facts, states, on_error=on_error, progress=progress, **options))
 
     def stream(
         self,
@@ -205,8 +203,8 @@ class Tracer:
         Returns:
             A table with the columns of ``TRACE_SCHEMA``, in which ``token`` and ``p_corrupted`` are null.
         """
-        batches = self.stream_zero(facts, states, target=target, tokens=tokens, on_error=on_error, progress=progress)
-        return pa.Table.from_batches(list(batches), schema=TRACE_SCHEMA)
+        stream = self.stream_zero(facts, states, target=target, tokens=tokens, on_error=on_error, progress=progress)
+        return TraceRun.table(stream)
 
     def stream_zero(
         self,
@@ -245,8 +243,8 @@ class Tracer:
             A table with the columns of ``GRADIENT_SCHEMA``: the attribution's L2 norm, its total, and its gap, the
             total minus the change in p that it should add up to.
         """
-        batches = self.stream_integrated_gradients(facts, kinds, on_error=on_error, progress=progress, **options)
-        return pa.Table.from_batches(list(batches), schema=GRADIENT_SCHEMA)
+        stream = self.stream_integrated_gradients(facts, kinds, on_error=on_error, progress=progress, **options)
+        return GradientRun.table(stream)
 
     def stream_integrated_gradients(
         self,
@@ -298,6 +296,7 @@ class Tracer:
             raise ExperimentError("prompts are a list; give [prompt] for a single one")
         items = list(prompts)
         spec = TraceSpec.of((("hidden", 1),), samples=samples, sigma=sigma, seed=seed, noise=noise).resolved(session)
+        base = "other:0" if base == "other" else base
         patching = Patching(as_runs(interventions), tuple(read), base, spec.corruption, session.sizes, len(items))
         encoded = [patching.encode(prompt, number, session.tokenizer) for number, prompt in enumerate(items)]
         trials = [patching.trial(prompt, number) for number, prompt in enumerate(encoded)]
