@@ -85,8 +85,7 @@ class Patching:
 
         if isinstance(prompt, Fact):
             encoded, subject = tokens(prompt, "label"), prompt.counterfactual_subject
-            sources = [item.source for run in self.runs for item in run]
-            taken = any(isinstance(name, str) and name.startswith("other") for name in (self.base, *sources))
+            taken = self.base.startswith("other") or any(item.from_other for run in self.runs for item in run)
             others: tuple[str, ...] = (prompt.prompt.replace("{}", subject),) if subject is not None and taken else ()
         else:
             prompt = Prompt(prompt) if isinstance(prompt, str) else prompt

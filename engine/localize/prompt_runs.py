@@ -73,6 +73,10 @@ class Intervention:
         if self.source_tokens is not None and (isinstance(self.source, Tensor) or self.source == "zero"):
             raise ExperimentError("source_tokens go with values of another run; vectors and zero have none")
 
+    @property
+    def from_other(self) -> bool:
+        return isinstance(self.source, str) and self.source.startswith("other")
+
 
 @dataclass(frozen=True)
 class Read:
