@@ -14,7 +14,7 @@ from torch import Tensor
 from causalcone.engine.errors import ModelError
 from causalcone.engine.models.base import Architecture, Block
 from causalcone.engine.models.reference import is_finite, model_logits, refuse_changed, refuse_unfinite
-from causalcone.engine.streaming.prefetch import Layout, StreamedMatrix, read_layers
+from causalcone.engine.streaming.prefetch import StreamedMatrix, WeightLayout, read_layers
 from causalcone.engine.streaming.tensor_files import Entry, read_rows, read_tensor
 
 _SLICE = 1024
@@ -48,7 +48,7 @@ class Streamed(Architecture):
         self.names = [
             [name for name in entries if name.startswith(f"{prefix}{layer}.")] for layer in range(self.sizes.depth)
         ]
-        self._layouts = [Layout.of([entries[name] for name in names], dtype) for names in self.names]
+        self._layouts = [WeightLayout.of([entries[name] for name in names], dtype) for names in self.names]
 
         elsewhere = {embedding, unembedding}.union(*self.names)
         for name, entry in entries.items():

@@ -84,7 +84,7 @@ def landing(elements: int, dtype: torch.dtype, device: torch.device) -> HostLand
 
 
 @dataclass(frozen=True)
-class Layout:
+class WeightLayout:
     """Where a layer's tensors lie in one flat buffer of a dtype: the first element of each, and the buffer's size."""
 
     entries: tuple[Entry, ...]
@@ -92,7 +92,7 @@ class Layout:
     elements: int
 
     @classmethod
-    def of(cls, entries: Sequence[Entry], dtype: torch.dtype) -> Layout:
+    def of(cls, entries: Sequence[Entry], dtype: torch.dtype) -> WeightLayout:
         step = _ALIGNED // dtype.itemsize
         *first, elements = accumulate((-(-entry.elements // step) * step for entry in entries), initial=0)
         return cls(tuple(entries), tuple(first), elements)
@@ -110,7 +110,7 @@ class Layout:
             read_values(entry, [(0, view.view(-1))])
 
 
-def read_layers(layouts: Sequence[Layout], dtype: torch.dtype, device: torch.device) -> Generator[list[Tensor]]:
+def read_layers(layouts: Sequence[WeightLayout], dtype: torch.dtype, device: torch.device) -> Generator[list[Tensor]]:
     """The tensors of one layer after another, each read once, the next one while the caller works with this one.
 
     They are good until the following layer is asked for: two buffers take turns. To be closed when the caller is done.
