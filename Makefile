@@ -43,6 +43,7 @@ lint: $(READY)  ## style, spelling, and who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
+	$(BIN)/lint-imports
 
 format: $(READY)  ## mend what can be mended of the style
 	$(BIN)/ruff check --fix .

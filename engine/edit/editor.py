@@ -47,14 +47,10 @@ class Editor:
         tokenizer: Its tokenizer.
         moments: Second moments of the layers to be edited, which ROME and MEMIT need.
         contexts: Texts put before prompts, or one list for both methods; sampled from the model by default.
-        dtype: As for ``Tracer``.
-        device: As for ``Tracer``.
-        memory: As for ``Tracer``.
-        sigma: The noise level of Tracing Reversal and Fact Forcing, a number or ``"<k>sd"`` for k standard deviations
-            of the subjects' embeddings; ``"3sd"`` by default.
+        dtype: As for ``Tracer``, like device, memory and tf32.
+        sigma: Noise of Tracing Reversal and Fact Forcing: a number, or ``"<k>sd"`` of the subjects' embeddings ("3sd").
         seed: The seed of everything that is sampled.
         kernels: As for ``Tracer``, except that attention is always torch's, since most of it needs gradients.
-        tf32: As for ``Tracer``.
     """
 
     def __init__(
@@ -168,7 +164,7 @@ class Editor:
             hparams: Hyperparameters; the defaults if None.
 
         Returns:
-            The edits, request by request. Edits that fail carry the reason; the others are made all the same.
+            The edits, request by request. Those that fail carry the reason; the others are made all the same.
 
         Raises:
             ExperimentError: A layer has no moments, or the moments are another model's.
@@ -281,14 +277,7 @@ class Editor:
         window: int | None = None,
         hparams: Hparams | None = None,
     ) -> Iterator[tuple[Edit, pa.RecordBatch]]:
-        """Make edits and score them, batch by batch; one batch is held at a time.
-
-        Args:
-            requests: As for ``batches``, like all arguments.
-            method: The method's name.
-            layers: The layers, or the windows' centres.
-            window: Layers in a window.
-            hparams: Hyperparameters.
+        """Make edits and score them, batch by batch; one batch is held at a time. Arguments as for ``batches``.
 
         Returns:
             Each edit with its probes, a batch with the columns of ``PROBE_SCHEMA``.
@@ -341,7 +330,6 @@ class Editor:
         return self.evaluator.evaluate(edits, essence, accuracy, generation, references)
 
     def _prepare(self, method: Method, requests: Sequence[Request], windows: Sequence[Window]) -> None:
-        """Check the arguments before anything is computed."""
         for request in requests:
             if not isinstance(request, Request):
                 raise ExperimentError(f"{request!r} is not a request; make them with Editor.requests(facts, problem)")
@@ -357,7 +345,6 @@ class Editor:
             self.session.verify(self.encoder.bare(requests[0]).text.tokens)
 
     def _model(self, method: Method) -> EditableModel:
-        """The model prepared for a method."""
         layers, batching = layers_and_batching(self.session)
         contexts = () if method.contexts is None else getattr(self.contexts, method.contexts)
         return EditableModel(

@@ -32,9 +32,19 @@ def compile_plan(shape: Shape, experiment: Experiment, depth: int, parallel: boo
     for values, previous in zip(reversed(cone.layers), [*cone.layers[-2::-1], None], strict=True):
         plan, outputs = _compile_layer(values, previous, outputs, parallel, given)
         layers.append(plan)
-    kept = Entries(*(column[outputs.kept] for column in vars(cone.entries).values()))
+    entries = Entries(*(column[outputs.kept] for column in vars(cone.entries).values()))
     captures, logits = len(experiment.captures), readouts.local[logit_rows]
-    return Plan(shape, parallel, kept, tuple(reversed(layers)), read_rows, read_place, read, logits, captures)
+    return Plan(
+        shape=shape,
+        parallel=parallel,
+        entries=entries,
+        layers=tuple(reversed(layers)),
+        read_rows=read_rows,
+        read_place=read_place,
+        read=read,
+        logits=logits,
+        captures=captures,
+    )
 
 
 def _output_stage(values: LayerValues, *needed: np.ndarray) -> Needed:
@@ -133,9 +143,9 @@ class Needed:
 
 class NeededAttention:
     """What attention computes in a layer of which the outputs ``needed`` are read: segments of attention rows, mixes of
-    their heads, given rows, and the queries and keys behind them.
+    their heads, given rows, and the queries and keys that they come from.
 
-    local: the row of each attention output, mixes and given ones behind the computed ones, -1 if not needed.
+    local: the row of each attention output, mixes and given ones after the computed ones, -1 if not needed.
     """
 
     def __init__(self, values: LayerValues, given_varies: np.ndarray, *needed: np.ndarray) -> None:
@@ -157,8 +167,8 @@ class NeededAttention:
         self.rows = Rows(*(int((self.attn & (values.attn_varies == varies)).sum()) for varies in (False, True)))
         self.local = np.full(len(read), -1)
         self.local[ends[0] + self.mixes.kept] = self.rows.total + np.arange(len(self.mixes.kept))
-        behind = self.rows.total + len(self.mixes.kept)
-        self.local[ends[1] + self.given.kept] = behind + np.arange(len(self.given.kept))
+        after = self.rows.total + len(self.mixes.kept)
+        self.local[ends[1] + self.given.kept] = after + np.arange(len(self.given.kept))
 
     def _querying(self, attn: np.ndarray) -> np.ndarray:
         """(A, T) which of each run's tokens stand for an attention output, and which output that is (else -1)."""

@@ -1,4 +1,9 @@
-"""Executes plans: a pass is one wave through the layers, with every row of every run of many facts in one tensor."""
+"""Executes plans: a pass goes once through the layers, with every row of every run of many facts in one tensor.
+
+In buffers that are used again, and in place. ``forward_autograd.py`` does the same in operations that autograd can go
+back through. Texts with edits go through ``engine/edit/runs/layers.py``, and token by token through ``decoding.py``
+beside it: they have no plan. What a block computes, all four ask of ``Block``; a new kind of block changes each.
+"""
 
 from __future__ import annotations
 
@@ -183,7 +188,7 @@ class _ForwardPass:
             out[part] = function(source) if positions is None else function(source, positions[part])
 
     def _give(self, out: Tensor, stage: PackedStage, givens: Sequence[Given]) -> None:
-        """Fill the rows of a stage that are given, which lie behind those that it computes."""
+        """Fill the rows of a stage that are given, which lie after those that it computes."""
         first = stage.computed + stage.mixed
         for group, given in zip(self.groups, givens, strict=True):
             count = given.rows.count(group.facts, group.samples)
@@ -243,9 +248,9 @@ def _most_likely(readout: Readout, states: Tensor, rows: Sequence[Tensor]) -> It
     """The most likely token of each row of ``states`` that the index tensors name, in their shapes, by one walk through
     the unembedding."""
     if rows:
-        tokens = readout.most_likely(states[torch.cat([own.flatten() for own in rows])])
-        parts = tokens.split([own.numel() for own in rows])
-        yield from (part.view(own.shape) for part, own in zip(parts, rows, strict=True))
+        tokens = readout.most_likely(states[torch.cat([index.flatten() for index in rows])])
+        parts = tokens.split([index.numel() for index in rows])
+        yield from (likely.view(index.shape) for likely, index in zip(parts, rows, strict=True))
 
 
 def read_logits(
@@ -300,7 +305,7 @@ def _logits(readout: Readout, states: Tensor, group: Group, placement: Placement
 def mix_heads(
     heads: Tensor, stage: PackedStage, groups: Sequence[Group], plans: Sequence[LayerPlan], head_dim: int
 ) -> None:
-    """Fill the mixed rows of ``heads`` (R, H * head_dim), which lie behind those that attention computes."""
+    """Fill the mixed rows of ``heads`` (R, H * head_dim), which lie after those that attention computes."""
     for group, plan, placement in zip(groups, plans, stage.placements, strict=True):
         mix, computed = plan.mix, plan.attn.total
         shared = mix.base.rows.shared
@@ -322,17 +327,17 @@ def _patch(
     heads: Tensor, placement: Placement, group: Group, mix: Mix, computed: int, rows: np.ndarray, varying: bool
 ) -> None:
     """heads (R, H, head_dim): put the overwritten heads of the mixes ``rows`` in their place."""
-    own = np.isin(mix.row, rows)
+    inside = np.isin(mix.row, rows)
     for is_given in (False, True):
-        chosen = own & ((mix.source < 0) == is_given)
-        if not chosen.any():
+        patches = inside & ((mix.source < 0) == is_given)
+        if not patches.any():
             continue
-        to = _flat(placement, computed + mix.row[chosen], varying)
-        head = on_device(torch.from_numpy(mix.head[chosen]), to.device)
+        to = _flat(placement, computed + mix.row[patches], varying)
+        head = on_device(torch.from_numpy(mix.head[patches]), to.device)
         if is_given:
-            values = torch.stack([_given_head(group, source, heads) for source in mix.source[chosen].tolist()], dim=-2)
+            values = torch.stack([_given_head(group, source, heads) for source in mix.source[patches].tolist()], dim=-2)
         else:
-            values = heads[_flat(placement, mix.source[chosen], varying), head]
+            values = heads[_flat(placement, mix.source[patches], varying), head]
         heads[to, head] = values.to(heads.dtype)
 
 

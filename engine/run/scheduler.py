@@ -71,8 +71,8 @@ def plan_budget(
     streamed weights take of it."""
 
     def fixed_with(tiles: Tiles) -> int:
-        own = fixed_bytes(sizes, tiles, dtype, device, shared, gradient, streamed=held is not None)
-        return own + (held or 0)
+        fixed = fixed_bytes(sizes, tiles, dtype, device, shared, gradient, streamed=held is not None)
+        return fixed + (held or 0)
 
     tiles = _largest_tiles(dtype, device)
     fixed = fixed_with(tiles)
@@ -106,9 +106,9 @@ def assemble(
     rows = 0
     while queue:
         part = queue.pop()
-        own = footprint(part)
-        weight, own_rows = own.bytes(len(part.samples)), own.row_count(len(part.samples))
-        fits_alone = peak_bytes(weight) <= budget.for_rows and own_rows <= budget.max_rows
+        size = footprint(part)
+        weight, part_rows = size.bytes(len(part.samples)), size.row_count(len(part.samples))
+        fits_alone = peak_bytes(weight) <= budget.for_rows and part_rows <= budget.max_rows
         halves = None if fits_alone else part.halves()
         if halves:
             queue += halves[::-1]
@@ -119,12 +119,12 @@ def assemble(
                 f"fact {name(part.fact)!r} needs at least {needed / 2**20:.1f} MiB even one restoration at a time, the "
                 f"budget is {budget.total / 2**20:.1f} MiB; give more memory"
             )
-        if current and (peak_bytes(held + weight) > budget.for_rows or rows + own_rows > budget.max_rows):
+        if current and (peak_bytes(held + weight) > budget.for_rows or rows + part_rows > budget.max_rows):
             yield current, peak_bytes(held) + budget.fixed
             current, held, rows = [], 0, 0
         current.append(part)
         held = held + weight
-        rows += own_rows
+        rows += part_rows
     if current:
         yield current, peak_bytes(held) + budget.fixed
 

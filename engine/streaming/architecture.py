@@ -14,7 +14,7 @@ from torch import Tensor
 from causalcone.engine.errors import ModelError
 from causalcone.engine.models.base import Architecture, Block
 from causalcone.engine.models.reference import is_finite, model_logits, refuse_changed, refuse_unfinite
-from causalcone.engine.streaming.prefetch import Layout, StreamedMatrix, read_layers
+from causalcone.engine.streaming.prefetch import StreamedMatrix, WeightLayout, read_layers
 from causalcone.engine.streaming.tensor_files import Entry, read_rows, read_tensor
 
 _SLICE = 1024
@@ -25,7 +25,7 @@ class Streamed(Architecture):
     """Computes what ``inner`` does, an architecture whose model has its weights on the meta device.
 
     Layers' parameters are in their modules while their block is made, and gone afterwards; of the embedding the rows
-    asked for are read, and the unembedding is read in slices. Everything else (norms behind the layers, biases,
+    asked for are read, and the unembedding is read in slices. Everything else (norms after the layers, biases,
     learned positions, buffers) is kept on ``device`` in ``dtype``. Raises ``ModelError`` for files that do not fit.
     """
 
@@ -48,7 +48,7 @@ class Streamed(Architecture):
         self.names = [
             [name for name in entries if name.startswith(f"{prefix}{layer}.")] for layer in range(self.sizes.depth)
         ]
-        self._layouts = [Layout.of([entries[name] for name in names], dtype) for names in self.names]
+        self._layouts = [WeightLayout.of([entries[name] for name in names], dtype) for names in self.names]
 
         elsewhere = {embedding, unembedding}.union(*self.names)
         for name, entry in entries.items():
@@ -61,9 +61,9 @@ class Streamed(Architecture):
     @property
     def held_bytes(self) -> int:
         """Bytes that a pass holds on its device for the weights: two layers, and what is always kept."""
-        kept = sum(p.nbytes for p in self.model.parameters() if not p.is_meta)
-        kept += sum(buffer.nbytes for buffer in self.model.buffers())
-        return kept + 2 * max(layout.elements for layout in self._layouts) * self.dtype.itemsize
+        resident = sum(p.nbytes for p in self.model.parameters() if not p.is_meta)
+        resident += sum(buffer.nbytes for buffer in self.model.buffers())
+        return resident + 2 * max(layout.elements for layout in self._layouts) * self.dtype.itemsize
 
     @property
     def read_bytes(self) -> int:
@@ -122,24 +122,24 @@ class Streamed(Architecture):
         distinct, local = tokens.cpu().unique(return_inverse=True)
         rows = read_rows(self._embedding, distinct.tolist(), self.dtype)
         check_finite(self._embedding, rows)
-        kept = module.weight, module.padding_idx
+        before = module.weight, module.padding_idx
         module.weight, module.padding_idx = _parameter(rows.to(self.device)), None
         try:
             yield local.to(self.device)
         finally:
-            module.weight, module.padding_idx = kept
+            module.weight, module.padding_idx = before
 
     @contextmanager
     def layer_of(self, layer: int, tensors: Sequence[Tensor]) -> Iterator[None]:
         """While it lasts, the layer's parameters are these tensors."""
         names = self.names[layer]
-        kept = [self.model.get_parameter(name) for name in names]
+        parameters = [self.model.get_parameter(name) for name in names]
         try:
             for name, tensor in zip(names, tensors, strict=True):
                 self._put(name, tensor)
             yield
         finally:
-            for name, parameter in zip(names, kept, strict=True):
+            for name, parameter in zip(names, parameters, strict=True):
                 self._put(name, parameter)
 
     def layers(self) -> Generator[list[Tensor]]:
@@ -215,7 +215,7 @@ def _lend_unembedding(streamed: Streamed, stack: ExitStack) -> None:
     module = streamed.model.get_output_embeddings()
     matrix, bias = streamed.unembedding()
     assert isinstance(matrix, StreamedMatrix)
-    kept = module.weight, module.bias
+    saved = module.weight, module.bias
     inputs: list[Tensor] = []
 
     def before(_: Any, arguments: tuple[Tensor, ...]) -> None:
@@ -224,13 +224,13 @@ def _lend_unembedding(streamed: Streamed, stack: ExitStack) -> None:
         module.bias = None
 
     def after(*_: Any) -> Tensor:
-        module.weight, module.bias = kept
+        module.weight, module.bias = saved
         parts = []
         for first in range(0, len(matrix), _SLICE):
-            own = slice(first, first + _SLICE)
-            weight = matrix[own]
+            rows = slice(first, first + _SLICE)
+            weight = matrix[rows]
             check_finite(matrix.entry, weight)
-            parts.append(F.linear(inputs[0], weight, None if bias is None else bias[own]))
+            parts.append(F.linear(inputs[0], weight, None if bias is None else bias[rows]))
         return torch.cat(parts, dim=-1)
 
     _hook(stack, module, before, after)

@@ -73,7 +73,7 @@ def saved_tensors(path: str) -> dict[str, Entry]:
     try:
         places: dict[str, str] = json.loads(index.read_text())["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{index} is no index of weight files: {error}") from error
+        raise ModelError(f"{index} is not an index of weight files: {error}") from error
     shards = {name: entries_of(_file(path, name) or index.with_name(name)) for name in sorted(set(places.values()))}
     for tensor, shard in places.items():
         if tensor not in shards[shard]:
@@ -82,14 +82,14 @@ def saved_tensors(path: str) -> dict[str, Entry]:
 
 
 def _file(path: str, name: str) -> Path | None:
-    found = cached_file(
+    cached = cached_file(
         path,
         name,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    return None if found is None else Path(found)
+    return None if cached is None else Path(cached)
 
 
 def saved_dtype(saved: Mapping[str, Entry]) -> torch.dtype:
@@ -110,40 +110,41 @@ def parameters_in(model: Any, saved: Mapping[str, Entry]) -> dict[str, Entry]:
     tied: dict[int, list[str]] = {}
     for name, parameter in named.items():
         tied.setdefault(id(parameter), []).append(name)
-    found, missing = {}, []
+    entries, missing = {}, []
     for name, parameter in named.items():
         names = [name, *tied[id(parameter)]]
-        candidates = [each for own in names for each in (own, own.removeprefix(f"{model.base_model_prefix}."))]
-        entry = next((saved[each] for each in candidates if each in saved), None)
+        short = [name.removeprefix(f"{model.base_model_prefix}.") for name in names]
+        candidates = [candidate for pair in zip(names, short, strict=True) for candidate in pair]
+        entry = next((saved[candidate] for candidate in candidates if candidate in saved), None)
         if entry is None:
             missing.append(name)
         else:
             _check(name, tuple(parameter.shape), entry)
-            found[name] = entry
+            entries[name] = entry
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ModelError(
             f"the files of the model hold no tensor for {', '.join(missing[:3])}{more}; its layout is not one that can "
             f"be streamed: {_REMEDY}"
         )
-    return found
+    return entries
 
 
 def _renamed(model: Any, saved: Mapping[str, Entry]) -> dict[str, Entry]:
     """Tensors by the names that transformers gives them as it loads the model."""
     transforms = get_model_conversion_mapping(model)
-    found = {}
-    for own, entry in sorted(saved.items()):
-        name = own
+    renamed = {}
+    for saved_name, entry in sorted(saved.items()):
+        name = saved_name
         for transform in transforms:
             name, matched = transform.rename_source_key(name)
             if matched is not None and not isinstance(transform, WeightRenaming):
                 raise ModelError(
-                    f"transformers converts the tensor {own!r} of {entry.path} as it loads it, but tensors are "
+                    f"transformers converts the tensor {saved_name!r} of {entry.path} as it loads it, but tensors are "
                     f"streamed as they are; {_REMEDY}"
                 )
-        found[name] = entry
-    return found
+        renamed[name] = entry
+    return renamed
 
 
 def _check(name: str, shape: tuple[int, ...], entry: Entry) -> None:

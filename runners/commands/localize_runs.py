@@ -90,7 +90,7 @@ def prepare_tracing(source: SourceOptions, choice: TracingOptions, sampling: Sam
     """Causal tracing, plain or severed."""
     spec = _trace_spec(choice, sampling)
     inputs = open_inputs(source)
-    run = inputs.used(TraceRun.tracing(inputs.session, inputs.every, spec, inputs.on_error, source.limit))
+    run = inputs.used(TraceRun.of(inputs.session, inputs.every, spec, inputs.on_error, source.limit))
     noise: dict[str, Any] = {"replace_noise": choice.replace_noise, "dof": choice.dof}
     noise |= {"sigma_given": sampling.sigma} if spec.noise.kind in SCALED_NOISES else {"sigma": None}
     if isinstance(spec.noise, TextNoise):
@@ -103,7 +103,7 @@ def tracing_plan(source: SourceOptions, choice: TracingOptions, sampling: Sampli
     """The plan of that tracing."""
     spec = _trace_spec(choice, sampling)
     inputs = open_inputs(source)
-    run = inputs.used(TraceRun.tracing(inputs.session, inputs.every, spec, inputs.on_error, source.limit))
+    run = inputs.used(TraceRun.of(inputs.session, inputs.every, spec, inputs.on_error, source.limit))
     return inputs, run.plan()
 
 
@@ -115,7 +115,7 @@ def prepare_zeroing(source: SourceOptions, choice: ZeroingOptions) -> TableRun:
         tokens=parse_tokens(choice.tokens),
     )
     inputs = open_inputs(source)
-    run = inputs.used(TraceRun.zeroing(inputs.session, inputs.facts, spec, inputs.on_error))
+    run = inputs.used(TraceRun.of(inputs.session, inputs.facts, spec, inputs.on_error))
     return _table_run("zero", "zeroing", inputs, run, run.spec.configuration)
 
 

@@ -26,13 +26,7 @@ from causalcone.runners.edits.study import EditStudy
 from causalcone.runners.inputs.inputs import Inputs, open_inputs
 from causalcone.runners.inputs.reference_texts import ReferenceTexts, load_reference_texts
 from causalcone.runners.inputs.running_text import RunningText, open_texts
-from causalcone.runners.options import (
-    EditingOptions,
-    EditMethodOptions,
-    OutputOptions,
-    ScoringOptions,
-    SourceOptions,
-)
+from causalcone.runners.options import EditingOptions, EditMethodOptions, OutputOptions, ScoringOptions, SourceOptions
 from causalcone.runners.results.folder import refuse_occupied
 
 

@@ -25,7 +25,7 @@ from causalcone.runners.sweep.inputs.facts_table import FACTS, fact_table, facts
 from causalcone.runners.sweep.inputs.settings import Sweep
 from causalcone.runners.sweep.inputs.units import LEFT_OUT, Selection, Unit
 from causalcone.runners.sweep.signals import Stop, stopping
-from causalcone.runners.sweep.stages import Filter, StageUnits, later_units, stages_of
+from causalcone.runners.sweep.stages import FilterStage, StageUnits, later_units, stages_of
 from causalcone.runners.sweep.worker import ModelInfo, Worker
 
 logger = logging.getLogger(__name__)
@@ -195,7 +195,7 @@ class Driver:
     # --- the stages ---
 
     def _compute(self, facts: Sequence[Fact], depth: int, stop: Stop) -> None:
-        first = Filter(self.sweep, self.sweep.filter).all_units(len(facts))
+        first = FilterStage(self.sweep, self.sweep.filter).all_units(len(facts))
         self._compute_units(first, stop)
         if stop:
             return
@@ -212,7 +212,7 @@ class Driver:
 
     def _select(self, facts: Sequence[Fact], done: StageUnits) -> Selection:
         """The facts that go on; the filter's results are written beside them."""
-        results = pa.concat_tables(self.store.read_table(unit.file(Filter.name)) for unit in done.units)
+        results = pa.concat_tables(self.store.read_table(unit.file(FilterStage.name)) for unit in done.units)
         selection = select(self.sweep, results)
         part = self.store.part(FACTS)
         if part is None or not part.notes.get("filtered"):

@@ -16,7 +16,7 @@ from causalcone.runners.sweep.inputs.model_outline import model_outline
 from causalcone.runners.sweep.inputs.planned_facts import facts_of
 from causalcone.runners.sweep.inputs.settings import Sweep
 from causalcone.runners.sweep.inputs.units import Selection
-from causalcone.runners.sweep.stages import Filter, later_units, stages_of
+from causalcone.runners.sweep.stages import FilterStage, later_units, stages_of
 from causalcone.runners.sweep.stages.counts import Counts
 from causalcone.runners.sweep.stages.stage import EFFICIENCY, StageCost
 
@@ -101,7 +101,7 @@ def stage_costs(sweep: Sweep, counts: Counts) -> list[StageCost]:
     states that the model does not have."""
     numbers = tuple(range(counts.selected))
     later = later_units(stages_of(sweep).values(), Selection(numbers, numbers), counts.architecture.sizes.depth)
-    first = Filter(sweep, sweep.filter).all_units(counts.facts.count)
+    first = FilterStage(sweep, sweep.filter).all_units(counts.facts.count)
     return [work.stage.cost(work, counts) for work in (first, *later)]
 
 

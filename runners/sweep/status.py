@@ -14,7 +14,7 @@ from causalcone.runners.results.store import Store
 from causalcone.runners.sweep.driver import RUN
 from causalcone.runners.sweep.inputs.facts_table import FACTS, select
 from causalcone.runners.sweep.inputs.units import FAILURES, LEFT_OUT
-from causalcone.runners.sweep.stages import Filter, StageUnits, as_sweep, later_units, stages_of
+from causalcone.runners.sweep.stages import FilterStage, StageUnits, as_sweep, later_units, stages_of
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def status_of(place: str) -> Status:
     stages: list[StageUnits] = []
     later = facts is None
     if facts is not None:
-        stages.append(Filter(sweep, sweep.filter).all_units(facts.rows))
+        stages.append(FilterStage(sweep, sweep.filter).all_units(facts.rows))
         later = not facts.notes.get("filtered")
         if not later:
             selection = select(sweep, store.read_table(FACTS))

@@ -22,7 +22,7 @@ from causalcone.runners.sweep.cluster import ray_executor as cluster
 from causalcone.runners.sweep.cluster.ray_connection import Share, connected_ray, share
 from causalcone.runners.sweep.cluster.ray_executor import executors
 from causalcone.runners.sweep.signals import Stop
-from causalcone.runners.sweep.stages import Filter
+from causalcone.runners.sweep.stages import FilterStage
 from causalcone.runners.sweep.worker import Worker
 
 ray = pytest.importorskip("ray")
@@ -126,7 +126,7 @@ def test_no_unit_begins_when_it_is_to_stop(file, two, tmp_path):
 
     sweep, stop = configured(file, "units.facts=1"), Stop()
     store = Store.open(tmp_path)
-    units = Filter(sweep, sweep.filter).all_units(6).units
+    units = FilterStage(sweep, sweep.filter).all_units(6).units
     make = overridden(run=slow)
     with store.locked(), executors("local", 2, make) as make_executor, pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster.RayExecutor, "_wait_for_files", lambda self, unit: None)

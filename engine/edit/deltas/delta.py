@@ -39,7 +39,6 @@ class LowRank:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(hidden, inner), the shape of the weight."""
         return self.left.shape[0], self.right.shape[0]
 
     @property
@@ -78,7 +77,6 @@ class Dense:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(hidden, inner), the shape of the weight."""
         return self.weight.shape[0], self.weight.shape[1]
 
     @property
@@ -92,11 +90,9 @@ class Dense:
         return Dense(self.weight.detach().to(device, dtype), bias)
 
     def rows(self, at: slice) -> Tensor:
-        """The addition to the weight's rows ``at``: (rows, inner)."""
         return self.weight[at]
 
     def product(self, keys: Tensor) -> Tensor:
-        """The addition to values (R, hidden), from their keys (R, inner), in this change's dtype."""
         return torch.nn.functional.linear(keys.to(self.weight.dtype), self.weight, self.bias)
 
 
@@ -105,8 +101,7 @@ class Delta:
     """A change of a model's weights.
 
     Attributes:
-        changes: The additions to MLP down-projections, by layer from 0: ``LowRank(left, right)`` or
-            ``Dense(weight, bias)``.
+        changes: The additions to MLP down-projections, ``LowRank`` or ``Dense``, by layer from 0.
 
     Raises:
         ExperimentError: for a change of another type, and for a layer that is not a number from 0.
@@ -163,10 +158,10 @@ class Delta:
 
     @classmethod
     def load(cls, path: str | Path) -> Delta:
-        """Read a file that ``save`` wrote.
+        """Read a file that ``save`` wrote, without its metadata.
 
         Args:
-            path: The file. ``load_delta`` returns its metadata too.
+            path: The file.
 
         Returns:
             The delta, on the CPU.

@@ -28,7 +28,6 @@ Result = TypeVar("Result")
 
 
 def edit_name(request: Request) -> str:
-    """The name of an edit in messages."""
     return f"the edit of fact {request.fact.id!r}"
 
 
@@ -41,14 +40,9 @@ class Batching:
     dtype: torch.dtype
 
     def of_items(
-        self,
-        items: Iterable[Item],
-        weigh: Callable[[Item], int],
-        name: Callable[[Item], str],
-        share: float = 1.0,
+        self, items: Iterable[Item], weigh: Callable[[Item], int], name: Callable[[Item], str], share: float = 1.0
     ) -> list[list[Item]]:
-        """Consecutive items whose bytes fit a share of the budget together, at least one. Raises ``MemoryBudgetError``
-        with the name of one that alone takes more than the whole budget."""
+        """Consecutive items whose bytes fit a share of the budget, at least one; refuses one larger than the budget."""
 
         def weight(item: Item) -> int:
             weight = weigh(item)
@@ -99,7 +93,7 @@ class Batching:
 
     def _cone_bytes(self, search: ValueOptimizer, number: int, layer: int) -> int:
         """Bytes that autograd keeps of an edit's rows at the layers after the edited one, and uses at one of them."""
-        sizes, goal, prompts = self.sizes, search.goals[number], search.prompts
+        sizes, goal, prompts = self.sizes, search.objective.goals[number], search.objective.prompts
         texts = np.array([*goal.contexts, goal.essence])
         rows, seen = prompts.tail_rows[texts], np.array([len(prompts.texts[text]) for text in texts])
         attention = seen * 2 * sizes.kv_heads * sizes.head_dim + 3 * sizes.heads * rows * seen

@@ -51,17 +51,12 @@ def make_requests(
     compat: str | None = None,
     seed: int = 0,
 ) -> tuple[list[Request], list[Skipped], list[Skipped]]:
-    """The requests of a problem, in the order of the facts; the facts that cannot be used; and those that the problem
-    is not posed for, because of the model's answers.
+    """The requests of a problem; the facts that cannot be used; and those left out because of the model's answers.
 
     sigma: the level of the noise on the subject, in Fact Forcing and Tracing Reversal. filtered: leave out facts that
     the model does not complete (its 36 likeliest tokens, one after the other, do not contain the answer), in Fact
-    Erasure also those whose answer has p < 0.02. on_error: ``"skip"`` leaves out facts that cannot be used. compat:
-    ``"published"`` drops p <= 0.02 in every problem, and trains Tracing Reversal towards the prompt followed by a
-    continuation that is sampled (top-k 5), under ``seed``.
-
-    Raises ``FactError`` naming a fact that has no target, or whose target is the model's answer already, and
-    ``ExperimentError`` for arguments that make no sense.
+    Erasure also those whose answer has p < 0.02. compat: ``"published"`` drops p <= 0.02 in every problem, and trains
+    Tracing Reversal towards the prompt followed by a continuation that is sampled (top-k 5), under ``seed``.
     """
     facts = list(facts)
     level = session.noise_level(sigma, facts) if problem in NOISY else 0.0
@@ -183,8 +178,7 @@ class _Making:
             yield None if likely else f"p({item.fact.target_true!r}) is {p:.3g}, not {least} {ERASABLE}"
 
     def noised(self, posed: Sequence[_Posed]) -> list[_Noised]:
-        """The model's answers under noise, up to 12 tokens with the prompt's and at least one: the likeliest tokens, or
-        as published, sampled ones."""
+        """Answers under noise, up to 12 tokens with the prompt's, at least one: likeliest, or as published, sampled."""
         prompts = [Text(item.encoded.prompt) for item in posed]
         noised = [replace(text, **self._noise(item.encoded)) for item, text in zip(posed, prompts, strict=True)]
         lengths = [max(1, REVERSAL_TOKENS - len(text)) for text in prompts]
@@ -202,7 +196,6 @@ class _Making:
         return {"noise": self.level * sample, "noised": start}
 
     def reversal(self, noised: _Noised) -> Request:
-        """The request for the answer under noise."""
         encoded, fact = noised.posed.encoded, noised.posed.fact
         if self.compat == "published":
             text = fact.text + continued(self.session, encoded.prompt, noised.answer)
@@ -216,7 +209,6 @@ class _Making:
         return Request(fact, self.problem, noised.answer, encoded.target)
 
     def request(self, posed: _Posed) -> Request:
-        """The request for one of the fact's targets."""
         if self.problem == ERROR_INJECTION and posed.new is not None:
             return Request(posed.fact, self.problem, posed.new, posed.encoded.target)
         sigma = self.level if self.problem == FACT_FORCING else None

@@ -39,8 +39,6 @@ class Scores:
 
 @dataclass
 class Evaluator:
-    """Evaluates edits on a session."""
-
     session: Session
     encoder: Encoder
     seed: int

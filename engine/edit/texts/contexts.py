@@ -23,14 +23,9 @@ ATTEMPTS = 100
 class Contexts:
     """Texts that ROME and MEMIT put before a prompt, ``"{text}. {prompt}"``, in addition to the bare prompt.
 
-    ``dataclasses.asdict`` gives a value for JSON, and ``Contexts(**value)`` the contexts again.
-
     Attributes:
         rome: Texts for ROME.
         memit: Texts for MEMIT.
-
-    Raises:
-        ExperimentError: for an empty list or an empty text.
     """
 
     rome: tuple[str, ...]
@@ -42,7 +37,6 @@ class Contexts:
 
 
 def check_contexts(texts: Sequence[str]) -> tuple[str, ...]:
-    """Context texts, none of which may be empty."""
     if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise ExperimentError(f"contexts are {texts!r}; give a list of texts, or None to sample them from the model")
     return tuple(texts)
@@ -64,10 +58,9 @@ class _Start:
 def sample_contexts(session: Session, seed: int) -> Contexts:
     """Texts whose tokens are each one of the five likeliest, the same for a model and a seed.
 
-    ROME's are 10 texts of 5 tokens and 10 of 10, begun from the BOS token (the EOS token of tokenizers that have no BOS
-    token), MEMIT's 5 of 10 tokens, each begun from a word. All tokens that run through the model count, special ones
-    too, as in published code; the texts are without special tokens and braces. A text of nothing but white space is
-    sampled again. Raises ``ExperimentError`` where the model gives no text.
+    ROME's are 10 texts of 5 tokens and 10 of 10, begun from the BOS token (else the EOS token), MEMIT's 5 of 10, each
+    begun from a word. All tokens that run through the model count, special ones too, as in published code; the texts
+    are without special tokens and braces. A text of nothing but white space is sampled again.
     """
     start = _start_token(session)
     starts = [_Start("", (start,), total) for total in ROME_TOKENS]
@@ -95,8 +88,7 @@ def _sampled(session: Session, starts: Sequence[_Start], seeds: Sequence[int]) -
 
 
 def continued(session: Session, tokens: Sequence[int], new: Sequence[int]) -> str:
-    """The text that new tokens add to tokens before them, without special tokens. Decoders may treat the beginning of a
-    text differently, so everything is decoded, and the text of the tokens before is removed."""
+    """The text that new tokens add to those before, without special tokens: decoders may begin texts differently."""
 
     def text(ids: Sequence[int]) -> str:
         return str(session.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))

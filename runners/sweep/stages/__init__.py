@@ -10,16 +10,16 @@ from pydantic import create_model
 
 from causalcone.runners.sweep.inputs.settings import Sweep
 from causalcone.runners.sweep.inputs.units import Selection
-from causalcone.runners.sweep.stages.edit import Edit
-from causalcone.runners.sweep.stages.filter import Filter
-from causalcone.runners.sweep.stages.localization import Gradients, Sever, Trace, Zero
-from causalcone.runners.sweep.stages.prepared import NoiseLevel, SampledContexts, SecondMoments
+from causalcone.runners.sweep.stages.edit import EditStage
+from causalcone.runners.sweep.stages.filter import FilterStage
+from causalcone.runners.sweep.stages.localization import GradientStage, SeverStage, TraceStage, ZeroStage
+from causalcone.runners.sweep.stages.prepared import ContextsStage, MomentsStage, NoiseStage
 from causalcone.runners.sweep.stages.stage import Stage, StageUnits
 
-PREPARED = (NoiseLevel, SampledContexts, SecondMoments)
+PREPARED = (NoiseStage, ContextsStage, MomentsStage)
 """Stages that are there when others need them."""
 
-TABLES: tuple[type[Stage[Any]], ...] = (Trace, Sever, Zero, Gradients, Edit)
+TABLES: tuple[type[Stage[Any]], ...] = (TraceStage, SeverStage, ZeroStage, GradientStage, EditStage)
 """Stages that are there when the sweep's file has their table."""
 
 GROUP = "causalcone.sweep_stages"
@@ -46,10 +46,10 @@ def stages_of(sweep: Sweep) -> dict[str, Stage[Any]]:
     asked = [stage(sweep, options) for stage, options in tables if options is not None]
     needed = [(stage, [user for user in asked if stage.name in user.needs]) for stage in PREPARED]
     prepared = [stage(sweep, users) for stage, users in needed if users]
-    return {stage.name: stage for stage in (Filter(sweep, sweep.filter), *prepared, *asked)}
+    return {stage.name: stage for stage in (FilterStage(sweep, sweep.filter), *prepared, *asked)}
 
 
 def later_units(stages: Iterable[Stage[Any]], selection: Selection, depth: int) -> list[StageUnits]:
     """Units of all stages after the filter. Raises ``ExperimentError`` for layers that a model of ``depth`` layers does
     not have."""
-    return [units for stage in stages if not isinstance(stage, Filter) for units in stage.units(selection, depth)]
+    return [units for stage in stages if not isinstance(stage, FilterStage) for units in stage.units(selection, depth)]

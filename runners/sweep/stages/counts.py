@@ -58,7 +58,16 @@ class Counts:
         """FLOPs of the engine's own plan, where memory does not split the fact."""
         nothing: Any = None  # noise is drawn when a pass runs
         dtype, device = torch.float32, torch.device("cpu")
-        runner = PassRunner(self.architecture, [trial], samples, nothing, dtype, device, PlanCache(), gradient)
+        runner = PassRunner(
+            architecture=self.architecture,
+            trials=[trial],
+            samples=samples,
+            noise=nothing,
+            dtype=dtype,
+            device=device,
+            plans=PlanCache(),
+            gradient=gradient,
+        )
         sizes, argmax = self.architecture.sizes, not trial.targets
         return sum(cost(runner.plan(part)[0], sizes, 1, samples, argmax).flops for part in runner.parts())
 

@@ -73,7 +73,7 @@ class EditSettings(CheckedTable):
         return self.generation or self.references is not None
 
 
-class Edit(Stage[EditSettings]):
+class EditStage(Stage[EditSettings]):
     """Edits and their scores. plans: by problem, the methods with their hyperparameters, and the layers."""
 
     name, title, table, item = "edit", "edits", EditSettings, "edits"
@@ -218,7 +218,7 @@ def _group(problem: str, setting: Setting) -> str:
 class EditCounts:
     """The edits of facts in one problem."""
 
-    def __init__(self, stage: Edit, problem: Problem, counts: Counts) -> None:
+    def __init__(self, stage: EditStage, problem: Problem, counts: Counts) -> None:
         self.options, self.flops, self.problem = stage.options, counts.flops, problem
         self.facts, self.sizes = counts.some(stage.options.facts), counts.architecture.sizes
         self.settings = stage.plans[problem].settings

@@ -20,7 +20,7 @@ FACT_BYTES = 1100
 """Of a row of the table of facts in zstd-compressed Parquet, measured on a sweep of the demo model."""
 
 
-class Filter(Stage[FilterSettings]):
+class FilterStage(Stage[FilterSettings]):
     """Completions and answer probabilities of all facts."""
 
     name, title, table = "filter", "what the model knows", FilterSettings

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
 from causalcone.engine.edit.runs.flops import Asked
 from causalcone.engine.localize.causal_tracing import CausalTracing, Zeroing, target_tokens
-from causalcone.engine.localize.gradients import runs_along
+from causalcone.engine.localize.gradients import integrated_states, runs_along
 from causalcone.engine.localize.options import TraceSpec, ZeroSpec, as_tokens, check_tokens, choose_tokens
 from causalcone.engine.localize.states import State, as_states, states_in
 from causalcone.engine.plan.cone import Shape
-from causalcone.engine.plan.interventions import SITES
 from causalcone.engine.run.runner import Trial
 from causalcone.engine.schemas import GRADIENT_SCHEMA, TRACE_SCHEMA
 from causalcone.runners.checked_files import CheckedTable, Count
@@ -68,7 +66,7 @@ class GradientSettings(LocalizationSettings):
 Options = TypeVar("Options", bound=LocalizationSettings)
 
 
-class _Localization(Stage[Options]):
+class _LocalizationStage(Stage[Options]):
     tables = (ResultTable("traces", TRACE_SCHEMA, row_bytes=16),)
     efficiency = USUAL_EFFICIENCY
 
@@ -86,7 +84,7 @@ class _Localization(Stage[Options]):
             return states_in(as_states(texts), counts.architecture.sizes.heads)
 
 
-class _Tracing(_Localization[Options]):
+class _TracingStage(_LocalizationStage[Options]):
     needs = (NOISE,)
 
     def traces(self, unit: Unit, resources: Resources, **options: Any) -> Mapping[str, pa.Table]:
@@ -114,7 +112,7 @@ class _Tracing(_Localization[Options]):
         return counts.added(self.options.facts, one)
 
 
-class Trace(_Tracing[TraceSettings]):
+class TraceStage(_TracingStage[TraceSettings]):
     """Causal tracing."""
 
     name, title, table = "trace", "causal tracing", TraceSettings
@@ -128,7 +126,7 @@ class Trace(_Tracing[TraceSettings]):
         return StageCost(units, flops, {"traces": rows})
 
 
-class Sever(_Tracing[SeverSettings]):
+class SeverStage(_TracingStage[SeverSettings]):
     """Severed tracing."""
 
     name, title, table = "sever", "severed tracing", SeverSettings
@@ -147,7 +145,7 @@ class Sever(_Tracing[SeverSettings]):
         return StageCost(units, sum(flops for flops, _ in parts), {"traces": sum(rows for _, rows in parts)})
 
 
-class Zero(_Localization[ZeroSettings]):
+class ZeroStage(_LocalizationStage[ZeroSettings]):
     """Representation zeroing."""
 
     name, title, table = "zero", "zeroing", ZeroSettings
@@ -171,7 +169,7 @@ class Zero(_Localization[ZeroSettings]):
         return StageCost(units, flops, {"traces": rows})
 
 
-class Gradients(_Localization[GradientSettings]):
+class GradientStage(_LocalizationStage[GradientSettings]):
     """Integrated gradients."""
 
     name, title, table = "gradients", "integrated gradients", GradientSettings
@@ -194,12 +192,8 @@ class Gradients(_Localization[GradientSettings]):
         takes as much again since weights have no gradient."""
         options = self.options
         fact = lengths.encoded(options.target)
-        axes = (
-            [SITES.index(kind) for kind in options.kinds],
-            np.arange(counts.architecture.sizes.depth),
-            choose_tokens(options.tokens, len(fact.prompt), fact.span),
-        )
-        at = np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=1)
+        tokens = choose_tokens(options.tokens, len(fact.prompt), fact.span)
+        at = integrated_states(options.kinds, counts.architecture.sizes.depth, tokens)
         read = target_tokens(fact)
         trial = Trial("", (fact.tokens,), fact.target, Shape(len(fact.tokens), (0, 0), (read,)), runs_along(at))
         clean = counts.flops.unedited(Asked(len(fact.tokens), len(fact.tokens), len(read)))

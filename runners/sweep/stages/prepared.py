@@ -32,7 +32,7 @@ CONTEXTS_FILE, MOMENTS_FILE = "contexts.json", "moments.safetensors"
 _PARTIAL = "moments.partial"
 
 
-class Prepared(Stage[Sequence[Stage]]):
+class PreparedStage(Stage[Sequence[Stage]]):
     """One file; its options are the stages that need it."""
 
     file: ClassVar[str]
@@ -43,7 +43,7 @@ class Prepared(Stage[Sequence[Stage]]):
         return [StageUnits(self, self.title, (Unit(self.name, "", 0, (), 1, prepared=self.file),))]
 
 
-class NoiseLevel(Prepared):
+class NoiseStage(PreparedStage):
     """The level of noise: that of all facts that go on from the filter."""
 
     name, title, file = NOISE, "level of noise", NOISE_FILE
@@ -56,7 +56,7 @@ class NoiseLevel(Prepared):
         return {}
 
 
-class SampledContexts(Prepared):
+class ContextsStage(PreparedStage):
     """Texts put before prompts: those of a file, or drawn from the model."""
 
     name, title, file = CONTEXTS, "contexts", CONTEXTS_FILE
@@ -74,7 +74,7 @@ class SampledContexts(Prepared):
         return StageCost(units, counts.flops.decoding(Grown(len(lengths), len(lengths), sum(lengths) - len(lengths))))
 
 
-class SecondMoments(Prepared):
+class MomentsStage(PreparedStage):
     """Second moments of MLP keys: those of a file, or collected over running text."""
 
     name, title, file = MOMENTS, "second moments", MOMENTS_FILE
