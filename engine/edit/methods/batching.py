@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -57,8 +56,9 @@ class Batching:
 
     def of_tasks(self, tasks: Iterable[EditTask], at: Collection[int]) -> list[list[EditTask]]:
         """Requests whose contexts, passed through the unedited model, take half of the budget."""
-        weigh = partial(self._unedited_bytes, at)
-        return self.of_items(tasks, weigh, lambda task: edit_name(task.request), 0.5)
+        return self.of_items(
+            tasks, lambda task: self._unedited_bytes(task, at), lambda task: edit_name(task.request), 0.5
+        )
 
     def of_vectors(
         self, edits: Sequence[tuple[int, int]], search: ValueOptimizer
@@ -82,7 +82,7 @@ class Batching:
         queries, kv = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim
         return self.dtype.itemsize * (4 * sizes.hidden + 2 * queries + kv)
 
-    def _unedited_bytes(self, at: Collection[int], task: EditTask) -> int:
+    def _unedited_bytes(self, task: EditTask, at: Collection[int]) -> int:
         """Stored keys and values, what is kept at the layers, and the pass itself."""
         sizes, prompts = self.sizes, task.prompts
         kv, rows = 2 * sizes.kv_heads * sizes.head_dim, sum(len(prompted.text) for prompted in prompts)

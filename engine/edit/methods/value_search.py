@@ -71,9 +71,9 @@ class EditObjective:
         read: list[int] = []
         goals: list[Goal] = []
         for task in tasks:
-            target, first = task.request.target, len(read)
-            read += [*[len(target)] * len(task.contexts), 1]
-            goals.append(Goal(tuple(range(first, len(read) - 1)), len(read) - 1, target, task.request.erases))
+            target, first, essence = task.request.target, len(read), len(read) + len(task.prompts) - 1
+            read += [*[len(target)] * (essence - first), 1]
+            goals.append(Goal(tuple(range(first, essence)), essence, target, task.request.erases))
         lookup = np.array([prompted.lookup for prompted in prompts])
         return cls(Prompts([prompted.text for prompted in prompts], lookup, np.array(read)), goals)
 

@@ -37,17 +37,11 @@ class Prompted:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EditTask:
-    """A request as the token sequences that its vector is searched on. contexts: the prompt, bare and after each
-    context, with the target's tokens except the last; essence: the prompt of its essence up to the lookup."""
+    """A request as the token sequences that its vector is searched on: the prompt, bare and after each context, with
+    the target's tokens except the last; then the prompt of its essence up to the lookup."""
 
     request: Request
-    contexts: tuple[Prompted, ...]
-    essence: Prompted
-
-    @property
-    def prompts(self) -> tuple[Prompted, ...]:
-        """The contexts, then the essence."""
-        return (*self.contexts, self.essence)
+    prompts: tuple[Prompted, ...]
 
 
 def _once(encode: Callable[[Encoder, Request, str], Encoded]) -> Callable[[Encoder, Request, str], Encoded]:
@@ -55,8 +49,7 @@ def _once(encode: Callable[[Encoder, Request, str], Encoded]) -> Callable[[Encod
 
     @wraps(encode)
     def encode_once(self: Encoder, request: Request, text: str) -> Encoded:
-        known = self.known.setdefault(request, {})
-        key = encode.__name__, text
+        known, key = self.known.setdefault(request, {}), (encode.__name__, text)
         if key not in known:
             known[key] = encode(self, request, text)
         return known[key]
@@ -83,13 +76,13 @@ class Encoder:
 
     def task(self, request: Request, contexts: Sequence[str]) -> EditTask:
         """The request with contexts put before its prompt."""
-        prompts = tuple(
-            replace(prompted, text=self.followed(request, prompted.text, request.target))
+        prompts = [
+            Prompted(self.followed(request, prompted.text, request.target), prompted.span)
             for prompted in self.contexts(request, contexts)
-        )
-        whole = self.prompted(request, ESSENCE)
-        essence = replace(whole, text=replace(whole.text, tokens=whole.text.tokens[: whole.lookup + 1]))
-        return EditTask(request=request, contexts=prompts, essence=essence)
+        ]
+        essence = self.prompted(request, ESSENCE)
+        start = replace(essence.text, tokens=essence.text.tokens[: essence.lookup + 1])
+        return EditTask(request=request, prompts=(*prompts, Prompted(start, essence.span)))
 
     def trained(self, request: Request, samples: int) -> list[Text]:
         """The bare prompt with the target: once, or once for each of ``samples`` of noise on the subject."""
