@@ -51,14 +51,16 @@ class FewTokens(UserWarning):
 
 
 @dataclass(frozen=True)
-class Spec:
+class CollectSpec:
     layers: tuple[int, ...]
     tokens: int | None
     length: int
     width: int
 
     @classmethod
-    def of(cls, session: Session, layers: Sequence[int] | None, tokens: int | str | None, length: int | None) -> Spec:
+    def of(
+        cls, session: Session, layers: Sequence[int] | None, tokens: int | str | None, length: int | None
+    ) -> CollectSpec:
         sizes = session.sizes
         layers = range(sizes.depth) if layers is None else sorted(set(layers))
         wrong = [layer for layer in layers if not 0 <= layer < sizes.depth]
@@ -144,7 +146,7 @@ class Frame:
     sums: torch.device
 
     @classmethod
-    def of(cls, session: Session, spec: Spec) -> Frame:
+    def of(cls, session: Session, spec: CollectSpec) -> Frame:
         """The largest passes that fit the memory budget; ``MemoryBudgetError`` where not even a piece does."""
         sizes, budget = session.sizes, session.budget()
         itemsize, wide = session.dtype.itemsize, max(4, session.dtype.itemsize)
@@ -183,7 +185,7 @@ def collect(
 ) -> MomentValues:
     if isinstance(texts, (str, Mapping)):
         raise ExperimentError(f"texts is a {type(texts).__name__}; give a list of texts, or another iterable of them")
-    spec = Spec.of(session, layers, tokens, length)
+    spec = CollectSpec.of(session, layers, tokens, length)
     frame = Frame.of(session, spec)
     identity = Identity.of(session.architecture, spec.layers)
     sums = Sums({n: torch.zeros(spec.width, spec.width, dtype=torch.float64, device=frame.sums) for n in spec.layers})
@@ -210,7 +212,7 @@ def collect(
 
 def _count(
     session: Session,
-    spec: Spec,
+    spec: CollectSpec,
     frame: Frame,
     pieces: Iterator[tuple[int, ...]],
     sums: Sums,
