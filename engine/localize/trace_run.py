@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from causalcone.engine.facts import EncodedFact, Fact, OnError, Skipped, token_texts
 from causalcone.engine.localize.causal_tracing import TOGETHER, CausalTracing, TraceGrid, Zeroing, counterfactual_prompt
-from causalcone.engine.localize.options import Progress, CheckedSpec, TraceSpec, ZeroSpec, choose_tokens
+from causalcone.engine.localize.options import CheckedSpec, Progress, TraceSpec, ZeroSpec, choose_tokens
 from causalcone.engine.noise import SCALED_NOISES, NoiseStream, parse_sigma
 from causalcone.engine.plan.cost import forward_flops
 from causalcone.engine.plan.interventions import CLEAN, CORRUPTED
