@@ -44,8 +44,9 @@ class TracePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class FactsRun:
-    """Facts made ready for a method. spec: with the noise level as a number; skipped: facts that cannot be used."""
+    """Facts made ready for a method that makes a table. spec: with the noise level as a number; skipped: left out."""
 
+    name: ClassVar[str]
     schema: ClassVar[pa.Schema]
     session: Session
     spec: CheckedSpec
@@ -103,7 +104,7 @@ def encode_facts(
 class TraceRun(FactsRun):
     """Causal tracing or zeroing, a trial and its table for each fact; spec: resolved for the session's model."""
 
-    schema = TRACE_SCHEMA
+    name, schema = "traces", TRACE_SCHEMA
     spec: TraceSpec | ZeroSpec
     trials: list[Trial]
     grids: list[TraceGrid]
