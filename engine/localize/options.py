@@ -42,7 +42,7 @@ class TraceOptions(TypedDict, total=False):
     compat: Compat | None
 
 
-class Spec:
+class CheckedSpec:
     """What the specs of all methods share: checks, and what to keep of them beside results."""
 
     target: Target
@@ -61,7 +61,7 @@ class Spec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TraceSpec(Spec):
+class TraceSpec(CheckedSpec):
     """A causal trace.
 
     states: what is restored. samples: noise samples to average over. sigma: noise level, a number or ``"<k>sd"`` for k
@@ -141,7 +141,7 @@ class TraceSpec(Spec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroSpec(Spec):
+class ZeroSpec(CheckedSpec):
     """Zeroing of states at the chosen tokens together; target and tokens as for tracing."""
 
     states: tuple[State, ...]
@@ -168,7 +168,7 @@ class GradientOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientSpec(Spec):
+class GradientSpec(CheckedSpec):
     """Integrated gradients.
 
     kinds: of which states. steps: points of Gauss-Legendre quadrature. baseline: ``"zero"``, or ``"corrupted"``: the

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from causalcone.engine.facts import EncodedFact, Fact, OnError, Skipped, token_texts
 from causalcone.engine.localize.causal_tracing import TOGETHER, CausalTracing, TraceGrid, Zeroing, counterfactual_prompt
-from causalcone.engine.localize.options import Progress, Spec, TraceSpec, ZeroSpec, choose_tokens
+from causalcone.engine.localize.options import CheckedSpec, Progress, TraceSpec, ZeroSpec, choose_tokens
 from causalcone.engine.noise import SCALED_NOISES, NoiseStream, parse_sigma
 from causalcone.engine.plan.cost import forward_flops
 from causalcone.engine.plan.interventions import CLEAN, CORRUPTED
@@ -49,7 +49,7 @@ class FactsRun:
     name: ClassVar[str]
     schema: ClassVar[pa.Schema]
     session: Session
-    spec: Spec
+    spec: CheckedSpec
     facts: list[EncodedFact]
     skipped: list[Skipped]
 
@@ -75,7 +75,12 @@ def _reported(batches: Iterator[pa.RecordBatch], count: int, report: Progress) -
 
 
 def encode_facts(
-    session: Session, facts: Sequence[Fact], spec: Spec, sigma: float | str | None, on_error: OnError, limit: int | None
+    session: Session,
+    facts: Sequence[Fact],
+    spec: CheckedSpec,
+    sigma: float | str | None,
+    on_error: OnError,
+    limit: int | None,
 ) -> tuple[list[EncodedFact], list[Skipped], float]:
     """The first ``limit`` facts, those that cannot be used, and the noise level, which is of all facts where ``sigma``
     counts standard deviations; 0 without ``sigma``."""
