@@ -90,7 +90,6 @@ class TraceSpec(CheckedSpec):
     def of(
         cls, states: States, noise: Noise | NoiseKind | None = None, tokens: Tokens = "all", **options: Any
     ) -> TraceSpec:
-        """From ``TraceOptions``."""
         corruption = noise if isinstance(noise, Noise) else Noise(noise or "gaussian")
         return cls(states=as_states(states), noise=corruption, tokens=as_tokens(tokens), **options)
 
@@ -122,12 +121,10 @@ class TraceSpec(CheckedSpec):
 
     @property
     def method(self) -> str:
-        """The name of the method in tables."""
         return f"sever_{self.sever}" if self.sever else "restore"
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """What to keep of it beside results."""
         return {**super().configuration, "noise": self.noise.kind}
 
     def resolved(self, session: Session) -> TraceSpec:
@@ -150,7 +147,6 @@ class ZeroSpec(CheckedSpec):
     method: ClassVar[str] = "zero"
 
     def resolved(self, session: Session) -> ZeroSpec:
-        """The same with the states of a session's model."""
         return replace(self, states=states_in(self.states, session.sizes.heads))
 
 
@@ -188,7 +184,6 @@ class GradientSpec(CheckedSpec):
 
     @classmethod
     def of(cls, kinds: Sequence[str], tokens: Tokens = "all", **options: Any) -> GradientSpec:
-        """From ``GradientOptions``."""
         check_kinds(kinds)
         return cls(kinds=tuple(kinds), tokens=as_tokens(tokens), **options)
 

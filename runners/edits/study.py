@@ -45,7 +45,6 @@ class EditsDone:
 
     @property
     def results(self) -> dict[str, Any]:
-        """The numbers that ``run.json`` keeps."""
         counts = {"facts": self.facts, "edits": self.edits, "failed": dict(self.failed)}
         return {**counts, "seconds": round(self.seconds, 3)}
 
@@ -74,7 +73,6 @@ class EditStudy:
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """A description to keep beside the results."""
         moments = self.editor.moments if self.plan.of_moments else None
         return {
             "command": "edit",
@@ -90,7 +88,6 @@ class EditStudy:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The edited layers, or the centres of windows."""
         return tuple(window.layer for window in as_windows(self.plan.layers, 1, self.editor.session.sizes.depth))
 
     def check(self) -> None:
