@@ -42,7 +42,7 @@ class TraceOptions(TypedDict, total=False):
     compat: Compat | None
 
 
-class Spec:
+class CheckedSpec:
     """What the specs of all methods share: checks, and what to keep of them beside results."""
 
     target: Target
@@ -61,7 +61,7 @@ class Spec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TraceSpec(Spec):
+class TraceSpec(CheckedSpec):
     """A causal trace.
 
     states: what is restored. samples: noise samples to average over. sigma: noise level, a number or ``"<k>sd"`` for k
@@ -90,7 +90,6 @@ class TraceSpec(Spec):
     def of(
         cls, states: States, noise: Noise | NoiseKind | None = None, tokens: Tokens = "all", **options: Any
     ) -> TraceSpec:
-        """From ``TraceOptions``."""
         corruption = noise if isinstance(noise, Noise) else Noise(noise or "gaussian")
         return cls(states=as_states(states), noise=corruption, tokens=as_tokens(tokens), **options)
 
@@ -122,12 +121,10 @@ class TraceSpec(Spec):
 
     @property
     def method(self) -> str:
-        """The name of the method in tables."""
         return f"sever_{self.sever}" if self.sever else "restore"
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """What to keep of it beside results."""
         return {**super().configuration, "noise": self.noise.kind}
 
     def resolved(self, session: Session) -> TraceSpec:
@@ -141,7 +138,7 @@ class TraceSpec(Spec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroSpec(Spec):
+class ZeroSpec(CheckedSpec):
     """Zeroing of states at the chosen tokens together; target and tokens as for tracing."""
 
     states: tuple[State, ...]
@@ -150,7 +147,6 @@ class ZeroSpec(Spec):
     method: ClassVar[str] = "zero"
 
     def resolved(self, session: Session) -> ZeroSpec:
-        """The same with the states of a session's model."""
         return replace(self, states=states_in(self.states, session.sizes.heads))
 
 
@@ -168,7 +164,7 @@ class GradientOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientSpec(Spec):
+class GradientSpec(CheckedSpec):
     """Integrated gradients.
 
     kinds: of which states. steps: points of Gauss-Legendre quadrature. baseline: ``"zero"``, or ``"corrupted"``: the
@@ -188,7 +184,6 @@ class GradientSpec(Spec):
 
     @classmethod
     def of(cls, kinds: Sequence[str], tokens: Tokens = "all", **options: Any) -> GradientSpec:
-        """From ``GradientOptions``."""
         check_kinds(kinds)
         return cls(kinds=tuple(kinds), tokens=as_tokens(tokens), **options)
 

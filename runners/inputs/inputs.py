@@ -62,7 +62,6 @@ class Inputs:
         self.skipped.extend(reason for reason in reasons if reason not in self.skipped)
 
     def noise_level(self, sigma: str) -> float:
-        """The noise level as a number."""
         if not parse_sigma(sigma)[1]:
             return self.session.noise_level(sigma, ())
         encoded, skipped = self.session.encode(self.every, "label", self.on_error)
@@ -71,7 +70,6 @@ class Inputs:
 
     @property
     def configuration(self) -> dict[str, object]:
-        """The options, and what they came to here, to keep beside the results."""
         backends = self.session.backends
         return {
             "model": self.source.model,
