@@ -6,7 +6,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -80,11 +79,12 @@ def prepared_edits(
         filtered=choice.filtered, on_error=inputs.on_error, compat=choice.compat, seed=editor.seed,
     )  # fmt: skip
     contexts = [getattr(editor.contexts, str(setting.definition.contexts)) for setting in plan.of_contexts]
-    check = partial(
-        editor.evaluator.check, contexts=contexts,
-        essence=scoring.essence, generation=scoring.generation, references=references,
-    )  # fmt: skip
-    requests, more = usable(requests, check, lambda request: request.fact.id, inputs.on_error)
+    requests, more = usable(
+        requests,
+        lambda request: editor.evaluator.check(request, scoring.essence, scoring.generation, references, contexts),
+        lambda request: request.fact.id,
+        inputs.on_error,
+    )
     inputs.leave_out([*skipped, *more])
     filtered = [fact.reason for fact in unposed]
     _warn(plan, inputs, requests, filtered, scoring)
