@@ -98,9 +98,8 @@ def _assumed(sweep: Sweep, known: int | None) -> list[str]:
     if known is not None:
         lines = [f"filter: {known:,} facts are taken to go on (--known), all of them to be erased where that is asked"]
     if getattr(sweep, "edit", None) is not None:
-        lines += [
-            "edits: every one takes all its steps, though it may stop early; inverting second moments is left out"
-        ]
+        steps = "every one takes all its steps, though it may stop early; inverting second moments is left out"
+        lines.append(f"edits: {steps}")
         if sweep.moments.tokens == "all":
             tokens = "of ten tokens for every component of a key, since it is not known how many there are"
             lines.append(f"second moments: {tokens}")
