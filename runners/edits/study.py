@@ -55,19 +55,21 @@ class EditsDone:
         return f"{self.edits} edits of {self.facts} facts, {failed} failed, in {rate} -> {self.path}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EditStudy:
     """Edits that are yet to be made: every setting of the plan, at all of its layers, for all requests.
 
-    evaluate: options of ``Editor.evaluate``; keep_deltas: whether changes of weights are kept;
-    collected: moments to keep with the results.
+    evaluate: options of ``Editor.evaluate``; keep_deltas: whether changes of weights are kept; options: those to keep
+    beside the results; filtered: why the problem is not posed for some facts; collected: moments to keep.
     """
 
     editor: Editor
     requests: Sequence[Request]
     plan: EditPlan
     evaluate: Mapping[str, Any]
-    keep_deltas: bool = False
+    keep_deltas: bool
+    options: Mapping[str, Any]
+    filtered: Sequence[str]
     collected: Moments | None = None
 
     @property
@@ -75,6 +77,8 @@ class EditStudy:
         """A description to keep beside the results."""
         moments = self.editor.moments if self.plan.of_moments else None
         return {
+            "command": "edit",
+            **self.options,
             "problem": self.plan.problem,
             "methods": [setting.configuration for setting in self.plan.settings],
             "layers": list(self.layers),
