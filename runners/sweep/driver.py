@@ -1,7 +1,5 @@
 """Carries a sweep out, stage by stage, and goes on with one that ended early."""
 
-from __future__ import annotations
-
 import logging
 import time
 import warnings
@@ -42,7 +40,6 @@ class SweepSummary:
     """The end of a sweep. computed: how many units were computed now; failed: those that could not be; signal: the one
     that ended it, if any did."""
 
-    place: str
     seconds: float
     computed: int
     failed: Sequence[UnitResult]
@@ -93,8 +90,7 @@ class Driver:
                 summary = None
                 try:
                     self._compute(facts, model.depth, stop)
-                    seconds = time.monotonic() - started
-                    summary = SweepSummary(self.place, seconds, self.computed, self.failed, stop.signal)
+                    summary = SweepSummary(time.monotonic() - started, self.computed, self.failed, stop.signal)
                 finally:
                     status = STOPPED if summary is None else summary.status
                     with suppress(ResultError):  # of the two errors, the one that ended the sweep is raised

@@ -1,8 +1,6 @@
 """Executors of units: here the worker of this process, which ``cluster`` has many of; they end when they are asked to,
 after the unit that is running, or at once when they are asked again."""
 
-from __future__ import annotations
-
 import signal
 import threading
 import traceback

@@ -1,7 +1,5 @@
 """Forecasts of sweeps: FLOPs, hours and disk of each stage, without weights, facts or a network."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,7 +36,7 @@ class Forecast:
     def disk(self) -> float:
         return sum(stage.disk for stage in self.stages)
 
-    def table(self) -> Table:
+    def show(self, console: Console) -> None:
         table = Table(show_footer=True)
         total = ("total", f"{sum(len(cost.work.units) for cost in self.stages):,}", "")
         numbers = (f"{sum(cost.flops for cost in self.stages):.3g}", _hours(self.hours), _bytes(self.disk))
@@ -48,10 +46,7 @@ class Forecast:
             work = cost.work
             numbers = (f"{cost.flops:.3g}", _hours(cost.hours(self.rate)), _bytes(cost.disk))
             table.add_row(work.title, f"{len(work.units):,}", f"{work.items:,} {work.stage.item}", *numbers)
-        return table
-
-    def show(self, console: Console) -> None:
-        console.print(self.table())
+        console.print(table)
         for line in self.lines:
             console.print(line, highlight=False, markup=False)
 
@@ -68,8 +63,9 @@ def forecast(sweep: Sweep, rate: float | None = None, known: int | None = None) 
     architecture = model_outline(sweep)
     counts = Counts(architecture, facts_of(sweep, architecture.sizes), known)
     costs = stage_costs(sweep, counts)
-    source = "a given rate" if rate is not None else "measured here"
-    pace = rate if rate is not None else _measured_rate(sweep, architecture)
+    source, pace = (
+        ("a given rate", rate) if rate is not None else ("measured here", _measured_rate(sweep, architecture))
+    )
     hours = (
         f"hours: at {pace / 1e12:.4g} TFLOP/s ({source}), of which {USUAL_EFFICIENCY:.0%} are reached in tracing and "
         f"{EFFICIENCY:.0%} in editing; that was measured on two CPU cores"

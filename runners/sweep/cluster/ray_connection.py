@@ -1,7 +1,5 @@
 """Connecting to a Ray cluster, or starting one on this machine, and sharing its CPUs and GPUs among workers."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

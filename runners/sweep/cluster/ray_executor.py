@@ -109,7 +109,7 @@ class RayExecutor:
         waiting, ends = deque(arguments), Counter[T]()
         while True:
             for worker in self._workers:
-                if worker.host is not None and worker.task is None and waiting and not stop:
+                if worker.free and waiting and not stop:
                     worker.argument = waiting.popleft()
                     worker.task = getattr(worker.actor, method).remote(worker.argument)
             if not any(worker.busy for worker in self._workers) and (stop or not waiting):
@@ -260,6 +260,10 @@ class _WorkerHandle:
     argument: Any = None
     host: str | None = None
     failures: int = 0
+
+    @property
+    def free(self) -> bool:
+        return self.host is not None and self.task is None
 
     @property
     def busy(self) -> bool:

@@ -1,8 +1,6 @@
 """The facts that a sweep is planned for: their number, and the lengths of their texts, on which alone it depends what a
 sweep takes. Without a file of facts they are those of CounterFact in GPT-2's tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Counting the cost of stages on a model without weights: nothing is computed."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass

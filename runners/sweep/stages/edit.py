@@ -1,9 +1,8 @@
 """The stage "edit": every method edits the facts in every problem, and the edits are scored."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
@@ -97,13 +96,9 @@ class EditStage(Stage[EditSettings]):
             return as_layers(self.plans[problem].layers, depth)
 
     def moment_layers(self, depth: int) -> Sequence[int]:
-        return [
-            layer
-            for problem, plan in self.plans.items()
-            for setting in plan.of_moments
-            for window in as_windows(self.layers(problem, depth), setting.window, depth)
-            for layer in window.layers
-        ]
+        chosen = [(self.layers(problem, depth), plan.of_moments) for problem, plan in self.plans.items()]
+        windows = (as_windows(layers, setting.window, depth) for layers, settings in chosen for setting in settings)
+        return [layer for window in chain.from_iterable(windows) for layer in window.layers]
 
     def units(self, selection: Selection, depth: int) -> list[StageUnits]:
         works = []
@@ -161,12 +156,11 @@ class EditStage(Stage[EditSettings]):
 
     def _editor(self, resources: Resources) -> Editor:
         store = resources.store
-        moments = contexts = None
+        moments = None
         if MOMENTS in self.needs:
             with store.as_file(MOMENTS_FILE) as file:
                 moments = Moments.load(str(file)).with_ridge(self.sweep.moments.ridge)
-        if CONTEXTS in self.needs:
-            contexts = Contexts(**store.read_json(CONTEXTS_FILE))
+        contexts = Contexts(**store.read_json(CONTEXTS_FILE)) if CONTEXTS in self.needs else None
         sigma = resources.noise_level if NOISE in self.needs else None
         return Editor.on(resources.session, moments, contexts, sigma, self.sweep.seed)
 
@@ -189,6 +183,7 @@ class EditCounts:
         self.layers = stage.layers(problem, self.sizes.depth)
         self.published = stage.sweep.compat == "published"
         self.targets = [lengths.targets(problem, self.published) for lengths, _ in self.facts]
+        self.text_tokens = min(TEXT_TOKENS, self.sizes.positions)
 
     def before(self) -> float:
         """Texts that the unedited model writes, once for every fact: the target in Tracing Reversal, with noise and
@@ -204,15 +199,11 @@ class EditCounts:
 
     def making(self, setting: Setting) -> float:
         """Edits of all facts at all layers."""
-        definition = setting.definition
-        work = EditWork(
-            flops=self.flops,
-            windows=self.windows(setting),
-            searched=self._total(lambda fact, target, other: fact.searched(definition.contexts, target)),
-            trained=self._total(lambda fact, target, other: Asked.after(fact.prompt, [target])),
-            noisy=self.problem == "fact_forcing",
-        )
-        return definition.flops(work, setting.hparams)
+        contexts, windows, noisy = setting.definition.contexts, self.windows(setting), self.problem == "fact_forcing"
+        searched = self._total(lambda fact, target, other: fact.searched(contexts, target))
+        trained = self._total(lambda fact, target, other: Asked.after(fact.prompt, [target]))
+        work = EditWork(flops=self.flops, windows=windows, searched=searched, trained=trained, noisy=noisy)
+        return setting.definition.flops(work, setting.hparams)
 
     def scoring(self, setting: Setting) -> float:
         """Answers, and texts where these are asked for, before and after every edit."""
@@ -244,16 +235,12 @@ class EditCounts:
     def _asked(self, lengths: FactLengths, target: int, other: int | None) -> Asked:
         parts = [(lengths.answers(target, other), 1)]
         if self.options.essence:
-            parts.append((Asked.after(1, [self._text_tokens - 1]), ESSENCE_TEXTS))
+            parts.append((Asked.after(1, [self.text_tokens - 1]), ESSENCE_TEXTS))
         asked = Asked.total(parts)
         return replace(asked, distinct=asked.distinct * (1 + self.options.accuracy))  # logits are computed once more
 
     def _grown(self, tokens: int) -> Grown:
-        return Grown(1, tokens, max(0, self._text_tokens - tokens))
-
-    @property
-    def _text_tokens(self) -> int:
-        return min(TEXT_TOKENS, self.sizes.positions)
+        return Grown(1, tokens, max(0, self.text_tokens - tokens))
 
     def _total(self, of: Callable[[FactLengths, int, int | None], Any]) -> Any:
         """The sum over all facts."""

@@ -1,7 +1,5 @@
 """The stages that localize facts: "trace", "sever", "zero" and "gradients"."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
