@@ -137,7 +137,10 @@ class _Making:
         """Token ids of target_new."""
         if not target.strip():
             raise FactError(f"fact {fact.id!r}: target_new {target!r} is empty; give a visible word, or None")
-        return self._encoded(replace(fact, target_true=target)).target
+        try:
+            return self._encoded(replace(fact, target_true=target)).target
+        except FactError as error:
+            raise FactError(f"{error} (this is about target_new)") from None
 
     def _encoded(self, fact: Fact) -> EncodedFact:
         sizes = self.session.sizes

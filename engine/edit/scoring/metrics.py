@@ -59,5 +59,5 @@ def _metrics(probes: ProbeSet, results: ProbeResults, accuracy: bool) -> dict[st
             metrics[f"{name}_magnitude"] = float(difference.mean())
         read = [numbers.get((index, OWN), number) for (index, answer), number in numbers.items() if answer == TARGET]
         if read and accuracy:
-            accuracies[f"{name}_accuracy"] = float(results.right[read].mean())
+            accuracies[f"{kind}_accuracy"] = float(results.right[read].mean())
     return metrics | accuracies
