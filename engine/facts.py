@@ -143,14 +143,8 @@ def encode_text(
 def target_ids(target: str, tokenizer: Any) -> tuple[int, ...]:
     """Token ids of a target, tokenized alone: with one leading space, be it the text's own or the tokenizer's."""
     word = target.removeprefix(" ")
-    text = word if _adds_leading_space(tokenizer) else " " + word
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _adds_leading_space(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts the word-start mark before a bare word by itself, as Llama's does."""
-    tokens = tokenizer.tokenize("a")
-    return bool(tokens) and tokens[0].startswith("▁")
+    marks_words = "".join(tokenizer.tokenize("a")[:1]).startswith("▁")  # bare ones too, as Llama's tokenizer does
+    return tuple(tokenizer(word if marks_words else " " + word, add_special_tokens=False)["input_ids"])
 
 
 def subject_ids(fact: Fact, tokenizer: Any) -> tuple[int, ...]:

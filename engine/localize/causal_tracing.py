@@ -102,7 +102,8 @@ class CausalTracing:
 
 @dataclass
 class Zeroing:
-    """Zeroing as ``spec`` says, in a model of ``depth`` layers."""
+    """Zeroing as ``spec`` says, in a model of ``depth`` layers: clean runs with one window set to zero at all chosen
+    tokens, and a table row per (state, centre layer)."""
 
     spec: ZeroSpec
     depth: int
@@ -112,7 +113,10 @@ class Zeroing:
     def trial(self, fact: EncodedFact) -> tuple[Trial, TraceGrid]:
         tokens = choose_tokens(self.spec.tokens, len(fact.prompt), fact.span)
         if tokens not in self._grids:
-            self._grids[tokens] = zeroing_grid(self.spec.states, self.depth, tokens)
+            table, windows = _windows(self.spec.states, self.depth, tokens, tokens, 1, joint=True)
+            overwrites = _overwritten(windows, 1, tokens, ZERO)
+            experiment = Experiment((Base(),), np.full(len(windows), CLEAN), overwrites)
+            self._grids[tokens] = TraceGrid(experiment, *table)
         grid = self._grids[tokens]
         shape = Shape(len(fact.tokens), (0, 0), (target_tokens(fact),))
         return Trial(fact.fact.id, (fact.tokens,), fact.target, shape, grid.experiment), grid
@@ -145,13 +149,6 @@ def restoration_grid(
         )
     experiment = Experiment(bases, np.full(len(windows), len(bases) - 1), Overwrites.joined(*held[::-1]))
     return TraceGrid(experiment, *table)
-
-
-def zeroing_grid(states: Sequence[State], depth: int, tokens: Sequence[int]) -> TraceGrid:
-    """Zeroing: clean runs with one window set to zero at all of ``tokens``; a table row per (state, centre layer)."""
-    table, windows = _windows(states, depth, tokens, tuple(tokens), 1, joint=True)
-    overwrites = _overwritten(windows, 1, tuple(tokens), ZERO)
-    return TraceGrid(Experiment((Base(),), np.full(len(windows), CLEAN), overwrites), *table)
 
 
 def _windows(

@@ -41,8 +41,7 @@ Chosen = tuple[str, "Setting", Iterable[str]]
 """A problem, the setting chosen for it, and the names of what was tuned."""
 
 
-def _from_zero(layers: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(layer - 1 for layer in layers)
+_FROM_ZERO = AfterValidator(lambda layers: tuple(layer - 1 for layer in layers))
 
 
 def _by_window(tables: Any) -> Any:
@@ -101,7 +100,9 @@ class Preset(CheckedTable):
     window) what differs from the defaults.
     """
 
-    edit_layers: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_from_zero)]
+    edit_layers: Annotated[
+        tuple[Count, ...], Field(min_length=1), AfterValidator(lambda layers: tuple(layer - 1 for layer in layers))
+    ]
     sigma: Annotated[float | str, PlainValidator(noise_level)]
     tracing_window: Count
     aggregate: Literal["first", "mean"]

@@ -105,7 +105,10 @@ def _parquet(file: Path, column: str) -> Iterator[str]:
     try:
         with pq.ParquetFile(file) as table:
             names = table.schema_arrow.names
-            if column not in names or not _is_text(table.schema_arrow.field(column).type):
+            if column not in names or not any(
+                is_text(table.schema_arrow.field(column).type)
+                for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+            ):
                 raise ExperimentError(
                     f"{file} has no column {column!r} of texts, but {', '.join(names)}; name it with --column"
                 )
@@ -113,10 +116,6 @@ def _parquet(file: Path, column: str) -> Iterator[str]:
                 yield from filter(None, batch[column].to_pylist())
     except pa.ArrowException as error:
         raise ExperimentError(f"{file} is not Parquet: {error}") from error
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
