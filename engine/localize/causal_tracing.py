@@ -131,12 +131,10 @@ def restoration_grid(
     sever: str | None = None,
     joint: bool = False,
 ) -> TraceGrid:
-    """Causal tracing, plain or severed: corrupted runs with one window restored to its clean values.
-
-    One table row per (state, centre layer, token), or per (state, centre layer) where the tokens are restored jointly.
-    Branches fork from the last of ``bases`` (a clean run, a corrupted one, and where the restored runs are corrupted
-    otherwise, that one). Tokens before the first corrupted one show that run itself: restoring them changes nothing.
-    """
+    """Causal tracing, plain or severed: corrupted runs with one window restored to its clean values. One table row per
+    (state, centre layer, token), or per (state, centre layer) where the tokens are restored jointly. Branches fork from
+    the last of ``bases`` (a clean run, a corrupted one, and where the restored runs are corrupted otherwise, that one).
+    Tokens before the first corrupted one show that run itself: restoring them changes nothing."""
     reached = tuple(token for token in tokens if token >= first_corrupted)
     table, windows = _windows(states, depth, tokens, reached, len(bases), joint)
     restored = _overwritten(windows, len(bases), reached, CLEAN)

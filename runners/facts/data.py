@@ -63,11 +63,9 @@ def open_records(
     zsre_form: str = "hase",
     title: str | None = None,
 ) -> Records:
-    """The records of a file, which messages call ``title``, or of a data set (a folder of one, or a hub id).
-
-    ``split`` ("train" by default) and ``config`` are a data set's, ``seed`` and ``zsre_form`` those of ``load_facts``.
-    Raises ``FactError`` where there is nothing to read, or nothing of a known schema.
-    """
+    """The records of a file, which messages call ``title``, or of a data set (a folder of one, or a hub id). ``split``
+    ("train" by default) and ``config`` are a data set's, ``seed`` and ``zsre_form`` those of ``load_facts``. Raises
+    ``FactError`` where there is nothing to read, or nothing of a known schema."""
     if zsre_form not in get_args(ZsreForm):
         raise FactError(f"the zsRE form is {zsre_form!r}; choose from {', '.join(get_args(ZsreForm))}")
     form: ZsreForm = "hase" if zsre_form == "hase" else "meng"
@@ -133,10 +131,8 @@ def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def encoding_check(model: str) -> Check:
-    """A check that a fact can be encoded for a model, of which only tokenizer and configuration are read.
-
-    Raises ``ModelError`` where they cannot be, or the engine could not use them.
-    """
+    """A check that a fact can be encoded for a model, of which only tokenizer and configuration are read. Raises
+    ``ModelError`` where they cannot be, or the engine could not use them."""
     from transformers import AutoConfig, AutoTokenizer
 
     try:

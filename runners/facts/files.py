@@ -109,10 +109,8 @@ def save_facts(facts: Iterable[Fact], path: str | os.PathLike[str]) -> None:
 def good_facts(
     place: str | Path, records: Iterable[Any], convert: Convert, limit: int | None
 ) -> tuple[list[Fact], list[str]]:
-    """The first ``limit`` records that are facts, and what is wrong with those between them, a line each.
-
-    No further record is taken. Of several with one id the first counts; ``place`` names the source in messages.
-    """
+    """The first ``limit`` records that are facts, and what is wrong with those between them, a line each. No further
+    record is taken. Of several with one id the first counts; ``place`` names the source in messages."""
     facts: dict[str, Fact] = {}
     problems: list[str] = []
     for index, record in enumerate(records):

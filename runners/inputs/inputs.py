@@ -28,11 +28,8 @@ Run = TypeVar("Run", bound=FactsRun)
 
 @dataclass(frozen=True)
 class Inputs:
-    """A session on a model, and facts.
-
-    every: all facts of the file, which the noise level is that of; facts: those within the limit. skipped: why records
-    and facts were left out.
-    """
+    """A session on a model, and facts. every: all facts of the file, which the noise level is that of; facts: those
+    within the limit. skipped: why records and facts were left out."""
 
     source: SourceOptions
     session: Session

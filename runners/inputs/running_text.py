@@ -44,12 +44,10 @@ def open_texts(
 
 
 def _texts_at(path: Path, column: str, title: str | None) -> RunningText:
-    """The texts of a file or of a folder's files in the order of their names.
-
-    A ``.parquet`` file has them in a column, a ``.jsonl`` or ``.json`` file in the string of each line, or in its field
-    of that name; any other file has a text a line. Empty ones are passed over. Raises ``ExperimentError`` naming the
-    file, and the line or column when it gets there.
-    """
+    """The texts of a file or of a folder's files in the order of their names. A ``.parquet`` file has them in a column,
+    a ``.jsonl`` or ``.json`` file in the string of each line, or in its field of that name; any other file has a text a
+    line. Empty ones are passed over. Raises ``ExperimentError`` naming the file, and the line or column when it gets
+    there."""
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in _READERS and file.is_file())
         if not files:
