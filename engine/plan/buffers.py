@@ -48,7 +48,7 @@ class Buffers:
 
 def slot_uses(plan: Plan, sizes: Sizes) -> dict[str, list[tuple[Rows, int]]]:
     """What each slot holds in the course of a pass: rows of a stage, and their width."""
-    heads, kv, hidden = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim, sizes.hidden
+    heads, kv, hidden = sizes.query_width, sizes.key_value_width, sizes.hidden
     layers = plan.layers
     projected = [together(layer.attn, layer.mix.base.rows) for layer in layers]
     attn = [together(rows, layer.attn_given.rows) for rows, layer in zip(projected, layers, strict=True)]

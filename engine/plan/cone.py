@@ -255,13 +255,7 @@ class _Layer:
         terms, token = np.divmod(distinct, T)
         is_given = terms >= count
         source = np.where(is_given, count + ZERO - terms, 0)
-        return (
-            number.reshape(out.shape),
-            self._with_given(varies)[terms],
-            token,
-            np.where(is_given, 0, terms),
-            source,
-        )
+        return (number.reshape(out.shape), self._with_given(varies)[terms], token, np.where(is_given, 0, terms), source)
 
     def _capture(self, site: str, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         c = self.experiment.captures

@@ -104,9 +104,8 @@ class _AutogradPass:
         given = [plan.mlp_given for plan in plans]
         mlp_stage = place(self.groups, [plan.mlp.rows for plan in plans], self.device, given)
         read = rows if self.architecture.parallel else mid
-        mlp = self._compute(
-            mlp_stage, block.mlp, [(read, gather_rows([plan.mlp for plan in plans], read.stage))], given=given
-        )
+        index = gather_rows([plan.mlp for plan in plans], read.stage)
+        mlp = self._compute(mlp_stage, block.mlp, [(read, index)], given=given)
 
         given = [plan.out_given for plan in plans]
         out_stage = place(self.groups, [plan.out_mid.rows for plan in plans], self.device, given)
@@ -117,18 +116,12 @@ class _AutogradPass:
     def _attention(self, rows: _GradientRows, block: Block, plans: Sequence[LayerPlan]) -> _GradientRows:
         key_rows, query_rows = [plan.keys_values.rows for plan in plans], [plan.queries.rows for plan in plans]
         key_stage, query_stage = (place(self.groups, counts, self.device) for counts in (key_rows, query_rows))
-        keys = self._compute(
-            key_stage,
-            block.keys_values,
-            [(rows, gather_rows([plan.keys_values for plan in plans], rows.stage))],
-            spread([plan.key_tokens for plan in plans], key_rows, self.groups, self.device),
-        )
-        queries = self._compute(
-            query_stage,
-            block.queries,
-            [(rows, gather_rows([plan.queries for plan in plans], rows.stage))],
-            spread([plan.query_tokens for plan in plans], query_rows, self.groups, self.device),
-        )
+        index = gather_rows([plan.keys_values for plan in plans], rows.stage)
+        positions = spread([plan.key_tokens for plan in plans], key_rows, self.groups, self.device)
+        keys = self._compute(key_stage, block.keys_values, [(rows, index)], positions)
+        index = gather_rows([plan.queries for plan in plans], rows.stage)
+        positions = spread([plan.query_tokens for plan in plans], query_rows, self.groups, self.device)
+        queries = self._compute(query_stage, block.queries, [(rows, index)], positions)
         shared, varying = self._attend(queries, keys, block, plans)
         stage = place_attention(self.groups, plans, self.device)
         assert not stage.mixed, "heads are not overwritten in gradient passes"
@@ -144,18 +137,16 @@ class _AutogradPass:
         self, queries: _GradientRows, keys: _GradientRows, block: Block, plans: Sequence[LayerPlan]
     ) -> tuple[Tensor, Tensor]:
         """The heads' outputs, segment by segment, without gradient and with it."""
-        width = self.architecture.sizes.heads * block.head_dim
+        width = self.architecture.sizes.query_width
         none = torch.empty(0, width, dtype=self.dtype, device=self.device)
         outputs: dict[bool, list[Tensor]] = {False: [none], True: [none]}
         for varying in (False, True):
             works = [
                 (self._visible(segment, block), *batch)
-                for plan, key_place, query_place in zip(
-                    plans, keys.stage.placements, queries.stage.placements, strict=True
-                )
+                for plan, *placements in zip(plans, queries.stage.placements, keys.stage.placements, strict=True)
                 for segment in plan.segments
                 if segment.varying == varying
-                for batch in self._batches(segment, query_place, key_place)
+                for batch in self._batches(segment, *placements)
             ]
             if not works:
                 continue
@@ -163,15 +154,9 @@ class _AutogradPass:
             gathered_queries = self._gathered(varying, queries, [q for _, q, _ in works])
             gathered_keys = self._gathered(varying, keys, [k for _, _, k in works])
             for (visible, q, k), query, key_value in zip(works, gathered_queries, gathered_keys, strict=True):
-                key_value = key_value.view(*k.shape, 2, -1, block.head_dim)
-                attended = attend(
-                    query.view(*q.shape, -1, block.head_dim),
-                    key_value[:, :, 0],
-                    key_value[:, :, 1],
-                    visible,
-                    block.scale,
-                    block.softcap,
-                )
+                keys_of, values_of = key_value.view(*k.shape, 2, -1, block.head_dim).unbind(2)
+                heads = query.view(*q.shape, -1, block.head_dim)
+                attended = attend(heads, keys_of, values_of, visible, block.scale, block.softcap)
                 outputs[varying].append(attended.reshape(-1, width))
         return torch.cat(outputs[False]), torch.cat(outputs[True])
 
@@ -224,14 +209,14 @@ class _AutogradPass:
             *self.architecture.unembedding(), self.tiles.readout_rows, self.tiles.vocabulary,
             self.architecture.logit_softcap,
         )  # fmt: skip
-        read = [torch.from_numpy(group.plan.read).to(self.device) for group in self.groups]
+        read = [on_device(group.plan.read, self.device) for group in self.groups]
         shared, varying = [], []
         for group, placement, ids in zip(self.groups, stage.placements, read, strict=True):
             targets = group.targets
             if targets is None:
                 clean = placement.flat(ids[CLEAN], varying=False).flatten(0, 1)
                 targets = readout.most_likely(states.of_shared(clean.flatten())).view(clean.shape)
-            of_rows = targets.to(self.device)[:, torch.from_numpy(group.plan.read_place).to(self.device)]
+            of_rows = targets.to(self.device)[:, on_device(group.plan.read_place, self.device)]
             first = group.plan.read_rows.rows.shared
             shared.append(of_rows[:, :first].flatten())
             varying.append(of_rows[:, None, first:].expand(-1, group.samples, -1).flatten())

@@ -223,7 +223,7 @@ class _Pass:
     def _joining(self, block: Block, layer: int, join: Join) -> Tensor:
         mid, keys, values = (self.batch.unedited.rows[name, layer].index_select(0, join.tails) for name in _KEPT)
         parts = [(rows, self._addition(edit, layer)) for edit, rows in slices(join.edits, join.rows)]
-        return mid + block.mlp_output(changed(keys, values, parts))
+        return mid + block.mlp_out(changed(keys, values, parts))
 
     def _changing(self, layer: int, live: Join, read_only: bool) -> Change | None:
         if not any(layer in trained for trained in self.trained):

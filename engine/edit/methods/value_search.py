@@ -155,7 +155,7 @@ class ValueOptimizer:
         if self.site == "out":
             return rows.index_add(0, join.lookups, added.to(rows.dtype))
         values = (kept["values", layer].index_select(0, join.texts) + added).to(rows.dtype)
-        edited = kept["mid", layer].index_select(0, join.texts) + block.mlp_output(values)
+        edited = kept["mid", layer].index_select(0, join.texts) + block.mlp_out(values)
         return rows.index_copy(0, join.lookups, edited)
 
     def _updates(self, step: int, edits: Sequence[tuple[int, int]]) -> np.ndarray:

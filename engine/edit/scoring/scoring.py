@@ -193,7 +193,7 @@ class _ScoringPass:
         values = base.values.index_select(0, join.tails)
         for edit, rows in slices(join.edits, join.rows):
             values[rows] += self.additions[edit][layer](base.keys.index_select(0, join.tails[rows]))
-        return base.mid.index_select(0, join.tails) + self.layers.by_tiles(block.mlp_output, values)
+        return base.mid.index_select(0, join.tails) + self.layers.by_tiles(block.mlp_out, values)
 
     def _changing(self, layer: int, live: Join, read_only: bool) -> Change | None:
         if not any(layer in by_layer for by_layer in self.additions):
