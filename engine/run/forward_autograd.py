@@ -22,7 +22,6 @@ from causalcone.engine.run.forward import enter, segment_rows
 from causalcone.engine.run.packing import Group, PackedStage, Placement, gather_rows, place, place_attention, spread
 from causalcone.kernels.attention import attend
 from causalcone.kernels.readout import Readout
-from causalcone.kernels.readout_gradients import log_probability
 from causalcone.kernels.row_attention import runs_at_once, visible_keys
 from causalcone.kernels.tiles import Tiles, pieces
 from causalcone.kernels.transfer import on_device
@@ -223,7 +222,7 @@ class _AutogradPass:
         log_p = _GradientRows(
             stage,
             readout.target_log_probabilities(states.shared, torch.cat(shared))[:, None],
-            log_probability(states.varying, readout, torch.cat(varying))[:, None],
+            readout.log_probability(states.varying, torch.cat(varying))[:, None],
         )
         flat = [placement.flat(ids, varying=True) for placement, ids in zip(stage.placements, read, strict=True)]
         return [log_p.of_any(rows.flatten()).view(rows.shape) for rows in flat]

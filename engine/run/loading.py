@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from causalcone.engine.compute import Compute
 from causalcone.engine.errors import CausalconeError, ExperimentError, ModelError
 from causalcone.engine.models import family_of
+from causalcone.engine.models.base import Architecture
 from causalcone.engine.run.session import Session
 
 Weights = Literal["resident", "stream"]

@@ -131,10 +131,10 @@ class PassRunner:
 
     def check_smallest(self, budget: Budget) -> None:
         """Refuse, before anything is computed, what does not fit even one sample of one run at a time."""
-        distinct = {
-            (trial.shape, trial.experiment.digest): number for number, trial in reversed([*enumerate(self.trials)])
-        }
-        for number in sorted(distinct.values()):
+        distinct: dict[tuple[Shape, bytes], int] = {}
+        for number, trial in enumerate(self.trials):
+            distinct.setdefault((trial.shape, trial.experiment.digest), number)
+        for number in distinct.values():
             smallest = TrialPart(number, range(1), range(min(1, self.trials[number].experiment.branches)))
             deque(self.passes(budget, [smallest]), maxlen=0)
 

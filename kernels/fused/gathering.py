@@ -33,21 +33,17 @@ def gather_normed(rows: Tensor, index: Tensor, norm: Norm) -> Tensor:
 
 def norm_arguments(norm: LayerNorm | RMSNorm, stand_in: Tensor) -> tuple[Tensor, Tensor, float]:
     """Weight, bias and eps; a tensor that is never read stands in for what a norm lacks."""
-    bias = norm.bias if isinstance(norm, LayerNorm) else None
-    return (
-        stand_in if norm.weight is None else norm.weight.contiguous(),
-        stand_in if bias is None else bias.contiguous(),
-        norm.eps,
-    )
+    weight, bias = (stand_in if tensor is None else tensor.contiguous() for tensor in (norm.weight, _bias(norm)))
+    return weight, bias, norm.eps
 
 
 def norm_flags(norm: LayerNorm | RMSNorm) -> dict[str, bool]:
-    centred = isinstance(norm, LayerNorm)
-    return {
-        "CENTRED": centred,
-        "WEIGHTED": norm.weight is not None,
-        "BIASED": isinstance(norm, LayerNorm) and norm.bias is not None,
-    }
+    centred, weighted, biased = isinstance(norm, LayerNorm), norm.weight is not None, _bias(norm) is not None
+    return {"CENTRED": centred, "WEIGHTED": weighted, "BIASED": biased}
+
+
+def _bias(norm: LayerNorm | RMSNorm) -> Tensor | None:
+    return norm.bias if isinstance(norm, LayerNorm) else None
 
 
 @triton.jit

@@ -125,9 +125,9 @@ def _attend(queries, keys_values, query_rows, key_rows, tokens, out, m, K, scale
         higher = tl.maximum(top, tl.max(scores, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # where a row sees none of these keys nor any before
         weights = tl.exp(scores - base[:, None])
-        kept = tl.exp(top - base)
-        total = total * kept + tl.sum(weights, 1)
-        sums *= kept[:, None]
+        shrinking = tl.exp(top - base)
+        total = total * shrinking + tl.sum(weights, 1)
+        sums *= shrinking[:, None]
         if DOT:
             if INTERPRETED:
                 sums += tl.dot(weights.to(v.dtype).to(tl.float32), v.to(tl.float32), input_precision="ieee")

@@ -30,7 +30,6 @@ from causalcone.engine.edit.runs.packed_runs import Text
 from causalcone.engine.models.base import Block
 from causalcone.kernels.adam import AdamState
 from causalcone.kernels.backends import Backends
-from causalcone.kernels.readout_gradients import log_probability
 
 Item = tuple[Request, Window]
 
@@ -212,7 +211,7 @@ class _Pass:
         """The loss of each item; the gradients of its weights are left with them."""
         with torch.enable_grad():
             states = self.cone.read_out(self._joining, self._changing)
-            log_p = log_probability(states, self.batch.layers.readout(), self.targets)
+            log_p = self.batch.layers.readout().log_probability(states, self.targets)
             none = torch.zeros(self.count, dtype=torch.float64, device=log_p.device)
             nll = none.index_add(0, self.owner, -log_p)
             loss = torch.where(self.erases, torch.exp(-nll), nll)
