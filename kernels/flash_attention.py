@@ -62,7 +62,8 @@ def _attend(
     shared_rows = key_rows[first][key < prefix[first, None]]
     members = torch.bincount((new.cumsum(0) - 1)[shares], minlength=int(new.sum()))[shares[new]]
     asking = shares.repeat_interleave(m)
-    seen, sums = _flash(queries[asking], packed, shared_rows, members * m, prefix[first], scoring)
+    everything = {"causal": False, "window_size": (-1, -1)}
+    seen, sums = _flash(queries[asking], packed, shared_rows, members * m, prefix[first], scoring, **everything)
     total = torch.logaddexp(output_sums[asking], sums)
     weights = ((output_sums[asking] - total).exp(), (sums - total).exp())
     merged = outputs[asking].float() * weights[0][..., None] + seen.float() * weights[1][..., None]
@@ -77,10 +78,11 @@ def _flash(
     from flash_attn import flash_attn_varlen_func
 
     keys, values = packed.index_select(0, rows).unbind(1)
-    ends = [torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int() for lengths in (asking, seen)]
+    ends = (torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int() for lengths in (asking, seen))
     out, sums, _ = flash_attn_varlen_func(
-        queries, keys, values, *ends, int(asking.max()), int(seen.max()), softmax_scale=scoring.scale,
-        softcap=scoring.softcap or 0.0, return_attn_probs=True, **mask,
+        queries, keys, values, cu_seqlens_q=next(ends), cu_seqlens_k=next(ends), max_seqlen_q=int(asking.max()),
+        max_seqlen_k=int(seen.max()), softmax_scale=scoring.scale, softcap=scoring.softcap or 0.0,
+        return_attn_probs=True, **mask,
     )  # fmt: skip
     return out, sums.T
 

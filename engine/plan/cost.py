@@ -9,7 +9,7 @@ import torch
 
 from causalcone.engine.models.base import Sizes
 from causalcone.engine.plan.buffers import SLOTS, slot_uses
-from causalcone.engine.plan.plan import Plan, Rows, together
+from causalcone.engine.plan.plan import Plan, Rows
 from causalcone.kernels.linear import packs
 from causalcone.kernels.tiles import Tiles
 
@@ -31,14 +31,14 @@ def cost(plan: Plan, sizes: Sizes, facts: int, samples: int, argmax: bool) -> Co
     the clean run's logits first."""
     weights = attention = rows = 0
     for layer in plan.layers:
-        queried = together(layer.queries.rows, layer.attn, layer.mix.base.rows)
+        queried = layer.queries.rows + layer.attn + layer.mix.base.rows
         weights += layer.keys_values.rows.count(facts, samples) * sizes.key_value_weights
         weights += queried.count(facts, samples) * sizes.query_weights
         weights += layer.mlp.rows.count(facts, samples) * sizes.mlp_weights
         for segment in layer.segments:
             products = segment.queries.size * segment.keys.shape[1] * sizes.query_width
             attention += 2 * facts * (samples if segment.varying else 1) * products
-        rows += together(layer.out_mid.rows, layer.out_given.rows).count(facts, samples)
+        rows += (layer.out_mid.rows + layer.out_given.rows).count(facts, samples)
     read = plan.read_rows.rows.count(facts, samples) + argmax * facts
     distinct = np.unique(plan.logits)
     shared = int((distinct < plan.read_rows.rows.shared).sum())

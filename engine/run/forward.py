@@ -257,12 +257,9 @@ def read_logits(
         if group.targets is None
     ]
     likely = _most_likely(readout, states, unknown)
-    wanted = []
+    wanted: list[Tensor] = []
     for group in groups:
-        targets = next(likely) if group.targets is None else group.targets
-        shared = group.plan.read_rows.rows.shared
-        of_rows = on_device(targets, device)[:, on_device(group.plan.read_place, device)]
-        wanted += [of_rows[:, :shared].flatten(), of_rows[:, None, shared:].expand(-1, group.samples, -1).flatten()]
+        wanted += group.read_targets(next(likely) if group.targets is None else group.targets, device)
 
     log_p = readout.target_log_probabilities(states, torch.cat(wanted))
     outcomes = []

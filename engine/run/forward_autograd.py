@@ -128,10 +128,6 @@ class _AutogradPass:
             fixed = block.attention_output(shared)
         return self._with_given(stage, fixed, block.attention_output(varying), [plan.attn_given for plan in plans])
 
-    def _visible(self, segment: Segment, block: Block) -> Tensor:
-        tokens = on_device(torch.tensor(segment.tokens), self.device)
-        return visible_keys(tokens, segment.keys.shape[1], block.window)
-
     def _attend(
         self, queries: _GradientRows, keys: _GradientRows, block: Block, plans: Sequence[LayerPlan]
     ) -> tuple[Tensor, Tensor]:
@@ -141,10 +137,12 @@ class _AutogradPass:
         outputs: dict[bool, list[Tensor]] = {False: [none], True: [none]}
         for varying in (False, True):
             works = [
-                (self._visible(segment, block), *batch)
+                (visible, *batch)
                 for plan, *placements in zip(plans, queries.stage.placements, keys.stage.placements, strict=True)
                 for segment in plan.segments
                 if segment.varying == varying
+                for tokens in [on_device(torch.tensor(segment.tokens), self.device)]
+                for visible in [visible_keys(tokens, segment.keys.shape[1], block.window)]
                 for batch in self._batches(segment, *placements)
             ]
             if not works:
@@ -193,11 +191,11 @@ class _AutogradPass:
 
     def _with_given(self, stage: PackedStage, shared: Tensor, varying: Tensor, given: Sequence[Given]) -> _GradientRows:
         """The computed rows of a stage and the given ones after them."""
-        parts = ([shared], [varying])
+        stage_rows = [(shared, varying)]
         for group, stage_given in zip(self.groups, given, strict=False):
-            for part, rows in zip(parts, group.given_rows(stage_given, shared.shape[1], self.device), strict=True):
-                part.append(rows.to(self.dtype))
-        return _GradientRows(stage, torch.cat(parts[0]), torch.cat(parts[1]))
+            stage_rows.append(group.given_rows(stage_given, shared.shape[1], self.device))
+        kinds = zip(*stage_rows, strict=True)
+        return _GradientRows(stage, *(torch.cat([rows.to(self.dtype) for rows in kind]) for kind in kinds))
 
     def _read_out(self, rows: _GradientRows) -> list[Tensor]:
         plans = [group.plan for group in self.groups]
@@ -215,10 +213,9 @@ class _AutogradPass:
             if targets is None:
                 clean = placement.flat(ids[CLEAN], varying=False).flatten(0, 1)
                 targets = readout.most_likely(states.of_shared(clean.flatten())).view(clean.shape)
-            of_rows = targets.to(self.device)[:, on_device(group.plan.read_place, self.device)]
-            first = group.plan.read_rows.rows.shared
-            shared.append(of_rows[:, :first].flatten())
-            varying.append(of_rows[:, None, first:].expand(-1, group.samples, -1).flatten())
+            by_row = group.read_targets(targets, self.device)
+            shared.append(by_row[0])
+            varying.append(by_row[1])
         log_p = _GradientRows(
             stage,
             readout.target_log_probabilities(states.shared, torch.cat(shared))[:, None],

@@ -43,6 +43,14 @@ class Group:
             return torch.zeros(self.facts, width, device=device)
         return torch.stack([on_device(vectors[given(source)], device) for vectors in self.vectors])
 
+    def read_targets(self, targets: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The token (n,) that each packed readout row predicts, those by fact and those by fact and sample, of
+        ``targets`` (F, k)."""
+        predicted = on_device(targets, device)[:, on_device(self.plan.read_place, device)]
+        shared = self.plan.read_rows.rows.shared
+        varying = predicted[:, None, shared:].expand(-1, self.samples, -1)
+        return predicted[:, :shared].flatten(), varying.flatten()
+
     def given_rows(self, stage: Given, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """The rows of a stage that are given: (n, width) by fact, and (n, width) by fact and sample."""
         vectors = [self.vector(source, width, device) for source in stage.source.tolist()]

@@ -94,7 +94,7 @@ class PassRunner:
         trial, architecture = self.trials[part.fact], self.architecture
 
         def make() -> tuple[Plan, Footprint]:
-            experiment = trial.experiment.part(part.branches)
+            experiment = trial.experiment.subset(part.branches)
             plan = compile_plan(trial.shape, experiment, architecture.sizes.depth, architecture.parallel)
             footprint = Footprint.of_gradient if self.gradient else Footprint.of
             return plan, footprint(plan, architecture.sizes, self.dtype.itemsize)
@@ -256,7 +256,7 @@ class _TrialResults:
             self.results[part.fact] = Result(np.empty((J, len(experiment.base))), states, logits, {})
             self.missing[part.fact] = J * max(1, experiment.branches)
         whole = self.results[part.fact]
-        runs, captures, read = experiment.kept(part.branches)
+        runs, captures, read = experiment.indices_of(part.branches)
         whole.log_p[samples, runs] = result.log_p
         whole.states[samples, captures] = result.states
         whole.logits[samples, read] = result.logits

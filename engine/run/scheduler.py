@@ -12,7 +12,7 @@ from causalcone.engine.errors import MemoryBudgetError
 from causalcone.engine.memory import RecentlyUsed
 from causalcone.engine.models.base import Sizes
 from causalcone.engine.plan.cost import Footprint, fixed_bytes, peak_bytes
-from causalcone.engine.plan.plan import Plan, plan_bytes
+from causalcone.engine.plan.plan import Plan, array_bytes
 from causalcone.kernels.tiles import Tiles
 
 MAX_ROWS_CPU = 131_072
@@ -130,4 +130,4 @@ class PlanCache(RecentlyUsed[Hashable, tuple[Plan, Footprint]]):
         super().__init__(limit)
 
     def size(self, value: tuple[Plan, Footprint]) -> int:
-        return plan_bytes(value[0])
+        return array_bytes(value[0])

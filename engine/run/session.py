@@ -124,7 +124,7 @@ class Session:
             architecture=self.architecture,
             trials=trials,
             samples=samples,
-            noise=noise or self._no_noise,
+            noise=noise or (lambda span, samples: np.zeros((len(samples), 1, span, self.sizes.hidden))),
             dtype=self.dtype,
             device=self.device,
             plans=self._gradient_plans if gradient else self._plans,
@@ -138,9 +138,6 @@ class Session:
         shared = weight.device.type == self.device.type and weight.dtype == self.dtype
         return plan_budget(total, self.sizes, self.dtype, self.device, shared, gradient, self.architecture.held_bytes)
 
-    def _no_noise(self, span: int, samples: range) -> np.ndarray:
-        return np.zeros((len(samples), 1, span, self.sizes.hidden))
-
     def computing(self, full: bool = False) -> AbstractContextManager[None]:
         """Within it float32 products are as exact as asked for, or ``full``, and kernels start on the session's
         device."""
@@ -149,17 +146,13 @@ class Session:
     def verify(self, tokens: tuple[int, ...]) -> None:
         """Refuse what cannot be read, and compare with the model's own forward once for every state of its weights."""
         self.architecture.refuse_unreadable()
-        versions = self.versions()
+        versions = self.architecture.versions()
         if versions != self._verified:
             weight = self.architecture.unembedding()[0]  # what the model's own dtype and device are told by
             backends = self.backends if (weight.dtype, weight.device) == (self.dtype, self.device) else TORCH
             with _computing(weight.device, tf32=False):
                 verify_model(self.architecture, tokens, self.budget().tiles, backends)
             self._verified = versions
-
-    def versions(self) -> tuple[tuple[int, int | None], ...]:
-        """What changes whenever the model's weights do."""
-        return self.architecture.versions()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A model's layers over packed runs, forwards or under autograd."""
+"""A model's layers over packed runs, forwards or under autograd; ``engine/run/forward.py`` names the other passes."""
 
 from __future__ import annotations
 
