@@ -20,8 +20,8 @@ from causalcone.engine.plan.buffers import Buffers, slot_elements, slot_uses
 from causalcone.engine.plan.interventions import CLEAN
 from causalcone.engine.plan.plan import Given, LayerPlan, Mix, Rows, Segment
 from causalcone.engine.run.packing import Group, PackedStage, Placement, gather_rows, place, place_attention, spread
-from causalcone.kernels.adding import RowSum
 from causalcone.kernels.backends import TORCH, Backends
+from causalcone.kernels.gathering import RowSum
 from causalcone.kernels.norms import Norm, unchanged
 from causalcone.kernels.readout import Readout
 from causalcone.kernels.row_attention import RunRows, ScoreRule
