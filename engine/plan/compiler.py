@@ -59,11 +59,11 @@ def _compile_layer(
     mids, inputs = len(values.mid_varies), len(values.inputs.varies)
     out_mlp, out_mid = values.out_mlp[outputs.computed], values.out_mid[outputs.computed]
 
-    given = -1 - np.arange(len(given_varies))
+    sources = -1 - np.arange(len(given_varies))
     mlp = Needed(
-        marked(len(values.mlp_varies) + len(given), out_mlp, values.captured["mlp"][1]),
+        marked(len(values.mlp_varies) + len(sources), out_mlp, values.captured["mlp"][1]),
         np.concatenate([values.mlp_varies, given_varies]),
-        np.concatenate([np.zeros_like(values.mlp_varies, dtype=np.int64), given]),
+        np.concatenate([np.zeros_like(values.mlp_varies, dtype=np.int64), sources]),
     )
     mid = Needed(marked(mids, out_mid, *([] if parallel else [mlp.computed])), values.mid_varies)
     attention = NeededAttention(values, given_varies, values.mid_attn[mid.values], values.captured["attn"][1])

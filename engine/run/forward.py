@@ -91,8 +91,8 @@ class _ForwardPass:
         mid = self.space.take("heads", mid_stage.rows, hidden)
         inputs = gather_rows([plan.mid_input for plan in plans], stage)
         attns = gather_rows([plan.mid_attn for plan in plans], attn_stage)
-        given = [plan.mlp_given for plan in plans]
-        mlp_stage = place(self.groups, [plan.mlp.rows for plan in plans], self.device, given)
+        givens = [plan.mlp_given for plan in plans]
+        mlp_stage = place(self.groups, [plan.mlp.rows for plan in plans], self.device, givens)
         mlp = self.space.take("keys", mlp_stage.rows, hidden)
         computed = mlp[: mlp_stage.computed]
         read, read_stage = (rows, stage) if self.architecture.parallel else (mid, mid_stage)
@@ -104,16 +104,16 @@ class _ForwardPass:
         else:
             self.backends.add_rows(terms, mid, self.tiles.rows)
             self._project(block.mlp_of, read, index, computed, norm=block.mlp_in)
-        self._give(mlp, mlp_stage, given)
+        self._give(mlp, mlp_stage, givens)
         self._capture("mlp", mlp, mlp_stage, plans)
 
-        given = [plan.out_given for plan in plans]
-        out_stage = place(self.groups, [plan.out_mid.rows for plan in plans], self.device, given)
+        givens = [plan.out_given for plan in plans]
+        out_stage = place(self.groups, [plan.out_mid.rows for plan in plans], self.device, givens)
         out = self.space.take("stream", out_stage.rows, hidden)
         mids = gather_rows([plan.out_mid for plan in plans], mid_stage)
         mlps = gather_rows([plan.out_mlp for plan in plans], mlp_stage)
         self.backends.add_rows(RowSum(mid, mids, mlp, mlps), out[: out_stage.computed], self.tiles.rows)
-        self._give(out, out_stage, given)
+        self._give(out, out_stage, givens)
         self._capture("hidden", out, out_stage, plans)
         return out, out_stage
 
@@ -176,9 +176,9 @@ class _ForwardPass:
     ) -> None:
         """``out`` = ``function`` of the indexed rows, normed (of all rows as they are where there is no index), in
         tiles that stay in cache."""
-        for part in pieces(len(out), self.tiles.rows):
-            source = rows[part] if index is None else self.backends.gather_normed(rows, index[part], norm)
-            out[part] = function(source) if positions is None else function(source, positions[part])
+        for piece in pieces(len(out), self.tiles.rows):
+            source = rows[piece] if index is None else self.backends.gather_normed(rows, index[piece], norm)
+            out[piece] = function(source) if positions is None else function(source, positions[piece])
 
     def _give(self, out: Tensor, stage: PackedStage, givens: Sequence[Given]) -> None:
         """Fill the rows of a stage that are given, which lie after those that it computes."""

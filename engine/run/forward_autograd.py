@@ -100,17 +100,17 @@ class _AutogradPass:
         attns = gather_rows([plan.mid_attn for plan in plans], attn.stage)
         mid = self._compute(mid_stage, torch.add, [(rows, inputs), (attn, attns)])
 
-        given = [plan.mlp_given for plan in plans]
-        mlp_stage = place(self.groups, [plan.mlp.rows for plan in plans], self.device, given)
+        givens = [plan.mlp_given for plan in plans]
+        mlp_stage = place(self.groups, [plan.mlp.rows for plan in plans], self.device, givens)
         read = rows if self.architecture.parallel else mid
         index = gather_rows([plan.mlp for plan in plans], read.stage)
-        mlp = self._compute(mlp_stage, block.mlp, [(read, index)], given=given)
+        mlp = self._compute(mlp_stage, block.mlp, [(read, index)], givens=givens)
 
-        given = [plan.out_given for plan in plans]
-        out_stage = place(self.groups, [plan.out_mid.rows for plan in plans], self.device, given)
+        givens = [plan.out_given for plan in plans]
+        out_stage = place(self.groups, [plan.out_mid.rows for plan in plans], self.device, givens)
         mids = gather_rows([plan.out_mid for plan in plans], mid_stage)
         mlps = gather_rows([plan.out_mlp for plan in plans], mlp_stage)
-        return self._compute(out_stage, torch.add, [(mid, mids), (mlp, mlps)], given=given)
+        return self._compute(out_stage, torch.add, [(mid, mids), (mlp, mlps)], givens=givens)
 
     def _attention(self, rows: _GradientRows, block: Block, plans: Sequence[LayerPlan]) -> _GradientRows:
         key_rows, query_rows = [plan.keys_values.rows for plan in plans], [plan.queries.rows for plan in plans]
@@ -175,7 +175,7 @@ class _AutogradPass:
         function: Callable[..., Tensor],
         sources: Sequence[tuple[_GradientRows, Tensor]],
         positions: Tensor | None = None,
-        given: Sequence[Given] = (),
+        givens: Sequence[Given] = (),
     ) -> _GradientRows:
         """A stage's rows as ``function`` of indexed rows of the sources."""
         varies = _varies(stage)[: stage.computed]
@@ -187,13 +187,15 @@ class _AutogradPass:
         sizes = [tile_rows.stop - tile_rows.start for tile_rows in pieces(len(varying), self.tiles.rows)]
         tiles = zip(*(rows.split(sizes) for rows in inputs), strict=True)
         parts = [function(*tile) for tile in tiles] or [fixed[:0]]
-        return self._with_given(stage, fixed, torch.cat(parts), given)
+        return self._with_given(stage, fixed, torch.cat(parts), givens)
 
-    def _with_given(self, stage: PackedStage, shared: Tensor, varying: Tensor, given: Sequence[Given]) -> _GradientRows:
+    def _with_given(
+        self, stage: PackedStage, shared: Tensor, varying: Tensor, givens: Sequence[Given]
+    ) -> _GradientRows:
         """The computed rows of a stage and the given ones after them."""
         stage_rows = [(shared, varying)]
-        for group, stage_given in zip(self.groups, given, strict=False):
-            stage_rows.append(group.given_rows(stage_given, shared.shape[1], self.device))
+        for group, given in zip(self.groups, givens, strict=False):
+            stage_rows.append(group.given_rows(given, shared.shape[1], self.device))
         kinds = zip(*stage_rows, strict=True)
         return _GradientRows(stage, *(torch.cat([rows.to(self.dtype) for rows in kind]) for kind in kinds))
 
