@@ -29,11 +29,10 @@ from causalcone.engine.localize.options import (
 from causalcone.engine.localize.patching import Patching
 from causalcone.engine.localize.prompt_runs import Prompt, PromptResult, Read, Runs, as_runs
 from causalcone.engine.localize.states import KINDS, States, as_states
-from causalcone.engine.localize.trace_run import TracePlan, TraceRun
+from causalcone.engine.localize.trace_run import FactsRun, TracePlan, TraceRun
 from causalcone.engine.noise import SCALED_NOISES, Noise, NoiseKind, NoiseStream, parse_sigma
 from causalcone.engine.run.loading import Weights, open_session
 from causalcone.engine.run.session import Session
-from causalcone.engine.schemas import GRADIENT_SCHEMA, TRACE_SCHEMA
 
 
 class Tracer:
@@ -145,8 +144,7 @@ class Tracer:
             ModelError: The model cannot be computed exactly.
             MemoryBudgetError: The memory is too little for the smallest part of a fact.
         """
-        batches = self.stream(facts, states, on_error=on_error, progress=progress, **options)
-        return pa.Table.from_batches(list(batches), schema=TRACE_SCHEMA)
+        return TraceRun.table(self.stream(facts, states, on_error=on_error, progress=progress, **options))
 
     def stream(
         self,
@@ -205,8 +203,8 @@ class Tracer:
         Returns:
             A table with the columns of ``TRACE_SCHEMA``, in which ``token`` and ``p_corrupted`` are null.
         """
-        batches = self.stream_zero(facts, states, target=target, tokens=tokens, on_error=on_error, progress=progress)
-        return pa.Table.from_batches(list(batches), schema=TRACE_SCHEMA)
+        stream = self.stream_zero(facts, states, target=target, tokens=tokens, on_error=on_error, progress=progress)
+        return TraceRun.table(stream)
 
     def stream_zero(
         self,
@@ -220,7 +218,7 @@ class Tracer:
     ) -> Iterator[pa.RecordBatch]:
         """``zero`` as one batch per fact, handed out as passes finish; the call itself checks the arguments."""
         spec = ZeroSpec(states=as_states(states), target=target, tokens=as_tokens(tokens))
-        return _told(TraceRun.zeroing(self.session, list(facts), spec, on_error)).batches(progress)
+        return _told(TraceRun.of(self.session, list(facts), spec, on_error)).batches(progress)
 
     def integrated_gradients(
         self,
@@ -245,8 +243,8 @@ class Tracer:
             A table with the columns of ``GRADIENT_SCHEMA``: the attribution's L2 norm, its total, and its gap, the
             total minus the change in p that it should add up to.
         """
-        batches = self.stream_integrated_gradients(facts, kinds, on_error=on_error, progress=progress, **options)
-        return pa.Table.from_batches(list(batches), schema=GRADIENT_SCHEMA)
+        stream = self.stream_integrated_gradients(facts, kinds, on_error=on_error, progress=progress, **options)
+        return GradientRun.table(stream)
 
     def stream_integrated_gradients(
         self,
@@ -298,13 +296,14 @@ class Tracer:
             raise ExperimentError("prompts are a list; give [prompt] for a single one")
         items = list(prompts)
         spec = TraceSpec.of((("hidden", 1),), samples=samples, sigma=sigma, seed=seed, noise=noise).resolved(session)
+        base = "other:0" if base == "other" else base
         patching = Patching(as_runs(interventions), tuple(read), base, spec.corruption, session.sizes, len(items))
         encoded = [patching.encode(prompt, number, session.tokenizer) for number, prompt in enumerate(items)]
         trials = [patching.trial(prompt, number) for number, prompt in enumerate(encoded)]
         stream = None
         if patching.corrupts:
             scaled = encoded and spec.corruption.kind in SCALED_NOISES
-            level = session.noise_level(sigma, [each.own.fact for each in encoded]) if scaled else 0.0
+            level = session.noise_level(sigma, [prompt.fact.fact for prompt in encoded]) if scaled else 0.0
             stream = NoiseStream(spec.corruption, level, seed, samples, session.sizes.hidden)
         results = session.run(trials, samples if stream else 1, stream)
         return [patching.result(encoded[i], trials[i], result) for i, result in results]
@@ -323,7 +322,7 @@ class Tracer:
             return self.session.noise_level(sigma, ())
         encoded, skipped = self.session.encode(list(facts), "label", on_error)
         _warn(skipped)
-        return self.session.noise_level(sigma, [each.fact for each in encoded])
+        return self.session.noise_level(sigma, [fact.fact for fact in encoded])
 
     def embedding_noise(self, texts: Iterable[str], dof: float | None = None, replace: bool = False) -> Noise:
         """Noise with the mean and covariance of the token embeddings of running text (docs/methods.md, "Corruption").
@@ -339,10 +338,10 @@ class Tracer:
         return self.session.embedding_noise(texts, dof, replace)
 
     def _tracing(self, facts: Iterable[Fact], states: States, on_error: OnError, options: TraceOptions) -> TraceRun:
-        return TraceRun.tracing(self.session, list(facts), TraceSpec.of(states, **options), on_error)
+        return TraceRun.of(self.session, list(facts), TraceSpec.of(states, **options), on_error)
 
 
-Run = TypeVar("Run", TraceRun, GradientRun)
+Run = TypeVar("Run", bound=FactsRun)
 
 
 def _told(run: Run) -> Run:
@@ -353,4 +352,4 @@ def _told(run: Run) -> Run:
 
 def _warn(skipped: Sequence[Skipped]) -> None:
     if skipped:
-        warnings.warn(SkippedFacts([each.reason for each in skipped]), stacklevel=4)
+        warnings.warn(SkippedFacts([fact.reason for fact in skipped]), stacklevel=4)

@@ -36,8 +36,7 @@ def analyze(
 
 @takes(StudyOptions)
 def report(
-    analysis: StudyOptions,
-    out: Annotated[Path | None, Option(help="The page; DIR/report.html by default.")] = None,
+    analysis: StudyOptions, out: Annotated[Path | None, Option(help="The page; DIR/report.html by default.")] = None
 ) -> None:
     """Make a page of a sweep's answers: one HTML file that works without a network.
 
@@ -51,17 +50,11 @@ def report(
 
 COMMANDS = {
     analyze: """
-[bold]Examples[/bold]
-
 causalcone analyze study
-
 causalcone analyze study --state mlp:10 --at subject_last --additive --out study/other
 """,
     report: """
-[bold]Examples[/bold]
-
 causalcone report study
-
 causalcone report study --state mlp:10 --out mlp10.html
 """,
 }

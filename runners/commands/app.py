@@ -25,7 +25,8 @@ app = typer.Typer(
 )
 for module in (sweep, tune, analyze, data, localize, moments, edit, demo):
     for command, examples in module.COMMANDS.items():
-        app.command(epilog=examples)(command)
+        listed = "\n[bold]Examples[/bold]" + (examples or "").replace("\ncausalcone", "\n\ncausalcone")
+        app.command(epilog=listed if examples else None)(command)
 
 
 def main() -> None:

@@ -66,14 +66,9 @@ def data(
 
 COMMANDS = {
     data: """
-[bold]Examples[/bold]
-
 causalcone data counterfact.json --out facts.jsonl
-
 causalcone data azhx/counterfact --split train --limit 1000 --out facts.jsonl --model gpt2-xl
-
 causalcone data zsre_mend_eval.json --zsre-form meng --skip-bad-facts --out zsre.jsonl
-
 causalcone data demo --out facts.jsonl
 """
 }

@@ -92,7 +92,6 @@ class World:
         ]
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """The facts in the CounterFact schema."""
         for index, fact in enumerate(self.facts):
             yield {
                 "case_id": index,
@@ -116,7 +115,6 @@ class World:
         return f"[\n{lines}\n]\n"
 
     def write(self, path: str | Path) -> None:
-        """Write the records to a file."""
         Path(path).write_text(self.counterfact(), encoding="utf-8")
 
     def snippets(self, samples: int = 5) -> list[dict[str, Any]]:

@@ -84,7 +84,6 @@ def collected(
 
 
 def _tokens(tokens: str | None) -> int | str | None:
-    """A number, ``"all"``, or None."""
     if tokens is None or tokens == "all":
         return tokens
     try:

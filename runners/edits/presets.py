@@ -109,12 +109,10 @@ class Preset(CheckedTable):
     problems: Annotated[dict[str, Any], _checked_by(1)]
 
     def problem_names(self) -> tuple[str, ...]:
-        """The problems that the preset has settings for."""
         return tuple(problem for problem in PROBLEMS if problem in self.problems)
 
 
 def preset_names() -> tuple[str, ...]:
-    """The presets that come with the package."""
     return tuple(_builtin())
 
 
@@ -129,7 +127,6 @@ def load_preset(preset: str) -> Preset:
 
 
 def edit_layers(preset: str) -> tuple[int, ...]:
-    """The layers that the preset edits, counted from 0."""
     return load_preset(preset).edit_layers
 
 
@@ -207,7 +204,6 @@ def _builtin() -> dict[str, Any]:
 
 
 def _table(preset: str) -> tuple[str, Any]:
-    """The name of a preset in messages, and its table."""
     file, colon, name = preset.rpartition(".toml:")
     if not colon and not preset.endswith(".toml"):
         presets = _builtin()

@@ -206,7 +206,6 @@ def _read_lines(path: Path, text: str) -> list[Any]:
 
 
 def known_schema(path: Path, records: Sequence[Any]) -> str:
-    """The schema of a file's records; ``FactError`` where it is none that is supported."""
     schema = detect_schema(records)
     if schema is None:
         raise FactError(f"{path} is JSON, but holds no facts: {_found(records)}. Supported are {supported()}")
@@ -228,5 +227,4 @@ def _kind(value: Any) -> str:
 
 
 def supported() -> str:
-    """The schemas that are read, in words."""
     return "; ".join(description for _, description in SCHEMAS.values())

@@ -113,7 +113,6 @@ def detect_schema(records: Sequence[Any]) -> str | None:
 
 
 def converter(schema: str, records: Sequence[Any], seed: int, zsre_form: ZsreForm) -> Convert:
-    """The function from (index, record) to ``Fact`` for a file of this schema."""
     if schema != "zsre":
         return {"counterfact": _from_counterfact, "known": _from_known_fact, "fact": _from_own_line}[schema]
     drawn = draw_other_answers(records, seed) if zsre_form == "hase" else ()

@@ -14,8 +14,7 @@ import transformers
 from causalcone.engine.compute import Compute, as_dtype
 from causalcone.engine.errors import FactError
 from causalcone.engine.facts import Fact, OnError, Skipped, SkippedFacts
-from causalcone.engine.localize.gradients import GradientRun
-from causalcone.engine.localize.trace_run import TraceRun
+from causalcone.engine.localize.trace_run import FactsRun
 from causalcone.engine.localize.tracer import Tracer
 from causalcone.engine.noise import parse_sigma
 from causalcone.engine.run import loading
@@ -23,7 +22,7 @@ from causalcone.engine.run.session import Session
 from causalcone.runners.facts.files import SkippedRecords, read_facts
 from causalcone.runners.options import ComputeOptions, SourceOptions, StreamableSourceOptions
 
-Run = TypeVar("Run", TraceRun, GradientRun)
+Run = TypeVar("Run", bound=FactsRun)
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,6 @@ class Inputs:
         self.skipped.extend(reason for reason in reasons if reason not in self.skipped)
 
     def noise_level(self, sigma: str) -> float:
-        """The noise level as a number."""
         if not parse_sigma(sigma)[1]:
             return self.session.noise_level(sigma, ())
         encoded, skipped = self.session.encode(self.every, "label", self.on_error)
@@ -72,7 +70,6 @@ class Inputs:
 
     @property
     def configuration(self) -> dict[str, object]:
-        """The options, and what they came to here, to keep beside the results."""
         backends = self.session.backends
         return {
             "model": self.source.model,

@@ -73,16 +73,12 @@ def as_reference_texts(entries: Sequence[Any], source: str) -> ReferenceTexts:
     """The texts of attribute snippets that are in memory; ``source`` names them in messages."""
     texts: dict[tuple[str, str], tuple[str, ...]] = {}
     for index, value in enumerate(entries):
-        entry = _entry(source, index, value)
+        try:
+            entry = _ReferenceRecord.model_validate(value)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            place = ".".join(map(str, problem["loc"])) or "it"
+            raise FactError(f"{source}: entry {index}: {place}: {problem['msg']}") from error
         key = (entry.relation_id, entry.target_id)
         texts[key] = texts.get(key, ()) + tuple(sample.text for sample in entry.samples)
     return ReferenceTexts({key: samples for key, samples in texts.items() if samples})
-
-
-def _entry(source: str, index: int, value: Any) -> _ReferenceRecord:
-    try:
-        return _ReferenceRecord.model_validate(value)
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        place = ".".join(map(str, problem["loc"])) or "it"
-        raise FactError(f"{source}: entry {index}: {place}: {problem['msg']}") from error

@@ -79,7 +79,6 @@ def _lines(file: Path, column: str) -> Iterator[str]:
 
 
 def _numbered(file: Path) -> Iterator[tuple[int, str]]:
-    """The lines that hold something, counted from 1."""
     with open(file, "rb") as lines:
         for number, raw in enumerate(lines, start=1):
             try:

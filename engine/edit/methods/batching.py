@@ -92,7 +92,7 @@ class Batching:
 
     def _cone_bytes(self, search: ValueOptimizer, number: int, layer: int) -> int:
         """Bytes that autograd keeps of an edit's rows at the layers after the edited one, and uses at one of them."""
-        sizes, goal, prompts = self.sizes, search.goals[number], search.prompts
+        sizes, goal, prompts = self.sizes, search.objective.goals[number], search.objective.prompts
         texts = np.array([*goal.contexts, goal.essence])
         rows, seen = prompts.tail_rows[texts], np.array([len(prompts.texts[text]) for text in texts])
         attention = seen * 2 * sizes.kv_heads * sizes.head_dim + 3 * sizes.heads * rows * seen

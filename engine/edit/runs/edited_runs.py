@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,6 +67,39 @@ Joining = Callable[[Block, int, Join], Tensor]
 
 Changing = Callable[[int, "Join", bool], Change | None]
 """The change at a layer of the runs already in the pass; the flag is true when only read-out rows remain."""
+
+Addition = Callable[[Tensor], Tensor]
+"""The addition of a change of weights to values (R, hidden), from their keys (R, inner)."""
+
+
+def changing(additions: Sequence[Mapping[int, Addition]]) -> Changing:
+    """The change of runs by the additions of their edits, by layer."""
+
+    def change(layer: int, live: Join, read_only: bool) -> Change | None:
+        if not any(layer in by_layer for by_layer in additions):
+            return None
+        rows = live.runs.read if read_only else live.runs.rows
+        parts = [(at, additions[edit].get(layer)) for edit, at in slices(live.of, rows)]
+        return lambda keys, values: changed(keys, values, parts)
+
+    return change
+
+
+def slices(of: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, slice]]:
+    """The rows of each edit, from the edit (N,) and the number of rows (N,) of each run: neighbours are one slice."""
+    if not len(of):
+        return
+    ends = np.cumsum(rows)
+    last = np.flatnonzero(np.append(of[1:] != of[:-1], True))
+    start = 0
+    for run in last:
+        yield int(of[run]), slice(start, int(ends[run]))
+        start = int(ends[run])
+
+
+def changed(keys: Tensor, values: Tensor, additions: Sequence[tuple[slice, Addition | None]]) -> Tensor:
+    """New values: all rows, slice by slice in order and without gaps, with their additions. Gradient flows."""
+    return torch.cat([values[at] if add is None else values[at] + add(keys[at]) for at, add in additions])
 
 
 class EditedRuns:

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from causalcone.engine.edit.deltas.rows import Addition, addition, changed, slices
+from causalcone.engine.edit.deltas.delta import Dense, LowRank
 from causalcone.engine.edit.methods.batching import Batching, edit_name
 from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.requests.windows import check_layer
-from causalcone.engine.edit.runs.edited_runs import EditedPass, EditedRuns, Join, Prompts
-from causalcone.engine.edit.runs.layers import Change, Layers, Passed
+from causalcone.engine.edit.runs.edited_runs import Addition, EditedPass, EditedRuns, Join, Prompts, changing, slices
+from causalcone.engine.edit.runs.layers import Layers, Passed
 from causalcone.engine.edit.runs.packed_runs import Runs
 from causalcone.engine.edit.scoring.probes import ProbeSet
 from causalcone.engine.errors import ExperimentError
@@ -117,6 +117,13 @@ def check_edits(edits: Sequence[Edit], sizes: Sizes) -> None:
                 )
 
 
+def _addition(change: LowRank | Dense, layers: Layers) -> Addition:
+    """The addition of a change to values; a low-rank product is computed in float32 at least."""
+    wide = torch.promote_types(layers.dtype, torch.float32)
+    change = change.to(layers.device, wide if isinstance(change, LowRank) else layers.dtype)
+    return lambda keys: change.product(keys).to(layers.dtype)
+
+
 class _ScoringPass:
     """The unedited runs of some requests, and beside them those of their edits."""
 
@@ -133,7 +140,7 @@ class _ScoringPass:
         self.of_group = [rank[starts[i] : starts[i + 1]] for i in range(len(groups))]
         self.edits = [(number, edit.delta) for number, (_, edits) in enumerate(groups) for edit in edits if edit.delta]
         self.additions = [
-            {layer: addition(change, self.layers.device, self.layers.dtype) for layer, change in delta.changes.items()}
+            {layer: _addition(change, self.layers) for layer, change in delta.changes.items()}
             for _, delta in self.edits
         ]
         self.unedited: Passed | None = None
@@ -151,7 +158,7 @@ class _ScoringPass:
         layers = self.layers
         joined = {min(delta.changes) for _, delta in self.edits}
         rows = layers.enter(self.prompts.texts)
-        edited = EditedPass(self._edited_runs(), self._joining, self._changing) if self.edits else None
+        edited = EditedPass(self._edited_runs(), self._joining, changing(self.additions)) if self.edits else None
         for layer in range(layers.depth):
             block = layers.block(layer)
             last = layer == layers.depth - 1
@@ -194,15 +201,6 @@ class _ScoringPass:
         for edit, rows in slices(join.edits, join.rows):
             values[rows] += self.additions[edit][layer](base.keys.index_select(0, join.tails[rows]))
         return base.mid.index_select(0, join.tails) + self.layers.by_tiles(block.mlp_out, values)
-
-    def _changing(self, layer: int, live: Join, read_only: bool) -> Change | None:
-        if not any(layer in by_layer for by_layer in self.additions):
-            return None
-        additions: list[tuple[slice, Addition | None]] = [
-            (rows, self.additions[edit].get(layer))
-            for edit, rows in slices(live.of, live.runs.read if read_only else live.runs.rows)
-        ]
-        return lambda keys, values: changed(keys, values, additions)
 
     def _read(
         self, states: Tensor, group: np.ndarray, order: np.ndarray, of: np.ndarray, texts: np.ndarray

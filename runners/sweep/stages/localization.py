@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
 from causalcone.engine.edit.runs.flops import Asked
 from causalcone.engine.localize.causal_tracing import CausalTracing, Zeroing, target_tokens
-from causalcone.engine.localize.gradients import runs_along
+from causalcone.engine.localize.gradients import integrated_states, runs_along
 from causalcone.engine.localize.options import TraceSpec, ZeroSpec, as_tokens, check_tokens, choose_tokens
 from causalcone.engine.localize.states import State, as_states, states_in
 from causalcone.engine.plan.cone import Shape
-from causalcone.engine.plan.interventions import SITES
 from causalcone.engine.run.runner import Trial
 from causalcone.engine.schemas import GRADIENT_SCHEMA, TRACE_SCHEMA
 from causalcone.runners.checked_files import CheckedTable, Count
@@ -194,12 +192,8 @@ class GradientStage(_LocalizationStage[GradientSettings]):
         takes as much again since weights have no gradient."""
         options = self.options
         fact = lengths.encoded(options.target)
-        axes = (
-            [SITES.index(kind) for kind in options.kinds],
-            np.arange(counts.architecture.sizes.depth),
-            choose_tokens(options.tokens, len(fact.prompt), fact.span),
-        )
-        at = np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=1)
+        tokens = choose_tokens(options.tokens, len(fact.prompt), fact.span)
+        at = integrated_states(options.kinds, counts.architecture.sizes.depth, tokens)
         read = target_tokens(fact)
         trial = Trial("", (fact.tokens,), fact.target, Shape(len(fact.tokens), (0, 0), (read,)), runs_along(at))
         clean = counts.flops.unedited(Asked(len(fact.tokens), len(fact.tokens), len(read)))
