@@ -40,7 +40,7 @@ from causalcone.engine.schemas import GRADIENT_SCHEMA
 class GradientRun(FactsRun):
     """Integrated gradients. noise: of the corrupted baseline, whose samples are averaged over; None for zero."""
 
-    schema = GRADIENT_SCHEMA
+    name, schema = "gradients", GRADIENT_SCHEMA
     spec: GradientSpec
     noise: NoiseStream | None
 

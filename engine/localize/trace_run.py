@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from causalcone.engine.facts import EncodedFact, Fact, OnError, Skipped, token_texts
 from causalcone.engine.localize.causal_tracing import TOGETHER, CausalTracing, TraceGrid, Zeroing, counterfactual_prompt
-from causalcone.engine.localize.options import Progress, Spec, TraceSpec, ZeroSpec, choose_tokens
+from causalcone.engine.localize.options import CheckedSpec, Progress, TraceSpec, ZeroSpec, choose_tokens
 from causalcone.engine.noise import SCALED_NOISES, NoiseStream, parse_sigma
 from causalcone.engine.plan.cost import forward_flops
 from causalcone.engine.plan.interventions import CLEAN, CORRUPTED
@@ -44,11 +44,12 @@ class TracePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class FactsRun:
-    """Facts made ready for a method. spec: with the noise level as a number; skipped: facts that cannot be used."""
+    """Facts made ready for a method that makes a table. spec: with the noise level as a number; skipped: left out."""
 
+    name: ClassVar[str]
     schema: ClassVar[pa.Schema]
     session: Session
-    spec: Spec
+    spec: CheckedSpec
     facts: list[EncodedFact]
     skipped: list[Skipped]
 
@@ -57,12 +58,10 @@ class FactsRun:
         raise NotImplementedError
 
     def batches(self, progress: Progress | None = None) -> Iterator[pa.RecordBatch]:
-        """``tables``, whose progress is reported."""
         return _reported(self.tables(), len(self.facts), progress or (lambda done, of: None))
 
     @classmethod
     def table(cls, batches: Iterable[pa.RecordBatch]) -> pa.Table:
-        """One table of all batches."""
         return pa.Table.from_batches(list(batches), schema=cls.schema)
 
 
@@ -74,7 +73,12 @@ def _reported(batches: Iterator[pa.RecordBatch], count: int, report: Progress) -
 
 
 def encode_facts(
-    session: Session, facts: Sequence[Fact], spec: Spec, sigma: float | str | None, on_error: OnError, limit: int | None
+    session: Session,
+    facts: Sequence[Fact],
+    spec: CheckedSpec,
+    sigma: float | str | None,
+    on_error: OnError,
+    limit: int | None,
 ) -> tuple[list[EncodedFact], list[Skipped], float]:
     """The first ``limit`` facts, those that cannot be used, and the noise level, which is of all facts where ``sigma``
     counts standard deviations; 0 without ``sigma``."""
@@ -98,7 +102,7 @@ def encode_facts(
 class TraceRun(FactsRun):
     """Causal tracing or zeroing, a trial and its table for each fact; spec: resolved for the session's model."""
 
-    schema = TRACE_SCHEMA
+    name, schema = "traces", TRACE_SCHEMA
     spec: TraceSpec | ZeroSpec
     trials: list[Trial]
     grids: list[TraceGrid]
@@ -142,7 +146,6 @@ class TraceRun(FactsRun):
         return (self._table(number, result.log_p) for number, result in results)
 
     def plan(self) -> TracePlan:
-        """What ``batches`` would compute."""
         passes = peak = rows = flops = attention_flops = 0
         for bytes_needed, costs in self.session.costs(self.trials, self.samples, self.noise):
             passes += 1
@@ -161,10 +164,9 @@ class TraceRun(FactsRun):
 
     def _table(self, number: int, log_p: np.ndarray) -> pa.RecordBatch:
         """The table of one fact, of the log-probability of its target in each sample of each run (J, R).
-
         ``p_patched_sd`` is the unbiased standard deviation over samples, null where there is one sample; null are
-        ``p_corrupted`` where there is no corrupted run, and ``token`` and its text where a row is about several tokens.
-        """
+        ``p_corrupted`` where there is no corrupted run, and ``token`` and its text where a row is about several
+        tokens."""
         fact, grid, states = self.facts[number], self.grids[number], self.spec.states
         texts = token_texts(fact.prompt, self.session.tokenizer)
         p = np.exp(log_p)

@@ -5,12 +5,14 @@ Commands import what they need when they run, so that help is there at once.
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
 
 from rich.console import Console
 from typer import Option
 
-from causalcone.runners.commands.shared import open_results, show, takes
+from causalcone.runners.commands.shared import takes
 from causalcone.runners.options import (
     IntegrationOptions,
     OutputOptions,
@@ -40,18 +42,14 @@ def trace(
     from causalcone.runners.show.figures import draw_traces
     from causalcone.runners.show.tables import effect_tables, layer_tables
 
-    run = prepare_tracing(source, tracing, sampling)
-    with open_results(output, run.configuration, run.table) as folder:
-        done = run.carry_out(folder, output.quiet, keep=plot)
-        figures = draw_traces(output.out, done.first, tracing.joint) if plot else []
-    folder.finish(**done.results)
-    if output.quiet:
-        return
-    if tracing.joint:
-        tables = layer_tables(joint_effects(done.path), "Effect of restoring tokens together")
-    else:
-        tables = effect_tables(average_indirect_effect(done.path))
-    show(tables, done.sentence(), figures)
+    def tables(path: Path) -> Iterable[Any]:
+        if tracing.joint:
+            return layer_tables(joint_effects(path), "Effect of restoring tokens together")
+        return effect_tables(average_indirect_effect(path))
+
+    prepare_tracing(source, tracing, sampling).carry_out(
+        output, tables, lambda first: draw_traces(output.out, first, tracing.joint) if plot else [], keep=plot
+    )
 
 
 @takes(StreamableSourceOptions, TracingOptions, SamplingOptions)
@@ -80,14 +78,11 @@ def zero(
     from causalcone.runners.show.figures import draw_zeroing
     from causalcone.runners.show.tables import layer_tables
 
-    run = prepare_zeroing(source, zeroing)
-    with open_results(output, run.configuration, run.table) as folder:
-        done = run.carry_out(folder, output.quiet)
-        figures = draw_zeroing(output.out) if plot else []
-    folder.finish(**done.results)
-    if not output.quiet:
-        tables = layer_tables(zeroing_curve(done.path), "Share of p(target) lost by zeroing", ".3f")
-        show(tables, done.sentence(), figures)
+    prepare_zeroing(source, zeroing).carry_out(
+        output,
+        lambda path: layer_tables(zeroing_curve(path), "Share of p(target) lost by zeroing", ".3f"),
+        lambda _: draw_zeroing(output.out) if plot else [],
+    )
 
 
 @takes(SourceOptions, OutputOptions, IntegrationOptions, SamplingOptions)
@@ -108,50 +103,34 @@ def gradients(
     from causalcone.runners.show.figures import draw_gradients
     from causalcone.runners.show.tables import GAP_NOTE, gradient_table
 
-    run = prepare_gradients(source, integration, sampling)
-    with open_results(output, run.configuration, run.table) as folder:
-        done = run.carry_out(folder, output.quiet, keep=plot)
-        figures = draw_gradients(output.out, done.first, run.inputs.facts, run.inputs.tracer)
-    folder.finish(**done.results)
-    if not output.quiet:
-        by_kind = gradient_summary(done.path)
+    def tables(path: Path) -> Iterable[Any]:
+        by_kind = gradient_summary(path)
         note = [GAP_NOTE] if integration.baseline == "zero" and "hidden" in by_kind["kind"] else []
-        show([gradient_table(by_kind), *note], done.sentence(), figures)
+        return [gradient_table(by_kind), *note]
+
+    run = prepare_gradients(source, integration, sampling)
+    inputs = run.inputs
+    run.carry_out(output, tables, lambda first: draw_gradients(output.out, first, inputs.facts, inputs.tracer), plot)
 
 
 COMMANDS = {
     trace: """
-[bold]Examples[/bold]
-
 causalcone trace --model gpt2-xl --facts counterfact.json --out traces-xl
-
 causalcone trace --model ./my-model --facts facts.jsonl --state hidden:1 --state mlp:5 --sigma 0.1 --out run --plot 5
-
 causalcone trace --model demo --facts demo --sever mlp --tokens subject_last --out severed
-
 causalcone trace --model demo --facts demo --state heads:1 --noise t --dof 5 --noise-texts text.txt --out heads
 """,
     plan: """
-[bold]Examples[/bold]
-
 causalcone plan --model gpt2-xl --facts counterfact.json
-
 causalcone plan --model demo --facts demo --state mlp:5 --memory 2GiB
-
 causalcone plan --model ./large-model --facts counterfact.json --weights stream --memory 16GiB
 """,
     zero: """
-[bold]Examples[/bold]
-
 causalcone zero --model gpt2-xl --facts counterfact.json --out zeroed --plot
-
 causalcone zero --model demo --facts demo --state mlp:1 --state attn:3 --tokens last --out zeroed
 """,
     gradients: """
-[bold]Examples[/bold]
-
 causalcone gradients --model gpt2-xl --facts counterfact.json --limit 20 --out gradients --plot 3
-
 causalcone gradients --model demo --facts demo --kind hidden --baseline corrupted --out gradients
 """,
 }

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -19,6 +18,7 @@ from causalcone.engine.edit.requests.windows import as_windows
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.engine.facts import usable
+from causalcone.runners.demo.files import path_of
 from causalcone.runners.edits.checks import EditChecks
 from causalcone.runners.edits.moments import collected
 from causalcone.runners.edits.settings import EditPlan, parse_layers, plan_of, read_contexts
@@ -31,21 +31,6 @@ from causalcone.runners.results.folder import refuse_occupied
 
 
 @dataclass(frozen=True)
-class PreparedEdits:
-    """A study ready to be carried out. options: those to keep beside its results; filtered: the reasons why the problem
-    is not posed for some facts."""
-
-    study: EditStudy
-    options: dict[str, Any]
-    filtered: list[str]
-
-    @property
-    def configuration(self) -> dict[str, Any]:
-        """What to keep beside the results."""
-        return {"command": "edit", **self.options, **self.study.configuration}
-
-
-@dataclass(frozen=True)
 class TextInputs:
     """Contents of the files that options name. running: text to collect moments over."""
 
@@ -54,9 +39,7 @@ class TextInputs:
     running: RunningText | None
 
 
-def editing(
-    source: SourceOptions, choice: EditingOptions, scoring: ScoringOptions, output: OutputOptions
-) -> PreparedEdits:
+def editing(source: SourceOptions, choice: EditingOptions, scoring: ScoringOptions, output: OutputOptions) -> EditStudy:
     """The study of the options; moments are collected, if requested."""
     refuse_occupied(output.out, output.overwrite)
     layers = None if choice.layers is None else parse_layers(choice.layers)
@@ -65,17 +48,21 @@ def editing(
     inputs = open_inputs(source)
     editor = editor_of(inputs, choice, plan, texts.contexts)
     moments = moments_of(inputs, choice, plan, texts.running, output.quiet)
-    prepared = prepared_edits(editor, moments, inputs, choice, plan, scoring, texts.references)
-    if texts.running is None:
-        return prepared
-    return replace(prepared, study=replace(prepared.study, collected=moments))
+    study = prepared_edits(editor, moments, inputs, choice, plan, scoring, texts.references)
+    return replace(study, collected=None if texts.running is None else moments)
 
 
 def read_texts(choice: EditMethodOptions, plan: EditPlan, scoring: ScoringOptions) -> TextInputs:
     """Read before the model is; refuses methods without moments."""
     contexts = None if choice.contexts is None else read_contexts(choice.contexts)
     references = None if scoring.references is None else load_reference_texts(scoring.references)
-    return TextInputs(contexts, references, _running_text(choice, plan))
+    if plan.of_moments and (choice.moments is None) == (choice.texts is None):
+        raise ExperimentError(
+            f"{plan.of_moments[0].method} needs second moments: give --moments with a file of 'causalcone moments', or "
+            "--texts to collect them now, one of the two"
+        )
+    running = open_texts(choice.texts) if plan.of_moments and choice.texts is not None else None
+    return TextInputs(contexts, references, running)
 
 
 def prepared_edits(
@@ -86,7 +73,7 @@ def prepared_edits(
     plan: EditPlan,
     scoring: ScoringOptions,
     references: ReferenceTexts | None = None,
-) -> PreparedEdits:
+) -> EditStudy:
     """The plan made ready: requests that have passed all checks, and the options to keep."""
     editor.moments = None if moments is None else moments.with_ridge(choice.ridge)
     requests, skipped, unposed = make_requests(
@@ -98,14 +85,7 @@ def prepared_edits(
     inputs.leave_out([*skipped, *more])
     filtered = [fact.reason for fact in unposed]
     _warn(plan, inputs, requests, filtered, scoring)
-    evaluate = {
-        "essence": scoring.essence,
-        "accuracy": scoring.accuracy,
-        "generation": scoring.generation,
-        "references": references,
-    }
-    study = EditStudy(editor, requests, plan, evaluate, scoring.keep_deltas)
-    study.check()
+    evaluate = {name: getattr(scoring, name) for name in ("essence", "accuracy", "generation")}
     options = {
         **inputs.configuration,
         "preset": choice.preset,
@@ -120,19 +100,17 @@ def prepared_edits(
         "references": None if scoring.references is None else str(scoring.references),
         "keep_deltas": scoring.keep_deltas,
     }
-    return PreparedEdits(study, options, filtered)
-
-
-def _running_text(choice: EditMethodOptions, plan: EditPlan) -> RunningText | None:
-    """The running text to collect moments over, if requested; refuses methods without moments."""
-    if not plan.of_moments:
-        return None
-    if (choice.moments is None) == (choice.texts is None):
-        raise ExperimentError(
-            f"{plan.of_moments[0].method} needs second moments: give --moments with a file of 'causalcone moments', or "
-            "--texts to collect them now, one of the two"
-        )
-    return None if choice.texts is None else open_texts(choice.texts)
+    study = EditStudy(
+        editor=editor,
+        requests=requests,
+        plan=plan,
+        evaluate={**evaluate, "references": references},
+        keep_deltas=scoring.keep_deltas,
+        options=options,
+        filtered=filtered,
+    )
+    study.check()
+    return study
 
 
 def editor_of(inputs: Inputs, choice: EditMethodOptions, plan: EditPlan, contexts: Contexts | None) -> Editor:
@@ -158,7 +136,7 @@ def moments_of(
         return None
     if texts is not None:
         return collected(inputs.session, texts, layers, Console(), quiet, resume=resume)
-    return Moments.load(str(choice.moments_path()), layers)
+    return Moments.load(path_of(str(choice.moments), "moments"), layers)
 
 
 def _warn(

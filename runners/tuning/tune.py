@@ -16,14 +16,13 @@ from causalcone.engine.atomic import replacing
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.windows import as_windows
 from causalcone.runners.edits.inputs import (
-    PreparedEdits,
     TextInputs,
     editor_of,
     moments_of,
     prepared_edits,
     read_texts,
 )
-from causalcone.runners.edits.study import MOMENTS
+from causalcone.runners.edits.study import MOMENTS, EditStudy
 from causalcone.runners.inputs.fingerprints import facts_fingerprint, model_fingerprint
 from causalcone.runners.inputs.inputs import Inputs, open_inputs
 from causalcone.runners.options import OutputOptions, ScoringOptions, SourceOptions, TuningOptions
@@ -124,13 +123,13 @@ class _Trials:
         partial.unlink(missing_ok=True)
         return moments
 
-    def _settings_of(self, grids: ProblemGrids, prepared: PreparedEdits, fingerprints: dict[str, str]) -> None:
+    def _settings_of(self, grids: ProblemGrids, prepared: EditStudy, fingerprints: dict[str, str]) -> None:
         """Try the settings of a problem that are not done."""
         todo = []
         for grid in grids.grids:
             for point in grid.points:
                 plan = replace(grids.plan, settings=(point.setting,))
-                trial = replace(prepared, study=replace(prepared.study, plan=plan))
+                trial = replace(prepared, plan=plan)
                 configuration = {**trial.configuration, "command": "tune", **fingerprints}
                 path = self.folder.path_of(grid, point)
                 if not self.folder.is_done(path, configuration):
@@ -140,12 +139,12 @@ class _Trials:
             self._try(*arguments, f"{number} of {count}")
 
     def _try(
-        self, grid: Grid, point: GridPoint, trial: PreparedEdits, configuration: dict[str, Any], path: Path, which: str
+        self, grid: Grid, point: GridPoint, trial: EditStudy, configuration: dict[str, Any], path: Path, which: str
     ) -> None:
         if not self.output.quiet:
             self.console.print(f"{grid}, setting {which}: {point}", highlight=False)
         with ResultFolder(path, configuration, overwrite=True) as results:
-            done = trial.study.carry_out(results, self.console, self.output.quiet)
+            done = trial.carry_out(results, self.console, self.output.quiet)
             results.finish(**done.results, filtered=trial.filtered)
 
 

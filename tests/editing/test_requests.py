@@ -8,8 +8,7 @@ import warnings
 
 import pytest
 import torch
-from helpers.models import FACTS, ZERO_WIDTH_SPACE, gpt2
-from helpers.models import tokenizer as byte_level
+from helpers.models import FACTS, ZERO_WIDTH_SPACE, gpt2, tokenizer as byte_level
 from helpers.tokenizers import TOKENIZERS
 from oracles import requests as oracle_requests
 from oracles.editing import about_subject, target_log_p

@@ -1,7 +1,7 @@
 """Decoding: the tokens that a model continues many texts with, each under a change of weights of its own.
 
 Texts of any lengths grow together. Keys and values of the tokens so far are stored; a step takes one row of each text
-through the layers.
+through the layers; ``engine/run/forward.py`` names the other passes.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class Evaluator:
 
     def _essence_of(self, facts: Iterable[Fact]) -> dict[str, list[str]]:
         """The essence texts of facts, by their ids: sampled once from the model with its present weights."""
-        weights = self.session.versions()
+        weights = self.session.architecture.versions()
         keys = {fact.id: (fact.id, fact.subject, weights) for fact in facts}
         new = {fact.id: fact for fact in facts if keys[fact.id] not in self._essence}
         sampled = essence_texts(self.session, new.values(), self.seed)

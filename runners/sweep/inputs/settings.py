@@ -18,9 +18,9 @@ Share = Annotated[StrictFloat, Field(ge=0, le=1)]
 
 
 class FilterSettings(CheckedTable):
-    """Which facts are traced and edited. completes: those whose answer is among the model's 36 likeliest tokens, one
-    after the other; argmax: those whose answer is the likeliest next token; erasable: in Fact Erasure those whose
-    answer is at least so likely."""
+    """Which facts are traced and edited. completes: those whose answer is in the 36 tokens that the
+    model writes greedily after the prompt; argmax: those whose answer is the likeliest next token; erasable: in Fact
+    Erasure those whose answer is at least so likely."""
 
     completes: StrictBool = True
     argmax: StrictBool = False
