@@ -10,8 +10,6 @@ from typing import Any
 
 from typer import Argument, Option
 
-from causalcone.runners.demo.files import path_of
-
 
 def option(default: Any, help: str, *names: str, made: Any = Option, **more: Any) -> Any:
     """A field that ``takes`` makes an option of a command; needed where ``default`` is ``...``."""
@@ -22,9 +20,6 @@ def option(default: Any, help: str, *names: str, made: Any = Option, **more: Any
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     model: str = option(..., "Model folder or hub id; 'demo' is the embedded demo model.")
-
-    def model_path(self) -> str:
-        return path_of(self.model, "model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +36,6 @@ class FactsOptions(ModelOptions):
     )
     limit: int | None = option(None, "Only the first N facts.", min=1)
     skip_bad_facts: bool = option(False, "List unusable facts and go on.", "--skip-bad-facts")
-
-    def facts_path(self) -> str:
-        return path_of(self.facts, "facts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,10 +207,6 @@ class EditMethodOptions:
     seed: int = option(0, "Seed of all texts that are drawn.")
     filtered: bool = option(True, "Leave out facts that the model does not complete.", "--filter/--no-filter")
     compat: str | None = option(None, "'published': pose problems as the published code does.")
-
-    def moments_path(self) -> str | None:
-        """The file of moments, if they are not to be collected now."""
-        return None if self.moments is None else path_of(self.moments, "moments")
 
 
 _PROBLEM_HELP = "error_injection, tracing_reversal, fact_erasure, fact_amplification or fact_forcing"

@@ -62,17 +62,14 @@ class CheckedSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TraceSpec(CheckedSpec):
-    """A causal trace.
-
-    states: what is restored. samples: noise samples to average over. sigma: noise level, a number or ``"<k>sd"`` for k
-    standard deviations of the facts' subject embeddings. seed: of the noise. target: ``"label"`` (product over all
-    tokens of ``target_true``) or ``"argmax"`` (the clean run's most likely token). tokens: ``"all"``,
+    """A causal trace. states: what is restored. samples: noise samples to average over. sigma: noise level, a number or
+    ``"<k>sd"`` for k standard deviations of the facts' subject embeddings. seed: of the noise. target: ``"label"``
+    (product over all tokens of ``target_true``) or ``"argmax"`` (the clean run's most likely token). tokens: ``"all"``,
     ``"subject_onward"``, ``"subject"``, ``"subject_last"``, ``"last"`` or indices. joint: restore the chosen tokens
     together, not one by one. noise: with a counterfactual prompt there is one corrupted run, and samples, sigma and
     seed have no part in it. extra_tokens: how many tokens after the subject are corrupted too. sever: hold the token's
     ``"mlp"``, ``"attn"`` or ``"both"`` at their corrupted values (with hidden states). compat: ``"published"`` draws
-    the noise of severed runs, and takes p_corrupted of replacing noise, as the published code does.
-    """
+    the noise of severed runs, and takes p_corrupted of replacing noise, as the published code does."""
 
     states: tuple[State, ...]
     samples: int = 10
@@ -165,13 +162,10 @@ class GradientOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class GradientSpec(CheckedSpec):
-    """Integrated gradients.
-
-    kinds: of which states. steps: points of Gauss-Legendre quadrature. baseline: ``"zero"``, or ``"corrupted"``: the
-    state in the corrupted run, averaged over its ``samples`` (with ``sigma`` and ``seed`` as for tracing). For hidden
-    states a zero baseline makes the path nearly a step, since the norm that follows undoes any scale: the gap is large.
-    target: ``"argmax"`` or ``"label"``, and tokens: as for tracing.
-    """
+    """Integrated gradients. kinds: of which states. steps: points of Gauss-Legendre quadrature. baseline: ``"zero"``,
+    or ``"corrupted"``: the state in the corrupted run, averaged over its ``samples`` (with ``sigma`` and ``seed`` as
+    for tracing). For hidden states a zero baseline makes the path nearly a step, since the norm that follows undoes any
+    scale: the gap is large. target: ``"argmax"`` or ``"label"``, and tokens: as for tracing."""
 
     kinds: tuple[str, ...]
     steps: int = 50

@@ -29,10 +29,8 @@ _COLUMNS = ("problem", "method", "window", "r2_layer", "r2_trace", "r2_both", "d
 def analyze_folder(
     analysis: StudyOptions, out: Path, console: Console, *, mixed: bool, scatter: bool, figures: bool
 ) -> None:
-    """Write tables and figures, and print the answer.
-
-    Raises ``TableError`` for a folder that is not a sweep's, and ``ResultError`` where nothing can be written.
-    """
+    """Write tables and figures, and print the answer. Raises ``TableError`` for a folder that is not a sweep's, and
+    ``ResultError`` where nothing can be written."""
     study, options = open_study(analysis, mixed)
     tables, missing = paper_tables(study, options)
     drawn: list[Path] = []

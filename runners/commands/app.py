@@ -35,7 +35,7 @@ def main() -> None:
     warnings.simplefilter("always", UserWarning)
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     logging.getLogger("causalcone").addHandler(_LOG_LINES)
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with what was finished written
     try:
         app(standalone_mode=True)
     except CausalconeError as error:
@@ -68,8 +68,3 @@ class _LogLines(logging.Handler):
 
 
 _LOG_LINES = _LogLines()
-
-
-def _terminate(*_: Any) -> None:
-    """End as after an interruption, with what was finished written."""
-    sys.exit(143)

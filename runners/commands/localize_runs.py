@@ -56,9 +56,7 @@ class TableRun:
         keep: int = 0,
     ) -> None:
         """Compute the run into its table, draw figures with the batches of the first ``keep`` facts, and show tables.
-
-        Whatever ends it early, the facts finished by then are in the table.
-        """
+        Whatever ends it early, the facts finished by then are in the table."""
         name, total, finished = self.run.name, len(self.run.facts), 0
         first: list[pa.RecordBatch] = []
         started = time.monotonic()

@@ -45,10 +45,8 @@ class Sentence:
 
 @dataclass(frozen=True)
 class World:
-    """Facts about ``subjects``: fact i is about subject ``owners[i]``.
-
-    ``held_out`` maps a fact's index to the one phrasing, if any, that no training sentence has.
-    """
+    """Facts about ``subjects``: fact i is about subject ``owners[i]``. ``held_out`` maps a fact's index to the one
+    phrasing, if any, that no training sentence has."""
 
     seed: int
     subjects: tuple[Subject, ...]

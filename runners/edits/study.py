@@ -55,11 +55,9 @@ class EditsDone:
 
 @dataclass(frozen=True, kw_only=True)
 class EditStudy:
-    """Edits that are yet to be made: every setting of the plan, at all of its layers, for all requests.
-
-    evaluate: options of ``Editor.evaluate``; keep_deltas: whether changes of weights are kept; options: those to keep
-    beside the results; filtered: why the problem is not posed for some facts; collected: moments to keep.
-    """
+    """Edits that are yet to be made: every setting of the plan, at all of its layers, for all requests. evaluate:
+    options of ``Editor.evaluate``; keep_deltas: whether changes of weights are kept; options: those to keep beside the
+    results; filtered: why the problem is not posed for some facts; collected: moments to keep."""
 
     editor: Editor
     requests: Sequence[Request]
@@ -95,10 +93,8 @@ class EditStudy:
             self._edits(self.requests, setting)
 
     def carry_out(self, folder: ResultFolder, console: Console, quiet: bool = False) -> EditsDone:
-        """Compute the study into the tables ``edits``, ``probes`` and ``metrics`` of the folder.
-
-        Whatever ends it early, the batches finished by then are in the tables.
-        """
+        """Compute the study into the tables ``edits``, ``probes`` and ``metrics`` of the folder. Whatever ends it
+        early, the batches finished by then are in the tables."""
         if self.collected is not None:
             self.collected.save(folder.path / MOMENTS)
         started = time.monotonic()

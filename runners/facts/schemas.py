@@ -175,11 +175,9 @@ def _from_own_line(index: int, record: Record) -> Fact:
 
 
 def draw_other_answers(records: Sequence[Any], seed: int) -> list[str | None]:
-    """For each zsRE record a false target: another record's first answer.
-
-    Drawn uniformly from the sorted distinct first answers of the whole file, the record's own excepted, so that
-    it depends on neither a limit nor skipped records. None where the record has no answer or the file no other one.
-    """
+    """For each zsRE record a false target: another record's first answer. Drawn uniformly from the sorted distinct
+    first answers of the whole file, the record's own excepted, so that it depends on neither a limit nor skipped
+    records. None where the record has no answer or the file no other one."""
     answers = [_first_answer(record) for record in records]
     pool = sorted({answer for answer in answers if answer is not None})
     place = {answer: position for position, answer in enumerate(pool)}

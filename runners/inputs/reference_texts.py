@@ -53,10 +53,8 @@ class _ReferenceRecord(BaseModel):
 
 def load_reference_texts(path: str | os.PathLike[str]) -> ReferenceTexts:
     """The texts of an attribute snippets file: a JSON list of ``relation_id``, ``target_id`` and ``samples``, each of
-    which has a ``text``. Entries of the same relation and target are put together.
-
-    Raises ``FactError`` naming the file and the entry at fault.
-    """
+    which has a ``text``. Entries of the same relation and target are put together. Raises ``FactError`` naming the file
+    and the entry at fault."""
     path = Path(path)
     try:
         content = json.loads(read_text(path))

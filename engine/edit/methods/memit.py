@@ -234,7 +234,7 @@ class Prefixes:
         out = torch.empty_like(passed.out)
         for rows in pieces(len(out), self.layers.tiles.rows):
             values = passed.values[rows] + update(passed.keys[rows], rows)
-            out[rows] = passed.mid[rows] + block.mlp_output(values)
+            out[rows] = passed.mid[rows] + block.mlp_out(values)
         self.rows = out
         self.at += 1
         self.release()

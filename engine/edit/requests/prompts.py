@@ -13,26 +13,23 @@ import numpy as np
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.runs.packed_runs import Text
 from causalcone.engine.errors import FactError
-from causalcone.engine.facts import encode, encode_text, target_ids
+from causalcone.engine.facts import Fact, encode, encode_text, target_ids
 from causalcone.engine.models.base import Sizes
 
 ESSENCE = "{} is a"
 NOISE_SEED = 1
 
+SubjectNoise = tuple[np.ndarray | None, int]
+"""Noise (n, hidden) on the subject's tokens, if there is any, and the first of them."""
 Encoded = TypeVar("Encoded")
 
 
 @dataclass(frozen=True)
 class Prompted:
-    """A prompt about a request's subject: its text, without a target, and the tokens of the subject."""
+    """A prompt about a request's subject: its text, without a target, and the last token of the subject."""
 
     text: Text
-    span: tuple[int, int]
-
-    @property
-    def lookup(self) -> int:
-        """The last subject token."""
-        return self.span[1] - 1
+    lookup: int
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -77,21 +74,24 @@ class Encoder:
     def task(self, request: Request, contexts: Sequence[str]) -> EditTask:
         """The request with contexts put before its prompt."""
         prompts = [
-            Prompted(self.followed(request, prompted.text, request.target), prompted.span)
+            Prompted(self.followed(request, prompted.text, request.target), prompted.lookup)
             for prompted in self.contexts(request, contexts)
         ]
         essence = self.prompted(request, ESSENCE)
         start = replace(essence.text, tokens=essence.text.tokens[: essence.lookup + 1])
-        return EditTask(request=request, prompts=(*prompts, Prompted(start, essence.span)))
+        return EditTask(request=request, prompts=(*prompts, Prompted(start, essence.lookup)))
 
     def trained(self, request: Request, samples: int) -> list[Text]:
         """The bare prompt with the target: once, or once for each of ``samples`` of noise on the subject."""
-        prompt = self.bare(request)
-        text = self.followed(request, prompt.text, request.target)
-        if request.sigma is None:
+        text = self.followed(request, self.bare(request).text, request.target)
+        if request.sigma is None or text.noise is None:
             return [text]
-        noise = _noise(request.sigma, samples, prompt.span[1] - prompt.span[0], self.sizes.hidden)
+        noise = _noise(request.sigma, samples, *text.noise.shape)
         return [replace(text, noise=sample) for sample in noise]
+
+    def prompt(self, fact: Fact) -> tuple[int, ...]:
+        """The token ids of a fact's prompt."""
+        return encode(fact, self.tokenizer, "argmax", self.sizes.vocabulary, self.sizes.positions).prompt
 
     def bare(self, request: Request) -> Prompted:
         """The request's prompt."""
@@ -102,7 +102,7 @@ class Encoder:
         """A template with the request's subject, which carries its noise."""
         fact = replace(request.fact, prompt=template)
         encoded = encode(fact, self.tokenizer, "argmax", self.sizes.vocabulary, self.sizes.positions)
-        return Prompted(self._noised(request, encoded.prompt, encoded.span), encoded.span)
+        return Prompted(self._noised(request, encoded.prompt, encoded.span), encoded.span[1] - 1)
 
     @_once
     def answer(self, request: Request, target: str) -> tuple[int, ...]:
@@ -146,6 +146,13 @@ class Encoder:
 
     def _noised(self, request: Request, tokens: tuple[int, ...], span: tuple[int, int]) -> Text:
         """Tokens with the request's noise, if it has any, on a span."""
-        if request.sigma is None:
-            return Text(tokens)
-        return Text(tokens, _noise(request.sigma, 1, span[1] - span[0], self.sizes.hidden)[0], span[0])
+        return (
+            Text(tokens)
+            if request.sigma is None
+            else Text(tokens, *subject_noise(request.sigma, span, self.sizes.hidden))
+        )
+
+
+def subject_noise(level: float, span: tuple[int, int], hidden: int) -> SubjectNoise:
+    """The first sample of the noise on a subject, and where it begins."""
+    return _noise(level, 1, span[1] - span[0], hidden)[0], span[0]

@@ -7,7 +7,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -79,30 +78,27 @@ class References(Protocol):
     def corpus(self) -> Sequence[str]: ...
 
 
-@dataclass(frozen=True)
-class Generation:
-    """Metrics of the texts that the model writes after the facts' generation prompts, before and after edits."""
-
-    session: Session
-    encoder: Encoder
-    seed: int
-    references: References | None
-    scorer: ReferenceScorer | None
-
-    def rows(self, edits: Sequence[Edit]) -> Iterator[Row]:
-        """The metrics of each edit whose fact has generation prompts."""
-        edits = [edit for edit in edits if edit.request.fact.generation_prompts]
-        requests: dict[int, Request] = {id(edit.request): edit.request for edit in edits}
-        made = [edit for edit in edits if edit.delta is not None]
-        write = partial(generate_texts, self.session, seed=self.seed, encoder=self.encoder)
-        before = dict(zip(requests, write(list(requests.values())), strict=True))
-        written = write([edit.request for edit in made], deltas=[edit.delta for edit in made])
-        after = {id(edit): texts for edit, texts in zip(made, written, strict=True)}
-        for edit in edits:
-            pre, post = before[id(edit.request)], after.get(id(edit))
-            entropy = None if post is None else generation_entropy(post)
-            yield edit.edit_id, "generation_entropy", generation_entropy(pre), entropy
-            if self.scorer is not None and self.references is not None:
-                texts = self.references.of(edit.request.fact)
-                score = None if post is None else self.scorer.score(post, texts)
-                yield edit.edit_id, "reference_score", self.scorer.score(pre, texts), score
+def generation_rows(
+    session: Session,
+    edits: Sequence[Edit],
+    seed: int,
+    scoring: tuple[References, ReferenceScorer] | None,
+    encoder: Encoder,
+) -> Iterator[Row]:
+    """The metrics of the texts that the model writes after the facts' generation prompts, before and after edits."""
+    edits = [edit for edit in edits if edit.request.fact.generation_prompts]
+    requests: dict[int, Request] = {id(edit.request): edit.request for edit in edits}
+    made = [edit for edit in edits if edit.delta is not None]
+    write = partial(generate_texts, session, seed=seed, encoder=encoder)
+    before = dict(zip(requests, write(list(requests.values())), strict=True))
+    written = write([edit.request for edit in made], deltas=[edit.delta for edit in made])
+    after = {id(edit): texts for edit, texts in zip(made, written, strict=True)}
+    for edit in edits:
+        pre, post = before[id(edit.request)], after.get(id(edit))
+        entropy = None if post is None else generation_entropy(post)
+        yield edit.edit_id, "generation_entropy", generation_entropy(pre), entropy
+        if scoring is not None:
+            references, scorer = scoring
+            texts = references.of(edit.request.fact)
+            score = None if post is None else scorer.score(post, texts)
+            yield edit.edit_id, "reference_score", scorer.score(pre, texts), score
