@@ -39,18 +39,11 @@ _COUNTERFACT = {
     "generation_entropy": "GE",
     "reference_score": "RS",
 }
-_ZSRE = {
-    "rewrite_accuracy": "efficacy",
-    "paraphrase_accuracy": "paraphrase",
-    "neighborhood_accuracy": "specificity",
-}
+_ZSRE = {"rewrite_accuracy": "efficacy", "paraphrase_accuracy": "paraphrase", "neighborhood_accuracy": "specificity"}
 
 
 def scores(
-    edits: TraceSource,
-    probes: TraceSource,
-    metrics: TraceSource | None = None,
-    aggregate: Aggregate = "first",
+    edits: TraceSource, probes: TraceSource, metrics: TraceSource | None = None, aggregate: Aggregate = "first"
 ) -> pl.DataFrame:
     """Scores of edits (Hase et al. 2023; docs/editing.md, "Scores").
 

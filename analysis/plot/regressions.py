@@ -17,10 +17,7 @@ from causalcone.analysis.tables.traces import TableError
 
 _COLUMNS = 4
 _MOST_POINTS = 2000
-_BARS: dict[str, Any] = {
-    "layer": {"facecolor": COLORS["sky"]},
-    "both": {"facecolor": COLORS["orange"], "hatch": "///"},
-}
+_BARS: dict[str, Any] = {"layer": {"facecolor": COLORS["sky"]}, "both": {"facecolor": COLORS["orange"], "hatch": "///"}}
 
 
 def r2_bars(regressions: pl.DataFrame, score: str = "rewrite", path: draw.PathLike | None = None) -> Figure:

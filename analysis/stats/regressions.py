@@ -116,12 +116,7 @@ def fits(sample: RegressionData, interaction: bool = True) -> dict[str, Fit]:
 
 
 def _row(sample: RegressionData, interaction: bool) -> dict[str, Any]:
-    row = {
-        **sample.key,
-        "edits": len(sample),
-        "facts": len(sample.facts),
-        "layers": len(sample.layers),
-    }
+    row = {**sample.key, "edits": len(sample), "facts": len(sample.facts), "layers": len(sample.layers)}
     if sample.lack is not None:
         return {**row, "note": sample.lack}
     models = fits(sample, interaction)
