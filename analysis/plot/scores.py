@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from causalcone.analysis.plot import draw
-from causalcone.analysis.scores import SCORES, mean_scores
+from causalcone.analysis.scores import SCORES, mean_scores, refuse_unknown_scores
 from causalcone.analysis.tables.names import METHODS, heading, position, window_name
 from causalcone.analysis.tables.traces import TableError
 
@@ -37,9 +37,7 @@ def scores(
     Raises:
         TableError: a score is unknown, or no edit has it.
     """
-    unknown = [name for name in names if name not in SCORES]
-    if unknown or not names:
-        raise TableError(f"there are no scores {', '.join(unknown) or 'to draw'}; choose from {', '.join(SCORES)}")
+    refuse_unknown_scores(names, "draw")
     means = mean_scores(table).filter(pl.col("score").is_in(list(names)) & (pl.col("n") > 0))
     absent = [name for name in names if means.filter(score=name).is_empty()]
     if absent:

@@ -77,16 +77,16 @@ def zero(
     """
     from causalcone.analysis.layer_effects import zeroing_curve
     from causalcone.runners.commands.localize_runs import prepare_zeroing
-    from causalcone.runners.show.figures import draw_zeroing
+    from causalcone.runners.show.figures import draw_table
     from causalcone.runners.show.tables import layer_tables
 
     prepared = prepare_zeroing(source, zeroing)
     with open_results(output, prepared.configuration, "traces") as folder:
         done = prepared.run.carry_out(folder, Console(), output.quiet)
-        figures = draw_zeroing(output.out) if plot else []
+        figures = draw_table(output.out, "zeroing") if plot else []
     folder.finish(**done.results)
     if not output.quiet:
-        tables = layer_tables(zeroing_curve(done.path), "Share of p(target) lost by zeroing", ".3f")
+        tables = layer_tables(zeroing_curve(done.path), "Share of p(target) lost by zeroing", "z.3f")
         show(tables, done.sentence(), figures)
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from causalcone.engine.atomic import write_text
+from causalcone.engine.atomic import replacing
 from causalcone.runners.edits.study import MOMENTS
-from causalcone.runners.results.folder import ResultError, clear, differences, refuse_occupied, versions
+from causalcone.runners.results.folder import ResultError, clear, differences, refuse_occupied, versions, writing
 from causalcone.runners.tuning.grid import Grid, GridPoint, ProblemGrids
 
 RECORD, TABLE, PRESET, GRID = "tuning.json", "tuning.parquet", "preset.toml", "grid"
@@ -36,52 +36,51 @@ class TuningFolder:
         self.path = path
         self.configuration = _as_json(configuration)
         self._begun, self._lock = False, FileLock(path / LOCK, timeout=0)
-        kept = self._kept()
-        self._drop = kept is not None and overwrite
-        self.record: dict[str, Any] = {} if kept is None or overwrite else kept
+        earlier = self._earlier()
+        self._drop = earlier is not None and overwrite
+        self.record: dict[str, Any] = {} if earlier is None or overwrite else earlier
         if self.record:
             self._refuse_other(RECORD, self.record["configuration"], self.configuration)
             self._warn_of_versions(self.record["versions"])
 
     def holds(self, problems: Sequence[ProblemGrids]) -> bool:
         """Whether all settings have been tried, and what they gave is still there."""
-        places = [self.place(grid, point) for each in problems for grid in each.grids for point in grid.points]
+        places = (self.place(grid, point) for grids in problems for grid in grids.grids for point in grid.points)
         return self.record.get("status") == COMPLETE and all((place / "run.json").exists() for place in places)
 
     def begin(self, depth: int) -> None:
         """Write down what is asked for; depth: layers that the model has."""
         if self._begun:
             return
-        try:
+        with writing(f"to {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
+            try:
+                self._lock.acquire()
+            except Timeout:
+                raise ResultError(f"another process is at work in {self.path}; wait for it, or stop it") from None
             self._begun = True
             if self._drop:
                 clear(self.path, _OWN)
-        except Timeout:
-            raise ResultError(f"another process is at work in {self.path}; wait for it, or stop it") from None
-        except OSError as error:
-            raise ResultError(f"cannot write to {self.path}: {error.strerror} ({error.filename})") from error
         self.record = {"configuration": self.configuration, "versions": versions(), "depth": depth}
         self.write(RUNNING)
 
     def release(self) -> None:
-        """Let other processes work in the folder."""
         self._lock.release()
 
     def write(self, status: str, **results: Any) -> None:
-        """Write the record, with what is to be told besides."""
+        """Write the record, with results besides."""
         self.record = {**self.record, "status": status, **results}
         self.write_text(RECORD, json.dumps(self.record, indent=1) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a file whole or not at all."""
-        try:
-            write_text(self.path / name, text)
-        except OSError as error:
-            raise ResultError(
-                f"cannot write {self.path / name}: {error.strerror}; finished settings are kept"
-            ) from error
+        with self.writing(name) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """Yields a path to write a file to, which is there whole or not at all."""
+        with writing(self.path / name, "; finished settings are kept"), replacing(self.path / name) as partial:
+            yield partial
 
     def stopped(self) -> bool:
         """Note that the tuning ended early; whether it had begun."""
@@ -96,43 +95,43 @@ class TuningFolder:
 
     def is_done(self, place: Path, configuration: Mapping[str, Any]) -> bool:
         """Whether a setting's results are there; refuses those of another configuration."""
-        kept = _read(place / "run.json")
-        if kept is None or kept.get("status") != COMPLETE:
+        run = _read(place / "run.json")
+        if run is None or run.get("status") != COMPLETE:
             return False
         now = _as_json(configuration)
-        self._refuse_other(place.relative_to(self.path).as_posix(), {key: kept.get(key) for key in now}, now)
-        self._warn_of_versions(kept["versions"])
+        self._refuse_other(place.relative_to(self.path).as_posix(), {key: run.get(key) for key in now}, now)
+        self._warn_of_versions(run["versions"])
         return True
 
-    def _kept(self) -> dict[str, Any] | None:
-        kept = _read(self.path / RECORD)
-        if kept is None:
+    def _earlier(self) -> dict[str, Any] | None:
+        record = _read(self.path / RECORD)
+        if record is None:
             refuse_occupied(self.path, overwrite=False)
-            there = next((name for name in _OWN if (self.path / name).exists()), None)
-            if there is not None:
-                raise ResultError(f"{self.path} holds files of another origin ({there}, ...); choose another folder")
-        return kept
+            if others := [name for name in _OWN if (self.path / name).exists()]:
+                raise ResultError(
+                    f"{self.path} holds files of another origin ({others[0]}, ...); choose another folder"
+                )
+        return record
 
     def _refuse_other(self, name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        told = [each for each in differences(before, now) if each.split(":")[0] not in _ELSEWHERE]
-        if told:
+        if lines := [line for line in differences(before, now) if line.split(":")[0] not in _ELSEWHERE]:
             raise ResultError(
-                f"{self.path} holds a tuning of another configuration ({name}):\n  " + "\n  ".join(told) + "\nchoose "
+                f"{self.path} holds a tuning of another configuration ({name}):\n  " + "\n  ".join(lines) + "\nchoose "
                 "another folder, or give --overwrite to drop what is there"
             )
 
     def _warn_of_versions(self, before: Mapping[str, Any]) -> None:
-        if told := differences(before, versions()):
-            warnings.warn(f"{self.path} was begun with other versions: {'; '.join(told)}", stacklevel=2)
+        if lines := differences(before, versions()):
+            warnings.warn(f"{self.path} was begun with other versions: {'; '.join(lines)}", stacklevel=2)
 
 
 def _as_json(configuration: Mapping[str, Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps(configuration)))
 
 
-def _read(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """What a record says; None where there is none that can be read."""
+def _read(path: Path) -> dict[str, Any] | None:
+    """A record; None where there is none that can be read."""
     try:
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None

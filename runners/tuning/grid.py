@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 from causalcone.engine.edit.requests.requests import ERROR_INJECTION
@@ -74,13 +74,10 @@ def problem_grids(choice: TuningOptions) -> list[ProblemGrids]:
     if len(set(problems)) < len(problems):
         raise ExperimentError(f"a problem is given twice among {', '.join(problems)}; give each once")
     axes = [_Axis.parsed(text) for text in choice.grid or ()]
-    found = []
-    for problem in problems:
-        plan = plan_of(choice, problem, (choice.layer,), choice.aggregate)
+    plans = [plan_of(choice, problem, (choice.layer,), choice.aggregate) for problem in problems]
+    for plan in plans:
         _check(plan.settings, axes, choice.changes or ())
-        grids = tuple(_grid(problem, setting, axes) for setting in plan.settings)
-        found.append(ProblemGrids(plan, grids))
-    return found
+    return [ProblemGrids(plan, tuple(_grid(plan.problem, each, axes) for each in plan.settings)) for plan in plans]
 
 
 @dataclass(frozen=True)
@@ -123,26 +120,25 @@ def _check(settings: Sequence[Setting], axes: Iterable[_Axis], given: Iterable[s
                 raise ExperimentError(
                     f"{change}: that is what the grid of {setting} varies; leave it out, or give --grid"
                 )
-    for number, setting in enumerate(settings):
-        same = next((each for each in settings[:number] if keys_of(each) == keys_of(setting)), None)
-        if same is not None:
+    for first, second in combinations(settings, 2):
+        if keys_of(first) == keys_of(second):
             raise ExperimentError(
-                f"a preset has one setting for {same} and {setting}; tune one of them, or each into a folder of its own"
+                f"a preset has one setting for {first} and {second}; tune one of them, or each into a folder of its own"
             )
 
 
 def _grid(problem: str, setting: Setting, axes: Iterable[_Axis]) -> Grid:
-    own = _axes_of(setting, axes)
-    names = _names(own)
+    varied = _axes_of(setting, axes)
+    names = _names(varied)
     if len(set(names)) < len(names):
         raise ExperimentError(f"--grid has {', '.join(names)} for {setting}; give each name once")
     points: list[GridPoint] = []
-    for changes in product(*(axis.changes for axis in own)):
+    for changes in product(*(axis.changes for axis in varied)):
         hparams = changed(setting.method, setting.hparams, changes)
         values = {name: getattr(hparams, name) for name in names}
         if any(point.values == values for point in points):
             raise ExperimentError(
-                f"--grid {', '.join(axis.text for axis in own)}: a value is given twice; give it once"
+                f"--grid {', '.join(axis.text for axis in varied)}: a value is given twice; give it once"
             )
         points.append(GridPoint(len(points), replace(setting, hparams=hparams), values))
     return Grid(problem, setting, tuple(points))

@@ -14,6 +14,7 @@ import polars as pl
 from rich.table import Table
 
 from causalcone.analysis.scores import mean_scores
+from causalcone.analysis.tables.names import heading
 from causalcone.engine.errors import ExperimentError
 from causalcone.runners.edits.presets import preset_text, tuned_preset
 from causalcone.runners.options import SourceOptions, TuningOptions
@@ -22,7 +23,6 @@ from causalcone.runners.show.tables import new_table
 from causalcone.runners.tuning.grid import Grid, GridPoint, ProblemGrids
 
 SCORES = ("rewrite", "paraphrase", "neighborhood")
-
 
 ROUNDING = 1e-9
 """Tolerance of differences of scores."""
@@ -88,9 +88,7 @@ def _losses(candidates: Sequence[Candidate]) -> list[float]:
     for name in ("paraphrase", "neighborhood"):
         scores = [getattr(candidate, name) for candidate in candidates]
         best = max((score for score in scores if score is not None), default=0.0)
-        losses = [
-            max(loss, best - (best if score is None else score)) for loss, score in zip(losses, scores, strict=True)
-        ]
+        losses = [max(loss, 0.0 if score is None else best - score) for loss, score in zip(losses, scores, strict=True)]
     return losses
 
 
@@ -109,87 +107,104 @@ class TrialResult:
     def read(cls, point: GridPoint, folder: Path, aggregate: str) -> TrialResult:
         """Raises ``TableError`` for tables that are damaged."""
         results = json.loads((folder / "run.json").read_text(encoding="utf-8"))["results"]
-        means = mean_scores(scores_of(folder, aggregate, essence=False)).filter(pl.col("score").is_in(SCORES))
-        scores = dict(means.select("score", "mean").iter_rows())
-        candidate = Candidate(scores["rewrite"], scores["paraphrase"], scores["neighborhood"], point.caution)
-        return cls(point, folder, results["facts"], results["edits"], results["failed"], candidate)
+        scores = dict(mean_scores(scores_of(folder, aggregate, essence=False)).select("score", "mean").iter_rows())
+        means = Candidate(scores["rewrite"], scores["paraphrase"], scores["neighborhood"], point.caution)
+        return cls(point, folder, results["facts"], results["edits"], results["failed"], means)
+
+    @property
+    def scores(self) -> dict[str, float | None]:
+        """Mean scores by name."""
+        return {name: getattr(self.means, name) for name in SCORES}
+
+    @property
+    def texts(self) -> list[str]:
+        """Mean scores as they are shown."""
+        return ["-" if score is None else f"{score:.3f}" for score in self.scores.values()]
 
 
 @dataclass(frozen=True)
 class TuningResult:
-    """All settings of a grid, and which is chosen."""
+    """All settings of a grid that were tried, and which is chosen."""
 
     grid: Grid
-    tried: tuple[TrialResult, ...]
+    trials: tuple[TrialResult, ...]
     choice: TunedChoice
 
     @classmethod
-    def of(cls, grid: Grid, tried: Sequence[TrialResult], most: float, give_up: float) -> TuningResult:
+    def of(cls, grid: Grid, trials: Sequence[TrialResult], most: float, give_up: float) -> TuningResult:
         """Raises ``ExperimentError`` where no setting has a score, saying what failed."""
         try:
-            return cls(grid, tuple(tried), choose([each.means for each in tried], most, give_up))
+            return cls(grid, tuple(trials), choose([trial.means for trial in trials], most, give_up))
         except ExperimentError as error:
-            reasons: Counter[str] = Counter()
-            for each in tried:
-                reasons.update(each.failed)
+            reasons = sum((Counter(trial.failed) for trial in trials), Counter[str]())
             raise ExperimentError("; ".join([f"{grid}: {error}", *failed_lines(reasons)])) from error
 
     @property
     def chosen(self) -> TrialResult:
-        return self.tried[self.choice.number]
+        return self.trials[self.choice.number]
 
+    @property
     def comment(self) -> str:
-        """What was chosen, in a line."""
-        chosen = self.chosen
-        means = (f"{name} {_shown(getattr(chosen.means, name))}" for name in SCORES)
+        """The choice in a line."""
+        means = ", ".join(f"{name} {text}" for name, text in zip(SCORES, self.chosen.texts, strict=True))
         note = "" if self.choice.note is None else f" ({self.choice.note})"
         return (
-            f"{self.grid.problem}, {self.grid.setting}: {chosen.point} of {len(self.tried)} settings on "
-            f"{chosen.facts} facts: {', '.join(means)}{note}"
+            f"{self.grid.problem}, {self.grid.setting}: {self.chosen.point} of {len(self.trials)} settings on "
+            f"{self.chosen.facts} facts: {means}{note}"
         )
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The choice for JSON."""
+        return {
+            "problem": self.grid.problem,
+            **self.chosen.point.setting.configuration,
+            "setting": str(self.chosen.point),
+            "means": self.chosen.scores,
+            "facts": self.chosen.facts,
+            "note": self.choice.note,
+        }
 
 
 def tuning_table(tuned: Sequence[TuningResult], layer: int, path: Path) -> pl.DataFrame:
     """A row for each setting: what was varied of it (null where that is of another method), mean scores, and whether it
     is chosen. folder: where its edits are, below ``path``."""
-    names = dict.fromkeys(name for each in tuned for name in each.grid.points[0].values)
+    names = dict.fromkeys(name for result in tuned for name in result.grid.points[0].values)
     rows = [
         {
-            "problem": each.grid.problem,
-            "method": tried.point.setting.method,
-            "window": tried.point.setting.window,
+            "problem": result.grid.problem,
+            "method": trial.point.setting.method,
+            "window": trial.point.setting.window,
             "layer": layer,
-            "folder": tried.folder.relative_to(path).as_posix(),
-            "setting": str(tried.point),
-            **{name: _number(tried.point.values.get(name)) for name in names},
-            "facts": tried.facts,
-            "edits": tried.edits,
-            "failed": sum(tried.failed.values()),
-            **{name: getattr(tried.means, name) for name in SCORES},
-            "chosen": tried is each.chosen,
+            "folder": trial.folder.relative_to(path).as_posix(),
+            "setting": str(trial.point),
+            **{name: trial.point.values.get(name) for name in names},
+            "facts": trial.facts,
+            "edits": trial.edits,
+            "failed": sum(trial.failed.values()),
+            **trial.scores,
+            "chosen": trial is result.chosen,
         }
-        for each in tuned
-        for tried in each.tried
+        for result in tuned
+        for trial in result.trials
     ]
     return pl.DataFrame(rows, schema_overrides=dict.fromkeys([*names, *SCORES], pl.Float64), infer_schema_length=None)
 
 
 def score_tables(tuned: Sequence[TuningResult]) -> list[Table]:
     """Mean scores of all settings, a table for each problem; the chosen ones are marked."""
-    tables = []
-    for problem in dict.fromkeys(each.grid.problem for each in tuned):
-        own = [each for each in tuned if each.grid.problem == problem]
-        facts = own[0].chosen.facts
-        title = f"{problem.replace('_', ' ').capitalize()}: mean scores of {facts} facts by setting"
-        table = new_table(title, "method", "setting", "rewrite", "paraphrase", "neighbourhood", "chosen")
-        for each in own:
-            for tried in each.tried:
-                scores = [_shown(getattr(tried.means, name)) for name in SCORES]
-                chosen = tried is each.chosen
-                row = (str(each.grid.setting), str(tried.point), *scores, "chosen" if chosen else "")
-                table.add_row(*row, style="bold" if chosen else None, end_section=tried is each.tried[-1])
-        tables.append(table)
-    return tables
+    tables: dict[str, Table] = {}
+    for result in tuned:
+        problem = result.grid.problem
+        if problem not in tables:
+            title = f"{heading(problem)}: mean scores of {result.chosen.facts} facts by setting"
+            columns = ("method", "setting", "rewrite", "paraphrase", "neighbourhood", "chosen")
+            tables[problem] = new_table(title, *columns)
+        for trial in result.trials:
+            mark = {"style": "bold"} if trial is result.chosen else {}
+            row = (str(result.grid.setting), str(trial.point), *trial.texts, "chosen" if mark else "")
+            tables[problem].add_row(*row, **mark, end_section=trial is result.trials[-1])
+    return list(tables.values())
 
 
 def chosen_preset(
@@ -205,31 +220,9 @@ def chosen_preset(
         f"Tuned on {time.strftime('%Y-%m-%d')} by causalcone tune: the model {source.model}, facts of {source.facts}, "
         f"layer {choice.layer + 1} (counted from 1){begun}; rewrite score at most {choice.most:g}, of the best "
         f"paraphrase and neighbourhood score {choice.give_up:g} given up at most.",
-        *(each.comment() for each in tuned),
+        *(result.comment for result in tuned),
     ]
-    chosen = [(each.grid.problem, each.chosen.point.setting, tuple(each.chosen.point.values)) for each in tuned]
+    points = [(result.grid.problem, result.chosen.point) for result in tuned]
+    settings = [(problem, point.setting, tuple(point.values)) for problem, point in points]
     plan = grids[0].plan  # all problems have its noise and its prompts
-    return preset_text(tuned_preset(choice.preset, depth, plan.sigma, plan.aggregate, chosen), comments)
-
-
-def told(tuned: Sequence[TuningResult]) -> list[dict[str, Any]]:
-    """The choices for JSON."""
-    return [
-        {
-            "problem": each.grid.problem,
-            **each.chosen.point.setting.configuration,
-            "setting": str(each.chosen.point),
-            "means": {name: getattr(each.chosen.means, name) for name in SCORES},
-            "facts": each.chosen.facts,
-            "note": each.choice.note,
-        }
-        for each in tuned
-    ]
-
-
-def _number(value: int | float | None) -> float | None:
-    return None if value is None else float(value)
-
-
-def _shown(score: float | None) -> str:
-    return "-" if score is None else f"{score:.3f}"
+    return preset_text(tuned_preset(choice.preset, depth, plan.sigma, plan.aggregate, settings), comments)

@@ -7,12 +7,10 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from causalcone.engine.atomic import replacing
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.windows import as_windows
 from causalcone.runners.edits.inputs import (
@@ -29,8 +27,8 @@ from causalcone.runners.inputs.inputs import Inputs, open_inputs
 from causalcone.runners.options import OutputOptions, ScoringOptions, SourceOptions, TuningOptions
 from causalcone.runners.results.folder import ResultError, ResultFolder
 from causalcone.runners.tuning.folder import COMPLETE, PARTIAL, PRESET, TABLE, TuningFolder
-from causalcone.runners.tuning.grid import Grid, GridPoint, ProblemGrids, problem_grids
-from causalcone.runners.tuning.results import TrialResult, TuningResult, chosen_preset, told, tuning_table
+from causalcone.runners.tuning.grid import ProblemGrids, problem_grids
+from causalcone.runners.tuning.results import TrialResult, TuningResult, chosen_preset, tuning_table
 
 _UNSCORED = ScoringOptions()
 """Probabilities alone are measured of edits."""
@@ -49,7 +47,7 @@ def tune(source: SourceOptions, choice: TuningOptions, output: OutputOptions, co
         try:
             _Trying(source, choice, output, console, folder, texts).all_of(grids)
         except BaseException:
-            with suppress(ResultError):  # of the two errors, the one that ended it is told
+            with suppress(ResultError):  # of the two errors, the one that ended it is shown
                 if folder.stopped():
                     console.print("stopped; finished settings are kept, and the same command goes on", highlight=False)
             raise
@@ -60,22 +58,14 @@ def tune(source: SourceOptions, choice: TuningOptions, output: OutputOptions, co
 
 def _configuration(source: SourceOptions, choice: TuningOptions, grids: Sequence[ProblemGrids]) -> dict[str, Any]:
     """What decides the scores."""
+    names = ("moments", "texts", "ridge", "contexts", "seed", "filtered", "compat")
     return {
         "command": "tune",
-        "model": source.model,
-        "facts": source.facts,
-        "limit": source.limit,
-        "skip_bad_facts": source.skip_bad_facts,
-        "dtype": source.dtype,
+        **{name: getattr(source, name) for name in ("model", "facts", "limit", "skip_bad_facts", "dtype")},
         "layer": choice.layer,
-        "problems": {each.plan.problem: each.configuration for each in grids},
-        "moments": choice.moments,
-        "texts": choice.texts,
-        "ridge": choice.ridge,
+        "problems": {problem.plan.problem: problem.configuration for problem in grids},
+        **{name: getattr(choice, name) for name in names},
         "contexts": None if choice.contexts is None else str(choice.contexts),
-        "seed": choice.seed,
-        "filtered": choice.filtered,
-        "compat": choice.compat,
     }
 
 
@@ -99,53 +89,47 @@ class _Trying:
             "facts_fingerprint": facts_fingerprint(inputs.facts),
             "model_fingerprint": model_fingerprint(inputs.session.architecture),
         }
-        for number, each in enumerate(grids):
-            own = replace(inputs, skipped=list(inputs.skipped))
-            editor = editor_of(own, self.choice, each.plan, contexts)
+        for number, problem in enumerate(grids):
+            copy = replace(inputs, skipped=list(inputs.skipped))
+            editor = editor_of(copy, self.choice, problem.plan, contexts)
             if number == 0:
-                moments = self._moments(inputs, each)
-            prepared = prepared_edits(editor, moments, own, self.choice, each.plan, _UNSCORED)
+                moments = self._moments(inputs, problem)
+            prepared = prepared_edits(editor, moments, copy, self.choice, problem.plan, _UNSCORED)
             self.folder.begin(inputs.session.sizes.depth)
-            self._settings_of(each, prepared, fingerprints)
-            contexts = editor.contexts if each.plan.of_contexts else contexts
+            self._try_settings(problem, prepared, fingerprints)
+            contexts = editor.contexts if problem.plan.of_contexts else contexts
 
     def _moments(self, inputs: Inputs, grids: ProblemGrids) -> Moments | None:
         """Those given; or collected once, and kept in the folder."""
         if self.texts.running is None:
             return moments_of(inputs, self.choice, grids.plan, None, self.output.quiet)
         self.folder.begin(inputs.session.sizes.depth)
-        kept, partial = self.folder.path / MOMENTS, self.folder.path / PARTIAL
-        if kept.exists():
-            return Moments.load(kept)
+        file, partial = self.folder.path / MOMENTS, self.folder.path / PARTIAL
+        if file.exists():
+            return Moments.load(file)
         moments = moments_of(inputs, self.choice, grids.plan, self.texts.running, self.output.quiet, partial)
         assert moments is not None
-        moments.save(kept)
+        moments.save(file)
         partial.unlink(missing_ok=True)
         return moments
 
-    def _settings_of(self, grids: ProblemGrids, prepared: PreparedEdits, fingerprints: dict[str, str]) -> None:
+    def _try_settings(self, grids: ProblemGrids, prepared: PreparedEdits, fingerprints: dict[str, str]) -> None:
         """The settings of a problem that are not done."""
+        points = [(grid, point) for grid in grids.grids for point in grid.points]
         todo = []
-        for grid in grids.grids:
-            for point in grid.points:
-                plan = replace(grids.plan, settings=(point.setting,))
-                own = replace(prepared, study=replace(prepared.study, plan=plan))
-                configuration = {**own.configuration, "command": "tune", **fingerprints}
-                place = self.folder.place(grid, point)
-                if not self.folder.is_done(place, configuration):
-                    todo.append((grid, point, own, configuration, place))
-        count = sum(len(grid.points) for grid in grids.grids)
-        for number, each in enumerate(todo, start=count - len(todo) + 1):
-            self._try(*each, f"{number} of {count}")
-
-    def _try(
-        self, grid: Grid, point: GridPoint, own: PreparedEdits, configuration: dict[str, Any], place: Path, which: str
-    ) -> None:
-        if not self.output.quiet:
-            self.console.print(f"{grid}, setting {which}: {point}", highlight=False)
-        with ResultFolder(place, configuration, overwrite=True) as results:
-            done = own.study.carry_out(results, self.console, self.output.quiet)
-            results.finish(**done.results, filtered=own.filtered)
+        for grid, point in points:
+            plan = replace(grids.plan, settings=(point.setting,))
+            edits = replace(prepared, study=replace(prepared.study, plan=plan))
+            configuration = {**edits.configuration, "command": "tune", **fingerprints}
+            place = self.folder.place(grid, point)
+            if not self.folder.is_done(place, configuration):
+                todo.append((f"of {len(points)}: {point}", grid, edits.study, configuration, place))
+        for number, (text, grid, study, configuration, place) in enumerate(todo, start=len(points) - len(todo) + 1):
+            if not self.output.quiet:
+                self.console.print(f"{grid}, setting {number} {text}", highlight=False)
+            with ResultFolder(place, configuration, overwrite=True) as results:
+                done = study.carry_out(results, self.console, self.output.quiet)
+                results.finish(**done.results, filtered=prepared.filtered)
 
 
 def _chosen(
@@ -153,20 +137,17 @@ def _chosen(
 ) -> list[TuningResult]:
     """Choose from what was tried, and write what is chosen."""
     tuned = []
-    for each in grids:
-        for grid in each.grids:
-            tried = [TrialResult.read(point, folder.place(grid, point), each.plan.aggregate) for point in grid.points]
-            tuned.append(TuningResult.of(grid, tried, choice.most, choice.give_up))
+    for problem in grids:
+        for grid in problem.grids:
+            places = [(point, folder.place(grid, point)) for point in grid.points]
+            trials = [TrialResult.read(point, place, problem.plan.aggregate) for point, place in places]
+            tuned.append(TuningResult.of(grid, trials, choice.most, choice.give_up))
             if tuned[-1].choice.note is not None:
                 warnings.warn(f"{grid}: {tuned[-1].choice.note}", stacklevel=2)
     table = tuning_table(tuned, choice.layer, folder.path)
-    try:
-        with replacing(folder.path / TABLE) as partial:
-            table.write_parquet(partial)
-    except OSError as error:
-        raise ResultError(
-            f"cannot write {folder.path / TABLE}: {error.strerror}; finished settings are kept"
-        ) from error
+    with folder.writing(TABLE) as partial:
+        table.write_parquet(partial)
     folder.write_text(PRESET, chosen_preset(source, choice, grids, folder.record["depth"], tuned))
-    folder.write(COMPLETE, most=choice.most, give_up=choice.give_up, chosen=told(tuned), tried=table.to_dicts())
+    chosen = [result.record for result in tuned]
+    folder.write(COMPLETE, most=choice.most, give_up=choice.give_up, chosen=chosen, tried=table.to_dicts())
     return tuned
