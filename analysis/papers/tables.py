@@ -228,8 +228,8 @@ def _study(name: str | None) -> dict[str, Any]:
 
 
 def answer(tables: Sequence[Table]) -> str:
-    """Does localization inform editing? The share of the rewrite scores' variance that edit layers explain, what effects
-    add to it, where they add the most, and whether that is more than exchanged effects do."""
+    """Does localization inform editing? The share of the rewrite scores' variance that edit layers explain, what
+    effects add to it, where they add the most, and whether that is more than exchanged effects do."""
     frames = {table.name: table.frame for table in tables}
     main = frames.get(MAIN)
     if main is None or main.is_empty():
