@@ -27,7 +27,7 @@ SCORES = ("rewrite", "paraphrase", "neighborhood", "essence", "overall", "overal
 
 _EDIT = ["edit_id", "fact_id", "problem", "method", "layer", "window"]
 _GROUP = ["problem", "method", "window", "layer"]
-EDIT = ["fact_id", "problem", "method", "window", "layer"]
+EDIT = ["fact_id", *_GROUP]
 
 _KINDS = {"efficacy": "E", "paraphrase": "P", "neighborhood": "N"}
 _COUNTERFACT = {
@@ -73,12 +73,12 @@ def scores(
     refuse(unknown, f"edit {{edit_id!r}} is of the problem {{problem!r}}; known are {', '.join(PROBLEMS)}")
     done = finished(every).select("edit_id", "problem")
     prompts = checked_probes(read_probes(probes).join(done, on="edit_id")).sort("prompt_index")
-    rows = prompts.with_columns(score=_prompt_score(), magnitude=_magnitude())
-    kinds = ("rewrite", "paraphrase", "neighborhood")
-    per_edit = rows.group_by("edit_id").agg(
-        *(_pick("score", kind, aggregate).alias(kind) for kind in kinds),
-        rewrite_magnitude=_pick("magnitude", "rewrite", aggregate),
-    )
+    reversed_target = pl.col("problem").is_in([ERROR_INJECTION, TRACING_REVERSAL])
+    difference = (pl.col("p_post") - pl.col("p_post_other")) * pl.when(reversed_target).then(1.0).otherwise(-1.0)
+    rows = prompts.with_columns(score=_prompt_score(), magnitude=difference)
+    picked = {kind: _pick("score", kind, aggregate) for kind in ("rewrite", "paraphrase", "neighborhood")}
+    magnitude = _pick("magnitude", "rewrite", aggregate)
+    per_edit = rows.group_by("edit_id").agg(**picked, rewrite_magnitude=magnitude)
     three = pl.col("rewrite") + pl.col("paraphrase") + pl.col("neighborhood")
     return (
         every.select(_EDIT)
@@ -97,11 +97,6 @@ def _prompt_score() -> pl.Expr:
     unchanged = 1 - (post - pre).abs() / pl.max_horizontal(pre, 1 - pre)
     target = pl.when(pl.col("problem") == FACT_ERASURE).then(erased).otherwise(recovered)
     return pl.when(pl.col("prompt_kind") == "neighborhood").then(unchanged).otherwise(target)
-
-
-def _magnitude() -> pl.Expr:
-    difference = pl.col("p_post") - pl.col("p_post_other")
-    return pl.when(pl.col("problem").is_in([ERROR_INJECTION, TRACING_REVERSAL])).then(difference).otherwise(-difference)
 
 
 def _pick(column: str, kind: str, aggregate: str) -> pl.Expr:
@@ -226,14 +221,15 @@ def _metric_means(edits: TraceSource, metrics: TraceSource, names: Mapping[str, 
     if known.is_empty():
         raise TableError(f"no edit that was done has any of the metrics {', '.join(names)}")
     by = [*_GROUP, "metric"]
-    sides = [
+    interval = 1.96 * pl.col("standard_error")
+    pre, post = (
         means_over_facts(known, by, side).select(
-            *by, "n", pl.col("mean").alias(side), (1.96 * pl.col("standard_error")).alias(f"{side}_interval")
+            *by, "n", pl.col("mean").alias(side), interval.alias(f"{side}_interval")
         )
         for side in ("pre", "post")
-    ]
-    both = sides[0].drop("n").join(sides[1], on=by, nulls_equal=True)
+    )
     columns = ["pre", "pre_interval", "post", "post_interval", "n"]
+    both = pre.drop("n").join(post, on=by, nulls_equal=True)
     return both.select(*_GROUP, pl.col("metric").replace_strict(names), *columns)
 
 

@@ -12,8 +12,7 @@ from causalcone.analysis.plot import draw
 from causalcone.analysis.tables.names import heading
 from causalcone.analysis.tables.traces import TraceSource
 
-MOST_LINES = 10
-MOST_BANDS = 5
+MOST_LINES, MOST_BANDS = 10, 5
 # The hues of the published figure: hidden states restored in the plain model, then with its modules severed.
 _SEVERED_STYLES = {
     "plain": ("Purples", "o", "-"),
@@ -60,11 +59,11 @@ def severed(
 ) -> Figure:
     """Mean effect of restoring a state at the tokens of a role, by layer, in the plain model and with MLP outputs,
     attention outputs or both severed from it (docs/methods.md, "Severed tracing"): one column per kind and window. With
-    ``fact_id`` and ``token`` it is of single facts (Meng et al. 2022, Fig. 14).
+    ``fact_id`` and ``token`` it is of single facts (Meng et al. 2022, Fig. 14). All lines are of the facts and tokens
+    that every severed method has.
 
     Args:
-        tables: traces, as ``read_traces`` takes them, which together hold plain and severed ones; all lines are of the
-            facts and tokens that every severed method has.
+        tables: traces, as ``read_traces`` takes them, which together hold plain and severed ones.
         role: whose tokens count.
         fact_id: only this fact counts.
         token: the number of a token that counts in place of a role's.
@@ -94,11 +93,9 @@ def severed(
 
 def _draw_severed(axes: Axes, means: pl.DataFrame) -> None:
     methods = [name for name in _SEVERED_STYLES if not means.filter(method=name).is_empty()]
-    whole = means.filter(method=methods[0])  # of the same facts as the others
-    lines = {"plain": whole.select("layer", effect="plain", standard_error="plain_error")}
-    for name in methods:
-        lines[name] = means.filter(method=name).select("layer", effect="severed", standard_error="severed_error")
-    for name, line in lines.items():
+    for name in ("plain", *methods):  # plain: beside any method, of the same facts
+        column, method = ("plain", methods[0]) if name == "plain" else ("severed", name)
+        line = means.filter(method=method).select("layer", effect=column, standard_error=f"{column}_error")
         colors, marker, dash = _SEVERED_STYLES[name]
         draw.line(axes, line, (colormaps[colors](0.8), marker, dash), draw.METHOD_NAMES.get(name, "nothing severed"))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
@@ -14,10 +12,7 @@ from causalcone.analysis.plot import draw
 from causalcone.analysis.tables.names import COLORS, words
 from causalcone.analysis.tables.traces import ROLES, TableError, TraceSource
 
-ROLE_NAMES = {role: f"{words(role)} token" for role in ROLES} | {
-    "middle_subject": "middle subject tokens",
-    "further": "further tokens",
-}
+ROLE_NAMES = {r: f"{words(r)} token" + "s" * (r in ("middle_subject", "further")) for r in ROLES}
 ROLE_STYLES = {  # a marker and a dash for print in grey
     "first_subject": ("sky", "s", "--"),
     "middle_subject": ("blue", "^", ":"),
@@ -28,11 +23,9 @@ ROLE_STYLES = {  # a marker and a dash for print in grey
 }
 
 
-def indirect_effect(table: TraceSource, path: str | os.PathLike[str] | None = None) -> Figure:
-    """Average indirect effect by token role and layer (Meng et al. 2022, Figs. 7 and 15).
-
-    One column per method, kind and window. Above: one line per role, with a band of 1.96 standard errors. Below: the
-    same means as a role-by-layer heat map. The scales are common to all columns.
+def indirect_effect(table: TraceSource, path: draw.PathLike | None = None) -> Figure:
+    """Average indirect effect by token role and layer (Meng et al. 2022, Figs. 7 and 15): a column per method, kind and
+    window, with a line per role and bands of 1.96 standard errors above, and a heat map of the same means below.
 
     Args:
         table: traces, as ``read_traces`` takes them.
@@ -68,9 +61,8 @@ def indirect_effect(table: TraceSource, path: str | os.PathLike[str] | None = No
             cells.tick_params(labelleft=False)
         else:
             lines.set_ylabel("effect on p(target)", fontsize=9)
-    for number in range(len(states), blocks * columns):
-        for axes in grid[2 * (number // columns) : 2 * (number // columns) + 2, number % columns]:
-            axes.set_visible(False)
+    for axes in grid[-2:, (len(states) - 1) % columns + 1 :].flat:
+        axes.set_visible(False)
 
     facts = int(averages["facts"].to_numpy().max())
     of = "of one fact" if facts == 1 else f"over {facts} facts, with 95 % intervals"

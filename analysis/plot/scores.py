@@ -56,9 +56,11 @@ def scores(
     for axes, name in zip(grid[0], names, strict=True):
         axes.set_title("Overall with essence" if name == "overall_essence" else heading(name), fontsize=10)
     for axes in grid[-1]:
-        axes.set_xlabel(_layer_label(styles), fontsize=9)
+        one = all(window == 1 for _, window in styles)
+        axes.set_xlabel("edited layer" if one else "edited layer (centre of the window)", fontsize=9)
     about = heading(problems[0]) if len(problems) == 1 else "Scores of edits"
-    draw.title(figure, f"{about}, {_over(table)}")
+    scored = table.filter(pl.any_horizontal(pl.col(SCORES).is_not_null()))["fact_id"].n_unique()
+    draw.title(figure, f"{about}, {draw.mean_of(scored)}")
     handles = [Line2D([], [], label=_label(setting), **style) for setting, style in styles.items()]
     draw.legend(figure, 4, handles=handles, handlelength=3)
     return draw.finish(figure, path)
@@ -86,12 +88,3 @@ def _panel(axes: Axes, means: pl.DataFrame, styles: dict[_Setting, dict[str, Any
 def _label(setting: _Setting) -> str:
     method, window = setting
     return f"{METHODS.get(method, method)} ({window_name(window)})"
-
-
-def _layer_label(styles: dict[_Setting, dict[str, Any]]) -> str:
-    return "edited layer" if all(window == 1 for _, window in styles) else "edited layer (centre of the window)"
-
-
-def _over(table: pl.DataFrame) -> str:
-    scored = table.filter(pl.any_horizontal(pl.col(SCORES).is_not_null()))
-    return draw.mean_of(scored["fact_id"].n_unique())

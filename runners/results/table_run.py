@@ -26,23 +26,17 @@ class TableRun:
     batches: Iterator[pa.RecordBatch]
 
     def carry_out(self, folder: ResultFolder, console: Console, quiet: bool = False, keep: int = 0) -> RunSummary:
-        """Compute the run into its table in ``folder``; the first ``keep`` facts' batches are kept for figures.
-
-        Whatever ends it early, the facts finished by then are in the table.
-        """
+        """Compute the table into a folder; the first ``keep`` facts' batches are kept for figures. Whatever ends it
+        early, the facts finished by then are in the table."""
         first: list[pa.RecordBatch] = []
-        finished = 0
-        started = time.monotonic()
-        with (
-            shown_progress(console, self.title, quiet=quiet) as progress,
-            folder.table(self.table, self.schema) as table,
-        ):
+        finished, started = 0, time.monotonic()
+        progress_bar = shown_progress(console, self.title, quiet=quiet)
+        with progress_bar as progress, folder.table(self.table, self.schema) as table:
             progress(0, self.facts)
-            for batch in self.batches:
+            for finished, batch in enumerate(self.batches, start=1):
                 table.write(batch)
-                if finished < keep:
+                if finished <= keep:
                     first.append(batch)
-                finished += 1
                 progress(finished, self.facts)
         return RunSummary(folder.path / self.table, finished, table.rows, time.monotonic() - started, tuple(first))
 

@@ -13,10 +13,8 @@ from causalcone.runners.edits.presets import keys_of
 from causalcone.runners.edits.settings import Change, EditPlan, Setting, changed, check_known, plan_of
 from causalcone.runners.options import TuningOptions
 
-_CAUTIOUS = {
-    "kl_factor": 1, "covariance_weight": 1, "weight_decay": 1, "stop_loss": 1,
-    "norm_constraint": -1, "clamp": -1, "lr": -1, "steps": -1,
-}  # fmt: skip
+_CAUTIOUS = dict.fromkeys(("kl_factor", "covariance_weight", "weight_decay", "stop_loss"), 1)
+_CAUTIOUS |= dict.fromkeys(("norm_constraint", "clamp", "lr", "steps"), -1)
 """Whether more of a usual hyperparameter makes an edit more cautious (1) or bolder (-1)."""
 
 

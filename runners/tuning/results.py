@@ -17,10 +17,11 @@ from causalcone.analysis.scores import mean_scores
 from causalcone.analysis.tables.names import heading
 from causalcone.engine.errors import ExperimentError
 from causalcone.runners.edits.presets import preset_text, tuned_preset
+from causalcone.runners.edits.settings import EditPlan
 from causalcone.runners.options import SourceOptions, TuningOptions
 from causalcone.runners.show.edit_tables import failed_lines, scores_of
 from causalcone.runners.show.tables import new_table
-from causalcone.runners.tuning.grid import Grid, GridPoint, ProblemGrids
+from causalcone.runners.tuning.grid import Grid, GridPoint
 
 SCORES = ("rewrite", "paraphrase", "neighborhood")
 
@@ -208,13 +209,9 @@ def score_tables(tuned: Sequence[TuningResult]) -> list[Table]:
 
 
 def chosen_preset(
-    source: SourceOptions,
-    choice: TuningOptions,
-    grids: Sequence[ProblemGrids],
-    depth: int,
-    tuned: Sequence[TuningResult],
+    source: SourceOptions, choice: TuningOptions, plan: EditPlan, depth: int, tuned: Sequence[TuningResult]
 ) -> str:
-    """The text of a preset with the chosen settings; its comments say where they are from."""
+    """The text of a preset with the chosen settings; its comments say where they are from. plan: of any problem."""
     begun = "" if choice.preset is None else f", begun from the preset {choice.preset}"
     comments = [
         f"Tuned on {time.strftime('%Y-%m-%d')} by causalcone tune: the model {source.model}, facts of {source.facts}, "
@@ -224,5 +221,4 @@ def chosen_preset(
     ]
     points = [(result.grid.problem, result.chosen.point) for result in tuned]
     settings = [(problem, point.setting, tuple(point.values)) for problem, point in points]
-    plan = grids[0].plan  # all problems have its noise and its prompts
     return preset_text(tuned_preset(choice.preset, depth, plan.sigma, plan.aggregate, settings), comments)

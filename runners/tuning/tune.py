@@ -30,8 +30,7 @@ from causalcone.runners.tuning.folder import COMPLETE, PARTIAL, PRESET, TABLE, T
 from causalcone.runners.tuning.grid import ProblemGrids, problem_grids
 from causalcone.runners.tuning.results import TrialResult, TuningResult, chosen_preset, tuning_table
 
-_UNSCORED = ScoringOptions()
-"""Probabilities alone are measured of edits."""
+_UNSCORED = ScoringOptions()  # probabilities alone
 
 
 def tune(source: SourceOptions, choice: TuningOptions, output: OutputOptions, console: Console) -> list[TuningResult]:
@@ -147,7 +146,7 @@ def _chosen(
     table = tuning_table(tuned, choice.layer, folder.path)
     with folder.writing(TABLE) as partial:
         table.write_parquet(partial)
-    folder.write_text(PRESET, chosen_preset(source, choice, grids, folder.record["depth"], tuned))
+    folder.write_text(PRESET, chosen_preset(source, choice, grids[0].plan, folder.record["depth"], tuned))
     chosen = [result.record for result in tuned]
     folder.write(COMPLETE, most=choice.most, give_up=choice.give_up, chosen=chosen, tried=table.to_dicts())
     return tuned
