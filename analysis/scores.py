@@ -44,9 +44,9 @@ def scores(
 ) -> pl.DataFrame:
     """Scores of edits (Hase et al. 2023; docs/editing.md, "Scores").
 
-    - ``rewrite``, ``paraphrase``: what share of what p(target) lacked was recovered, (p_post - p_pre) / (1 - p_pre), in
-      Fact Erasure what share of it was erased, (p_pre - p_post) / p_pre; 0 where that is negative. Where p_pre leaves
-      nothing to recover (it is 1) or to erase (it is 0) there is no score, whatever the edit did.
+    - ``rewrite``, ``paraphrase``: the share of what p(target) lacked that came back, (p_post - p_pre) / (1 - p_pre),
+      in Fact Erasure the share that was erased, (p_pre - p_post) / p_pre; 0 where that is negative, null where p_pre
+      leaves nothing to recover or to erase
     - ``neighborhood``: 1 - |p_post - p_pre| / max(p_pre, 1 - p_pre), the divisor being the furthest p can move
     - ``essence``: 1 - clip(perplexity_post - perplexity_pre, 0, 5) / 5, of the metric "perplexity"
     - ``overall``: the mean of rewrite, paraphrase and neighborhood; ``overall_essence``: of these and essence

@@ -18,12 +18,9 @@ from causalcone.analysis.tables.traces import TableError
 
 @dataclass(frozen=True, kw_only=True)
 class AnalysisOptions:
-    """How the tables are computed; published protocol: interaction, the largest effect over tokens, p_high.
-
-    state: whose effects, the study's main state by default; draws: of the bootstrap and the permutation test; mixed:
-    whether mixed-effects models are fitted, which takes long; compat: "published" leaves effects that are not positive
-    out of means by layer, as published plots do, by default as the sweep says.
-    """
+    """How the tables are computed; as published by default. state: whose effects, the study's main state by default;
+    draws: of the bootstrap and the permutation test; mixed: whether mixed-effects models are fitted, which takes long;
+    compat: "published" leaves effects that are not positive out of means by layer, by default as the sweep says."""
 
     state: State | None = None
     at: At = "max"

@@ -20,10 +20,9 @@ from matplotlib.font_manager import FontProperties, findfont, fontManager, get_f
 from matplotlib.ticker import MaxNLocator
 
 from causalcone.analysis.tables.names import COLORS
-from causalcone.analysis.tables.traces import STATE
+from causalcone.analysis.tables.traces import STATE, State
 
 PathLike = str | os.PathLike[str]
-State = tuple[str, str, int]
 LineStyle = tuple[Any, str, str]
 """Colour, marker and dash."""
 
@@ -93,10 +92,6 @@ def kind_order(kind: str) -> tuple[int, str, int]:
     return rank, name, int(number) if number.isdigit() else -1
 
 
-def rows_of(frame: pl.DataFrame, state: State) -> pl.DataFrame:
-    return frame.filter(**dict(zip(STATE, state, strict=True)))
-
-
 def layer_count(frame: pl.DataFrame) -> int:
     return int(frame["layer"].to_numpy().max()) + 1
 
@@ -160,8 +155,10 @@ def title(figure: Figure, text: str) -> None:
     figure.suptitle(text, fontsize=11, fontweight="bold")
 
 
-def legend(figure: Figure, columns: int, **options: Any) -> None:
-    """The legend of all panels, below them."""
+def legend(figure: Figure, columns: int, axes: Axes | None = None, **options: Any) -> None:
+    """The legend of all panels, below them; of one panel's lines where that is given."""
+    if axes is not None:
+        options["handles"], options["labels"] = axes.get_legend_handles_labels()
     figure.legend(loc="outside lower center", ncols=columns, fontsize=8.5, frameon=False, **options)
 
 

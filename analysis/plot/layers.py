@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from causalcone.analysis.layer_effects import joint_effects, severed_effects, zeroing_curve
 from causalcone.analysis.plot import draw
 from causalcone.analysis.tables.names import heading
-from causalcone.analysis.tables.traces import TraceSource
+from causalcone.analysis.tables.traces import State, TraceSource, rows_of
 
 MOST_LINES, MOST_BANDS = 10, 5
 # The hues of the published figure: hidden states restored in the plain model, then with its modules severed.
@@ -85,9 +85,8 @@ def severed(
     where = f"{heading(role)} token" if token is None else f"Token {token}"
     facts = _over(means) if fact_id is None else f"fact {fact_id}"
     figure.suptitle(f"{where}, {facts}", **draw.plain(11, fontweight="bold"))
-    handles, labels = grid[0].get_legend_handles_labels()
-    columns = 2 if len(labels) == 4 and len(states) == 1 else 4
-    draw.legend(figure, columns, handles=handles, labels=labels, handlelength=3)
+    columns = 2 if len(grid[0].get_legend_handles_labels()[1]) == 4 and len(states) == 1 else 4
+    draw.legend(figure, columns, grid[0], handlelength=3)
     return draw.finish(figure, path)
 
 
@@ -109,7 +108,7 @@ def _curves(means: pl.DataFrame, title: str, label: str) -> Figure:
     for number, state in enumerate(states):
         style = (*draw.LINES[number % len(draw.LINES)], "-" if number < len(draw.LINES) else "--")
         name = draw.state_title(state).removeprefix("Zeroing ").removeprefix("Restoring ").replace("\n", " ")
-        draw.line(axes, draw.rows_of(means, state), style, name, band=bands)
+        draw.line(axes, rows_of(means, state), style, name, band=bands)
     _frame(axes, max(window for _, _, window in states), layers)
     axes.set_ylabel(label, fontsize=9)
     count = f" ({len(states)} of {len(every)} states)" if len(states) < len(every) else ""
@@ -118,10 +117,10 @@ def _curves(means: pl.DataFrame, title: str, label: str) -> Figure:
     return figure
 
 
-def _largest(means: pl.DataFrame) -> list[draw.State]:
+def _largest(means: pl.DataFrame) -> list[State]:
     """The states with the largest effects, in their usual order."""
     every = draw.states_of(means)
-    peaks = {state: draw.rows_of(means, state)["effect"].to_numpy().max() for state in every}
+    peaks = {state: rows_of(means, state)["effect"].to_numpy().max() for state in every}
     largest = sorted(every, key=lambda state: -peaks[state])[:MOST_LINES]
     return [state for state in every if state in largest]
 

@@ -14,7 +14,14 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 from causalcone.analysis.plot import draw
-from causalcone.analysis.tables.traces import TableError, TraceSource, read_gradients, read_traces, single_tokens
+from causalcone.analysis.tables.traces import (
+    TableError,
+    TraceSource,
+    read_gradients,
+    read_traces,
+    rows_of,
+    single_tokens,
+)
 
 MAP_COLUMNS = 3
 _POINT = 1 / 72
@@ -49,7 +56,7 @@ def heatmap(
     state, present = (method, kind, window), draw.states_of(fact)
     if state not in present:
         raise TableError(f"fact {fact_id!r} has no {_name(state)}; it has {', '.join(map(_name, present))}")
-    return draw.finish(_draw_traces(draw.rows_of(fact, state)), path)
+    return draw.finish(_draw_traces(rows_of(fact, state)), path)
 
 
 def heatmaps(table: TraceSource, fact_id: str, path: draw.PathLike | None = None) -> Figure:
@@ -135,7 +142,7 @@ def _draw_traces(fact: pl.DataFrame) -> Figure:
     figure, grid = _map_grid(len(states), texts, layers)
     scale = Normalize(*_limits(fact))
     for number, (axes, state) in enumerate(zip(grid, states, strict=True)):
-        values = draw.grid(draw.rows_of(fact, state), "token", tokens["token"].to_list(), "p_patched", layers)
+        values = draw.grid(rows_of(fact, state), "token", tokens["token"].to_list(), "p_patched", layers)
         mesh = draw.cells(axes, values, scale, draw.KIND_COLORS.get(state[1], "Blues"))
         axes.set_title(draw.state_title(state), fontsize=10)
         draw.layer_axis(axes, state[2], layers)

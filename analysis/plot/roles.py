@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from causalcone.analysis.effects import average_indirect_effect
 from causalcone.analysis.plot import draw
 from causalcone.analysis.tables.names import COLORS, words
-from causalcone.analysis.tables.traces import ROLES, TableError, TraceSource
+from causalcone.analysis.tables.traces import ROLES, TableError, TraceSource, rows_of
 
 ROLE_NAMES = {r: f"{words(r)} token" + "s" * (r in ("middle_subject", "further")) for r in ROLES}
 ROLE_STYLES = {  # a marker and a dash for print in grey
@@ -48,7 +48,7 @@ def indirect_effect(table: TraceSource, path: draw.PathLike | None = None) -> Fi
     for number, state in enumerate(states):
         block, column = divmod(number, columns)
         lines, cells = grid[2 * block : 2 * block + 2, column]
-        rows = draw.rows_of(averages, state)
+        rows = rows_of(averages, state)
         _draw_lines(lines, rows)
         _draw_roles(figure, cells, rows, layers, scale, draw.KIND_COLORS.get(state[1], "Blues"))
         lines.set_title(draw.state_title(state), fontsize=10)
@@ -67,8 +67,7 @@ def indirect_effect(table: TraceSource, path: draw.PathLike | None = None) -> Fi
     facts = int(averages["facts"].to_numpy().max())
     of = "of one fact" if facts == 1 else f"over {facts} facts, with 95 % intervals"
     draw.title(figure, f"Average indirect effect {of}")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    draw.legend(figure, 6 if columns == 3 else 3, handles=handles, labels=labels, handlelength=3)
+    draw.legend(figure, 6 if columns == 3 else 3, grid[0, 0], handlelength=3)
     return draw.finish(figure, path)
 
 

@@ -28,13 +28,10 @@ CORRELATION_SCHEMA: dict[str, Any] = {
 def layer_correlations(
     table: pl.DataFrame, scores: Sequence[str] = ("rewrite",), *, correction: Correction = "holm"
 ) -> pl.DataFrame:
-    """Pearson's correlation of each score with the effect at every edited layer (Hase et al. 2023, Figs. 14-22): a row
-    for each problem, method, window, score and layer, with ``CORRELATION_SCHEMA``'s columns.
-
-    ``table``: as ``edits_with_effects`` returns it. ``p`` is two-sided; ``p_corrected`` is corrected over the layers of
-    each problem, method, window and score: "holm" (family-wise error) or "bh" (false discovery rate). Null, with the
-    reason in ``note``, where there are fewer than three edits, or score or effect do not vary.
-    """
+    """Pearson's correlation of each score with the effect at every edited layer of ``edits_with_effects`` (Hase et al.
+    2023, Figs. 14-22): a row for each problem, method, window, score and layer. ``p`` is two-sided; ``p_corrected`` is
+    corrected over the layers: "holm" (family-wise error) or "bh" (false discovery rate). Null, with the reason in
+    ``note``, where there are fewer than three edits, or score or effect do not vary."""
     one_of("correction", correction, get_args(Correction))
     rows: list[dict[str, Any]] = []
     for sample in samples(table, scores):

@@ -27,12 +27,9 @@ def cluster_robust_tests(
     table: pl.DataFrame, scores: Sequence[str] = ("rewrite",), *, interaction: bool = True
 ) -> pl.DataFrame:
     """Wald's F-test that the effect has no coefficient besides the layer, with a covariance that is robust to what a
-    fact's edits have in common (clusters are facts; statsmodels' small-sample correction).
-
-    One row per problem, method, window and score: f, f_added, f_left (clusters less one), p, note. Null, with the
-    reason in ``note``, where facts are too few or nothing is left to explain. With fewer than about 40 facts such tests
-    reject too often.
-    """
+    fact's edits have in common (clusters are facts; statsmodels' small-sample correction): f, f_added, f_left (clusters
+    less one), p. Null, with the reason in ``note``, where facts are too few or nothing is left to explain. With fewer
+    than about 40 facts such tests reject too often."""
 
     def tested(sample: RegressionData) -> dict[str, Any]:
         layer, effect = _design(sample, interaction)
@@ -53,12 +50,8 @@ def mixed_effects(
     table: pl.DataFrame, scores: Sequence[str] = ("rewrite",), *, interaction: bool = True
 ) -> pl.DataFrame:
     """The likelihood-ratio test of both against the layer alone where every fact has a random intercept (statsmodels'
-    MixedLM, maximum likelihood).
-
-    One row per problem, method, window and score: ``chi2``, ``added``, ``p``, and ``fact_share``, the share of the
-    layer model's residual variance that lies between facts; ``note`` says why there is no such test, or that a fit did
-    not converge.
-    """
+    MixedLM, maximum likelihood): chi2, added, p, and fact_share, the share of the layer model's residual variance that
+    lies between facts; ``note`` says why there is no such test, or that a fit did not converge."""
 
     def tested(sample: RegressionData) -> dict[str, Any]:
         layer, effect = _design(sample, interaction)
@@ -118,8 +111,8 @@ def _mixed(sample: RegressionData, design: np.ndarray) -> tuple[float, float, bo
     """Log-likelihood of a model with a random intercept per fact, the share of the variance that lies between facts,
     and whether the fit converged."""
     with warnings.catch_warnings():
-        for about_equal_facts in (ConvergenceWarning, SingularMatrixWarning):
-            warnings.simplefilter("ignore", about_equal_facts)
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", SingularMatrixWarning)  # facts are about equal
         fitted = sm.MixedLM(sample.score, design, groups=sample.fact).fit(reml=False)
     between = float(np.asarray(fitted.cov_re)[0, 0])
     return float(fitted.llf), between / (between + float(fitted.scale)), bool(fitted.converged)

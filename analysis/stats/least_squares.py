@@ -1,8 +1,7 @@
 """Least squares of a score on the edited layer and on an effect, in closed form (docs/analysis.md, "The question").
 
-With the layer as a factor, every model splits into sums over layers: each layer has a mean of its own, and with the
-interaction a slope of its own. Columns that are constant within a layer add no slope, as R's ``lm`` drops them.
-"""
+With the layer as a factor, every model splits into sums over layers, each with a mean of its own, and with the
+interaction a slope of its own. Columns that are constant within a layer add no slope, as R's ``lm`` drops them."""
 
 from __future__ import annotations
 

@@ -63,8 +63,7 @@ class RegressionData:
 
 
 def samples(table: pl.DataFrame, names: Sequence[str] = ("rewrite",)) -> Iterator[RegressionData]:
-    """Data to explain: a sample for each problem, method, window, and score of ``names``; table: as
-    ``edits_with_effects`` returns it."""
+    """A sample of each problem, method, window and score of ``edits_with_effects``; ``TableError`` for other scores."""
     refuse_unknown_scores(names, "explain")
     for key, group in table.group_by(GROUP, maintain_order=True):
         for name in names:
@@ -82,14 +81,11 @@ def samples(table: pl.DataFrame, names: Sequence[str] = ("rewrite",)) -> Iterato
 
 
 def regressions(table: pl.DataFrame, scores: Sequence[str] = ("rewrite",), *, interaction: bool = True) -> pl.DataFrame:
-    """Ordinary least squares of each score on the edited layer as a factor, on the effect there, and on both (Hase et
-    al. 2023, Tables 2-8): one row per problem, method, window and score, with ``REGRESSION_SCHEMA``'s columns.
-
-    ``table`` is as ``edits_with_effects`` returns it. ``interaction``: both with their interaction, as published, or
-    without. diff: r2_both - r2_layer; f, f_added, f_left, p: the F-test of both against the layer alone; rmse and mae:
-    in sample, over n. Where a score is the same for all edits, or no edit has it, there are no coefficients, and
-    ``note`` says why; it also names a single layer, and effects that do not vary. Unknown scores: ``TableError``.
-    """
+    """Ordinary least squares of each score on the edited layer as a factor, on the effect there, and on both, with
+    interaction or without (Hase et al. 2023, Tables 2-8): a row per problem, method, window and score of
+    ``edits_with_effects``. diff: r2_both - r2_layer; f, f_added, f_left, p: the F-test of both against the layer alone;
+    rmse and mae: in sample, over n. Where a score is the same for all edits, or no edit has it, there are no
+    coefficients, and ``note`` says why; it also names a single layer, and effects that do not vary."""
     return by_sample(table, scores, REGRESSION_SCHEMA, lambda sample: _row(sample, interaction))
 
 

@@ -26,12 +26,9 @@ def bootstrap(
     seed: int = 0,
 ) -> pl.DataFrame:
     """Intervals of ``regressions``' coefficients of determination by the bootstrap over facts: facts are drawn with
-    replacement, each with all of its edits, and the percentiles of ``draws`` such samples are given.
-
-    One row per problem, method, window and score; for each of r2_layer, r2_trace, r2_both and diff the columns _low and
-    _high. Null where there is nothing to explain. Both ends of diff's interval are positive by construction: adding a
-    predictor never explains less (see ``permutation_test`` for what chance alone adds).
-    """
+    replacement, each with all of its edits, and the percentiles of ``draws`` such samples are given, as columns _low,
+    _high; null where there is nothing to explain. Both ends of diff's interval are positive by construction: adding a
+    predictor never explains less (see ``permutation_test`` for what chance alone adds)."""
     ends = {"low": (1 - level) / 2, "high": (1 + level) / 2}
 
     def intervals(sample: RegressionData) -> dict[str, float]:
@@ -56,11 +53,10 @@ def permutation_test(
     """Tests whether tracing adds nothing to the layer: the facts' effects, each fact's over all layers together, are
     exchanged between facts, which keeps what the layer explains and breaks what a fact's own effects do.
 
-    One row per problem, method, window and score: ``diff``, its mean over ``draws`` exchanges (``chance``), and ``p``,
-    the share of exchanges, the sample itself counted as one, that add at least as much. Only facts with edits and
-    effects at all layers take part (``facts``), and ``diff`` is that of their edits. Null, with the reason in ``note``,
-    where these are fewer than two or less than half of all facts, or there is nothing to explain.
-    """
+    A row has ``diff``, its mean over ``draws`` exchanges (``chance``), and ``p``, the share of exchanges, the sample
+    counted as one, that add at least as much. Only facts with edits and effects at all layers take part (``facts``);
+    ``diff`` is that of their edits. Null, with the reason in ``note``, where these are fewer than two or less than half
+    of all facts, or there is nothing to explain."""
 
     def tested(sample: RegressionData) -> dict[str, Any]:
         score, effect = _squares(sample)
@@ -88,11 +84,8 @@ def _no_exchange(sample: RegressionData, score: Floats) -> str | None:
 
 def left_out_layers(table: pl.DataFrame, scores: Sequence[str] = ("rewrite",)) -> pl.DataFrame:
     """Prediction of the scores at a layer from the edits at all others: by their mean, and by the regression on the
-    effect. A layer that was not seen has no mean of its own.
-
-    One row per problem, method, window, score and layer left out: ``edits``, ``rmse_mean``, ``rmse_trace``; and a last
-    row of all layers together, whose layer is null. Null where all edits are at one layer.
-    """
+    effect. A row per layer left out, and a last one of all layers together, whose layer is null; errors are null where
+    all edits are at one layer."""
     rows = []
     for sample in samples(table, scores):
         key = sample.key

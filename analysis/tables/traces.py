@@ -27,6 +27,7 @@ def polars_schema(schema: pa.Schema) -> Schema:
 TRACE_SCHEMA = polars_schema(schemas.TRACE_SCHEMA)
 GRADIENT_SCHEMA = polars_schema(schemas.GRADIENT_SCHEMA)
 
+State: TypeAlias = tuple[str, str, int]
 STATE = ["method", "kind", "window"]
 IDENTITY = ["fact_id", *STATE, "layer", "token"]
 
@@ -103,6 +104,10 @@ def one_of(name: str, value: object, known: Sequence[str]) -> None:
     """Refuse an option that is not known."""
     if value not in known:
         raise TableError(f"{name} is {value!r}; choose from {', '.join(known)}")
+
+
+def rows_of(frame: pl.DataFrame, state: State) -> pl.DataFrame:
+    return frame.filter(**dict(zip(STATE, state, strict=True)))
 
 
 def in_words(columns: Sequence[str]) -> str:

@@ -31,8 +31,7 @@ class ResultError(CausalconeError):
 
 
 def refuse_occupied(path: str | os.PathLike[str], overwrite: bool) -> None:
-    """Raise ``ResultError`` for a folder that no results can be written to: a file, another run's, unless that is to be
-    overwritten, or one with files of another origin."""
+    """``ResultError`` for a file, files of another origin, and another run unless that is to be overwritten."""
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ResultError(f"{path} is a file; name a folder to write results to")
@@ -79,11 +78,9 @@ class ResultFolder:
 
 
 class TableWriter:
-    """Appends record batches to ``folder`` as files ``part-00000.parquet`` and so on, each written whole or not at all.
-
-    A part is closed every ``PART_ROWS`` rows or ``PART_SECONDS`` seconds (later ``PART_SHARE`` of the time so far, so
-    that long runs do not leave thousands of files), and at the end whatever ended it: what was finished stays readable.
-    """
+    """Appends record batches to ``folder`` as files ``part-00000.parquet`` and so on, each written whole or not at all:
+    every ``PART_ROWS`` rows or ``PART_SECONDS`` seconds (later ``PART_SHARE`` of the time so far, so that long runs do
+    not leave thousands of files), and at the end whatever ended it: what was finished stays readable."""
 
     def __init__(self, folder: Path, schema: pa.Schema, notes: Mapping[str, Any]) -> None:
         self.folder, self.schema, self.notes = folder, schema, notes

@@ -8,11 +8,10 @@ import polars as pl
 from rich.table import Table
 
 from causalcone.analysis.tables.names import words
-from causalcone.analysis.tables.traces import ROLES
+from causalcone.analysis.tables.traces import ROLES, STATE, State, rows_of
 
 MOST_HEADS = 10
 
-_State = tuple[str, str, int]
 _SEVERED = {"sever_mlp": ", MLP severed", "sever_attn": ", attention severed", "sever_both": ", both severed"}
 
 
@@ -23,13 +22,13 @@ def effect_tables(averages: pl.DataFrame) -> list[Table]:
     if states := _states(averages):
         tables.append(new_table("Average indirect effect, largest over layers (layer)", "state", *roles))
         for state in states:
-            best = [_best(_rows(averages, state).filter(pl.col("role") == role)) for role in ROLES]
-            tables[-1].add_row(_name(state), *(f"{effect:+z.3f} ({n})" if n >= 0 else "-" for effect, n in best))
+            peaks = (_peak(rows_of(averages, state).filter(pl.col("role") == role)) for role in ROLES)
+            tables[-1].add_row(_name(state), *(f"{effect:+z.3f} ({n})" if n >= 0 else "-" for n, effect in peaks))
     heads, title = _top_heads(averages)
     if heads:
         tables.append(new_table(f"Average indirect effect of {title}", "layer and head", *roles))
         for state, layer in heads:
-            row = _rows(averages, state).filter(layer=layer)
+            row = rows_of(averages, state).filter(layer=layer)
             effects = dict(row.select(pl.col("role").cast(pl.String), "effect").iter_rows())
             cells = (f"{effects[role]:+z.3f}" if role in effects else "-" for role in ROLES)
             tables[-1].add_row(_head_name(state, layer), *cells)
@@ -41,12 +40,12 @@ def layer_tables(means: pl.DataFrame, title: str, form: str = "+z.3f") -> list[T
     largest effects."""
     tables = []
 
-    def cell(state: _State, layer: int) -> str:
-        return f"{_rows(means, state).filter(layer=layer)['effect'].item():{form}}"
+    def cell(state: State, layer: int) -> str:
+        return f"{rows_of(means, state).filter(layer=layer)['effect'].item():{form}}"
 
     if states := _states(means):
         tables.append(new_table(title, "layer", *map(_name, states)))
-        peaks = {state: _best(_rows(means, state))[1] for state in states}
+        peaks = {state: _peak(rows_of(means, state))[0] for state in states}
         for layer in means["layer"].unique().sort():
             bold = ("[bold]{}[/bold]" if layer == peaks[state] else "{}" for state in states)
             cells = (shown.format(cell(state, layer)) for shown, state in zip(bold, states, strict=True))
@@ -84,41 +83,27 @@ def new_table(title: str, first: str, *columns: str) -> Table:
     return table
 
 
-def _states(frame: pl.DataFrame) -> list[_State]:
+def _states(frame: pl.DataFrame) -> list[State]:
     """States other than heads, in the order of their rows."""
-    return frame.filter(~_of_heads).select("method", "kind", "window").unique(maintain_order=True).rows()
+    return frame.filter(~_of_heads).select(STATE).unique(maintain_order=True).rows()
 
 
-def _rows(frame: pl.DataFrame, state: _State) -> pl.DataFrame:
-    method, kind, window = state
-    return frame.filter(method=method, kind=kind, window=window)
-
-
-def _best(rows: pl.DataFrame) -> tuple[float, int]:
-    """The largest effect and its layer, -1 where there are no rows."""
-    best = rows.sort("effect", "layer", descending=[True, False])
-    return (best["effect"][0], best["layer"][0]) if len(best) else (0.0, -1)
-
-
-def _top_heads(frame: pl.DataFrame) -> tuple[list[tuple[_State, int]], str]:
-    """The heads, each in a layer, with the largest effects, and how many there are of how many.
-
-    Ranked are effects that all facts have: a role that few of them have shows those facts as much as the head.
-    """
-    place = ["method", "kind", "window", "layer"]
+def _top_heads(frame: pl.DataFrame) -> tuple[list[tuple[State, int]], str]:
+    """The heads, each in a layer, with the largest effects, and how many there are of how many. Ranked are effects that
+    all facts have: a role that few of them have shows those facts as much as the head."""
+    by = [*STATE, "layer"]
     effects = frame.filter(_of_heads).filter(pl.col("facts") == pl.max("facts"))
-    heads = effects.group_by(place).agg(pl.max("effect"))
-    top = heads.sort("effect", *place, descending=[True, *[False] * len(place)]).head(MOST_HEADS)
-    title = f"the {len(top)} of {len(heads)} heads with the largest"
-    return [((method, kind, window), layer) for method, kind, window, layer, _ in top.iter_rows()], title
+    heads = effects.group_by(by).agg(pl.max("effect")).sort(-pl.col("effect"), *by)
+    top = [((method, kind, window), layer) for method, kind, window, layer, _ in heads.head(MOST_HEADS).rows()]
+    return top, f"the {len(top)} of {len(heads)} heads with the largest"
 
 
-def _name(state: _State) -> str:
+def _name(state: State) -> str:
     method, kind, window = state
     return f"{kind}:{window}{_SEVERED.get(method, '')}"
 
 
-def _head_name(state: _State, layer: int) -> str:
+def _head_name(state: State, layer: int) -> str:
     _, kind, window = state
     around = f", {window} layers around" * (window > 1)
     return f"{layer}, head {kind.removeprefix('head.')}{around}"
@@ -179,6 +164,7 @@ def zeroing_sentence(curve: pl.DataFrame) -> str:
     )
 
 
-def _peak(frame: pl.DataFrame, column: str) -> tuple[int, float]:
-    """The layer of the largest value, the lowest of equals, and that value."""
-    return frame.sort(column, "layer", descending=[True, False]).select("layer", column).row(0)
+def _peak(frame: pl.DataFrame, column: str = "effect") -> tuple[int, float]:
+    """The layer of the largest value, the lowest of equals, -1 where there are no rows; and that value."""
+    values = frame.sort(column, "layer", descending=[True, False]).select("layer", column)
+    return values.row(0) if len(values) else (-1, 0.0)

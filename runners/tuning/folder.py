@@ -27,10 +27,8 @@ _ELSEWHERE = ("device", "versions")
 
 
 class TuningFolder:
-    """``path``, in which a tuning described by ``configuration`` is begun or goes on. Nothing is written yet.
-
-    Raises ``ResultError`` for a folder that holds anything else, unless that is a tuning and to be overwritten.
-    """
+    """A folder in which a tuning is begun or goes on. Nothing is written yet. Raises ``ResultError`` for one that holds
+    anything else, unless that is a tuning and to be overwritten."""
 
     def __init__(self, path: Path, configuration: Mapping[str, Any], overwrite: bool) -> None:
         self.path = path

@@ -51,15 +51,12 @@ class TunedChoice:
 def choose(candidates: Sequence[Candidate], most: float = 0.99, give_up: float = 0.05) -> TunedChoice:
     """The setting with the highest rewrite score that is not above ``most`` and gives up little for it.
 
-    - Admissible are settings whose rewrite score is at most ``most``. If there are none, the one with the lowest
-      rewrite score is chosen, with a note.
+    - Admissible are settings whose rewrite score is at most ``most``; of none, the lowest is chosen, with a note.
     - Of these, settings whose paraphrase or neighbourhood score is more than ``give_up`` below the best that an
-      admissible one has are dropped. If that leaves none, since the best of the two scores are different settings', the
-      one is chosen whose larger loss of the two is the smallest, with a note.
+      admissible one has are dropped; of none, the one whose larger loss is the smallest is chosen, with a note.
     - Of what is left, the highest rewrite score is chosen; of equals the more cautious one, then the first.
 
-    Raises ``ExperimentError`` where no setting has a rewrite score.
-    """
+    Raises ``ExperimentError`` where no setting has a rewrite score."""
     scored = {number: candidate.rewrite for number, candidate in enumerate(candidates) if candidate.rewrite is not None}
     if not scored:
         raise ExperimentError("no setting has a rewrite score: all edits failed, or nothing was left to gain")

@@ -1,5 +1,5 @@
 """Tuning of editing as Hase et al. 2023 did it: few facts at one layer are edited with every setting of a grid, one
-setting is chosen by the mean scores, and a preset says which (METHODS 4)."""
+setting is chosen by the mean scores, and a preset says which (docs/editing.md, "Tuning")."""
 
 from __future__ import annotations
 
@@ -34,11 +34,9 @@ _UNSCORED = ScoringOptions()  # probabilities alone
 
 
 def tune(source: SourceOptions, choice: TuningOptions, output: OutputOptions, console: Console) -> list[TuningResult]:
-    """Try what is not tried yet, choose, and write the table, the preset and the record.
-
-    Whatever ends it early, settings that are done stay, and the same call goes on. A folder whose tuning is complete is
-    chosen from again, and the model is not read. Raises ``ResultError`` for a folder of another configuration.
-    """
+    """Try what is not tried yet, choose, and write the table, the preset and the record. Settings that are done stay,
+    whatever ends it, and the same call goes on; of a complete folder the model is not read. ``ResultError`` for one
+    of another configuration."""
     grids = problem_grids(choice)
     folder = TuningFolder(output.out, _configuration(source, choice, grids), output.overwrite)
     if not folder.holds(grids):
