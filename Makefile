@@ -22,7 +22,7 @@ test-long: $(READY)  ## those that "make test" leaves out
 	$(PYTEST) $(PARALLEL) -m long
 
 test-lowest: $(LOWEST)/.ready  ## what "make test-fast" runs, with the lowest versions that pyproject.toml allows
-	$(LOWEST)/bin/python -m pytest $(PARALLEL) $(FAST)
+	$(LOWEST)/bin/python -m pytest $(PARALLEL) $(FAST) --ignore tests/guards  # whose help texts are those of one typer
 
 test-cluster: $(READY)  ## sweeps on clusters that are started on this machine, which takes minutes
 	$(BIN)/pip install -q -c constraints.txt -e '.[cluster]'
@@ -43,6 +43,7 @@ lint: $(READY)  ## style, spelling, and who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
+	$(BIN)/lint-imports
 
 format: $(READY)  ## mend what can be mended of the style
 	$(BIN)/ruff check --fix .

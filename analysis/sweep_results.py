@@ -18,6 +18,12 @@ from causalcone.analysis.tables.traces import TableError, scan_folder
 State = tuple[str, int]
 
 RESTORED, ZEROED = "traces/restore", "traces/zero"
+EXPECTED = {
+    "trace": {RESTORED: "traces"},
+    "zero": {ZEROED: "zeroed states"},
+    "gradients": {"gradients": "integrated gradients"},
+}
+"""Tables by stage, in words; run.json has those of stages of other packages."""
 
 
 class Study:
@@ -119,15 +125,12 @@ class Study:
             yield f"{unit} failed: {reason}"
 
     def _missing_traces(self) -> Iterator[str]:
-        for key, table, name in (
-            ("trace", RESTORED, "traces"),
-            ("zero", ZEROED, "zeroed states"),
-            ("gradients", "gradients", "integrated gradients"),
-        ):
-            if self.configuration.get(key) is None:
-                yield f"the sweep has no {name}"
-            elif not self.has(table):
-                yield f"there are no {name} yet"
+        for key, tables in (EXPECTED | self.run.get("analysis", {}).get("expected", {})).items():
+            for table, name in tables.items():
+                if self.configuration.get(key) is None:
+                    yield f"the sweep has no {name}"
+                elif not self.has(table):
+                    yield f"there are no {name} yet"
         for part in (self.configuration.get("sever") or {}).get("parts", ()):
             if not self.has(f"traces/sever_{part}"):
                 yield f"there are no traces with {SEVERED[part]} severed yet"

@@ -32,12 +32,13 @@ from workload import DATA, SHAPES, gpt2, prompts, random_model
 from causalcone.runners.demo.world import World
 from causalcone.runners.facts.files import save_facts
 from causalcone.runners.results.store import Store
-from causalcone.runners.sweep.cluster.ray_executor import crews
-from causalcone.runners.sweep.config import Sweep
+from causalcone.runners.sweep.cluster.ray_executor import executors
 from causalcone.runners.sweep.driver import COMPLETE, Driver
 from causalcone.runners.sweep.executor import Executor, LocalExecutor, UnitResult
+from causalcone.runners.sweep.inputs.settings import Sweep
+from causalcone.runners.sweep.inputs.units import Unit
 from causalcone.runners.sweep.signals import Stop
-from causalcone.runners.sweep.units import Unit
+from causalcone.runners.sweep.stages import as_sweep
 from causalcone.runners.sweep.worker import Worker
 
 LONG, CLUSTER = "long", "cluster"
@@ -73,7 +74,7 @@ class Step:
 
 
 class Watched(LocalExecutor):
-    """A crew of one that is watched."""
+    """An executor that is watched."""
 
     def __init__(self, worker: Worker, steps: list[Step]) -> None:
         super().__init__(worker)
@@ -116,7 +117,7 @@ def measure_long(options: argparse.Namespace) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         facts = Path(folder) / "facts.json"
         World.generate(subjects=-(-options.facts // FACTS_PER_SUBJECT)).write(facts)
-        sweep = Sweep.model_validate(
+        sweep = as_sweep(
             {
                 "model": "demo",
                 "facts": str(facts),
@@ -170,15 +171,15 @@ def taken(steps: Sequence[Step], facts: int) -> list[Step]:
 
 
 class Timed:
-    """A crew whose stages are timed."""
+    """An executor whose stages are timed."""
 
-    def __init__(self, crew: Executor, seconds: dict[str, float]) -> None:
-        self.crew, self.seconds = crew, seconds
-        self.describe, self.bad_facts = crew.describe, crew.bad_facts
+    def __init__(self, executor: Executor, seconds: dict[str, float]) -> None:
+        self.executor, self.seconds = executor, seconds
+        self.model_info, self.bad_facts = executor.model_info, executor.bad_facts
 
     def run(self, units: Sequence[Unit], stop: Stop) -> Iterator[UnitResult]:
         began = time.perf_counter()
-        yield from self.crew.run(units, stop)
+        yield from self.executor.run(units, stop)
         self.seconds[units[0].stage] = time.perf_counter() - began
 
 
@@ -191,7 +192,7 @@ def measure_cluster(options: argparse.Namespace) -> dict[str, Any]:
         random_model(gpt2(shape), torch.float32, torch.device("cpu")).save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
         save_facts(facts, folder / "facts.jsonl")
-        sweep = Sweep.model_validate(
+        sweep = as_sweep(
             {
                 "model": str(folder / "model"),
                 "facts": str(folder / "facts.jsonl"),
@@ -202,11 +203,11 @@ def measure_cluster(options: argparse.Namespace) -> dict[str, Any]:
         )
         for way, address in (("alone", None), ("cluster", "local")):
             say(f"  {way}")
-            with crews(address, options.workers if address else None) as make:
+            with executors(address, options.workers if address else None) as make:
 
                 def timed(sweep: Sweep, place: str, way: str = way, make: Any = make) -> Executor:
-                    crew = LocalExecutor(Worker(sweep, place)) if make is None else make(sweep, place)
-                    return Timed(crew, ways[way])
+                    executor = LocalExecutor(Worker(sweep, place)) if make is None else make(sweep, place)
+                    return Timed(executor, ways[way])
 
                 carry_out(sweep, folder / way, timed)
         apart = difference(*(Store.open(folder / way) for way in ways))
@@ -236,8 +237,8 @@ def difference(one: Store, other: Store) -> float:
 # --- both ---
 
 
-def carry_out(sweep: Sweep, out: Path, crew_of: Callable[[Sweep, str], Executor]) -> None:
-    finished = Driver(sweep, str(out), Console(stderr=True), crew_of=crew_of).run()
+def carry_out(sweep: Sweep, out: Path, make_executor: Callable[[Sweep, str], Executor]) -> None:
+    finished = Driver(sweep, str(out), Console(stderr=True), make_executor=make_executor).run()
     if finished.status != COMPLETE:
         raise RuntimeError(f"the sweep is {finished.status}: {finished.failed}")
 

@@ -26,10 +26,10 @@ if TYPE_CHECKING:  # the same names as below, for editors and type checkers
     from causalcone.engine.errors import CausalconeError as CausalconeError
     from causalcone.engine.facts import Fact as Fact
     from causalcone.engine.facts import SkippedFacts as SkippedFacts
-    from causalcone.engine.localize.patching import Intervention as Intervention
-    from causalcone.engine.localize.patching import Prompt as Prompt
-    from causalcone.engine.localize.patching import PromptResult as PromptResult
-    from causalcone.engine.localize.patching import Read as Read
+    from causalcone.engine.localize.prompt_runs import Intervention as Intervention
+    from causalcone.engine.localize.prompt_runs import Prompt as Prompt
+    from causalcone.engine.localize.prompt_runs import PromptResult as PromptResult
+    from causalcone.engine.localize.prompt_runs import Read as Read
     from causalcone.engine.localize.states import State as State
     from causalcone.engine.localize.tracer import TracePlan as TracePlan
     from causalcone.engine.localize.tracer import Tracer as Tracer
@@ -52,7 +52,7 @@ _NAMES = {
     "engine.edit.texts.contexts": ["Contexts"],
     "engine.errors": ["CausalconeError"],
     "engine.facts": ["Fact", "SkippedFacts"],
-    "engine.localize.patching": ["Intervention", "Prompt", "PromptResult", "Read"],
+    "engine.localize.prompt_runs": ["Intervention", "Prompt", "PromptResult", "Read"],
     "engine.localize.states": ["State"],
     "engine.localize.tracer": ["TracePlan", "Tracer"],
     "engine.noise": ["Noise"],

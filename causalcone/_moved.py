@@ -26,7 +26,7 @@ MOVED = {
     "causalcone.engine.editing.editor": "causalcone.engine.edit.editor",
     "causalcone.engine.editing.hparams": "causalcone.engine.edit.methods.hparams",
     "causalcone.engine.editing.moments": "causalcone.engine.edit.moments.moments",
-    "causalcone.engine.patching": "causalcone.engine.localize.patching",
+    "causalcone.engine.patching": "causalcone.engine.localize.prompt_runs",
     "causalcone.engine.states": "causalcone.engine.localize.states",
     "causalcone.engine.tracing": "causalcone.engine.localize.tracer",
     "causalcone.runners.demo_model": "causalcone.runners.demo.model",

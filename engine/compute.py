@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -10,6 +11,7 @@ from causalcone.engine.errors import ExperimentError
 from causalcone.engine.memory import parse_bytes
 from causalcone.kernels.backends import BackendError, Backends, choose
 
+Kernels = Literal["torch", "triton", "flash"]
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

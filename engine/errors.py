@@ -1,4 +1,4 @@
-"""The errors a user can cause. Each message names the item at fault and the mend."""
+"""The errors a user can cause. Each message names the item at fault and the fix."""
 
 
 class CausalconeError(ValueError):

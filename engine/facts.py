@@ -17,12 +17,26 @@ OnError = Literal["raise", "skip"]
 
 @dataclass(frozen=True)
 class Fact:
-    """One fact: a prompt template with one ``{}`` for the subject, and the targets and prompts that go with it.
+    """One fact: a prompt about a subject, its answer, and the prompts that go with it.
 
-    ``target_new`` and the evaluation prompts may be missing: such facts can still be traced.
-    ``neighborhood_target`` is the neighbours' own answer, where it is not ``target_true``.
-    ``counterfactual_subject`` is the subject of a counterfactual prompt of equal token length.
-    ``relation_id``, ``target_true_id`` and ``target_new_id`` are the identifiers CounterFact gives (Wikidata's).
+    Facts without ``target_new`` and evaluation prompts can still be traced.
+
+    Args:
+        id: Names the fact in tables and messages.
+        prompt: A template with one ``{}`` for the subject.
+        subject: The words that the prompt is about.
+        target_true: The answer that completes the prompt.
+        target_new: Another answer, for edits.
+        paraphrase_prompts: Other prompts for the same answer.
+        neighborhood_prompts: Prompts about other subjects.
+        attribute_prompts: Prompts about subjects that have the new answer.
+        generation_prompts: Beginnings of texts about the subject.
+        counterfactual_subject: Subject of a counterfactual prompt of equal token length.
+        relation_id: Wikidata's identifier as CounterFact gives it; target_true_id and target_new_id likewise.
+        neighborhood_target: The neighbours' own answer, where it is not ``target_true``.
+
+    Raises:
+        FactError: A text is missing or empty, or the prompt has no single ``{}``.
     """
 
     id: str
@@ -87,7 +101,7 @@ class EncodedFact:
 
 
 def encode(fact: Fact, tokenizer: Any, target: str, vocabulary: int, positions: int) -> EncodedFact:
-    """Tokenize a fact as METHODS 1 defines; ``target`` is ``"label"`` or ``"argmax"``.
+    """Tokenize a fact (docs/methods.md, "Facts and tokens"); ``target`` is ``"label"`` or ``"argmax"``.
 
     Raises ``FactError`` where the subject overlaps no token, a token id is outside the model's ``vocabulary``, or
     prompt and target need more than ``positions``.
@@ -115,7 +129,7 @@ def encode(fact: Fact, tokenizer: Any, target: str, vocabulary: int, positions: 
 def encode_text(
     text: str, characters: tuple[int, int], tokenizer: Any
 ) -> tuple[tuple[int, ...], tuple[int, int] | None]:
-    """Token ids of a prompt, with the special tokens that stand in front of it, and the half-open range of those that
+    """Token ids of a prompt, with the special tokens that stand before it, and the half-open range of those that
     overlap the half-open range of characters; None where none does."""
     encoding = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
     end_of_text = encoding["special_tokens_mask"][::-1]
@@ -140,14 +154,14 @@ def _adds_leading_space(tokenizer: Any) -> bool:
 
 
 def subject_ids(fact: Fact, tokenizer: Any) -> tuple[int, ...]:
-    """Token ids of the subject alone: no leading space, default special tokens (for the noise level, METHODS 2)."""
+    """Token ids of the subject alone: no leading space, default special tokens, as the noise level has it."""
     return tuple(tokenizer(fact.subject)["input_ids"])
 
 
 def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
     """The text of each token by itself, a leading space included; bytes that are no whole character show as U+FFFD.
 
-    Decoders may take away the space that begins a text, so every token is decoded behind a letter.
+    Decoders may take away the space that begins a text, so every token is decoded after a letter.
     """
     letter = tokenizer("a", add_special_tokens=False)["input_ids"]
     start = len(tokenizer.decode(letter, clean_up_tokenization_spaces=False))

@@ -1,11 +1,12 @@
-"""How much memory a tracer may use."""
+"""How much memory there is, and work in portions that fit it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import psutil
 import torch
@@ -14,6 +15,8 @@ from causalcone.engine.errors import ExperimentError, MemoryBudgetError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
 
 SHARE_OF_FREE = 0.5
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "ALLOC_FAILED")
@@ -88,6 +91,21 @@ def out_of_memory(error: BaseException) -> bool:
     return any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
+def fitting(items: Iterable[Item], weigh: Callable[[Item], int], limit: float) -> Iterator[list[Item]]:
+    """Groups of consecutive items that weigh at most ``limit`` together, or of one item."""
+    group: list[Item] = []
+    total = 0
+    for item in items:
+        weight = weigh(item)
+        if group and total + weight > limit:
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += weight
+    if group:
+        yield group
+
+
 def halving(
     items: list[Item], function: Callable[[list[Item]], list[Result]], name: Callable[[Item], str]
 ) -> list[Result]:
@@ -102,7 +120,29 @@ def halving(
             raise MemoryBudgetError(
                 f"memory ran out on {name(items[0])}; free some memory, or use a smaller dtype"
             ) from error
-    if torch.cuda.is_available():
+    if torch.cuda.is_available():  # the error and the tensors that it held are gone by now
         torch.cuda.empty_cache()
     middle = len(items) // 2
     return [result for half in (items[:middle], items[middle:]) for result in halving(half, function, name)]
+
+
+class RecentlyUsed(Generic[Key, Value]):
+    """Values by key; the longest unused are dropped beyond a number of bytes, but for the last."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.held = limit, 0
+        self.entries: OrderedDict[Key, Value] = OrderedDict()
+
+    def size(self, value: Value) -> int:
+        """Bytes of a value."""
+        raise NotImplementedError
+
+    def get(self, key: Key, make: Callable[[], Value]) -> Value:
+        if key in self.entries:
+            self.entries.move_to_end(key)
+        else:
+            self.entries[key] = make()
+            self.held += self.size(self.entries[key])
+            while self.held > self.limit and len(self.entries) > 1:
+                self.held -= self.size(self.entries.popitem(last=False)[1])
+        return self.entries[key]

@@ -1,4 +1,5 @@
-"""Corruption of the subject: kinds of noise, the published noise stream, and its level (METHODS 2)."""
+"""Corruption of the subject: kinds of noise, the published noise stream, and its level
+(docs/methods.md, "Corruption")."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from causalcone.engine.errors import ExperimentError
 
-NOISES = ("gaussian", "uniform", "multivariate", "t", "counterfactual")
+NoiseKind = Literal["gaussian", "uniform", "multivariate", "t", "counterfactual"]
 SCALED_NOISES, SHAPED_NOISES = ("gaussian", "uniform"), ("multivariate", "t")
 
 
@@ -22,13 +23,20 @@ SCALED_NOISES, SHAPED_NOISES = ("gaussian", "uniform"), ("multivariate", "t")
 class Noise:
     """How the subject is corrupted.
 
-    kind: ``gaussian`` (sigma * N(0, 1)), ``uniform`` (sigma * U(-1, 1)), ``multivariate`` (normal with ``mean`` (D,)
-    and ``covariance`` (D, D) of embeddings), ``t`` (that, times sqrt((dof - 2) / chi2(dof)) per sample and token), or
-    ``counterfactual``: no noise, but the fact's prompt about its ``counterfactual_subject``.
-    replace: the noise takes the place of the embedding instead of being added to it.
+    Args:
+        kind: ``"gaussian"`` (sigma * N(0, 1)), ``"uniform"`` (sigma * U(-1, 1)), ``"multivariate"`` (normal with
+            ``mean`` and ``covariance`` of embeddings), ``"t"`` (that, times sqrt((dof - 2) / chi2(dof)) per sample and
+            token), or ``"counterfactual"``: no noise, but the fact's prompt about its ``counterfactual_subject``.
+        replace: Whether the noise takes the place of the embedding instead of being added to it.
+        dof: Degrees of freedom of t noise, more than 2.
+        mean: (D,), of multivariate and t noise.
+        covariance: (D, D), of multivariate and t noise.
+
+    Raises:
+        ExperimentError: The arguments make no sense together.
     """
 
-    kind: str = "gaussian"
+    kind: NoiseKind = "gaussian"
     replace: bool = False
     dof: float | None = None
     mean: Any = None
@@ -54,8 +62,14 @@ class Noise:
     def like(
         cls, tokens: Sequence[int], embed: Callable[[Tensor], Tensor], dof: float | None = None, replace: bool = False
     ) -> Noise:
-        """Multivariate noise, or t noise with ``dof``, with the mean and (unbiased) covariance of the embeddings of
-        running text, given as its token ids; ``embed`` maps ids (R,) to embeddings (R, hidden)."""
+        """Noise with the mean and (unbiased) covariance of the embeddings of running text.
+
+        Args:
+            tokens: The text's token ids.
+            embed: Maps ids (R,) to embeddings (R, hidden).
+            dof: Degrees of freedom of t noise; multivariate normal noise if None.
+            replace: As of the noise.
+        """
         ids, counts = np.unique(np.asarray(tokens), return_counts=True)
         rows = embed(torch.from_numpy(ids)).to("cpu", torch.float64).numpy()
         mean = counts @ rows / counts.sum()
@@ -68,7 +82,7 @@ class Noise:
 class TextNoise:
     """Noise of kind ``multivariate`` or ``t`` like the embeddings of running text, which a model is needed for."""
 
-    kind: str
+    kind: NoiseKind
     texts: tuple[str, ...]
     replace: bool = False
     dof: float | None = None
@@ -78,8 +92,8 @@ class TextNoise:
 
 
 def _check_kind(kind: str, replace: bool, dof: float | None) -> None:
-    if kind not in NOISES:
-        raise ExperimentError(f"unknown noise {kind!r}; choose from {', '.join(NOISES)}")
+    if kind not in get_args(NoiseKind):
+        raise ExperimentError(f"unknown noise {kind!r}; choose from {', '.join(get_args(NoiseKind))}")
     if kind == "t" and dof is None:
         raise ExperimentError("the noise 't' needs dof, its degrees of freedom")
     if kind != "t" and dof is not None:

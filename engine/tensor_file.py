@@ -55,10 +55,7 @@ class Layout:
     def read(
         self, path: Path, choose: Callable[[list[str]], Iterable[str]] = sorted
     ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
-        """The tensors by name, on the CPU, their description, and the other metadata.
-
-        choose: the names of the tensors to read, of all names.
-        """
+        """The tensors by name, of those that ``choose`` chooses, on the CPU; their description; the other metadata."""
         if not path.is_file():
             raise ExperimentError(f"there is no {self.noun} file {path}; check the path")
         with self.reading(path):

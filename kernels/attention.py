@@ -52,12 +52,12 @@ def _attend_capped(
     queries, keys, values = queries.to(wide), keys.to(wide), values.to(wide)
     hidden = torch.zeros(visible.shape, dtype=wide).masked_fill_(~visible, float("-inf"))
     out = torch.empty_like(queries)
-    for group, (query, place) in enumerate(
+    for group, (query, group_out) in enumerate(
         zip(queries.chunk(groups, 2), out.chunk(groups, 2), strict=True)
     ):  # the query heads of one key head are queries more
         scores = torch.bmm(query.reshape(B, -1, d), keys[:, :, group].transpose(1, 2)).mul_(scale)
         weights = capped(scores, softcap).view(B, m, H // groups, -1).add_(hidden.unsqueeze(-2)).softmax(-1)
-        place.copy_(torch.bmm(weights.view(B, -1, weights.shape[-1]), values[:, :, group]).view(place.shape))
+        group_out.copy_(torch.bmm(weights.view(B, -1, weights.shape[-1]), values[:, :, group]).view(group_out.shape))
     return out.to(dtype)
 
 

@@ -46,26 +46,26 @@ def _attend(
     """(B * m, H, d) of runs in order: the first ``prefix`` (B,) key rows are those of the run before, but where a
     prefix is ``new``."""
     m, K = query_rows.shape[1], key_rows.shape[1]
-    place = torch.arange(K, device=key_rows.device)
+    key = torch.arange(K, device=key_rows.device)
     queries = heads.index_select(0, query_rows.flatten())
     lengths = torch.full_like(prefix, m)
     window = (-1, -1) if scoring.window is None or scoring.window >= K else (scoring.window - 1, 0)
-    own_rows = key_rows[place >= prefix[:, None]]
-    own, own_sums = _flash(queries, packed, own_rows, lengths, K - prefix, scoring, causal=True, window=window)
+    rest_rows = key_rows[key >= prefix[:, None]]
+    outputs, output_sums = _flash(queries, packed, rest_rows, lengths, K - prefix, scoring, causal=True, window=window)
     shares = prefix > 0
     if not shares.any():
-        return own
+        return outputs
 
     first = shares & new
-    shared_rows = key_rows[first][place < prefix[first, None]]
+    shared_rows = key_rows[first][key < prefix[first, None]]
     members = torch.bincount((new.cumsum(0) - 1)[shares], minlength=int(new.sum()))[shares[new]]
     asking = shares.repeat_interleave(m)
     seen, sums = _flash(queries[asking], packed, shared_rows, members * m, prefix[first], scoring)
-    total = torch.logaddexp(own_sums[asking], sums)
-    weights = ((own_sums[asking] - total).exp(), (sums - total).exp())
-    merged = own[asking].float() * weights[0][..., None] + seen.float() * weights[1][..., None]
-    own[asking] = merged.to(own.dtype)
-    return own
+    total = torch.logaddexp(output_sums[asking], sums)
+    weights = ((output_sums[asking] - total).exp(), (sums - total).exp())
+    merged = outputs[asking].float() * weights[0][..., None] + seen.float() * weights[1][..., None]
+    outputs[asking] = merged.to(outputs.dtype)
+    return outputs
 
 
 def _flash(
@@ -78,7 +78,7 @@ def _flash(
     causal: bool = False,
     window: tuple[int, int] = (-1, -1),
 ) -> tuple[Tensor, Tensor]:
-    """Outputs (N, H, d) and log-sum-exps (N, H) of sequences with so many queries and keys each, one after another."""
+    """Outputs (N, H, d) and log-sum-exps (N, H) of sequences of ``asking`` queries and ``seen`` keys, one by one."""
     from flash_attn import flash_attn_varlen_func
 
     keys, values = packed.index_select(0, rows).unbind(1)

@@ -1,4 +1,4 @@
-"""A matrix product with a layer's weights: ``rows @ weight.T + bias``, and an activation behind it.
+"""A matrix product with a layer's weights: ``rows @ weight.T + bias``, and an activation after it.
 
 The torch form is ``torch.nn.functional.linear``. On CPUs, torch sends float32 products to MKL, which leaves a third of
 the speed of some processors unused; oneDNN's product with packed weights, the one that torch's own compiler emits,
@@ -85,8 +85,8 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        kept = ctx.linear()
-        back = kept.transposed if kept is not None else Linear(ctx.weight.t(), None)
+        linear = ctx.linear()
+        back = linear.transposed if linear is not None else Linear(ctx.weight.t(), None)
         return _in_pieces(back, grads[0].contiguous()), None
 
 

@@ -16,10 +16,10 @@ def add_tile(
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     logits = capped(logits.to(wide), softcap)
-    place = targets - start
-    here = (place >= 0) & (place < logits.shape[1])
-    own = logits.gather(1, place.clamp(0, logits.shape[1] - 1).view(len(logits), -1)).view(place.shape)
-    target_logits.copy_(torch.where(here, own.double(), target_logits))
+    column = targets - start
+    inside = (column >= 0) & (column < logits.shape[1])
+    of_targets = logits.gather(1, column.clamp(0, logits.shape[1] - 1).view(len(logits), -1)).view(column.shape)
+    target_logits.copy_(torch.where(inside, of_targets.double(), target_logits))
     top = logits.amax(-1, keepdim=True)
     sums = logits.sub_(top).exp_().sum(-1)
     total.copy_(torch.logaddexp(total, top[:, 0].double() + sums.double().log()))

@@ -51,11 +51,11 @@ class Readout:
 
         def of_logits(logits: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
             target = targets[tile, None]
-            own = logits.gather(1, target)[:, 0].double()
+            target_logits = logits.gather(1, target)[:, 0].double()
             top = logits.amax(-1, keepdim=True)
             sums = logits.sub_(top).exp_().sum(-1)
             slope = logits.div_(-sums[:, None]).scatter_add_(1, target, torch.ones_like(target, dtype=logits.dtype))
-            return own - top[:, 0].double() - sums.double().log(), slope
+            return target_logits - top[:, 0].double() - sums.double().log(), slope
 
         return self._through_logits(states, of_logits)
 

@@ -17,7 +17,7 @@ def on_device(host: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Fetched:
-    """Tensors on their way to the host, behind what their device was given to do before."""
+    """Tensors on their way to the host, after what their device was given to do before."""
 
     tensors: tuple[Tensor, ...]
     copied: torch.cuda.Event | None

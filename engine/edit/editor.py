@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
 import torch
 
-from causalcone.engine.compute import Compute
-from causalcone.engine.edit.methods.batching import Batching
-from causalcone.engine.edit.methods.edits import FAILED, Edit
+from causalcone.engine.compute import Compute, Kernels
+from causalcone.engine.edit.methods.batching import layers_and_batching
+from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.methods.finetune import FINETUNE
 from causalcone.engine.edit.methods.hparams import FinetuneHparams, Hparams, MemitHparams, RomeHparams
 from causalcone.engine.edit.methods.memit import MEMIT, MEMIT_JOINT, JointEdit, JointMemit
@@ -24,48 +23,34 @@ from causalcone.engine.edit.requests.problems import FilteredFacts, make_request
 from causalcone.engine.edit.requests.prompts import Encoder
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
-from causalcone.engine.edit.runs.layers import Layers
-from causalcone.engine.edit.scoring.generation_metrics import Generation, References, ReferenceScorer
-from causalcone.engine.edit.scoring.metrics import Row, metrics_of
-from causalcone.engine.edit.scoring.probes import ProbeSet, probes_of
-from causalcone.engine.edit.scoring.sampled_texts import essence_texts
-from causalcone.engine.edit.scoring.scoring import EditScorer, Scored, check_edits
-from causalcone.engine.edit.scoring.tables import metric_batch, probe_batch
+from causalcone.engine.edit.scoring.evaluate import Evaluator, Scores
+from causalcone.engine.edit.scoring.generation_metrics import References
+from causalcone.engine.edit.scoring.tables import probe_batch
 from causalcone.engine.edit.texts.contexts import Contexts, check_contexts, sample_contexts
 from causalcone.engine.errors import ExperimentError
-from causalcone.engine.facts import Fact, OnError, SkippedFacts, encode
-from causalcone.engine.localize.options import DEFAULT_SIGMA
+from causalcone.engine.facts import Fact, OnError, SkippedFacts
+from causalcone.engine.localize.options import DEFAULT_SIGMA, Compat
 from causalcone.engine.noise import parse_sigma
-from causalcone.engine.plan.cost import weight_bytes
 from causalcone.engine.run.loading import open_session
-from causalcone.engine.run.scheduler import Budget
 from causalcone.engine.run.session import Session
 from causalcone.engine.schemas import PROBE_SCHEMA
 from causalcone.kernels.precision import each_within
 
-_SHARE_OF_WEIGHTS = 0.25
-
 LayerChoice = str | Sequence[int | Sequence[int]]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What scoring gives: the edits, of which those that give no finite probabilities count as failed; probes, with the
-    columns of ``PROBE_SCHEMA``; metrics, with those of ``METRIC_SCHEMA``."""
-
-    edits: list[Edit]
-    probes: pa.RecordBatch
-    metrics: pa.RecordBatch
 
 
 class Editor:
     """Edits facts in a transformers model, whose weights stay as they are: edits are changes of weights (``Delta``).
 
-    model, tokenizer, dtype, device, memory, tf32: as of ``Tracer``. kernels: likewise, but attention is torch's always,
-    since most of it needs gradients. moments: second moments of the layers to be edited (``Moments``), which ROME and
-    MEMIT need. contexts: texts put before prompts (``Contexts``, or one list for both methods); sampled from the model
-    by default. sigma: the noise level of Tracing Reversal and Fact Forcing, a number or ``"<k>sd"`` for k standard
-    deviations of the subjects' embeddings; ``"3sd"`` by default. seed: of everything that is sampled.
+    Args:
+        model: A transformers model.
+        tokenizer: Its tokenizer.
+        moments: Second moments of the layers to be edited, which ROME and MEMIT need.
+        contexts: Texts put before prompts, or one list for both methods; sampled from the model by default.
+        dtype: As for ``Tracer``, like device, memory and tf32.
+        sigma: Noise of Tracing Reversal and Fact Forcing: a number, or ``"<k>sd"`` of the subjects' embeddings ("3sd").
+        seed: The seed of everything that is sampled.
+        kernels: As for ``Tracer``, except that attention is always torch's, since most of it needs gradients.
     """
 
     def __init__(
@@ -79,7 +64,7 @@ class Editor:
         memory: int | str | None = None,
         sigma: float | str | None = None,
         seed: int = 0,
-        kernels: str | None = None,
+        kernels: Kernels | None = None,
         tf32: bool = False,
     ) -> None:
         self._open(
@@ -130,8 +115,7 @@ class Editor:
             texts = contexts if isinstance(contexts, Contexts) else Contexts(*2 * (check_contexts(contexts),))
             self.__dict__["contexts"] = texts
         self._encoder = Encoder(session.tokenizer, session.sizes)
-        self._essence: dict[tuple[object, ...], list[str]] = {}
-        self._scorer: tuple[References, ReferenceScorer] | None = None
+        self._evaluator = Evaluator(session, self._encoder, seed)
 
     @cached_property
     def contexts(self) -> Contexts:
@@ -145,29 +129,30 @@ class Editor:
         *,
         filtered: bool = True,
         on_error: OnError = "raise",
-        compat: str | None = None,
+        compat: Compat | None = None,
     ) -> list[Request]:
-        """What a problem (METHODS 4; Hase et al. 2023) asks of facts: error_injection, tracing_reversal, fact_erasure,
-        fact_amplification or fact_forcing.
+        """Requests that a problem makes of facts (docs/editing.md, "Problems"; Hase et al. 2023).
 
-        filtered: leave out facts that the model does not complete, and warn ``FilteredFacts``. on_error: ``"skip"``
-        leaves out facts that cannot be used, and warns ``SkippedFacts``. Raises ``FactError`` or ``ExperimentError``,
-        each naming the item and the mend.
+        Args:
+            facts: Facts with different ids.
+            problem: error_injection, tracing_reversal, fact_erasure, fact_amplification or fact_forcing.
+            filtered: Leave out facts that the model does not complete, and warn ``FilteredFacts``.
+            on_error: ``"skip"`` leaves out facts that cannot be used, and warns ``SkippedFacts``.
+            compat: ``"published"`` makes requests as published code does.
+
+        Returns:
+            The requests, in the order of the facts.
+
+        Raises:
+            FactError: for a fact that cannot be used; the message says why and how to fix it.
+            ExperimentError: for another argument that cannot be used.
         """
-        requests, skipped, unposed = make_requests(
-            self.session,
-            facts,
-            problem,
-            self.sigma,
-            filtered=filtered,
-            on_error=on_error,
-            compat=compat,
-            seed=self.seed,
-        )
+        options: dict[str, Any] = {"filtered": filtered, "on_error": on_error, "compat": compat, "seed": self.seed}
+        requests, skipped, unposed = make_requests(self.session, facts, problem, self.sigma, **options)
         if unposed:
-            warnings.warn(FilteredFacts(problem, [each.reason for each in unposed]), stacklevel=2)
+            warnings.warn(FilteredFacts(problem, [fact.reason for fact in unposed]), stacklevel=2)
         if skipped:
-            warnings.warn(SkippedFacts([each.reason for each in skipped]), stacklevel=2)
+            warnings.warn(SkippedFacts([fact.reason for fact in skipped]), stacklevel=2)
         return requests
 
     def rome(self, requests: Sequence[Request], layers: LayerChoice, hparams: RomeHparams | None = None) -> list[Edit]:
@@ -179,7 +164,7 @@ class Editor:
             hparams: Hyperparameters; the defaults if None.
 
         Returns:
-            The edits, request by request. Edits that fail carry the reason; the others are made all the same.
+            The edits, request by request. Those that fail carry the reason; the others are made all the same.
 
         Raises:
             ExperimentError: A layer has no moments, or the moments are another model's.
@@ -265,7 +250,7 @@ class Editor:
         window: int | None = None,
         hparams: Hparams | None = None,
     ) -> Iterator[list[Edit]]:
-        """The edits of a method, in batches of those that are made together.
+        """The edits of a method, in batches of those that are made together, each made when it is asked for.
 
         Args:
             requests: Requests, as ``Editor.requests`` makes them.
@@ -274,17 +259,14 @@ class Editor:
             window: Layers in a window; the method's default if None.
             hparams: Hyperparameters of the method; the defaults if None.
 
-        Returns:
-            Batches of edits; each is made when it is asked for. Arguments are checked at once.
-
         Raises:
-            ExperimentError: An argument, or the editor's moments, cannot be used.
+            ExperimentError: An argument, or the editor's moments, cannot be used; this is checked at once.
         """
-        chosen, listed = method_named(method), _listed(requests)
-        windows = chosen.windows(layers, window, self.session.sizes.depth)
-        checked = chosen.checked(hparams)
-        self._prepare(chosen, listed, windows)
-        batches = chosen.build(self._model(chosen), checked).batches(listed, windows) if listed else iter(())
+        definition, listed = method_named(method), _listed(requests)
+        windows = definition.windows(layers, window, self.session.sizes.depth)
+        checked = definition.checked(hparams)
+        self._prepare(definition, listed, windows)
+        batches = definition.build(self._model(definition), checked).batches(listed, windows) if listed else iter(())
         return each_within(self.session.computing, batches)
 
     def run(
@@ -295,17 +277,30 @@ class Editor:
         window: int | None = None,
         hparams: Hparams | None = None,
     ) -> Iterator[tuple[Edit, pa.RecordBatch]]:
-        """Make edits and score them, batch by batch: each edit with its probes. One batch is held at a time."""
+        """Make edits and score them, batch by batch; one batch is held at a time. Arguments as for ``batches``.
+
+        Returns:
+            Each edit with its probes, a batch with the columns of ``PROBE_SCHEMA``.
+        """
         batches = self.batches(requests, method, layers, window, hparams)
         while batch := next(batches, None):
-            for scored in self._scored(batch, False, False):
+            for scored in self._evaluator.score(batch):
                 yield scored.edit, probe_batch([scored])
                 del scored
             del batch
 
     def score(self, edits: Sequence[Edit]) -> pa.Table:
-        """The probabilities of both targets on all prompts of the edits' facts, before and after each edit: a row for
-        every edit and prompt, with the columns of ``PROBE_SCHEMA``. No weight is written."""
+        """Probabilities of both targets on all prompts of the edits' facts, before and after each edit.
+
+        Args:
+            edits: Edits of different ids. No weight is written.
+
+        Returns:
+            A row for every edit and prompt, with the columns of ``PROBE_SCHEMA``.
+
+        Raises:
+            ExperimentError: for an edit that does not fit the model, or is there twice.
+        """
         return pa.Table.from_batches([self.evaluate(edits).probes], schema=PROBE_SCHEMA)
 
     def evaluate(
@@ -317,56 +312,27 @@ class Editor:
         generation: bool = False,
         references: References | None = None,
     ) -> Scores:
-        """Probes and metrics of edits (METHODS 5). Facts without evaluation prompts have rewrite probes only.
+        """Probes and metrics of edits (docs/editing.md, "Scores").
 
-        essence: the perplexity of five texts about each subject, sampled from the unedited model; accuracy: the share
-        of the targets' tokens that are most likely; generation: the entropy of what the edited models write, and, with
-        ``references``, how alike it is to texts about the new target.
+        Args:
+            edits: Edits of different ids. Facts without evaluation prompts have rewrite probes only.
+            essence: Measure the perplexity of five texts about each subject, sampled from the unedited model.
+            accuracy: Measure the share of the targets' tokens that are most likely.
+            generation: Measure the entropy of texts that the edited models write.
+            references: Texts about the targets; measure how similar those that are written are to them.
+
+        Returns:
+            The edits, and tables of their probes and metrics.
+
+        Raises:
+            ExperimentError: for an edit that does not fit the model, or is there twice.
         """
-        scored = list(self._scored(edits, essence, accuracy))
-        rows: list[Row] = [row for each in scored for row in metrics_of(each, accuracy)]
-        final = [each.edit for each in scored]
-        if generation or references is not None:
-            rows += Generation(self.session, self.seed, references, self._scorer_of(references)).rows(final)
-        return Scores(final, probe_batch(scored), metric_batch(rows))
-
-    def _scored(self, edits: Sequence[Edit], essence: bool, accuracy: bool) -> Iterator[Scored]:
-        if not edits:
-            return
-        self._verify(edits[0].request)
-        check_edits(edits, self.session.sizes)
-        texts = self._essence_of([edit.request.fact for edit in edits]) if essence else {}
-
-        def edit_probes(edit: Edit) -> ProbeSet:
-            return probes_of(edit.request, self._encoder, texts.get(edit.fact_id, ()))
-
-        scored = EditScorer(*self._means(), edit_probes, accuracy).score(edits)
-        yield from each_within(self.session.computing, map(_checked_scores, scored))
-
-    def _essence_of(self, facts: Iterable[Fact]) -> dict[str, list[str]]:
-        """The essence texts of facts, by their ids: sampled once from the model as it is."""
-        of_weights = self.session.versions()
-        keys = {fact.id: (fact.id, fact.subject, of_weights) for fact in facts}
-        new = {fact.id: fact for fact in facts if keys[fact.id] not in self._essence}
-        sampled = essence_texts(self.session, new.values(), self.seed)
-        self._essence.update({keys[name]: own for name, own in sampled.items()})
-        return {name: self._essence[key] for name, key in keys.items()}
-
-    def _scorer_of(self, references: References | None) -> ReferenceScorer | None:
-        """Words weighed by the references, once for as long as these are asked for."""
-        if references is None:
-            return None
-        if self._scorer is None or self._scorer[0] is not references:
-            self._scorer = references, ReferenceScorer(references.corpus)
-        return self._scorer[1]
+        return self._evaluator.evaluate(edits, essence, accuracy, generation, references)
 
     def _prepare(self, method: Method, requests: Sequence[Request], windows: Sequence[Window]) -> None:
-        """Check what is asked, before anything is computed."""
         for request in requests:
             if not isinstance(request, Request):
-                raise ExperimentError(
-                    f"{request!r} is not a request; make requests with Editor.requests(facts, problem)"
-                )
+                raise ExperimentError(f"{request!r} is not a request; make them with Editor.requests(facts, problem)")
             prompt = self._encoder.prompted(request, request.fact.prompt)
             self._encoder.followed(request, prompt.text, request.target)
         if method.needs_moments:
@@ -377,31 +343,10 @@ class Editor:
             layers = sorted({layer for window in windows for layer in window.layers})
             self.moments.check(self.session.architecture, layers)
         if requests:
-            self._verify(requests[0])
-
-    def _verify(self, request: Request) -> None:
-        sizes = self.session.sizes
-        prompt = encode(request.fact, self.session.tokenizer, "argmax", sizes.vocabulary, sizes.positions).prompt
-        self.session.verify(prompt)
-
-    def _means(self) -> tuple[Layers, Batching]:
-        """The layers that passes go through, and how much goes through them together."""
-        session = self.session
-        budget, kept = self._budget()
-        layers = Layers(session.architecture, budget.tiles, session.dtype, session.device, kept, session.backends)
-        return layers, Batching(session.sizes, budget, session.dtype)
-
-    def _budget(self) -> tuple[Budget, bool]:
-        """What a pass may take, and whether weights made ready are kept from step to step: where they take little."""
-        budget = self.session.budget(gradient=True)
-        kept = 2 * weight_bytes(self.session.sizes, self.session.dtype)
-        if kept > _SHARE_OF_WEIGHTS * budget.total:
-            return budget, False
-        return replace(budget, fixed=budget.fixed + kept), True
+            self.session.verify(self._encoder.prompt(requests[0].fact))
 
     def _model(self, method: Method) -> EditableModel:
-        """The model made ready for a method."""
-        layers, batching = self._means()
+        layers, batching = layers_and_batching(self.session)
         contexts = () if method.contexts is None else getattr(self.contexts, method.contexts)
         return EditableModel(
             layers=layers, encoder=self._encoder, batching=batching, contexts=contexts, moments=self.moments
@@ -416,16 +361,3 @@ def _listed(requests: Any) -> list[Request]:
 
 def _flat(batches: Iterable[list[Edit]]) -> list[Edit]:
     return [edit for batch in batches for edit in batch]
-
-
-def _checked_scores(scored: Scored) -> Scored:
-    """The same, with an edit as failed where the model, edited or not, gives no finite probabilities."""
-    if not scored.pre.finite:
-        reason = "the unedited model gives probabilities that are not finite; compute in float32 or bfloat16"
-    elif scored.post is None or scored.post.finite:
-        return scored
-    else:
-        reason = "the edited model gives probabilities that are not finite"
-    edit = replace(scored.edit, delta=None, reason=reason)
-    assert edit.status == FAILED
-    return replace(scored, edit=edit, post=None)

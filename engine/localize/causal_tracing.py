@@ -1,4 +1,5 @@
-"""Causal tracing and zeroing as experiments: what runs for each fact, and the table that comes of it (METHODS 3)."""
+"""Causal tracing and zeroing as experiments: what runs for each fact, and the table that comes of it
+(docs/methods.md, "Localization")."""
 
 from __future__ import annotations
 
@@ -36,11 +37,6 @@ class TraceGrid:
 def target_tokens(fact: EncodedFact) -> tuple[int, ...]:
     """The tokens that predict the target's."""
     return tuple(range(len(fact.prompt) - 1, len(fact.tokens)))
-
-
-def corrupted_span(fact: EncodedFact, extra_tokens: int) -> tuple[int, int]:
-    """The subject's tokens and ``extra_tokens`` after them, as far as the prompt has them."""
-    return fact.span[0], min(fact.span[1] + extra_tokens, len(fact.prompt))
 
 
 def counterfactual_prompt(fact: EncodedFact, tokenizer: Any, sizes: Sizes) -> tuple[int, ...]:
@@ -85,29 +81,23 @@ class CausalTracing:
     def draws(self) -> int:
         return 1 + max(base.draw or 0 for base in self.bases)
 
-    def grid(self, fact: EncodedFact, first_corrupted: int) -> TraceGrid:
-        spec = self.spec
-        tokens = choose_tokens(spec.tokens, len(fact.prompt), fact.span)
-        key = (tokens, first_corrupted)
+    def trial(self, fact: EncodedFact) -> tuple[Trial, TraceGrid]:
+        spec, read = self.spec, target_tokens(fact)
+        span = fact.span[0], min(fact.span[1] + spec.extra_tokens, len(fact.prompt))
+        first_corrupted = span[0]
+        texts: tuple[tuple[int, ...], ...] = (fact.tokens,)
+        alike: tuple[tuple[bool, ...], ...] = ()
+        if fact.counterfactual is not None:
+            other = fact.counterfactual + fact.target[:-1]
+            same = tuple(token == changed for token, changed in zip(fact.tokens, other, strict=True))
+            span, first_corrupted, texts, alike = (0, 0), same.index(False), (fact.tokens, other), (same,)
+        key = (choose_tokens(spec.tokens, len(fact.prompt), fact.span), first_corrupted)
         if key not in self._grids:
             self._grids[key] = restoration_grid(
-                spec.states, self.depth, first_corrupted, tokens, self.bases, spec.sever, spec.joint
+                spec.states, self.depth, first_corrupted, key[0], self.bases, spec.sever, spec.joint
             )
-        return self._grids[key]
-
-    def trial(self, fact: EncodedFact) -> tuple[Trial, TraceGrid]:
-        read = target_tokens(fact)
-        tokens = len(fact.tokens)
-        if fact.counterfactual is None:
-            span = corrupted_span(fact, self.spec.extra_tokens)
-            grid = self.grid(fact, span[0])
-            shape = Shape(tokens, span, (read,))
-            return Trial(fact.fact.id, (fact.tokens,), fact.target, shape, grid.experiment), grid
-        other = fact.counterfactual + fact.target[:-1]
-        alike = tuple(bool(same) for same in np.array(fact.tokens) == np.array(other))
-        grid = self.grid(fact, alike.index(False))
-        shape = Shape(tokens, (0, 0), (read, read), (alike,))
-        return Trial(fact.fact.id, (fact.tokens, other), fact.target, shape, grid.experiment), grid
+        shape = Shape(len(fact.tokens), span, (read,) * len(texts), alike)
+        return Trial(fact.fact.id, texts, fact.target, shape, self._grids[key].experiment), self._grids[key]
 
 
 @dataclass
@@ -116,6 +106,7 @@ class Zeroing:
 
     spec: ZeroSpec
     depth: int
+    samples = 1
     _grids: dict[tuple, TraceGrid] = field(default_factory=dict)
 
     def trial(self, fact: EncodedFact) -> tuple[Trial, TraceGrid]:

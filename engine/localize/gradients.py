@@ -1,4 +1,4 @@
-"""Integrated gradients of hidden states, MLP and attention outputs (METHODS 3; Meng et al. 2022, Fig. 16).
+"""Integrated gradients of hidden states, MLP and attention outputs (docs/methods.md, "Integrated gradients").
 
 First one pass hands out the clean states, then every state is set, in a run of its own, to points of the straight line
 from its baseline to its clean value: the points are what differs from sample to sample.
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from causalcone.engine.errors import ModelError
-from causalcone.engine.facts import EncodedFact, Fact, OnError, Skipped
+from causalcone.engine.facts import EncodedFact, Fact, OnError
 from causalcone.engine.localize.causal_tracing import target_tokens
-from causalcone.engine.localize.options import GradientSpec, Progress, choose_tokens
-from causalcone.engine.localize.trace_run import facts_of_level
+from causalcone.engine.localize.options import GradientSpec, choose_tokens
+from causalcone.engine.localize.trace_run import FactsRun, encode_facts
 from causalcone.engine.noise import Noise, NoiseStream
 from causalcone.engine.plan.cone import Shape
 from causalcone.engine.plan.interventions import (
@@ -36,39 +36,13 @@ from causalcone.engine.run.session import Session
 from causalcone.engine.schemas import GRADIENT_SCHEMA
 
 
-@dataclass(frozen=True)
-class Attribution:
-    """Integrated gradients of one fact: site (an index), layer and token of each state, the attribution's L2 norm, its
-    sum, and how far the sum is from the difference in p that it should add up to; all (states,)."""
-
-    site: np.ndarray
-    layer: np.ndarray
-    token: np.ndarray
-    norm: np.ndarray
-    total: np.ndarray
-    gap: np.ndarray
-
-    def batch(self, fact_id: str) -> pa.RecordBatch:
-        """The table of the fact."""
-        columns = [
-            pa.repeat(pa.scalar(fact_id), len(self.layer)),
-            pa.array([SITES[site] for site in self.site]),
-            pa.array(self.layer, pa.int32()),
-            pa.array(self.token, pa.int32()),
-            *map(pa.array, (self.norm, self.total, self.gap)),
-        ]
-        return pa.RecordBatch.from_arrays(columns, schema=GRADIENT_SCHEMA)
-
-
 @dataclass(frozen=True, kw_only=True)
-class GradientRun:
-    """Facts made ready for integrated gradients. spec: with the noise level as a number; skipped: facts that cannot be
-    used."""
+class GradientRun(FactsRun):
+    """Integrated gradients. noise: of the corrupted baseline, whose samples are averaged over; None for zero."""
 
-    method: IntegratedGradients
+    name, schema = "gradients", GRADIENT_SCHEMA
     spec: GradientSpec
-    facts: list[EncodedFact]
-    skipped: list[Skipped]
+    noise: NoiseStream | None
 
     @classmethod
     def of(
@@ -80,54 +54,32 @@ class GradientRun:
                 "integrated gradients go back through all layers, whose weights have to be in memory for that; load "
                 "the model with weights='resident'"
             )
-
-        def ready(fact: EncodedFact) -> EncodedFact:
-            choose_tokens(spec.tokens, len(fact.prompt), fact.span, fact.fact.id)
-            return fact
-
-        corrupted = spec.baseline == "corrupted"
-        level_of, integrated = facts_of_level(facts, limit, spec.sigma if corrupted else 0.0)
-        encoded, skipped = session.encode(level_of, spec.target, on_error, ready)
-        noise = None
-        if corrupted and encoded:
-            level = session.noise_level(spec.sigma, [each.fact for each in encoded])
+        sigma, noise = spec.sigma if spec.baseline == "corrupted" else None, None
+        encoded, skipped, level = encode_facts(session, facts, spec, sigma, on_error, limit)
+        if sigma is not None:
             spec = replace(spec, sigma=level)
             noise = NoiseStream(Noise(), level, spec.seed, spec.samples, session.sizes.hidden)
-        method = IntegratedGradients(session, spec.kinds, spec.steps, spec.tokens, noise)
-        return cls(
-            method=method, spec=spec, facts=[each for each in encoded if each.fact.id in integrated], skipped=skipped
-        )
+        return cls(session=session, spec=spec, facts=encoded, skipped=skipped, noise=noise)
 
-    def batches(self, progress: Progress | None = None) -> Iterator[pa.RecordBatch]:
-        """One batch per fact, in order; the call itself refuses memory that is too little for a single run."""
-        self.method.check_memory(self.facts)
-        return self._batches(progress or (lambda done, of: None))
+    def tables(self) -> Iterator[pa.RecordBatch]:
+        if self.facts:
+            longest = max(self.facts, key=lambda fact: len(fact.tokens))
+            self.session.run([self._reading(longest, self._states(longest)[:1])], self._samples, self.noise)
+        return map(self._table, self.facts)
 
-    def _batches(self, report: Progress) -> Iterator[pa.RecordBatch]:
-        report(0, len(self.facts))
-        for done, (fact, attribution) in enumerate(zip(self.facts, self.method.of(self.facts), strict=True), start=1):
-            yield attribution.batch(fact.fact.id)
-            report(done, len(self.facts))
-
-
-@dataclass(frozen=True)
-class IntegratedGradients:
-    """The method on a model. noise: of the corrupted baseline, whose samples are averaged over; None for zero."""
-
-    session: Session
-    kinds: Sequence[str]
-    steps: int
-    tokens: str | tuple[int, ...]
-    noise: NoiseStream | None
-
-    def of(self, facts: Sequence[EncodedFact]) -> Iterator[Attribution]:
-        """Each fact's attribution, in order."""
-        for fact in facts:
-            at = self._states(fact)
-            parts = [at[first : first + self._together] for first in range(0, len(at), self._together)]
-            numbers = [self._integrate(fact, part, *self._ends(fact, part)) for part in parts]
-            norm, total, gap = (np.concatenate(column) for column in zip(*numbers, strict=True))
-            yield Attribution(at[:, 0], at[:, 1], at[:, 2], norm, total, gap)
+    def _table(self, fact: EncodedFact) -> pa.RecordBatch:
+        """The L2 norm of each state's attribution, its sum, and how far that is from the difference in p that it should
+        add up to."""
+        at = self._states(fact)
+        parts = [at[first : first + self._together] for first in range(0, len(at), self._together)]
+        numbers = [self._integrate(fact, part, *self._ends(fact, part)) for part in parts]
+        columns = [
+            pa.repeat(pa.scalar(fact.fact.id), len(at)),
+            pa.array([SITES[site] for site in at[:, 0]]),
+            *(pa.array(at[:, column], pa.int32()) for column in (1, 2)),
+            *(pa.array(np.concatenate(column)) for column in zip(*numbers, strict=True)),
+        ]
+        return pa.RecordBatch.from_arrays(columns, schema=GRADIENT_SCHEMA)
 
     @property
     def _samples(self) -> int:
@@ -135,23 +87,14 @@ class IntegratedGradients:
 
     @property
     def _together(self) -> int:
-        """How many states are taken at once: their points and gradients lie beside the memory that passes are planned
-        for."""
+        """How many states are taken at once, whose points and gradients lie beside the memory of planned passes."""
         session = self.session
-        bytes_of_state = 2 * (self.steps + 1) * self._samples * session.sizes.hidden * session.dtype.itemsize
+        bytes_of_state = 2 * (self.spec.steps + 1) * self._samples * session.sizes.hidden * session.dtype.itemsize
         return max(1, session.budget(gradient=True).total // 16 // bytes_of_state)
 
     def _states(self, fact: EncodedFact) -> np.ndarray:
-        """(states, 3): site, layer and token."""
-        tokens = choose_tokens(self.tokens, len(fact.prompt), fact.span)
-        axes = ([SITES.index(kind) for kind in self.kinds], range(self.session.sizes.depth), tokens)
-        return np.stack([axis.ravel() for axis in np.meshgrid(*map(np.array, axes), indexing="ij")], axis=1)
-
-    def check_memory(self, facts: Sequence[EncodedFact]) -> None:
-        """Raise ``MemoryBudgetError`` where not even the clean run of the longest fact fits."""
-        if facts:
-            longest = max(facts, key=lambda fact: len(fact.tokens))
-            self.session.run([self._reading(longest, self._states(longest)[:1])], self._samples, self.noise)
+        tokens = choose_tokens(self.spec.tokens, len(fact.prompt), fact.span)
+        return integrated_states(self.spec.kinds, self.session.sizes.depth, tokens)
 
     def _ends(self, fact: EncodedFact, at: np.ndarray) -> tuple[Tensor, Tensor]:
         """The states' clean values (1, states, hidden) and their baselines (J, states, hidden), float64."""
@@ -175,7 +118,7 @@ class IntegratedGradients:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Norm, total and gap of the states ``at`` (states, 3) these sites, layers and tokens."""
         (J, states, hidden), change = baseline.shape, clean - baseline
-        points, weights = quadrature(self.steps)
+        points, weights = quadrature(self.spec.steps)
         # the baseline itself is a point of no weight: its p is the lower end of the difference to be explained
         along = torch.from_numpy(np.append(points, 0.0))[:, None, None]
         lines = (baseline[:, state] + along * change[:, state] for state in range(states))
@@ -205,6 +148,12 @@ class IntegratedGradients:
         trial = Trial(fact.fact.id, (fact.tokens,), fact.target, shape, runs_along(at), vectors)
         ((_, result),) = self.session.run([trial], len(vectors[0]), gradient=True)
         return result
+
+
+def integrated_states(kinds: Sequence[str], depth: int, tokens: Sequence[int]) -> np.ndarray:
+    """(states, 3): site, layer and token of each."""
+    axes = ([SITES.index(kind) for kind in kinds], range(depth), tokens)
+    return np.stack([axis.ravel() for axis in np.meshgrid(*map(np.array, axes), indexing="ij")], axis=1)
 
 
 def runs_along(at: np.ndarray) -> Experiment:

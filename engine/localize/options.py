@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypedDict, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, TypedDict, get_args
 
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.localize.states import State, States, as_states, check_kinds, states_in
-from causalcone.engine.noise import SCALED_NOISES, Noise, TextNoise, parse_sigma
+from causalcone.engine.noise import SCALED_NOISES, Noise, NoiseKind, TextNoise, parse_sigma
 from causalcone.engine.run.session import Session
 
 DEFAULT_STATES = (("hidden", 1), ("mlp", 10), ("attn", 10))
 DEFAULT_SIGMA = "3sd"
-GAUSSIAN = Noise()
 TOKEN_CHOICES = ("all", "subject_onward", "subject", "subject_last", "last")
 SEVERED = {None: (), "mlp": ("mlp",), "attn": ("attn",), "both": ("mlp", "attn")}
 """By what is severed, the sites that are held at their corrupted values."""
@@ -37,14 +36,32 @@ class TraceOptions(TypedDict, total=False):
     target: Target
     tokens: Tokens
     joint: bool
-    noise: Noise | str | None
+    noise: Noise | NoiseKind | None
     extra_tokens: int
     sever: Sever | None
     compat: Compat | None
 
 
+class CheckedSpec:
+    """What the specs of all methods share: checks, and what to keep of them beside results."""
+
+    target: Target
+    tokens: Chosen
+
+    def __post_init__(self) -> None:
+        if self.target not in get_args(Target):
+            raise ExperimentError(f"unknown target {self.target!r}; choose 'label' or 'argmax'")
+        check_tokens(self.tokens)
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What to keep of it beside results."""
+        states = {"states": [str(state) for state in self.states]} if isinstance(self, TraceSpec | ZeroSpec) else {}
+        return {**vars(self), **states}
+
+
 @dataclass(frozen=True, kw_only=True)
-class TraceSpec:
+class TraceSpec(CheckedSpec):
     """A causal trace.
 
     states: what is restored. samples: noise samples to average over. sigma: noise level, a number or ``"<k>sd"`` for k
@@ -64,23 +81,22 @@ class TraceSpec:
     target: Target = "label"
     tokens: Chosen = "all"
     joint: bool = False
-    noise: Noise | TextNoise = GAUSSIAN
+    noise: Noise | TextNoise = field(default_factory=Noise)
     extra_tokens: int = 0
     sever: Sever | None = None
     compat: Compat | None = None
 
     @classmethod
-    def of(cls, states: States, noise: Noise | str | None = None, tokens: Tokens = "all", **options: Any) -> TraceSpec:
+    def of(
+        cls, states: States, noise: Noise | NoiseKind | None = None, tokens: Tokens = "all", **options: Any
+    ) -> TraceSpec:
         """From ``TraceOptions``."""
         corruption = noise if isinstance(noise, Noise) else Noise(noise or "gaussian")
         return cls(states=as_states(states), noise=corruption, tokens=as_tokens(tokens), **options)
 
     def __post_init__(self) -> None:
-        check_count("samples", self.samples, "noise samples")
-        check_seed(self.seed)
-        check_target(self.target)
-        parse_sigma(self.sigma)
-        check_tokens(self.tokens)
+        super().__post_init__()
+        _check_sampling(self)
         kind = self.noise.kind
         if kind not in SCALED_NOISES and self.sigma != DEFAULT_SIGMA:
             raise ExperimentError(f"sigma has no meaning with {kind} noise, which has a size of its own; drop it")
@@ -112,7 +128,7 @@ class TraceSpec:
     @property
     def configuration(self) -> dict[str, Any]:
         """What to keep of it beside results."""
-        return {**_configuration(self), "noise": self.noise.kind}
+        return {**super().configuration, "noise": self.noise.kind}
 
     def resolved(self, session: Session) -> TraceSpec:
         """The same with the states, and the noise, of a session's model; the level of noise is not resolved yet."""
@@ -125,21 +141,13 @@ class TraceSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroSpec:
+class ZeroSpec(CheckedSpec):
     """Zeroing of states at the chosen tokens together; target and tokens as for tracing."""
 
     states: tuple[State, ...]
     target: Target = "label"
     tokens: Chosen = "subject"
-
-    def __post_init__(self) -> None:
-        check_target(self.target)
-        check_tokens(self.tokens)
-
-    @property
-    def configuration(self) -> dict[str, Any]:
-        """What to keep of it beside results."""
-        return _configuration(self)
+    method: ClassVar[str] = "zero"
 
     def resolved(self, session: Session) -> ZeroSpec:
         """The same with the states of a session's model."""
@@ -160,7 +168,7 @@ class GradientOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientSpec:
+class GradientSpec(CheckedSpec):
     """Integrated gradients.
 
     kinds: of which states. steps: points of Gauss-Legendre quadrature. baseline: ``"zero"``, or ``"corrupted"``: the
@@ -186,24 +194,11 @@ class GradientSpec:
 
     def __post_init__(self) -> None:
         check_kinds(self.kinds)
-        check_count("steps", self.steps, "quadrature points")
-        check_count("samples", self.samples, "noise samples")
-        check_seed(self.seed)
-        check_target(self.target)
-        parse_sigma(self.sigma)
-        check_tokens(self.tokens)
+        _check_count("steps", self.steps, "quadrature points")
+        super().__post_init__()
+        _check_sampling(self)
         if self.baseline not in get_args(Baseline):
             raise ExperimentError(f"unknown baseline {self.baseline!r}; choose from {', '.join(get_args(Baseline))}")
-
-    @property
-    def configuration(self) -> dict[str, Any]:
-        """What to keep of it beside results."""
-        return _configuration(self)
-
-
-def _configuration(spec: TraceSpec | ZeroSpec | GradientSpec) -> dict[str, Any]:
-    values = {field.name: getattr(spec, field.name) for field in fields(spec)}
-    return values if "states" not in values else {**values, "states": [str(state) for state in values["states"]]}
 
 
 def choose_tokens(
@@ -240,16 +235,13 @@ def check_tokens(tokens: Chosen) -> None:
         raise ExperimentError(f"tokens {tokens!r} are not one or more whole numbers; choose indices or {TOKEN_CHOICES}")
 
 
-def check_count(name: str, value: int, what: str) -> None:
+def _check_sampling(spec: TraceSpec | GradientSpec) -> None:
+    _check_count("samples", spec.samples, "noise samples")
+    if isinstance(spec.seed, bool) or not isinstance(spec.seed, int) or not 0 <= spec.seed < 2**32:
+        raise ExperimentError(f"seed is {spec.seed!r}; give a whole number from 0 to 2**32 - 1")
+    parse_sigma(spec.sigma)
+
+
+def _check_count(name: str, value: int, what: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ExperimentError(f"{name} is {value!r}; give a whole number of {what} from 1 up")
-
-
-def check_seed(seed: int) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ExperimentError(f"seed is {seed!r}; give a whole number from 0 to 2**32 - 1")
-
-
-def check_target(target: str) -> None:
-    if target not in get_args(Target):
-        raise ExperimentError(f"unknown target {target!r}; choose 'label' or 'argmax'")

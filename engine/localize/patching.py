@@ -1,21 +1,28 @@
-"""The general door: interventions of one's own on prompts of one's own, and what to read of the runs they make."""
+"""A user's interventions as experiments on the user's prompts, and the results read of their runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from operator import index
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.engine.facts import EncodedFact, Fact, encode
 from causalcone.engine.localize.causal_tracing import target_tokens
 from causalcone.engine.localize.options import choose_tokens
-from causalcone.engine.localize.states import KINDS, State
+from causalcone.engine.localize.prompt_runs import (
+    Intervention,
+    Positions,
+    Prompt,
+    PromptResult,
+    Read,
+    RunValues,
+    whole_numbers,
+)
+from causalcone.engine.localize.states import State
 from causalcone.engine.models.base import Sizes
 from causalcone.engine.noise import Noise
 from causalcone.engine.plan.cone import Shape
@@ -25,130 +32,33 @@ from causalcone.engine.run.runner import Result, Trial
 NO_SUBJECT = (0, 0)
 """The span of a prompt that is about no subject."""
 
-Positions = int | str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A text to run, the ``target`` whose probability is read at its end (the clean run's most likely token, where it
-    is None), and ``others``: texts whose runs interventions can take values from."""
-
-    text: str
-    target: str | None = None
-    others: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class Intervention:
-    """At ``site`` (``hidden``, ``mlp``, ``attn`` or ``head.N``) of ``layers``, ``tokens`` take their values from
-    ``source``.
-
-    layers: numbers or one number. tokens: positions in the prompt (negative ones count from its end), one position, or
-    a name (``"all"``, ``"last"``; of facts also ``"subject"``, ``"subject_last"``, ``"subject_onward"``). source:
-    ``"clean"``, ``"corrupted"`` (of facts), ``"zero"``, ``"other"`` (the prompt's first other text; ``"other:1"`` the
-    second), or a vector (width,), or one for each prompt (prompts, width): hidden wide, or as wide as a head.
-    source_tokens: as many positions in the source's text, where they are not the same (negative ones count from the
-    source's own end).
-    """
-
-    site: str
-    layers: int | Iterable[int]
-    tokens: Positions
-    source: str | Tensor = "clean"
-    source_tokens: Positions | None = None
-
-    def __post_init__(self) -> None:
-        if self.site == "heads":
-            raise ExperimentError("an intervention is on one head; give head.N, and one intervention for each")
-        State(self.site)  # checks the name
-        object.__setattr__(self, "layers", _numbers(self.layers, "layers"))
-        for name in ("tokens", "source_tokens"):
-            positions = getattr(self, name)
-            if positions is not None and not isinstance(positions, str):
-                object.__setattr__(self, name, _numbers(positions, name))
-        if isinstance(self.source, np.ndarray):
-            object.__setattr__(self, "source", torch.from_numpy(self.source))
-        if not isinstance(self.source, str | Tensor):
-            raise ExperimentError(f"the source {self.source!r} is neither a name nor a vector")
-        if self.source_tokens is not None and (isinstance(self.source, Tensor) or self.source == "zero"):
-            raise ExperimentError("source_tokens go with values of another run; vectors and zero have none")
-
-    @property
-    def from_other(self) -> bool:
-        return isinstance(self.source, str) and self.source.startswith("other")
-
-
-@dataclass(frozen=True)
-class Read:
-    """What to read of every run besides the target's probability: ``logits`` at ``tokens``, or the values at a site
-    (``hidden``, ``mlp``, ``attn``) of ``layers`` at ``tokens``."""
-
-    what: str
-    tokens: Positions = -1
-    layers: int | Iterable[int] | None = None
-
-    def __post_init__(self) -> None:
-        if self.what not in ("logits", *KINDS):
-            raise ExperimentError(f"cannot read {self.what!r}; choose logits, hidden, mlp or attn")
-        if (self.what == "logits") != (self.layers is None):
-            raise ExperimentError(f"reading {self.what} {'needs' if self.layers is None else 'takes no'} layers")
-        if self.layers is not None:
-            object.__setattr__(self, "layers", _numbers(self.layers, "layers"))
-        if not isinstance(self.tokens, str):
-            object.__setattr__(self, "tokens", _numbers(self.tokens, "tokens"))
-
-
-@dataclass(frozen=True)
-class RunValues:
-    """What runs gave: ``p`` (samples, runs) float64, the target's probability; ``values``: for each ``Read`` a tensor
-    (samples, runs, tokens, vocabulary) of logits or (samples, runs, layers, tokens, hidden) of states."""
-
-    p: np.ndarray
-    values: tuple[Tensor, ...]
-
-    def __getitem__(self, runs: slice) -> RunValues:
-        return RunValues(self.p[:, runs], tuple(value[:, runs] for value in self.values))
-
-
-@dataclass(frozen=True)
-class PromptResult:
-    """The runs of one prompt: ``patched`` by each list of interventions, in their order, and the base runs, ``clean``,
-    ``corrupted`` (None where there is none) and ``others``, which nothing was changed in."""
-
-    patched: RunValues
-    clean: RunValues
-    corrupted: RunValues | None
-    others: RunValues
-
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as token ids: a fact or a text, and the token ids of its other texts."""
+    """A prompt as token ids: a fact or a text (number 0), and the token ids of its other texts (from 1)."""
 
-    own: EncodedFact
+    fact: EncodedFact
     others: tuple[tuple[int, ...], ...]
 
-    def text(self, number: int) -> tuple[int, ...]:
-        """The token ids of its own text (0), or of the others (from 1)."""
-        return self.own.prompt if number == 0 else self.others[number - 1]
+    @property
+    def name(self) -> str:
+        """The prompt in messages."""
+        return repr(self.fact.fact.id)
 
-
-Runs = Sequence[Intervention] | Sequence[Sequence[Intervention]]
-
-
-def as_runs(interventions: Runs) -> list[list[Intervention]]:
-    """One list of interventions per run, from that or from the interventions of a single run."""
-    if isinstance(interventions, Intervention):
-        raise ExperimentError("interventions are a list; give [intervention] for a single one")
-    items: list[Any] = list(interventions)
-    single = [item for item in items if isinstance(item, Intervention)]
-    lists = [list(item) for item in items if not isinstance(item, Intervention)]
-    if single and lists:
-        raise ExperimentError("interventions mix single ones with lists; give one list, or one list per run")
-    for item in (each for run in lists for each in run):
-        if not isinstance(item, Intervention):
-            raise ExperimentError(f"{item!r} is no intervention; give cc.Intervention(site, layers, tokens, source)")
-    return [single] if single else lists
+    def tokens(self, positions: Positions, text: int = 0) -> tuple[int, ...]:
+        """Positions in one of its texts from numbers, in their order, or from a name."""
+        length = len((self.fact.prompt, *self.others)[text])
+        if isinstance(positions, str):
+            if positions not in ("all", "last") and (text or self.fact.span == NO_SUBJECT):
+                raise ExperimentError(
+                    f"{self.name}: tokens {positions!r} need a fact's own prompt; give positions, 'all' or 'last'"
+                )
+            return choose_tokens(positions, length, self.fact.span)
+        numbers = whole_numbers(positions, "tokens")
+        for token in numbers:
+            if not -length <= token < length:
+                raise ExperimentError(f"{self.name}: token {token} is outside its prompt of {length} tokens")
+        return tuple(token % length for token in numbers)
 
 
 @dataclass(frozen=True)
@@ -157,45 +67,61 @@ class Patching:
 
     runs: list[list[Intervention]]
     reads: tuple[Read, ...]
-    base: str
+    base: str  # "clean", "corrupted" or "other:N"
     noise: Noise
     sizes: Sizes
-    prompts: int
+    prompts: int  # how many there are
 
     def __post_init__(self) -> None:
-        if self.base == "other":
-            object.__setattr__(self, "base", "other:0")
         if self.corrupts and self.noise.kind == "counterfactual":
             raise ExperimentError("a counterfactual prompt is another text; give base or source 'other', and no noise")
 
     def encode(self, prompt: Prompt | Fact | str, number: int, tokenizer: Any) -> EncodedPrompt:
-        """The ``number``-th prompt as token ids."""
-        takes_others = self.base.startswith("other") or any(each.from_other for run in self.runs for each in run)
-        return encode_prompt(prompt, number, tokenizer, self.sizes, takes_others)
+        """The ``number``-th prompt as token ids; a fact's other text is that about its counterfactual subject, where
+        anything takes values from it."""
+
+        def tokens(fact: Fact, target: str) -> EncodedFact:
+            return encode(fact, tokenizer, target, self.sizes.vocabulary, self.sizes.positions)
+
+        if isinstance(prompt, Fact):
+            encoded, subject = tokens(prompt, "label"), prompt.counterfactual_subject
+            taken = self.base.startswith("other") or any(item.from_other for run in self.runs for item in run)
+            others: tuple[str, ...] = (prompt.prompt.replace("{}", subject),) if subject is not None and taken else ()
+        else:
+            prompt = Prompt(prompt) if isinstance(prompt, str) else prompt
+            text = Fact(f"prompt {number}", "{}", prompt.text, "none" if prompt.target is None else prompt.target)
+            encoded = replace(tokens(text, "argmax" if prompt.target is None else "label"), span=NO_SUBJECT)
+            others = prompt.others
+        fact = encoded.fact
+        texts = (Fact(f"{fact.id}, other {i}", "{}", other, fact.target_true) for i, other in enumerate(others))
+        result = EncodedPrompt(encoded, tuple(tokens(text, "argmax").prompt for text in texts))
+        longest = max(map(len, result.others), default=0) + max(0, len(encoded.target) - 1)
+        if longest > (most := self.sizes.positions):
+            raise FactError(f"{result.name}: another text and the target need {longest} of {most} positions")
+        return result
 
     def trial(self, prompt: EncodedPrompt, number: int) -> Trial:
         """The experiment on one prompt, the ``number``-th."""
         bases, names = self._bases(prompt)
-        own = _Places(prompt, self._base_text(self.base))
         columns: list[tuple[int, ...]] = []
         vectors: list[Tensor] = []
         for run, interventions in enumerate(self.runs, start=len(bases)):
-            for each in interventions:
-                columns += self._overwrites(each, run, prompt, own, names, vectors, number)
+            for intervention in interventions:
+                columns += self._overwrites(intervention, run, prompt, names, vectors, number)
         table = np.array(columns, dtype=np.int64).reshape(-1, 8).T
         branch_base = np.full(len(self.runs), names.index(self.base))
         captures, logits = self._captured(prompt, bases, branch_base)
         experiment = Experiment(bases, branch_base, Overwrites(*table), (False,) * len(vectors), captures, logits)
-        target = prompt.own.target
-        prompts = tuple(prompt.text(i) + target[:-1] for i in range(1 + len(prompt.others)))
-        return Trial(prompt.own.fact.id, prompts, target, self._shape(prompt, prompts), experiment, tuple(vectors))
+        target = prompt.fact.target
+        prompts = tuple(text + target[:-1] for text in (prompt.fact.prompt, *prompt.others))
+        return Trial(prompt.fact.fact.id, prompts, target, self._shape(prompt, prompts), experiment, tuple(vectors))
 
-    def result(self, prompt: EncodedPrompt, case: Trial, result: Result) -> PromptResult:
-        bases = case.experiment.bases
+    def result(self, prompt: EncodedPrompt, trial: Trial, result: Result) -> PromptResult:
+        bases = trial.experiment.bases
         runs = result.log_p.shape[1]
         values, at = [], {"logits": 0, "states": 0}
         for read in self.reads:
-            tokens = len(_Places(prompt, 0).tokens(read.tokens))
+            tokens = len(prompt.tokens(read.tokens))
             layers = 1 if read.layers is None else len(_as_layers(read.layers, self.sizes.depth))
             kind, source = ("logits", result.logits) if read.what == "logits" else ("states", result.states)
             count = runs * tokens * layers
@@ -205,73 +131,58 @@ class Patching:
             values.append(part.unflatten(1, shape))
         every = RunValues(np.exp(result.log_p), tuple(values))
         noised = [number for number, base in enumerate(bases) if base.draw is not None]
-        first_other = 1 + len(noised)
-        return PromptResult(
-            patched=every[len(bases) :],
-            clean=every[:1],
-            corrupted=every[1:2] if noised else None,
-            others=every[first_other : len(bases)],
-        )
+        corrupted, others = every[1:2] if noised else None, every[1 + len(noised) : len(bases)]
+        return PromptResult(patched=every[len(bases) :], clean=every[:1], corrupted=corrupted, others=others)
 
     @property
     def corrupts(self) -> bool:
         """Whether there is a corrupted run."""
-        sources = [each.source for run in self.runs for each in run]
+        sources = [intervention.source for run in self.runs for intervention in run]
         return self.base == "corrupted" or any(isinstance(source, str) and source == "corrupted" for source in sources)
 
     def _bases(self, prompt: EncodedPrompt) -> tuple[tuple[Base, ...], list[str]]:
-        if self.corrupts and prompt.own.span == NO_SUBJECT:
-            raise ExperimentError(f"{prompt.own.fact.id!r} is no fact: only facts have a subject that can be corrupted")
+        if self.corrupts and prompt.fact.span == NO_SUBJECT:
+            raise ExperimentError(f"{prompt.name} is no fact: only facts have a subject that can be corrupted")
         others = range(len(prompt.others))
         corrupted = (Base(draw=0, replace=self.noise.replace),) if self.corrupts else ()
         bases = (Base(), *corrupted, *(Base(prompt=1 + other) for other in others))
         names = ["clean", *["corrupted"] * self.corrupts, *(f"other:{other}" for other in others)]
         if self.base not in names:
-            raise ExperimentError(f"{prompt.own.fact.id!r}: there is no base {self.base!r}; it has {', '.join(names)}")
+            raise ExperimentError(f"{prompt.name}: there is no base {self.base!r}; it has {', '.join(names)}")
         return bases, names
-
-    @staticmethod
-    def _base_text(name: str) -> int:
-        """Which text a base run reads."""
-        return 1 + int(name.removeprefix("other:")) if name.startswith("other:") else 0
 
     def _overwrites(
         self,
-        each: Intervention,
+        intervention: Intervention,
         run: int,
         prompt: EncodedPrompt,
-        own: _Places,
         names: list[str],
         vectors: list[Tensor],
         number: int,
     ) -> list[tuple[int, ...]]:
-        state = State(each.site)
+        state = State(intervention.site)
         head = -1 if state.head is None else state.head
         if head >= self.sizes.heads:
             raise ExperimentError(f"there is no head {head}; the model has {self.sizes.heads} heads")
-        tokens = own.tokens(each.tokens)
-        taken = tokens
-        if isinstance(each.source, Tensor):
+        taken = tokens = prompt.tokens(intervention.tokens, _text_of(self.base))
+        if isinstance(intervention.source, Tensor):
             width = self.sizes.hidden if head < 0 else self.sizes.head_dim
-            vectors.append(_vector(each.source, width, number, self.prompts))
+            vectors.append(_vector(intervention.source, width, number, self.prompts))
             source = given(len(vectors) - 1)
-        elif each.source == "zero":
+        elif intervention.source == "zero":
             source = ZERO
         else:
-            name = "other:0" if each.source == "other" else each.source
+            name = "other:0" if intervention.source == "other" else intervention.source
             if name not in names:
                 known = ", ".join([*names, "zero"])
-                raise ExperimentError(f"{prompt.own.fact.id!r}: there is no source {each.source!r}; there are: {known}")
+                raise ExperimentError(f"{prompt.name}: there is no source {intervention.source!r}; there are: {known}")
             source = names.index(name)
-            places = _Places(prompt, self._base_text(name))
-            taken = places.tokens(_source_tokens(each, tokens))
+            taken = prompt.tokens(_source_tokens(intervention, tokens), _text_of(name))
         if len(taken) != len(tokens):
-            raise ExperimentError(
-                f"{prompt.own.fact.id!r}: {len(taken)} source tokens for {len(tokens)} tokens; give as many"
-            )
+            raise ExperimentError(f"{prompt.name}: {len(taken)} source tokens for {len(tokens)} tokens; give as many")
         return [
             (SITES.index(state.site), layer, layer + 1, run, token, source, from_token, head)
-            for layer in _as_layers(each.layers, self.sizes.depth)
+            for layer in _as_layers(intervention.layers, self.sizes.depth)
             for token, from_token in zip(tokens, taken, strict=True)
         ]
 
@@ -282,13 +193,13 @@ class Patching:
         texts = [base.prompt for base in bases] + [bases[base].prompt for base in branch_base]
         captures, logits = [], []
         for read in self.reads:
-            wanted = len(_Places(prompt, 0).tokens(read.tokens))
+            wanted = len(prompt.tokens(read.tokens))
             for run, text in enumerate(texts):
-                tokens = _Places(prompt, text).tokens(read.tokens)
+                tokens = prompt.tokens(read.tokens, text)
                 if len(tokens) != wanted:
+                    lengths = f"{wanted} and {len(tokens)} tokens"
                     raise ExperimentError(
-                        f"{prompt.own.fact.id!r}: its texts have {wanted} and {len(tokens)} tokens to read; name "
-                        "positions that all have"
+                        f"{prompt.name}: its texts have {lengths} to read; name positions that all have"
                     )
                 if read.layers is None:
                     logits += [(run, token) for token in tokens]
@@ -300,7 +211,7 @@ class Patching:
 
     def _shape(self, prompt: EncodedPrompt, prompts: Sequence[tuple[int, ...]]) -> Shape:
         first = prompts[0]
-        targets = len(target_tokens(prompt.own))
+        targets = len(target_tokens(prompt.fact))
         read = tuple(tuple(range(len(tokens) - targets, len(tokens))) for tokens in prompts)
         longest = max(map(len, prompts))
         alike = []
@@ -308,45 +219,28 @@ class Patching:
             # where one of two texts ends before the other, it is read: what is one row must be read as one
             same = longest if len(other) == len(first) else min(len(first), len(other)) - targets
             alike.append(tuple(i < min(same, len(first)) and first[i] == other[i] for i in range(longest)))
-        return Shape(longest, prompt.own.span if self.corrupts else (0, 0), read, tuple(alike))
+        return Shape(longest, prompt.fact.span if self.corrupts else (0, 0), read, tuple(alike))
 
 
-@dataclass(frozen=True)
-class _Places:
-    """Token positions in one text of a prompt: its own (0), or another."""
-
-    prompt: EncodedPrompt
-    text: int
-
-    def tokens(self, positions: Positions) -> tuple[int, ...]:
-        """Positions from numbers, in their order, or from a name."""
-        fact, length = self.prompt.own, len(self.prompt.text(self.text))
-        if isinstance(positions, str):
-            if positions not in ("all", "last") and (self.text or fact.span == NO_SUBJECT):
-                raise ExperimentError(
-                    f"{fact.fact.id!r}: tokens {positions!r} need a fact's own prompt; give positions, 'all' or 'last'"
-                )
-            return choose_tokens(positions, length, fact.span)
-        numbers = _numbers(positions, "tokens")
-        for token in numbers:
-            if not -length <= token < length:
-                raise ExperimentError(f"{fact.fact.id!r}: token {token} is outside its prompt of {length} tokens")
-        return tuple(token % length for token in numbers)
+def _text_of(name: str) -> int:
+    """Which text a base run reads."""
+    return 1 + int(name.removeprefix("other:")) if name.startswith("other:") else 0
 
 
 def _as_layers(layers: int | Iterable[int], depth: int) -> tuple[int, ...]:
-    numbers = _numbers(layers, "layers")
+    numbers = whole_numbers(layers, "layers")
     for layer in numbers:
         if not 0 <= layer < depth:
             raise ExperimentError(f"there is no layer {layer}; the model has layers 0 to {depth - 1}")
     return numbers
 
 
-def _source_tokens(each: Intervention, tokens: tuple[int, ...]) -> Positions:
+def _source_tokens(intervention: Intervention, tokens: tuple[int, ...]) -> Positions:
     """Where the source's values are: a subject's tokens are found in the fact's own prompt only."""
-    if each.source_tokens is not None:
-        return each.source_tokens
-    return tokens if isinstance(each.tokens, str) and each.tokens.startswith("subject") else each.tokens
+    if intervention.source_tokens is not None:
+        return intervention.source_tokens
+    positions = intervention.tokens
+    return tokens if isinstance(positions, str) and positions.startswith("subject") else positions
 
 
 def _vector(source: Tensor, width: int, number: int, prompts: int) -> Tensor:
@@ -355,40 +249,3 @@ def _vector(source: Tensor, width: int, number: int, prompts: int) -> Tensor:
     if not source.isfinite().all():
         raise ExperimentError("the source vector holds NaN or infinity")
     return (source[number] if source.dim() == 2 else source).detach()
-
-
-def _numbers(values: int | Iterable[int], name: str) -> tuple[int, ...]:
-    """Whole numbers from one or several."""
-    try:
-        return (index(values),)  # type: ignore[arg-type]
-    except TypeError:
-        pass
-    try:
-        return tuple(index(value) for value in values)  # type: ignore[union-attr]
-    except TypeError:
-        raise ExperimentError(f"{name} {values!r} are not whole numbers") from None
-
-
-def encode_prompt(
-    prompt: Prompt | Fact | str, number: int, tokenizer: Any, sizes: Sizes, takes_others: bool
-) -> EncodedPrompt:
-    """Token ids of a prompt and its other texts; a fact's other text is that about its counterfactual subject, where
-    anything takes values from it."""
-
-    def tokens(fact: Fact, target: str) -> EncodedFact:
-        return encode(fact, tokenizer, target, sizes.vocabulary, sizes.positions)
-
-    if isinstance(prompt, Fact):
-        own, subject = tokens(prompt, "label"), prompt.counterfactual_subject
-        others: tuple[str, ...] = () if subject is None or not takes_others else (prompt.prompt.replace("{}", subject),)
-    else:
-        prompt = Prompt(prompt) if isinstance(prompt, str) else prompt
-        text = Fact(f"prompt {number}", "{}", prompt.text, "none" if prompt.target is None else prompt.target)
-        own = replace(tokens(text, "argmax" if prompt.target is None else "label"), span=NO_SUBJECT)
-        others = prompt.others
-    texts = (Fact(f"{own.fact.id}, other {i}", "{}", other, own.fact.target_true) for i, other in enumerate(others))
-    encoded = EncodedPrompt(own, tuple(tokens(text, "argmax").prompt for text in texts))
-    longest = max(map(len, encoded.others), default=0) + max(0, len(own.target) - 1)
-    if longest > sizes.positions:
-        raise FactError(f"{own.fact.id!r}: another text and the target need {longest} of {sizes.positions} positions")
-    return encoded

@@ -20,10 +20,15 @@ def check_kinds(kinds: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class State:
-    """A kind of value over a window of so many layers.
+    """A kind of value over a window of layers.
 
-    kind: ``hidden`` (block output), ``mlp`` or ``attn`` (what the module adds to the residual stream), ``head.N`` (what
-    attention head N hands to the output projection), or ``heads`` (each of the heads in turn).
+    Args:
+        kind: ``"hidden"`` (block output), ``"mlp"`` or ``"attn"`` (what the module adds to the residual stream),
+            ``"head.N"`` (what attention head N hands to the output projection), or ``"heads"`` (each head in turn).
+        window: Number of layers.
+
+    Raises:
+        ExperimentError: The kind is unknown, or the window is not a positive number of layers.
     """
 
     kind: str
@@ -49,7 +54,7 @@ class State:
         return self.kind if self.head is None else "head"
 
     def layers(self, centre: int, depth: int) -> tuple[int, int]:
-        """The half-open range of layers of the window centred on a layer, clipped to the model (METHODS 3)."""
+        """The half-open range of layers of the window centred on a layer, clipped to the model."""
         return max(0, centre - self.window // 2), min(depth, centre - (-self.window // 2))
 
     def __str__(self) -> str:

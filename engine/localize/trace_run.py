@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 
 from causalcone.engine.facts import EncodedFact, Fact, OnError, Skipped, token_texts
-from causalcone.engine.localize.causal_tracing import (
-    TOGETHER,
-    CausalTracing,
-    TraceGrid,
-    Zeroing,
-    counterfactual_prompt,
-)
-from causalcone.engine.localize.options import Progress, TraceSpec, ZeroSpec, choose_tokens
-from causalcone.engine.localize.states import State
+from causalcone.engine.localize.causal_tracing import TOGETHER, CausalTracing, TraceGrid, Zeroing, counterfactual_prompt
+from causalcone.engine.localize.options import CheckedSpec, Progress, TraceSpec, ZeroSpec, choose_tokens
 from causalcone.engine.noise import SCALED_NOISES, NoiseStream, parse_sigma
 from causalcone.engine.plan.cost import forward_flops
 from causalcone.engine.plan.interventions import CLEAN, CORRUPTED
-from causalcone.engine.run.runner import Result, Trial
+from causalcone.engine.run.runner import Trial
 from causalcone.engine.run.session import Session
 from causalcone.engine.schemas import TRACE_SCHEMA
 
@@ -49,92 +43,109 @@ class TracePlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TraceRun:
-    """Facts with a trial and its table for each, run with so many samples of the noise.
+class FactsRun:
+    """Facts made ready for a method that makes a table. spec: with the noise level as a number; skipped: left out."""
 
-    spec: resolved for the session's model, with the noise level as a number. skipped: facts that cannot be used.
-    """
-
+    name: ClassVar[str]
+    schema: ClassVar[pa.Schema]
     session: Session
-    spec: TraceSpec | ZeroSpec
-    method: str
+    spec: CheckedSpec
     facts: list[EncodedFact]
-    trials: list[Trial]
-    grids: list[TraceGrid]
     skipped: list[Skipped]
-    samples: int = 1
-    noise: NoiseStream | None = None
+
+    def tables(self) -> Iterator[pa.RecordBatch]:
+        """One batch per fact, in order; the call itself refuses memory that is too little."""
+        raise NotImplementedError
+
+    def batches(self, progress: Progress | None = None) -> Iterator[pa.RecordBatch]:
+        """``tables``, whose progress is reported."""
+        return _reported(self.tables(), len(self.facts), progress or (lambda done, of: None))
 
     @classmethod
-    def tracing(
-        cls, session: Session, facts: Sequence[Fact], spec: TraceSpec, on_error: OnError, limit: int | None = None
+    def table(cls, batches: Iterable[pa.RecordBatch]) -> pa.Table:
+        """One table of all batches."""
+        return pa.Table.from_batches(list(batches), schema=cls.schema)
+
+
+def _reported(batches: Iterator[pa.RecordBatch], count: int, report: Progress) -> Iterator[pa.RecordBatch]:
+    report(0, count)
+    for done, batch in enumerate(batches, start=1):
+        yield batch
+        report(done, count)
+
+
+def encode_facts(
+    session: Session,
+    facts: Sequence[Fact],
+    spec: CheckedSpec,
+    sigma: float | str | None,
+    on_error: OnError,
+    limit: int | None,
+) -> tuple[list[EncodedFact], list[Skipped], float]:
+    """The first ``limit`` facts, those that cannot be used, and the noise level, which is of all facts where ``sigma``
+    counts standard deviations; 0 without ``sigma``."""
+    counterfactual = isinstance(spec, TraceSpec) and spec.corruption.kind == "counterfactual"
+
+    def ready(fact: EncodedFact) -> EncodedFact:
+        choose_tokens(spec.tokens, len(fact.prompt), fact.span, fact.fact.id)
+        if not counterfactual:
+            return fact
+        return replace(fact, counterfactual=counterfactual_prompt(fact, session.tokenizer, session.sizes))
+
+    first = facts[:limit]
+    of_level = first if sigma is None or not parse_sigma(sigma)[1] else facts
+    encoded, skipped = session.encode(of_level, spec.target, on_error, ready)
+    level = 0.0 if sigma is None or not encoded else session.noise_level(sigma, [fact.fact for fact in encoded])
+    ids = {fact.id for fact in first}
+    return [fact for fact in encoded if fact.fact.id in ids], skipped, level
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceRun(FactsRun):
+    """Causal tracing or zeroing, a trial and its table for each fact; spec: resolved for the session's model."""
+
+    name, schema = "traces", TRACE_SCHEMA
+    spec: TraceSpec | ZeroSpec
+    trials: list[Trial]
+    grids: list[TraceGrid]
+    samples: int
+    noise: NoiseStream | None
+
+    @classmethod
+    def of(
+        cls,
+        session: Session,
+        facts: Sequence[Fact],
+        spec: TraceSpec | ZeroSpec,
+        on_error: OnError,
+        limit: int | None = None,
     ) -> TraceRun:
-        """Causal tracing of facts; of the first ``limit``, with a noise level that is of all of them."""
-        spec = spec.resolved(session)
-        kind = spec.corruption.kind
-
-        def ready(fact: EncodedFact) -> EncodedFact:
-            choose_tokens(spec.tokens, len(fact.prompt), fact.span, fact.fact.id)
-            if kind != "counterfactual":
-                return fact
-            return replace(fact, counterfactual=counterfactual_prompt(fact, session.tokenizer, session.sizes))
-
-        level_of, traced = facts_of_level(facts, limit, spec.sigma if kind in SCALED_NOISES else 0.0)
-        encoded, skipped = session.encode(level_of, spec.target, on_error, ready)
-        sigma = 0.0
-        if encoded and kind in SCALED_NOISES:
-            sigma = session.noise_level(spec.sigma, [each.fact for each in encoded])
-            spec = replace(spec, sigma=sigma)
-        encoded = [each for each in encoded if each.fact.id in traced]
-        method = CausalTracing(spec, session.sizes.depth)
+        """Of the first ``limit`` facts, with a noise level that is of all of them."""
+        spec, sizes, noise = spec.resolved(session), session.sizes, None
+        sigma = spec.sigma if isinstance(spec, TraceSpec) and spec.corruption.kind in SCALED_NOISES else None
+        encoded, skipped, level = encode_facts(session, facts, spec, sigma, on_error, limit)
+        method: CausalTracing | Zeroing
+        if isinstance(spec, TraceSpec):
+            spec = spec if sigma is None else replace(spec, sigma=level)
+            method = CausalTracing(spec, sizes.depth)
+            noise = NoiseStream(spec.corruption, level, spec.seed, method.samples, sizes.hidden, method.draws)
+        else:
+            method = Zeroing(spec, sizes.depth)
         pairs = [method.trial(fact) for fact in encoded]
-        noise = NoiseStream(spec.corruption, sigma, spec.seed, method.samples, session.sizes.hidden, method.draws)
         return cls(
             session=session,
             spec=spec,
-            method=spec.method,
             facts=encoded,
+            skipped=skipped,
             trials=[trial for trial, _ in pairs],
             grids=[grid for _, grid in pairs],
-            skipped=skipped,
             samples=method.samples,
             noise=noise,
         )
 
-    @classmethod
-    def zeroing(cls, session: Session, facts: Sequence[Fact], spec: ZeroSpec, on_error: OnError) -> TraceRun:
-        """Representation zeroing of facts."""
-        spec = spec.resolved(session)
-
-        def ready(fact: EncodedFact) -> EncodedFact:
-            choose_tokens(spec.tokens, len(fact.prompt), fact.span, fact.fact.id)
-            return fact
-
-        encoded, skipped = session.encode(facts, spec.target, on_error, ready)
-        method = Zeroing(spec, session.sizes.depth)
-        pairs = [method.trial(fact) for fact in encoded]
-        return cls(
-            session=session,
-            spec=spec,
-            method="zero",
-            facts=encoded,
-            trials=[trial for trial, _ in pairs],
-            grids=[grid for _, grid in pairs],
-            skipped=skipped,
-        )
-
-    def batches(self, progress: Progress | None = None) -> Iterator[pa.RecordBatch]:
-        """One batch per fact, in order; the call itself refuses memory that is too little."""
+    def tables(self) -> Iterator[pa.RecordBatch]:
         results = self.session.run(self.trials, self.samples, self.noise)
-        return self._batches(results, progress or (lambda done, of: None))
-
-    def _batches(self, results: Iterator[tuple[int, Result]], report: Progress) -> Iterator[pa.RecordBatch]:
-        report(0, len(self.facts))
-        for number, result in results:
-            fact = self.facts[number]
-            texts = token_texts(fact.prompt, self.session.tokenizer)
-            yield _trace_batch(fact, self.method, self.grids[number], self.spec.states, texts, result.log_p)
-            report(number + 1, len(self.facts))
+        return (self._table(number, result.log_p) for number, result in results)
 
     def plan(self) -> TracePlan:
         """What ``batches`` would compute."""
@@ -145,7 +156,7 @@ class TraceRun:
             rows += sum(cost.rows for cost in costs)
             flops += sum(cost.flops for cost in costs)
             attention_flops += sum(cost.attention_flops for cost in costs)
-        forwards = 1 if self.method == "restore" else 2
+        forwards = 1 if self.spec.method == "restore" else 2
         sizes = self.session.sizes
         naive = sum(
             (1 + self.samples) * (1 + forwards * len(grid.run)) * forward_flops(sizes, len(fact.tokens))
@@ -154,52 +165,38 @@ class TraceRun:
         read = self.session.architecture.read_bytes
         return TracePlan(len(self.facts), passes, rows, flops, attention_flops, naive, peak, read)
 
+    def _table(self, number: int, log_p: np.ndarray) -> pa.RecordBatch:
+        """The table of one fact, of the log-probability of its target in each sample of each run (J, R).
 
-def facts_of_level(facts: Sequence[Fact], limit: int | None, sigma: float | str) -> tuple[Sequence[Fact], set[str]]:
-    """The facts to be encoded for a noise level, which are all where it is counted in standard deviations, and the ids
-    of the first ``limit``."""
-    first = facts[:limit]
-    return facts if parse_sigma(sigma)[1] else first, {fact.id for fact in first}
+        ``p_patched_sd`` is the unbiased standard deviation over samples, null where there is one sample; null are
+        ``p_corrupted`` where there is no corrupted run, and ``token`` and its text where a row is about several tokens.
+        """
+        fact, grid, states = self.facts[number], self.grids[number], self.spec.states
+        texts = token_texts(fact.prompt, self.session.tokenizer)
+        p = np.exp(log_p)
+        mean = p.mean(0)
+        rows = len(grid.run)
+        several, corrupted = len(p) > 1, len(grid.experiment.bases) > 1
+        deviation = p.std(0, ddof=1)[grid.run] if several else np.full(rows, np.nan)
+        token = pa.array(grid.token, pa.int32(), mask=grid.token == TOGETHER)
 
+        def repeated(value: object, kind: pa.DataType) -> pa.Array:
+            return pa.repeat(pa.scalar(value, kind), rows)
 
-def _trace_batch(
-    fact: EncodedFact,
-    method: str,
-    grid: TraceGrid,
-    states: Sequence[State],
-    texts: Sequence[str],
-    log_p: np.ndarray,
-) -> pa.RecordBatch:
-    """The table of one fact.
-
-    texts: the text of each prompt token; log_p (J, R): log-probability of the target in each sample of each run.
-    ``p_patched_sd`` is the unbiased standard deviation over samples, null where there is one sample; ``p_corrupted`` is
-    null where there is no corrupted run, ``token`` and its text where a row is about several tokens together.
-    """
-    p = np.exp(log_p)
-    mean = p.mean(0)
-    rows = len(grid.run)
-    several, corrupted = len(p) > 1, len(grid.experiment.bases) > 1
-    deviation = p.std(0, ddof=1)[grid.run] if several else np.full(rows, np.nan)
-    token = pa.array(grid.token, pa.int32(), mask=grid.token == TOGETHER)
-
-    def repeated(value: object, kind: pa.DataType) -> pa.Array:
-        return pa.repeat(pa.scalar(value, kind), rows)
-
-    columns = {
-        "fact_id": repeated(fact.fact.id, pa.string()),
-        "method": repeated(method, pa.string()),
-        "kind": pa.array([state.kind for state in states]).take(pa.array(grid.state)),
-        "window": pa.array([state.window for state in states], pa.int32()).take(pa.array(grid.state)),
-        "layer": pa.array(grid.layer, pa.int32()),
-        "token": token,
-        "token_text": pa.array(list(texts), pa.string()).take(token),
-        "subject_start": repeated(fact.span[0], pa.int32()),
-        "subject_end": repeated(fact.span[1], pa.int32()),
-        "prompt_tokens": repeated(len(fact.prompt), pa.int32()),
-        "p_clean": repeated(mean[CLEAN], pa.float64()),
-        "p_corrupted": repeated(mean[CORRUPTED] if corrupted else None, pa.float64()),
-        "p_patched": pa.array(mean[grid.run]),
-        "p_patched_sd": pa.array(deviation, mask=None if several else np.ones(rows, dtype=bool)),
-    }
-    return pa.RecordBatch.from_arrays([columns[name] for name in TRACE_SCHEMA.names], schema=TRACE_SCHEMA)
+        columns = {
+            "fact_id": repeated(fact.fact.id, pa.string()),
+            "method": repeated(self.spec.method, pa.string()),
+            "kind": pa.array([state.kind for state in states]).take(pa.array(grid.state)),
+            "window": pa.array([state.window for state in states], pa.int32()).take(pa.array(grid.state)),
+            "layer": pa.array(grid.layer, pa.int32()),
+            "token": token,
+            "token_text": pa.array(texts, pa.string()).take(token),
+            "subject_start": repeated(fact.span[0], pa.int32()),
+            "subject_end": repeated(fact.span[1], pa.int32()),
+            "prompt_tokens": repeated(len(fact.prompt), pa.int32()),
+            "p_clean": repeated(mean[CLEAN], pa.float64()),
+            "p_corrupted": repeated(mean[CORRUPTED] if corrupted else None, pa.float64()),
+            "p_patched": pa.array(mean[grid.run]),
+            "p_patched_sd": pa.array(deviation, mask=None if several else np.ones(rows, dtype=bool)),
+        }
+        return pa.RecordBatch.from_arrays([columns[name] for name in TRACE_SCHEMA.names], schema=TRACE_SCHEMA)

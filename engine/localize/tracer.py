@@ -9,7 +9,7 @@ from typing import Any, TypeVar, Unpack
 import pyarrow as pa
 import torch
 
-from causalcone.engine.compute import Compute
+from causalcone.engine.compute import Compute, Kernels
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.facts import Fact, OnError, Skipped, SkippedFacts
 from causalcone.engine.localize.gradients import GradientRun
@@ -26,28 +26,34 @@ from causalcone.engine.localize.options import (
     ZeroSpec,
     as_tokens,
 )
-from causalcone.engine.localize.patching import Patching, Prompt, PromptResult, Read, Runs, as_runs
+from causalcone.engine.localize.patching import Patching
+from causalcone.engine.localize.prompt_runs import Prompt, PromptResult, Read, Runs, as_runs
 from causalcone.engine.localize.states import KINDS, States, as_states
-from causalcone.engine.localize.trace_run import TracePlan, TraceRun
-from causalcone.engine.noise import SCALED_NOISES, Noise, NoiseStream, parse_sigma
+from causalcone.engine.localize.trace_run import FactsRun, TracePlan, TraceRun
+from causalcone.engine.noise import SCALED_NOISES, Noise, NoiseKind, NoiseStream, parse_sigma
 from causalcone.engine.run.loading import Weights, open_session
 from causalcone.engine.run.session import Session
-from causalcone.engine.schemas import GRADIENT_SCHEMA, TRACE_SCHEMA
 
 
 class Tracer:
     """Localizes facts in a transformers model, which is read and never changed.
 
-    model: a causal language model of a supported architecture; tokenizer: its fast tokenizer (offsets are needed).
-    dtype: what to compute in, the model's own by default; device: where, the model's own by default.
-    memory: bytes (or a text such as ``"4GiB"``) that a pass may take, half of what is free by default.
-    kernels: ``"torch"``, ``"triton"`` or ``"flash"`` (attention with flash-attn, in bfloat16 or float16) forces what
-    passes without gradient compute with; by default Triton on CUDA devices and torch elsewhere, and in float64 always
-    torch. The variable CAUSALCONE_KERNELS says the same for all tracers, CAUSALCONE_ATTENTION for attention alone.
-    tf32: multiply float32 rows with weights in TF32 on CUDA devices, faster and with 10 bits of mantissa; else in full
-    float32, whatever torch is set to.
-    Raises ``ModelError`` for models whose parameters cannot be read directly, and ``ExperimentError`` for kernels that
-    cannot be used here.
+    Args:
+        model: A causal language model of a supported architecture.
+        tokenizer: Its fast tokenizer (offsets are needed).
+        dtype: Dtype to compute in; the model's own if None.
+        device: Device to compute on; the model's own if None.
+        memory: Bytes, or a text such as ``"4GiB"``, that a pass may take; half of what is free if None.
+        kernels: Forces what passes without gradient compute with: ``"torch"``, ``"triton"``, or ``"flash"`` (attention
+            with flash-attn, in bfloat16 or float16). By default Triton on CUDA devices and torch elsewhere, and in
+            float64 always torch. The variable CAUSALCONE_KERNELS says the same for all tracers, CAUSALCONE_ATTENTION
+            for attention alone.
+        tf32: Multiply float32 rows with weights in TF32 on CUDA devices, faster and with 10 bits of mantissa; else in
+            full float32, whatever torch is set to.
+
+    Raises:
+        ModelError: The model's parameters cannot be read directly.
+        ExperimentError: The kernels cannot be used here.
     """
 
     def __init__(
@@ -57,7 +63,7 @@ class Tracer:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         memory: int | str | None = None,
-        kernels: str | None = None,
+        kernels: Kernels | None = None,
         tf32: bool = False,
     ) -> None:
         self.session = Session(model, tokenizer, Compute.of(dtype, device, memory, kernels, tf32))
@@ -77,25 +83,32 @@ class Tracer:
         device: torch.device | str | None = None,
         memory: int | str | None = None,
         weights: Weights = "resident",
-        kernels: str | None = None,
+        kernels: Kernels | None = None,
         tf32: bool = False,
     ) -> Tracer:
-        """A tracer for a model folder or hub id; its weights are kept in ``dtype``, as saved by default.
+        """A tracer for a saved model.
 
-        weights: ``"resident"`` keeps them on the device; ``"stream"`` reads them from the model's safetensors files
-        layer by layer, anew in every pass, for models that are larger than the device. Two layers count as part of
-        ``memory`` then, and integrated gradients are refused.
+        Args:
+            path: A model folder or hub id.
+            dtype: Dtype of the weights and to compute in; as saved if None.
+            device: As for ``Tracer``, and so are memory, kernels and tf32.
+            weights: ``"resident"`` keeps them on the device; ``"stream"`` reads them from the model's safetensors files
+                layer by layer, anew in every pass, for models that are larger than the device. Two layers count as part
+                of ``memory`` then, and integrated gradients are refused.
+
+        Raises:
+            ModelError: The model cannot be loaded, or not be computed exactly.
         """
         return cls.on(open_session(path, Compute.of(dtype, device, memory, kernels, tf32), weights))
 
     @property
     def dtype(self) -> torch.dtype:
-        """What passes compute in."""
+        """The dtype that passes compute in."""
         return self.session.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where passes compute."""
+        """The device that passes compute on."""
         return self.session.device
 
     def trace(
@@ -107,22 +120,31 @@ class Tracer:
         progress: Progress | None = None,
         **options: Unpack[TraceOptions],
     ) -> pa.Table:
-        """Causal tracing (Meng et al. 2022; METHODS 3): the probability of each fact's target when its subject is
-        corrupted and one window of layers is restored to its clean value at one token, for every state, centre layer
-        and token.
+        """Causal tracing (docs/methods.md, "Causal tracing"; Meng et al. 2022).
 
-        states: (kind, window) pairs; kind is hidden, mlp, attn, head.N (one head before the output projection) or heads
-        (each of them). on_error: ``"skip"`` leaves out facts that cannot be traced and warns ``SkippedFacts``.
-        progress: called with the number of facts done and of all facts. options (``TraceSpec`` says more): samples=10,
-        sigma="3sd", seed=1, target="label", tokens="all", joint=False, noise=None, extra_tokens=0, sever=None,
-        compat=None.
+        The probability of each fact's target when its subject is corrupted and one window of layers is restored to its
+        clean value at one token, for every state, centre layer and token. All facts are checked before anything is
+        computed.
 
-        Returns a table with the columns of ``TRACE_SCHEMA``, whole facts in their order. All facts are checked before
-        anything is computed. Raises ``FactError``, ``ExperimentError``, ``ModelError`` or ``MemoryBudgetError``, each
-        naming the item and the mend.
+        Args:
+            facts: The facts, with different ids.
+            states: (kind, window) pairs, ``State`` or texts such as ``"mlp:10"``; kind is hidden, mlp, attn, head.N
+                (one head before the output projection) or heads (each of them).
+            on_error: ``"skip"`` leaves out facts that cannot be traced and warns ``SkippedFacts``.
+            progress: Called with the number of facts done and of all facts.
+            options: samples=10, sigma="3sd", seed=1, target="label", tokens="all", joint=False, noise=None,
+                extra_tokens=0, sever=None and compat=None, as ``TraceSpec`` says.
+
+        Returns:
+            A table with the columns of ``TRACE_SCHEMA``, whole facts in their order.
+
+        Raises:
+            FactError: A fact cannot be traced.
+            ExperimentError: An argument makes no sense.
+            ModelError: The model cannot be computed exactly.
+            MemoryBudgetError: The memory is too little for the smallest part of a fact.
         """
-        batches = self.stream(facts, states, on_error=on_error, progress=progress, **options)
-        return pa.Table.from_batches(list(batches), schema=TRACE_SCHEMA)
+        return TraceRun.table(self.stream(facts, states, on_error=on_error, progress=progress, **options))
 
     def stream(
         self,
@@ -133,7 +155,13 @@ class Tracer:
         progress: Progress | None = None,
         **options: Unpack[TraceOptions],
     ) -> Iterator[pa.RecordBatch]:
-        """``trace`` as one batch per fact, handed out as passes finish; arguments are checked by the call itself."""
+        """``trace`` as one batch per fact, handed out as passes finish.
+
+        Args, and what is raised, are those of ``trace``; the call itself checks them.
+
+        Returns:
+            Batches with the columns of ``TRACE_SCHEMA``, in the order of the facts.
+        """
         return _told(self._tracing(facts, states, on_error, options)).batches(progress)
 
     def plan(
@@ -144,7 +172,11 @@ class Tracer:
         on_error: OnError = "raise",
         **options: Unpack[TraceOptions],
     ) -> TracePlan:
-        """What ``trace`` with these arguments would compute; nothing is computed."""
+        """The cost of ``trace`` with the same arguments; nothing is computed.
+
+        Returns:
+            Passes, rows, FLOPs and bytes.
+        """
         return _told(self._tracing(facts, states, on_error, options)).plan()
 
     def zero(
@@ -157,14 +189,22 @@ class Tracer:
         on_error: OnError = "raise",
         progress: Progress | None = None,
     ) -> pa.Table:
-        """Representation zeroing (Hase et al. 2023; METHODS 3): the probability of each fact's target in the clean run
-        with the values of a window set to zero at all of the chosen tokens, for every state and centre layer.
+        """Representation zeroing (docs/methods.md, "Zeroing"; Hase et al. 2023).
 
-        Arguments as for ``trace``. Returns a table with the columns of ``TRACE_SCHEMA``, in which ``token`` and
-        ``p_corrupted`` are null.
+        The probability of each fact's target in the clean run with the values of a window set to zero at all of the
+        chosen tokens, for every state and centre layer.
+
+        Args:
+            facts: As for ``trace``, and so are states, on_error and progress, and what is raised.
+            target: ``"label"`` or ``"argmax"``, as ``TraceSpec`` says.
+            tokens: The tokens that are zeroed together: ``"all"``, ``"subject_onward"``, ``"subject"``,
+                ``"subject_last"``, ``"last"`` or indices.
+
+        Returns:
+            A table with the columns of ``TRACE_SCHEMA``, in which ``token`` and ``p_corrupted`` are null.
         """
-        batches = self.stream_zero(facts, states, target=target, tokens=tokens, on_error=on_error, progress=progress)
-        return pa.Table.from_batches(list(batches), schema=TRACE_SCHEMA)
+        stream = self.stream_zero(facts, states, target=target, tokens=tokens, on_error=on_error, progress=progress)
+        return TraceRun.table(stream)
 
     def stream_zero(
         self,
@@ -176,9 +216,9 @@ class Tracer:
         on_error: OnError = "raise",
         progress: Progress | None = None,
     ) -> Iterator[pa.RecordBatch]:
-        """``zero`` as one batch per fact, handed out as passes finish."""
+        """``zero`` as one batch per fact, handed out as passes finish; the call itself checks the arguments."""
         spec = ZeroSpec(states=as_states(states), target=target, tokens=as_tokens(tokens))
-        return _told(TraceRun.zeroing(self.session, list(facts), spec, on_error)).batches(progress)
+        return _told(TraceRun.of(self.session, list(facts), spec, on_error)).batches(progress)
 
     def integrated_gradients(
         self,
@@ -189,17 +229,22 @@ class Tracer:
         progress: Progress | None = None,
         **options: Unpack[GradientOptions],
     ) -> pa.Table:
-        """Integrated gradients (Meng et al. 2022, Fig. 16; METHODS 3) of the target's probability by every state, along
-        the straight line from a baseline to its clean value.
+        """Integrated gradients (docs/methods.md, "Integrated gradients"; Meng et al. 2022, Fig. 16).
 
-        kinds: of hidden, mlp, attn. options (``GradientSpec`` says more): steps=50, baseline="zero", target="argmax",
-        tokens="all"; samples=10, sigma="3sd" and seed=1 of the baseline ``"corrupted"``. The rest as for ``trace``.
+        Of the target's probability by every state, along the straight line from a baseline to its clean value.
 
-        Returns a table with the columns of ``GRADIENT_SCHEMA``: the attribution's L2 norm, its total, and its gap: the
-        total minus the change in p that it should add up to.
+        Args:
+            facts: As for ``trace``, and so are on_error and progress, and what is raised.
+            kinds: One or more of hidden, mlp and attn.
+            options: steps=50, baseline="zero", target="argmax", tokens="all"; samples=10, sigma="3sd" and seed=1 of the
+                baseline ``"corrupted"``; as ``GradientSpec`` says.
+
+        Returns:
+            A table with the columns of ``GRADIENT_SCHEMA``: the attribution's L2 norm, its total, and its gap, the
+            total minus the change in p that it should add up to.
         """
-        batches = self.stream_integrated_gradients(facts, kinds, on_error=on_error, progress=progress, **options)
-        return pa.Table.from_batches(list(batches), schema=GRADIENT_SCHEMA)
+        stream = self.stream_integrated_gradients(facts, kinds, on_error=on_error, progress=progress, **options)
+        return GradientRun.table(stream)
 
     def stream_integrated_gradients(
         self,
@@ -210,7 +255,7 @@ class Tracer:
         progress: Progress | None = None,
         **options: Unpack[GradientOptions],
     ) -> Iterator[pa.RecordBatch]:
-        """``integrated_gradients`` as one batch per fact, handed out as they finish."""
+        """``integrated_gradients`` as one batch per fact, handed out as they finish; the call checks the arguments."""
         spec = GradientSpec.of(kinds, **options)
         return _told(GradientRun.of(self.session, list(facts), spec, on_error)).batches(progress)
 
@@ -224,29 +269,41 @@ class Tracer:
         samples: int = 10,
         sigma: float | str = DEFAULT_SIGMA,
         seed: int = 1,
-        noise: Noise | str | None = None,
+        noise: Noise | NoiseKind | None = None,
     ) -> list[PromptResult]:
-        """Interventions of your own: what all localization methods are made of.
+        """Run interventions of your own, which all localization methods are made of; all runs in one pass.
 
-        interventions: those of one run, or a list of such lists, one per run; every run starts from the base run
-        ``base`` (``"clean"``, ``"corrupted"`` of facts, or ``"other"``) of every prompt, and all go through the layers
-        in one pass. read: what to hand out besides the target's probability. samples, sigma, seed, noise: of the
-        corrupted run, where there is one.
+        Args:
+            prompts: Texts, ``Prompt`` or facts.
+            interventions: Those of one run, or a list of such lists, one per run.
+            read: Logits or states to hand out besides the target's probability.
+            base: The base run of every prompt that runs start from: ``"clean"``, ``"corrupted"`` of facts, or
+                ``"other"`` (``"other:1"`` for the second other text).
+            samples: Noise samples of the corrupted run, where there is one.
+            sigma: Noise level, a number or ``"<k>sd"`` for k standard deviations of the subjects' embeddings.
+            seed: Of the noise.
+            noise: A ``Noise`` or the name of one that needs no more; Gaussian if None.
 
-        Returns a ``PromptResult`` per prompt. Raises ``ExperimentError`` or ``FactError`` naming what makes no sense.
+        Returns:
+            A ``PromptResult`` per prompt.
+
+        Raises:
+            ExperimentError: An argument makes no sense.
+            FactError: A prompt cannot be run.
         """
         session = self.session
         if isinstance(prompts, str | Prompt | Fact):
             raise ExperimentError("prompts are a list; give [prompt] for a single one")
         items = list(prompts)
         spec = TraceSpec.of((("hidden", 1),), samples=samples, sigma=sigma, seed=seed, noise=noise).resolved(session)
+        base = "other:0" if base == "other" else base
         patching = Patching(as_runs(interventions), tuple(read), base, spec.corruption, session.sizes, len(items))
         encoded = [patching.encode(prompt, number, session.tokenizer) for number, prompt in enumerate(items)]
         trials = [patching.trial(prompt, number) for number, prompt in enumerate(encoded)]
         stream = None
         if patching.corrupts:
             scaled = encoded and spec.corruption.kind in SCALED_NOISES
-            level = session.noise_level(sigma, [each.own.fact for each in encoded]) if scaled else 0.0
+            level = session.noise_level(sigma, [prompt.fact.fact for prompt in encoded]) if scaled else 0.0
             stream = NoiseStream(spec.corruption, level, seed, samples, session.sizes.hidden)
         results = session.run(trials, samples if stream else 1, stream)
         return [patching.result(encoded[i], trials[i], result) for i, result in results]
@@ -254,26 +311,37 @@ class Tracer:
     def noise_level(
         self, facts: Iterable[Fact], sigma: float | str = DEFAULT_SIGMA, on_error: OnError = "raise"
     ) -> float:
-        """The noise level as a number; ``"<k>sd"`` is k standard deviations of these facts' subject embeddings.
+        """The noise level as a number (docs/methods.md, "Corruption").
 
-        With ``on_error="skip"``, of those facts among them that can be traced.
+        Args:
+            facts: The facts whose subjects count.
+            sigma: A number, or ``"<k>sd"`` for k standard deviations of the facts' subject embeddings.
+            on_error: ``"skip"`` leaves out facts that cannot be traced and warns ``SkippedFacts``.
         """
         if not parse_sigma(sigma)[1]:
             return self.session.noise_level(sigma, ())
         encoded, skipped = self.session.encode(list(facts), "label", on_error)
         _warn(skipped)
-        return self.session.noise_level(sigma, [each.fact for each in encoded])
+        return self.session.noise_level(sigma, [fact.fact for fact in encoded])
 
     def embedding_noise(self, texts: Iterable[str], dof: float | None = None, replace: bool = False) -> Noise:
-        """Multivariate noise, or t noise with ``dof``, with mean and covariance of the token-embedding outputs over
-        running text (METHODS 2)."""
+        """Noise with the mean and covariance of the token embeddings of running text (docs/methods.md, "Corruption").
+
+        Args:
+            texts: Running text.
+            dof: Degrees of freedom of t noise; multivariate normal noise if None.
+            replace: Whether the noise takes the place of the embeddings instead of being added to them.
+
+        Raises:
+            ExperimentError: The texts have fewer than two tokens, or tokens outside of the model's vocabulary.
+        """
         return self.session.embedding_noise(texts, dof, replace)
 
     def _tracing(self, facts: Iterable[Fact], states: States, on_error: OnError, options: TraceOptions) -> TraceRun:
-        return TraceRun.tracing(self.session, list(facts), TraceSpec.of(states, **options), on_error)
+        return TraceRun.of(self.session, list(facts), TraceSpec.of(states, **options), on_error)
 
 
-Run = TypeVar("Run", TraceRun, GradientRun)
+Run = TypeVar("Run", bound=FactsRun)
 
 
 def _told(run: Run) -> Run:
@@ -284,4 +352,4 @@ def _told(run: Run) -> Run:
 
 def _warn(skipped: Sequence[Skipped]) -> None:
     if skipped:
-        warnings.warn(SkippedFacts([each.reason for each in skipped]), stacklevel=4)
+        warnings.warn(SkippedFacts([fact.reason for fact in skipped]), stacklevel=4)

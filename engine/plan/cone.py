@@ -55,10 +55,10 @@ class Mixes:
     varies: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerValues:
     """The distinct values of one layer, each numbered from 0 at its stage. A value *varies* if it depends on the
-    noise sample; the others are the same for all samples of a fact. Behind the values that attention (mixes included)
+    noise sample; the others are the same for all samples of a fact. After the values that attention (mixes included)
     and MLP compute come the given ones, as sources number them backwards from ``ZERO``.
 
     state (A, T): number of the layer's input row for each active run and token; token, input_varies: (inputs,)
@@ -162,15 +162,29 @@ class _Layer:
 
         out, (out_mid, out_mlp) = _number(mid, mlp)
         out_varies = mid_varies[out_mid] | self._with_given(mlp_varies)[out_mlp]
-        out, out_varies, out_token, behind, out_given = self._leave(out, out_varies, mid_input[out_mid])
+        out, out_varies, out_token, terms, out_given = self._leave(out, out_varies, mid_input[out_mid])
         captured = {
             site: captures for site, values in (("attn", attn), ("mlp", mlp), ("hidden", out))
             if len((captures := self._capture(site, values))[0])
         }  # fmt: skip
         values = LayerValues(
-            state, self.inputs.token, varies, attn_run, attn_token, attn_varies, mixes, mid_input, mid_attn, mid_varies,
-            mlp_varies, out_mid[behind], out_mlp[behind], out_given, out_varies, captured,
-        )  # fmt: skip
+            state=state,
+            token=self.inputs.token,
+            input_varies=varies,
+            attn_run=attn_run,
+            attn_token=attn_token,
+            attn_varies=attn_varies,
+            mixes=mixes,
+            mid_input=mid_input,
+            mid_attn=mid_attn,
+            mid_varies=mid_varies,
+            mlp_varies=mlp_varies,
+            out_mid=out_mid[terms],
+            out_mlp=out_mlp[terms],
+            out_given=out_given,
+            out_varies=out_varies,
+            captured=captured,
+        )
         return values, _LayerInputs(out, out_token, out_varies)
 
     def _with_given(self, varies: np.ndarray) -> np.ndarray:
@@ -178,11 +192,11 @@ class _Layer:
 
     def _overwrites(self, site: str) -> Overwrites | None:
         """Those at a site of this layer, if there are any."""
-        chosen = self.now & (self.experiment.overwrites.site == SITES.index(site))
-        return self.experiment.overwrites[chosen] if chosen.any() else None
+        here = self.now & (self.experiment.overwrites.site == SITES.index(site))
+        return self.experiment.overwrites[here] if here.any() else None
 
     def _sources(self, o: Overwrites, values: np.ndarray, count: int) -> np.ndarray:
-        """The number of each overwrite's source among ``count`` values with the given ones behind them."""
+        """The number of each overwrite's source among ``count`` values with the given ones after them."""
         runs = values[self.row_of[np.maximum(o.source, 0)], o.source_token]
         return np.where(o.source >= 0, runs, count + ZERO - o.source)
 
@@ -238,15 +252,15 @@ class _Layer:
             return out, varies, token, np.arange(count), np.zeros(count, dtype=np.int64)
         T = out.shape[1]
         distinct, number = np.unique(out * T + np.arange(T), return_inverse=True)
-        behind, token = np.divmod(distinct, T)
-        is_given = behind >= count
-        given = np.where(is_given, count + ZERO - behind, 0)
+        terms, token = np.divmod(distinct, T)
+        is_given = terms >= count
+        source = np.where(is_given, count + ZERO - terms, 0)
         return (
             number.reshape(out.shape),
-            self._with_given(varies)[behind],
+            self._with_given(varies)[terms],
             token,
-            np.where(is_given, 0, behind),
-            given,
+            np.where(is_given, 0, terms),
+            source,
         )
 
     def _capture(self, site: str, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

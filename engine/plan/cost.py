@@ -83,8 +83,8 @@ def bytes_by_use(plan: Plan, sizes: Sizes, itemsize: int) -> tuple[np.ndarray, n
     kinds += [indices, ends]
     bytes_of = np.zeros((2, len(kinds), max(map(len, kinds))), dtype=np.int64)
     for number, uses in enumerate(kinds):
-        for place, use in enumerate(uses):
-            bytes_of[:, number, place] = [
+        for slot, use in enumerate(uses):
+            bytes_of[:, number, slot] = [
                 sum(rows.shared * size for rows, size in use),
                 sum(rows.varying * size for rows, size in use),
             ]
@@ -122,10 +122,10 @@ def fixed_bytes(
     if gradient:
         # keys and values are one product, for which some architectures join two weights
         weights = sizes.key_value_weights + (0 if shared else 2 * sizes.query_weights + sizes.mlp_weights)
-        kept = sizes.depth * itemsize * weights
+        copies = sizes.depth * itemsize * weights
         unembedding = 2 * copied * itemsize * sizes.vocabulary * sizes.hidden
         logits = tiles.readout_rows * sizes.vocabulary * 2 * max(4, itemsize)
-        return kept + max(2 * layer, unembedding + logits)
+        return copies + max(2 * layer, unembedding + logits)
     return max(layer + product + attention, unembedding + logits)
 
 
@@ -147,7 +147,7 @@ class Footprint:
     def of_gradient(cls, plan: Plan, sizes: Sizes, itemsize: int) -> Footprint:
         """What a plan's rows weigh in a pass under autograd: what all layers save for the way back, and what the widest
         works with."""
-        own, kv, hidden = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim, sizes.hidden
+        heads, kv, hidden = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim, sizes.hidden
         inner = sizes.mlp_weights // hidden
         saved, working = [], []
         for layer in plan.layers:
@@ -156,14 +156,14 @@ class Footprint:
             scores = sizes.heads * sum(s.queries.size * s.keys.shape[1] for s in segments)
             saved += [
                 (layer.keys_values.rows, 3 * hidden + kv),
-                (layer.queries.rows, 3 * hidden + own),
-                (Rows(0, queried), 4 * own),
+                (layer.queries.rows, 3 * hidden + heads),
+                (Rows(0, queried), 4 * heads),
                 (Rows(0, seen), 2 * kv),
                 (Rows(0, scores), 3),
                 (layer.mlp.rows, 3 * hidden + inner),
             ]
             rows = layer.keys_values.rows.varying + layer.queries.rows.varying + layer.mlp.rows.varying
-            working.append(rows * 2 * (hidden + own + kv) + layer.mlp.rows.varying * inner + 2 * seen * kv)
+            working.append(rows * 2 * (hidden + heads + kv) + layer.mlp.rows.varying * inner + 2 * seen * kv)
         saved += [(plan.read_rows.rows, 3 * hidden), (Rows(0, plan.read.size), 8)]
         shared = sum(rows.shared * width for rows, width in saved) * itemsize
         varying = (sum(rows.varying * width for rows, width in saved) + max(working)) * itemsize

@@ -163,12 +163,12 @@ class Experiment:
         runs, captured, logits = self.kept(branches)
         renumbered = np.full(len(self.base), -1)
         renumbered[runs] = np.arange(len(runs))
-        kept = self.overwrites[renumbered[self.overwrites.run] >= 0]
+        rest = self.overwrites[renumbered[self.overwrites.run] >= 0]
         c = self.captures
         return replace(
             self,
             branch_base=self.branch_base[branches.start : branches.stop],
-            overwrites=replace(kept, run=renumbered[kept.run]),  # sources are base runs or given: their numbers stay
+            overwrites=replace(rest, run=renumbered[rest.run]),  # sources are base runs or given: their numbers stay
             captures=Captures(c.site[captured], c.layer[captured], renumbered[c.run[captured]], c.token[captured]),
             logits=np.stack([renumbered[self.logits[logits, 0]], self.logits[logits, 1]], axis=1),
         )

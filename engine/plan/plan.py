@@ -29,14 +29,15 @@ class Rows:
         return facts * (self.shared + samples * self.varying)
 
 
-def together(*parts: Rows) -> Rows:
+def together(*stages: Rows) -> Rows:
     """The rows of several stages as one."""
-    return Rows(sum(part.shared for part in parts), sum(part.varying for part in parts))
+    return Rows(sum(rows.shared for rows in stages), sum(rows.varying for rows in stages))
 
 
 @dataclass(frozen=True)
 class Given:
-    """Rows of a stage whose values are given, behind those it computes: shared ones first, then varying ones.
+    """Rows of a stage that are overwritten with values from outside the pass (zeros, vectors), after those it computes:
+    shared ones first, then varying ones.
 
     source: for each row ``ZERO`` or the number of a given vector, as ``interventions.given`` counts them.
     """
@@ -55,7 +56,7 @@ class Gather:
 
 @dataclass(frozen=True)
 class Segment:
-    """Runs whose attention is computed for the same tokens: one dense batch.
+    """Runs that query for the same tokens, whose attention is one dense batch.
 
     tokens (m,): the tokens that query; queries (B, m): their query rows; keys (B, K): the rows of tokens 0..K-1.
     Its outputs are the B * m attention rows from ``first`` on.
@@ -70,8 +71,8 @@ class Segment:
 
 @dataclass(frozen=True)
 class Mix:
-    """Heads' outputs put together from attention rows: each from ``base``, and then, patch by patch, ``head`` of
-    ``row`` (numbered within the mixes) from the attention row ``source``, or given (negative sources)."""
+    """Attention rows of which single heads are overwritten: each is a copy of ``base``, and then, patch by patch,
+    ``head`` of ``row`` (numbered within the mixes) from the attention row ``source``, or given (negative sources)."""
 
     base: Gather
     row: np.ndarray
@@ -87,7 +88,7 @@ class Captured:
     row: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerPlan:
     """One layer: inputs -> keys/values and queries -> attention -> residual after it -> MLP -> outputs.
 
@@ -113,7 +114,7 @@ class LayerPlan:
     captured: dict[str, Captured]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """The layers of an experiment on a shape, and where its runs are read out.
 
@@ -140,11 +141,11 @@ def plan_bytes(plan: Plan) -> int:
     return _array_bytes(plan)
 
 
-def _array_bytes(part: object) -> int:
-    if isinstance(part, np.ndarray):
-        return part.nbytes
-    if isinstance(part, tuple | list):
-        return sum(map(_array_bytes, part))
-    if isinstance(part, dict):
-        return sum(map(_array_bytes, part.values()))
-    return sum(map(_array_bytes, vars(part).values())) if is_dataclass(part) else 0
+def _array_bytes(value: object) -> int:
+    if isinstance(value, np.ndarray):
+        return value.nbytes
+    if isinstance(value, tuple | list):
+        return sum(map(_array_bytes, value))
+    if isinstance(value, dict):
+        return sum(map(_array_bytes, value.values()))
+    return sum(map(_array_bytes, vars(value).values())) if is_dataclass(value) else 0

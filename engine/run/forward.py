@@ -1,4 +1,9 @@
-"""Executes plans: a pass is one wave through the layers, with every row of every run of many facts in one tensor."""
+"""Executes plans: a pass goes once through the layers, with every row of every run of many facts in one tensor.
+
+In buffers that are used again, and in place. ``forward_autograd.py`` does the same in operations that autograd can go
+back through. Texts with edits go through ``engine/edit/runs/layers.py``, and token by token through ``decoding.py``
+beside it: they have no plan. What a block computes, all four ask of ``Block``; a new kind of block changes each.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +18,7 @@ from torch import Tensor
 from causalcone.engine.models.base import Architecture, Block
 from causalcone.engine.plan.buffers import Buffers, slot_elements, slot_uses
 from causalcone.engine.plan.interventions import CLEAN
-from causalcone.engine.plan.plan import Captured, Given, LayerPlan, Rows, Segment
-from causalcone.engine.run.head_patching import mix_heads
+from causalcone.engine.plan.plan import Captured, Given, LayerPlan, Mix, Rows, Segment
 from causalcone.engine.run.packing import Group, PackedStage, Placement, gather_rows, place, place_attention, spread
 from causalcone.kernels.adding import RowSum
 from causalcone.kernels.backends import TORCH, Backends
@@ -184,7 +188,7 @@ class _ForwardPass:
             out[part] = function(source) if positions is None else function(source, positions[part])
 
     def _give(self, out: Tensor, stage: PackedStage, givens: Sequence[Given]) -> None:
-        """Fill the rows of a stage that are given, which lie behind those that it computes."""
+        """Fill the rows of a stage that are given, which lie after those that it computes."""
         first = stage.computed + stage.mixed
         for group, given in zip(self.groups, givens, strict=True):
             count = given.rows.count(group.facts, group.samples)
@@ -244,9 +248,9 @@ def _most_likely(readout: Readout, states: Tensor, rows: Sequence[Tensor]) -> It
     """The most likely token of each row of ``states`` that the index tensors name, in their shapes, by one walk through
     the unembedding."""
     if rows:
-        tokens = readout.most_likely(states[torch.cat([own.flatten() for own in rows])])
-        parts = tokens.split([own.numel() for own in rows])
-        yield from (part.view(own.shape) for part, own in zip(parts, rows, strict=True))
+        tokens = readout.most_likely(states[torch.cat([index.flatten() for index in rows])])
+        parts = tokens.split([index.numel() for index in rows])
+        yield from (likely.view(index.shape) for likely, index in zip(parts, rows, strict=True))
 
 
 def read_logits(
@@ -296,3 +300,48 @@ def _logits(readout: Readout, states: Tensor, group: Group, placement: Placement
     computed = readout.logits(states[torch.cat([part.flatten() for part in parts])])
     (packed,) = place([group], [Rows(shared, len(distinct) - shared)], device).placements
     return computed[packed.flat(on_device(torch.from_numpy(number), device), varying=True)]
+
+
+def mix_heads(
+    heads: Tensor, stage: PackedStage, groups: Sequence[Group], plans: Sequence[LayerPlan], head_dim: int
+) -> None:
+    """Fill the mixed rows of ``heads`` (R, H * head_dim), which lie after those that attention computes."""
+    for group, plan, placement in zip(groups, plans, stage.placements, strict=True):
+        mix, computed = plan.mix, plan.attn.total
+        shared = mix.base.rows.shared
+        for rows, varying in ((np.arange(shared), False), (np.arange(shared, mix.base.rows.total), True)):
+            if len(rows):
+                _copy(heads, placement, computed + rows, mix.base.source[rows], varying)
+                _patch(heads.unflatten(1, (-1, head_dim)), placement, group, mix, computed, rows, varying)
+
+
+def _flat(placement: Placement, rows: np.ndarray, varying: bool) -> Tensor:
+    return placement.flat(on_device(torch.from_numpy(rows), placement.start.device), varying)
+
+
+def _copy(heads: Tensor, placement: Placement, to: np.ndarray, source: np.ndarray, varying: bool) -> None:
+    heads[_flat(placement, to, varying).flatten()] = heads[_flat(placement, source, varying).flatten()]
+
+
+def _patch(
+    heads: Tensor, placement: Placement, group: Group, mix: Mix, computed: int, rows: np.ndarray, varying: bool
+) -> None:
+    """heads (R, H, head_dim): put the overwritten heads of the mixes ``rows`` in their place."""
+    inside = np.isin(mix.row, rows)
+    for is_given in (False, True):
+        patches = inside & ((mix.source < 0) == is_given)
+        if not patches.any():
+            continue
+        to = _flat(placement, computed + mix.row[patches], varying)
+        head = on_device(torch.from_numpy(mix.head[patches]), to.device)
+        if is_given:
+            values = torch.stack([_given_head(group, source, heads) for source in mix.source[patches].tolist()], dim=-2)
+        else:
+            values = heads[_flat(placement, mix.source[patches], varying), head]
+        heads[to, head] = values.to(heads.dtype)
+
+
+def _given_head(group: Group, source: int, heads: Tensor) -> Tensor:
+    """A given value of one head, for each fact and sample: (F, 1 or J, head_dim)."""
+    vector = group.vector(source, heads.shape[2], heads.device)
+    return vector if vector.dim() == 3 else vector[:, None]

@@ -1,7 +1,8 @@
 """A pass under autograd: target probabilities of which the gradient flows back to the given vectors.
 
 Shared rows never carry gradient, varying rows always do, so every stage is two tensors. Weights are frozen; operations
-are functional, since what they save for the way back must stay as it was.
+are functional, since what they save for the way back must stay as it was: that is why ``forward.py``, which writes into
+buffers that it uses again, is not used.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ class _AutogradPass:
 
     def _attention(self, rows: _GradientRows, block: Block, plans: Sequence[LayerPlan]) -> _GradientRows:
         key_rows, query_rows = [plan.keys_values.rows for plan in plans], [plan.queries.rows for plan in plans]
-        key_stage, query_stage = (place(self.groups, own, self.device) for own in (key_rows, query_rows))
+        key_stage, query_stage = (place(self.groups, counts, self.device) for counts in (key_rows, query_rows))
         keys = self._compute(
             key_stage,
             block.keys_values,
@@ -132,8 +133,8 @@ class _AutogradPass:
         stage = place_attention(self.groups, plans, self.device)
         assert not stage.mixed, "heads are not overwritten in gradient passes"
         with torch.no_grad():
-            own = block.attention_output(shared)
-        return self._with_given(stage, own, block.attention_output(varying), [plan.attn_given for plan in plans])
+            fixed = block.attention_output(shared)
+        return self._with_given(stage, fixed, block.attention_output(varying), [plan.attn_given for plan in plans])
 
     def _visible(self, segment: Segment, block: Block) -> Tensor:
         tokens = on_device(torch.tensor(segment.tokens), self.device)
@@ -159,9 +160,9 @@ class _AutogradPass:
             if not works:
                 continue
             # all batches' rows are gathered at once, since the way back goes through all rows for each gathering
-            own_queries = self._gathered(varying, queries, [q for _, q, _ in works])
-            own_keys = self._gathered(varying, keys, [k for _, _, k in works])
-            for (visible, q, k), query, key_value in zip(works, own_queries, own_keys, strict=True):
+            gathered_queries = self._gathered(varying, queries, [q for _, q, _ in works])
+            gathered_keys = self._gathered(varying, keys, [k for _, _, k in works])
+            for (visible, q, k), query, key_value in zip(works, gathered_queries, gathered_keys, strict=True):
                 key_value = key_value.view(*k.shape, 2, -1, block.head_dim)
                 attended = attend(
                     query.view(*q.shape, -1, block.head_dim),
@@ -182,9 +183,9 @@ class _AutogradPass:
 
     @staticmethod
     def _gathered(varying: bool, rows: _GradientRows, packed: list[Tensor]) -> tuple[Tensor, ...]:
-        index = torch.cat([part.flatten() for part in packed])
+        index = torch.cat([batch.flatten() for batch in packed])
         every = rows.of_any(index) if varying else rows.of_shared(index)
-        return every.split([part.numel() for part in packed])
+        return every.split([batch.numel() for batch in packed])
 
     def _compute(
         self,
@@ -199,18 +200,18 @@ class _AutogradPass:
         shared, varying = (mask.nonzero()[:, 0] for mask in (~varies, varies))
         rest = [() if positions is None else (positions[rows],) for rows in (shared, varying)]
         with torch.no_grad():
-            own = function(*(rows.of_shared(index[shared]) for rows, index in sources), *rest[0])
+            fixed = function(*(rows.of_shared(index[shared]) for rows, index in sources), *rest[0])
         inputs = [rows.of_any(index[varying]) for rows, index in sources] + list(rest[1])
-        sizes = [part.stop - part.start for part in pieces(len(varying), self.tiles.rows)]
+        sizes = [tile_rows.stop - tile_rows.start for tile_rows in pieces(len(varying), self.tiles.rows)]
         tiles = zip(*(rows.split(sizes) for rows in inputs), strict=True)
-        parts = [function(*tile) for tile in tiles] or [own[:0]]
-        return self._with_given(stage, own, torch.cat(parts), given)
+        parts = [function(*tile) for tile in tiles] or [fixed[:0]]
+        return self._with_given(stage, fixed, torch.cat(parts), given)
 
     def _with_given(self, stage: PackedStage, shared: Tensor, varying: Tensor, given: Sequence[Given]) -> _GradientRows:
-        """The computed rows of a stage and the given ones behind them."""
+        """The computed rows of a stage and the given ones after them."""
         parts = ([shared], [varying])
-        for group, own in zip(self.groups, given, strict=False):
-            for part, rows in zip(parts, group.given_rows(own, shared.shape[1], self.device), strict=True):
+        for group, stage_given in zip(self.groups, given, strict=False):
+            for part, rows in zip(parts, group.given_rows(stage_given, shared.shape[1], self.device), strict=True):
                 part.append(rows.to(self.dtype))
         return _GradientRows(stage, torch.cat(parts[0]), torch.cat(parts[1]))
 

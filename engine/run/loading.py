@@ -67,14 +67,14 @@ def _opening(path: str) -> Iterator[str]:
     """The path as transformers takes it; what goes wrong there is a ``ModelError``."""
     from safetensors import SafetensorError
 
-    place = path
+    folder = path
     if path.startswith((".", "/", "~")):
-        place = str(Path(path).expanduser())
-        if not Path(place).is_dir():
-            raise ModelError(f"the model folder {place} does not exist")
+        folder = str(Path(path).expanduser())
+        if not Path(folder).is_dir():
+            raise ModelError(f"the model folder {folder} does not exist")
     try:
-        yield place
+        yield folder
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if isinstance(error, CausalconeError):
             raise
-        raise ModelError(f"no model can be loaded from {place!r}: {error}") from error
+        raise ModelError(f"no model can be loaded from {folder!r}: {error}") from error

@@ -16,7 +16,7 @@ from causalcone.kernels.transfer import on_device
 
 @dataclass(frozen=True)
 class Group:
-    """Facts of one plan in a pass.
+    """Facts that share a plan, and so are computed together: one pass has several groups.
 
     tokens (F, P, T): token ids of each fact's prompts; targets (F, k): ids of the target, or None for the clean run's
     most likely token; noise (J, draws, span, hidden) float64: what the noised tokens carry in each sample; vectors:
@@ -42,7 +42,7 @@ class Group:
         if source == ZERO:
             return torch.zeros(self.facts, width, device=device)
         number = given(source)
-        return torch.stack([on_device(own[number], device) for own in self.vectors])
+        return torch.stack([on_device(vectors[number], device) for vectors in self.vectors])
 
     def given_rows(self, stage: Given, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """The rows of a stage that are given: (n, width) by fact, and (n, width) by fact and sample."""
@@ -81,7 +81,8 @@ class Placement:
 
 @dataclass(frozen=True)
 class PackedStage:
-    """A packed stage: how many rows are computed, mixed and given, in this order, and each group's placement."""
+    """One stage of a layer (keys, queries, sums ...) of all groups, packed in one tensor of ``rows`` rows: those that
+    are ``computed``, then ``mixed`` ones, then given ones; and where each group's rows lie in it."""
 
     computed: int
     mixed: int
@@ -92,12 +93,12 @@ class PackedStage:
 def place(
     groups: Sequence[Group], rows: Sequence[Rows], device: torch.device, givens: Sequence[Given] = ()
 ) -> PackedStage:
-    """Each group's shared rows by fact, then its varying rows by fact and sample; behind all groups' the given ones."""
+    """Each group's shared rows by fact, then its varying rows by fact and sample; after all groups' the given ones."""
     parts = []
     first = 0
-    for group, own in zip(groups, rows, strict=True):
-        parts.append([_placed(group, own, first, device)])
-        first += own.count(group.facts, group.samples)
+    for group, counts in zip(groups, rows, strict=True):
+        parts.append([_placed(group, counts, first, device)])
+        first += counts.count(group.facts, group.samples)
     return _stage(groups, parts, first, first, [given.rows for given in givens], device)
 
 
@@ -110,15 +111,15 @@ def place_attention(groups: Sequence[Group], plans: Sequence[LayerPlan], device:
         for segment in plan.segments:
             size = segment.queries.size
             samples = group.samples if segment.varying else 1
-            part = slice(segment.first, segment.first + size)
-            columns[0, part] = first + torch.arange(size, device=device)
-            columns[1, part] = samples * size
-            columns[2, part] = size if segment.varying else 0
+            segment_rows = slice(segment.first, segment.first + size)
+            columns[0, segment_rows] = first + torch.arange(size, device=device)
+            columns[1, segment_rows] = samples * size
+            columns[2, segment_rows] = size if segment.varying else 0
             first += group.facts * samples * size
         parts.append([columns])
     computed = first
-    for group, plan, own in zip(groups, plans, parts, strict=True):
-        own.append(_placed(group, plan.mix.base.rows, first, device))
+    for group, plan, group_columns in zip(groups, plans, parts, strict=True):
+        group_columns.append(_placed(group, plan.mix.base.rows, first, device))
         first += plan.mix.base.rows.count(group.facts, group.samples)
     return _stage(groups, parts, computed, first, [plan.attn_given.rows for plan in plans], device)
 
@@ -132,20 +133,20 @@ def _stage(
     device: torch.device,
 ) -> PackedStage:
     mixed = first - computed
-    for group, part, own in zip(groups, parts, givens, strict=False):
-        part.append(_placed(group, own, first, device))
-        first += own.count(group.facts, group.samples)
-    placements = (Placement(group, *torch.cat(part, dim=1)) for group, part in zip(groups, parts, strict=True))
+    for group, columns, given_rows in zip(groups, parts, givens, strict=False):
+        columns.append(_placed(group, given_rows, first, device))
+        first += given_rows.count(group.facts, group.samples)
+    placements = (Placement(group, *torch.cat(columns, dim=1)) for group, columns in zip(groups, parts, strict=True))
     return PackedStage(computed, mixed, first, tuple(placements))
 
 
-def _placed(group: Group, own: Rows, first: int, device: torch.device) -> Tensor:
+def _placed(group: Group, rows: Rows, first: int, device: torch.device) -> Tensor:
     """Start, step per fact and step per sample (3, rows) of shared rows by fact and varying rows by fact and sample."""
-    number = torch.arange(own.total, device=device)
-    shared = number < own.shared
-    start = torch.where(shared, first + number, first + (group.facts - 1) * own.shared + number)
-    per_fact = torch.where(shared, own.shared, group.samples * own.varying)
-    return torch.stack([start, per_fact, torch.where(shared, 0, own.varying)])
+    number = torch.arange(rows.total, device=device)
+    shared = number < rows.shared
+    start = torch.where(shared, first + number, first + (group.facts - 1) * rows.shared + number)
+    per_fact = torch.where(shared, rows.shared, group.samples * rows.varying)
+    return torch.stack([start, per_fact, torch.where(shared, 0, rows.varying)])
 
 
 def gather_rows(gathers: Sequence[Gather], source: PackedStage) -> Tensor:
@@ -161,7 +162,10 @@ def gather_rows(gathers: Sequence[Gather], source: PackedStage) -> Tensor:
 def spread(values: Sequence[np.ndarray], rows: Sequence[Rows], groups: Sequence[Group], device: torch.device) -> Tensor:
     """(R,) what each group's local rows have, such as their token, for each packed row."""
     parts = []
-    for value, own, group in zip(values, rows, groups, strict=True):
+    for value, counts, group in zip(values, rows, groups, strict=True):
         local = on_device(torch.from_numpy(value), device)
-        parts += [local[: own.shared].repeat(group.facts), local[own.shared :].repeat(group.facts * group.samples)]
+        parts += [
+            local[: counts.shared].repeat(group.facts),
+            local[counts.shared :].repeat(group.facts * group.samples),
+        ]
     return torch.cat(parts)

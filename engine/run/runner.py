@@ -77,16 +77,16 @@ Finish = Callable[[], Iterable[tuple[TrialPart, Result]]]
 """Waits for a pass and hands out its results."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PassRunner:
-    """Runs ``cases`` with ``samples`` noise samples in ``dtype`` on ``device``.
+    """Runs ``trials`` with ``samples`` noise samples in ``dtype`` on ``device``.
 
-    noise: the noise of a span of so many tokens, for a range of samples (``NoiseStream``). plans: may be kept from job
-    to job. backends: of passes without gradient.
+    noise: the noise of a span of n tokens, for a range of samples (``NoiseStream``). plans: may be kept from run
+    to run. backends: of passes without gradient.
     """
 
     architecture: Architecture
-    cases: Sequence[Trial]
+    trials: Sequence[Trial]
     samples: int
     noise: Callable[[int, range], np.ndarray]
     dtype: torch.dtype
@@ -96,30 +96,30 @@ class PassRunner:
     backends: Backends = TORCH
 
     def plan(self, part: TrialPart) -> tuple[Plan, Footprint]:
-        case, architecture = self.cases[part.fact], self.architecture
+        trial, architecture = self.trials[part.fact], self.architecture
 
         def make() -> tuple[Plan, Footprint]:
-            experiment = case.experiment.part(part.branches)
-            plan = compile_plan(case.shape, experiment, architecture.sizes.depth, architecture.parallel)
+            experiment = trial.experiment.part(part.branches)
+            plan = compile_plan(trial.shape, experiment, architecture.sizes.depth, architecture.parallel)
             footprint = Footprint.of_gradient if self.gradient else Footprint.of
             return plan, footprint(plan, architecture.sizes, self.dtype.itemsize)
 
-        return self.plans.get((case.shape, case.experiment.digest, part.branches), make)
+        return self.plans.get((trial.shape, trial.experiment.digest, part.branches), make)
 
     def parts(self) -> Iterator[TrialPart]:
         """Each fact whole, but for those too large to be compiled at once."""
-        for index, case in enumerate(self.cases):
-            branches = case.experiment.branches
-            step = max(1, MAX_CELLS // case.shape.tokens)
+        for index, trial in enumerate(self.trials):
+            branches = trial.experiment.branches
+            step = max(1, MAX_CELLS // trial.shape.tokens)
             for first in range(0, max(1, branches), step):
                 yield TrialPart(index, range(self.samples), range(first, min(first + step, branches)))
 
     def passes(self, budget: Budget) -> Iterator[tuple[list[TrialPart], int]]:
         """Passes of consecutive facts, or of parts of large ones, each with its predicted peak of bytes."""
-        return assemble(self.parts(), lambda part: self.plan(part)[1], budget, lambda index: self.cases[index].name)
+        return assemble(self.parts(), lambda part: self.plan(part)[1], budget, lambda index: self.trials[index].name)
 
     def results(self, budget: Budget) -> Iterator[tuple[int, Result]]:
-        """The number of each case in order, with its result."""
+        """The number of each trial in order, with its result."""
         collected = _TrialResults(self)
         space = Buffers(self.dtype, self.device)
         ahead = passes_ahead(self.device)
@@ -138,12 +138,12 @@ class PassRunner:
     def check_smallest(self, budget: Budget) -> None:
         """Refuse, before anything is computed, what does not fit even one sample of one run at a time."""
         known = set()
-        for index, case in enumerate(self.cases):
-            key = (case.shape, case.experiment.digest)
+        for index, trial in enumerate(self.trials):
+            key = (trial.shape, trial.experiment.digest)
             if key not in known:
                 known.add(key)
-                smallest = TrialPart(index, range(1), range(min(1, case.experiment.branches)))
-                for _ in assemble([smallest], lambda part: self.plan(part)[1], budget, lambda i: self.cases[i].name):
+                smallest = TrialPart(index, range(1), range(min(1, trial.experiment.branches)))
+                for _ in assemble([smallest], lambda part: self.plan(part)[1], budget, lambda i: self.trials[i].name):
                     pass
 
     def _begin_all(self, budget: Budget, space: Buffers) -> Iterator[Finish]:
@@ -159,7 +159,7 @@ class PassRunner:
                         raise
                     halves = split(current)
                     if halves is None:
-                        name = self.cases[current[0].fact].name
+                        name = self.trials[current[0].fact].name
                         raise MemoryBudgetError(
                             f"memory ran out on fact {name!r} even one restoration at a time; free some memory, or use "
                             "a smaller dtype"
@@ -173,12 +173,12 @@ class PassRunner:
                         torch.cuda.empty_cache()
 
     def _begin(self, parts: list[TrialPart], budget: Budget, space: Buffers) -> Finish:
-        """Give the device a pass to compute. The results are fetched behind it, and waited for when they are asked
-        for."""
+        """Give the device a pass to compute. The results are fetched after it, and waited for when they are
+        asked for."""
         plans = [self.plan(part)[0] for part in parts]  # held, since the cache may drop them at any time
         members: dict[tuple[int, range, bool], list[int]] = {}
         for index, (part, plan) in enumerate(zip(parts, plans, strict=True)):
-            labelled = bool(self.cases[part.fact].targets)
+            labelled = bool(self.trials[part.fact].targets)
             members.setdefault((id(plan), part.samples, labelled), []).append(index)
         groups = [self._group(plans[group[0]], [parts[index] for index in group]) for group in members.values()]
         if self.gradient:
@@ -198,38 +198,37 @@ class PassRunner:
     def _differentiate(
         self, parts: list[TrialPart], members: list[list[int]], groups: list[Group], budget: Budget
     ) -> list[tuple[TrialPart, Result]]:
-        groups = [
-            replace(group, vectors=tuple(tuple(_leaf(v) for v in own) for own in group.vectors)) for group in groups
-        ]
-        leaves = [vector for group in groups for own in group.vectors for vector in own]
+        leaves_of = [tuple(tuple(map(_leaf, of_fact)) for of_fact in group.vectors) for group in groups]
+        groups = [replace(group, vectors=vectors) for group, vectors in zip(groups, leaves_of, strict=True)]
+        leaves = [leaf for vectors in leaves_of for of_fact in vectors for leaf in of_fact]
         with torch.inference_mode(False), torch.enable_grad():
             by_group = run_gradient_pass(self.architecture, groups, budget.tiles, self.dtype, self.device)
             log_p = [values.sum(-1) for values in by_group]
             total = torch.stack([values.sum() for values in log_p]).sum()
             depends = total.requires_grad  # not where nothing read out depends on any vector
-            found = torch.autograd.grad(total, leaves, allow_unused=True) if depends else (None,) * len(leaves)
-        gradients = iter(found)
-        done = []
+            slopes = torch.autograd.grad(total, leaves, allow_unused=True) if depends else (None,) * len(leaves)
+        gradients = iter(slopes)
+        results = []
         for group, indices, values in zip(groups, members, log_p, strict=True):
             nothing = torch.empty(group.samples, 0, 0)
-            for index, own, of_fact in zip(indices, group.vectors, values, strict=True):
-                of_vectors = enumerate(islice(gradients, len(own)))
+            for index, fact_vectors, of_fact in zip(indices, group.vectors, values, strict=True):
+                of_vectors = enumerate(islice(gradients, len(fact_vectors)))
                 used = {number: gradient.cpu() for number, gradient in of_vectors if gradient is not None}
-                done.append((parts[index], Result(of_fact.detach().cpu().numpy(), nothing, nothing, used)))
-        return done
+                results.append((parts[index], Result(of_fact.detach().cpu().numpy(), nothing, nothing, used)))
+        return results
 
     def _group(self, plan: Plan, parts: list[TrialPart]) -> Group:
-        cases = [self.cases[part.fact] for part in parts]
+        trials = [self.trials[part.fact] for part in parts]
         samples = parts[0].samples
-        start, end = cases[0].shape.noised
+        start, end = trials[0].shape.noised
         return Group(
             plan=plan,
-            tokens=torch.tensor([case.padded for case in cases]),
-            targets=torch.tensor([case.targets for case in cases]) if cases[0].targets else None,
+            tokens=torch.tensor([trial.padded for trial in trials]),
+            targets=torch.tensor([trial.targets for trial in trials]) if trials[0].targets else None,
             noise=torch.from_numpy(self.noise(end - start, samples)),
             vectors=tuple(
-                tuple(each[samples.start : samples.stop] if each.dim() == 2 else each for each in case.vectors)
-                for case in cases
+                tuple(vector[samples.start : samples.stop] if vector.dim() == 2 else vector for vector in trial.vectors)
+                for trial in trials
             ),
         )
 
@@ -237,43 +236,44 @@ class PassRunner:
 class _TrialResults:
     """Results of parts, put together per fact and handed out in the facts' order."""
 
-    def __init__(self, job: PassRunner) -> None:
-        self.job = job
+    def __init__(self, runner: PassRunner) -> None:
+        self.runner = runner
         self.next = 0
         self.results: dict[int, Result] = {}
         self.missing: dict[int, int] = {}
 
     def add_all(self, results: Iterable[tuple[TrialPart, Result]]) -> Iterator[tuple[int, Result]]:
         """Put results of a pass to those that are there; hands out the facts that are complete."""
-        for part, own in results:
-            self.add(part, own)
-            del own  # the results of a whole pass hang on those of one part
+        for part, result in results:
+            self.add(part, result)
+            del result  # the results of a whole pass hang on those of one part
         yield from self.complete()
 
-    def add(self, part: TrialPart, own: Result) -> None:
-        case = self.job.cases[part.fact]
-        experiment, samples = case.experiment, slice(part.samples.start, part.samples.stop)
-        if not np.isfinite(own.log_p).all():
+    def add(self, part: TrialPart, result: Result) -> None:
+        trial = self.runner.trials[part.fact]
+        experiment, samples = trial.experiment, slice(part.samples.start, part.samples.stop)
+        if not np.isfinite(result.log_p).all():
             raise ModelError(
-                f"fact {case.name!r}: probabilities are not finite in {self.job.dtype}; compute in float32 or bfloat16"
+                f"fact {trial.name!r}: probabilities are not finite in {self.runner.dtype}; compute in float32 or "
+                "bfloat16"
             )
         if part.fact not in self.results:
-            self.results[part.fact] = self._empty(experiment, own)
-            self.missing[part.fact] = self.job.samples * max(1, experiment.branches)
+            self.results[part.fact] = self._empty(experiment, result)
+            self.missing[part.fact] = self.runner.samples * max(1, experiment.branches)
         whole = self.results[part.fact]
         runs, captures, logits = experiment.kept(part.branches)
-        whole.log_p[samples, runs] = own.log_p
-        whole.states[samples, captures] = own.states
-        whole.logits[samples, logits] = own.logits
-        for number, gradient in own.gradients.items():
-            empty = gradient.new_empty(self.job.samples, gradient.shape[1])
+        whole.log_p[samples, runs] = result.log_p
+        whole.states[samples, captures] = result.states
+        whole.logits[samples, logits] = result.logits
+        for number, gradient in result.gradients.items():
+            empty = gradient.new_empty(self.runner.samples, gradient.shape[1])
             whole.gradients.setdefault(number, empty)[samples] = gradient
         self.missing[part.fact] -= len(part.samples) * max(1, len(part.branches))
 
-    def _empty(self, experiment: Experiment, part: Result) -> Result:
-        J = self.job.samples
-        states = part.states.new_empty(J, len(experiment.captures), part.states.shape[-1])
-        logits = part.logits.new_empty(J, len(experiment.logits), part.logits.shape[-1])
+    def _empty(self, experiment: Experiment, result: Result) -> Result:
+        J = self.runner.samples
+        states = result.states.new_empty(J, len(experiment.captures), result.states.shape[-1])
+        logits = result.logits.new_empty(J, len(experiment.logits), result.logits.shape[-1])
         return Result(np.empty((J, len(experiment.base))), states, logits, {})
 
     def complete(self) -> Iterator[tuple[int, Result]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 from causalcone.engine.errors import MemoryBudgetError
+from causalcone.engine.memory import RecentlyUsed
 from causalcone.engine.models.base import Sizes
 from causalcone.engine.plan.cost import Footprint, fixed_bytes, peak_bytes
 from causalcone.engine.plan.plan import Plan, plan_bytes
@@ -71,8 +71,8 @@ def plan_budget(
     streamed weights take of it."""
 
     def fixed_with(tiles: Tiles) -> int:
-        own = fixed_bytes(sizes, tiles, dtype, device, shared, gradient, streamed=held is not None)
-        return own + (held or 0)
+        fixed = fixed_bytes(sizes, tiles, dtype, device, shared, gradient, streamed=held is not None)
+        return fixed + (held or 0)
 
     tiles = _largest_tiles(dtype, device)
     fixed = fixed_with(tiles)
@@ -106,9 +106,9 @@ def assemble(
     rows = 0
     while queue:
         part = queue.pop()
-        own = footprint(part)
-        weight, own_rows = own.bytes(len(part.samples)), own.row_count(len(part.samples))
-        fits_alone = peak_bytes(weight) <= budget.for_rows and own_rows <= budget.max_rows
+        size = footprint(part)
+        weight, part_rows = size.bytes(len(part.samples)), size.row_count(len(part.samples))
+        fits_alone = peak_bytes(weight) <= budget.for_rows and part_rows <= budget.max_rows
         halves = None if fits_alone else part.halves()
         if halves:
             queue += halves[::-1]
@@ -119,12 +119,12 @@ def assemble(
                 f"fact {name(part.fact)!r} needs at least {needed / 2**20:.1f} MiB even one restoration at a time, the "
                 f"budget is {budget.total / 2**20:.1f} MiB; give more memory"
             )
-        if current and (peak_bytes(held + weight) > budget.for_rows or rows + own_rows > budget.max_rows):
+        if current and (peak_bytes(held + weight) > budget.for_rows or rows + part_rows > budget.max_rows):
             yield current, peak_bytes(held) + budget.fixed
             current, held, rows = [], 0, 0
         current.append(part)
         held = held + weight
-        rows += own_rows
+        rows += part_rows
     if current:
         yield current, peak_bytes(held) + budget.fixed
 
@@ -138,19 +138,11 @@ def split(parts: Sequence[TrialPart]) -> list[list[TrialPart]] | None:
     return [[half] for half in halves] if halves else None
 
 
-class PlanCache:
-    """Plans and footprints by what they depend on; the longest unused are dropped beyond a fixed size."""
+class PlanCache(RecentlyUsed[Hashable, tuple[Plan, Footprint]]):
+    """Plans and footprints by what they depend on."""
 
     def __init__(self, limit: int = _PLAN_CACHE_BYTES) -> None:
-        self.limit, self.held = limit, 0
-        self.entries: OrderedDict[Hashable, tuple[Plan, Footprint]] = OrderedDict()
+        super().__init__(limit)
 
-    def get(self, key: Hashable, make: Callable[[], tuple[Plan, Footprint]]) -> tuple[Plan, Footprint]:
-        if key in self.entries:
-            self.entries.move_to_end(key)
-        else:
-            self.entries[key] = make()
-            self.held += plan_bytes(self.entries[key][0])
-            while self.held > self.limit and len(self.entries) > 1:
-                self.held -= plan_bytes(self.entries.popitem(last=False)[1][0])
-        return self.entries[key]
+    def size(self, value: tuple[Plan, Footprint]) -> int:
+        return plan_bytes(value[0])

@@ -24,7 +24,7 @@ from causalcone.kernels.backends import TORCH, Backends
 from causalcone.kernels.precision import each_within, float32_products
 
 Noised = Callable[[int, range], np.ndarray]
-"""The noise of a span of so many tokens, for a range of samples (``NoiseStream``)."""
+"""The noise of a span of n tokens, for a range of samples (``NoiseStream``)."""
 
 
 class Session:
@@ -102,8 +102,8 @@ class Session:
         return self._results(runner, budget)
 
     def _results(self, runner: PassRunner, budget: Budget) -> Iterator[tuple[int, Result]]:
-        if runner.cases:
-            self.verify(runner.cases[0].prompts[0])
+        if runner.trials:
+            self.verify(runner.trials[0].prompts[0])
             yield from each_within(self.computing, runner.results(budget))
 
     def costs(
@@ -125,7 +125,15 @@ class Session:
         plans = self._gradient_plans if gradient else self._plans
         noise = noise or self._no_noise
         return PassRunner(
-            self.architecture, trials, samples, noise, self.dtype, self.device, plans, gradient, self.backends
+            architecture=self.architecture,
+            trials=trials,
+            samples=samples,
+            noise=noise,
+            dtype=self.dtype,
+            device=self.device,
+            plans=plans,
+            gradient=gradient,
+            backends=self.backends,
         )
 
     def budget(self, gradient: bool = False) -> Budget:

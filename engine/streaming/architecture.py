@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from causalcone.engine.errors import ModelError
 from causalcone.engine.models.base import Architecture, Block
-from causalcone.engine.models.reference import is_finite, refuse_changed, refuse_unfinite
-from causalcone.engine.streaming.prefetch import Layout, StreamedMatrix, read_layers
+from causalcone.engine.models.reference import is_finite, model_logits, refuse_changed, refuse_unfinite
+from causalcone.engine.streaming.prefetch import StreamedMatrix, WeightLayout, read_layers
 from causalcone.engine.streaming.tensor_files import Entry, read_rows, read_tensor
+
+_SLICE = 1024
+"""Rows of the unembedding in memory at a time, where the model's own forward is run."""
 
 
 class Streamed(Architecture):
     """Computes what ``inner`` does, an architecture whose model has its weights on the meta device.
 
     Layers' parameters are in their modules while their block is made, and gone afterwards; of the embedding the rows
-    asked for are read, and the unembedding is read in slices. Everything else (norms behind the layers, biases,
+    asked for are read, and the unembedding is read in slices. Everything else (norms after the layers, biases,
     learned positions, buffers) is kept on ``device`` in ``dtype``. Raises ``ModelError`` for files that do not fit.
     """
 
@@ -44,7 +48,7 @@ class Streamed(Architecture):
         self.names = [
             [name for name in entries if name.startswith(f"{prefix}{layer}.")] for layer in range(self.sizes.depth)
         ]
-        self._layouts = [Layout.of([entries[name] for name in names], dtype) for names in self.names]
+        self._layouts = [WeightLayout.of([entries[name] for name in names], dtype) for names in self.names]
 
         elsewhere = {embedding, unembedding}.union(*self.names)
         for name, entry in entries.items():
@@ -57,9 +61,9 @@ class Streamed(Architecture):
     @property
     def held_bytes(self) -> int:
         """Bytes that a pass holds on its device for the weights: two layers, and what is always kept."""
-        kept = sum(p.nbytes for p in self.model.parameters() if not p.is_meta)
-        kept += sum(buffer.nbytes for buffer in self.model.buffers())
-        return kept + 2 * max(layout.elements for layout in self._layouts) * self.dtype.itemsize
+        resident = sum(p.nbytes for p in self.model.parameters() if not p.is_meta)
+        resident += sum(buffer.nbytes for buffer in self.model.buffers())
+        return resident + 2 * max(layout.elements for layout in self._layouts) * self.dtype.itemsize
 
     @property
     def read_bytes(self) -> int:
@@ -108,8 +112,6 @@ class Streamed(Architecture):
 
     def forward(self, ids: Tensor) -> Tensor:
         """The logits of the model's own forward, whose modules get their weights one after the other."""
-        from causalcone.engine.streaming.model_forward import streamed_logits
-
         refuse_unfinite(self.model)
         return streamed_logits(self, ids)
 
@@ -120,24 +122,24 @@ class Streamed(Architecture):
         distinct, local = tokens.cpu().unique(return_inverse=True)
         rows = read_rows(self._embedding, distinct.tolist(), self.dtype)
         check_finite(self._embedding, rows)
-        kept = module.weight, module.padding_idx
+        before = module.weight, module.padding_idx
         module.weight, module.padding_idx = _parameter(rows.to(self.device)), None
         try:
             yield local.to(self.device)
         finally:
-            module.weight, module.padding_idx = kept
+            module.weight, module.padding_idx = before
 
     @contextmanager
     def layer_of(self, layer: int, tensors: Sequence[Tensor]) -> Iterator[None]:
         """While it lasts, the layer's parameters are these tensors."""
         names = self.names[layer]
-        kept = [self.model.get_parameter(name) for name in names]
+        parameters = [self.model.get_parameter(name) for name in names]
         try:
             for name, tensor in zip(names, tensors, strict=True):
                 self._put(name, tensor)
             yield
         finally:
-            for name, parameter in zip(names, kept, strict=True):
+            for name, parameter in zip(names, parameters, strict=True):
                 self._put(name, parameter)
 
     def layers(self) -> Generator[list[Tensor]]:
@@ -161,3 +163,79 @@ def check_finite(entry: Entry, values: Tensor) -> None:
 
 def _parameter(tensor: Tensor) -> Any:
     return tensor if isinstance(tensor, torch.nn.Parameter) else torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def streamed_logits(streamed: Streamed, ids: Tensor) -> Tensor:
+    """Logits (1, T, V) of token ids (1, T), by the model's own modules: hooks put a layer's weights in and take them
+    out. Raises ``ModelError`` naming the first tensor that holds NaN or infinity."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        _lend_embedding(streamed, stack)
+        _lend_layers(streamed, stack)
+        _lend_unembedding(streamed, stack)
+        return model_logits(streamed.model, ids)
+
+
+def _lend_embedding(streamed: Streamed, stack: ExitStack) -> None:
+    module = streamed.model.get_input_embeddings()
+    lent = stack.enter_context(ExitStack())
+
+    def before(_: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (lent.enter_context(streamed.embedding_of(arguments[0])), *arguments[1:])
+
+    def after(*_: Any) -> None:
+        lent.close()
+
+    _hook(stack, module, before, after)
+
+
+def _lend_layers(streamed: Streamed, stack: ExitStack) -> None:
+    layers = stack.enter_context(closing(streamed.layers()))
+    prefix = streamed.down_projection.partition("{}")[0]
+    lent = stack.enter_context(ExitStack())
+
+    def lend(layer: int) -> None:
+        def before(*_: Any) -> None:
+            tensors = next(layers)
+            for name, tensor in zip(streamed.names[layer], tensors, strict=True):
+                check_finite(streamed.entries[name], tensor)
+            lent.enter_context(streamed.layer_of(layer, tensors))
+
+        def after(*_: Any) -> None:
+            lent.close()
+
+        _hook(stack, streamed.model.get_submodule(f"{prefix}{layer}"), before, after)
+
+    for layer in range(streamed.sizes.depth):
+        lend(layer)
+
+
+def _lend_unembedding(streamed: Streamed, stack: ExitStack) -> None:
+    """The module computes with no rows at all, and what it gives is replaced by its product slice by slice."""
+    module = streamed.model.get_output_embeddings()
+    matrix, bias = streamed.unembedding()
+    assert isinstance(matrix, StreamedMatrix)
+    saved = module.weight, module.bias
+    inputs: list[Tensor] = []
+
+    def before(_: Any, arguments: tuple[Tensor, ...]) -> None:
+        inputs.append(arguments[0])
+        module.weight = torch.nn.Parameter(matrix.new_empty(0, matrix.shape[1]), requires_grad=False)
+        module.bias = None
+
+    def after(*_: Any) -> Tensor:
+        module.weight, module.bias = saved
+        parts = []
+        for first in range(0, len(matrix), _SLICE):
+            rows = slice(first, first + _SLICE)
+            weight = matrix[rows]
+            check_finite(matrix.entry, weight)
+            parts.append(F.linear(inputs[0], weight, None if bias is None else bias[rows]))
+        return torch.cat(parts, dim=-1)
+
+    _hook(stack, module, before, after)
+
+
+def _hook(stack: ExitStack, module: Any, before: Any, after: Any) -> None:
+    stack.callback(module.register_forward_pre_hook(before).remove)
+    stack.callback(module.register_forward_hook(after).remove)

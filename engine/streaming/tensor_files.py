@@ -56,7 +56,7 @@ def entries_of(path: Path) -> dict[str, Entry]:
     except (struct.error, ValueError):
         header = None
     if not isinstance(header, dict):
-        raise ModelError(f"{path} is no safetensors file, or a truncated one; load the model's files again")
+        raise ModelError(f"{path} is not a safetensors file, or a truncated one; load the model's files again")
     header.pop("__metadata__", None)
     return {name: _entry(path, name, fields, 8 + length, size) for name, fields in header.items()}
 
@@ -87,9 +87,9 @@ def read_values(entry: Entry, parts: Sequence[tuple[int, Tensor]]) -> None:
                     continue
                 as_saved = torch.empty(min(len(out), _CONVERTED), dtype=entry.dtype)
                 for part in pieces(len(out), _CONVERTED):
-                    own = out[part]
-                    _fill(file, as_saved[: len(own)], entry)
-                    own.copy_(as_saved[: len(own)])
+                    values = out[part]
+                    _fill(file, as_saved[: len(values)], entry)
+                    values.copy_(as_saved[: len(values)])
     except FileNotFoundError:
         raise ModelError(f"the weight file {entry.path} is gone, with its tensor {entry.name!r}") from None
     except OSError as error:
@@ -107,16 +107,16 @@ def read_rows(entry: Entry, rows: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Rows (R, width) of a matrix, by ascending numbers of which each is there once; neighbours are read at once."""
     width = entry.shape[1]
     out = torch.empty(len(rows), width, dtype=dtype)
-    starts = [place for place, row in enumerate(rows) if place == 0 or row != rows[place - 1] + 1]
+    starts = [index for index, row in enumerate(rows) if index == 0 or row != rows[index - 1] + 1]
     ends = [*starts[1:], len(rows)]
     read_values(entry, [(rows[a] * width, out[a:b].view(-1)) for a, b in zip(starts, ends, strict=False)])
     return out
 
 
 def _fill(file: object, out: Tensor, entry: Entry) -> None:
-    place = memoryview(out.view(torch.uint8).numpy().data)
-    while len(place):
-        count = file.readinto(place)  # type: ignore[attr-defined]
+    buffer = memoryview(out.view(torch.uint8).numpy().data)
+    while len(buffer):
+        count = file.readinto(buffer)  # type: ignore[attr-defined]
         if not count:
             raise ModelError(f"{entry.path} ends before its tensor {entry.name!r} does (truncated)")
-        place = place[count:]
+        buffer = buffer[count:]

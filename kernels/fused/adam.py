@@ -46,15 +46,15 @@ def _step(change, mean, square, slopes, keys, rows, hidden, inner, rate, root, b
             slope, key = slope.to(tl.float32), key.to(tl.float32)
         gradient += tl.dot(tl.trans(slope), key, input_precision="ieee")
 
-    place = row.to(tl.int64)[:, None] * inner + column[None, :]
+    cell = row.to(tl.int64)[:, None] * inner + column[None, :]
     inside = (row < hidden)[:, None] & (column < inner)[None, :]
-    m = tl.load(mean + place, mask=inside, other=0)
-    v = tl.load(square + place, mask=inside, other=0)
-    x = tl.load(change + place, mask=inside, other=0)
+    m = tl.load(mean + cell, mask=inside, other=0)
+    v = tl.load(square + cell, mask=inside, other=0)
+    x = tl.load(change + cell, mask=inside, other=0)
     m += (1 - BETA1) * (gradient - m)
     v = BETA2 * v + (1 - BETA2) * gradient * gradient
     x -= rate * m / (tl.sqrt(v) * root + EPS)
     x = tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))  # keeps NaNs, which end an edit
-    tl.store(mean + place, m, mask=inside)
-    tl.store(square + place, v, mask=inside)
-    tl.store(change + place, x, mask=inside)
+    tl.store(mean + cell, m, mask=inside)
+    tl.store(square + cell, v, mask=inside)
+    tl.store(change + cell, x, mask=inside)

@@ -33,23 +33,23 @@ def add_tile(
 
 
 @triton.jit
-def _logits(place, mask, softcap, CAPPED: tl.constexpr):
-    x = tl.load(place, mask=mask, other=float("-inf")).to(tl.float32)
+def _logits(pointer, mask, softcap, CAPPED: tl.constexpr):
+    x = tl.load(pointer, mask=mask, other=float("-inf")).to(tl.float32)
     if CAPPED:
         x = tl.where(mask, softcap * tanh(x / softcap), float("-inf"))
     return x
 
 
-@triton.jit(do_not_specialize=["width", "start", "each"])
-def _add_tile(logits, stride, width, start, softcap, targets, each, total, target_logits, CAPPED: tl.constexpr,
+@triton.jit(do_not_specialize=["width", "start", "per_row"])
+def _add_tile(logits, stride, width, start, softcap, targets, per_row, total, target_logits, CAPPED: tl.constexpr,
               BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    own = logits + row * stride
+    row_logits = logits + row * stride
     top = float("-inf")
     sums = 0.0
     for first in range(0, width, BLOCK):
         columns = first + tl.arange(0, BLOCK)
-        x = _logits(own + columns, columns < width, softcap, CAPPED)
+        x = _logits(row_logits + columns, columns < width, softcap, CAPPED)
         higher = tl.maximum(top, tl.max(x, 0))
         base = tl.where(higher == float("-inf"), 0.0, higher)
         sums = sums * tl.exp(top - base) + tl.sum(tl.exp(x - base), 0)
@@ -61,8 +61,8 @@ def _add_tile(logits, stride, width, start, softcap, targets, each, total, targe
     after = high + tl.log(1.0 + tl.exp(low - high))
     after = tl.where(tile != tile, tile, tl.where(before != before, before, after))  # maxima leave NaNs out
     tl.store(total + row, after)
-    for number in range(0, each):
-        target = tl.load(targets + row * each + number) - start
+    for number in range(0, per_row):
+        target = tl.load(targets + row * per_row + number) - start
         if (target >= 0) & (target < width):
-            x = _logits(own + target, target < width, softcap, CAPPED)
-            tl.store(target_logits + row * each + number, x.to(tl.float64))
+            x = _logits(row_logits + target, target < width, softcap, CAPPED)
+            tl.store(target_logits + row * per_row + number, x.to(tl.float64))

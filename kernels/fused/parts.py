@@ -14,7 +14,7 @@ def power_of_two(size: int, least: int = 1) -> int:
 
 
 def warps_for(elements: int, per_thread: int = 32) -> int:
-    """How many warps share a block of so many elements, each thread holding about ``per_thread`` of them."""
+    """How many warps share a block of ``elements`` values, each thread holding about ``per_thread`` of them."""
     return min(16, max(1, power_of_two(elements) // (32 * per_thread)))
 
 

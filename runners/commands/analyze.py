@@ -36,8 +36,7 @@ def analyze(
 
 @takes(StudyOptions)
 def report(
-    analysis: StudyOptions,
-    out: Annotated[Path | None, Option(help="The page; DIR/report.html by default.")] = None,
+    analysis: StudyOptions, out: Annotated[Path | None, Option(help="The page; DIR/report.html by default.")] = None
 ) -> None:
     """Make a page of a sweep's answers: one HTML file that works without a network.
 

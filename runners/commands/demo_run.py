@@ -21,7 +21,8 @@ from causalcone.runners.show.edit_tables import best_sentences, rewrite_tables, 
 from causalcone.runners.show.figures import draw_gradients, draw_scores, draw_table, draw_traces
 from causalcone.runners.show.tables import effect_tables, find_sites, severed_sentence, zeroing_sentence
 from causalcone.runners.sweep.config import load_sweep
-from causalcone.runners.sweep.driver import Driver, SweepSummary, read_facts
+from causalcone.runners.sweep.driver import Driver, SweepSummary
+from causalcone.runners.sweep.inputs.facts_table import read_facts
 
 PRESET, PAGE = "demo", "report.html"
 MAPS = 6

@@ -30,12 +30,12 @@ def edit(
     from causalcone.runners.show.edit_tables import failed_lines, metrics_of, score_tables, scores_of
     from causalcone.runners.show.figures import draw_scores
 
-    prepared = inputs.editing(source, editing, scoring, output)
-    aggregate = prepared.study.plan.aggregate
-    with open_results(output, prepared.configuration, "edits") as folder:
-        done = prepared.study.carry_out(folder, Console(), output.quiet)
+    study = inputs.editing(source, editing, scoring, output)
+    aggregate = study.plan.aggregate
+    with open_results(output, study.configuration, "edits") as folder:
+        done = study.carry_out(folder, Console(), output.quiet)
         figures = draw_scores(output.out, scores_of(output.out, aggregate, scoring.essence)) if plot else []
-    folder.finish(**done.results, filtered=prepared.filtered)
+    folder.finish(**done.results, filtered=study.filtered)
     if not output.quiet:
         tables = score_tables(scores_of(output.out, aggregate, scoring.essence))
         metrics = metrics_of(output.out, scoring.accuracy, scoring.generation or scoring.references is not None)

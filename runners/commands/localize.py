@@ -5,12 +5,14 @@ Commands import what they need when they run, so that help is there at once.
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
 
 from rich.console import Console
 from typer import Option
 
-from causalcone.runners.commands.shared import open_results, show, takes
+from causalcone.runners.commands.shared import takes
 from causalcone.runners.options import (
     IntegrationOptions,
     OutputOptions,
@@ -40,18 +42,14 @@ def trace(
     from causalcone.runners.show.figures import draw_traces
     from causalcone.runners.show.tables import effect_tables, layer_tables
 
-    prepared = prepare_tracing(source, tracing, sampling)
-    with open_results(output, prepared.configuration, "traces") as folder:
-        done = prepared.run.carry_out(folder, Console(), output.quiet, keep=plot)
-        figures = draw_traces(output.out, done.first, tracing.joint) if plot else []
-    folder.finish(**done.results)
-    if output.quiet:
-        return
-    if tracing.joint:
-        tables = layer_tables(joint_effects(done.path), "Effect of restoring tokens together")
-    else:
-        tables = effect_tables(average_indirect_effect(done.path))
-    show(tables, done.sentence(), figures)
+    def tables(path: Path) -> Iterable[Any]:
+        if tracing.joint:
+            return layer_tables(joint_effects(path), "Effect of restoring tokens together")
+        return effect_tables(average_indirect_effect(path))
+
+    prepare_tracing(source, tracing, sampling).carry_out(
+        output, tables, lambda first: draw_traces(output.out, first, tracing.joint) if plot else [], keep=plot
+    )
 
 
 @takes(StreamableSourceOptions, TracingOptions, SamplingOptions)
@@ -80,14 +78,11 @@ def zero(
     from causalcone.runners.show.figures import draw_table
     from causalcone.runners.show.tables import layer_tables
 
-    prepared = prepare_zeroing(source, zeroing)
-    with open_results(output, prepared.configuration, "traces") as folder:
-        done = prepared.run.carry_out(folder, Console(), output.quiet)
-        figures = draw_table(output.out, "zeroing") if plot else []
-    folder.finish(**done.results)
-    if not output.quiet:
-        tables = layer_tables(zeroing_curve(done.path), "Share of p(target) lost by zeroing", "z.3f")
-        show(tables, done.sentence(), figures)
+    prepare_zeroing(source, zeroing).carry_out(
+        output,
+        lambda path: layer_tables(zeroing_curve(path), "Share of p(target) lost by zeroing", "z.3f"),
+        lambda _: draw_table(output.out, "zeroing") if plot else [],
+    )
 
 
 @takes(SourceOptions, OutputOptions, IntegrationOptions, SamplingOptions)
@@ -108,15 +103,14 @@ def gradients(
     from causalcone.runners.show.figures import draw_gradients
     from causalcone.runners.show.tables import GAP_NOTE, gradient_table
 
-    prepared = prepare_gradients(source, integration, sampling)
-    with open_results(output, prepared.configuration, "gradients") as folder:
-        done = prepared.run.carry_out(folder, Console(), output.quiet, keep=plot)
-        figures = draw_gradients(output.out, done.first, prepared.inputs.facts, prepared.inputs.tracer)
-    folder.finish(**done.results)
-    if not output.quiet:
-        by_kind = gradient_summary(done.path)
+    def tables(path: Path) -> Iterable[Any]:
+        by_kind = gradient_summary(path)
         note = [GAP_NOTE] if integration.baseline == "zero" and "hidden" in by_kind["kind"] else []
-        show([gradient_table(by_kind), *note], done.sentence(), figures)
+        return [gradient_table(by_kind), *note]
+
+    run = prepare_gradients(source, integration, sampling)
+    inputs = run.inputs
+    run.carry_out(output, tables, lambda first: draw_gradients(output.out, first, inputs.facts, inputs.tracer), plot)
 
 
 COMMANDS = {

@@ -3,60 +3,101 @@
 from __future__ import annotations
 
 import hashlib
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+from rich.console import Console
 
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.localize.gradients import GradientRun
 from causalcone.engine.localize.options import DEFAULT_STATES, GradientSpec, TraceSpec, ZeroSpec
 from causalcone.engine.localize.states import KINDS, as_states
-from causalcone.engine.localize.trace_run import TracePlan, TraceRun
+from causalcone.engine.localize.trace_run import FactsRun, TracePlan, TraceRun
 from causalcone.engine.noise import SCALED_NOISES, Noise, TextNoise
-from causalcone.engine.schemas import GRADIENT_SCHEMA, TRACE_SCHEMA
 from causalcone.runners.checked_files import read_text
+from causalcone.runners.commands.shared import open_results, show
 from causalcone.runners.inputs.inputs import Inputs, open_inputs
 from causalcone.runners.options import (
     IntegrationOptions,
+    OutputOptions,
     SamplingOptions,
     SourceOptions,
     TracingOptions,
     ZeroingOptions,
 )
-from causalcone.runners.results.table_run import TableRun
+from causalcone.runners.show.progress import shown_progress
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A run ready to be carried out, and the configuration to keep beside its results."""
+@dataclass(frozen=True, kw_only=True)
+class TableRun:
+    """A run that makes one table, its batches, and the configuration to keep beside it."""
 
+    title: str
     inputs: Inputs
-    run: TableRun
+    run: FactsRun
+    batches: Iterator[pa.RecordBatch]
     configuration: dict[str, Any]
 
+    @classmethod
+    def of(cls, command: str, title: str, inputs: Inputs, run: FactsRun, options: dict[str, Any]) -> TableRun:
+        """Refuses memory that is too little."""
+        configuration = {"command": command, **inputs.configuration, **options}
+        return cls(title=title, inputs=inputs, run=run, batches=run.batches(), configuration=configuration)
 
-def prepare_tracing(source: SourceOptions, choice: TracingOptions, sampling: SamplingOptions) -> Prepared:
+    def carry_out(
+        self,
+        output: OutputOptions,
+        tables: Callable[[Path], Iterable[Any]],
+        draw: Callable[[list[pa.RecordBatch]], Iterable[Path]],
+        keep: int = 0,
+    ) -> None:
+        """Compute the run into its table, draw figures with the batches of the first ``keep`` facts, and show tables.
+
+        Whatever ends it early, the facts finished by then are in the table.
+        """
+        name, total, finished = self.run.name, len(self.run.facts), 0
+        first: list[pa.RecordBatch] = []
+        started = time.monotonic()
+        with open_results(output, self.configuration, name) as folder:
+            progressing = shown_progress(Console(), self.title, quiet=output.quiet)
+            with progressing as progress, folder.table(name, self.run.schema) as table:
+                progress(0, total)
+                for finished, batch in enumerate(self.batches, start=1):
+                    table.write(batch)
+                    if finished <= keep:
+                        first.append(batch)
+                    progress(finished, total)
+            seconds = time.monotonic() - started
+            figures = draw(first)
+        folder.finish(facts=finished, rows=table.rows, seconds=round(seconds, 3))
+        if not output.quiet:
+            rate = f"{seconds:.1f} s ({finished / seconds:.2f} facts/s)"
+            path = output.out / name
+            show(tables(path), f"{finished} facts, {table.rows} rows in {rate} -> {path}", figures)
+
+
+def prepare_tracing(source: SourceOptions, choice: TracingOptions, sampling: SamplingOptions) -> TableRun:
     """Causal tracing, plain or severed."""
-    spec = _trace_spec(choice, sampling)
-    inputs = open_inputs(source)
-    run = inputs.used(TraceRun.tracing(inputs.session, inputs.every, spec, inputs.on_error, source.limit))
+    inputs, spec, run = _tracing(source, choice, sampling)
     noise: dict[str, Any] = {"replace_noise": choice.replace_noise, "dof": choice.dof}
     noise |= {"sigma_given": sampling.sigma} if spec.noise.kind in SCALED_NOISES else {"sigma": None}
     if isinstance(spec.noise, TextNoise):
         digest = hashlib.sha256("\n".join(spec.noise.texts).encode()).hexdigest()
         noise |= {"noise_texts": str(choice.noise_texts), "noise_texts_sha256": digest}
-    table = TableRun("tracing", "traces", TRACE_SCHEMA, len(run.facts), run.batches())
-    return _prepared("trace", inputs, table, {**run.spec.configuration, **noise})
+    return TableRun.of("trace", "tracing", inputs, run, {**run.spec.configuration, **noise})
 
 
 def tracing_plan(source: SourceOptions, choice: TracingOptions, sampling: SamplingOptions) -> tuple[Inputs, TracePlan]:
     """The plan of that tracing."""
-    spec = _trace_spec(choice, sampling)
-    inputs = open_inputs(source)
-    run = inputs.used(TraceRun.tracing(inputs.session, inputs.every, spec, inputs.on_error, source.limit))
+    inputs, _, run = _tracing(source, choice, sampling)
     return inputs, run.plan()
 
 
-def prepare_zeroing(source: SourceOptions, choice: ZeroingOptions) -> Prepared:
+def prepare_zeroing(source: SourceOptions, choice: ZeroingOptions) -> TableRun:
     """Representation zeroing."""
     spec = ZeroSpec(
         states=as_states(choice.state or ["mlp:5"]),
@@ -64,12 +105,11 @@ def prepare_zeroing(source: SourceOptions, choice: ZeroingOptions) -> Prepared:
         tokens=parse_tokens(choice.tokens),
     )
     inputs = open_inputs(source)
-    run = inputs.used(TraceRun.zeroing(inputs.session, inputs.facts, spec, inputs.on_error))
-    table = TableRun("zeroing", "traces", TRACE_SCHEMA, len(run.facts), run.batches())
-    return _prepared("zero", inputs, table, run.spec.configuration)
+    run = inputs.used(TraceRun.of(inputs.session, inputs.facts, spec, inputs.on_error))
+    return TableRun.of("zero", "zeroing", inputs, run, run.spec.configuration)
 
 
-def prepare_gradients(source: SourceOptions, choice: IntegrationOptions, sampling: SamplingOptions) -> Prepared:
+def prepare_gradients(source: SourceOptions, choice: IntegrationOptions, sampling: SamplingOptions) -> TableRun:
     """Integrated gradients."""
     spec = GradientSpec(
         kinds=tuple(choice.kind or KINDS),
@@ -86,8 +126,7 @@ def prepare_gradients(source: SourceOptions, choice: IntegrationOptions, samplin
     noise: dict[str, Any] = {"samples": None, "sigma": None, "seed": None}
     if spec.baseline == "corrupted":
         noise = {"sigma_given": sampling.sigma}
-    table = TableRun("integrating gradients", "gradients", GRADIENT_SCHEMA, len(run.facts), run.batches())
-    return _prepared("gradients", inputs, table, {**run.spec.configuration, **noise})
+    return TableRun.of("gradients", "integrating gradients", inputs, run, {**run.spec.configuration, **noise})
 
 
 def parse_tokens(tokens: str) -> str | tuple[int, ...]:
@@ -98,12 +137,14 @@ def parse_tokens(tokens: str) -> str | tuple[int, ...]:
         return tokens
 
 
-def _trace_spec(choice: TracingOptions, sampling: SamplingOptions) -> TraceSpec:
-    """The options, which make sense together."""
+def _tracing(
+    source: SourceOptions, choice: TracingOptions, sampling: SamplingOptions
+) -> tuple[Inputs, TraceSpec, TraceRun]:
+    """Model and facts, the options, which make sense together, and the run."""
     names = choice.state or (["hidden:1"] if choice.sever else [f"{kind}:{window}" for kind, window in DEFAULT_STATES])
     texts = _noise_texts(choice)
     noise: dict[str, Any] = {"kind": choice.noise, "replace": choice.replace_noise, "dof": choice.dof}
-    return TraceSpec(
+    spec = TraceSpec(
         states=as_states(names),
         target=choice.target,  # type: ignore[arg-type]
         tokens=parse_tokens(choice.tokens),
@@ -114,6 +155,8 @@ def _trace_spec(choice: TracingOptions, sampling: SamplingOptions) -> TraceSpec:
         compat=choice.compat,  # type: ignore[arg-type]
         **vars(sampling),
     )
+    inputs = open_inputs(source)
+    return inputs, spec, inputs.used(TraceRun.of(inputs.session, inputs.every, spec, inputs.on_error, source.limit))
 
 
 def _noise_texts(choice: TracingOptions) -> list[str]:
@@ -133,7 +176,3 @@ def _noise_texts(choice: TracingOptions) -> list[str]:
     if not texts:
         raise ExperimentError(f"{choice.noise_texts} holds no text; give running text, one text a line")
     return texts
-
-
-def _prepared(command: str, inputs: Inputs, table: TableRun, options: dict[str, Any]) -> Prepared:
-    return Prepared(inputs, table, {"command": command, **inputs.configuration, **options})

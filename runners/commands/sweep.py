@@ -54,42 +54,36 @@ def sweep(
     data sets traces/, gradients/, edits/, probes/, metrics/ of Parquet parts, which can be read at any moment.
     """
     from causalcone.engine.errors import ExperimentError
-    from causalcone.runners.sweep.cluster.ray_executor import crews
+    from causalcone.runners.sweep.cluster.ray_executor import executors
     from causalcone.runners.sweep.config import load_sweep
     from causalcone.runners.sweep.driver import Driver
     from causalcone.runners.sweep.status import status_of
 
-    chosen = load_sweep(preset, changes or ())
+    configured = load_sweep(preset, changes or ())
     console = Console()
     if plan:
-        from causalcone.runners.sweep.forecast.forecast import forecast
+        from causalcone.runners.sweep.forecast import forecast
 
-        forecast(chosen, rate, known).show(console)
+        forecast(configured, rate, known).show(console)
         return
     if rate is not None or known is not None:
         raise ExperimentError(f"--{'known' if rate is None else 'rate'} goes with --plan; add it, or leave that out")
     if out is None:
         raise ExperimentError("where do results go? Give --out with a folder, or --plan to see what the sweep takes")
-    with crews(cluster, workers) as crew_of:
-        finished = Driver(chosen, out, console, quiet, retry_failed, overwrite, crew_of).run()
+    with executors(cluster, workers) as make_executor:
+        summary = Driver(configured, out, console, quiet, retry_failed, overwrite, make_executor).run()
     if not quiet:
-        found = status_of(out)
-        console.print(found.table())
-        for line in found.lines():
-            console.print(line, highlight=False)
-        console.print(f"{finished.status} after {finished.seconds:.1f} s -> {out}", highlight=False)
-    if finished.code:
-        sys.exit(finished.code)
+        status_of(out).show(console)
+        console.print(f"{summary.status} after {summary.seconds:.1f} s -> {out}", highlight=False)
+    if summary.code:
+        sys.exit(summary.code)
 
 
 def status(place: Annotated[str, typer.Argument(metavar="DIR", help="The folder of a sweep.")]) -> None:
     """Say how far a sweep is, how fast it goes, and what failed."""
     from causalcone.runners.sweep.status import status_of
 
-    console, found = Console(), status_of(place)
-    console.print(found.table())
-    for line in found.lines():
-        console.print(line, highlight=False)
+    status_of(place).show(Console())
 
 
 COMMANDS = {sweep: _EXAMPLES, status: None}

@@ -1,5 +1,5 @@
-"""An editing study made from the command line's options: all is checked, it is found out what the model knows and says,
-and no edit is made yet."""
+"""An editing study made from the command line's options: everything is checked, facts are filtered and texts sampled,
+but no edit is made yet."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -26,63 +25,43 @@ from causalcone.runners.edits.study import EditStudy
 from causalcone.runners.inputs.inputs import Inputs, open_inputs
 from causalcone.runners.inputs.reference_texts import ReferenceTexts, load_reference_texts
 from causalcone.runners.inputs.running_text import RunningText, open_texts
-from causalcone.runners.options import (
-    EditingOptions,
-    EditMethodOptions,
-    OutputOptions,
-    ScoringOptions,
-    SourceOptions,
-    TextOptions,
-)
+from causalcone.runners.options import EditingOptions, EditMethodOptions, OutputOptions, ScoringOptions, SourceOptions
 from causalcone.runners.results.folder import refuse_occupied
 
 
 @dataclass(frozen=True)
-class PreparedEdits:
-    """A study ready to be carried out. given: what to keep of the options beside its results; filtered: why the problem
-    is not posed for some facts."""
-
-    study: EditStudy
-    given: dict[str, Any]
-    filtered: list[str]
-
-    @property
-    def configuration(self) -> dict[str, Any]:
-        """What to keep beside the results."""
-        return {"command": "edit", **self.given, **self.study.configuration}
-
-
-@dataclass(frozen=True)
-class GivenTexts:
-    """What the files that options name hold. running: text to collect moments over."""
+class TextInputs:
+    """Contents of the files that options name. running: text to collect moments over."""
 
     contexts: Contexts | None
     references: ReferenceTexts | None
     running: RunningText | None
 
 
-def editing(
-    source: SourceOptions, choice: EditingOptions, scoring: ScoringOptions, output: OutputOptions
-) -> PreparedEdits:
-    """The study that the options ask for; moments are collected, if so asked."""
+def editing(source: SourceOptions, choice: EditingOptions, scoring: ScoringOptions, output: OutputOptions) -> EditStudy:
+    """The study of the options; moments are collected, if requested."""
     refuse_occupied(output.out, output.overwrite)
     layers = None if choice.layers is None else parse_layers(choice.layers)
     plan = plan_of(choice, choice.problem, layers, scoring.aggregate)
-    texts = given_texts(choice, plan, scoring)
+    texts = read_texts(choice, plan, scoring)
     inputs = open_inputs(source)
     editor = editor_of(inputs, choice, plan, texts.contexts)
     moments = moments_of(inputs, choice, plan, texts.running, output.quiet)
-    prepared = prepared_edits(editor, moments, inputs, choice, plan, scoring, texts.references)
-    if texts.running is None:
-        return prepared
-    return replace(prepared, study=replace(prepared.study, collected=moments))
+    study = prepared_edits(editor, moments, inputs, choice, plan, scoring, texts.references)
+    return replace(study, collected=None if texts.running is None else moments)
 
 
-def given_texts(choice: EditMethodOptions, plan: EditPlan, scoring: ScoringOptions) -> GivenTexts:
-    """Read them before the model is; refuses methods without moments."""
+def read_texts(choice: EditMethodOptions, plan: EditPlan, scoring: ScoringOptions) -> TextInputs:
+    """Read before the model is; refuses methods without moments."""
     contexts = None if choice.contexts is None else read_contexts(choice.contexts)
     references = None if scoring.references is None else load_reference_texts(scoring.references)
-    return GivenTexts(contexts, references, _running_text(choice, plan))
+    if plan.of_moments and (choice.moments is None) == (choice.texts is None):
+        raise ExperimentError(
+            f"{plan.of_moments[0].method} needs second moments: give --moments with a file of 'causalcone moments', or "
+            "--texts to collect them now, one of the two"
+        )
+    running = open_texts(choice.texts) if plan.of_moments and choice.texts is not None else None
+    return TextInputs(contexts, references, running)
 
 
 def prepared_edits(
@@ -93,8 +72,8 @@ def prepared_edits(
     plan: EditPlan,
     scoring: ScoringOptions,
     references: ReferenceTexts | None = None,
-) -> PreparedEdits:
-    """The plan made ready with what was read: requests that nothing is wrong with, and what to keep of the options."""
+) -> EditStudy:
+    """The plan made ready: requests that have passed all checks, and the options to keep."""
     editor.moments = None if moments is None else moments.with_ridge(choice.ridge)
     requests, skipped, unposed = make_requests(
         editor.session, inputs.facts, plan.problem, editor.sigma,
@@ -103,17 +82,10 @@ def prepared_edits(
     checks = EditChecks(editor.session, plan, editor.contexts if plan.of_contexts else None, scoring, references)
     requests, more = usable(requests, checks, lambda request: request.fact.id, inputs.on_error)
     inputs.leave_out([*skipped, *more])
-    filtered = [each.reason for each in unposed]
-    _tell(plan, inputs, requests, filtered, scoring)
-    evaluate = {
-        "essence": scoring.essence,
-        "accuracy": scoring.accuracy,
-        "generation": scoring.generation,
-        "references": references,
-    }
-    study = EditStudy(editor, requests, plan, evaluate, scoring.keep_deltas)
-    study.check()
-    given = {
+    filtered = [fact.reason for fact in unposed]
+    _warn(plan, inputs, requests, filtered, scoring)
+    evaluate = {name: getattr(scoring, name) for name in ("essence", "accuracy", "generation")}
+    options = {
         **inputs.configuration,
         "preset": choice.preset,
         "set": list(choice.changes or ()),
@@ -127,19 +99,17 @@ def prepared_edits(
         "references": None if scoring.references is None else str(scoring.references),
         "keep_deltas": scoring.keep_deltas,
     }
-    return PreparedEdits(study, given, filtered)
-
-
-def _running_text(choice: EditMethodOptions, plan: EditPlan) -> RunningText | None:
-    """The running text to collect moments over, if so asked; refuses methods without moments."""
-    if not plan.of_moments:
-        return None
-    if (choice.moments is None) == (choice.texts is None):
-        raise ExperimentError(
-            f"{plan.of_moments[0].method} needs second moments: give --moments with a file of 'causalcone moments', or "
-            "--texts to collect them now, one of the two"
-        )
-    return None if choice.texts is None else open_texts(TextOptions(texts=choice.texts))
+    study = EditStudy(
+        editor=editor,
+        requests=requests,
+        plan=plan,
+        evaluate={**evaluate, "references": references},
+        keep_deltas=scoring.keep_deltas,
+        options=options,
+        filtered=filtered,
+    )
+    study.check()
+    return study
 
 
 def editor_of(inputs: Inputs, choice: EditMethodOptions, plan: EditPlan, contexts: Contexts | None) -> Editor:
@@ -159,7 +129,7 @@ def moments_of(
     """The moments of the layers that are edited, where a method needs them. resume: a file that keeps a collection
     under way."""
     depth = inputs.session.sizes.depth
-    windows = [window for each in plan.of_moments for window in as_windows(plan.layers, each.window, depth)]
+    windows = [window for setting in plan.of_moments for window in as_windows(plan.layers, setting.window, depth)]
     layers = sorted({layer for window in windows for layer in window.layers})
     if not layers:
         return None
@@ -168,10 +138,10 @@ def moments_of(
     return Moments.load(str(choice.moments_path()), layers)
 
 
-def _tell(
+def _warn(
     plan: EditPlan, inputs: Inputs, requests: Sequence[Request], filtered: Sequence[str], scoring: ScoringOptions
 ) -> None:
-    """Which facts are not edited, and which are not scored; an error where none is edited."""
+    """Warn of facts that are not edited or not scored; an error where none is edited."""
     if filtered:
         warnings.warn(
             f"{plan.problem} is not posed for {len(filtered)} of {len(inputs.facts)} facts, which run.json lists; "
@@ -185,9 +155,9 @@ def _tell(
         kind: sum(not getattr(request.fact, f"{kind}_prompts") for request in requests)
         for kind in ("paraphrase", "neighborhood", *(["generation"] if scoring.generation else []))
     }
-    told = [f"{count} have no {kind} prompts" for kind, count in lacking.items() if count]
-    if told:
+    notes = [f"{count} have no {kind} prompts" for kind, count in lacking.items() if count]
+    if notes:
         warnings.warn(
-            f"of {len(requests)} facts, {' and '.join(told)}: they are edited, but those scores are missing",
+            f"of {len(requests)} facts, {' and '.join(notes)}: they are edited, but those scores are missing",
             stacklevel=2,
         )

@@ -31,19 +31,19 @@ def collect_to_file(
     A collection that ends early is kept beside it, or in ``target.resume``, and taken up from there; once the moments
     are written, that file is deleted.
     """
-    parsed, tokens, text = parse_layers(choice.layers), _tokens(choice.tokens), open_texts(texts)
+    parsed, tokens, text = parse_layers(choice.layers), _tokens(choice.tokens), open_texts(**vars(texts))
     layers = None if isinstance(parsed, str) else parsed
     _make_ready(target)
-    kept = target.resume or target.out.with_name(f"{target.out.name}.partial")
+    partial = target.resume or target.out.with_name(f"{target.out.name}.partial")
     session, console = open_session(computing), Console()
-    if kept.exists() and not target.quiet:
-        console.print(f"going on with {kept}", highlight=False)
+    if partial.exists() and not target.quiet:
+        console.print(f"going on with {partial}", highlight=False)
     started = time.monotonic()
     length = choice.length
-    moments = collected(session, text, layers, console, target.quiet, tokens=tokens, length=length, resume=kept)
+    moments = collected(session, text, layers, console, target.quiet, tokens=tokens, length=length, resume=partial)
     moments.save(target.out)
     with suppress(OSError):
-        kept.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
     _warn_of_few(moments)
     count, seconds = moments.tokens[moments.layers[0]], time.monotonic() - started
     return f"second moments of {len(moments.layers)} layers over {count:,} tokens in {seconds:.1f} s -> {target.out}"

@@ -1,4 +1,4 @@
-"""What an editing study does, from its options: methods with their windows and hyperparameters, layers and contexts."""
+"""The plan of an editing study from its options: methods with windows and hyperparameters, layers and contexts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Setting:
 
     @property
     def definition(self) -> Method:
-        """What is known of the method."""
+        """The method as it is registered."""
         return method_named(self.method)
 
     def __str__(self) -> str:
@@ -45,7 +45,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class EditPlan:
-    """What can be said of a study without model and facts. layers: numbers from 0, or ``"all"``; sigma: noise on the
+    """A study as planned without model and facts. layers: numbers from 0, or ``"all"``; sigma: noise on the
     subject; aggregate: which paraphrase and neighbour the summary's scores are of."""
 
     problem: str
@@ -67,21 +67,10 @@ class EditPlan:
         window: int | None = None,
         aggregate: str | None = None,
     ) -> EditPlan:
-        """A checked plan.
-
-        Args:
-            methods: Methods, each with or without its window, such as ``"memit:5"``.
-            problem: What is asked of the facts, such as ``"error_injection"``.
-            layers: Layers or windows' centres from 0, ``"all"``, or those of the ``"preset"``.
-            preset: Where hyperparameters, noise and aggregate are from, if not given.
-            changes: Hyperparameters that differ, such as ``"steps=5"`` or ``"rome.clamp=4"``.
-            sigma: Noise on the subject, a number or such as ``"3sd"``.
-            window: Layers edited together by methods without their own.
-            aggregate: ``"first"`` or ``"mean"``.
-
-        Raises:
-            ExperimentError: An argument cannot be used.
-        """
+        """A checked plan. methods: with or without their windows, such as "memit:5"; layers: also those of the
+        ``"preset"``; preset: where hyperparameters, noise and aggregate are from; changes: hyperparameters that differ,
+        such as "rome.clamp=4"; sigma: a number, or such as "3sd"; window: of methods without their own; aggregate:
+        "first" or "mean". Raises ``ExperimentError`` for an argument that cannot be used."""
         check_problem(problem)
         settings = _settings(methods, problem, window, preset, changes)
         loaded = None if preset is None else load_preset(preset)

@@ -1,4 +1,4 @@
-"""An editing study: requests made ready, then edits made, scored, written and dropped, batch by batch."""
+"""An editing study: edits are made, scored, written and dropped, batch by batch."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from causalcone.runners.results.folder import ResultFolder, TableWriter
 from causalcone.runners.show.progress import shown_progress
 
 EDITS_AT_ONCE = 256
-"""Beyond so many edits nothing is gained by making them together; fewer are finished, and written, sooner."""
+"""More edits together would gain nothing; fewer are finished, and written, sooner."""
 
 DELTAS, MOMENTS = "deltas", "moments.safetensors"
 
 
 @dataclass(frozen=True)
 class EditsDone:
-    """What a study left in ``path``: so many edits of ``facts`` facts in ``seconds``; failed: how many for which
-    reason."""
+    """The results of a study in ``path``: the number of edits, of ``facts`` facts, in ``seconds``; failed: how many for
+    which reason."""
 
     path: Path
     facts: int
@@ -45,7 +45,7 @@ class EditsDone:
 
     @property
     def results(self) -> dict[str, Any]:
-        """What ``run.json`` keeps of it."""
+        """The numbers that ``run.json`` keeps."""
         counts = {"facts": self.facts, "edits": self.edits, "failed": dict(self.failed)}
         return {**counts, "seconds": round(self.seconds, 3)}
 
@@ -55,26 +55,30 @@ class EditsDone:
         return f"{self.edits} edits of {self.facts} facts, {failed} failed, in {rate} -> {self.path}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EditStudy:
-    """What is yet to be computed: every setting of the plan, at all of its layers, for all requests.
+    """Edits that are yet to be made: every setting of the plan, at all of its layers, for all requests.
 
-    evaluate: what ``Editor.evaluate`` is asked besides probabilities; keep_deltas: whether changes of weights are kept;
-    collected: moments to keep with the results.
+    evaluate: options of ``Editor.evaluate``; keep_deltas: whether changes of weights are kept; options: those to keep
+    beside the results; filtered: why the problem is not posed for some facts; collected: moments to keep.
     """
 
     editor: Editor
     requests: Sequence[Request]
     plan: EditPlan
     evaluate: Mapping[str, Any]
-    keep_deltas: bool = False
+    keep_deltas: bool
+    options: Mapping[str, Any]
+    filtered: Sequence[str]
     collected: Moments | None = None
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """What to keep of it beside the results."""
+        """A description to keep beside the results."""
         moments = self.editor.moments if self.plan.of_moments else None
         return {
+            "command": "edit",
+            **self.options,
             "problem": self.plan.problem,
             "methods": [setting.configuration for setting in self.plan.settings],
             "layers": list(self.layers),
@@ -123,7 +127,7 @@ class EditStudy:
         return EditsDone(folder.path / "edits", len(self.requests), count, failed, time.monotonic() - started)
 
     def _written(self, batch: Sequence[Edit], tables: Mapping[str, TableWriter], deltas: Path) -> list[str]:
-        """Score edits and write what there is to keep of them; why some failed."""
+        """Score edits and write their tables; the reasons why some failed."""
         scores = self.editor.evaluate(batch, **self.evaluate)
         if self.keep_deltas:
             _save_deltas(scores.edits, deltas)

@@ -1,4 +1,4 @@
-"""Facts from files, data sets and the demo world, checked and written as the project's own fact file."""
+"""Facts from files and data sets, checked and written as causalcone's JSON lines."""
 
 from __future__ import annotations
 

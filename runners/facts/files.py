@@ -1,4 +1,4 @@
-"""Reading facts from the published file formats, and the project's own JSON lines."""
+"""Reading facts from the published file formats, and reading and writing causalcone's JSON lines."""
 
 from __future__ import annotations
 

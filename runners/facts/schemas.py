@@ -116,10 +116,8 @@ def converter(schema: str, records: Sequence[Any], seed: int, zsre_form: ZsreFor
     """The function from (index, record) to ``Fact`` for a file of this schema."""
     if schema != "zsre":
         return {"counterfact": _from_counterfact, "known": _from_known_fact, "fact": _from_own_line}[schema]
-    if zsre_form == "meng":
-        return _from_zsre_meng
-    drawn = draw_other_answers(records, seed)
-    return lambda index, record: _from_zsre_hase(index, record, drawn[index])
+    drawn = draw_other_answers(records, seed) if zsre_form == "hase" else ()
+    return lambda index, record: _from_zsre(index, record, zsre_form, drawn)
 
 
 def _from_counterfact(index: int, record: Record) -> Fact:
@@ -152,30 +150,22 @@ def _from_known_fact(index: int, record: Record) -> Fact:
     )
 
 
-def _from_zsre_hase(index: int, record: Record, target_new: str | None) -> Fact:
+def _from_zsre(index: int, record: Record, zsre_form: ZsreForm, drawn: Sequence[str | None]) -> Fact:
     item = ZsreRecord.model_validate(record)
+    hase = zsre_form == "hase"
+
+    def posed(question: str) -> str:
+        return f"Question: {question} Answer:" if hase else question
+
+    neighbor = (item.loc or "").removeprefix("nq question: " if hase else "")
     return Fact(
         id=_identifier(item.case_id, index),
-        prompt=f"Question: {_template(item.src, item.subject, 'src')} Answer:",
+        prompt=posed(_template(item.src, item.subject, "src")),
         subject=item.subject,
         target_true=item.answers[0],
-        target_new=target_new,
-        paraphrase_prompts=(f"Question: {item.rephrase} Answer:",) if item.rephrase else (),
-        neighborhood_prompts=(f"Question: {item.loc.removeprefix('nq question: ')}? Answer:",) if item.loc else (),
-        neighborhood_target=item.loc_ans,
-    )
-
-
-def _from_zsre_meng(index: int, record: Record) -> Fact:
-    item = ZsreRecord.model_validate(record)
-    return Fact(
-        id=_identifier(item.case_id, index),
-        prompt=_template(item.src, item.subject, "src"),
-        subject=item.subject,
-        target_true=item.answers[0],
-        target_new=item.answers[0],
-        paraphrase_prompts=(item.rephrase,) if item.rephrase else (),
-        neighborhood_prompts=(f"{item.loc}?",) if item.loc else (),
+        target_new=drawn[index] if hase else item.answers[0],
+        paraphrase_prompts=(posed(item.rephrase),) if item.rephrase else (),
+        neighborhood_prompts=(posed(f"{neighbor}?"),) if item.loc else (),
         neighborhood_target=item.loc_ans,
     )
 

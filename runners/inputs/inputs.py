@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,16 +14,15 @@ import transformers
 from causalcone.engine.compute import Compute, as_dtype
 from causalcone.engine.errors import FactError
 from causalcone.engine.facts import Fact, OnError, Skipped, SkippedFacts
-from causalcone.engine.localize.gradients import GradientRun
-from causalcone.engine.localize.trace_run import TraceRun
+from causalcone.engine.localize.trace_run import FactsRun
 from causalcone.engine.localize.tracer import Tracer
 from causalcone.engine.noise import parse_sigma
 from causalcone.engine.run import loading
 from causalcone.engine.run.session import Session
 from causalcone.runners.facts.files import SkippedRecords, read_facts
-from causalcone.runners.options import ComputeOptions, PassOptions, SourceOptions, StreamableSourceOptions
+from causalcone.runners.options import ComputeOptions, SourceOptions, StreamableSourceOptions
 
-Run = TypeVar("Run", TraceRun, GradientRun)
+Run = TypeVar("Run", bound=FactsRun)
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Inputs:
 
     def leave_out(self, skipped: Sequence[Skipped]) -> None:
         """Warn of facts that are left out, and keep the reasons."""
-        reasons = [each.reason for each in skipped]
+        reasons = [fact.reason for fact in skipped]
         if reasons:
             warnings.warn(SkippedFacts(reasons), stacklevel=2)
         self.skipped.extend(reason for reason in reasons if reason not in self.skipped)
@@ -68,11 +67,11 @@ class Inputs:
             return self.session.noise_level(sigma, ())
         encoded, skipped = self.session.encode(self.every, "label", self.on_error)
         self.leave_out(skipped)
-        return self.session.noise_level(sigma, [each.fact for each in encoded])
+        return self.session.noise_level(sigma, [prompt.fact for prompt in encoded])
 
     @property
     def configuration(self) -> dict[str, object]:
-        """What to keep of all this beside the results."""
+        """The options, and what they came to here, to keep beside the results."""
         backends = self.session.backends
         return {
             "model": self.source.model,
@@ -101,11 +100,16 @@ def open_inputs(source: SourceOptions) -> Inputs:
     return Inputs(source, open_session(source), facts, on_error, problems)
 
 
-def open_session(source: SourceOptions | ComputeOptions) -> Session:
-    """A session on the model, read now; it is computed with in the way that the options say."""
-    transformers.utils.logging.disable_progress_bar()
-    device = source.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kernels, tf32 = (source.kernels, source.tf32) if isinstance(source, SourceOptions | PassOptions) else (None, False)
-    compute = Compute.of(source.dtype, device, source.memory, kernels, tf32)
+def open_session(source: ComputeOptions) -> Session:
+    """A session on the model of the options, read now."""
+    kernels, tf32 = (source.kernels, source.tf32) if isinstance(source, SourceOptions) else (None, False)
+    compute = Compute.of(source.dtype, source.device, source.memory, kernels, tf32)
     weights = source.weights if isinstance(source, StreamableSourceOptions) else "resident"
-    return loading.open_session(source.model_path(), compute, weights)
+    return open_model(source.model_path(), compute, weights)
+
+
+def open_model(path: str, compute: Compute, weights: str = "resident") -> Session:
+    """A session on the model of a folder or hub id, read now, by default on a GPU where there is one."""
+    transformers.utils.logging.disable_progress_bar()
+    device = compute.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return loading.open_session(path, replace(compute, device=device), weights)

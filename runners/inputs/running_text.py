@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from causalcone.engine.errors import ExperimentError
+from causalcone.runners.demo.files import path_of, title_of
 from causalcone.runners.facts.data_sets import DataSet
-from causalcone.runners.options import TextOptions
 
 _BATCH = 1000
 
@@ -25,16 +25,22 @@ class RunningText:
     source: str
 
 
-def open_texts(choice: TextOptions) -> RunningText:
-    """The chosen texts. Raises ``ExperimentError`` where there are none, or both kinds are chosen."""
-    if (choice.texts is None) == (choice.dataset is None):
+def open_texts(
+    texts: str | None = None,
+    dataset: str | None = None,
+    dataset_config: str | None = None,
+    split: str = "train",
+    column: str = "text",
+) -> RunningText:
+    """The texts of a file or folder, or of a data set. Raises ``ExperimentError`` where neither or both are given."""
+    if dataset is not None and texts is None:
+        data_set = DataSet.open(dataset, dataset_config, split)
+        return RunningText(_ColumnOf(data_set, column), str(data_set))
+    if texts is None or dataset is not None:
         raise ExperimentError("which texts? Give --texts with a file or folder, or --dataset, one of the two")
-    if choice.dataset is not None:
-        data_set = DataSet.open(choice.dataset, choice.dataset_config, choice.split)
-        return RunningText(_ColumnOf(data_set, choice.column), str(data_set))
-    if choice.dataset_config is not None:
+    if dataset_config is not None:
         raise ExperimentError("--dataset-config goes with --dataset, not with --texts")
-    return _texts_at(Path(str(choice.texts_path())), choice.column, choice.texts_title())
+    return _texts_at(Path(path_of(texts, "texts")), column, title_of(texts, "texts"))
 
 
 def _texts_at(path: Path, column: str, title: str | None) -> RunningText:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
@@ -27,6 +28,9 @@ LOCK_SECONDS = 30.0
 
 LOCK = "sweep.lock"
 """The file that is there while a process holds the folder."""
+
+LOG = "sweep.log"
+"""The file of a sweep's log, beside its results."""
 
 _PARTIAL = ".partial"
 
@@ -132,6 +136,20 @@ class Store:
             self.system.delete_file(self._path(name))
 
     @contextmanager
+    def log_of(self, logger: logging.Logger) -> Iterator[None]:
+        """Appends the logger's messages of level INFO and above to the log alone meanwhile, as dated lines."""
+        handler, level, propagate = _LogHandler(self), logger.level, logger.propagate
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        try:
+            yield
+        finally:
+            logger.propagate = propagate
+            logger.setLevel(level)
+            logger.removeHandler(handler)
+
+    @contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the folder for this process; ``ResultError`` where another one holds it."""
         if self.local is not None:
@@ -213,6 +231,29 @@ class Store:
         assert self.local is not None
         for left in (self.local / _PARTIAL).glob("*"):
             left.unlink(missing_ok=True)
+
+
+class _LogHandler(logging.Handler):
+    """Appends to the log. On a file system that cannot append, the file is written anew with all lines."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(logging.INFO)
+        self.store = store
+        self.lines: list[str] = []
+        if store.local is None and store.exists(LOG):
+            with store.as_file(LOG) as file:
+                self.lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
+        lines = [f"{stamp} {line}\n" for line in record.getMessage().splitlines()]
+        with suppress(OSError, ValueError, ResultError):  # a sweep goes on without its log
+            if self.store.local is not None:
+                with open(self.store.local / LOG, "a", encoding="utf-8") as file:
+                    file.writelines(lines)
+            else:
+                self.lines += lines
+                self.store.write_bytes(LOG, "".join(self.lines).encode())
 
 
 def _by_fsspec(scheme: str, text: str, error: Exception) -> tuple[pafs.FileSystem, str]:

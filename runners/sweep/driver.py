@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,28 +16,19 @@ from rich.console import Console
 from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.engine.facts import Fact
 from causalcone.engine.schemas import FAILURE_SCHEMA, LEFT_OUT_SCHEMA
-from causalcone.runners.facts import files
 from causalcone.runners.inputs.fingerprints import facts_fingerprint
 from causalcone.runners.results.folder import ResultError, differences, versions
 from causalcone.runners.results.store import Store
 from causalcone.runners.show.progress import shown_progress
-from causalcone.runners.sweep.config import Sweep
 from causalcone.runners.sweep.executor import Executor, LocalExecutor, UnitResult
-from causalcone.runners.sweep.facts_table import FACTS, chosen, fact_table, filtered
-from causalcone.runners.sweep.log import Log
+from causalcone.runners.sweep.inputs.facts_table import FACTS, fact_table, facts_of, read_facts, select
+from causalcone.runners.sweep.inputs.settings import Sweep
+from causalcone.runners.sweep.inputs.units import LEFT_OUT, Selection, Unit
 from causalcone.runners.sweep.signals import Stop, stopping
-from causalcone.runners.sweep.units import (
-    FILTER,
-    LEFT_OUT,
-    PREPARED,
-    Chosen,
-    Stage,
-    Unit,
-    edit_layers,
-    filter_stage,
-    later_stages,
-)
-from causalcone.runners.sweep.worker import Description, Worker
+from causalcone.runners.sweep.stages import FilterStage, StageUnits, later_units, stages_of
+from causalcone.runners.sweep.worker import ModelInfo, Worker
+
+logger = logging.getLogger(__name__)
 
 RUN = "run.json"
 RUNNING, STOPPED, COMPLETE, INCOMPLETE = "running", "stopped", "complete", "incomplete"
@@ -47,8 +39,8 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class SweepSummary:
-    """How a sweep ended: by which signal, if by any; failed: units that could not be computed; computed: how many were
-    computed now."""
+    """The end of a sweep. computed: how many units were computed now; failed: those that could not be; signal: the one
+    that ended it, if any did."""
 
     place: str
     seconds: float
@@ -64,14 +56,17 @@ class SweepSummary:
 
     @property
     def code(self) -> int:
-        """That the process is to exit with: 128 and the signal, as shells have it, or 1 where units failed."""
+        """The process's exit code: 128 and the signal, as shells have it, or 1 if units failed."""
         return int(self.failed != []) if self.signal is None else 128 + self.signal
 
 
 @dataclass
 class Driver:
-    """Carries ``sweep`` out in the folder ``place``, by a crew that ``crew_of`` makes; the worker of this process by
-    default. retry_failed: compute units again that failed; overwrite: drop what another sweep left there."""
+    """Carries ``sweep`` out in the folder ``place``.
+
+    retry_failed: compute units again that failed; overwrite: drop what another sweep left there; make_executor: of the
+    executor, a worker of this process by default.
+    """
 
     sweep: Sweep
     place: str
@@ -79,35 +74,37 @@ class Driver:
     quiet: bool = False
     retry_failed: bool = False
     overwrite: bool = False
-    crew_of: Callable[[Sweep, str], Executor] | None = None
+    make_executor: Callable[[Sweep, str], Executor] | None = None
     failed: list[UnitResult] = field(default_factory=list)
     computed: int = 0
 
     def run(self) -> SweepSummary:
-        """Compute what is not there yet. Raises ``ResultError`` where the folder cannot be used or written, and
+        """Compute all that is not there yet. Raises ``ResultError`` where the folder cannot be used or written, and
         ``FactError``, ``ModelError`` or ``ExperimentError`` for input that is wrong."""
         self.store = Store.open(self.place)
         started = time.monotonic()
         with self.store.locked(), stopping(self._tell) as stop:
-            kept = self._kept()
-            self.log = Log(self.store)
-            self.crew: Executor = (self.crew_of or _alone)(self.sweep, self.place)
-            facts, description = self._begin(kept)
-            finished = None
-            try:
-                self._stages(facts, description, stop)
-                finished = SweepSummary(self.place, time.monotonic() - started, self.computed, self.failed, stop.signal)
-            finally:
-                status = STOPPED if finished is None else finished.status
-                with suppress(ResultError):  # of the two errors, the one that ended the sweep is told
-                    self._write_run(status)
-                self.log(f"{status}: {self.computed} units computed, {len(self.failed)} failed")
-        return finished
+            run_before = self._run_before()
+            with self.store.log_of(logger):
+                self.stages = stages_of(self.sweep)
+                self.executor: Executor = (self.make_executor or _local)(self.sweep, self.place)
+                facts, model = self._begin(run_before)
+                summary = None
+                try:
+                    self._compute(facts, model.depth, stop)
+                    seconds = time.monotonic() - started
+                    summary = SweepSummary(self.place, seconds, self.computed, self.failed, stop.signal)
+                finally:
+                    status = STOPPED if summary is None else summary.status
+                    with suppress(ResultError):  # of the two errors, the one that ended the sweep is raised
+                        self._write_run(status)
+                    logger.info("%s: %s units computed, %s failed", status, self.computed, len(self.failed))
+        return summary
 
-    # --- the beginning ---
+    # --- begin ---
 
-    def _kept(self) -> dict[str, Any] | None:
-        """What the folder's run.json says; refuses what is no sweep of this configuration."""
+    def _run_before(self) -> dict[str, Any] | None:
+        """The folder's run.json; refuses one that is not of a sweep of this configuration."""
         kept = self.store.read_json(RUN)
         if kept is None or self.overwrite:
             others = [name for name in self.store.names() if not name.startswith(("sweep.", "moments.partial"))]
@@ -123,23 +120,22 @@ class Driver:
             raise ResultError(
                 f"{self.place} holds results of 'causalcone {kept.get('command')}'; choose another folder"
             )
-        told = differences(kept["configuration"], self.sweep.decisive)
-        if told:
+        changed = differences(kept["configuration"], self.sweep.result_config)
+        if changed:
             raise ResultError(
-                f"{self.place} holds a sweep of another configuration:\n  " + "\n  ".join(told) + "\nchoose another "
+                f"{self.place} holds a sweep of another configuration:\n  " + "\n  ".join(changed) + "\nchoose another "
                 "folder, or give --overwrite to drop what is there"
             )
         return dict(kept)
 
-    def _begin(self, kept: Mapping[str, Any] | None) -> tuple[list[Fact], Description]:
-        """Read and check facts and model; write down what is to be done, or see that it is the same as before."""
+    def _begin(self, kept: Mapping[str, Any] | None) -> tuple[list[Fact], ModelInfo]:
+        """Read and check facts and model; write run.json and the table of facts, or see that they are as before."""
         facts, skipped = read_facts(self.sweep)
-        description = self.crew.describe()
-        for problem in self.sweep.edit.problems if self.sweep.edit else ():
-            edit_layers(self.sweep, problem, description.depth)
-        told = {"facts": facts_fingerprint(facts), "model": description.fingerprint}
-        if kept is not None and kept["fingerprints"] != told:
-            changed = " and ".join(name for name in told if kept["fingerprints"].get(name) != told[name])
+        model = self.executor.model_info()
+        later_units(self.stages.values(), Selection(), model.depth)  # refuses layers that the model does not have
+        fingerprints = {"facts": facts_fingerprint(facts), "model": model.fingerprint}
+        if kept is not None and kept["fingerprints"] != fingerprints:
+            changed = " and ".join(name for name, now in fingerprints.items() if kept["fingerprints"].get(name) != now)
             raise ResultError(
                 f"the {changed} of the sweep in {self.place} changed since it began; choose another folder, or give "
                 "--overwrite to drop what is there"
@@ -149,16 +145,19 @@ class Driver:
                 f"{self.place} was begun with other versions: {'; '.join(differences(kept['versions'], versions()))}",
                 stacklevel=2,
             )
+        stages = self.stages.values()
+        expected = {stage.name: dict(stage.expected) for stage in stages if stage.expected}
         self.run_json = {
             "command": "sweep",
-            "configuration": self.sweep.decisive,
+            "configuration": self.sweep.result_config,
             "hash": self.sweep.hash,
             "versions": versions(),
-            "fingerprints": told,
-            "model": asdict(description),
+            "fingerprints": fingerprints,
+            "model": asdict(model),
             "analysis": {
                 "published": self.sweep.published,
-                "aggregate": self.sweep.plan(self.sweep.edit.problems[0]).aggregate if self.sweep.edit else None,
+                "aggregate": next((stage.aggregate for stage in stages if stage.aggregate), None),
+                **({"expected": expected} if expected else {}),
             },
             "begun": kept["begun"] if kept else time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
@@ -166,16 +165,14 @@ class Driver:
             facts = self._checked(facts, skipped)
             self.store.write_table(FACTS, fact_table(facts), {})
         else:
-            from causalcone.runners.sweep.facts_table import facts_of
-
             facts = facts_of(self.store.read_table(FACTS))
         self._write_run(RUNNING)
-        self.log(f"{'going on' if kept else 'begun'}: {len(facts)} facts, {description}")
-        return facts, description
+        logger.info("%s: %s facts, %s", "going on" if kept else "begun", len(facts), model)
+        return facts, model
 
     def _checked(self, facts: Sequence[Fact], skipped: Sequence[str]) -> list[Fact]:
         """The facts that can be used; the others are listed, and an error if they are not to be skipped."""
-        bad = dict(self.crew.bad_facts(facts))
+        bad = dict(self.executor.bad_facts(facts))
         if bad and not self.sweep.skip_bad_facts:
             more = [f"and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else []
             raise FactError(
@@ -197,48 +194,50 @@ class Driver:
 
     # --- the stages ---
 
-    def _stages(self, facts: Sequence[Fact], description: Description, stop: Stop) -> None:
-        self._carry_out(filter_stage(self.sweep, len(facts)), stop)
+    def _compute(self, facts: Sequence[Fact], depth: int, stop: Stop) -> None:
+        first = FilterStage(self.sweep, self.sweep.filter).all_units(len(facts))
+        self._compute_units(first, stop)
         if stop:
             return
-        which = self._choose(facts)
-        if not which.known:
+        selection = self._select(facts, first)
+        if not selection.known:
             raise FactError(
                 f"the model completes none of the {len(facts)} facts ({FACTS} has what it says instead); set "
                 "filter.completes = false to go on with all of them"
             )
-        for stage in later_stages(self.sweep, which, description.depth):
+        for work in later_units(self.stages.values(), selection, depth):
             if stop:
                 return
-            self._carry_out(stage, stop)
+            self._compute_units(work, stop)
 
-    def _choose(self, facts: Sequence[Fact]) -> Chosen:
-        """Which facts go on; what the filter found is written beside them."""
-        table = filtered(self.store, self.sweep, len(facts))
-        which = chosen(self.sweep, table)
+    def _select(self, facts: Sequence[Fact], done: StageUnits) -> Selection:
+        """The facts that go on; the filter's results are written beside them."""
+        results = pa.concat_tables(self.store.read_table(unit.file(FilterStage.name)) for unit in done.units)
+        selection = select(self.sweep, results)
         part = self.store.part(FACTS)
         if part is None or not part.notes.get("filtered"):
-            self.store.write_table(FACTS, fact_table(facts, table), {"filtered": True})
-        self._tell(f"{len(which.known)} of {len(facts)} facts go on, {len(which.erasable)} of them to be erased")
-        return which
+            self.store.write_table(FACTS, fact_table(facts, results), {"filtered": True})
+        known, erasable = len(selection.known), len(selection.erasable)
+        self._tell(f"{known} of {len(facts)} facts go on, {erasable} of them to be erased")
+        return selection
 
-    def _carry_out(self, stage: Stage, stop: Stop) -> None:
-        """Compute a stage's units that are not done."""
-        todo, done, failed = self._sorted(stage)
+    def _compute_units(self, work: StageUnits, stop: Stop) -> None:
+        """Compute those units that are not done."""
+        todo, done, failed = self._sorted(work.units)
         self.failed += failed
         if not todo:
             return
-        with shown_progress(self.console, stage.title, stage.unit, self.quiet, done) as progress:
-            progress(done, stage.items)
-            for outcome in self.crew.run(todo, stop):
-                self._note(outcome)
-                done += outcome.unit.items
-                progress(done, stage.items)
+        with shown_progress(self.console, work.title, work.stage.item, self.quiet, done) as progress:
+            progress(done, work.items)
+            for result in self.executor.run(todo, stop):
+                self._note(result)
+                done += result.unit.items
+                progress(done, work.items)
 
-    def _sorted(self, stage: Stage) -> tuple[list[Unit], int, list[UnitResult]]:
-        """The units of a stage that are to be computed, how many items are done, and what failed before."""
+    def _sorted(self, units: Sequence[Unit]) -> tuple[list[Unit], int, list[UnitResult]]:
+        """The units that are to be computed, how many items are done, and those that failed before."""
         todo, done, failed = [], 0, []
-        for unit in stage.units:
+        for unit in units:
             if unit.parts(self.store) is not None:
                 done += unit.items
             elif not self.retry_failed and self.store.part(unit.failure) is not None:
@@ -249,20 +248,20 @@ class Driver:
                 todo.append(unit)
         return todo, done, failed
 
-    def _note(self, outcome: UnitResult) -> None:
-        unit = outcome.unit
-        if outcome.reason is None:
+    def _note(self, result: UnitResult) -> None:
+        unit, reason = result.unit, result.reason
+        if reason is None:
             self.computed += 1
             self.store.delete(unit.failure)
-            self.log(f"{unit.name}: {unit.items} in {outcome.seconds:.1f} s")
+            logger.info("%s: %s in %.1f s", unit.name, unit.items, result.seconds)
             return
-        self.log(f"{unit.name} failed: {outcome.trace or outcome.reason}")
-        if unit.stage == FILTER or unit.stage in PREPARED:
-            raise ExperimentError(f"{unit.name.split('/')[0]}: {outcome.reason}")
-        self.failed.append(outcome)
-        row = {"unit": unit.name, "stage": unit.stage, "items": unit.items, "reason": outcome.reason}
+        logger.info("%s failed: %s", unit.name, result.trace or reason)
+        if self.stages[unit.stage].required:
+            raise ExperimentError(f"{unit.stage}: {reason}")
+        self.failed.append(result)
+        row = {"unit": unit.name, "stage": unit.stage, "items": unit.items, "reason": reason}
         self.store.write_table(unit.failure, pa.Table.from_pylist([row], schema=FAILURE_SCHEMA), {"unit": unit.name})
-        self._tell(f"{unit.name} failed, the others go on: {outcome.reason}")
+        self._tell(f"{unit.name} failed, the others go on: {reason}")
 
     def _write_run(self, status: str) -> None:
         self.store.write_json(RUN, {**self.run_json, "status": status, "failed": len(self.failed)})
@@ -272,13 +271,5 @@ class Driver:
             self.console.print(text, highlight=False, markup=False)
 
 
-def _alone(sweep: Sweep, place: str) -> Executor:
+def _local(sweep: Sweep, place: str) -> Executor:
     return LocalExecutor(Worker(sweep, place))
-
-
-def read_facts(sweep: Sweep) -> tuple[list[Fact], list[str]]:
-    """The facts of the sweep's file, within its limit, and why records were skipped."""
-    return files.read_facts(
-        sweep.facts_path(), sweep.limit, sweep.seed, zsre_form=sweep.zsre_form,
-        on_error="skip" if sweep.skip_bad_facts else "raise",
-    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Who carries out units: the worker of this process, alone. ``cluster`` has many."""
+"""Executors of units: here the worker of this process; ``cluster`` has many workers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from causalcone.engine.errors import CausalconeError
 from causalcone.engine.facts import Fact
 from causalcone.engine.memory import out_of_memory
 from causalcone.runners.results.folder import ResultError
+from causalcone.runners.sweep.inputs.units import Unit
 from causalcone.runners.sweep.signals import Stop
-from causalcone.runners.sweep.units import Unit
-from causalcone.runners.sweep.worker import Description, Worker
+from causalcone.runners.sweep.worker import ModelInfo, Worker
 
 
 @dataclass(frozen=True)
 class UnitResult:
-    """What became of a unit: the seconds it took, or the reason why it failed, and where in the code."""
+    """The seconds that a unit took, or the reason why it failed, and where in the code."""
 
     unit: Unit
     seconds: float
@@ -29,7 +29,7 @@ class UnitResult:
 class Executor(Protocol):
     """Carries out units, in any order; no unit begins once ``stop`` is set."""
 
-    def describe(self) -> Description: ...
+    def model_info(self) -> ModelInfo: ...
 
     def bad_facts(self, facts: Sequence[Fact]) -> list[tuple[str, str]]: ...
 
@@ -37,13 +37,13 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """A crew of one, in this process."""
+    """One worker in this process."""
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
 
-    def describe(self) -> Description:
-        return self.worker.describe()
+    def model_info(self) -> ModelInfo:
+        return self.worker.model_info()
 
     def bad_facts(self, facts: Sequence[Fact]) -> list[tuple[str, str]]:
         return self.worker.bad_facts(facts)
@@ -52,22 +52,22 @@ class LocalExecutor:
         for unit in units:
             if stop:
                 return
-            yield carried_out(self.worker, unit)
+            yield run_unit(self.worker, unit)
 
 
-def carried_out(worker: Worker, unit: Unit) -> UnitResult:
-    """A unit's outcome. What it cannot compute is a failure of its own; where results cannot be written, that ends the
-    sweep (``ResultError``)."""
+def run_unit(worker: Worker, unit: Unit) -> UnitResult:
+    """Computes a unit. An error of the computation is the unit's result; results that cannot be written end the sweep
+    (``ResultError``)."""
     try:
         return UnitResult(unit, worker.run(unit))
     except ResultError:
         raise
     except Exception as error:  # whatever it is, the other units of the night go on
-        what = "memory ran out" if out_of_memory(error) else type(error).__name__
-        told = str(error) if isinstance(error, CausalconeError) else f"{what}: {first_line(error)}"
-        return UnitResult(unit, 0.0, told, traceback.format_exc())
+        kind = "memory ran out" if out_of_memory(error) else type(error).__name__
+        reason = str(error) if isinstance(error, CausalconeError) else f"{kind}: {first_line(error)}"
+        return UnitResult(unit, 0.0, reason, traceback.format_exc())
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in a line."""
+    """The first line of an error's message."""
     return (str(error).strip().splitlines() or ["no more is known"])[0]

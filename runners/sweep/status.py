@@ -1,4 +1,4 @@
-"""How far a sweep is, from its folder alone."""
+"""The progress of a sweep, from its folder alone."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich.console import Console
 from rich.table import Table
 
 from causalcone.runners.results.folder import ResultError
 from causalcone.runners.results.store import Store
-from causalcone.runners.sweep.config import Sweep
 from causalcone.runners.sweep.driver import RUN
-from causalcone.runners.sweep.facts_table import FACTS, chosen
-from causalcone.runners.sweep.units import FAILURES, LEFT_OUT, PREPARED, Stage, filter_stage, later_stages
+from causalcone.runners.sweep.inputs.facts_table import FACTS, select
+from causalcone.runners.sweep.inputs.units import FAILURES, LEFT_OUT
+from causalcone.runners.sweep.stages import FilterStage, StageUnits, as_sweep, later_units, stages_of
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Of a stage: items that are done, failed, and all; the seconds that the done ones took together."""
+    """Items of a stage that are done, and that failed; the seconds that the done ones took together."""
 
-    stage: Stage
+    work: StageUnits
     done: int
     failed: int
     seconds: float
@@ -39,20 +40,24 @@ class Status:
     left_out: Counter[str]
     later: bool
 
+    def show(self, console: Console) -> None:
+        console.print(self.table())
+        for line in self.lines():
+            console.print(line, highlight=False)
+
     def table(self) -> Table:
         table = Table(title=f"{self.place}: {self.status}, begun {self.begun}", title_justify="left")
         for column in ("stage", "done", "of", "failed", "seconds", "rate"):
             table.add_column(column, justify="left" if column == "stage" else "right")
-        for each in self.stages:
-            rate = f"{each.done / each.seconds:.2f} {each.stage.unit}/s" if each.seconds and each.done else ""
-            failed = str(each.failed) if each.failed else ""
-            table.add_row(
-                each.stage.title, f"{each.done:,}", f"{each.stage.items:,}", failed, f"{each.seconds:,.0f}", rate
-            )
+        for progress in self.stages:
+            work, done, seconds = progress.work, progress.done, progress.seconds
+            rate = f"{done / seconds:.2f} {work.stage.item}/s" if seconds and done else ""
+            failed = str(progress.failed) if progress.failed else ""
+            table.add_row(work.title, f"{done:,}", f"{work.items:,}", failed, f"{seconds:,.0f}", rate)
         return table
 
     def lines(self) -> list[str]:
-        """What the table does not say."""
+        """Everything that the table does not say."""
         lines = ["tracing and editing follow when the filter is done"] if self.later else []
         for counted, what in ((self.failures, "units failed"), (self.left_out, "facts left out")):
             lines += [f"{count} {what}: {reason}" for reason, count in counted.most_common(5)]
@@ -69,15 +74,16 @@ def status_of(place: str) -> Status:
     run = store.read_json(RUN)
     if run is None or run.get("command") != "sweep":
         raise ResultError(f"{place} holds no sweep; give the folder that 'causalcone sweep' wrote to")
-    sweep = Sweep.model_validate(run["configuration"])
+    sweep = as_sweep(run["configuration"])
     facts = store.part(FACTS)
-    stages: list[Stage] = []
+    stages: list[StageUnits] = []
     later = facts is None
     if facts is not None:
-        stages.append(filter_stage(sweep, facts.rows))
+        stages.append(FilterStage(sweep, sweep.filter).all_units(facts.rows))
         later = not facts.notes.get("filtered")
         if not later:
-            stages += later_stages(sweep, chosen(sweep, store.read_table(FACTS)), run["model"]["depth"])
+            selection = select(sweep, store.read_table(FACTS))
+            stages += later_units(stages_of(sweep).values(), selection, run["model"]["depth"])
     return Status(
         place,
         run["status"],
@@ -89,16 +95,16 @@ def status_of(place: str) -> Status:
     )
 
 
-def _progress(stage: Stage, store: Store) -> Progress:
+def _progress(work: StageUnits, store: Store) -> Progress:
     done, failed, seconds = 0, 0, 0.0
-    for unit in stage.units:
+    for unit in work.units:
         parts = unit.parts(store)
         if parts is not None:
             done += unit.items
             seconds += max(part.notes.get("seconds", 0.0) for part in parts)
-        elif stage.name not in PREPARED and store.part(unit.failure) is not None:
+        elif store.part(unit.failure) is not None:
             failed += unit.items
-    return Progress(stage, done, failed, seconds)
+    return Progress(work, done, failed, seconds)
 
 
 def _reasons(store: Store, table: str) -> Counter[str]:

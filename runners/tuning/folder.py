@@ -21,7 +21,7 @@ PARTIAL = f"{MOMENTS}.partial"
 LOCK = "tuning.lock"
 RUNNING, STOPPED, COMPLETE = "running", "stopped", "complete"
 
-_OWN = (GRID, TABLE, PRESET, MOMENTS, PARTIAL, RECORD)  # the last to go says that the rest is ours
+_FILES = (GRID, TABLE, PRESET, MOMENTS, PARTIAL, RECORD)  # the last to go says that the rest is ours
 _ELSEWHERE = ("device", "versions")
 """What may change between the beginning and the end: where results are computed, and by which versions."""
 
@@ -34,20 +34,21 @@ class TuningFolder:
         self.path = path
         self.configuration = _as_json(configuration)
         self._begun, self._lock = False, FileLock(path / LOCK, timeout=0)
-        earlier = self._earlier()
-        self._drop = earlier is not None and overwrite
-        self.record: dict[str, Any] = {} if earlier is None or overwrite else earlier
+        record = self._earlier()
+        self._drop = record is not None and overwrite
+        self.record: dict[str, Any] = {} if record is None or overwrite else record
         if self.record:
             self._refuse_other(RECORD, self.record["configuration"], self.configuration)
             self._warn_of_versions(self.record["versions"])
 
     def holds(self, problems: Sequence[ProblemGrids]) -> bool:
-        """Whether all settings have been tried, and what they gave is still there."""
-        places = (self.place(grid, point) for grids in problems for grid in grids.grids for point in grid.points)
-        return self.record.get("status") == COMPLETE and all((place / "run.json").exists() for place in places)
+        """Whether all settings have been tried, and their results are still there."""
+        grids = [grid for posed in problems for grid in posed.grids]
+        paths = [self.path_of(grid, point) for grid in grids for point in grid.points]
+        return self.record.get("status") == COMPLETE and all((path / "run.json").exists() for path in paths)
 
     def begin(self, depth: int) -> None:
-        """Write down what is asked for; depth: layers that the model has."""
+        """Write the record; depth: layers of the model."""
         if self._begun:
             return
         with writing(f"to {self.path}"):
@@ -58,7 +59,7 @@ class TuningFolder:
                 raise ResultError(f"another process is at work in {self.path}; wait for it, or stop it") from None
             self._begun = True
             if self._drop:
-                clear(self.path, _OWN)
+                clear(self.path, _FILES)
         self.record = {"configuration": self.configuration, "versions": versions(), "depth": depth}
         self.write(RUNNING)
 
@@ -66,7 +67,7 @@ class TuningFolder:
         self._lock.release()
 
     def write(self, status: str, **results: Any) -> None:
-        """Write the record, with results besides."""
+        """Write the record, with a status and results."""
         self.record = {**self.record, "status": status, **results}
         self.write_text(RECORD, json.dumps(self.record, indent=1) + "\n")
 
@@ -86,41 +87,41 @@ class TuningFolder:
             self.write(STOPPED)
         return self._begun
 
-    def place(self, grid: Grid, point: GridPoint) -> Path:
-        """Where the results of a setting are."""
+    def path_of(self, grid: Grid, point: GridPoint) -> Path:
+        """The folder of a setting's results."""
         setting = grid.setting
         return self.path / GRID / grid.problem / f"{setting.method}-{setting.window}" / str(point.number)
 
-    def is_done(self, place: Path, configuration: Mapping[str, Any]) -> bool:
+    def is_done(self, path: Path, configuration: Mapping[str, Any]) -> bool:
         """Whether a setting's results are there; refuses those of another configuration."""
-        run = _read(place / "run.json")
+        run = _read(path / "run.json")
         if run is None or run.get("status") != COMPLETE:
             return False
         now = _as_json(configuration)
-        self._refuse_other(place.relative_to(self.path).as_posix(), {key: run.get(key) for key in now}, now)
+        self._refuse_other(path.relative_to(self.path).as_posix(), {key: run.get(key) for key in now}, now)
         self._warn_of_versions(run["versions"])
         return True
 
     def _earlier(self) -> dict[str, Any] | None:
+        """The record of the folder; refuses a folder of anything else."""
         record = _read(self.path / RECORD)
         if record is None:
             refuse_occupied(self.path, overwrite=False)
-            if others := [name for name in _OWN if (self.path / name).exists()]:
-                raise ResultError(
-                    f"{self.path} holds files of another origin ({others[0]}, ...); choose another folder"
-                )
+            for name in _FILES:
+                if (self.path / name).exists():
+                    raise ResultError(f"{self.path} holds files of another origin ({name}, ...); choose another folder")
         return record
 
     def _refuse_other(self, name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        if lines := [line for line in differences(before, now) if line.split(":")[0] not in _ELSEWHERE]:
+        if changes := [line for line in differences(before, now) if line.split(":")[0] not in _ELSEWHERE]:
             raise ResultError(
-                f"{self.path} holds a tuning of another configuration ({name}):\n  " + "\n  ".join(lines) + "\nchoose "
-                "another folder, or give --overwrite to drop what is there"
+                f"{self.path} holds a tuning of another configuration ({name}):\n  " + "\n  ".join(changes) + "\n"
+                "choose another folder, or give --overwrite to drop what is there"
             )
 
     def _warn_of_versions(self, before: Mapping[str, Any]) -> None:
-        if lines := differences(before, versions()):
-            warnings.warn(f"{self.path} was begun with other versions: {'; '.join(lines)}", stacklevel=2)
+        if changes := differences(before, versions()):
+            warnings.warn(f"{self.path} was begun with other versions: {'; '.join(changes)}", stacklevel=2)
 
 
 def _as_json(configuration: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def _as_json(configuration: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A record; None where there is none that can be read."""
+    """The record in a file; None where there is none that can be read."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):

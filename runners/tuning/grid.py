@@ -1,4 +1,4 @@
-"""Which settings of editing are tried: for each method of each problem, all combinations of the grid's values."""
+"""Grids of settings to try: for each method of each problem, all combinations of the grid's values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CAUTIOUS |= dict.fromkeys(("norm_constraint", "clamp", "lr", "steps"), -1)
 
 @dataclass(frozen=True)
 class GridPoint:
-    """A setting that is tried, and what of it the grid varies."""
+    """A setting to try, and the hyperparameters that the grid varies."""
 
     number: int
     setting: Setting
@@ -39,7 +39,7 @@ class GridPoint:
 
 @dataclass(frozen=True)
 class Grid:
-    """The settings of a method that are tried for a problem."""
+    """The settings of a method to try for a problem."""
 
     problem: str
     setting: Setting
@@ -51,14 +51,14 @@ class Grid:
 
 @dataclass(frozen=True)
 class ProblemGrids:
-    """What is tried for a problem: ``plan`` with each setting of the grids."""
+    """The grids of a problem: ``plan`` with each of their settings is tried."""
 
     plan: EditPlan
     grids: tuple[Grid, ...]
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """What decides the results, name by name."""
+        """Everything that decides the results, name by name."""
         points = {
             str(grid.setting): {str(point.number): asdict(point.setting.hparams) for point in grid.points}
             for grid in self.grids
@@ -75,7 +75,7 @@ def problem_grids(choice: TuningOptions) -> list[ProblemGrids]:
     plans = [plan_of(choice, problem, (choice.layer,), choice.aggregate) for problem in problems]
     for plan in plans:
         _check(plan.settings, axes, choice.changes or ())
-    return [ProblemGrids(plan, tuple(_grid(plan.problem, each, axes) for each in plan.settings)) for plan in plans]
+    return [ProblemGrids(plan, tuple(_grid(plan.problem, s, axes) for s in plan.settings)) for plan in plans]
 
 
 @dataclass(frozen=True)
@@ -108,16 +108,14 @@ class _Axis:
         return self.changes[0].is_of(setting.method, setting.hparams)
 
 
-def _check(settings: Sequence[Setting], axes: Iterable[_Axis], given: Iterable[str]) -> None:
-    """Refuse grids of nothing, given values of what grids vary, and settings that a preset cannot tell apart."""
+def _check(settings: Sequence[Setting], axes: Iterable[_Axis], changes: Iterable[str]) -> None:
+    """Refuse grids of nothing, changes of what grids vary, and settings that a preset cannot tell apart."""
     for axis in axes:
         check_known(axis.changes[0], settings)
-    for change in map(Change.parsed, given):
+    for change in map(Change.parsed, changes):
         for setting in settings:
             if change.is_of(setting.method, setting.hparams) and change.name in _names(_axes_of(setting, axes)):
-                raise ExperimentError(
-                    f"{change}: that is what the grid of {setting} varies; leave it out, or give --grid"
-                )
+                raise ExperimentError(f"{change}: the grid of {setting} varies that; leave it out, or give --grid")
     for first, second in combinations(settings, 2):
         if keys_of(first) == keys_of(second):
             raise ExperimentError(
@@ -126,17 +124,17 @@ def _check(settings: Sequence[Setting], axes: Iterable[_Axis], given: Iterable[s
 
 
 def _grid(problem: str, setting: Setting, axes: Iterable[_Axis]) -> Grid:
-    varied = _axes_of(setting, axes)
-    names = _names(varied)
+    applying = _axes_of(setting, axes)
+    names = _names(applying)
     if len(set(names)) < len(names):
         raise ExperimentError(f"--grid has {', '.join(names)} for {setting}; give each name once")
     points: list[GridPoint] = []
-    for changes in product(*(axis.changes for axis in varied)):
+    for changes in product(*(axis.changes for axis in applying)):
         hparams = changed(setting.method, setting.hparams, changes)
         values = {name: getattr(hparams, name) for name in names}
         if any(point.values == values for point in points):
             raise ExperimentError(
-                f"--grid {', '.join(axis.text for axis in varied)}: a value is given twice; give it once"
+                f"--grid {', '.join(axis.text for axis in applying)}: a value is given twice; give it once"
             )
         points.append(GridPoint(len(points), replace(setting, hparams=hparams), values))
     return Grid(problem, setting, tuple(points))

@@ -1,4 +1,5 @@
-"""What a tuning found: scores of all settings, the chosen ones, and the preset that they make."""
+"""Results of a tuning: scores of all settings, the choice among them (Hase et al. 2023; docs/editing.md, "Tuning"), and
+the preset of the chosen ones."""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ from causalcone.runners.show.tables import new_table
 from causalcone.runners.tuning.grid import Grid, GridPoint
 
 SCORES = ("rewrite", "paraphrase", "neighborhood")
+
 
 ROUNDING = 1e-9
 """Tolerance of differences of scores."""
@@ -51,12 +53,15 @@ class TunedChoice:
 def choose(candidates: Sequence[Candidate], most: float = 0.99, give_up: float = 0.05) -> TunedChoice:
     """The setting with the highest rewrite score that is not above ``most`` and gives up little for it.
 
-    - Admissible are settings whose rewrite score is at most ``most``; of none, the lowest is chosen, with a note.
+    - Admissible are settings whose rewrite score is at most ``most``. If there are none, the one with the lowest
+      rewrite score is chosen, with a note.
     - Of these, settings whose paraphrase or neighbourhood score is more than ``give_up`` below the best that an
-      admissible one has are dropped; of none, the one whose larger loss is the smallest is chosen, with a note.
+      admissible one has are dropped. If that leaves none, since the best of the two scores are different settings', the
+      one is chosen whose larger loss of the two is the smallest, with a note.
     - Of what is left, the highest rewrite score is chosen; of equals the more cautious one, then the first.
 
-    Raises ``ExperimentError`` where no setting has a rewrite score."""
+    Raises ``ExperimentError`` where no setting has a rewrite score.
+    """
     scored = {number: candidate.rewrite for number, candidate in enumerate(candidates) if candidate.rewrite is not None}
     if not scored:
         raise ExperimentError("no setting has a rewrite score: all edits failed, or nothing was left to gain")
@@ -92,7 +97,7 @@ def _losses(candidates: Sequence[Candidate]) -> list[float]:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """A setting that was tried: what is in its folder."""
+    """The results of a setting, in its folder."""
 
     point: GridPoint
     folder: Path
@@ -122,7 +127,7 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class TuningResult:
-    """All settings of a grid that were tried, and which is chosen."""
+    """The results of all settings of a grid, and the choice among them."""
 
     grid: Grid
     trials: tuple[TrialResult, ...]
@@ -138,17 +143,18 @@ class TuningResult:
             raise ExperimentError("; ".join([f"{grid}: {error}", *failed_lines(reasons)])) from error
 
     @property
-    def chosen(self) -> TrialResult:
+    def best(self) -> TrialResult:
+        """The chosen setting's."""
         return self.trials[self.choice.number]
 
     @property
     def comment(self) -> str:
         """The choice in a line."""
-        means = ", ".join(f"{name} {text}" for name, text in zip(SCORES, self.chosen.texts, strict=True))
+        means = ", ".join(f"{name} {text}" for name, text in zip(SCORES, self.best.texts, strict=True))
         note = "" if self.choice.note is None else f" ({self.choice.note})"
         return (
-            f"{self.grid.problem}, {self.grid.setting}: {self.chosen.point} of {len(self.trials)} settings on "
-            f"{self.chosen.facts} facts: {means}{note}"
+            f"{self.grid.problem}, {self.grid.setting}: {self.best.point} of {len(self.trials)} settings on "
+            f"{self.best.facts} facts: {means}{note}"
         )
 
     @property
@@ -156,18 +162,18 @@ class TuningResult:
         """The choice for JSON."""
         return {
             "problem": self.grid.problem,
-            **self.chosen.point.setting.configuration,
-            "setting": str(self.chosen.point),
-            "means": self.chosen.scores,
-            "facts": self.chosen.facts,
+            **self.best.point.setting.configuration,
+            "setting": str(self.best.point),
+            "means": self.best.scores,
+            "facts": self.best.facts,
             "note": self.choice.note,
         }
 
 
-def tuning_table(tuned: Sequence[TuningResult], layer: int, path: Path) -> pl.DataFrame:
-    """A row for each setting: what was varied of it (null where that is of another method), mean scores, and whether it
-    is chosen. folder: where its edits are, below ``path``."""
-    names = dict.fromkeys(name for result in tuned for name in result.grid.points[0].values)
+def tuning_table(results: Sequence[TuningResult], layer: int, path: Path) -> pl.DataFrame:
+    """A row for each setting: the hyperparameters that were varied (null for those of other methods), mean scores, and
+    whether it is chosen. folder: where its edits are, below ``path``."""
+    names = dict.fromkeys(name for result in results for name in result.grid.points[0].values)
     rows = [
         {
             "problem": result.grid.problem,
@@ -181,41 +187,41 @@ def tuning_table(tuned: Sequence[TuningResult], layer: int, path: Path) -> pl.Da
             "edits": trial.edits,
             "failed": sum(trial.failed.values()),
             **trial.scores,
-            "chosen": trial is result.chosen,
+            "chosen": trial is result.best,
         }
-        for result in tuned
+        for result in results
         for trial in result.trials
     ]
     return pl.DataFrame(rows, schema_overrides=dict.fromkeys([*names, *SCORES], pl.Float64), infer_schema_length=None)
 
 
-def score_tables(tuned: Sequence[TuningResult]) -> list[Table]:
+def score_tables(results: Sequence[TuningResult]) -> list[Table]:
     """Mean scores of all settings, a table for each problem; the chosen ones are marked."""
     tables: dict[str, Table] = {}
-    for result in tuned:
+    for result in results:
         problem = result.grid.problem
         if problem not in tables:
-            title = f"{heading(problem)}: mean scores of {result.chosen.facts} facts by setting"
+            title = f"{heading(problem)}: mean scores of {result.best.facts} facts by setting"
             columns = ("method", "setting", "rewrite", "paraphrase", "neighbourhood", "chosen")
             tables[problem] = new_table(title, *columns)
         for trial in result.trials:
-            mark = {"style": "bold"} if trial is result.chosen else {}
-            row = (str(result.grid.setting), str(trial.point), *trial.texts, "chosen" if mark else "")
-            tables[problem].add_row(*row, **mark, end_section=trial is result.trials[-1])
+            style, mark = ("bold", "chosen") if trial is result.best else (None, "")
+            row = (str(result.grid.setting), str(trial.point), *trial.texts, mark)
+            tables[problem].add_row(*row, style=style, end_section=trial is result.trials[-1])
     return list(tables.values())
 
 
 def chosen_preset(
-    source: SourceOptions, choice: TuningOptions, plan: EditPlan, depth: int, tuned: Sequence[TuningResult]
+    source: SourceOptions, options: TuningOptions, plan: EditPlan, depth: int, results: Sequence[TuningResult]
 ) -> str:
     """The text of a preset with the chosen settings; its comments say where they are from. plan: of any problem."""
-    begun = "" if choice.preset is None else f", begun from the preset {choice.preset}"
+    begin = "" if options.preset is None else f", begun from the preset {options.preset}"
     comments = [
         f"Tuned on {time.strftime('%Y-%m-%d')} by causalcone tune: the model {source.model}, facts of {source.facts}, "
-        f"layer {choice.layer + 1} (counted from 1){begun}; rewrite score at most {choice.most:g}, of the best "
-        f"paraphrase and neighbourhood score {choice.give_up:g} given up at most.",
-        *(result.comment for result in tuned),
+        f"layer {options.layer + 1} (counted from 1){begin}; rewrite score at most {options.most:g}, of the best "
+        f"paraphrase and neighbourhood score {options.give_up:g} given up at most.",
+        *(result.comment for result in results),
     ]
-    points = [(result.grid.problem, result.chosen.point) for result in tuned]
-    settings = [(problem, point.setting, tuple(point.values)) for problem, point in points]
-    return preset_text(tuned_preset(choice.preset, depth, plan.sigma, plan.aggregate, settings), comments)
+    points = [(result.grid.problem, result.best.point) for result in results]
+    chosen = [(problem, point.setting, tuple(point.values)) for problem, point in points]
+    return preset_text(tuned_preset(options.preset, depth, plan.sigma, plan.aggregate, chosen), comments)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from causalcone.runners.sweep.units import Unit
+from causalcone.runners.sweep.inputs.units import Unit
 
 BENCH = Path(__file__).parents[2] / "bench"
 SIZES = ("--facts", "12", "--unit", "4", "--prompts", "4", "--prompts-unit", "2", "--threads", "1")

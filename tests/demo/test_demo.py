@@ -21,6 +21,7 @@ from causalcone.runners.edits.presets import load_hparams
 from causalcone.runners.results.folder import ResultError
 from causalcone.runners.show.tables import Sites, find_sites
 from causalcone.runners.sweep.config import load_sweep
+from causalcone.runners.sweep.stages import stages_of
 from causalcone.runners.sweep.worker import Worker
 
 METHODS = (("rome", 1, "ROME"), ("memit", 3, "MEMIT-3"), ("finetune", 1, "FT-1"), ("finetune", 5, "FT-5"))
@@ -130,9 +131,9 @@ def test_editing_works_early_and_not_at_the_last_layer(table):
 
 
 def test_the_methods_have_the_presets_hyperparameters():
-    sweep = load_sweep("demo")
+    plans = stages_of(load_sweep("demo"))["edit"].plans
     for problem in PROBLEMS:
-        for setting, (method, window, _) in zip(sweep.plan(problem).settings, METHODS, strict=True):
+        for setting, (method, window, _) in zip(plans[problem].settings, METHODS, strict=True):
             assert (setting.method, setting.window) == (method, window)
             assert setting.hparams == load_hparams("demo", method, problem, window)
 

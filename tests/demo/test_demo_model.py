@@ -19,7 +19,6 @@ from causalcone.runners.demo.world import World
 from causalcone.runners.facts.files import load_facts
 from causalcone.runners.inputs.reference_texts import as_reference_texts, load_reference_texts
 from causalcone.runners.inputs.running_text import open_texts
-from causalcone.runners.options import TextOptions
 
 QUICK = Recipe(subjects=12, layers=3, width=16, heads=2, steps=3, packing=Packing(rows=4), first_open_layer=2)
 
@@ -179,7 +178,7 @@ def test_the_name_demo_stands_for_files_in_the_cache(quick, tmp_path, monkeypatc
     assert {Path(path_of("demo", kind)): path.stat().st_mtime_ns for kind, path in paths.items()} == written
     world = demo.demo_world()
     assert load_facts(paths["facts"]) == world.facts
-    texts = open_texts(TextOptions(texts="demo"))
+    texts = open_texts(texts="demo")
     assert (list(texts.texts), texts.source) == (running_texts(world), "the demo world's sentences")
     assert load_reference_texts(paths["snippets"]) == as_reference_texts(world.snippets(), "the world")
     assert AutoConfig.from_pretrained(paths["outline"]).n_layer == QUICK.layers

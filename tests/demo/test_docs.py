@@ -87,7 +87,7 @@ def test_commands_run(page, files):
 def test_every_page_with_blocks_is_tested():
     pages = {page.name for page in DOCS.glob("*.md") if "```" in page.read_text(encoding="utf-8")}
     own = {"index.md", "sweeps.md", "reproducing.md", "data.md", "editing.md", "streaming.md"}
-    assert pages == own | set(ELSEWHERE)
+    assert pages == own | set(ELSEWHERE) | {"architecture.md"}  # whose blocks are maps, and run nothing
     tests = {file.name for file in Path(__file__).parents[1].rglob("test_*.py")}
     assert tests >= set(ELSEWHERE.values())
 

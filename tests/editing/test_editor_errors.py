@@ -162,7 +162,7 @@ def test_moments_that_lack_a_layer(model, moments):
     [
         ((4,), "no layer 4; the model has layers 0 to 3"),
         ((-1,), "no layer -1"),
-        ((1, 1), "each but once"),
+        ((1, 1), "each only once"),
         ((), "at least one"),
         ("most", "'most'"),
         ((1.5,), "1.5 is not a whole number"),

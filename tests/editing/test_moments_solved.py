@@ -7,7 +7,6 @@ import pytest
 import torch
 from helpers.collected_moments import MANY, WIDTH, deviation
 
-from causalcone.engine.edit.moments import moments
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.errors import ExperimentError
 
@@ -48,7 +47,7 @@ def test_a_moment_is_factorised_once(collected, monkeypatch):
         own.solve(1, keys)
         own.with_ridge(0.1).solve(0, keys)
     assert len(factorised) == 3
-    monkeypatch.setattr(moments, "_FACTOR_BYTES", 2 * 8 * WIDTH**2)
+    own._factors.limit = 2 * 8 * WIDTH**2
     own.solve(2, keys)
     assert [key[:2] for key in own._factors.entries] == [(0, 0.1), (2, 0.0)]
 

@@ -29,11 +29,11 @@ from oracles import scores as oracle_scores
 from oracles.editing import Change, about_subject, down
 
 import causalcone as cc
-from causalcone.engine.edit import editor as editor_module
 from causalcone.engine.edit.deltas.delta import Delta, Dense
 from causalcone.engine.edit.methods.edits import edit_of
 from causalcone.engine.edit.requests.requests import PROBLEMS, Request
 from causalcone.engine.edit.requests.windows import Window
+from causalcone.engine.edit.scoring import evaluate
 from causalcone.engine.edit.scoring.sampled_texts import essence_texts
 from causalcone.engine.facts import target_ids
 
@@ -76,7 +76,7 @@ def changes(delta):
 @pytest.fixture
 def essence(monkeypatch):
     """Essence texts of every fact, instead of sampled ones."""
-    monkeypatch.setattr(editor_module, "essence_texts", lambda session, facts, seed: {fact.id: TEXTS for fact in facts})
+    monkeypatch.setattr(evaluate, "essence_texts", lambda session, facts, seed: {fact.id: TEXTS for fact in facts})
 
 
 def assert_exact(model, edits, tokenizer=None, texts=None, bounds=None):

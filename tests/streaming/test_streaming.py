@@ -309,7 +309,7 @@ def shorten(folder):
 
 def cut_header(folder):
     os.truncate(folder / "model.safetensors", 50)
-    return "model.safetensors is no safetensors file, or a truncated one"
+    return "model.safetensors is not a safetensors file, or a truncated one"
 
 
 def remove(folder):

@@ -202,5 +202,5 @@ def test_files_without_presets(tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match="is not UTF-8 text"):
         load_preset(str(tmp_path / "own.toml"))
     (tmp_path / "folder.toml").mkdir()
-    with pytest.raises(ExperimentError, match="cannot read"):
+    with pytest.raises(ExperimentError, match="is a folder; give a file"):
         load_preset(str(tmp_path / "folder.toml"))

@@ -20,9 +20,11 @@ from causalcone.runners.results import store as stores
 from causalcone.runners.results.folder import ResultError
 from causalcone.runners.sweep import worker as work
 from causalcone.runners.sweep.executor import LocalExecutor
-from causalcone.runners.sweep.facts_table import FACTS, fact_table
+from causalcone.runners.sweep.inputs.facts_table import FACTS, fact_table
+from causalcone.runners.sweep.inputs.resources import NOISE_FILE
+from causalcone.runners.sweep.inputs.units import Selection
+from causalcone.runners.sweep.stages import stages_of
 from causalcone.runners.sweep.status import status_of
-from causalcone.runners.sweep.units import EDIT, NOISE, PREPARED, Chosen, later_stages
 from causalcone.runners.sweep.worker import Worker
 
 PROBLEMS = ("error_injection", "fact_forcing")
@@ -90,7 +92,7 @@ def test_the_facts_have_what_the_model_says_of_them(whole, folder):
 def test_run_json_has_all_that_decides_the_results(whole, file):
     kept = json.loads((whole / "run.json").read_text())
     assert (kept["command"], kept["status"], kept["failed"]) == ("sweep", "complete", 0)
-    assert kept["configuration"] == configured(file).decisive
+    assert kept["configuration"] == configured(file).result_config
     assert kept["hash"] == configured(file).hash
     assert kept["model"]["depth"] == 4
     assert set(kept["fingerprints"]) == {"facts", "model"}
@@ -106,9 +108,9 @@ def test_a_fact_that_is_left_out_has_its_own_reason(file, tmp_path):
     sweep, place = configured(file, *changes), str(tmp_path / "out")
     store = stores.Store.open(place)
     store.write_table(FACTS, fact_table([FULL[0], dataclasses.replace(FULL[1], target_new=" ")]), {})
-    store.write_json(PREPARED[NOISE], {"sigma": 1e-9})
-    stages = later_stages(sweep, Chosen((0, 1), (0, 1)), 4)
-    unit = next(unit for stage in stages for unit in stage.units if unit.stage == EDIT)
+    store.write_json(NOISE_FILE, {"sigma": 1e-9})
+    (work,) = stages_of(sweep)["edit"].units(Selection((0, 1), (0, 1)), 4)
+    (unit,) = work.units
     Worker(sweep, place).run(unit)
     first, second = store.read_table(unit.left_out).to_pylist()
     assert (first["fact_id"], second["fact_id"]) == (FULL[0].id, FULL[1].id)
@@ -295,7 +297,7 @@ def test_failed_units_are_recorded_and_retried(file, whole, tmp_path, monkeypatc
     assert found.failures == {"RuntimeError: the device is on fire": 1}
     (kept,) = pl.read_parquet(out / "failures" / "*.parquet").rows(named=True)
     assert (kept["unit"], kept["stage"], kept["items"]) == ("edit/error_injection/rome-1/00001", "edit", 4)
-    assert [(each.failed, each.done) for each in found.stages if each.stage.title == "error injection"] == [(4, 32)]
+    assert [(each.failed, each.done) for each in found.stages if each.work.title == "error injection"] == [(4, 32)]
     monkeypatch.undo()
     again = swept(file, out)
     assert (again.status, again.computed, len(again.failed)) == ("incomplete", 0, 1)
@@ -373,11 +375,11 @@ def test_status_of_a_sweep_under_way(file, tmp_path, monkeypatch, run):
         swept(file, out)
     found = status_of(str(out))
     assert found.status == "stopped"
-    assert [(each.stage.title, each.done) for each in found.stages][:2] == [
+    assert [(each.work.title, each.done) for each in found.stages][:2] == [
         ("what the model knows", 6),
         ("level of noise", 1),
     ]
-    assert sum(each.done for each in found.stages) < sum(each.stage.items for each in found.stages)
+    assert sum(each.done for each in found.stages) < sum(each.work.items for each in found.stages)
     code, printed, _ = run("status", out)
     assert code == 0
     assert "causal tracing" in printed
@@ -403,7 +405,7 @@ def test_the_command(file, whole, tmp_path, run):
     ("change", "match"),
     [
         ("trac.states=[]", "cannot have 'trac', only model, facts"),
-        ("trace.state=[]", "trace cannot have 'state', only states, tokens"),
+        ("trace.state=[]", "trace cannot have 'state', only tokens, target, facts, states"),
         ("trace.states=[]", "trace.states is empty"),
         ('trace.states=["mpl:3"]', "trace.states: "),
         ("noise.samples=0", "noise.samples must be at least 1"),
@@ -418,7 +420,7 @@ def test_the_command(file, whole, tmp_path, run):
         ("moments.texts=texts.txt", "moments: file and texts are both given"),
         ("units.facts=many", "units.facts must be a whole number"),
         ("memory=lots", "memory: "),
-        ("noise", "is no setting"),
+        ("noise", "is not a setting"),
     ],
 )
 def test_configurations_that_make_no_sense(file, change, match, run, tmp_path):
@@ -442,9 +444,9 @@ def test_sweeps_that_are_not_there(run):
 
 def test_units_are_cut_alike_whatever_is_done(file, whole):
     """Their names and facts depend on nothing but the configuration and the filter."""
-    titles = [each.stage.title for each in status_of(str(whole)).stages]
+    titles = [each.work.title for each in status_of(str(whole)).stages]
     assert titles[-2:] == ["error injection", "fact forcing"]
-    names = [unit.name for each in status_of(str(whole)).stages for unit in each.stage.units]
+    names = [unit.name for each in status_of(str(whole)).stages for unit in each.work.units]
     assert len(set(names)) == len(names) == UNITS
-    assert isinstance(LocalExecutor(Worker(configured(file), str(whole))).describe().depth, int)
+    assert isinstance(LocalExecutor(Worker(configured(file), str(whole))).model_info().depth, int)
     assert not list(Path(whole / ".partial").iterdir())

@@ -19,11 +19,10 @@ from causalcone.engine.errors import ExperimentError, ModelError
 from causalcone.runners.results.folder import ResultError
 from causalcone.runners.results.store import Store
 from causalcone.runners.sweep.cluster import ray_executor as cluster
-from causalcone.runners.sweep.cluster.ray_connection import connected_ray
-from causalcone.runners.sweep.cluster.ray_executor import crews
-from causalcone.runners.sweep.cluster.resources import Share, share
+from causalcone.runners.sweep.cluster.ray_connection import Share, connected_ray, share
+from causalcone.runners.sweep.cluster.ray_executor import executors
 from causalcone.runners.sweep.signals import Stop
-from causalcone.runners.sweep.units import filter_stage
+from causalcone.runners.sweep.stages import FilterStage
 from causalcone.runners.sweep.worker import Worker
 
 ray = pytest.importorskip("ray")
@@ -43,20 +42,20 @@ def whole(file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two():
-    """A cluster with room for two workers, which crews find connected."""
+    """A cluster with room for two workers, which executors find connected."""
     with connected_ray("local", 2):
         yield
     assert not ray.is_initialized()
 
 
 def swept_by(file, out, *changes, make=Worker, **options):
-    with crews("local", 2, make) as crew_of:
-        return swept(file, out, *FEW, *changes, crew_of=crew_of, **options)
+    with executors("local", 2, make) as make_executor:
+        return swept(file, out, *FEW, *changes, make_executor=make_executor, **options)
 
 
-def hired(pid=None):
+def worker_processes(pid=None):
     """Processes of workers below this one, or another."""
-    return [each for each in psutil.Process(pid).children(recursive=True) if each.name().startswith("ray::Hired")]
+    return [each for each in psutil.Process(pid).children(recursive=True) if each.name().startswith("ray::RayWorker")]
 
 
 def dying(folder, name, times):
@@ -127,21 +126,21 @@ def test_no_unit_begins_when_it_is_to_stop(file, two, tmp_path):
 
     sweep, stop = configured(file, "units.facts=1"), Stop()
     store = Store.open(tmp_path)
-    units = filter_stage(sweep, 6).units
+    units = FilterStage(sweep, sweep.filter).all_units(6).units
     make = overridden(run=slow)
-    with store.locked(), crews("local", 2, make) as crew_of, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster.RayExecutor, "_see", lambda self, unit: None)
-        crew = crew_of(sweep, str(tmp_path))
-        crew.describe()
-        while not all(hand.free for hand in crew._hands):
-            for hand in crew._ended():
-                crew._begin(hand)
-        run = crew.run(units, stop)
+    with store.locked(), executors("local", 2, make) as make_executor, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster.RayExecutor, "_wait_for_files", lambda self, unit: None)
+        executor = make_executor(sweep, str(tmp_path))
+        executor.model_info()
+        while not all(worker.free for worker in executor._workers):
+            for worker in executor._finished():
+                executor._note_start(worker)
+        run = executor.run(units, stop)
         done = [next(run).unit]
         stop.signal = signal.SIGINT
         done += [outcome.unit for outcome in run]
         assert 1 < len(done) < 4
-        left = hired()
+        left = worker_processes()
         assert len(left) == 2
     assert psutil.wait_procs(left, timeout=10)[1] == []
 
@@ -155,7 +154,7 @@ def test_results_that_cannot_be_written_end_it(file, two, tmp_path):
     with pytest.raises(ResultError) as caught:
         swept_by(file, tmp_path / "out", make=overridden(run=full))
     assert str(caught.value) == "cannot write traces: No space left on device"
-    assert psutil.wait_procs(hired(), timeout=10)[1] == []
+    assert psutil.wait_procs(worker_processes(), timeout=10)[1] == []
 
 
 def test_units_that_raise_fail_alone(file, two, tmp_path):
@@ -194,8 +193,8 @@ def test_a_worker_with_another_model_is_sent_away(file, whole, two, tmp_path):
             assert time.monotonic() < until
             time.sleep(0.1)
 
-    def describe(self):
-        found = Worker.describe(self)
+    def model_info(self):
+        found = Worker.model_info(self)
         for number in itertools.count():
             with suppress(FileExistsError):
                 (tmp_path / f"begun{number}").touch(exist_ok=False)
@@ -211,7 +210,7 @@ def test_a_worker_with_another_model_is_sent_away(file, whole, two, tmp_path):
         return Worker.run(self, unit)
 
     with pytest.warns(UserWarning, match=r"cannot begin, and 1 are left: .* has another model than"):
-        finished = swept_by(file, tmp_path / "out", make=overridden(describe=describe, run=run))
+        finished = swept_by(file, tmp_path / "out", make=overridden(model_info=model_info, run=run))
     assert finished.status == "complete"
     assert_same_tables(tables(tmp_path / "out"), whole)
 
@@ -236,7 +235,7 @@ def test_a_driver_that_ends_takes_its_workers_along_and_goes_on(file, whole, tmp
         assert time.monotonic() < until
         assert first.poll() is None, first.stdout.read()
         time.sleep(0.05)
-    left = hired(first.pid)
+    left = worker_processes(first.pid)
     assert len(left) == 2
     if number == signal.SIGINT:
         os.killpg(first.pid, number)
@@ -324,6 +323,6 @@ def test_a_gpu_that_is_nowhere():
         share([{"CPU": 8.0}], None, "cuda")
 
 
-def test_the_crew_of_no_cluster_is_the_one_of_this_process():
-    with crews(None) as crew_of:
-        assert crew_of is None
+def test_without_a_cluster_this_process_computes():
+    with executors(None) as make_executor:
+        assert make_executor is None

@@ -25,12 +25,14 @@ from causalcone.engine.facts import encode
 from causalcone.engine.models import families, outline, read_architecture
 from causalcone.runners.facts.files import save_facts
 from causalcone.runners.sweep.config import load_sweep, sweep_names
-from causalcone.runners.sweep.forecast.counterfact_lengths import SHAPES, typical_facts
-from causalcone.runners.sweep.forecast.facts import MEASURED, facts_of
-from causalcone.runners.sweep.forecast.flop_counts import Counting, EditCounts, grouped
-from causalcone.runners.sweep.forecast.forecast import forecast
-from causalcone.runners.sweep.forecast.lengths import FactLengths
-from causalcone.runners.sweep.forecast.model_outline import model_outline
+from causalcone.runners.sweep.forecast import forecast, stage_costs
+from causalcone.runners.sweep.inputs.lengths import SHAPES, FactLengths, typical_facts
+from causalcone.runners.sweep.inputs.model_outline import model_outline
+from causalcone.runners.sweep.inputs.planned_facts import MEASURED, facts_of
+from causalcone.runners.sweep.stages import stages_of
+from causalcone.runners.sweep.stages.counts import Counts, grouped
+from causalcone.runners.sweep.stages.edit import EditCounts
+from causalcone.runners.sweep.stages.stage import StageCost
 
 TINY = "shape={ model_type = 'gpt2', n_layer = 4, n_embd = 32, n_head = 4, n_positions = 64, vocab_size = 360 }"
 UNKNOWN = ("model=no/model", "facts=none.json", TINY, "edit.layers=[0,2]")
@@ -57,10 +59,14 @@ def alone(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def counting(file: Path, *changes: str) -> Counting:
+def counting(file: Path, *changes: str) -> Counts:
     chosen = configured(file, *changes)
     architecture = model_outline(chosen)
-    return Counting(chosen, architecture, facts_of(chosen, architecture.sizes))
+    return Counts(architecture, facts_of(chosen, architecture.sizes))
+
+
+def costs(file: Path, *changes: str) -> list[StageCost]:
+    return stage_costs(configured(file, *changes), counting(file, *changes))
 
 
 def flops(planned) -> dict[str, float]:
@@ -116,8 +122,7 @@ def test_a_published_study_in_the_command_line(alone, run):
 
 
 def test_localization_is_planned_as_by_the_engine(sweep):
-    found = counting(sweep, "gradients=none", "edit=none").stages()
-    taken = {each.stage.name: each for each in found}
+    taken = {each.work.name: each for each in costs(sweep, "gradients=none", "edit=none")}
     tracer = Tracer.from_pretrained(str(sweep.parent / "model"))
     own = {"samples": 2, "sigma": 0.4}
     assert taken["trace"].flops == tracer.plan(FULL, ("hidden:1", "mlp:3"), **own).flops
@@ -131,12 +136,13 @@ def test_localization_is_planned_as_by_the_engine(sweep):
 @pytest.mark.parametrize("problem", ["error_injection", "fact_erasure"])
 def test_edits_are_counted_as_in_the_benchmark(sweep, monkeypatch, problem):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench")
-    whole = counting(sweep, f'edit.problems=["{problem}"]', "edit.essence=false", "edit.accuracy=false")
-    chosen, sizes = whole.sweep, whole.architecture.sizes
+    changes = (f'edit.problems=["{problem}"]', "edit.essence=false", "edit.accuracy=false")
+    whole, stage = counting(sweep, *changes), stages_of(configured(sweep, *changes))["edit"]
+    sizes = whole.architecture.sizes
     encoder = Encoder(tokenizer(), sizes)
     benched = importlib.import_module("editing_flops").Flops(encoder)
     contexts = {"rome": ["They say", "Bo"], "memit": ["In the city"]}
-    editing = EditCounts(whole, problem, whole.facts.some(len(FULL), first=True))
+    editing = EditCounts(stage, problem, whole)
     requests = [_request(fact, problem, encoder) for fact in FULL]
 
     def edits(method: str, window: int) -> list[Edit]:
@@ -146,11 +152,11 @@ def test_edits_are_counted_as_in_the_benchmark(sweep, monkeypatch, problem):
             for at in (0, 2)
         ]
 
-    rome, memit, finetune = chosen.plan(problem).settings
-    assert editing.made(rome) == benched.rome(edits("rome", 1), contexts["rome"], 2)
-    assert editing.made(memit) == benched.memit(edits("memit", 2), contexts["memit"], 2)
-    assert editing.made(finetune) == benched.finetune(edits("finetune", 1), 2)
-    assert editing.scored(rome) == benched.scoring(edits("rome", 1))
+    rome, memit, finetune = stage.plans[problem].settings
+    assert editing.making(rome) == benched.rome(edits("rome", 1), contexts["rome"], 2)
+    assert editing.making(memit) == benched.memit(edits("memit", 2), contexts["memit"], 2)
+    assert editing.making(finetune) == benched.finetune(edits("finetune", 1), 2)
+    assert editing.scoring(rome) == benched.scoring(edits("rome", 1))
 
 
 def _request(fact, problem, encoder):
@@ -209,11 +215,13 @@ def test_where_facts_and_lengths_are_from(sweep, tmp_path):
 
 
 def test_of_many_facts_some_are_measured(sweep, tmp_path):
-    many = [replace(FULL[n % len(FULL)], id=str(n)) for n in range(2 * MEASURED)]
+    many = [replace(FULL[n // 2 % len(FULL)], id=str(n)) for n in range(2 * MEASURED)]  # every second one is measured
     save_facts(many, tmp_path / "many.jsonl")
-    small, large = counting(sweep), counting(sweep, f"facts={tmp_path / 'many.jsonl'}")
+    change = f"facts={tmp_path / 'many.jsonl'}"
+    small, large = counting(sweep), counting(sweep, change)
     assert (large.facts.count, len(large.facts.each)) == (2 * MEASURED, MEASURED)
-    per_fact = [each.stages()[1 + 1].flops / each.facts.count for each in (small, large)]
+    flops = [next(each.flops for each in costs(sweep, *own) if each.work.name == "trace") for own in ((), (change,))]
+    per_fact = [each / counts.facts.count for each, counts in zip(flops, (small, large), strict=True)]
     assert per_fact[1] == pytest.approx(per_fact[0], rel=0.1)
 
 

@@ -43,7 +43,7 @@ def test_tables_can_be_read_at_any_moment(file, tmp_path, console):
                 seen.append(counted(out))
                 yield outcome
 
-    Driver(configured(file), str(out), console, crew_of=lambda sweep, place: Read(Worker(sweep, place))).run()
+    Driver(configured(file), str(out), console, make_executor=lambda sweep, place: Read(Worker(sweep, place))).run()
     assert list(seen[-1]) == list(TABLES)
     for before, after in pairwise(seen):
         assert all(before.get(name, 0) <= rows for name, rows in after.items())

@@ -22,6 +22,7 @@ from causalcone.engine.errors import ExperimentError
 from causalcone.runners.edits.presets import load_hparams, load_preset, preset_text, tuned_preset
 from causalcone.runners.options import TuningOptions
 from causalcone.runners.sweep.config import load_sweep
+from causalcone.runners.sweep.stages import stages_of
 from causalcone.runners.tuning.grid import problem_grids
 from causalcone.runners.tuning.results import ROUNDING, Candidate, choose
 
@@ -156,7 +157,7 @@ BAD_OPTIONS = {
     "unknown method": ({"method": ["mend"]}, "unknown method 'mend'"),
     "one place in a preset": ({"method": ["memit:3", "memit:5"]}, "a preset has one setting for memit:3 and memit:5"),
     "joint": ({"method": ["memit:3", "memit_joint:3"]}, "a preset has one setting for memit:3 and memit_joint:3"),
-    "set and varied": ({"changes": ["kl_factor=1"]}, "--set kl_factor=1: that is what the grid of rome varies"),
+    "set and varied": ({"changes": ["kl_factor=1"]}, "--set kl_factor=1: the grid of rome varies that"),
     "problem twice": ({"problem": ["fact_erasure"] * 2}, "a problem is given twice"),
     "unknown problem": ({"problem": ["fact_lifting"]}, "unknown problem 'fact_lifting'"),
     "aggregate": ({"aggregate": "median"}, "median"),
@@ -291,7 +292,7 @@ def test_edit_and_sweeps_take_the_preset(user, preset, tmp_path, run):
     (tmp_path / "sweep.toml").write_text(
         f'model = "m"\nfacts = "f"\n[edit]\nmethods = ["finetune:1"]\npreset = "{own}"\nlayers = "preset"\n'
     )
-    plan = load_sweep(str(tmp_path / "sweep.toml")).plan("error_injection")
+    plan = stages_of(load_sweep(str(tmp_path / "sweep.toml")))["edit"].plans["error_injection"]
     assert dataclasses.asdict(plan.settings[0].hparams) == chosen["hparams"]
 
 

@@ -134,6 +134,7 @@ def patchings(draw):
     return model, cc.Prompt(text, others=(other,)), runs
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(patching=patchings())
 def test_any_interventions(patching):
@@ -271,7 +272,7 @@ def test_the_counterfactual_prompt_of_a_fact_is_run_where_it_is_asked_for():
         ([cc.Prompt("Bo is", "in Seattle", ("Bo " * 63,))], [cc.Intervention("mlp", 0, 0)], (), "clean", "positions"),
         ("Bo is", [cc.Intervention("hidden", 0, 0)], (), "clean", "list"),
         (["Bo is"], cc.Intervention("hidden", 0, 0), (), "clean", "list"),
-        (["Bo is"], [["hidden"]], (), "clean", "no intervention"),
+        (["Bo is"], [["hidden"]], (), "clean", "not an intervention"),
         (["Bo is"], [cc.Intervention("hidden", 0, 0), [cc.Intervention("mlp", 0, 0)]], (), "clean", "mix"),
         ([""], [cc.Intervention("hidden", 0, 0)], (), "clean", "empty"),
         (["Bo is"], [cc.Intervention("hidden", 0, 0)], [("logits", 9)], "clean", "token 9"),

@@ -19,6 +19,7 @@ def facts():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, 100_000])
 def test_a_small_cache_changes_nothing(model, tokenizer, facts, limit):
     expected = cc.Tracer(model, tokenizer).trace(facts, **OPTIONS).to_pylist()

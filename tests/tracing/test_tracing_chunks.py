@@ -58,6 +58,7 @@ def test_every_budget_gives_the_same_numbers(model, tokenizer, expected, share):
     assert table["fact_id"].unique().to_pylist() == [fact.id for fact in FACTS]
 
 
+@pytest.mark.slow
 def test_smaller_budgets_take_more_passes(model, tokenizer):
     least = smallest_budget(model, tokenizer, FACTS, **OPTIONS)
     counts = [passes(model, tokenizer, FACTS, int(share * least)) for share in (1.0, 1.1, 2.0, 5.0)]
@@ -111,6 +112,7 @@ ERRORS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ERRORS, ids=["cuda", "python", "cpu without memory", "cpu on linux"])
 @pytest.mark.parametrize("numbers", [{1}, {17}, {2, 5, 9}, {40, 41, 200}])
 def test_running_out_of_memory_loses_nothing(model, tokenizer, expected, error, numbers):

@@ -79,6 +79,7 @@ def ahead(monkeypatch):
     return order
 
 
+@pytest.mark.slow
 def test_a_pass_is_begun_before_the_one_before_is_waited_for(model, tokenizer, ahead, monkeypatch):
     expected = cc.Tracer(model, tokenizer).trace(FACTS[:3], samples=2)
     del ahead[:]

@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,27 +52,26 @@ class RoundedAway(UserWarning):
 class Handle:
     """A delta that is applied to a model."""
 
-    def __init__(self, model: Any, changed: Sequence[_Changed]) -> None:
-        self._model, self._changed = model, changed
-        self._reverted = False
+    def __init__(self, model: Any, parameters: Sequence[_Parameter]) -> None:
+        self._model, self._parameters, self._reverted = model, parameters, False
 
     def revert(self) -> None:
-        """Give the weights back the bits they had before the delta.
+        """Give the weights back the bits they had before the delta; where this is refused, nothing is written.
 
         Raises:
-            ExperimentError: if the delta is reverted already, or a later one lies on it. Nothing is written then.
-            ModelError: if something else changed the weights in the meantime. Nothing is written then.
+            ExperimentError: if the delta is reverted already, or a later one lies on it.
+            ModelError: if something else changed the weights in the meantime.
         """
         if self._reverted:
             raise ExperimentError("this delta is reverted already; call revert once for every apply")
-        for changed in self._changed:
-            _check_last(self, changed.parameter)
-        for changed in self._changed:
-            changed.check_unchanged(self._model)
-        _restore(self._changed)
-        for module in {changed.parameter.module for changed in self._changed}:
+        for parameter in self._parameters:
+            _check_last(self, parameter)
+        for parameter in self._parameters:
+            parameter.check_unchanged(self._model)
+        _restore(self._parameters)
+        for module in {parameter.module for parameter in self._parameters}:
             _APPLIED[module].pop()
-        self._reverted, self._changed, self._model = True, (), None
+        self._reverted, self._parameters, self._model = True, (), None
 
 
 _APPLIED: weakref.WeakKeyDictionary[torch.nn.Module, list[weakref.ref[Handle]]] = weakref.WeakKeyDictionary()
@@ -101,20 +100,15 @@ def apply(model: Any, delta: Delta) -> Handle:
 
 @contextmanager
 def applied(model: Model, delta: Delta) -> Iterator[Model]:
-    """A block, ``with applied(model, delta) as model:``, that runs on the edited model.
-
-    Afterwards, also after an exception, the weights have the bits they had before.
+    """A block, ``with applied(model, delta) as model:``, that runs on the edited model; then, also after an exception,
+    the weights have the bits they had before.
 
     Args:
         model: A transformers model.
         delta: The change of its weights.
 
-    Yields:
-        The model.
-
     Raises:
-        ExperimentError: as ``apply`` and ``Handle.revert``.
-        ModelError: likewise.
+        ExperimentError, ModelError: as ``apply`` and ``Handle.revert``.
     """
     handle = _apply(model, delta, stacklevel=4)
     try:
@@ -133,8 +127,7 @@ def export(model: Any, delta: Delta, folder: str | Path, tokenizer: Any = None) 
         tokenizer: A tokenizer to write too.
 
     Raises:
-        ExperimentError: for a folder that is not empty or cannot be written, and as ``apply``.
-        ModelError: as ``apply``.
+        ExperimentError, ModelError: as ``apply``; also for a folder that is not empty or cannot be written.
     """
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -153,14 +146,20 @@ def export(model: Any, delta: Delta, folder: str | Path, tokenizer: Any = None) 
         handle.revert()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Parameter:
-    """A weight or bias of a layer's down-projection, looked up anew whenever it is asked for."""
+    """A weight or bias of a layer's down-projection, looked up anew whenever it is asked for; its values before a
+    delta, and the fingerprint of those with it."""
 
     layer: int
     path: str
     module: torch.nn.Module
     attribute: str
+    before: Tensor = field(init=False)
+    fingerprint: tuple[Tensor, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.before = self.tensor.clone()
 
     @property
     def name(self) -> str:
@@ -177,23 +176,39 @@ class _Parameter:
             return tensor[:, None]
         return tensor.t() if isinstance(self.module, Conv1D) else tensor
 
-
-@dataclass(eq=False)
-class _Changed:
-    """A parameter, its values before a delta, and the fingerprint of its values with the delta."""
-
-    parameter: _Parameter
-    before: Tensor
-    fingerprint: tuple[Tensor, ...] = ()
+    def add(self, change: LowRank | Dense) -> tuple[float, float]:
+        """Add a change; the norm of the change, and of the part that rounding lost."""
+        tensor = self.tensor
+        wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        norm = lost = 0.0
+        with _writing(tensor):
+            change = change.to(tensor.device, wide)
+            before, now = self.as_rows(self.before), self.as_rows(tensor)
+            step = max(1, _BLOCK // now.shape[1])
+            for start in range(0, len(now), step):
+                rows = slice(start, start + step)
+                old, wanted = before[rows].to(wide), change.rows(rows)
+                now[rows] = old + wanted
+                missing = wanted - (now[rows].to(wide) - old)
+                norm, lost = math.hypot(norm, _norm(wanted)), math.hypot(lost, _norm(missing))
+            self.fingerprint = _fingerprint(tensor)
+        if not math.isfinite(norm):
+            raise ExperimentError(f"the delta's change of layer {self.layer} holds NaN or infinity; make it anew")
+        if not math.isfinite(lost):
+            raise ExperimentError(
+                f"with the delta, {self.name} would hold NaN or infinity in {tensor.dtype}; "
+                "apply it to finite weights in a wider dtype"
+            )
+        return norm, lost
 
     def check_unchanged(self, model: Any) -> None:
         """Raise ``ModelError`` unless the parameter holds what the delta wrote there."""
-        name, module = self.parameter.name, dict(model.named_modules()).get(self.parameter.path)
+        module = dict(model.named_modules()).get(self.path)
         try:
-            now = self.parameter.tensor
+            now = self.tensor
         except AttributeError:
             now = None
-        if now is None or module is not self.parameter.module:
+        if now is None or module is not self.module:
             difference = "is another parameter now"
         elif now.is_meta or now.dtype != self.before.dtype or now.shape != self.before.shape:
             difference = f"is now {tuple(now.shape)} in {now.dtype} on {now.device}"
@@ -202,29 +217,29 @@ class _Changed:
         else:
             return
         raise ModelError(
-            f"something else changed {name} after the delta was applied (it {difference}); undo that change and revert "
-            "again, or load the model again"
+            f"something else changed {self.name} after the delta was applied (it {difference}); undo that change and "
+            "revert again, or load the model again"
         )
 
 
 def _apply(model: Any, delta: Delta, stacklevel: int) -> Handle:
     if not isinstance(delta, Delta):
         raise ExperimentError(f"a {type(delta).__name__} is not a delta; give a Delta, such as an edit's .delta")
-    changes: list[_Changed] = []
+    changes = _parameters(model, delta)
+    parameters = [parameter for parameter, _ in changes]
     norms = [0.0, 0.0]
     try:
-        for parameter, change in _parameters(model, delta):
-            changes.append(_Changed(parameter, parameter.tensor.clone()))
-            norms = list(map(math.hypot, norms, _add(changes[-1], change)))
+        for parameter, change in changes:
+            norms = list(map(math.hypot, norms, parameter.add(change)))
         norm, lost = norms
         if lost > WORTH_A_WARNING * norm:
-            dtypes = sorted({str(changed.before.dtype).removeprefix("torch.") for changed in changes})
+            dtypes = sorted({str(parameter.before.dtype).removeprefix("torch.") for parameter in parameters})
             warnings.warn(RoundedAway(norm, lost, dtypes), stacklevel=stacklevel)
     except BaseException:
-        _restore(changes)
+        _restore(parameters)
         raise
-    handle = Handle(model, changes)
-    for module in {changed.parameter.module for changed in changes}:
+    handle = Handle(model, parameters)
+    for module in {parameter.module for parameter in parameters}:
         _APPLIED.setdefault(module, []).append(weakref.ref(handle))
     return handle
 
@@ -252,9 +267,7 @@ def _parameters(model: Any, delta: Delta) -> list[tuple[_Parameter, LowRank | De
         parameters.append((weight, change))
         if isinstance(change, Dense) and change.bias is not None:
             if module.bias is None:
-                raise ExperimentError(
-                    f"the delta changes the bias of layer {layer}, but {path} has none; give its bias as None"
-                )
+                raise ExperimentError(f"the delta changes the bias of layer {layer}, but {path} has none; leave it out")
             parameters.append((_Parameter(layer, path, module, "bias"), Dense(change.bias[:, None])))
     for parameter, _ in parameters:
         _refuse_shared(model, parameter)
@@ -280,41 +293,15 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
-def _add(changed: _Changed, change: LowRank | Dense) -> tuple[float, float]:
-    """Add a change to a parameter; the norm of the change, and of the part that rounding lost."""
-    parameter, tensor = changed.parameter, changed.parameter.tensor
-    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    norm = lost = 0.0
-    with _writing(tensor):
-        change = change.to(tensor.device, wide)
-        before, now = parameter.as_rows(changed.before), parameter.as_rows(tensor)
-        step = max(1, _BLOCK // now.shape[1])
-        for start in range(0, len(now), step):
-            rows = slice(start, start + step)
-            old, wanted = before[rows].to(wide), change.rows(rows)
-            now[rows] = old + wanted
-            missing = wanted - (now[rows].to(wide) - old)
-            norm, lost = math.hypot(norm, _norm(wanted)), math.hypot(lost, _norm(missing))
-        changed.fingerprint = _fingerprint(tensor)
-    if not math.isfinite(norm):
-        raise ExperimentError(f"the delta's change of layer {parameter.layer} holds NaN or infinity; make it anew")
-    if not math.isfinite(lost):
-        raise ExperimentError(
-            f"with the delta, {parameter.name} would hold NaN or infinity in {tensor.dtype}; "
-            "apply it to finite weights in a wider dtype"
-        )
-    return norm, lost
-
-
 def _norm(rows: Tensor) -> float:
     return torch.linalg.vector_norm(rows, dtype=torch.float64).item()
 
 
-def _restore(changes: Sequence[_Changed]) -> None:
-    for changed in reversed(changes):
-        tensor = changed.parameter.tensor
+def _restore(parameters: Sequence[_Parameter]) -> None:
+    for parameter in reversed(parameters):
+        tensor = parameter.tensor
         with _writing(tensor):
-            tensor.copy_(changed.before)
+            tensor.copy_(parameter.before)
 
 
 def _check_last(handle: Handle, parameter: _Parameter) -> None:
@@ -341,8 +328,7 @@ def _writing(tensor: Tensor) -> Iterator[None]:
 
 
 def _fingerprint(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Sums of a tensor's bits, taken as integers, along each of its dimensions: the same only for the same bits, up to
-    changes that cancel out in every row and every column."""
+    """Sums of a tensor's bits as integers along each dimension: other bits go unseen only if they cancel out in all."""
     try:
         words = tensor.view(torch.int64)  # several elements at once, where rows are that long
     except RuntimeError:

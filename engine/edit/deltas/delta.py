@@ -39,7 +39,6 @@ class LowRank:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(hidden, inner), the shape of the weight."""
         return self.left.shape[0], self.right.shape[0]
 
     @property
@@ -78,25 +77,22 @@ class Dense:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(hidden, inner), the shape of the weight."""
         return self.weight.shape[0], self.weight.shape[1]
 
     @property
     def norm(self) -> float:
         """Frobenius norm of weight and bias together."""
-        parts = [self.weight] if self.bias is None else [self.weight, self.bias]
-        return sum(torch.linalg.vector_norm(part, dtype=torch.float64).item() ** 2 for part in parts) ** 0.5
+        tensors = [self.weight] if self.bias is None else [self.weight, self.bias]
+        return sum(torch.linalg.vector_norm(tensor, dtype=torch.float64).item() ** 2 for tensor in tensors) ** 0.5
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Dense:
         bias = None if self.bias is None else self.bias.detach().to(device, dtype)
         return Dense(self.weight.detach().to(device, dtype), bias)
 
     def rows(self, at: slice) -> Tensor:
-        """The addition to the weight's rows ``at``: (rows, inner)."""
         return self.weight[at]
 
     def product(self, keys: Tensor) -> Tensor:
-        """The addition to values (R, hidden), from their keys (R, inner), in this change's dtype."""
         return torch.nn.functional.linear(keys.to(self.weight.dtype), self.weight, self.bias)
 
 
@@ -105,8 +101,7 @@ class Delta:
     """A change of a model's weights.
 
     Attributes:
-        changes: The additions to MLP down-projections, by layer from 0: ``LowRank(left, right)`` or
-            ``Dense(weight, bias)``.
+        changes: The additions to MLP down-projections, ``LowRank`` or ``Dense``, by layer from 0.
 
     Raises:
         ExperimentError: for a change of another type, and for a layer that is not a number from 0.
@@ -163,10 +158,10 @@ class Delta:
 
     @classmethod
     def load(cls, path: str | Path) -> Delta:
-        """Read a file that ``save`` wrote.
+        """Read a file that ``save`` wrote, without its metadata.
 
         Args:
-            path: The file. ``load_delta`` returns its metadata too.
+            path: The file.
 
         Returns:
             The delta, on the CPU.

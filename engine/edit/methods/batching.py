@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -11,17 +11,21 @@ import torch
 
 from causalcone.engine.edit.methods.value_search import EditObjective, FoundValue, ValueOptimizer
 from causalcone.engine.edit.requests.requests import Request
+from causalcone.engine.edit.runs.layers import Layers
 from causalcone.engine.errors import MemoryBudgetError
-from causalcone.engine.memory import halving
+from causalcone.engine.memory import fitting, halving
 from causalcone.engine.models.base import Sizes
+from causalcone.engine.plan.cost import weight_bytes
 from causalcone.engine.run.scheduler import Budget
+from causalcone.engine.run.session import Session
+
+_SHARE_OF_WEIGHTS = 0.25
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def edit_name(request: Request) -> str:
-    """The name of an edit in messages."""
     return f"the edit of fact {request.fact.id!r}"
 
 
@@ -34,29 +38,20 @@ class Batching:
     dtype: torch.dtype
 
     def of_items(
-        self,
-        items: Iterable[Item],
-        weigh: Callable[[Item], int],
-        name: Callable[[Item], str],
-        share: float = 1.0,
+        self, items: Iterable[Item], weigh: Callable[[Item], int], name: Callable[[Item], str], share: float = 1.0
     ) -> list[list[Item]]:
-        """Consecutive items whose bytes fit a share of the budget together, at least one. Raises ``MemoryBudgetError``
-        with the name of one that alone takes more than the whole budget."""
-        limit, held = share * self.budget.for_rows, 0
-        groups: list[list[Item]] = []
-        for item in items:
+        """Consecutive items whose bytes fit a share of the budget, at least one; refuses one larger than the budget."""
+
+        def weight(item: Item) -> int:
             weight = weigh(item)
             if weight > self.budget.for_rows:
                 raise MemoryBudgetError(
                     f"{name(item)} alone needs about {(weight + self.budget.fixed) / 2**20:.1f} MiB, the budget is "
                     f"{self.budget.total / 2**20:.1f} MiB; give more memory"
                 )
-            if not groups or held + weight > limit:
-                groups.append([])
-                held = 0
-            groups[-1].append(item)
-            held += weight
-        return groups
+            return weight
+
+        return list(fitting(items, weight, share * self.budget.for_rows))
 
     def of_requests(
         self, requests: Sequence[Request], at: Collection[int], objective: Callable[[Sequence[Request]], EditObjective]
@@ -97,7 +92,7 @@ class Batching:
 
     def _cone_bytes(self, search: ValueOptimizer, number: int, layer: int) -> int:
         """Bytes that autograd keeps of an edit's rows at the layers after the edited one, and uses at one of them."""
-        sizes, goal, prompts = self.sizes, search.goals[number], search.prompts
+        sizes, goal, prompts = self.sizes, search.objective.goals[number], search.objective.prompts
         texts = np.array([*goal.contexts, goal.essence])
         rows, seen = prompts.tail_rows[texts], np.array([len(prompts.texts[text]) for text in texts])
         attention = seen * 2 * sizes.kv_heads * sizes.head_dim + 3 * sizes.heads * rows * seen
@@ -110,3 +105,15 @@ class Batching:
         sizes = self.sizes
         queries, kv = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim
         return self.dtype.itemsize * (8 * sizes.hidden + 3 * queries + 2 * kv + sizes.mlp_weights // sizes.hidden)
+
+
+def layers_and_batching(session: Session) -> tuple[Layers, Batching]:
+    """The layers that edited runs pass through, and how much passes together. Weights made ready stay from step to step
+    if they take little of the budget."""
+    budget = session.budget(gradient=True)
+    ready = 2 * weight_bytes(session.sizes, session.dtype)
+    fits = ready <= _SHARE_OF_WEIGHTS * budget.total
+    if fits:
+        budget = replace(budget, fixed=budget.fixed + ready)
+    layers = Layers(session.architecture, budget.tiles, session.dtype, session.device, fits, session.backends)
+    return layers, Batching(session.sizes, budget, session.dtype)

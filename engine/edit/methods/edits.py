@@ -45,7 +45,6 @@ class Edit:
 
     @property
     def status(self) -> str:
-        """``done`` or ``failed``."""
         return DONE if self.reason is None else FAILED
 
     def dropped(self) -> Edit:

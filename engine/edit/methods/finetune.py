@@ -15,17 +15,15 @@ import torch
 from torch import Tensor
 
 from causalcone.engine.edit.deltas.delta import Delta, Dense
-from causalcone.engine.edit.deltas.rows import Addition, changed, slices
 from causalcone.engine.edit.methods.batching import edit_name
 from causalcone.engine.edit.methods.edits import Edit, edit_of
 from causalcone.engine.edit.methods.hparams import FinetuneHparams
 from causalcone.engine.edit.methods.method import EditableModel, Method
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
-from causalcone.engine.edit.runs.edited_runs import EditedRuns, Join, Prompts
+from causalcone.engine.edit.runs.edited_runs import EditedRuns, Join, Prompts, changed, changing, slices
 from causalcone.engine.edit.runs.flops import EditWork
 from causalcone.engine.edit.runs.frozen_prefix import FrozenPrefix, run_unedited
-from causalcone.engine.edit.runs.layers import Change
 from causalcone.engine.edit.runs.packed_runs import Text
 from causalcone.engine.models.base import Block
 from causalcone.kernels.adam import AdamState
@@ -37,8 +35,6 @@ Item = tuple[Request, Window]
 
 @dataclass(frozen=True)
 class Finetune:
-    """The method on a model."""
-
     model: EditableModel
     hparams: FinetuneHparams
 
@@ -87,8 +83,7 @@ class _Trained:
         self.products: list[tuple[Tensor, Tensor]] = []
 
     def add(self, keys: Tensor) -> Tensor:
-        """What the change adds to values, (R, hidden), from keys (R, inner); gradient flows to the keys, and what the
-        weight's own gradient is made of is kept."""
+        """The addition to values (R, hidden), from keys (R, inner), to which gradient flows; ``step`` uses it."""
         return _WeightProduct.apply(keys, self.leaf, self)
 
     def step(self) -> None:
@@ -103,35 +98,24 @@ class _Trained:
         self.products.clear()
 
     @property
-    def weight(self) -> Tensor:
-        return self.moving.change
-
-    @property
-    def bias(self) -> Tensor | None:
-        return None if self.moving_bias is None else self.moving_bias.change
-
-    @property
     def change(self) -> Dense:
-        return Dense(self.weight, self.bias)
+        return Dense(self.moving.change, None if self.moving_bias is None else self.moving_bias.change)
 
 
 class _WeightProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keys: Tensor, leaf: Tensor, trained: _Trained) -> Tensor:
         ctx.keys, ctx.trained = keys, trained
-        bias = None if trained.bias is None else trained.bias.to(keys.dtype)
-        return torch.nn.functional.linear(keys, trained.weight.to(keys.dtype), bias)
+        return trained.change.to(keys.device, keys.dtype).product(keys)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         trained: _Trained = ctx.trained
         trained.products.append((ctx.keys, grads[0]))
-        return grads[0] @ trained.weight.to(grads[0].dtype) if ctx.needs_input_grad[0] else None, None, None
+        return grads[0] @ trained.moving.change.to(grads[0].dtype) if ctx.needs_input_grad[0] else None, None, None
 
 
 class _EditBatch:
-    """Edits that are trained together."""
-
     def __init__(self, method: Finetune, items: list[Item]) -> None:
         self.method, self.items, self.layers = method, items, method.model.layers
         dtype = torch.promote_types(self.layers.dtype, torch.float32)
@@ -206,7 +190,8 @@ class _Pass:
         of = np.repeat(np.arange(len(live)), [len(batch.texts[item]) for item in live])
         texts = np.concatenate([batch.texts[item] for item in live])
         self.cone = EditedRuns(batch.layers, batch.prompts, batch.first[live], of, texts)
-        self.trained = [batch.trained[item] for item in live]
+        self.additions = [{layer: trained.add for layer, trained in batch.trained[item].items()} for item in live]
+        self.leaves = [trained.leaf for item in live for trained in batch.trained[item].values()]
         requests = [batch.items[item][0] for item in live]
         owners, device = of[self.cone.order], batch.layers.device
         self.targets = torch.tensor([token for owner in owners for token in requests[owner].target], device=device)
@@ -216,32 +201,18 @@ class _Pass:
     def evaluate(self) -> np.ndarray:
         """The loss of each item; the gradients of its weights are left with them."""
         with torch.enable_grad():
-            states = self.cone.read_out(self._joining, self._changing)
+            states = self.cone.read_out(self._joining, changing(self.additions))
             log_p = log_probability(states, self.batch.layers.readout(), self.targets)
             none = torch.zeros(self.count, dtype=torch.float64, device=log_p.device)
             nll = none.index_add(0, self.owner, -log_p)
             loss = torch.where(self.erases, torch.exp(-nll), nll)
-            leaves = [weight.leaf for trained in self.trained for weight in trained.values()]
-            torch.autograd.grad(loss.sum(), leaves, allow_unused=True)  # the products keep what they need
+            torch.autograd.grad(loss.sum(), self.leaves, allow_unused=True)  # the products keep what they need
         return loss.detach().cpu().numpy()
 
     def _joining(self, block: Block, layer: int, join: Join) -> Tensor:
-        mid, keys, values = (self.batch.unedited.kept[name, layer].index_select(0, join.tails) for name in _KEPT)
-        parts = [(rows, self._addition(edit, layer)) for edit, rows in slices(join.edits, join.rows)]
+        mid, keys, values = (self.batch.unedited.rows[name, layer].index_select(0, join.tails) for name in _KEPT)
+        parts = [(rows, self.additions[edit][layer]) for edit, rows in slices(join.edits, join.rows)]
         return mid + block.mlp_output(changed(keys, values, parts))
-
-    def _changing(self, layer: int, live: Join, read_only: bool) -> Change | None:
-        if not any(layer in trained for trained in self.trained):
-            return None
-        parts = [
-            (rows, self._addition(edit, layer))
-            for edit, rows in slices(live.of, live.runs.read if read_only else live.runs.rows)
-        ]
-        return lambda keys, values: changed(keys, values, parts)
-
-    def _addition(self, edit: int, layer: int) -> Addition | None:
-        trained = self.trained[edit].get(layer)
-        return None if trained is None else trained.add
 
 
 def _flops(work: EditWork, hparams: FinetuneHparams) -> float:

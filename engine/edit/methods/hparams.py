@@ -33,20 +33,8 @@ def kinds_of(hparams: type[Hparams]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class RomeHparams(Hparams):
-    """How ROME searches v* (Meng et al. 2022).
-
-    Args:
-        steps: Steps of Adam; the last only evaluates the loss, except in Fact Erasure.
-        lr: Learning rate of Adam.
-        stop_loss: The search stops once the loss is below this; None: never.
-        kl_factor: Weight of the divergence of the essence prompt's distribution.
-        weight_decay: Weight of the vector's norm, over the squared norm of the unedited value v.
-        clamp: Largest norm of the vector, in norms of v.
-
-    Raises:
-        ExperimentError: A value is negative, not finite, or (of ``steps``) not a whole number.
-    """
+class ValueHparams(Hparams):
+    """What the search for a value takes: the hyperparameters of ``RomeHparams``, which describes them."""
 
     steps: int = 20
     lr: float = 0.5
@@ -57,27 +45,31 @@ class RomeHparams(Hparams):
 
 
 @dataclass(frozen=True)
-class MemitHparams(Hparams):
-    """How MEMIT searches z* and spreads it over the layers of a window (Meng et al. 2023).
+class RomeHparams(ValueHparams):
+    """How ROME searches v* (Meng et al. 2022).
 
     Args:
-        steps: Steps of Adam; the last only evaluates the loss.
+        steps: Steps of Adam; the last only evaluates the loss, except in Fact Erasure.
         lr: Learning rate of Adam.
         stop_loss: The search stops once the loss is below this; None: never.
         kl_factor: Weight of the divergence of the essence prompt's distribution.
+        weight_decay: Weight of the vector's norm, over the squared norm of the unedited value v.
+        clamp: Largest norm of the vector, in norms of v.
+    """
+
+
+@dataclass(frozen=True)
+class MemitHparams(ValueHparams):
+    """How MEMIT searches z* and spreads it over the layers of a window (Meng et al. 2023).
+
+    Args:
+        steps: As for ``RomeHparams``, like lr, stop_loss and kl_factor; the last step only evaluates the loss.
         weight_decay: Weight of the vector's norm, over the squared norm of the unedited output of the layer.
         clamp: Largest norm of the vector, in norms of that output.
         covariance_weight: Weight of the second moment of a layer's keys against the edited keys.
-
-    Raises:
-        ExperimentError: A value is negative, not finite, or (of ``steps``) not a whole number.
     """
 
     steps: int = 25
-    lr: float = 0.5
-    stop_loss: float | None = 0.05
-    kl_factor: float = 0.0625
-    weight_decay: float = 0.5
     clamp: float = 0.75
     covariance_weight: float = 15_000.0
 
@@ -92,9 +84,6 @@ class FinetuneHparams(Hparams):
         stop_loss: Training ends once the loss is below this; None: never.
         norm_constraint: Every weight stays within this distance of its value before the edit.
         noise_samples: Draws of noise that are trained on at once in Fact Forcing.
-
-    Raises:
-        ExperimentError: A value is negative, not finite, or (of ``steps`` and ``noise_samples``) not a whole number.
     """
 
     steps: int = 25

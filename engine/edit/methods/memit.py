@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from causalcone.engine.edit.deltas.delta import Delta, LowRank
-from causalcone.engine.edit.methods.edits import Edit, edit_of
+from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.methods.hparams import MemitHparams
-from causalcone.engine.edit.methods.method import EditableModel, Method
+from causalcone.engine.edit.methods.method import Method, VectorMethod
 from causalcone.engine.edit.methods.value_search import EditObjective, FoundValue, ValueOptimizer
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
-from causalcone.engine.edit.runs.frozen_prefix import FrozenPrefix, Places
+from causalcone.engine.edit.runs.frozen_prefix import Wanted
 from causalcone.engine.edit.runs.layers import Layers, Passed
 from causalcone.engine.edit.runs.packed_runs import Runs, in_order, spans
 from causalcone.engine.errors import ExperimentError
@@ -28,8 +28,7 @@ Update = Callable[[Tensor, slice], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class JointEdit:
-    """One change of the model for several requests: delta, None where none of them found its vector; found: each
-    request's vector, or the reason why it has none."""
+    """One change for several requests: delta, None where no vector was found; found: of each request, with reasons."""
 
     requests: tuple[Request, ...]
     window: Window
@@ -39,65 +38,37 @@ class JointEdit:
     def edits(self) -> list[Edit]:
         """For each request an edit that holds the common change: what is scored and written."""
         pairs = zip(self.requests, self.found, strict=True)
-        return [_edit(MEMIT_JOINT.name, request, self.window, value, self.delta) for request, value in pairs]
+        return [value.edit(request, MEMIT_JOINT.name, self.window, self.delta) for request, value in pairs]
 
 
 @dataclass(frozen=True)
-class Memit:
+class Memit(VectorMethod):
     """The method on a model, every request by itself."""
 
-    model: EditableModel
+    site = "out"
+
     hparams: MemitHparams
 
-    def batches(self, requests: Sequence[Request], windows: Sequence[Window]) -> Iterator[list[Edit]]:
-        """An edit of each request in each window, request by request, in batches of those made together."""
-        batching, ends = self.model.batching, sorted({window.layers[-1] for window in windows})
-        for group in batching.of_requests(requests, ends, self._objective):
-            yield batching.run(group, lambda part: self._batch(part, windows, ends))
+    def more(self, objective: EditObjective, windows: Sequence[Window]) -> Wanted:
+        """All tokens of all contexts up to the lookup."""
+        texts = objective.contexts.flatten()
+        count = objective.prompts.lookup[texts] + 1
+        prefixes = np.repeat(texts, count), spans(np.zeros_like(count), count)
+        return {("inputs", window.layers[0]): prefixes for window in windows}
 
-    @torch.inference_mode(False)
-    def _batch(self, requests: Sequence[Request], windows: Sequence[Window], ends: Sequence[int]) -> list[Edit]:
-        self.model.layers.forget()
-        objective = self._objective(requests)
-        search = self._search(objective, windows, ends)
-        wanted = [(number, end) for number in range(len(requests)) for end in ends]
-        vectors = dict(self.model.batching.of_vectors(wanted, search))
-        by_window = []
-        for window in windows:
-            values = [vectors[number, window.layers[-1]] for number in range(len(requests))]
-            by_window.append(self._spread(requests, window, search, objective, values))
-        self.model.layers.forget()
-        return [edit for edits in zip(*by_window, strict=True) for edit in edits]
-
-    def _objective(self, requests: Sequence[Request]) -> EditObjective:
-        return EditObjective.of(requests, self.model.encoder, self.model.contexts)
-
-    def _search(self, objective: EditObjective, windows: Sequence[Window], ends: Sequence[int]) -> ValueOptimizer:
-        prefixes = _prefix_places(objective)
-        more = {("inputs", window.layers[0]): prefixes for window in windows}
-        return objective.search(self.model.layers, ends, "out", self.hparams, more)
-
-    def _prefixes(
-        self, window: Window, search: ValueOptimizer, objective: EditObjective, values: Sequence[FoundValue]
-    ) -> list[Prefixes]:
+    def prefixes(self, window: Window, search: ValueOptimizer, values: Sequence[FoundValue]) -> list[Prefixes]:
         """The contexts of the requests that found their vector, if there are any."""
         numbers = [number for number, value in enumerate(values) if value.reason is None]
         if not numbers:
             return []
         goal = torch.stack([values[number].base + values[number].delta for number in numbers])
-        return [Prefixes(self.model.layers, window, search.unedited, objective, numbers, goal)]
+        return [Prefixes(self.model.layers, window, search, numbers, goal)]
 
-    def _spread(
-        self,
-        requests: Sequence[Request],
-        window: Window,
-        search: ValueOptimizer,
-        objective: EditObjective,
-        values: Sequence[FoundValue],
+    def edits(
+        self, requests: Sequence[Request], window: Window, search: ValueOptimizer, values: Sequence[FoundValue]
     ) -> list[Edit]:
-        """The edit of each request."""
         changes: list[dict[int, LowRank]] = [{} for value in values if value.reason is None]
-        for prefixes in self._prefixes(window, search, objective, values):
+        for prefixes in self.prefixes(window, search, values):
             for number, layer in enumerate(window.layers):
                 keys, missing = prefixes.look(layer)
                 rest = missing / (len(window.layers) - number)
@@ -111,7 +82,7 @@ class Memit:
                     prefixes.apply(_update_each(left, right, prefixes.request))
         deltas = iter(changes)
         return [
-            _edit(MEMIT.name, request, window, value, None if value.reason else Delta(next(deltas)))
+            value.edit(request, MEMIT.name, window, None if value.reason else Delta(next(deltas)))
             for request, value in zip(requests, values, strict=True)
         ]
 
@@ -131,18 +102,13 @@ class JointMemit(Memit):
 
     @torch.inference_mode(False)
     def joint(self, requests: Sequence[Request], window: Window) -> JointEdit:
-        """One change of the model for all requests together."""
-        end = window.layers[-1]
         self.model.layers.forget()
         groups: list[Prefixes] = []
         values: list[FoundValue] = []
-        for group in self.model.batching.of_requests(requests, [end], self._objective):
-            objective = self._objective(group)
-            search = self._search(objective, [window], [end])
-            wanted = [(number, end) for number in range(len(group))]
-            vectors = [value for _, value in self.model.batching.of_vectors(wanted, search)]
-            groups += self._prefixes(window, search, objective, vectors)
-            values += vectors
+        for group in self.model.batching.of_requests(requests, window.layers[-1:], self.objective):
+            search, found = self.find(group, [window])
+            groups += self.prefixes(window, search, list(found.values()))
+            values += found.values()
         delta = self._solve_together(window, groups)
         self.model.layers.forget()
         return JointEdit(tuple(requests), window, tuple(values), delta)
@@ -167,10 +133,6 @@ class JointMemit(Memit):
                 for prefixes in groups:
                     prefixes.apply(_update_all(changes[layer]))
         return Delta(changes) if changes else None
-
-
-def _edit(method: str, request: Request, window: Window, value: FoundValue, delta: Delta | None) -> Edit:
-    return edit_of(request, method, window, steps=value.steps, loss=value.loss, delta=delta, reason=value.reason)
 
 
 def _solved(matrix: Tensor, right: Tensor) -> Tensor:
@@ -199,32 +161,16 @@ def _update_all(change: LowRank) -> Update:
     return lambda keys, _: change.to(keys.device, keys.dtype).product(keys)
 
 
-def _prefix_places(objective: EditObjective) -> Places:
-    """All tokens of all contexts up to the lookup, of all requests."""
-    texts = objective.contexts.flatten()
-    count = objective.prompts.lookup[texts] + 1
-    return np.repeat(texts, count), spans(np.zeros_like(count), count)
-
-
 class Prefixes:
-    """The contexts up to the lookups of n requests, each bare prompt first, on their way through the window.
-
-    goal (n, hidden) is what the bare prompts' outputs at the window's last layer are to become.
-    """
+    """The contexts up to the lookups of n requests, each bare prompt first, on their way through the window, whose last
+    layer's outputs at the bare prompts' ends are to become the goal (n, hidden)."""
 
     def __init__(
-        self,
-        layers: Layers,
-        window: Window,
-        unedited: FrozenPrefix,
-        objective: EditObjective,
-        numbers: Sequence[int],
-        goal: Tensor,
+        self, layers: Layers, window: Window, search: ValueOptimizer, numbers: Sequence[int], goal: Tensor
     ) -> None:
-        """``numbers`` are the requests' among those of the objective; ``unedited`` holds the inputs of the window's
-        first layer at all prefixes of the objective."""
+        """numbers: of the requests, among those of the search."""
         self.layers, self.window, self.goal = layers, window, goal.double()
-        lengths = objective.prompts.lookup[objective.contexts] + 1
+        lengths = search.objective.prompts.lookup[search.objective.contexts] + 1
         starts = (np.cumsum(lengths) - lengths.ravel()).reshape(lengths.shape)
         n, contexts = len(numbers), lengths.shape[1]
         order = in_order(lengths[list(numbers)].ravel())
@@ -235,7 +181,7 @@ class Prefixes:
         bare_end = np.empty(n, dtype=np.int64)
         bare_end[order[bare] // contexts] = np.cumsum(bare_count) - 1
 
-        self.runs, self.bare_runs = (_whole_runs(counts, layers.device) for counts in (count, bare_count))
+        self.runs, self.bare_runs = (Runs.whole(counts, layers.device) for counts in (count, bare_count))
         picked, lookup, self.bare, self.bare_lookup, self.request = (
             torch.from_numpy(index).to(layers.device)
             for index in (
@@ -248,13 +194,13 @@ class Prefixes:
         )
         self.lookup = lookup.view(n, contexts)
         self.at = window.layers[0]
-        self.rows = unedited.kept["inputs", self.at].index_select(0, picked)
+        self.rows = search.unedited.rows["inputs", self.at].index_select(0, picked)
         self._passed: Passed | None = None
 
     @torch.no_grad()
     def look(self, layer: int) -> tuple[Tensor, Tensor]:
-        """At a layer of the window, as the layers before it are now: each request's key (n, inner), of which the bare
-        prompt's is half, and how far its output (n, hidden) at the window's last layer is from the goal; float64."""
+        """At a layer, as those before it are now: each request's key (n, inner), half of it the bare prompt's, and how
+        far its output (n, hidden) at the window's last layer is from the goal; float64."""
         while self.at < layer:
             self.rows = self.layers.advance(self.layers.block(self.at), self.rows, self.runs).out
             self.at += 1
@@ -288,11 +234,6 @@ class Prefixes:
         if self._passed is None:
             self._passed = self.layers.advance(self.layers.block(self.at), self.rows, self.runs, keep_keys=True)
         return self._passed
-
-
-def _whole_runs(count: np.ndarray, device: torch.device) -> Runs:
-    none = np.zeros_like(count)
-    return Runs(none, count, none, none, device)
 
 
 MEMIT = Method(

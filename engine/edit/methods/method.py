@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from causalcone.engine.edit.methods.batching import Batching
 from causalcone.engine.edit.methods.edits import Edit
-from causalcone.engine.edit.methods.hparams import Hparams
+from causalcone.engine.edit.methods.hparams import Hparams, ValueHparams
+from causalcone.engine.edit.methods.value_search import EditObjective, FoundValue, Site, ValueOptimizer
 from causalcone.engine.edit.requests.prompts import Encoder
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window, as_layers, as_windows
 from causalcone.engine.edit.runs.flops import EditWork
+from causalcone.engine.edit.runs.frozen_prefix import Wanted
 from causalcone.engine.edit.runs.layers import Layers
 from causalcone.engine.errors import ExperimentError
 
@@ -40,10 +43,56 @@ class EditableModel:
 
 
 class EditMaker(Protocol):
-    """A method on a model."""
-
     def batches(self, requests: Sequence[Request], windows: Sequence[Window]) -> Iterator[list[Edit]]:
         """An edit of each request in each window, request by request, in batches of those made together."""
+
+
+@dataclass(frozen=True)
+class VectorMethod:
+    """Base of the methods that find a vector at the end of each window first, and then the change of its layers."""
+
+    site: ClassVar[Site]
+
+    model: EditableModel
+    hparams: ValueHparams
+
+    def batches(self, requests: Sequence[Request], windows: Sequence[Window]) -> Iterator[list[Edit]]:
+        batching, ends = self.model.batching, sorted({window.layers[-1] for window in windows})
+        for group in batching.of_requests(requests, ends, self.objective):
+            yield batching.run(group, lambda part: self._batch(part, windows))
+
+    def objective(self, requests: Sequence[Request]) -> EditObjective:
+        return EditObjective.of(requests, self.model.encoder, self.model.contexts)
+
+    def find(
+        self, requests: Sequence[Request], windows: Sequence[Window]
+    ) -> tuple[ValueOptimizer, dict[tuple[int, int], FoundValue]]:
+        """The search, and by request and last layer the vectors of requests in windows."""
+        objective, ends = self.objective(requests), sorted({window.layers[-1] for window in windows})
+        search = objective.search(self.model.layers, ends, self.site, self.hparams, self.more(objective, windows))
+        wanted = [(number, end) for number in range(len(requests)) for end in ends]
+        return search, dict(self.model.batching.of_vectors(wanted, search))
+
+    @torch.inference_mode(False)
+    def _batch(self, requests: Sequence[Request], windows: Sequence[Window]) -> list[Edit]:
+        self.model.layers.forget()
+        search, found = self.find(requests, windows)
+        by_window = []
+        for window in windows:
+            values = [found[number, window.layers[-1]] for number in range(len(requests))]
+            by_window.append(self.edits(requests, window, search, values))
+        self.model.layers.forget()
+        return [edit for edits in zip(*by_window, strict=True) for edit in edits]
+
+    def more(self, objective: EditObjective, windows: Sequence[Window]) -> Wanted:
+        """What is kept of the unedited model beside what the search needs."""
+        raise NotImplementedError
+
+    def edits(
+        self, requests: Sequence[Request], window: Window, search: ValueOptimizer, values: Sequence[FoundValue]
+    ) -> list[Edit]:
+        """The edit of each request in a window, from its vector."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

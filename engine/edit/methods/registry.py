@@ -34,18 +34,16 @@ for _method in (ROME, MEMIT, MEMIT_JOINT, FINETUNE):
 
 
 def unregister(name: str) -> None:
-    """Forget a method."""
     _METHODS.pop(name, None)
 
 
 def methods() -> dict[str, Method]:
-    """All methods by name."""
     _failures()
     return dict(_METHODS)
 
 
 def method_named(name: str) -> Method:
-    """The method of this name. Raises ``ExperimentError`` naming what there is, or why it could not be loaded."""
+    """The method of this name; refuses another, naming what there is, or why it could not be loaded."""
     if name in _METHODS or name in methods():
         return _METHODS[name]
     failed = _failures().get(name)

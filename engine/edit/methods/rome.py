@@ -3,66 +3,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from causalcone.engine.edit.deltas.delta import Delta, LowRank
-from causalcone.engine.edit.methods.edits import Edit, edit_of
+from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.methods.hparams import RomeHparams
-from causalcone.engine.edit.methods.method import EditableModel, Method
-from causalcone.engine.edit.methods.value_search import EditObjective, FoundValue
+from causalcone.engine.edit.methods.method import Method, VectorMethod
+from causalcone.engine.edit.methods.value_search import EditObjective, FoundValue, ValueOptimizer
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
+from causalcone.engine.edit.runs.frozen_prefix import Wanted
 
 
-@dataclass(frozen=True)
-class Rome:
-    """The method on a model."""
+class Rome(VectorMethod):
+    site = "values"
 
-    model: EditableModel
-    hparams: RomeHparams
+    def more(self, objective: EditObjective, windows: Sequence[Window]) -> Wanted:
+        return {("keys", window.layer): objective.prompts.lookups for window in windows}
 
-    def batches(self, requests: Sequence[Request], windows: Sequence[Window]) -> Iterator[list[Edit]]:
-        """An edit of each request at each layer, request by request, in batches of those made together."""
-        batching, layers = self.model.batching, [window.layer for window in windows]
-        for group in batching.of_requests(requests, layers, self._objective):
-            yield batching.run(group, lambda part: self._batch(part, windows))
-
-    @torch.inference_mode(False)
-    def _batch(self, requests: Sequence[Request], windows: Sequence[Window]) -> list[Edit]:
-        self.model.layers.forget()
-        layers = [window.layer for window in windows]
-        objective = self._objective(requests)
-        keys_of = {("keys", layer): objective.prompts.lookups for layer in layers}
-        search = objective.search(self.model.layers, layers, "values", self.hparams, keys_of)
-        wanted = [(number, layer) for number in range(len(requests)) for layer in layers]
-        values = dict(self.model.batching.of_vectors(wanted, search))
-        by_window = []
-        for window in windows:
-            keys = search.unedited.kept["keys", window.layer]
-            means = torch.stack([keys[list(goal.contexts)].double().mean(0) for goal in search.goals])
-            directions = self.model.solve(window.layer, means.T).T.to(keys.device)
-            by_window.append(
-                [
-                    _edit(request, window, values[number, window.layer], keys[goal.contexts[0]].double(), direction)
-                    for number, (request, goal, direction) in enumerate(
-                        zip(requests, search.goals, directions, strict=True)
-                    )
-                ]
+    def edits(
+        self, requests: Sequence[Request], window: Window, search: ValueOptimizer, values: Sequence[FoundValue]
+    ) -> list[Edit]:
+        keys, goals = search.unedited.rows["keys", window.layer], search.objective.goals
+        means = torch.stack([keys[list(goal.contexts)].double().mean(0) for goal in goals])
+        directions = self.model.solve(window.layer, means.T).T.to(keys.device)
+        edits = []
+        for request, goal, value, direction in zip(requests, goals, values, directions, strict=True):
+            change = None if value.reason else rank_one(keys[goal.contexts[0]].double(), value.delta, direction)
+            edits.append(
+                value.edit(request, ROME.name, window, None if change is None else Delta({window.layer: change}))
             )
-        self.model.layers.forget()
-        return [edit for edits in zip(*by_window, strict=True) for edit in edits]
-
-    def _objective(self, requests: Sequence[Request]) -> EditObjective:
-        return EditObjective.of(requests, self.model.encoder, self.model.contexts)
-
-
-def _edit(request: Request, window: Window, value: FoundValue, key: Tensor, direction: Tensor) -> Edit:
-    delta = None if value.reason else Delta({window.layer: rank_one(key, value.delta, direction)})
-    return edit_of(request, ROME.name, window, steps=value.steps, loss=value.loss, delta=delta, reason=value.reason)
+        return edits
 
 
 def rank_one(key: Tensor, delta: Tensor, direction: Tensor) -> LowRank:

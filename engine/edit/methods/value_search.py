@@ -14,9 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from causalcone.engine.edit.methods.hparams import MemitHparams, RomeHparams
+from causalcone.engine.edit.deltas.delta import Delta
+from causalcone.engine.edit.methods.edits import Edit, edit_of
+from causalcone.engine.edit.methods.hparams import RomeHparams, ValueHparams
 from causalcone.engine.edit.requests.prompts import ESSENCE, Encoder
 from causalcone.engine.edit.requests.requests import Request
+from causalcone.engine.edit.requests.windows import Window
 from causalcone.engine.edit.runs.edited_runs import EditedRuns, Join, Prompts
 from causalcone.engine.edit.runs.frozen_prefix import FrozenPrefix, Places, Wanted, run_unedited
 from causalcone.engine.edit.runs.layers import Layers
@@ -50,6 +53,9 @@ class FoundValue:
     steps: int
     loss: float
     reason: str | None
+
+    def edit(self, request: Request, method: str, window: Window, delta: Delta | None) -> Edit:
+        return edit_of(request, method, window, steps=self.steps, loss=self.loss, delta=delta, reason=self.reason)
 
 
 @dataclass(frozen=True)
@@ -86,12 +92,7 @@ class EditObjective:
         return np.array([goal.contexts for goal in self.goals])
 
     def search(
-        self,
-        layers: Layers,
-        at: Collection[int],
-        site: Site,
-        hparams: RomeHparams | MemitHparams,
-        more: Wanted,
+        self, layers: Layers, at: Collection[int], site: Site, hparams: ValueHparams, more: Wanted
     ) -> ValueOptimizer:
         """The search for vectors at the layers ``at``, after a pass of the texts through the unedited model, of which
         ``more`` is kept than the search needs."""
@@ -101,25 +102,24 @@ class EditObjective:
             wanted.update({(name, layer): self.prompts.lookups for layer in at for name in ("values", "mid")})
         distributions = essence, self.prompts.lookup[essence]
         unedited = run_unedited(layers, self.prompts.texts, {**wanted, **more}, min(at) + 1, distributions)
-        return ValueOptimizer(layers, self.prompts, unedited, self.goals, site, hparams)
+        return ValueOptimizer(layers, self, unedited, site, hparams)
 
 
 @dataclass(frozen=True)
 class ValueOptimizer:
-    """Searches for the vectors of ``goals`` at a site."""
+    """Searches for the vectors of an objective's goals at a site."""
 
     layers: Layers
-    prompts: Prompts
+    objective: EditObjective
     unedited: FrozenPrefix
-    goals: Sequence[Goal]
     site: Site
-    hparams: RomeHparams | MemitHparams
+    hparams: ValueHparams
 
     def base(self, goal: int, layer: int) -> Tensor:
         """(hidden,) what the vector is added to at the lookup of the bare prompt."""
-        bare = self.goals[goal].contexts[0]
-        row = bare if self.site == "values" else self.prompts.tail_start[bare]
-        return self.unedited.kept[self.site, layer][row]
+        bare = self.objective.goals[goal].contexts[0]
+        row = bare if self.site == "values" else self.objective.prompts.tail_start[bare]
+        return self.unedited.rows[self.site, layer][row]
 
     @torch.inference_mode(False)
     def find(self, edits: Sequence[tuple[int, int]]) -> list[FoundValue]:
@@ -134,8 +134,7 @@ class ValueOptimizer:
             if not live:
                 break
             loss, gradient = readings.evaluate(state.change)
-            updates = self._updates(step, [edits[i] for i in live])
-            done = self._done(loss, updates)
+            done = self._done(step, [edits[i] for i in live], loss)
             for row in np.flatnonzero(done).tolist():
                 values[live[row]] = _value(state.change[row], base[live[row]], step, loss[row])
             if done.any():
@@ -154,7 +153,7 @@ class ValueOptimizer:
 
     def joining(self, block: Block, layer: int, join: Join, vectors: Tensor) -> Tensor:
         """The rows of runs after the layer where their vectors, among (E, hidden), are added."""
-        kept = self.unedited.kept
+        kept = self.unedited.rows
         added = vectors[torch.from_numpy(join.edits).to(vectors.device)]
         rows = kept["out", layer].index_select(0, join.tails)
         if self.site == "out":
@@ -163,16 +162,12 @@ class ValueOptimizer:
         edited = kept["mid", layer].index_select(0, join.texts) + block.mlp_output(values)
         return rows.index_copy(0, join.lookups, edited)
 
-    def _updates(self, step: int, edits: Sequence[tuple[int, int]]) -> np.ndarray:
-        """(E,) which edits are updated in this step: the last one only evaluates, except where ROME erases a fact."""
-        last = step == self.hparams.steps - 1
-        rome = isinstance(self.hparams, RomeHparams)
-        return np.array([not last or (rome and self.goals[goal].erases) for goal, _ in edits])
-
-    def _done(self, loss: np.ndarray, updates: np.ndarray) -> np.ndarray:
-        stop = self.hparams.stop_loss
-        low = np.zeros(len(loss), dtype=bool) if stop is None else loss < stop
-        return ~np.isfinite(loss) | low | ~updates
+    def _done(self, step: int, edits: Sequence[tuple[int, int]], loss: np.ndarray) -> np.ndarray:
+        """(E,) which edits take no more step: the last one only evaluates, except where ROME erases a fact."""
+        last, rome = step == self.hparams.steps - 1, isinstance(self.hparams, RomeHparams)
+        done = np.array([last and not (rome and self.objective.goals[goal].erases) for goal, _ in edits])
+        low = False if self.hparams.stop_loss is None else loss < self.hparams.stop_loss
+        return ~np.isfinite(loss) | low | done
 
 
 def _value(delta: Tensor, base: Tensor, steps: int, loss: float) -> FoundValue:
@@ -190,16 +185,15 @@ class _Readings:
     """The rows that are read out of the runs of a batch of edits, and the loss that they make."""
 
     def __init__(self, search: ValueOptimizer, edits: Sequence[tuple[int, int]], size: Tensor) -> None:
-        self.search, self.size = search, size
-        self.count = len(edits)
+        self.search, self.size, self.count = search, size, len(edits)
         if not edits:
             return
-        goals = search.goals
+        goals = search.objective.goals
         texts = [(*goals[goal].contexts, goals[goal].essence) for goal, _ in edits]
         of = np.repeat(np.arange(len(edits)), [len(members) for members in texts])
         layer = np.array([layer for _, layer in edits])
         members = np.array([text for members in texts for text in members])
-        self.cone = EditedRuns(search.layers, search.prompts, layer, of, members, search.unedited)
+        self.cone = EditedRuns(search.layers, search.objective.prompts, layer, of, members, search.unedited)
         # by run, then in the order of what is read: the edit, its target's tokens and their weight, or its divergence
         essence = np.concatenate([np.arange(len(members)) == len(members) - 1 for members in texts])
         order = self.cone.order

@@ -51,16 +51,12 @@ def write_moments(path: str | Path, values: MomentValues, dtype: torch.dtype | s
 
 
 def write_sums(sums: Mapping[int, Tensor], tokens: int, ids: int, of: Mapping[str, Any], path: Path) -> None:
-    """Write an unfinished collection."""
     tensors = {f"layers.{layer}.sum": total.cpu() for layer, total in sums.items()}
     _SUMS.write(path, tensors, {"tokens": tokens, "ids": ids, "of": of})
 
 
 def read_sums(path: Path, of: Mapping[str, Any]) -> tuple[dict[int, Tensor], int, int]:
-    """Sums by layer, tokens counted and the checksum of their ids, of a file that ``write_sums`` wrote.
-
-    Raises ``ExperimentError`` where the file is of another collection.
-    """
+    """Sums by layer, tokens counted and their ids' checksum, of ``write_sums``; refuses another collection's file."""
     sums, description = _read(path, _SUMS, None)
     for name, wanted in json.loads(json.dumps(of)).items():
         value = description["of"].get(name)
@@ -93,7 +89,6 @@ def read_moments(path: str | Path | Mapping[int, str | Path], layers: int | Sequ
 
 
 def _read(path: Path, layout: Layout, wanted: tuple[int, ...] | None) -> tuple[dict[int, Tensor], dict[str, Any]]:
-    """The tensors by layer and the description."""
     layers: dict[str, int] = {}
 
     def choose(names: list[str]) -> list[str]:
@@ -107,7 +102,6 @@ def _read(path: Path, layout: Layout, wanted: tuple[int, ...] | None) -> tuple[d
 
 
 def _chosen(path: Path, available: Mapping[int, Any], wanted: tuple[int, ...] | None) -> tuple[int, ...]:
-    """The layers to read."""
     missing = [layer for layer in wanted or () if layer not in available]
     if missing:
         raise ExperimentError(
@@ -167,7 +161,6 @@ def _published_in(folder: Path) -> dict[int, Path]:
 
 
 def _only_layer(path: Path, wanted: tuple[int, ...] | None) -> int:
-    """The layer of a single published file."""
     layer = _layer_of(path)
     if layer is not None:
         return layer

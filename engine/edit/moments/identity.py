@@ -22,12 +22,11 @@ _ROUNDED = {
 
 @dataclass(frozen=True)
 class Identity:
-    """The model that keys are of.
+    """The model that keys are of. name: where it was loaded from, for messages; fingerprints: by layer, and by dtype.
 
-    name: where it was loaded from, for messages; sizes: by name; fingerprints: by layer, and by dtype, of the weights
-    that the layer's keys depend on, rounded to that dtype: a hash of up to 4,096 values, evenly spaced, of every
-    parameter outside of layers, in the layers below, and in the layer itself except its down-projection. So an edit
-    changes the identity for all layers above it, but not for the edited layer.
+    Fingerprints are of the weights that the layer's keys depend on, rounded to the dtype: a hash of up to 4,096 values,
+    evenly spaced, of every parameter outside of layers, in the layers below, and in the layer itself except its
+    down-projection. So an edit changes the identity for all layers above it, but not for the edited layer.
     """
 
     model_type: str

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from causalcone.engine.edit.moments.collect import collect
 from causalcone.engine.edit.moments.files import read_moments, write_moments
 from causalcone.engine.edit.moments.identity import Identity, key_width
 from causalcone.engine.errors import ExperimentError
+from causalcone.engine.memory import RecentlyUsed
 from causalcone.engine.models import read_architecture
 from causalcone.engine.models.base import Architecture
 from causalcone.engine.run.session import Session
@@ -50,7 +50,7 @@ class Moments:
     source: str | None = None
     identity: Identity | None = None
     ridge: float = 0.0
-    _factors: _Factors = field(default_factory=lambda: _Factors(), repr=False)
+    _factors: _Factors = field(default_factory=lambda: _Factors(_FACTOR_BYTES), repr=False)
 
     def __post_init__(self) -> None:
         _checked_ridge(self.ridge)
@@ -90,21 +90,16 @@ class Moments:
 
         Args:
             model: A transformers model.
-            tokenizer: Its tokenizer.
-            texts: Any iterable of strings, or of mappings whose ``"text"`` is one. Each is tokenized alone, with the
-                tokenizer's default special tokens, and cut into pieces, which start at position 0 and see no other.
+            tokenizer: Its tokenizer; each text is tokenized alone, with its default special tokens.
+            texts: Strings, or mappings with a ``"text"``; they are cut into pieces that each start at position 0.
             layers: Numbers from 0; all layers by default.
-            tokens: The number of tokens to take from the first text on, the last text cut to give exactly as many;
-                10 x inner by default, which Gupta et al. 2025 report to be enough; ``"all"`` for all tokens.
+            tokens: How many to take, the last text cut; 10 x inner by default (Gupta et al. 2025); ``"all"`` for all.
             source: A description of the texts, kept with the moments.
-            dtype: Of the pass, as for ``Tracer``.
-            device: Of the pass, as for ``Tracer``.
-            memory: A budget in bytes, as for ``Tracer``. On a CPU it includes the sums of all layers (8 x inner^2 bytes
-                each); sums that would take more than half of a GPU's share lie in the machine's memory.
+            dtype: Of the pass, as for ``Tracer``, like device.
+            memory: As for ``Tracer``; on a CPU with the sums (8 x inner^2 bytes a layer; large ones leave a GPU).
             length: Tokens of a piece; 512 by default, or the model's positions where these are fewer.
             progress: Called with the number of tokens done and wanted (None for all).
-            resume: A file that is written about every minute, and whenever the collection ends or is interrupted
-                between passes. The same call goes on from there; the file is never deleted.
+            resume: A file written about every minute and when collecting stops; the same call goes on from there.
 
         Returns:
             The moments, in float32 or better.
@@ -138,9 +133,7 @@ class Moments:
 
     @torch.no_grad()
     def solve(self, layer: int, keys: Tensor, ridge: float | None = None) -> Tensor:
-        """Solve (C + ridge x mean(diag C) x I) X = keys.
-
-        The factor is computed once for each layer, ridge and device, and kept with as many others as 4 GiB hold.
+        """Solve (C + ridge x mean(diag C) x I) X = keys; factors are kept, as many as 4 GiB hold.
 
         Args:
             layer: A layer with a moment.
@@ -151,8 +144,7 @@ class Moments:
             X (inner, n) in float64, on the device of the keys.
 
         Raises:
-            ExperimentError: for a layer without moment, keys of another width, and a moment that is singular or
-                conditioned beyond ``CONDITION_LIMITS``.
+            ExperimentError: no moment of the layer, keys of another width, or a moment beyond ``CONDITION_LIMITS``.
         """
         matrix = self._matrix(layer)
         if keys.ndim != 2 or len(keys) != len(matrix):
@@ -164,12 +156,11 @@ class Moments:
         return factor.solve(keys)
 
     def check(self, model: Any, layers: Iterable[int]) -> None:
-        """Check that these are moments of a model.
+        """Check that these are moments of a model; where it is not known of which, only the width of the keys.
 
         Args:
-            model: The model, or the ``Architecture`` that was read of it. It may be in another dtype than the one the
-                moments were collected from, if one of the two is a rounding of the other.
-            layers: The layers to check; moments of unknown identity only for the width of the keys.
+            model: The model or its ``Architecture``; its dtype and that of the moments' model may be a rounding apart.
+            layers: The layers to check.
 
         Raises:
             ExperimentError: for a layer without moment, and for another model.
@@ -217,8 +208,7 @@ class Moments:
 
         Args:
             path: The file; of published moments an ``.npz`` file, a folder of them, or such files by layer.
-            layers: Read these layers only. The name of a published file gives its layer
-                (``transformer.h.17.mlp.c_proj_float32_mom2_100000.npz``); where it does not, ``layers`` gives it.
+            layers: Read these only; for a published file whose name does not tell its layer, that layer.
 
         Returns:
             The moments, on the CPU.
@@ -266,8 +256,7 @@ class _Factor:
 
     @classmethod
     def of(cls, matrix: Tensor) -> _Factor | None:
-        """The factor of a symmetric matrix with a positive diagonal, which is overwritten; None where it is not
-        positive definite."""
+        """The factor of a symmetric matrix with a positive diagonal, which is overwritten; None if not definite."""
         scale = matrix.diagonal().rsqrt()
         matrix.mul_(scale).mul_(scale[:, None])
         lower, failed = torch.linalg.cholesky_ex(matrix)
@@ -294,22 +283,9 @@ def _growth(apply: Callable[[Tensor], Tensor], like: Tensor) -> float:
     return norm
 
 
-class _Factors:
-    """Factors by layer, ridge and device, the most recently used ones up to a number of bytes, and at least one."""
-
-    def __init__(self) -> None:
-        self.entries: OrderedDict[tuple[int, float, torch.device], _Factor] = OrderedDict()
-
-    def get(self, key: tuple[int, float, torch.device], make: Callable[[], _Factor]) -> _Factor:
-        if key in self.entries:
-            self.entries.move_to_end(key)
-        else:
-            self.entries[key] = make()
-            while (
-                len(self.entries) > 1 and sum(factor.lower.nbytes for factor in self.entries.values()) > _FACTOR_BYTES
-            ):
-                self.entries.popitem(last=False)
-        return self.entries[key]
+class _Factors(RecentlyUsed[tuple[int, float, torch.device], _Factor]):
+    def size(self, value: _Factor) -> int:
+        return value.lower.nbytes
 
 
 def _checked_ridge(ridge: float) -> float:

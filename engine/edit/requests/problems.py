@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,8 +32,8 @@ ERASABLE = 0.02
 
 
 class FilteredFacts(UserWarning):
-    """Facts that a problem is not posed for, because of what the model makes of them; ``reasons`` has a line for each,
-    and so has the message."""
+    """Facts that a problem is not posed for, because of the model's answers; ``reasons`` has a line for each, like the
+    message."""
 
     def __init__(self, problem: str, reasons: Sequence[str]) -> None:
         self.reasons = tuple(reasons)
@@ -51,17 +51,12 @@ def make_requests(
     compat: str | None = None,
     seed: int = 0,
 ) -> tuple[list[Request], list[Skipped], list[Skipped]]:
-    """What a problem asks of facts, in their order; those that cannot be used; and those that the problem is not posed
-    for, because of what the model makes of them.
+    """The requests of a problem; the facts that cannot be used; and those left out because of the model's answers.
 
     sigma: the level of the noise on the subject, in Fact Forcing and Tracing Reversal. filtered: leave out facts that
-    the model does not complete (none of its 36 likeliest tokens, one after the other, brings the answer), in Fact
-    Erasure also those whose answer has p < 0.02. on_error: ``"skip"`` leaves out facts that cannot be used. compat:
-    ``"published"`` drops p <= 0.02 in every problem, and trains Tracing Reversal towards the prompt followed by a
-    continuation that is drawn (top-k 5), under ``seed``.
-
-    Raises ``FactError`` naming a fact that has no target, or whose target is what the model says already, and
-    ``ExperimentError`` for arguments that make no sense.
+    the model does not complete (its 36 likeliest tokens, one after the other, do not contain the answer), in Fact
+    Erasure also those whose answer has p < 0.02. compat: ``"published"`` drops p <= 0.02 in every problem, and trains
+    Tracing Reversal towards the prompt followed by a continuation that is sampled (top-k 5), under ``seed``.
     """
     facts = list(facts)
     level = session.noise_level(sigma, facts) if problem in NOISY else 0.0
@@ -70,13 +65,14 @@ def make_requests(
     posed, skipped = usable(facts, making.checked, lambda fact: fact.id, on_error)
     unposed: list[Skipped] = []
     if filtered:
-        posed = list(making.likely(making.completed(posed, unposed), unposed))
+        for reasons in (making.incomplete, making.unlikely):
+            posed = _split(posed, reasons(posed), unposed)
     if problem != TRACING_REVERSAL:
-        return [making.request(each) for each in posed], skipped, unposed
+        return [making.request(fact) for fact in posed], skipped, unposed
     noised = making.noised(posed)
-    requests, more = usable(noised, making.reversal, lambda each: each.posed.fact.id, on_error)
+    requests, unchanged = usable(noised, making.reversal, lambda answer: answer.posed.fact.id, on_error)
     order = {fact.id: number for number, fact in enumerate(facts)}
-    return requests, sorted(skipped + more, key=lambda each: order[each.fact_id]), unposed
+    return requests, sorted(skipped + unchanged, key=lambda fact: order[fact.fact_id]), unposed
 
 
 @dataclass(frozen=True)
@@ -91,12 +87,19 @@ class _Posed:
         return self.encoded.fact
 
 
+def _split(posed: Sequence[_Posed], reasons: Iterable[str | None], unposed: list[Skipped]) -> list[_Posed]:
+    """The facts without a reason to leave them out; the others go to ``unposed``."""
+    pairs = list(zip(posed, reasons, strict=True))
+    unposed += [Skipped(item.fact.id, f"fact {item.fact.id!r}: {reason}") for item, reason in pairs if reason]
+    return [item for item, reason in pairs if reason is None]
+
+
 @dataclass(frozen=True)
 class _Noised:
-    """A fact, what the model says after its prompt with noise on the subject, and what without, where that counts."""
+    """A fact, and the model's answers to its prompt with noise on the subject and, where needed, without."""
 
     posed: _Posed
-    said: tuple[int, ...]
+    answer: tuple[int, ...]
     clean: tuple[int, ...] | None
 
 
@@ -121,7 +124,7 @@ class _Making:
             )
 
     def checked(self, fact: Fact) -> _Posed:
-        """The fact as token ids; refuses what can be seen to be wrong before the model runs."""
+        """The fact as token ids; refuses a fact that is unusable whatever the model answers."""
         sizes = self.session.sizes
         encoded = encode(fact, self.session.tokenizer, "label", sizes.vocabulary, sizes.positions)
         new = None if fact.target_new is None else self._new(fact, fact.target_new, len(encoded.prompt))
@@ -140,7 +143,7 @@ class _Making:
         return _Posed(encoded, new)
 
     def _new(self, fact: Fact, target: str, prompt: int) -> tuple[int, ...]:
-        """Token ids of target_new behind a prompt of so many tokens."""
+        """Token ids of target_new after a prompt of ``prompt`` tokens."""
         sizes, ids = self.session.sizes, target_ids(target, self.session.tokenizer)
         if not ids or not target.strip():
             raise FactError(f"fact {fact.id!r}: target_new {target!r} is empty; give a visible word, or None")
@@ -156,69 +159,56 @@ class _Making:
             )
         return ids
 
-    def completed(self, posed: Sequence[_Posed], unposed: list[Skipped]) -> list[_Posed]:
-        """The facts whose answer the model says; why it does not say the others' goes to ``unposed``."""
-        kept = []
-        for each, said in zip(posed, completions(self.session, [each.encoded for each in posed]), strict=True):
-            if completes(each.fact, said):
-                kept.append(each)
-            else:
-                reason = f"fact {each.fact.id!r}: the model says {said!r}, not {each.fact.target_true!r}"
-                unposed.append(Skipped(each.fact.id, reason))
-        return kept
+    def incomplete(self, posed: Sequence[_Posed]) -> Iterator[str | None]:
+        """For each fact that the model does not complete, the reason."""
+        texts = completions(self.session, [item.encoded for item in posed])
+        for item, text in zip(posed, texts, strict=True):
+            target = item.fact.target_true
+            yield None if completes(item.fact, text) else f"the model says {text!r}, not {target!r}"
 
-    def likely(self, posed: Sequence[_Posed], unposed: list[Skipped]) -> list[_Posed]:
-        """The facts whose answer is likely enough for the problem; why the others are not goes to ``unposed``."""
+    def unlikely(self, posed: Sequence[_Posed]) -> Iterator[str | None]:
+        """For each fact whose answer is too unlikely for the problem, the reason."""
         published = self.compat == "published"
         if self.problem != FACT_ERASURE and not published:
-            return list(posed)
-        probabilities = answer_probabilities(self.session, [each.encoded for each in posed])
-        kept = []
-        for each, p in zip(posed, probabilities, strict=True):
-            if p > ERASABLE or (p == ERASABLE and not published):
-                kept.append(each)
-            else:
-                least = "more than" if published else "at least"
-                reason = f"fact {each.fact.id!r}: p({each.fact.target_true!r}) is {p:.3g}, not {least} {ERASABLE}"
-                unposed.append(Skipped(each.fact.id, reason))
-        return kept
+            yield from [None] * len(posed)
+            return
+        least = "more than" if published else "at least"
+        for item, p in zip(posed, answer_probabilities(self.session, [item.encoded for item in posed]), strict=True):
+            likely = p > ERASABLE or (p == ERASABLE and not published)
+            yield None if likely else f"p({item.fact.target_true!r}) is {p:.3g}, not {least} {ERASABLE}"
 
     def noised(self, posed: Sequence[_Posed]) -> list[_Noised]:
-        """What the model says under noise until there are 12 tokens with the prompt's, at least one: the likeliest, or
-        as published, drawn ones."""
-        prompts = [Text(each.encoded.prompt) for each in posed]
-        noised = [replace(text, **self._noise(each.encoded)) for each, text in zip(posed, prompts, strict=True)]
+        """Answers under noise, up to 12 tokens with the prompt's, at least one: likeliest, or as published, sampled."""
+        prompts = [Text(item.encoded.prompt) for item in posed]
+        noised = [replace(text, **self._noise(item.encoded)) for item, text in zip(posed, prompts, strict=True)]
         lengths = [max(1, REVERSAL_TOKENS - len(text)) for text in prompts]
         if self.compat == "published":
-            seeds = [text_seed(self.seed, "reversal", each.fact.id) for each in posed]
-            said = continuations(self.session, noised, lengths, top_k=TOP_K, seeds=seeds)
-            return [_Noised(each, tokens, None) for each, tokens in zip(posed, said, strict=True)]
-        said = continuations(self.session, noised + prompts, lengths * 2)
-        both = zip(posed, said[: len(posed)], said[len(posed) :], strict=True)
-        return [_Noised(each, tokens, clean) for each, tokens, clean in both]
+            seeds = [text_seed(self.seed, "reversal", item.fact.id) for item in posed]
+            answers = continuations(self.session, noised, lengths, top_k=TOP_K, seeds=seeds)
+            return [_Noised(item, answer, None) for item, answer in zip(posed, answers, strict=True)]
+        answers = continuations(self.session, noised + prompts, lengths * 2)
+        return list(map(_Noised, posed, answers[: len(posed)], answers[len(posed) :]))
 
     def _noise(self, encoded: EncodedFact) -> dict[str, Any]:
         """One sample on the subject."""
         start, end = encoded.span
-        drawn = np.random.RandomState(NOISE_SEED).randn(1, end - start, self.session.sizes.hidden)
-        return {"noise": self.level * drawn[0], "noised": start}
+        sample = np.random.RandomState(NOISE_SEED).randn(end - start, self.session.sizes.hidden)
+        return {"noise": self.level * sample, "noised": start}
 
     def reversal(self, noised: _Noised) -> Request:
-        """The request for what is said under noise."""
         encoded, fact = noised.posed.encoded, noised.posed.fact
         if self.compat == "published":
-            text = fact.text + continued(self.session, encoded.prompt, noised.said)
+            text = fact.text + continued(self.session, encoded.prompt, noised.answer)
             return Request(fact, self.problem, target_ids(text, self.session.tokenizer), encoded.target)
-        if noised.said in (noised.clean, encoded.target):
+        if noised.answer in (noised.clean, encoded.target):
             raise FactError(
                 f"fact {fact.id!r}: with noise of level {self.level:g} on its subject the model says "
-                f"{self.session.tokenizer.decode(list(noised.said))!r}, which is its answer without noise too; raise "
+                f"{self.session.tokenizer.decode(list(noised.answer))!r}, which is its answer without noise too; raise "
                 "sigma, or leave the fact out"
             )
-        return Request(fact, self.problem, noised.said, encoded.target)
+        return Request(fact, self.problem, noised.answer, encoded.target)
 
     def request(self, posed: _Posed) -> Request:
-        """The request for one of the fact's own targets."""
         if self.problem == ERROR_INJECTION and posed.new is not None:
             return Request(posed.fact, self.problem, posed.new, posed.encoded.target)
         sigma = self.level if self.problem == FACT_FORCING else None

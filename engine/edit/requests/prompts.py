@@ -11,7 +11,7 @@ import numpy as np
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.runs.packed_runs import Text
 from causalcone.engine.errors import FactError
-from causalcone.engine.facts import encode, encode_text
+from causalcone.engine.facts import Fact, encode, encode_text
 from causalcone.engine.models.base import Sizes
 
 ESSENCE = "{} is a"
@@ -38,15 +38,19 @@ class Encoder:
     tokenizer: Any
     sizes: Sizes
 
+    def prompt(self, fact: Fact) -> tuple[int, ...]:
+        """The token ids of a fact's prompt."""
+        return encode(fact, self.tokenizer, "argmax", self.sizes.vocabulary, self.sizes.positions).prompt
+
     def prompted(self, request: Request, template: str, sample: int = 0, samples: int = 1) -> Prompted:
-        """A template filled with the request's subject, which carries the given one of its samples of noise."""
+        """A template with the request's subject, which carries sample number ``sample`` of its noise."""
         fact = replace(request.fact, prompt=template)
         encoded = encode(fact, self.tokenizer, "argmax", self.sizes.vocabulary, self.sizes.positions)
         text = Text(encoded.prompt, *self._noise(request, encoded.span, sample, samples))
         return Prompted(text, encoded.span)
 
     def written(self, request: Request, text: str) -> Text:
-        """A text as it is; where it holds the subject, its first occurrence carries the request's noise."""
+        """A text as written; the first occurrence of the subject, if there is one, carries the request's noise."""
         at = text.find(request.fact.subject)
         ids, span = encode_text(text, (at, at + len(request.fact.subject)) if at >= 0 else (0, 0), self.tokenizer)
         if not ids:
@@ -59,7 +63,7 @@ class Encoder:
         return Text(ids) if span is None else Text(ids, *self._noise(request, span, 0, 1))
 
     def followed(self, request: Request, text: Text, target: Sequence[int]) -> Text:
-        """A text and all tokens of a target but the last."""
+        """A text and all tokens of a target except the last."""
         if not target or not 0 <= min(target) <= max(target) < self.sizes.vocabulary:
             raise FactError(
                 f"fact {request.fact.id!r}: the target's token ids {tuple(target)} are not of the model's vocabulary "
@@ -74,16 +78,15 @@ class Encoder:
         return whole
 
     def contexts(self, request: Request, texts: Sequence[str]) -> list[Prompted]:
-        """The bare prompt, then the prompt behind each of the texts."""
-        plain = [text.replace("{", "").replace("}", "") for text in texts]
-        return [
-            self.prompted(request, t) for t in (request.fact.prompt, *(f"{c}. {request.fact.prompt}" for c in plain))
-        ]
+        """The bare prompt, then the prompt after each of the texts."""
+        prompt = request.fact.prompt
+        plain = (text.replace("{", "").replace("}", "") for text in texts)
+        return [self.prompted(request, template) for template in (prompt, *(f"{text}. {prompt}" for text in plain))]
 
     def _noise(
         self, request: Request, span: tuple[int, int], sample: int, samples: int
     ) -> tuple[np.ndarray | None, int]:
         if request.sigma is None:
             return None, 0
-        drawn = np.random.RandomState(NOISE_SEED).randn(samples, span[1] - span[0], self.sizes.hidden)
-        return request.sigma * drawn[sample], span[0]
+        samples_of_noise = np.random.RandomState(NOISE_SEED).randn(samples, span[1] - span[0], self.sizes.hidden)
+        return request.sigma * samples_of_noise[sample], span[0]

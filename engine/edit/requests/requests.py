@@ -14,7 +14,7 @@ NOISY = (TRACING_REVERSAL, FACT_FORCING)
 
 
 def check_problem(problem: str) -> None:
-    """Raises ``ExperimentError`` for a problem that there is not."""
+    """Raise ``ExperimentError`` for an unknown problem."""
     if problem not in PROBLEMS:
         raise ExperimentError(f"unknown problem {problem!r}; choose from {', '.join(PROBLEMS)}")
 
@@ -22,8 +22,8 @@ def check_problem(problem: str) -> None:
 @dataclass(frozen=True)
 class Request:
     """A fact to be edited. target: token ids that are trained towards (in Fact Erasure: away from) and scored; other:
-    those of the other answer, which is scored beside it, where there is one; sigma: the level of the noise that the
-    subject carries wherever it is, in Fact Forcing, else None."""
+    those of the other answer, which is scored too, where there is one; sigma: the level of the noise that the subject
+    carries wherever it occurs, in Fact Forcing, else None."""
 
     fact: Fact
     problem: str
@@ -48,5 +48,5 @@ class Request:
 
     @property
     def trains_new(self) -> bool:
-        """Whether the target takes the place of the fact's true one."""
+        """Whether the target replaces the fact's true one."""
         return self.problem in (ERROR_INJECTION, TRACING_REVERSAL)

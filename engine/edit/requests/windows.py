@@ -1,4 +1,4 @@
-"""Windows of layers that are edited together (METHODS 3)."""
+"""Windows of layers that are edited together (docs/editing.md, "What is computed")."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from causalcone.engine.errors import ExperimentError
 
 @dataclass(frozen=True)
 class Window:
-    """The layers that are edited, in order; ``layer`` is their centre and ``size`` how many were asked for; listed:
-    whether they were given one by one."""
+    """The edited layers, in order; ``layer`` is their centre and ``size`` the requested number of them; listed: whether
+    they were given one by one."""
 
     layer: int
     size: int
@@ -31,12 +31,12 @@ class Window:
     @classmethod
     def of(cls, layers: Iterable[int], depth: int) -> Window:
         """A list of layers; their centre is the middle one, as in a window of that size."""
-        own = tuple(_number(layer, depth) for layer in layers)
-        if not own or list(own) != sorted(set(own)):
+        numbers = tuple(_number(layer, depth) for layer in layers)
+        if not numbers or list(numbers) != sorted(set(numbers)):
             raise ExperimentError(
-                f"the window {own} is not a list of different layers in order; give one such as (3, 4)"
+                f"the window {numbers} is not a list of different layers in order; give one such as (3, 4)"
             )
-        return cls(own[len(own) // 2], len(own), own, listed=True)
+        return cls(numbers[len(numbers) // 2], len(numbers), numbers, listed=True)
 
 
 def check_layer(layer: int, depth: int) -> None:
@@ -50,10 +50,10 @@ def as_layers(layers: Any, depth: int) -> tuple[int, ...]:
 
 
 def as_windows(layers: Any, size: int, depth: int) -> list[Window]:
-    """Windows of a size by their centres, or ``"all"``; or each as a list of layers."""
+    """Windows of a size by their centres, or ``"all"``; or lists of layers, one for each window."""
     return [
-        Window.of(each, depth) if isinstance(each, Iterable) else Window.around(_number(each, depth), size, depth)
-        for each in _items(layers, depth)
+        Window.of(item, depth) if isinstance(item, Iterable) else Window.around(_number(item, depth), size, depth)
+        for item in _items(layers, depth)
     ]
 
 
@@ -63,8 +63,8 @@ def _items(layers: Any, depth: int) -> list[Any]:
             raise ExperimentError(f"layers are {layers!r}; give numbers from 0 to {depth - 1}, or 'all'")
         return list(range(depth))
     items = list(layers) if isinstance(layers, Iterable) else [layers]
-    if not items or len({tuple(each) if isinstance(each, Iterable) else each for each in items}) < len(items):
-        raise ExperimentError(f"layers are {items}; give at least one, and each but once")
+    if not items or len({tuple(item) if isinstance(item, Iterable) else item for item in items}) < len(items):
+        raise ExperimentError(f"layers are {items}; give at least one, and each only once")
     return items
 
 

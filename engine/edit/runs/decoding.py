@@ -57,18 +57,13 @@ def decode(
 ) -> list[tuple[int, ...]]:
     """The token ids that continue each text: exactly ``lengths`` of them, past end-of-text tokens too.
 
-    top_k: None for the most likely token each time, else each token is drawn from the distribution over the ``top_k``
-    most likely ones, with ``seeds``, one for each text. Step s of a text uses number s of those that ``torch.rand``
-    gives in float64 from a generator with the text's seed, so that (up to rounding of the probabilities) neither the
-    other texts nor ``memory`` make a difference, and a longer continuation begins like a shorter one. deltas: changes
-    of weights, one or None for each text; texts may share one. Noise is on a text's given tokens alone. memory: bytes
-    for stored keys and values and for rows; texts that do not fit together are decoded one group after the other.
-
-    In addition, all layers' weights and the unembedding are held as the products need them: on CPUs in float32 or
-    bfloat16; where dtype or device are not the model's, that is a second copy of the model.
-
-    Raises ``ExperimentError`` for arguments that make no sense, among them a text that outgrows the model's positions,
-    ``MemoryBudgetError`` where not even one text fits, and ``ModelError`` where logits are not finite.
+    top_k: None for the most likely token each time, else each is drawn from the distribution over the ``top_k`` most
+    likely ones, with ``seeds``, one for each text: step s uses number s of those that ``torch.rand`` gives in float64
+    from a generator with that seed, so that (up to rounding of the probabilities) neither the other texts nor
+    ``memory`` make a difference, and a longer continuation begins like a shorter one. deltas: changes of weights, one
+    or None for each text. Noise is on a text's given tokens alone. memory: bytes for stored keys and values and for
+    rows, beside the weights that the products need (a second copy of the model where dtype or device are not its own);
+    texts that do not fit together are decoded one group after the other.
     """
     tasks = _tasks(layers, texts, lengths, top_k, seeds, deltas)
     results: list[tuple[int, ...]] = [()] * len(texts)
@@ -113,8 +108,7 @@ def _tasks(
     seeds: Sequence[int] | None,
     deltas: Sequence[Delta | None] | None,
 ) -> list[_Task]:
-    """The texts to be continued, the longest continuations first: those that still grow are then the first at any
-    time. Equal lengths are neighbours."""
+    """The texts to be continued, the longest continuations first: those that still grow are always the first."""
     for name, column in (("lengths", lengths), ("seeds", seeds), ("deltas", deltas)):
         if column is not None and len(column) != len(texts):
             raise ExperimentError(f"there are {len(texts)} texts and {len(column)} {name}; give one for each text")
@@ -254,7 +248,7 @@ class _TextGroup:
     def _begin(self) -> Tensor:
         """Rows (texts, hidden) of the last layer at the last token of each text; its keys and values are stored."""
         texts = [task.text for task in self.tasks]
-        runs = Runs.of_texts(texts, self.device, read=np.ones_like(self.tokens))
+        runs = Runs.whole(self.tokens, self.device, read=np.ones_like(self.tokens))
         room = self.past[0].shape[1]
         slots = torch.from_numpy(spans(np.arange(len(texts)) * room, self.tokens)).to(self.device)
         rows = self.layers.enter(texts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +45,7 @@ class Prompts:
         return np.cumsum(self.tail_rows) - self.tail_rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Join:
     """Runs that join the pass after a layer: texts (n,) and edits (n,) by number, with their rows (n,); tails: the
     texts' rows from the lookup on, among those of all texts; lookups (n,): which of these are lookups; merged: for each
@@ -68,13 +68,43 @@ Joining = Callable[[Block, int, Join], Tensor]
 Changing = Callable[[int, "Join", bool], Change | None]
 """The change at a layer of the runs already in the pass; the flag is true when only read-out rows remain."""
 
+Addition = Callable[[Tensor], Tensor]
+"""The addition of a change of weights to values (R, hidden), from their keys (R, inner)."""
+
+
+def changing(additions: Sequence[Mapping[int, Addition]]) -> Changing:
+    """The change of runs by the additions of their edits, by layer."""
+
+    def change(layer: int, live: Join, read_only: bool) -> Change | None:
+        if not any(layer in by_layer for by_layer in additions):
+            return None
+        rows = live.runs.read if read_only else live.runs.rows
+        parts = [(at, additions[edit].get(layer)) for edit, at in slices(live.of, rows)]
+        return lambda keys, values: changed(keys, values, parts)
+
+    return change
+
+
+def slices(of: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, slice]]:
+    """The rows of each edit, from the edit (N,) and the number of rows (N,) of each run: neighbours are one slice."""
+    if not len(of):
+        return
+    ends = np.cumsum(rows)
+    last = np.flatnonzero(np.append(of[1:] != of[:-1], True))
+    start = 0
+    for run in last:
+        yield int(of[run]), slice(start, int(ends[run]))
+        start = int(ends[run])
+
+
+def changed(keys: Tensor, values: Tensor, additions: Sequence[tuple[slice, Addition | None]]) -> Tensor:
+    """New values: all rows, slice by slice in order and without gaps, with their additions. Gradient flows."""
+    return torch.cat([values[at] if add is None else values[at] + add(keys[at]) for at, add in additions])
+
 
 class EditedRuns:
     """The runs of edits: run i is of edit ``of[i]``, in text ``texts[i]``, and differs from the unedited run after
-    layer ``layer[of[i]]``, from the text's lookup on.
-
-    Rows are read out in the order of ``order``: run ``order[0]``'s rows, then run ``order[1]``'s, ...
-    """
+    layer ``layer[of[i]]``, from the text's lookup on. Rows are read out in the runs' ``order``."""
 
     def __init__(
         self,
@@ -157,6 +187,5 @@ class EditedPass:
             self.rows = (new if self.rows is None else torch.cat([self.rows, new])).index_select(0, self.live.merged)
 
     def states(self) -> Tensor:
-        """Final, normed rows (n, hidden) that are read out."""
         assert self.rows is not None
         return self.edited.layers.architecture.final_norm(self.rows)

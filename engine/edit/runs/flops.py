@@ -27,11 +27,8 @@ class _Counts:
 
 @dataclass(frozen=True)
 class Searched(_Counts):
-    """The texts that a vector is searched on: contexts with the target but its last token, and the essence prompt.
-
-    requests: how many; whole: tokens of all texts; tails: those from the lookup on; read: those that are read out;
-    prefixes: of all contexts up to the lookup; bare: of the bare prompt up to it.
-    """
+    """The texts of a search: contexts with the target but its last token, and the essence prompt. requests: how many;
+    whole: tokens of all; tails: from the lookup on; read: read out; prefixes: up to it; bare: of the bare prompt."""
 
     requests: float
     whole: float
@@ -42,8 +39,7 @@ class Searched(_Counts):
 
     @classmethod
     def of(cls, contexts: Sequence[tuple[int, int]], essence: int, target: int) -> Searched:
-        """Of one request. contexts: tokens and lookup of each context's prompt, the bare one first; essence: tokens of
-        the essence prompt up to the lookup, which is all that is used of it; target: tokens of the target."""
+        """Of one request: tokens and lookup of each context's prompt, the bare one first; the essence's up to it."""
         whole = sum(tokens + target - 1 for tokens, _ in contexts)
         before = sum(lookup for _, lookup in contexts)
         return cls(
@@ -84,25 +80,21 @@ class Grown(_Counts):
 
 @dataclass(frozen=True)
 class Flops:
-    """Of a model of ``sizes``. Every edit takes all ``steps``, and each of them goes forwards and back: none may stop
-    early."""
+    """Of a model of ``sizes``. Every edit takes all ``steps``, and each goes forwards and back: none may stop early."""
 
     sizes: Sizes
 
     def rome(self, texts: Searched, layers: Collection[int], steps: int) -> float:
-        """An edit at each of the layers."""
         return 2 * self._search(texts, layers, steps)
 
     def memit(self, texts: Searched, windows: Sequence[Sequence[int]], steps: int) -> float:
-        """An edit in each of the windows, of every request by itself. In each layer of a window all contexts go up to
-        the lookup; from there to its end the bare prompt."""
+        """Every request by itself: in a window's layers all contexts go up to the lookup; then the bare prompt."""
         sizes = [len(window) for window in windows]
         spread = sum((texts.prefixes * size + texts.bare * _pairs(size)) * self._layer for size in sizes)
         return 2 * (self._search(texts, {window[-1] for window in windows}, steps) + spread)
 
     def memit_joint(self, texts: Searched, windows: Sequence[Sequence[int]], steps: int) -> float:
-        """An edit in each of the windows, of all requests together: layers but the last are gone through once to see
-        the keys, and once changed."""
+        """All requests together: layers but the last are gone through once to see the keys, and once changed."""
         total = 0.0
         for window in windows:
             rows = texts.prefixes * (2 * len(window) - 1) + texts.bare * _pairs(len(window))
@@ -113,10 +105,7 @@ class Flops:
     def finetune(
         self, rows: float, read: float, windows: Sequence[Sequence[int]], steps: int, first: int | None = None
     ) -> float:
-        """An edit in each of the windows, on texts of ``rows`` tokens, of which ``read`` are read out.
-
-        The rows go through the unedited model once, as far as ``first``: the last window's first layer by default.
-        """
+        """``rows`` tokens, ``read`` of them read out, go once as far as ``first``: the last window's first layer."""
         last = max(window[0] for window in windows) if first is None else first
         trained = sum(self._trained(window, rows, read) for window in windows)
         return 2 * (rows * (last + 1) * self._layer + steps * trained)

@@ -21,12 +21,12 @@ Wanted = Mapping[tuple[str, int], Places]
 
 @dataclass(frozen=True)
 class FrozenPrefix:
-    """start (N,): the row of each text's first token; keys_values: of attention, of all rows, by layer; kept: the rows
+    """start (N,): the row of each text's first token; keys_values: of attention, of all rows, by layer; rows: those
     wanted, in the order of their places; log_p (n, V): the next token's distributions, in float32 or better."""
 
     start: np.ndarray
     keys_values: Mapping[int, Tensor]
-    kept: Mapping[tuple[str, int], Tensor]
+    rows: Mapping[tuple[str, int], Tensor]
     log_p: Tensor
 
 
@@ -44,8 +44,9 @@ def run_unedited(
     past_from: the first layer of which attention's keys and values are kept (None: of no layer); distributions: where
     the next token's distribution is read. Layers that no result depends on are not computed.
     """
-    order = in_order(np.array([len(text) for text in texts]))
-    runs = Runs.of_texts([texts[i] for i in order], layers.device)
+    lengths = np.array([len(text) for text in texts], dtype=np.int64)
+    order = in_order(lengths)
+    runs = Runs.whole(lengths[order], layers.device)
     start = np.empty(len(texts), dtype=np.int64)
     start[order] = runs.start
 
@@ -56,18 +57,20 @@ def run_unedited(
     whole = past_from is not None or distributions is not None
     last = layers.depth - 1 if whole else max((layer for _, layer in wanted), default=-1)
     rows = layers.enter([texts[i] for i in order])
-    kept: dict[tuple[str, int], Tensor] = {}
+    wanted_rows: dict[tuple[str, int], Tensor] = {}
     keys_values: dict[int, Tensor] = {}
     for layer in range(last + 1):
         passed = layers.advance(layers.block(layer), rows, runs, keep_keys=("keys", layer) in wanted)
         if past_from is not None and layer >= past_from:
             keys_values[layer] = passed.keys_values
         of_layer = {"inputs": rows, **vars(passed)}
-        kept.update({key: of_layer[key[0]].index_select(0, where) for key, where in index.items() if key[1] == layer})
+        for (name, at), where in index.items():
+            if at == layer:
+                wanted_rows[name, at] = of_layer[name].index_select(0, where)
         rows = passed.out
     log_p = rows.new_empty(0, 0)
     if distributions is not None:
         states = layers.architecture.final_norm(rows.index_select(0, rows_of(distributions)))
         logits = layers.readout().logits(states)
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    return FrozenPrefix(start, keys_values, kept, log_p)
+    return FrozenPrefix(start, keys_values, wanted_rows, log_p)

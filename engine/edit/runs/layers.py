@@ -15,6 +15,7 @@ from causalcone.engine.models.base import Architecture, Block
 from causalcone.kernels.attention import attend
 from causalcone.kernels.backends import TORCH, Backends
 from causalcone.kernels.readout import Readout
+from causalcone.kernels.row_attention import visible_keys
 from causalcone.kernels.tiles import Tiles, pieces
 
 Prepared = TypeVar("Prepared")
@@ -149,7 +150,8 @@ class Layers:
                 continue
             keys = self._keys(batch, key_rows, past, block.head_dim)
             query = query_rows.view(batch.count, -1, self.architecture.sizes.heads, block.head_dim)
-            visible = batch.visible(query.shape[1], keys.shape[1], block.window)
+            tokens = torch.arange(keys.shape[1] - query.shape[1], keys.shape[1], device=self.device)
+            visible = visible_keys(tokens, keys.shape[1], block.window)
             runs_at_once = max(1, self.tiles.keys // keys.shape[1])
             for q, k in zip(query.split(runs_at_once), keys.split(runs_at_once), strict=True):
                 key, value = k.unbind(2)

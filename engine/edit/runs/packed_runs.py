@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from causalcone.kernels.row_attention import visible_keys
 
 
 @dataclass(frozen=True)
@@ -39,12 +37,8 @@ class RunBatch:
         """Rows of all runs that attend."""
         return self.count * (self.read if read_only else self.length)
 
-    def visible(self, queries: int, keys: int, window: int | None) -> Tensor:
-        """(m, K) bool, which keys each of the last ``queries`` tokens sees."""
-        return visible_keys(torch.arange(keys - queries, keys, device=self.past.device), keys, window)
 
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Runs:
     """Runs in the order of their rows, all (N,) int64: run i has ``past[i]`` tokens whose keys and values are stored,
     from row ``stored[i]`` on, then ``rows[i]`` tokens with rows of their own, of which the last ``read[i]`` are read
@@ -57,19 +51,13 @@ class Runs:
     device: torch.device
 
     @classmethod
-    def of_texts(cls, texts: Sequence[Text], device: torch.device, read: np.ndarray | None = None) -> Runs:
-        """Whole texts, which must be in order of their lengths and of how many rows are read."""
-        rows = np.array([len(text) for text in texts], dtype=np.int64)
+    def whole(cls, rows: np.ndarray, device: torch.device, read: np.ndarray | None = None) -> Runs:
+        """Runs of whole texts of ``rows`` (N,) tokens, in order of their lengths and of how many rows are read."""
         none = np.zeros_like(rows)
-        return cls(none, rows, none if read is None else read, none, device)
+        return cls(past=none, rows=rows, read=none if read is None else read, stored=none, device=device)
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    @property
-    def count(self) -> int:
-        """Rows of all runs."""
-        return int(self.rows.sum())
 
     @cached_property
     def start(self) -> np.ndarray:

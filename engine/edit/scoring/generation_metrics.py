@@ -23,19 +23,13 @@ _ENTROPY_WEIGHTS = {2: 2 / 3, 3: 4 / 3}
 
 
 def words(text: str) -> list[str]:
-    """The words of a text as written, contractions whole, and every other character but space as one word.
-
-    Published code splits words as the Penn Treebank does, which also takes contractions apart.
-    """
+    """The words of a text, contractions whole (unlike Penn Treebank's), and every other character but space as one."""
     return _WORD.findall(text)
 
 
 def generation_entropy(texts: Sequence[str]) -> float:
-    """Meng et al. 2022's generation entropy in bits, low where a model repeats itself: the mean of 2/3 of the entropy
-    of a text's bigrams and 4/3 of that of its trigrams (0 for a text too short to have any), averaged over texts.
-
-    Raises ``ExperimentError`` for no texts.
-    """
+    """Meng et al. 2022's generation entropy in bits, low where a model repeats itself: the mean over texts of that of
+    2/3 of the entropy of its bigrams and 4/3 of that of its trigrams (0 for a text too short to have any)."""
     if not texts:
         raise ExperimentError("there are no texts; give at least one generated text")
     entropies = (weight * _entropy(words(text), n) for text in texts for n, weight in _ENTROPY_WEIGHTS.items())
@@ -51,9 +45,8 @@ def _entropy(tokens: Sequence[str], n: int) -> float:
 class ReferenceScorer:
     """Meng et al. 2022's reference score: how similar generated texts are to reference texts.
 
-    ``corpus`` holds the texts that words are weighed by, in published code all reference texts of a data set: its words
-    are the vocabulary, and the fewer of its texts have one, the more it weighs (smoothed inverse document frequency).
-    Words are lower-cased and have two or more letters or digits. Raises ``ExperimentError`` for a corpus without words.
+    The fewer texts of ``corpus`` (in published code all reference texts of a data set) have a word, the more it weighs
+    (smoothed inverse document frequency). Words are lower-cased and have two or more letters or digits.
     """
 
     def __init__(self, corpus: Sequence[str]) -> None:
@@ -66,8 +59,7 @@ class ReferenceScorer:
             raise ExperimentError(f"the {len(corpus)} texts of the corpus cannot weigh words: {error}") from error
 
     def score(self, generations: Sequence[str], references: Sequence[str]) -> float:
-        """The cosine, in [0, 1], between the weighted word counts of all generations and of all references; 0 where one
-        side has no word of the vocabulary. Raises ``ExperimentError`` where one side has no texts."""
+        """The cosine, in [0, 1], between the weighted word counts of both; 0 where one has no word of the corpus."""
         for name, texts in (("generations", generations), ("references", references)):
             if not texts:
                 raise ExperimentError(f"there are no {name}; give at least one text")

@@ -31,8 +31,7 @@ _NAMES = {REWRITE: "efficacy", PARAPHRASE: "paraphrase", NEIGHBORHOOD: "neighbor
 
 
 def metrics_of(scored: Scored, accuracy: bool) -> Iterator[Row]:
-    """All metrics that the scored probes give, none where the unedited model's results are not finite; ``accuracy``:
-    whether the most likely tokens were read."""
+    """All metrics that the probes give, none where unedited results are not finite; accuracy: as ``EditScorer``'s."""
     if not scored.pre.finite:
         return
     rows = {
@@ -92,8 +91,7 @@ def _pairs(probes: ProbeSet, kind: str) -> list[tuple[int, int]]:
 
 
 def _accuracies(scored: Scored) -> Iterator[tuple[str, Values]]:
-    """The share of the target's tokens that are the most likely ones, of neighbours those of their own answer where
-    they have one."""
+    """The share of the target's tokens (a neighbour's own answer's, if any) that are the most likely ones."""
     for kind in _NAMES:
         numbers = _numbers(scored.probes, kind)
         read = [numbers.get((index, OWN), number) for (index, answer), number in numbers.items() if answer == TARGET]

@@ -42,7 +42,6 @@ class ProbeSet:
 
     @property
     def rows(self) -> int:
-        """Tokens of all runs."""
         return sum(map(len, self.runs))
 
 

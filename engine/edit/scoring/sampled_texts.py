@@ -22,10 +22,7 @@ TEXT_TOKENS = 100
 def essence_texts(session: Session, facts: Iterable[Fact], seed: int) -> dict[str, list[str]]:
     """By fact, five texts with which the unedited model continues "{subject} is a": up to 100 tokens with the prompt's
     (and no more when the text is tokenized anew, nor than the model has positions), each one of the five likeliest.
-
-    A fact's texts depend on the model, the seed and the fact's id alone. Raises ``FactError`` for a subject that is too
-    long.
-    """
+    They depend on the model, the seed and the fact's id alone."""
     facts, sizes = list(facts), session.sizes
     check_unique(facts)
     about = [replace(fact, prompt=ESSENCE) for fact in facts]
@@ -56,12 +53,8 @@ def generate_texts(
     session: Session, requests: Sequence[Request], seed: int, deltas: Sequence[Delta | None] | None = None
 ) -> list[list[str]]:
     """For each request the texts with which the model, changed by the request's delta where there is one, continues the
-    fact's generation prompts: up to 100 tokens with the prompt's, or as many as the model has positions, each one of
-    the five likeliest. In Fact Forcing the subject carries its noise.
-
-    Random numbers depend on the seed, the fact's id and the prompt's number alone, so that texts before and after an
-    edit differ by the edit. Raises ``FactError`` for a prompt that is too long.
-    """
+    fact's generation prompts, in Fact Forcing with noise: lengths and tokens as in ``essence_texts``. Random numbers
+    depend on the seed, the fact's id and the prompt's number alone: before and after an edit they are the same."""
     if deltas is not None and len(deltas) != len(requests):
         raise ExperimentError(f"there are {len(requests)} requests and {len(deltas)} deltas; give one for each")
     encoder = Encoder(session.tokenizer, session.sizes)

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from causalcone.engine.edit.deltas.rows import Addition, addition, changed, slices
+from causalcone.engine.edit.deltas.delta import Dense, LowRank
 from causalcone.engine.edit.methods.batching import Batching, edit_name
 from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.requests.windows import check_layer
-from causalcone.engine.edit.runs.edited_runs import EditedPass, EditedRuns, Join, Prompts
-from causalcone.engine.edit.runs.layers import Change, Layers, Passed
+from causalcone.engine.edit.runs.edited_runs import Addition, EditedPass, EditedRuns, Join, Prompts, changing, slices
+from causalcone.engine.edit.runs.layers import Layers, Passed
 from causalcone.engine.edit.runs.packed_runs import Runs
 from causalcone.engine.edit.scoring.probes import ProbeSet
 from causalcone.engine.errors import ExperimentError
@@ -117,6 +117,13 @@ def check_edits(edits: Sequence[Edit], sizes: Sizes) -> None:
                 )
 
 
+def _addition(change: LowRank | Dense, layers: Layers) -> Addition:
+    """The addition of a change to values; a low-rank product is computed in float32 at least."""
+    wide = torch.promote_types(layers.dtype, torch.float32)
+    change = change.to(layers.device, wide if isinstance(change, LowRank) else layers.dtype)
+    return lambda keys: change.product(keys).to(layers.dtype)
+
+
 class _ScoringPass:
     """The unedited runs of some requests, and beside them those of their edits."""
 
@@ -128,13 +135,12 @@ class _ScoringPass:
         order = np.lexsort((read, lengths))
         rank = np.argsort(order)
         self.prompts = Prompts([texts[i] for i in order], np.zeros_like(lengths), read[order])
-        none = np.zeros_like(lengths)
-        self.runs = Runs(none, lengths[order], read[order], none, self.layers.device)
+        self.runs = Runs.whole(lengths[order], self.layers.device, read[order])
         starts = np.cumsum([0, *(len(probes.runs) for probes, _ in groups)])
         self.of_group = [rank[starts[i] : starts[i + 1]] for i in range(len(groups))]
         self.edits = [(number, edit.delta) for number, (_, edits) in enumerate(groups) for edit in edits if edit.delta]
         self.additions = [
-            {layer: addition(change, self.layers.device, self.layers.dtype) for layer, change in delta.changes.items()}
+            {layer: _addition(change, self.layers) for layer, change in delta.changes.items()}
             for _, delta in self.edits
         ]
         self.unedited: Passed | None = None
@@ -152,7 +158,7 @@ class _ScoringPass:
         layers = self.layers
         joined = {min(delta.changes) for _, delta in self.edits}
         rows = layers.enter(self.prompts.texts)
-        edited = EditedPass(self._edited_runs(), self._joining, self._changing) if self.edits else None
+        edited = EditedPass(self._edited_runs(), self._joining, changing(self.additions)) if self.edits else None
         for layer in range(layers.depth):
             block = layers.block(layer)
             last = layer == layers.depth - 1
@@ -196,20 +202,10 @@ class _ScoringPass:
             values[rows] += self.additions[edit][layer](base.keys.index_select(0, join.tails[rows]))
         return base.mid.index_select(0, join.tails) + self.layers.by_tiles(block.mlp_output, values)
 
-    def _changing(self, layer: int, live: Join, read_only: bool) -> Change | None:
-        if not any(layer in by_layer for by_layer in self.additions):
-            return None
-        parts: list[tuple[slice, Addition | None]] = [
-            (rows, self.additions[edit].get(layer))
-            for edit, rows in slices(live.of, live.runs.read if read_only else live.runs.rows)
-        ]
-        return lambda keys, values: changed(keys, values, parts)
-
     def _read(
         self, states: Tensor, group: np.ndarray, order: np.ndarray, of: np.ndarray, texts: np.ndarray
     ) -> list[ProbeResults]:
-        """The results of readers, reader i of the probes of ``group[i]``. ``order``: how the runs, each with its reader
-        and its text, follow each other in the rows ``states`` (n, hidden)."""
+        """The results of readers, reader i of the probes of ``group[i]``, from rows (n, hidden) of ordered runs."""
         read = self.prompts.read[texts[order]]
         starts = np.empty(len(order), dtype=np.int64)
         starts[order] = np.cumsum(read) - read

@@ -20,7 +20,7 @@ def edit_batch(edits: Iterable[Edit]) -> pa.RecordBatch:
         edits: Edits of any methods, such as ``Editor.rome`` makes.
 
     Returns:
-        A row for each edit, with the columns of ``EDIT_SCHEMA``. A loss that is not finite is null; the reason has it.
+        A row for each edit, with the columns of ``EDIT_SCHEMA``; a loss that is not finite is null.
     """
     rows = [
         {

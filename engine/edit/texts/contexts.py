@@ -1,4 +1,5 @@
-"""Contexts: texts drawn from the unedited model, behind which prompts are seen in editing (METHODS 4)."""
+"""Contexts: texts sampled from the unedited model that are put before prompts in editing (docs/editing.md, "Second
+moments and contexts")."""
 
 from __future__ import annotations
 
@@ -20,9 +21,11 @@ ATTEMPTS = 100
 
 @dataclass(frozen=True)
 class Contexts:
-    """What ROME and MEMIT put before a prompt, besides nothing: ``"{text}. {prompt}"``.
+    """Texts that ROME and MEMIT put before a prompt, ``"{text}. {prompt}"``, in addition to the bare prompt.
 
-    ``dataclasses.asdict`` makes a value for JSON of it, and ``Contexts(**value)`` the contexts again.
+    Attributes:
+        rome: Texts for ROME.
+        memit: Texts for MEMIT.
     """
 
     rome: tuple[str, ...]
@@ -34,7 +37,6 @@ class Contexts:
 
 
 def check_contexts(texts: Sequence[str]) -> tuple[str, ...]:
-    """Context texts, none of which may be empty."""
     if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise ExperimentError(f"contexts are {texts!r}; give a list of texts, or None to sample them from the model")
     return tuple(texts)
@@ -42,7 +44,7 @@ def check_contexts(texts: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Start:
-    """The text's words, as token ids, and how many tokens it is to have in all."""
+    """The first words of a text, as token ids, and the number of tokens that it gets in total."""
 
     words: str
     tokens: tuple[int, ...]
@@ -54,12 +56,11 @@ class _Start:
 
 
 def sample_contexts(session: Session, seed: int) -> Contexts:
-    """Texts that go on by one of the five likeliest tokens each time, the same for a model and a seed.
+    """Texts whose tokens are each one of the five likeliest, the same for a model and a seed.
 
-    ROME's are 10 texts of 5 tokens and 10 of 10, begun from the BOS token (the EOS token of tokenizers that have no BOS
-    token), MEMIT's 5 of 10 tokens, begun from a word each. All tokens that run through the model count, special ones
-    too, as in published code; the texts hold what is no special token, without braces. A text of nothing but white
-    space is drawn anew. Raises ``ExperimentError`` where the model gives no text.
+    ROME's are 10 texts of 5 tokens and 10 of 10, begun from the BOS token (else the EOS token), MEMIT's 5 of 10, each
+    begun from a word. All tokens that run through the model count, special ones too, as in published code; the texts
+    are without special tokens and braces. A text of nothing but white space is sampled again.
     """
     start = _start_token(session)
     starts = [_Start("", (start,), total) for total in ROME_TOKENS]
@@ -87,8 +88,7 @@ def _sampled(session: Session, starts: Sequence[_Start], seeds: Sequence[int]) -
 
 
 def continued(session: Session, tokens: Sequence[int], new: Sequence[int]) -> str:
-    """The text that new tokens add to tokens before them, without special tokens. Decoders may treat the beginning of a
-    text in their own way, so all is decoded, and what the tokens before stand for taken off."""
+    """The text that new tokens add to those before, without special tokens: decoders may begin texts differently."""
 
     def text(ids: Sequence[int]) -> str:
         return str(session.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -1,4 +1,5 @@
-"""What a model knows of facts: what it says after their prompts, and how likely it thinks their answers (METHODS 4)."""
+"""Recall of facts: the texts with which a model completes prompts, and the probabilities of answers (docs/editing.md,
+"Problems")."""
 
 from __future__ import annotations
 
@@ -20,15 +21,15 @@ COMPLETION_TOKENS = 36
 
 
 def completions(session: Session, facts: Sequence[EncodedFact], tokens: int = COMPLETION_TOKENS) -> list[str]:
-    """The text of so many tokens, each the likeliest, that the model says after each prompt."""
-    texts = [Text(each.prompt) for each in facts]
-    said = continuations(session, texts, [tokens] * len(texts))
-    return [session.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False) for ids in said]
+    """The text of ``tokens`` tokens, each the likeliest, with which the model continues each prompt."""
+    texts = [Text(fact.prompt) for fact in facts]
+    continued = continuations(session, texts, [tokens] * len(texts))
+    return [session.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False) for ids in continued]
 
 
-def completes(fact: Fact, said: str) -> bool:
-    """Whether what the model says holds the fact's answer, in whichever case."""
-    return fact.target_true.strip().lower() in said.lower()
+def completes(fact: Fact, completion: str) -> bool:
+    """Whether a completion contains the fact's answer, ignoring case."""
+    return fact.target_true.strip().lower() in completion.lower()
 
 
 def answer_probabilities(session: Session, facts: Sequence[EncodedFact]) -> list[float]:
@@ -37,7 +38,6 @@ def answer_probabilities(session: Session, facts: Sequence[EncodedFact]) -> list
 
 
 def clean_trials(facts: Sequence[EncodedFact]) -> list[Trial]:
-    """The clean run of each fact."""
     clean = Experiment((Base(),), np.empty(0, dtype=np.int64), Overwrites.none())
     shapes = [Shape(len(fact.tokens), (0, 0), (target_tokens(fact),)) for fact in facts]
     return [

@@ -1,4 +1,4 @@
-"""Connecting to a Ray cluster, or starting one on this machine."""
+"""Connecting to a Ray cluster, or starting one on this machine, and sharing its CPUs and GPUs among workers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import signal
 import socket
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,13 @@ def connected_ray(address: str, workers: int | None) -> Iterator[Any]:
             import ray
         except ImportError:
             raise ExperimentError("--cluster needs Ray: pip install 'causalcone[cluster]'") from None
-        begun = not ray.is_initialized()
-        if begun:
+        starts = not ray.is_initialized()
+        if starts:
             _initialize(ray, address, workers)
     try:
         yield ray
     finally:
-        if begun:
+        if starts:
             ray.shutdown()
 
 
@@ -93,6 +94,41 @@ def _noted() -> str | None:
 
 
 def _check_answer(address: str) -> None:
-    """Raise ``OSError`` or ``ValueError`` where nobody listens."""
+    """Raise ``OSError`` or ``ValueError`` where nothing listens."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+
+
+@dataclass(frozen=True)
+class Share:
+    """The CPUs (0 where GPUs come with none) and GPUs (1 or 0) that each of ``workers`` gets of a cluster. room: how
+    many workers fit in now; neighbours: the most that are on one machine."""
+
+    workers: int
+    cpus: int
+    gpus: int
+    room: int
+    neighbours: int
+
+
+def share(machines: Sequence[Mapping[str, float]], workers: int | None, device: str | None) -> Share:
+    """How ``workers`` share machines with their numbers of "CPU" and "GPU": by default one to a GPU, or to two CPUs
+    where there is none. Raises ``ExperimentError`` where a GPU is asked for, and no machine has one."""
+    on_gpus = [machine for machine in machines if machine.get("GPU", 0) >= 1 and device != "cpu"]
+    if on_gpus:
+        gpus = [int(machine["GPU"]) for machine in on_gpus]
+        cpus = min(int(machine.get("CPU", 0)) // number for machine, number in zip(on_gpus, gpus, strict=True))
+        return Share(workers or sum(gpus), cpus, 1, sum(gpus), max(gpus))
+    if device is not None and device.startswith("cuda"):
+        raise ExperimentError(f"the sweep's device is {device!r}, and no machine of the cluster has a GPU")
+    cores = [int(machine.get("CPU", 0)) for machine in machines]
+
+    def room(cpus: int) -> int:
+        return sum(number // cpus for number in cores)
+
+    if workers is None:
+        cpus = 2 if room(2) else 1
+        workers = max(1, room(cpus))
+    else:
+        cpus = max((each for each in range(1, max(cores, default=0) + 1) if room(each) >= workers), default=1)
+    return Share(workers, cpus, 0, room(cpus), max(1, min(workers, max(cores, default=0) // cpus)))

@@ -1,4 +1,4 @@
-"""Many machines: a crew of workers on a Ray cluster, each with the model on a GPU of its own, or on some CPUs."""
+"""Workers on a Ray cluster, each with the model on a GPU of its own, or on some CPUs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from causalcone.engine.errors import CausalconeError, ExperimentError
 from causalcone.engine.facts import Fact
 from causalcone.runners.results.folder import ResultError, differences
 from causalcone.runners.results.store import Store
-from causalcone.runners.sweep.cluster.ray_connection import connected_ray
-from causalcone.runners.sweep.cluster.ray_worker import Made, RayWorker, WorkerStarted
-from causalcone.runners.sweep.cluster.resources import Share, share
-from causalcone.runners.sweep.config import Sweep
+from causalcone.runners.sweep.cluster.ray_connection import Share, connected_ray, share
+from causalcone.runners.sweep.cluster.ray_worker import RayWorker, WorkerFactory, WorkerStarted
 from causalcone.runners.sweep.executor import Executor, UnitResult, first_line
+from causalcone.runners.sweep.inputs.settings import Sweep
+from causalcone.runners.sweep.inputs.units import Unit
 from causalcone.runners.sweep.signals import Stop
-from causalcone.runners.sweep.units import Unit
-from causalcone.runners.sweep.worker import Description, Worker
+from causalcone.runners.sweep.worker import ModelInfo, Worker
 
 TRIES = 3
-"""So many workers may end at one unit, and a worker may begin so many times in vain."""
+"""How many workers may end at one unit, and how many times a worker may fail to start."""
 SEEN_SECONDS = 120.0
-"""How long files of another machine may take to be seen here; network file systems keep what is not there in mind."""
+"""How long files of another machine may take to be seen here; network file systems cache that a file is missing."""
 
 _ROOM_SECONDS = 60.0
 
@@ -35,168 +34,165 @@ T = TypeVar("T")
 
 
 @contextmanager
-def crews(
-    address: str | None, workers: int | None = None, make: Made = Worker
-) -> Iterator[Callable[..., Executor] | None]:
-    """What makes the crew of a sweep, on the cluster at an address; None, for this process alone, where there is no
-    address. At the end the crew's workers end."""
+def executors(
+    address: str | None, workers: int | None = None, make: WorkerFactory = Worker
+) -> Iterator[Callable[[Sweep, str], Executor] | None]:
+    """A function that makes a sweep's executor on the Ray cluster at an address; None, for this process alone, where
+    there is no address. At the end the workers end.
+
+    address: HOST:PORT; "auto" is the cluster that runs here or that RAY_ADDRESS names, or else one that is started on
+    this machine; "local" is always the latter. make: of a worker, on its machine. Raises ``ExperimentError`` where Ray
+    is missing or no cluster answers.
+    """
     if address is None:
         if workers is not None:
             raise ExperimentError("--workers says how many work on a cluster; give --cluster local, auto or an address")
         yield None
         return
     with ExitStack() as stack:
-        yield lambda sweep, place: stack.enter_context(connect(address, sweep, place, workers, make))
 
+        def connect(sweep: Sweep, place: str) -> Executor:
+            ray = stack.enter_context(connected_ray(address, workers))
+            machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            executor = RayExecutor(ray, sweep, place, share(machines, workers, sweep.device), make)
+            stack.callback(executor.close)
+            return executor
 
-@contextmanager
-def connect(
-    address: str, sweep: Sweep, place: str, workers: int | None = None, make: Made = Worker
-) -> Iterator[RayExecutor]:
-    """A crew on the Ray cluster at ``address``, HOST:PORT. "auto" is the one that runs here or that RAY_ADDRESS names,
-    or else one that is started on this machine; "local" is always the latter. make: of a worker, on its machine.
-
-    Raises ``ExperimentError`` where Ray is missing or no cluster answers.
-    """
-    with connected_ray(address, workers) as ray:
-        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cluster = RayExecutor(ray, sweep, place, share(machines, workers, sweep.device), make)
-        try:
-            yield cluster
-        finally:
-            cluster.close()
+        yield connect
 
 
 class RayExecutor:
-    """A crew of workers, each in a process of its own. One that ends is replaced, and what it was at is done again."""
+    """Workers, each in a process of its own. One that ends is replaced, and its unit is computed again."""
 
-    def __init__(self, ray: Any, sweep: Sweep, place: str, share: Share, make: Made = Worker) -> None:
+    def __init__(self, ray: Any, sweep: Sweep, place: str, share: Share, make: WorkerFactory = Worker) -> None:
         self.ray, self.share, self.store = ray, share, Store.open(place)
-        own = sweep.model_copy(update={"device": "cuda"}) if share.gpus else sweep  # Ray shows it one GPU
+        config = sweep.model_dump() | ({"device": "cuda"} if share.gpus else {})  # Ray shows each worker one GPU
         absolute = place if self.store.local is None else str(self.store.local)
-        self._made_of = (make, own, absolute, os.getcwd(), share)
+        self._start_arguments = (make, config, absolute, os.getcwd(), share)
         self._first: WorkerStarted | None = None
         self._waits_since = time.monotonic()
-        self._hands = [self._hire(_WorkerHandle()) for _ in range(share.workers)]
+        self._workers = [self._start(_WorkerHandle()) for _ in range(share.workers)]
 
-    def describe(self) -> Description:
-        """Of the first worker that has begun; the others must have the same model."""
+    def model_info(self) -> ModelInfo:
+        """That of the first worker that has started; the others must have the same model."""
         while self._first is None:
-            for hand in self._ended():
-                self._begin(hand)
-        return self._first.description
+            for worker in self._finished():
+                self._note_start(worker)
+        return self._first.model
 
     def bad_facts(self, facts: Sequence[Fact]) -> list[tuple[str, str]]:
-        ((_, found),) = self._calls("bad_facts", [tuple(facts)], Stop())
-        if isinstance(found, _WorkerLost):
-            raise ExperimentError(f"the facts cannot be checked: {found.reason}")
-        return list(found)
+        ((_, result),) = self._calls("bad_facts", [tuple(facts)], Stop())
+        if isinstance(result, _WorkerEnd):
+            raise ExperimentError(f"the facts cannot be checked: {result.message}")
+        return list(result)
 
     def run(self, units: Sequence[Unit], stop: Stop) -> Iterator[UnitResult]:
-        for unit, found in self._calls("carry_out", units, stop):
-            if isinstance(found, _WorkerLost):
-                yield UnitResult(unit, 0.0, found.reason)
+        for unit, result in self._calls("run", units, stop):
+            if isinstance(result, _WorkerEnd):
+                yield UnitResult(unit, 0.0, result.message)
                 continue
-            if found.reason is None:
-                self._see(unit)
-            yield found
+            if result.reason is None:
+                self._wait_for_files(unit)
+            yield result
 
     def close(self) -> None:
-        """End all workers, whatever they are at."""
-        for hand in self._hands:
-            self._dismiss(hand)
+        """End all workers at once."""
+        for worker in self._workers:
+            self._stop(worker)
 
     def _calls(self, method: str, arguments: Sequence[T], stop: Stop) -> Iterator[tuple[T, Any]]:
-        """Yields arguments with results of a worker method, in any order; ``_WorkerLost`` if it ended workers."""
+        """Yields arguments with results of a worker method, in any order; ``_WorkerEnd`` if it ended workers."""
         waiting, ends = deque(arguments), Counter[T]()
         while True:
-            for hand in self._hands:
-                if hand.free and waiting and not stop:
-                    hand.ask(method, waiting.popleft())
-            if not any(hand.busy for hand in self._hands) and (stop or not waiting):
+            for worker in self._workers:
+                if worker.free and waiting and not stop:
+                    worker.call(method, waiting.popleft())
+            if not any(worker.busy for worker in self._workers) and (stop or not waiting):
                 return
-            for hand in self._ended():
-                if not hand.busy:
-                    self._begin(hand)
+            for worker in self._finished():
+                if not worker.busy:
+                    self._note_start(worker)
                     continue
-                argument, found = hand.argument, self._found(hand)
-                if isinstance(found, _WorkerLost):
+                argument, result = worker.argument, self._result(worker)
+                if isinstance(result, _WorkerEnd):
                     ends[argument] += 1
                     again = ends[argument] < TRIES
                     name = argument.name if isinstance(argument, Unit) else method
-                    self._warn(f"a worker on {hand.host} ended at {name}{', which is done again' * again}: {found.why}")
-                    self._hire(hand)
+                    self._warn(
+                        f"a worker on {worker.host} ended at {name}{', which is done again' * again}: {result.reason}"
+                    )
+                    self._start(worker)
                     if again:
                         waiting.append(argument)
                         continue
-                yield argument, found
+                yield argument, result
 
-    def _ended(self) -> list[_WorkerHandle]:
-        """Workers that have done what they were at; none after a second, so that signals are heard."""
-        tasks = {hand.task: hand for hand in self._hands if hand.task is not None}
+    def _finished(self) -> list[_WorkerHandle]:
+        """Workers whose task is finished; none after a second, so that signals are handled."""
+        tasks = {worker.task: worker for worker in self._workers if worker.task is not None}
         done, _ = self.ray.wait(list(tasks), num_returns=1, timeout=1.0)
-        if any(hand.host for hand in self._hands):
+        if any(worker.host for worker in self._workers):
             self._waits_since = time.monotonic()
         elif time.monotonic() - self._waits_since > _ROOM_SECONDS:
             self._waits_since = time.monotonic()
             self._warn("no worker has begun yet: the cluster may be busy, or the model takes long to read")
         return [tasks[task] for task in done]
 
-    def _found(self, hand: _WorkerHandle) -> Any:
-        """The result of a worker, which is free afterwards; ``_WorkerLost`` if it ended. Raises the worker's
+    def _result(self, worker: _WorkerHandle) -> Any:
+        """The result of a worker's task, after which it is free; ``_WorkerEnd`` if it ended. Raises the worker's
         ``CausalconeError``."""
-        task, hand.task, hand.argument = hand.task, None, None
+        task, worker.task, worker.argument = worker.task, None, None
         try:
             return self.ray.get(task)
         except self.ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, CausalconeError):
                 raise error.cause from None
-            return _WorkerLost(f"{type(error.cause).__name__}: {first_line(error.cause)}", hand.host)
+            return _WorkerEnd(f"{type(error.cause).__name__}: {first_line(error.cause)}", worker.host)
         except self.ray.exceptions.RayError as error:
-            return _WorkerLost(_death(error), hand.host)
+            return _WorkerEnd(_death(error), worker.host)
 
-    def _begin(self, hand: _WorkerHandle) -> None:
-        """Note that a worker has begun; have it begin again where it could not."""
+    def _note_start(self, worker: _WorkerHandle) -> None:
+        """Note that a worker has started, or start it again if it could not."""
         try:
-            begun = self._found(hand)
+            started = self._result(worker)
         except CausalconeError as error:
             if self._first is None:
                 raise
-            begun = _WorkerLost(str(error), None)
-        if isinstance(begun, WorkerStarted):
-            first = self._first = self._first or begun
-            if begun.description.fingerprint == first.description.fingerprint:
-                hand.host, hand.vain = begun.host, 0
-                if begun.versions != first.versions:
-                    told = "; ".join(differences(first.versions, begun.versions))
-                    self._warn(f"{begun.host} has other versions than {first.host}: {told}")
+            started = _WorkerEnd(str(error), None)
+        if isinstance(started, WorkerStarted):
+            first = self._first = self._first or started
+            if started.model.fingerprint == first.model.fingerprint:
+                worker.host, worker.failures = started.host, 0
+                if started.versions != first.versions:
+                    changes = "; ".join(differences(first.versions, started.versions))
+                    self._warn(f"{started.host} has other versions than {first.host}: {changes}")
                 return
-            begun = _WorkerLost(f"{begun.host} has another model than {first.host} at the same path", begun.host)
-        hand.vain += 1
-        if hand.vain < TRIES:
-            self._hire(hand)
+            started = _WorkerEnd(f"{started.host} has another model than {first.host} at the same path", started.host)
+        worker.failures += 1
+        if worker.failures < TRIES:
+            self._start(worker)
             return
-        self._dismiss(hand)
-        self._hands.remove(hand)
-        if not self._hands:
-            raise ExperimentError(f"no worker can begin: {begun.why}")
-        self._warn(f"a worker cannot begin, and {len(self._hands)} are left: {begun.why}")
+        self._stop(worker)
+        self._workers.remove(worker)
+        if not self._workers:
+            raise ExperimentError(f"no worker can begin: {started.reason}")
+        self._warn(f"a worker cannot begin, and {len(self._workers)} are left: {started.reason}")
 
-    def _hire(self, hand: _WorkerHandle) -> _WorkerHandle:
-        """Put a worker that begins in the place of the one that was there."""
-        self._dismiss(hand)
+    def _start(self, worker: _WorkerHandle) -> _WorkerHandle:
+        """Start a worker, in place of the one that was there."""
+        self._stop(worker)
         options = {"num_cpus": self.share.cpus, "num_gpus": self.share.gpus, "scheduling_strategy": "SPREAD"}
-        hired = self.ray.remote(RayWorker).options(max_restarts=0, max_task_retries=0, **options)
-        hand.actor, hand.host = hired.remote(), None
-        hand.task = hand.actor.begin.remote(*self._made_of)
-        return hand
+        actor = self.ray.remote(RayWorker).options(max_restarts=0, max_task_retries=0, **options)
+        worker.actor, worker.host = actor.remote(), None
+        worker.task = worker.actor.start.remote(*self._start_arguments)
+        return worker
 
-    def _dismiss(self, hand: _WorkerHandle) -> None:
-        if hand.actor is not None:
+    def _stop(self, worker: _WorkerHandle) -> None:
+        if worker.actor is not None:
             with suppress(Exception):  # it has ended, or its cluster has
-                self.ray.kill(hand.actor)
+                self.ray.kill(worker.actor)
 
-    def _see(self, unit: Unit) -> None:
+    def _wait_for_files(self, unit: Unit) -> None:
         """Wait until the files of a unit that was done elsewhere are seen here."""
         until = time.monotonic() + SEEN_SECONDS
         while unit.parts(self.store) is None:
@@ -213,14 +209,14 @@ class RayExecutor:
 
 @dataclass
 class _WorkerHandle:
-    """A worker as the driver sees it. task: what it is at, of which argument; host: where it is, once it has begun;
-    vain: how many times it could not."""
+    """A worker as the driver sees it. task: its call under way, with the argument; host: its machine, once it has
+    started; failures: how many times it could not start."""
 
     actor: Any = None
     task: Any = None
     argument: Any = None
     host: str | None = None
-    vain: int = 0
+    failures: int = 0
 
     @property
     def free(self) -> bool:
@@ -230,21 +226,21 @@ class _WorkerHandle:
     def busy(self) -> bool:
         return self.host is not None and self.task is not None
 
-    def ask(self, method: str, argument: Any) -> None:
+    def call(self, method: str, argument: Any) -> None:
         self.task, self.argument = getattr(self.actor, method).remote(argument), argument
 
 
 @dataclass(frozen=True)
-class _WorkerLost:
-    """That a worker ended, and why."""
+class _WorkerEnd:
+    """The end of a worker, and why."""
 
-    why: str
+    reason: str
     host: str | None
 
     @property
-    def reason(self) -> str:
+    def message(self) -> str:
         return (
-            f"{TRIES} workers ended at it, the last on {self.host}: {self.why}; if memory runs out, give the units "
+            f"{TRIES} workers ended at it, the last on {self.host}: {self.reason}; if memory runs out, give the units "
             "fewer facts or edits (units.facts, units.edits), or take fewer workers"
         )
 

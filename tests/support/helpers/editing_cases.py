@@ -21,9 +21,9 @@ from oracles.memit import MemitEdit
 from oracles.rome import RomeEdit
 
 import causalcone as cc
-from causalcone.engine.edit.editor import Scores
 from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.requests.requests import PROBLEMS, Request
+from causalcone.engine.edit.scoring.evaluate import Scores
 from causalcone.engine.facts import target_ids
 from helpers.models import FACTS, tokenizer
 

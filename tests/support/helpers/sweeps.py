@@ -9,8 +9,9 @@ from typing import Any
 import polars as pl
 from rich.console import Console
 
-from causalcone.runners.sweep.config import Sweep, load_sweep
+from causalcone.runners.sweep.config import load_sweep
 from causalcone.runners.sweep.driver import Driver, SweepSummary
+from causalcone.runners.sweep.inputs.settings import Sweep
 from helpers.compare import assert_table_close
 from helpers.edit_command import write_inputs
 

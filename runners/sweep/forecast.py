@@ -1,4 +1,4 @@
-"""What a sweep will take: FLOPs, hours and disk of each stage, without weights, facts or a network."""
+"""Forecasts of sweeps: FLOPs, hours and disk of each stage, without weights, facts or a network."""
 
 from __future__ import annotations
 
@@ -12,32 +12,21 @@ from causalcone.engine.compute import as_device, as_dtype
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.models.base import Architecture
 from causalcone.runners.show.forecast import USUAL_EFFICIENCY, matmul_rate
-from causalcone.runners.sweep import units
-from causalcone.runners.sweep.config import Sweep
-from causalcone.runners.sweep.forecast.facts import facts_of
-from causalcone.runners.sweep.forecast.flop_counts import Counting, StageCost
-from causalcone.runners.sweep.forecast.model_outline import model_outline
-
-EDITING_EFFICIENCY = 0.4
-"""Of editing, of scoring, and of what models write: FLOPs / (seconds x the rate of matrix products). Like
-``USUAL_EFFICIENCY``, of tracing, it was measured on two CPU cores with GPT-2's shape (bench/RESULTS.md): fine-tuning
-reached less (29% and 15%), and a model too small to fill the cores does too. On a GPU it was not measured."""
-
-EFFICIENCIES = dict.fromkeys((units.MOMENTS, units.TRACE, units.SEVER, units.ZERO), USUAL_EFFICIENCY)
-"""By stage; of the others, that of editing."""
-
-ROW_BYTES = {
-    "facts": 1100, "filter": 140, "traces": 16, "gradients": 26, "edits": 160, "probes": 30, "metrics": 16,
-}  # fmt: skip
-"""Of a row of each table in zstd-compressed Parquet, measured on a sweep of the demo model."""
+from causalcone.runners.sweep.inputs.model_outline import model_outline
+from causalcone.runners.sweep.inputs.planned_facts import facts_of
+from causalcone.runners.sweep.inputs.settings import Sweep
+from causalcone.runners.sweep.inputs.units import Selection
+from causalcone.runners.sweep.stages import FilterStage, later_units, stages_of
+from causalcone.runners.sweep.stages.counts import Counts
+from causalcone.runners.sweep.stages.stage import EFFICIENCY, StageCost
 
 FILE_BYTES = 2500
-"""Of a Parquet file besides its rows, measured likewise."""
+"""Of a Parquet file besides its rows, measured on a sweep of the demo model."""
 
 
 @dataclass(frozen=True)
 class StageForecast:
-    """What a stage will take. flops: floating-point operations; hours: of the device; disk: bytes of results."""
+    """The forecast of a stage. flops: floating-point operations; hours: of the device; disk: bytes of results."""
 
     name: str
     units: int
@@ -50,7 +39,7 @@ class StageForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a sweep will take. rate: FLOP/s of the device's matrix products; lines: in words, what was assumed."""
+    """The forecast of a sweep. rate: FLOP/s of the device's matrix products; lines: in words, what was assumed."""
 
     stages: tuple[StageForecast, ...]
     rate: float
@@ -86,36 +75,48 @@ class Forecast:
 
 
 def forecast(sweep: Sweep, rate: float | None = None, known: int | None = None) -> Forecast:
-    """What a sweep will take.
+    """How long a sweep will take, and how much disk.
 
     rate: FLOP/s of the device's matrix products, measured here and now by default; known: how many facts pass the
-    filter, all by default. Raises ``ExperimentError`` naming what the sweep asks and the model does not have, and
+    filter, all by default. Raises ``ExperimentError`` naming a layer or state that the model does not have, and
     ``shape`` where the model's config cannot be had.
     """
     if rate is not None and not 0 < rate < float("inf"):
         raise ExperimentError(f"--rate is {rate:g}; give operations per second, such as 300e12")
     architecture = model_outline(sweep)
-    facts = facts_of(sweep, architecture.sizes)
-    taken = Counting(sweep, architecture, facts, known).stages()
-    told = "a given rate" if rate is not None else "measured here"
-    found = rate if rate is not None else _measured_rate(sweep, architecture)
-    pace = (
-        f"hours: at {found / 1e12:.4g} TFLOP/s ({told}), of which {USUAL_EFFICIENCY:.0%} are reached in tracing and "
-        f"{EDITING_EFFICIENCY:.0%} in editing; that was measured on two CPU cores"
+    counts = Counts(architecture, facts_of(sweep, architecture.sizes), known)
+    costs = stage_costs(sweep, counts)
+    source = "a given rate" if rate is not None else "measured here"
+    pace = rate if rate is not None else _measured_rate(sweep, architecture)
+    hours = (
+        f"hours: at {pace / 1e12:.4g} TFLOP/s ({source}), of which {USUAL_EFFICIENCY:.0%} are reached in tracing and "
+        f"{EFFICIENCY:.0%} in editing; that was measured on two CPU cores"
     )
-    lines = (*facts.lines, _going_on(sweep, known), *_more(sweep), pace)
-    return Forecast(tuple(_forecast(each, found) for each in taken), found, lines)
+    lines = (*counts.facts.lines, _going_on(known), *_more(sweep), hours)
+    return Forecast(tuple(_forecast(cost, pace) for cost in costs), pace, lines)
 
 
-def _forecast(taken: StageCost, rate: float) -> StageForecast:
-    stage = taken.stage
-    efficiency = EFFICIENCIES.get(stage.name, EDITING_EFFICIENCY)
-    rows = sum(ROW_BYTES[table] * count for table, count in (taken.rows or {}).items())
-    files = FILE_BYTES * sum(len(unit.files) for unit in stage.units)
+def stage_costs(sweep: Sweep, counts: Counts) -> list[StageCost]:
+    """The costs of all stages, in the order in which they are carried out. Raises ``ExperimentError`` for layers or
+    states that the model does not have."""
+    numbers = tuple(range(counts.selected))
+    later = later_units(stages_of(sweep).values(), Selection(numbers, numbers), counts.architecture.sizes.depth)
+    first = FilterStage(sweep, sweep.filter).all_units(counts.facts.count)
+    return [work.stage.cost(work, counts) for work in (first, *later)]
+
+
+def _forecast(cost: StageCost, rate: float) -> StageForecast:
+    work, stage = cost.work, cost.work.stage
+    rows = sum(table.row_bytes * cost.rows.get(table.name, 0) for table in stage.tables)
     return StageForecast(
-        stage.title, len(stage.units), stage.items, stage.unit, taken.flops, taken.flops / (efficiency * rate) / 3600,
-        rows + files + taken.other_bytes,
-    )  # fmt: skip
+        name=work.title,
+        units=len(work.units),
+        items=work.items,
+        unit=stage.item,
+        flops=cost.flops,
+        hours=cost.flops / (stage.efficiency * rate) / 3600,
+        disk=rows + FILE_BYTES * sum(len(unit.files) for unit in work.units) + cost.other_bytes,
+    )
 
 
 def _measured_rate(sweep: Sweep, architecture: Architecture) -> float:
@@ -124,15 +125,15 @@ def _measured_rate(sweep: Sweep, architecture: Architecture) -> float:
     return matmul_rate(architecture.sizes.hidden, as_dtype(dtype), device)
 
 
-def _going_on(sweep: Sweep, known: int | None) -> str:
+def _going_on(known: int | None) -> str:
     if known is not None:
         return f"filter: {known:,} facts are taken to go on (--known), all of them to be erased where that is asked"
     return "filter: all facts are taken to go on, which is the most it can be; --known N says how many do"
 
 
 def _more(sweep: Sweep) -> list[str]:
-    """What else was assumed."""
-    if sweep.edit is None:
+    """All else that was assumed."""
+    if getattr(sweep, "edit", None) is None:
         return []
     lines = ["edits: every one takes all its steps, though it may stop early; inverting second moments is left out"]
     if sweep.moments.tokens == "all":

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from causalcone.engine.facts import Fact
+from causalcone.engine.facts import Fact, OnError
 from causalcone.engine.schemas import FACT_SCHEMA, FILTER_SCHEMA
-from causalcone.runners.results.store import Store
-from causalcone.runners.sweep.config import Sweep
-from causalcone.runners.sweep.units import FILTER, Chosen, filter_stage
+from causalcone.runners.demo.files import path_of
+from causalcone.runners.facts import files
+from causalcone.runners.sweep.inputs.settings import Sweep
+from causalcone.runners.sweep.inputs.units import Selection
 
 FACTS = "facts.parquet"
 
@@ -20,7 +21,7 @@ _TEXTS = ("prompt", "subject", "target_true", "target_new", "relation_id")
 
 
 def fact_table(facts: Sequence[Fact], filtered: pa.Table | None = None) -> pa.Table:
-    """The table of facts, with what the filter found of them, where it has been."""
+    """The table of facts, with what the filter found of them, once it has run."""
     rows = [
         {
             "fact_id": fact.id,
@@ -35,8 +36,7 @@ def fact_table(facts: Sequence[Fact], filtered: pa.Table | None = None) -> pa.Ta
     if filtered is None:
         return table
     for name in FILTER_SCHEMA.names[1:]:
-        place = table.schema.get_field_index(name)
-        table = table.set_column(place, FACT_SCHEMA.field(name), filtered[name])
+        table = table.set_column(table.schema.get_field_index(name), FACT_SCHEMA.field(name), filtered[name])
     return table
 
 
@@ -49,24 +49,25 @@ def _fact(values: dict[str, object]) -> Fact:
     return Fact(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})  # type: ignore[arg-type]
 
 
-def filtered(store: Store, sweep: Sweep, facts: int) -> pa.Table:
-    """What the filter found, of all facts in their order; all of its units must be done."""
-    return pa.concat_tables(store.read_table(unit.file(FILTER)) for unit in filter_stage(sweep, facts).units).select(
-        FILTER_SCHEMA.names
-    )
-
-
-def chosen(sweep: Sweep, table: pa.Table) -> Chosen:
-    """Which facts go on, from what the filter found of them. Published code drops those that are not erasable from
+def select(sweep: Sweep, table: pa.Table) -> Selection:
+    """The facts that go on, from what the filter found of them. Published code drops those that are not erasable from
     everything."""
     published = sweep.compat == "published"
     least = sweep.filter.erasable
     known, erasable = [], []
-    for place, row in enumerate(table.select(("completes", "argmax", "p_true")).to_pylist()):
+    for number, row in enumerate(table.select(("completes", "argmax", "p_true")).to_pylist()):
         likely = row["p_true"] > least if published else row["p_true"] >= least
         right = (row["completes"] or not sweep.filter.completes) and (row["argmax"] or not sweep.filter.argmax)
         if right and (likely or not published):
-            known.append(place)
+            known.append(number)
             if likely:
-                erasable.append(place)
-    return Chosen(tuple(known), tuple(erasable))
+                erasable.append(number)
+    return Selection(tuple(known), tuple(erasable))
+
+
+def read_facts(sweep: Sweep) -> tuple[list[Fact], list[str]]:
+    """The facts of the sweep's file, within its limit, and why records were skipped."""
+    on_error: OnError = "skip" if sweep.skip_bad_facts else "raise"
+    return files.read_facts(
+        path_of(sweep.facts, "facts"), sweep.limit, sweep.seed, zsre_form=sweep.zsre_form, on_error=on_error
+    )

@@ -12,7 +12,8 @@ from urllib.request import getproxies
 from causalcone.engine.errors import CausalconeError, ExperimentError
 from causalcone.engine.models import outline
 from causalcone.engine.models.base import Architecture
-from causalcone.runners.sweep.config import Sweep
+from causalcone.runners.demo.files import path_of
+from causalcone.runners.sweep.inputs.settings import Sweep
 
 _EXAMPLE = "--set 'shape={model_type=\"gpt2\", n_layer=48, n_embd=1600, n_head=25, vocab_size=50257}'"
 
@@ -33,19 +34,19 @@ def known_tokenizer(sweep: Sweep) -> Any:
     """The tokenizer of the model's folder, or of the hub where this machine keeps a copy; None where there is none."""
     from transformers import AutoTokenizer
 
-    folder = _folder(sweep.outline_path())
+    folder = _folder(sweep)
     try:  # the hub itself is not asked: without a network that takes a minute
-        found = AutoTokenizer.from_pretrained(sweep.model if folder is None else folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(sweep.model if folder is None else folder, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError):
         return None
-    return found if found.is_fast else None
+    return tokenizer if tokenizer.is_fast else None
 
 
 def _config(sweep: Sweep) -> tuple[str, Any]:
     """Where the model's config is from, and the config."""
     from transformers import AutoConfig
 
-    folder = _folder(sweep.outline_path())
+    folder = _folder(sweep)
     if folder is None and sweep.shape is not None:
         return "shape", _shaped(sweep.shape)
     try:
@@ -58,7 +59,7 @@ def _config(sweep: Sweep) -> tuple[str, Any]:
 
 
 def _saved(model: str) -> Any:
-    """The config of a model that is no folder: this machine's copy, or the hub's."""
+    """The config of a model that is not a folder: this machine's copy, or the hub's."""
     from huggingface_hub.constants import ENDPOINT
     from transformers import AutoConfig
 
@@ -71,8 +72,8 @@ def _saved(model: str) -> Any:
     return AutoConfig.from_pretrained(model)
 
 
-def _folder(model: str) -> Path | None:
-    folder = Path(model).expanduser()
+def _folder(sweep: Sweep) -> Path | None:
+    folder = Path(path_of(sweep.model, "outline")).expanduser()
     return folder if folder.is_dir() else None
 
 

@@ -1,0 +1,299 @@
+"""The stage "edit": every method edits the facts in every problem, and the edits are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+import pyarrow as pa
+from pydantic import Field, StrictBool, StrictInt, StrictStr
+
+from causalcone.engine.edit.editor import Editor
+from causalcone.engine.edit.moments.moments import Moments
+from causalcone.engine.edit.requests.problems import make_requests
+from causalcone.engine.edit.requests.requests import (
+    ERROR_INJECTION,
+    FACT_AMPLIFICATION,
+    FACT_ERASURE,
+    FACT_FORCING,
+    NOISY,
+    TRACING_REVERSAL,
+)
+from causalcone.engine.edit.requests.windows import as_layers, as_windows
+from causalcone.engine.edit.runs.flops import Asked, EditWork, Grown
+from causalcone.engine.edit.scoring.sampled_texts import ESSENCE_TEXTS, TEXT_TOKENS
+from causalcone.engine.edit.scoring.tables import edit_batch
+from causalcone.engine.edit.texts.contexts import Contexts
+from causalcone.engine.errors import ExperimentError
+from causalcone.engine.facts import Fact
+from causalcone.engine.schemas import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA, Problem
+from causalcone.runners.checked_files import CheckedTable, Count
+from causalcone.runners.demo.files import path_of
+from causalcone.runners.edits.checks import EditChecks
+from causalcone.runners.edits.settings import EditPlan, Setting
+from causalcone.runners.inputs.reference_texts import ReferenceTexts, load_reference_texts
+from causalcone.runners.options import ScoringOptions
+from causalcone.runners.sweep.inputs.lengths import FactLengths
+from causalcone.runners.sweep.inputs.resources import Resources
+from causalcone.runners.sweep.inputs.settings import Names, Sweep
+from causalcone.runners.sweep.inputs.units import Selection, Unit
+from causalcone.runners.sweep.stages.counts import Counts
+from causalcone.runners.sweep.stages.prepared import CONTEXTS, CONTEXTS_FILE, MOMENTS, MOMENTS_FILE, NOISE
+from causalcone.runners.sweep.stages.stage import ResultTable, Stage, StageCost, StageUnits, errors_of
+
+_ESSENCE_END = 2
+"""Tokens of the essence prompt after the subject: "is a"."""
+
+
+class EditSettings(CheckedTable):
+    """Which edits are made of how many facts, and how they are scored.
+
+    methods: as of ``causalcone edit``, such as "memit:5"; layers: "preset", "all", or numbers from 0; preset: where
+    hyperparameters are from; set: what differs from these, such as "rome.steps=5"; essence, accuracy, generation,
+    references: as of ``causalcone edit``, generation also of some problems only, whose names are given; aggregate:
+    which paraphrases and neighbours the scores shown are of.
+    """
+
+    problems: Annotated[tuple[Problem, ...], Field(min_length=1)] = ("error_injection",)
+    methods: Names = ("rome", "memit:5", "finetune:1", "finetune:5")
+    layers: Literal["preset", "all"] | tuple[StrictInt, ...] = "all"
+    preset: StrictStr | None = None
+    set: tuple[StrictStr, ...] = ()
+    facts: Count | None = None
+    essence: StrictBool = True
+    accuracy: StrictBool = False
+    generation: StrictBool | tuple[Problem, ...] = False
+    references: StrictStr | None = None
+    aggregate: Literal["first", "mean"] | None = None
+
+    def generates(self, problem: str) -> bool:
+        """Whether models edited in a problem write texts, which are then measured."""
+        if isinstance(self.generation, tuple):
+            return problem in self.generation
+        return self.generation or self.references is not None
+
+
+class EditStage(Stage[EditSettings]):
+    """Edits and their scores. plans: by problem, the methods with their hyperparameters, and the layers."""
+
+    name, title, table, item = "edit", "edits", EditSettings, "edits"
+    tables = (  # the last is of edits, so that none is there without its scores
+        ResultTable("probes", PROBE_SCHEMA, row_bytes=30),
+        ResultTable("metrics", METRIC_SCHEMA, row_bytes=16),
+        ResultTable("edits", EDIT_SCHEMA, row_bytes=160),
+    )
+
+    def __init__(self, sweep: Sweep, options: EditSettings) -> None:
+        super().__init__(sweep, options)
+        if options.layers == "preset" and options.preset is None:
+            raise ExperimentError("edit.layers is 'preset', and no edit.preset is given; give one, or the layers")
+        with errors_of("edit"):
+            self.plans = {
+                problem: EditPlan.of(
+                    options.methods,
+                    problem,
+                    layers=options.layers,
+                    preset=options.preset,
+                    changes=options.set,
+                    sigma=sweep.noise.sigma,
+                    aggregate=options.aggregate,
+                )
+                for problem in options.problems
+            }
+        self._resources: tuple[Editor, ReferenceTexts | None] | None = None
+
+    @property
+    def needs(self) -> Sequence[str]:
+        plan = self.plans[self.options.problems[0]]
+        uses = {NOISE: {*NOISY} & {*self.options.problems}, CONTEXTS: plan.of_contexts, MOMENTS: plan.of_moments}
+        return [name for name, users in uses.items() if users]
+
+    @property
+    def aggregate(self) -> str:
+        return self.plans[self.options.problems[0]].aggregate
+
+    def layers(self, problem: Problem, depth: int) -> tuple[int, ...]:
+        """The layers, or centres of windows, that a problem's edits are made at."""
+        with errors_of("edit.layers"):
+            return as_layers(self.plans[problem].layers, depth)
+
+    def moment_layers(self, depth: int) -> Sequence[int]:
+        return [
+            layer
+            for problem, plan in self.plans.items()
+            for setting in plan.of_moments
+            for window in as_windows(self.layers(problem, depth), setting.window, depth)
+            for layer in window.layers
+        ]
+
+    def units(self, selection: Selection, depth: int) -> list[StageUnits]:
+        works = []
+        for problem, plan in self.plans.items():
+            facts = selection.erasable if problem == FACT_ERASURE else selection.known
+            facts, layers = facts[: self.options.facts], len(self.layers(problem, depth))
+            units: list[Unit] = []
+            for setting in plan.settings:
+                size = max(1, len(facts)) if setting.definition.joint else max(1, self.sweep.units.edits // layers)
+                units += self.cut(_group(problem, setting), facts, size, layers)
+            works.append(StageUnits(self, problem.replace("_", " "), tuple(units), problem))
+        return works
+
+    def fact_check(self, resources: Resources) -> Callable[[Fact], object]:
+        """Refuses facts that no request can be made of, or whose prompts are too long."""
+        session, options = resources.session, self.options
+        # error injection asks more of a fact than the other problems, which ask the same
+        problem = ERROR_INJECTION if ERROR_INJECTION in options.problems else FACT_AMPLIFICATION
+        generation = any(map(options.generates, options.problems))
+        scoring = ScoringOptions(essence=options.essence, generation=generation)
+        references = self._references() if generation else None
+        check = EditChecks(session, self.plans[options.problems[0]], None, scoring, references)
+        editor = Editor.on(session)
+        return lambda fact: check(*editor.requests([fact], problem, filtered=False))
+
+    def compute(self, unit: Unit, resources: Resources) -> Mapping[str, pa.Table]:
+        """Make edits batch by batch, score them, and let them go."""
+        problem, setting = next(
+            (problem, setting)
+            for problem, plan in self.plans.items()
+            for setting in plan.settings
+            if _group(problem, setting) == unit.group
+        )
+        if self._resources is None:
+            self._resources = self._editor(resources), self._references()
+        editor, references = self._resources
+        layers = self.layers(problem, resources.session.sizes.depth)
+        requests, skipped, _ = make_requests(
+            editor.session,
+            resources.facts_of(unit),
+            problem,
+            editor.sigma,
+            filtered=False,
+            on_error="skip",
+            compat=self.sweep.compat,
+            seed=editor.seed,
+        )
+        resources.leave_out(unit, skipped)
+        generation = self.options.generates(problem)
+        edits, probes, metrics = [], [], []
+        for batch in editor.batches(requests, setting.method, layers, setting.window, setting.hparams):
+            scores = editor.evaluate(
+                batch,
+                essence=self.options.essence,
+                accuracy=self.options.accuracy,
+                generation=generation,
+                references=references if generation else None,
+            )
+            edits.append(edit_batch(scores.edits))
+            probes.append(scores.probes)
+            metrics.append(scores.metrics)
+            del batch, scores  # changes of weights, before the next are made
+        batches = {"probes": probes, "metrics": metrics, "edits": edits}
+        return {table.name: pa.Table.from_batches(batches[table.name], table.schema) for table in self.tables}
+
+    def cost(self, units: StageUnits, counts: Counts) -> StageCost:
+        problem = next(problem for problem in self.plans if problem == units.subject)
+        edits = EditCounts(self, problem, counts)
+        flops = edits.before() + sum(edits.making(setting) + edits.scoring(setting) for setting in edits.settings)
+        return StageCost(units, flops, edits.rows(units.items))
+
+    def _editor(self, resources: Resources) -> Editor:
+        store = resources.store
+        moments = contexts = None
+        if MOMENTS in self.needs:
+            with store.as_file(MOMENTS_FILE) as file:
+                moments = Moments.load(str(file)).with_ridge(self.sweep.moments.ridge)
+        if CONTEXTS in self.needs:
+            contexts = Contexts(**store.read_json(CONTEXTS_FILE))
+        sigma = resources.noise_level if NOISE in self.needs else None
+        return Editor.on(resources.session, moments, contexts, sigma, self.sweep.seed)
+
+    def _references(self) -> ReferenceTexts | None:
+        file = self.options.references
+        return None if file is None else load_reference_texts(path_of(file, "snippets"))
+
+
+def _group(problem: str, setting: Setting) -> str:
+    return f"{problem}/{setting.method}-{setting.window}"
+
+
+class EditCounts:
+    """The edits of facts in one problem."""
+
+    def __init__(self, stage: EditStage, problem: Problem, counts: Counts) -> None:
+        self.options, self.flops, self.problem = stage.options, counts.flops, problem
+        self.facts, self.sizes = counts.some(stage.options.facts), counts.architecture.sizes
+        self.settings = stage.plans[problem].settings
+        self.layers = stage.layers(problem, self.sizes.depth)
+        self.published = stage.sweep.compat == "published"
+        self.targets = [lengths.targets(problem, self.published) for lengths, _ in self.facts]
+
+    def before(self) -> float:
+        """Texts that the unedited model writes, once for every fact: the target in Tracing Reversal, with noise and
+        without; in the first problem, essence texts."""
+        flops = 0.0
+        if self.problem == TRACING_REVERSAL:
+            texts = Grown.total((Grown(1, fact.prompt, fact.reversed), weight) for fact, weight in self.facts)
+            flops += self.flops.decoding(texts) * (1 if self.published else 2)
+        if self.options.essence and self.problem == self.options.problems[0]:
+            starts = ((fact.essence + _ESSENCE_END, weight * ESSENCE_TEXTS) for fact, weight in self.facts)
+            flops += self.flops.decoding(Grown.total((self._grown(tokens), times) for tokens, times in starts))
+        return flops
+
+    def making(self, setting: Setting) -> float:
+        """Edits of all facts at all layers."""
+        definition = setting.definition
+        work = EditWork(
+            flops=self.flops,
+            windows=self.windows(setting),
+            searched=self._total(lambda fact, target, other: fact.searched(definition.contexts, target)),
+            trained=self._total(lambda fact, target, other: Asked.after(fact.prompt, [target])),
+            noisy=self.problem == FACT_FORCING,
+        )
+        return definition.flops(work, setting.hparams)
+
+    def scoring(self, setting: Setting) -> float:
+        """Answers, and texts where these are asked for, before and after every edit."""
+        windows, last = self.windows(setting), self.sizes.depth - 1
+        rank: float | None = setting.definition.rank
+        if rank is not None and setting.definition.joint:
+            rank *= sum(weight for _, weight in self.facts)
+        asked = self._total(lambda fact, target, other: self._asked(fact, target, other))
+        flops = self.flops.unedited(asked, whole=any(window[0] == last for window in windows))
+        flops += sum(self.flops.edited(asked, window, rank) for window in windows)
+        if self.options.generates(self.problem):
+            texts = Grown.total((self._grown(n), weight) for fact, weight in self.facts for n in fact.generation)
+            flops += self.flops.decoding(texts)
+            flops += sum(self.flops.decoding(texts, len(window), rank) for window in windows)
+        return flops
+
+    def rows(self, edits: int) -> dict[str, float]:
+        """Rows by table of this many edits: metrics are two of each kind of prompt, its accuracy, and the others."""
+        count = sum(weight for _, weight in self.facts)
+        prompts = sum((1 + len(fact.asked)) * weight for fact, weight in self.facts) / count
+        kinds = 3 if prompts > 1 else 1
+        written = 1 + (self.options.references is not None) if self.options.generates(self.problem) else 0
+        metrics = self.options.essence + kinds * (2 + self.options.accuracy) + written
+        return {"edits": edits, "probes": edits * prompts, "metrics": edits * metrics}
+
+    def windows(self, setting: Setting) -> list[tuple[int, ...]]:
+        return [window.layers for window in as_windows(self.layers, setting.window, self.sizes.depth)]
+
+    def _asked(self, lengths: FactLengths, target: int, other: int | None) -> Asked:
+        parts = [(lengths.answers(target, other), 1)]
+        if self.options.essence:
+            parts.append((Asked.after(1, [self._text_tokens - 1]), ESSENCE_TEXTS))
+        asked = Asked.total(parts)
+        return replace(asked, distinct=asked.distinct * (1 + self.options.accuracy))  # logits are computed once more
+
+    def _grown(self, tokens: int) -> Grown:
+        return Grown(1, tokens, max(0, self._text_tokens - tokens))
+
+    @property
+    def _text_tokens(self) -> int:
+        return min(TEXT_TOKENS, self.sizes.positions)
+
+    def _total(self, of: Callable[[FactLengths, int, int | None], Any]) -> Any:
+        """The sum over all facts."""
+        terms = [(of(fact, *both), weight) for (fact, weight), both in zip(self.facts, self.targets, strict=True)]
+        return type(terms[0][0]).total(terms)
