@@ -37,7 +37,6 @@ class Encoder:
     sizes: Sizes
 
     def prompt(self, fact: Fact) -> tuple[int, ...]:
-        """The token ids of a fact's prompt."""
         return encode(fact, self.tokenizer, "argmax", self.sizes.vocabulary, self.sizes.positions).prompt
 
     def prompted(self, request: Request, template: str, sample: int = 0, samples: int = 1) -> Prompted:
