@@ -21,10 +21,13 @@ from typing import Any
 import command
 import torch
 from editing_methods import METHODS, Setup
-from editing_studies import EFFICIENCY as EDITING_EFFICIENCY
-from editing_studies import NAIVE, measure_scoring
-from editing_studies import NOTE as EDITING_NOTE
-from editing_studies import measure as measure_editing
+from editing_studies import (
+    EFFICIENCY as EDITING_EFFICIENCY,
+    NAIVE,
+    NOTE as EDITING_NOTE,
+    measure as measure_editing,
+    measure_scoring,
+)
 from editing_workload import NOWHERE, editable_model, editing_workload, second_moments
 from kernel_times import kernel_report, kernel_table
 from large_models import MODELS, config_of, lacking, rounded, shape_of

@@ -15,8 +15,8 @@ from report import device_name, environment, where
 from torch import Tensor
 
 from causalcone.kernels.adam import AdamState
-from causalcone.kernels.adding import RowSum
 from causalcone.kernels.backends import TORCH, Backends, backends_of
+from causalcone.kernels.gathering import RowSum
 from causalcone.kernels.norms import LayerNorm
 from causalcone.kernels.row_attention import RunRows, ScoreRule
 

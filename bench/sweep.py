@@ -34,10 +34,9 @@ from causalcone.runners.facts.files import save_facts
 from causalcone.runners.results.store import Store
 from causalcone.runners.sweep.cluster.ray_executor import executors
 from causalcone.runners.sweep.driver import COMPLETE, Driver
-from causalcone.runners.sweep.executor import Executor, LocalExecutor, UnitResult
+from causalcone.runners.sweep.executor import Executor, LocalExecutor, Stop, UnitResult
 from causalcone.runners.sweep.inputs.settings import Sweep
 from causalcone.runners.sweep.inputs.units import Unit
-from causalcone.runners.sweep.signals import Stop
 from causalcone.runners.sweep.stages import as_sweep
 from causalcone.runners.sweep.worker import Worker
 

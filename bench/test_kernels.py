@@ -14,9 +14,9 @@ from causalcone.engine.plan.compiler import compile_plan
 from causalcone.engine.plan.cone import Shape
 from causalcone.engine.plan.interventions import CLEAN_AND_CORRUPTED
 from causalcone.kernels.adam import AdamState
-from causalcone.kernels.adding import RowSum
 from causalcone.kernels.attention import attend
 from causalcone.kernels.backends import TORCH, backends_of
+from causalcone.kernels.gathering import RowSum
 from causalcone.kernels.linear import Linear
 from causalcone.kernels.norms import LayerNorm, RMSNorm
 from causalcone.kernels.readout import Readout

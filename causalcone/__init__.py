@@ -12,30 +12,29 @@ from causalcone import _moved
 
 if TYPE_CHECKING:  # the same names as below, for editors and type checkers
     from causalcone.analysis import plot as plot
-    from causalcone.engine.edit.deltas.apply import applied as applied
-    from causalcone.engine.edit.deltas.apply import apply as apply
-    from causalcone.engine.edit.deltas.apply import export as export
+    from causalcone.engine.edit.deltas.apply import applied as applied, apply as apply, export as export
     from causalcone.engine.edit.deltas.delta import Delta as Delta
     from causalcone.engine.edit.editor import Editor as Editor
-    from causalcone.engine.edit.methods.hparams import FinetuneHparams as FinetuneHparams
-    from causalcone.engine.edit.methods.hparams import MemitHparams as MemitHparams
-    from causalcone.engine.edit.methods.hparams import RomeHparams as RomeHparams
+    from causalcone.engine.edit.methods.hparams import (
+        FinetuneHparams as FinetuneHparams,
+        MemitHparams as MemitHparams,
+        RomeHparams as RomeHparams,
+    )
     from causalcone.engine.edit.moments.moments import Moments as Moments
     from causalcone.engine.edit.scoring.tables import edit_batch as edit_batch
     from causalcone.engine.edit.texts.contexts import Contexts as Contexts
     from causalcone.engine.errors import CausalconeError as CausalconeError
-    from causalcone.engine.facts import Fact as Fact
-    from causalcone.engine.facts import SkippedFacts as SkippedFacts
-    from causalcone.engine.localize.prompt_runs import Intervention as Intervention
-    from causalcone.engine.localize.prompt_runs import Prompt as Prompt
-    from causalcone.engine.localize.prompt_runs import PromptResult as PromptResult
-    from causalcone.engine.localize.prompt_runs import Read as Read
+    from causalcone.engine.facts import Fact as Fact, SkippedFacts as SkippedFacts
+    from causalcone.engine.localize.prompt_runs import (
+        Intervention as Intervention,
+        Prompt as Prompt,
+        PromptResult as PromptResult,
+        Read as Read,
+    )
     from causalcone.engine.localize.states import State as State
-    from causalcone.engine.localize.tracer import TracePlan as TracePlan
-    from causalcone.engine.localize.tracer import Tracer as Tracer
+    from causalcone.engine.localize.tracer import TracePlan as TracePlan, Tracer as Tracer
     from causalcone.engine.noise import Noise as Noise
-    from causalcone.runners.facts.files import load_facts as load_facts
-    from causalcone.runners.facts.files import save_facts as save_facts
+    from causalcone.runners.facts.files import load_facts as load_facts, save_facts as save_facts
 
     __version__: str
 

@@ -15,12 +15,10 @@ SUFFIX = ".partial"
 
 @contextmanager
 def replacing(path: str | Path, beside: Path | None = None) -> Iterator[Path]:
-    """Yields a path to write a file to, which takes the place of ``path`` when the block ends without an error.
-
-    The content is on disk before the name is. The folder of ``path`` is made if it is not there. ``beside``: the folder
-    of the unfinished file, on the same file system; that of ``path`` by default. Raises ``OSError`` as writing does;
-    ``path`` is then what it was, and nothing is left over.
-    """
+    """Yields a path to write a file to, which takes the place of ``path`` when the block ends without an error. The
+    content is on disk before the name is. The folder of ``path`` is made if it is not there. ``beside``: the folder of
+    the unfinished file, on the same file system; that of ``path`` by default. Raises ``OSError`` as writing does;
+    ``path`` is then what it was, and nothing is left over."""
     path = Path(path)
     partial = _partial(path, beside)
     try:
@@ -43,10 +41,8 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """Yields an empty folder to write to, which gets the name ``path`` when the block ends without an error.
-
-    ``path`` must not exist, or be an empty folder. Raises ``OSError``; nothing is left over then.
-    """
+    """Yields an empty folder to write to, which gets the name ``path`` when the block ends without an error. ``path``
+    must not exist, or be an empty folder. Raises ``OSError``; nothing is left over then."""
     path = Path(path)
     partial = _partial(path, None)
     try:

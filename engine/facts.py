@@ -81,12 +81,9 @@ class Fact:
 
 @dataclass(frozen=True)
 class EncodedFact:
-    """A fact as token ids.
-
-    prompt: ids of the filled prompt, special tokens included; span: half-open token range of the subject;
-    target: ids of the target, empty where the clean run's own most likely token is the target; counterfactual: ids of
-    the prompt about its ``counterfactual_subject``, where the subject is corrupted by that.
-    """
+    """A fact as token ids. prompt: ids of the filled prompt, special tokens included; span: half-open token range of
+    the subject; target: ids of the target, empty where the clean run's own most likely token is the target;
+    counterfactual: ids of the prompt about its ``counterfactual_subject``, where the subject is corrupted by that."""
 
     fact: Fact
     prompt: tuple[int, ...]
@@ -101,11 +98,9 @@ class EncodedFact:
 
 
 def encode(fact: Fact, tokenizer: Any, target: str, vocabulary: int, positions: int) -> EncodedFact:
-    """Tokenize a fact (docs/methods.md, "Facts and tokens"); ``target`` is ``"label"`` or ``"argmax"``.
-
-    Raises ``FactError`` where the subject overlaps no token, a token id is outside the model's ``vocabulary``, or
-    prompt and target need more than ``positions``.
-    """
+    """Tokenize a fact (docs/methods.md, "Facts and tokens"); ``target`` is ``"label"`` or ``"argmax"``. Raises
+    ``FactError`` where the subject overlaps no token, a token id is outside the model's ``vocabulary``, or prompt and
+    target need more than ``positions``."""
     prompt, span = encode_text(fact.text, fact.subject_characters, tokenizer)
     if span is None:
         raise FactError(f"fact {fact.id!r}: the subject {fact.subject!r} overlaps no token of its prompt {fact.text!r}")
@@ -143,14 +138,8 @@ def encode_text(
 def target_ids(target: str, tokenizer: Any) -> tuple[int, ...]:
     """Token ids of a target, tokenized alone: with one leading space, be it the text's own or the tokenizer's."""
     word = target.removeprefix(" ")
-    text = word if _adds_leading_space(tokenizer) else " " + word
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _adds_leading_space(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts the word-start mark before a bare word by itself, as Llama's does."""
-    tokens = tokenizer.tokenize("a")
-    return bool(tokens) and tokens[0].startswith("▁")
+    marks_words = "".join(tokenizer.tokenize("a")[:1]).startswith("▁")  # bare ones too, as Llama's tokenizer does
+    return tuple(tokenizer(word if marks_words else " " + word, add_special_tokens=False)["input_ids"])
 
 
 def subject_ids(fact: Fact, tokenizer: Any) -> tuple[int, ...]:
@@ -160,9 +149,7 @@ def subject_ids(fact: Fact, tokenizer: Any) -> tuple[int, ...]:
 
 def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
     """The text of each token by itself, a leading space included; bytes that are no whole character show as U+FFFD.
-
-    Decoders may take away the space that begins a text, so every token is decoded after a letter.
-    """
+    Decoders may take away the space that begins a text, so every token is decoded after a letter."""
     letter = tokenizer("a", add_special_tokens=False)["input_ids"]
     start = len(tokenizer.decode(letter, clean_up_tokenization_spaces=False))
     return [tokenizer.decode([*letter, i], clean_up_tokenization_spaces=False)[start:] for i in ids]

@@ -134,7 +134,6 @@ class RecentlyUsed(Generic[Key, Value]):
         self.entries: OrderedDict[Key, Value] = OrderedDict()
 
     def size(self, value: Value) -> int:
-        """Bytes of a value."""
         raise NotImplementedError
 
     def get(self, key: Key, make: Callable[[], Value]) -> Value:

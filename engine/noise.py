@@ -107,9 +107,7 @@ def _check_kind(kind: str, replace: bool, dof: float | None) -> None:
 @dataclass
 class NoiseStream:
     """The noise of a run: what every fact's corrupted tokens carry, the same for every fact with a span of one length.
-
-    draws: how many draws follow each other in the stream; one, but for published severed tracing.
-    """
+    draws: how many draws follow each other in the stream; one, but for published severed tracing."""
 
     noise: Noise
     sigma: float
@@ -166,9 +164,7 @@ def parse_sigma(sigma: float | str) -> tuple[float, bool]:
 
 def subject_deviation(subjects: Sequence[Sequence[int]], embed: Callable[[Tensor], Tensor]) -> float:
     """Unbiased standard deviation of all elements of the embedding outputs of subjects' token ids, repeats kept.
-
-    ``embed`` maps token ids (R,) to embeddings (R, hidden). Two passes in float64 over the distinct tokens.
-    """
+    ``embed`` maps token ids (R,) to embeddings (R, hidden). Two passes in float64 over the distinct tokens."""
     counts = Counter(token for subject in subjects for token in subject)
     tokens = torch.tensor(sorted(counts))
     weights = torch.tensor([counts[int(token)] for token in tokens], dtype=torch.float64)

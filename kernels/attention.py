@@ -27,14 +27,9 @@ def attend(
     R = H // G if queries.device.type == "cpu" else 1
     query = queries.view(B, m, G, R, d).transpose(1, 2).flatten(2, 3) if R > 1 else queries.transpose(1, 2)
     seen = visible.repeat_interleave(R, dim=-2) if R > 1 else visible
-    out = F.scaled_dot_product_attention(
-        query,
-        keys.transpose(1, 2),
-        values.transpose(1, 2),
-        attn_mask=seen if seen.ndim == 2 else seen[:, None],
-        scale=scale,
-        enable_gqa=query.shape[1] != G,
-    )
+    mask, grouped = seen if seen.ndim == 2 else seen[:, None], query.shape[1] != G
+    key, value = keys.transpose(1, 2), values.transpose(1, 2)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return out.unflatten(2, (m, R)).transpose(1, 2).reshape(B, m, H, d) if R > 1 else out.transpose(1, 2)
 
 
@@ -52,9 +47,8 @@ def _attend_capped(
     queries, keys, values = queries.to(wide), keys.to(wide), values.to(wide)
     hidden = torch.zeros(visible.shape, dtype=wide).masked_fill_(~visible, float("-inf"))
     out = torch.empty_like(queries)
-    for group, (query, group_out) in enumerate(
-        zip(queries.chunk(groups, 2), out.chunk(groups, 2), strict=True)
-    ):  # the query heads of one key head are queries more
+    by_key_head = (tensor.chunk(groups, 2) for tensor in (queries, out))  # one's query heads are queries more
+    for group, (query, group_out) in enumerate(zip(*by_key_head, strict=True)):
         scores = torch.bmm(query.reshape(B, -1, d), keys[:, :, group].transpose(1, 2)).mul_(scale)
         weights = capped(scores, softcap).view(B, m, H // groups, -1).add_(hidden.unsqueeze(-2)).softmax(-1)
         group_out.copy_(torch.bmm(weights.view(B, -1, weights.shape[-1]), values[:, :, group]).view(group_out.shape))

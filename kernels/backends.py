@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from causalcone.kernels import adam, adding, flash_attention, gathering, log_sums, row_attention
+from causalcone.kernels import adam, flash_attention, gathering, log_sums, row_attention
 from causalcone.kernels.norms import Norm
 
 KERNELS, ATTENTION = "CAUSALCONE_KERNELS", "CAUSALCONE_ATTENTION"
@@ -61,8 +61,8 @@ class Backends:
     """The names of the forms: of attention, and of the other operations."""
     attend_rows: Callable[..., None] = row_attention.attend_rows
     gather_normed: Callable[..., Tensor] = gathering.gather_normed
-    add_rows: Callable[..., None] = adding.add_rows
-    add_normed: Callable[..., None] = adding.add_normed
+    add_rows: Callable[..., None] = gathering.add_rows
+    add_normed: Callable[..., None] = gathering.add_normed
     add_tile: Callable[..., None] = log_sums.add_tile
     step_weight: Callable[..., None] = adam.step_weight
     fuses: Callable[[Norm, int], bool] = _never
@@ -80,8 +80,8 @@ _ROWS = {
     "triton": Backends(
         rows="triton",
         gather_normed=FusedOperation("gathering", "gather_normed"),
-        add_rows=FusedOperation("adding", "add_rows"),
-        add_normed=FusedOperation("adding", "add_normed"),
+        add_rows=FusedOperation("gathering", "add_rows"),
+        add_normed=FusedOperation("gathering", "add_normed"),
         add_tile=FusedOperation("log_sums", "add_tile"),
         step_weight=FusedOperation("adam", "step_weight"),
         fuses=gathering.fuses,

@@ -7,6 +7,7 @@ left of each run's keys is a sequence of its own, under the causal mask. The two
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +27,8 @@ def attend_rows(
     d = scoring.head_dim
     heads, packed = queries.unflatten(1, (-1, d)), keys_values.unflatten(1, (2, -1, d))
     batches = zip(runs.queries.split(MAX_RUNS), runs.keys.split(MAX_RUNS), strict=True)
-    for (query_rows, key_rows), part in zip(batches, out.split(MAX_RUNS * len(runs.tokens)), strict=True):
-        results = part.view(*query_rows.shape, *heads.shape[1:])
+    for (query_rows, key_rows), outputs in zip(batches, out.split(MAX_RUNS * len(runs.tokens)), strict=True):
+        results = outputs.view(*query_rows.shape, *heads.shape[1:])
         for columns in _stretches(runs.tokens):  # flash-attn's mask is that of neighbours, the last keys their own
             stretch = runs.tokens[columns]
             seen = key_rows[:, : stretch[-1] + 1]
@@ -51,7 +52,8 @@ def _attend(
     lengths = torch.full_like(prefix, m)
     window = (-1, -1) if scoring.window is None or scoring.window >= K else (scoring.window - 1, 0)
     rest_rows = key_rows[key >= prefix[:, None]]
-    outputs, output_sums = _flash(queries, packed, rest_rows, lengths, K - prefix, scoring, causal=True, window=window)
+    rest = K - prefix
+    outputs, output_sums = _flash(queries, packed, rest_rows, lengths, rest, scoring, causal=True, window_size=window)
     shares = prefix > 0
     if not shares.any():
         return outputs
@@ -60,7 +62,8 @@ def _attend(
     shared_rows = key_rows[first][key < prefix[first, None]]
     members = torch.bincount((new.cumsum(0) - 1)[shares], minlength=int(new.sum()))[shares[new]]
     asking = shares.repeat_interleave(m)
-    seen, sums = _flash(queries[asking], packed, shared_rows, members * m, prefix[first], scoring)
+    everything = {"causal": False, "window_size": (-1, -1)}
+    seen, sums = _flash(queries[asking], packed, shared_rows, members * m, prefix[first], scoring, **everything)
     total = torch.logaddexp(output_sums[asking], sums)
     weights = ((output_sums[asking] - total).exp(), (sums - total).exp())
     merged = outputs[asking].float() * weights[0][..., None] + seen.float() * weights[1][..., None]
@@ -69,38 +72,19 @@ def _attend(
 
 
 def _flash(
-    queries: Tensor,
-    packed: Tensor,
-    rows: Tensor,
-    asking: Tensor,
-    seen: Tensor,
-    scoring: ScoreRule,
-    causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
+    queries: Tensor, packed: Tensor, rows: Tensor, asking: Tensor, seen: Tensor, scoring: ScoreRule, **mask: Any
 ) -> tuple[Tensor, Tensor]:
     """Outputs (N, H, d) and log-sum-exps (N, H) of sequences of ``asking`` queries and ``seen`` keys, one by one."""
     from flash_attn import flash_attn_varlen_func
 
     keys, values = packed.index_select(0, rows).unbind(1)
+    ends = (torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int() for lengths in (asking, seen))
     out, sums, _ = flash_attn_varlen_func(
-        queries,
-        keys,
-        values,
-        cu_seqlens_q=_ends(asking),
-        cu_seqlens_k=_ends(seen),
-        max_seqlen_q=int(asking.max()),
-        max_seqlen_k=int(seen.max()),
-        softmax_scale=scoring.scale,
-        causal=causal,
-        window_size=window,
-        softcap=scoring.softcap or 0.0,
-        return_attn_probs=True,
-    )
+        queries, keys, values, cu_seqlens_q=next(ends), cu_seqlens_k=next(ends), max_seqlen_q=int(asking.max()),
+        max_seqlen_k=int(seen.max()), softmax_scale=scoring.scale, softcap=scoring.softcap or 0.0,
+        return_attn_probs=True, **mask,
+    )  # fmt: skip
     return out, sums.T
-
-
-def _ends(lengths: Tensor) -> Tensor:
-    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
 
 
 def _stretches(tokens: tuple[int, ...]) -> Iterator[slice]:

@@ -95,8 +95,8 @@ def _in_pieces(linear: Linear, rows: Tensor) -> Tensor:
     if linear.packed is None or len(rows) <= _PIECE:
         return linear.product(rows)
     out = rows.new_empty(len(rows), len(linear.weight))
-    for part in pieces(len(rows), _PIECE):
-        out[part] = linear.product(rows[part])
+    for piece in pieces(len(rows), _PIECE):
+        out[piece] = linear.product(rows[piece])
     return out
 
 

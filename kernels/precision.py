@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -19,11 +19,13 @@ def float32_products(tf32: bool = False) -> Iterator[None]:
 
     TF32 rounds what is multiplied to 10 bits of mantissa. Triton kernels compute in full float32 all the same.
     """
-    before = _precisions()
+    before = tuple(products.fp32_precision for products in _PRODUCTS)
     if not tf32 and set(before) == {"none"}:  # as torch comes
         yield
         return
-    legacy = _legacy()
+    legacy: str | None = None
+    with suppress(RuntimeError):  # where the older interface cannot be read
+        legacy = torch.get_float32_matmul_precision()
     try:
         # torch has two interfaces, and refuses to read the one where only the other was set; this sets both
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
@@ -36,18 +38,6 @@ def float32_products(tf32: bool = False) -> Iterator[None]:
                 products.fp32_precision = precision
 
 
-def _precisions() -> tuple[str, ...]:
-    return tuple(products.fp32_precision for products in _PRODUCTS)
-
-
-def _legacy() -> str | None:
-    """What the older interface says; nothing where it cannot be read."""
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:
-        return None
-
-
 def each_within(context: Callable[[], AbstractContextManager[object]], items: Iterator[Item]) -> Iterator[Item]:
     """The items, each of them computed within a context of its own, which whoever takes them never sees."""
     taken: list[Item] = []
@@ -58,7 +48,7 @@ def each_within(context: Callable[[], AbstractContextManager[object]], items: It
                     taken.append(next(items))
                 except StopIteration:
                     return
-            yield taken.pop()  # kept here no longer than it is needed
+            yield taken.pop()  # held no longer than it is needed
     finally:
         if isinstance(items, Generator):
             items.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +26,12 @@ class Readout:
     rows: int = 512
     vocabulary: int = 4096
     softcap: float | None = None
-    kept: tuple[tuple[int, Linear], ...] | None = None
+    prepared: tuple[tuple[int, Linear], ...] | None = None
     backends: Backends = TORCH
 
     def keeping(self, dtype: torch.dtype) -> Readout:
         """The same with its weights made ready once, for states of ``dtype``: they take as much memory again."""
-        return replace(self, kept=tuple(self._products(self.weight.new_empty(0, dtype=dtype))))
+        return replace(self, prepared=tuple(self._products(self.weight.new_empty(0, dtype=dtype))))
 
     def target_log_probabilities(self, states: Tensor, targets: Tensor) -> Tensor:
         """log p(target) of each row, float64, in the shape of ``targets``.
@@ -46,8 +48,8 @@ class Readout:
                 self.backends.add_tile(logits, start, self.softcap, targets[tile], total[tile], logit[tile])
         return logit - (total if targets.dim() == 1 else total[:, None])
 
-    def differentiated(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """log p(target) of each row (R,), float64, and its gradient by the states, (R, D)."""
+    def log_probability(self, states: Tensor, targets: Tensor) -> Tensor:
+        """log p of each row's target (R,), float64, differentiable by the states (R, D)."""
 
         def of_logits(logits: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
             target = targets[tile, None]
@@ -57,13 +59,11 @@ class Readout:
             slope = logits.div_(-sums[:, None]).scatter_add_(1, target, torch.ones_like(target, dtype=logits.dtype))
             return target_logits - top[:, 0].double() - sums.double().log(), slope
 
-        return self._through_logits(states, of_logits)
+        return _Differentiable.apply(states, partial(self._through_logits, of_logits=of_logits))
 
-    def divergence(self, states: Tensor, reference: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """KL(p || q) of each row's distribution p (R,), float64, and its gradient by the states, (R, D).
-
-        reference (n, V): log q, of which row i takes ``rows[i]``.
-        """
+    def divergence(self, states: Tensor, reference: Tensor, rows: Tensor) -> Tensor:
+        """KL(p || q) of each row's distribution p (R,), float64, differentiable by the states (R, D); log q of row i is
+        ``reference[rows[i]]``."""
 
         def of_logits(logits: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
             log_p = logits.log_softmax(-1)
@@ -72,16 +72,13 @@ class Readout:
             value = (p * slope).sum(-1, dtype=torch.float64)
             return value, slope.sub_(value[:, None].to(slope)).mul_(p)
 
-        return self._through_logits(states, of_logits)
+        return _Differentiable.apply(states, partial(self._through_logits, of_logits=of_logits))
 
     def _through_logits(
         self, states: Tensor, of_logits: Callable[[Tensor, slice], tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
         """A number of each row (R,), float64, and its gradient by the states (R, D), from ``of_logits``: the number of
-        each row of a tile, and its gradient by the logits.
-
-        A tile of rows has all its logits at once: they serve for both.
-        """
+        each row of a tile, and its gradient by the logits, which are all there at once and serve for both."""
         wide = torch.promote_types(states.dtype, torch.float32)
         numbers = torch.empty(len(states), dtype=torch.float64, device=states.device)
         gradient = torch.empty_like(states)
@@ -124,10 +121,25 @@ class Readout:
         return token
 
     def _products(self, states: Tensor) -> Iterator[tuple[int, Linear]]:
-        if self.kept is not None:
-            yield from self.kept
+        if self.prepared is not None:
+            yield from self.prepared
             return
         for start in range(0, len(self.weight), self.vocabulary):
-            part = slice(start, start + self.vocabulary)
-            bias = None if self.bias is None else self.bias[part].to(states)
-            yield start, Linear(self.weight[part].to(states), bias)
+            tile = slice(start, start + self.vocabulary)
+            bias = None if self.bias is None else self.bias[tile].to(states)
+            yield start, Linear(self.weight[tile].to(states), bias)
+
+
+class _Differentiable(torch.autograd.Function):
+    """A number of each row, whose gradient by the states is computed with it, while the logits are there."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, with_gradient: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        numbers, gradient = with_gradient(states)
+        ctx.save_for_backward(gradient)
+        return numbers
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return grads[0][:, None].to(gradient.dtype) * gradient, None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
-def on_device(host: Tensor, device: torch.device) -> Tensor:
+def on_device(values: Tensor | np.ndarray, device: torch.device) -> Tensor:
     """A tensor on the device. From the host it goes through pinned memory, which torch keeps until it is copied."""
+    host = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
     if device.type == "cuda" and host.device.type == "cpu":
         return host.pin_memory().to(device, non_blocking=True)
     return host.to(device)

@@ -10,8 +10,6 @@ from typing import Any
 
 from typer import Argument, Option
 
-from causalcone.runners.demo.files import path_of
-
 
 def option(default: Any, help: str, *names: str, made: Any = Option, **more: Any) -> Any:
     """A field that ``takes`` makes an option of a command; needed where ``default`` is ``...``."""
@@ -21,19 +19,11 @@ def option(default: Any, help: str, *names: str, made: Any = Option, **more: Any
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """The model."""
-
     model: str = option(..., "Model folder or hub id; 'demo' is the embedded demo model.")
-
-    def model_path(self) -> str:
-        """The model's folder or hub id."""
-        return path_of(self.model, "model")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeOptions(ModelOptions):
-    """The model, and how to compute."""
-
     dtype: str | None = option(None, "Compute in float64, float32, bfloat16 or float16; the model's own by default.")
     device: str | None = option(None, "Compute on cpu, cuda, cuda:1, ...; cuda by default where it is.")
     memory: str | None = option(None, "Bytes that a pass may take, such as 4GiB; half of what is free by default.")
@@ -41,23 +31,15 @@ class ComputeOptions(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class FactsOptions(ModelOptions):
-    """The model and the facts."""
-
     facts: str = option(
         ..., "File of facts: CounterFact, zsRE, known-facts JSON, or causalcone's JSONL; 'demo': the demo world."
     )
     limit: int | None = option(None, "Only the first N facts.", min=1)
     skip_bad_facts: bool = option(False, "List unusable facts and go on.", "--skip-bad-facts")
 
-    def facts_path(self) -> str:
-        """The file of facts."""
-        return path_of(self.facts, "facts")
-
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions(ComputeOptions, FactsOptions):
-    """The model and the facts, and how passes compute."""
-
     kernels: str | None = option(
         None, "Force torch, triton or flash (attention); by default triton on CUDA devices, else torch."
     )
@@ -84,8 +66,6 @@ class TuningSourceOptions(SourceOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
-    """Where results go."""
-
     out: Path = option(..., "Folder for the results.")
     overwrite: bool = option(False, "Replace the run that the folder holds.", "--overwrite")
     quiet: bool = option(False, "No progress and no summary.", "--quiet")
@@ -106,8 +86,6 @@ _TOKENS_HELP = "all, subject_onward, subject, subject_last, last, or indices suc
 
 @dataclass(frozen=True, kw_only=True)
 class TracingOptions:
-    """The states that are restored, and the corrupted run that they are restored in."""
-
     state: list[str] | None = option(
         None,
         "States to restore, KIND:WINDOW with kind hidden, mlp, attn, head.N (one head) or heads (every one); "
@@ -138,8 +116,6 @@ class TracingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroingOptions:
-    """The states that are set to zero."""
-
     state: list[str] | None = option(
         None,
         "States to set to zero, KIND:WINDOW as for trace; repeat for several. By default mlp:5.",
@@ -151,8 +127,6 @@ class ZeroingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class IntegrationOptions:
-    """Which gradients are integrated, and along which path."""
-
     kind: list[str] | None = option(
         None, "hidden, mlp or attn; repeat for several. By default all three.", show_default=False
     )
@@ -164,8 +138,6 @@ class IntegrationOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """Running text."""
-
     texts: str | None = option(
         None,
         "Running text: a .txt file (a text a line), JSON lines or Parquet (with a column of texts), or a "
@@ -181,8 +153,6 @@ class TextOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class MomentsFileOptions:
-    """The file that results go to."""
-
     out: Path = option(..., "File for the moments, such as moments.safetensors.")
     resume: Path | None = option(
         None, "File that keeps a collection under way; OUT.partial by default.", show_default=False
@@ -196,8 +166,6 @@ _LAYERS_HELP = "Layers, counted from 0: all, or numbers such as 0,4,8"
 
 @dataclass(frozen=True, kw_only=True)
 class CollectingOptions:
-    """Which second moments are collected, of how much text."""
-
     layers: str = option("all", f"{_LAYERS_HELP}.")
     tokens: str | None = option(
         None, "Tokens to take, or all; by default 10 times the width of the MLP's hidden layer."
@@ -240,10 +208,6 @@ class EditMethodOptions:
     filtered: bool = option(True, "Leave out facts that the model does not complete.", "--filter/--no-filter")
     compat: str | None = option(None, "'published': pose problems as the published code does.")
 
-    def moments_path(self) -> str | None:
-        """The file of moments, if they are not to be collected now."""
-        return None if self.moments is None else path_of(self.moments, "moments")
-
 
 _PROBLEM_HELP = "error_injection, tracing_reversal, fact_erasure, fact_amplification or fact_forcing"
 _AGGREGATE_HELP = "first, or mean. By default the preset's, or first."
@@ -251,8 +215,6 @@ _AGGREGATE_HELP = "first, or mean. By default the preset's, or first."
 
 @dataclass(frozen=True, kw_only=True)
 class EditingOptions(EditMethodOptions):
-    """Which edits are made."""
-
     problem: str = option("error_injection", f"{_PROBLEM_HELP}.")
     layers: str | None = option(
         None,
@@ -289,8 +251,6 @@ class TuningOptions(EditMethodOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringOptions:
-    """Scores of edited models besides probabilities, and files that are kept of them."""
-
     essence: bool = option(False, "Perplexity of five texts about each subject.", "--essence")
     accuracy: bool = option(False, "Share of the target's tokens that are the likeliest.", "--accuracy")
     generation: bool = option(False, "Let edited models write, and measure the entropy of that (slow).", "--generation")

@@ -67,9 +67,8 @@ class Editor:
         kernels: Kernels | None = None,
         tf32: bool = False,
     ) -> None:
-        self._open(
-            Session(model, tokenizer, Compute.of(dtype, device, memory, kernels, tf32)), moments, contexts, sigma, seed
-        )
+        session = Session(model, tokenizer, Compute.of(dtype, device, memory, kernels, tf32))
+        self._open(session, moments, contexts, sigma, seed)
 
     @classmethod
     def on(
@@ -101,12 +100,7 @@ class Editor:
         return cls.on(open_session(path, Compute.of(dtype, device, memory, kernels, tf32)), moments, **options)
 
     def _open(
-        self,
-        session: Session,
-        moments: Moments | None,
-        contexts: Contexts | Sequence[str] | None,
-        sigma: float | str | None,
-        seed: int,
+        self, session: Session, moments: Moments | None, contexts: Any, sigma: float | str | None, seed: int
     ) -> None:
         self.session, self.moments, self.seed = session, moments, seed
         self.sigma = DEFAULT_SIGMA if sigma is None else sigma
@@ -213,14 +207,11 @@ class Editor:
         Raises:
             ExperimentError: There are no requests, or a layer has no moments.
         """
-        listed = _listed(requests)
+        listed, (window,), checked = self._prepare(MEMIT_JOINT, requests, [tuple(layers)], None, hparams)
         if not listed:
             raise ExperimentError("there are no requests; give at least one")
-        windows = MEMIT_JOINT.windows([tuple(layers)], None, self.session.sizes.depth)
-        checked: Any = MEMIT_JOINT.checked(hparams)
-        self._prepare(MEMIT_JOINT, listed, windows)
         with self.session.computing():
-            return JointMemit(self._model(MEMIT_JOINT), checked).joint(listed, windows[0])
+            return JointMemit(self._model(MEMIT_JOINT), checked).joint(listed, window)
 
     def finetune(
         self,
@@ -262,10 +253,8 @@ class Editor:
         Raises:
             ExperimentError: An argument, or the editor's moments, cannot be used; this is checked at once.
         """
-        definition, listed = method_named(method), _listed(requests)
-        windows = definition.windows(layers, window, self.session.sizes.depth)
-        checked = definition.checked(hparams)
-        self._prepare(definition, listed, windows)
+        definition = method_named(method)
+        listed, windows, checked = self._prepare(definition, requests, layers, window, hparams)
         batches = definition.build(self._model(definition), checked).batches(listed, windows) if listed else iter(())
         return each_within(self.session.computing, batches)
 
@@ -329,7 +318,14 @@ class Editor:
         """
         return self._evaluator.evaluate(edits, essence, accuracy, generation, references)
 
-    def _prepare(self, method: Method, requests: Sequence[Request], windows: Sequence[Window]) -> None:
+    def _prepare(
+        self, method: Method, requests: Any, layers: Any, window: int | None, hparams: Hparams | None
+    ) -> tuple[list[Request], list[Window], Any]:
+        """Requests, windows and hyperparameters, checked before anything is computed."""
+        if isinstance(requests, Request) or not isinstance(requests, Iterable):
+            raise ExperimentError(f"requests are {requests!r}; give a list, as Editor.requests makes it")
+        requests, windows = list(requests), method.windows(layers, window, self.session.sizes.depth)
+        checked = method.checked(hparams)
         for request in requests:
             if not isinstance(request, Request):
                 raise ExperimentError(f"{request!r} is not a request; make them with Editor.requests(facts, problem)")
@@ -340,10 +336,11 @@ class Editor:
                 raise ExperimentError(
                     f"{method.name} needs second moments: Editor(model, tokenizer, moments=Moments.collect(...))"
                 )
-            layers = sorted({layer for window in windows for layer in window.layers})
-            self.moments.check(self.session.architecture, layers)
+            edited = sorted({layer for window in windows for layer in window.layers})
+            self.moments.check(self.session.architecture, edited)
         if requests:
             self.session.verify(self._encoder.prompt(requests[0].fact))
+        return requests, windows, checked
 
     def _model(self, method: Method) -> EditableModel:
         layers, batching = layers_and_batching(self.session)
@@ -351,12 +348,6 @@ class Editor:
         return EditableModel(
             layers=layers, encoder=self._encoder, batching=batching, contexts=contexts, moments=self.moments
         )
-
-
-def _listed(requests: Any) -> list[Request]:
-    if isinstance(requests, Request) or not isinstance(requests, Iterable):
-        raise ExperimentError(f"requests are {requests!r}; give a list, as Editor.requests makes it")
-    return list(requests)
 
 
 def _flat(batches: Iterable[list[Edit]]) -> list[Edit]:

@@ -102,7 +102,8 @@ class CausalTracing:
 
 @dataclass
 class Zeroing:
-    """Zeroing as ``spec`` says, in a model of ``depth`` layers."""
+    """Zeroing as ``spec`` says, in a model of ``depth`` layers: clean runs with one window set to zero at all chosen
+    tokens, and a table row per (state, centre layer)."""
 
     spec: ZeroSpec
     depth: int
@@ -112,7 +113,10 @@ class Zeroing:
     def trial(self, fact: EncodedFact) -> tuple[Trial, TraceGrid]:
         tokens = choose_tokens(self.spec.tokens, len(fact.prompt), fact.span)
         if tokens not in self._grids:
-            self._grids[tokens] = zeroing_grid(self.spec.states, self.depth, tokens)
+            table, windows = _windows(self.spec.states, self.depth, tokens, tokens, 1, joint=True)
+            overwrites = _overwritten(windows, 1, tokens, ZERO)
+            experiment = Experiment((Base(),), np.full(len(windows), CLEAN), overwrites)
+            self._grids[tokens] = TraceGrid(experiment, *table)
         grid = self._grids[tokens]
         shape = Shape(len(fact.tokens), (0, 0), (target_tokens(fact),))
         return Trial(fact.fact.id, (fact.tokens,), fact.target, shape, grid.experiment), grid
@@ -127,12 +131,10 @@ def restoration_grid(
     sever: str | None = None,
     joint: bool = False,
 ) -> TraceGrid:
-    """Causal tracing, plain or severed: corrupted runs with one window restored to its clean values.
-
-    One table row per (state, centre layer, token), or per (state, centre layer) where the tokens are restored jointly.
-    Branches fork from the last of ``bases`` (a clean run, a corrupted one, and where the restored runs are corrupted
-    otherwise, that one). Tokens before the first corrupted one show that run itself: restoring them changes nothing.
-    """
+    """Causal tracing, plain or severed: corrupted runs with one window restored to its clean values. One table row per
+    (state, centre layer, token), or per (state, centre layer) where the tokens are restored jointly. Branches fork from
+    the last of ``bases`` (a clean run, a corrupted one, and where the restored runs are corrupted otherwise, that one).
+    Tokens before the first corrupted one show that run itself: restoring them changes nothing."""
     reached = tuple(token for token in tokens if token >= first_corrupted)
     table, windows = _windows(states, depth, tokens, reached, len(bases), joint)
     restored = _overwritten(windows, len(bases), reached, CLEAN)
@@ -145,13 +147,6 @@ def restoration_grid(
         )
     experiment = Experiment(bases, np.full(len(windows), len(bases) - 1), Overwrites.joined(*held[::-1]))
     return TraceGrid(experiment, *table)
-
-
-def zeroing_grid(states: Sequence[State], depth: int, tokens: Sequence[int]) -> TraceGrid:
-    """Zeroing: clean runs with one window set to zero at all of ``tokens``; a table row per (state, centre layer)."""
-    table, windows = _windows(states, depth, tokens, tuple(tokens), 1, joint=True)
-    overwrites = _overwritten(windows, 1, tuple(tokens), ZERO)
-    return TraceGrid(Experiment((Base(),), np.full(len(windows), CLEAN), overwrites), *table)
 
 
 def _windows(

@@ -27,8 +27,7 @@ Chosen = str | tuple[int, ...]
 
 
 class TraceOptions(TypedDict, total=False):
-    """Options of ``Tracer.trace``, ``stream`` and ``plan`` besides facts and states; ``TraceSpec`` says what they mean
-    and what they are by default."""
+    """Options of ``Tracer.trace``, ``stream`` and ``plan``, whose meanings and defaults are those of ``TraceSpec``."""
 
     samples: int
     sigma: float | str
@@ -62,17 +61,14 @@ class CheckedSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TraceSpec(CheckedSpec):
-    """A causal trace.
-
-    states: what is restored. samples: noise samples to average over. sigma: noise level, a number or ``"<k>sd"`` for k
-    standard deviations of the facts' subject embeddings. seed: of the noise. target: ``"label"`` (product over all
-    tokens of ``target_true``) or ``"argmax"`` (the clean run's most likely token). tokens: ``"all"``,
+    """A causal trace. states: what is restored. samples: noise samples to average over. sigma: noise level, a number or
+    ``"<k>sd"`` for k standard deviations of the facts' subject embeddings. seed: of the noise. target: ``"label"``
+    (product over all tokens of ``target_true``) or ``"argmax"`` (the clean run's most likely token). tokens: ``"all"``,
     ``"subject_onward"``, ``"subject"``, ``"subject_last"``, ``"last"`` or indices. joint: restore the chosen tokens
     together, not one by one. noise: with a counterfactual prompt there is one corrupted run, and samples, sigma and
     seed have no part in it. extra_tokens: how many tokens after the subject are corrupted too. sever: hold the token's
     ``"mlp"``, ``"attn"`` or ``"both"`` at their corrupted values (with hidden states). compat: ``"published"`` draws
-    the noise of severed runs, and takes p_corrupted of replacing noise, as the published code does.
-    """
+    the noise of severed runs, and takes p_corrupted of replacing noise, as the published code does."""
 
     states: tuple[State, ...]
     samples: int = 10
@@ -90,7 +86,6 @@ class TraceSpec(CheckedSpec):
     def of(
         cls, states: States, noise: Noise | NoiseKind | None = None, tokens: Tokens = "all", **options: Any
     ) -> TraceSpec:
-        """From ``TraceOptions``."""
         corruption = noise if isinstance(noise, Noise) else Noise(noise or "gaussian")
         return cls(states=as_states(states), noise=corruption, tokens=as_tokens(tokens), **options)
 
@@ -122,12 +117,10 @@ class TraceSpec(CheckedSpec):
 
     @property
     def method(self) -> str:
-        """The name of the method in tables."""
         return f"sever_{self.sever}" if self.sever else "restore"
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """What to keep of it beside results."""
         return {**super().configuration, "noise": self.noise.kind}
 
     def resolved(self, session: Session) -> TraceSpec:
@@ -150,13 +143,11 @@ class ZeroSpec(CheckedSpec):
     method: ClassVar[str] = "zero"
 
     def resolved(self, session: Session) -> ZeroSpec:
-        """The same with the states of a session's model."""
         return replace(self, states=states_in(self.states, session.sizes.heads))
 
 
 class GradientOptions(TypedDict, total=False):
-    """Options of ``Tracer.integrated_gradients`` besides facts and kinds; ``GradientSpec`` says what they mean and what
-    they are by default."""
+    """Options of ``Tracer.integrated_gradients``, whose meanings and defaults are those of ``GradientSpec``."""
 
     steps: int
     baseline: Baseline
@@ -169,13 +160,10 @@ class GradientOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class GradientSpec(CheckedSpec):
-    """Integrated gradients.
-
-    kinds: of which states. steps: points of Gauss-Legendre quadrature. baseline: ``"zero"``, or ``"corrupted"``: the
-    state in the corrupted run, averaged over its ``samples`` (with ``sigma`` and ``seed`` as for tracing). For hidden
-    states a zero baseline makes the path nearly a step, since the norm that follows undoes any scale: the gap is large.
-    target: ``"argmax"`` or ``"label"``, and tokens: as for tracing.
-    """
+    """Integrated gradients. kinds: of which states. steps: points of Gauss-Legendre quadrature. baseline: ``"zero"``,
+    or ``"corrupted"``: the state in the corrupted run, averaged over its ``samples`` (with ``sigma`` and ``seed`` as
+    for tracing). For hidden states a zero baseline makes the path nearly a step, since the norm that follows undoes any
+    scale: the gap is large. target: ``"argmax"`` or ``"label"``, and tokens: as for tracing."""
 
     kinds: tuple[str, ...]
     steps: int = 50
@@ -188,7 +176,6 @@ class GradientSpec(CheckedSpec):
 
     @classmethod
     def of(cls, kinds: Sequence[str], tokens: Tokens = "all", **options: Any) -> GradientSpec:
-        """From ``GradientOptions``."""
         check_kinds(kinds)
         return cls(kinds=tuple(kinds), tokens=as_tokens(tokens), **options)
 

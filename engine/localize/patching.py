@@ -101,7 +101,6 @@ class Patching:
         return result
 
     def trial(self, prompt: EncodedPrompt, number: int) -> Trial:
-        """The experiment on one prompt, the ``number``-th."""
         bases, names = self._bases(prompt)
         columns: list[tuple[int, ...]] = []
         vectors: list[Tensor] = []
@@ -136,7 +135,6 @@ class Patching:
 
     @property
     def corrupts(self) -> bool:
-        """Whether there is a corrupted run."""
         sources = [intervention.source for run in self.runs for intervention in run]
         return self.base == "corrupted" or any(isinstance(source, str) and source == "corrupted" for source in sources)
 

@@ -161,7 +161,6 @@ def as_runs(interventions: Runs) -> list[list[Intervention]]:
 
 
 def whole_numbers(values: int | Iterable[int], name: str) -> tuple[int, ...]:
-    """Whole numbers from one or several."""
     try:
         return (index(values),)  # type: ignore[arg-type]
     except TypeError:

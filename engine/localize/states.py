@@ -68,10 +68,7 @@ def as_states(states: States) -> tuple[State, ...]:
     """States from ``State``, ``("mlp", 10)`` or ``"mlp:10"``. An error names the one that makes no sense."""
     if isinstance(states, str):
         states = [states]
-    parsed = tuple(
-        state if isinstance(state, State) else State(*(_parse(state) if isinstance(state, str) else _pair(state)))
-        for state in states
-    )
+    parsed = [_state(state) for state in states]
     if not parsed:
         raise ExperimentError("no states are given; give at least one, such as ('hidden', 1)")
     return _different(parsed)
@@ -97,16 +94,16 @@ def _different(states: Sequence[State]) -> tuple[State, ...]:
     return tuple(states)
 
 
-def _parse(state: str) -> tuple[str, int]:
-    kind, _, size = state.partition(":")
-    if not size.isascii() or not size.lstrip("-").isdigit():
-        raise ExperimentError(f"the state {state!r} is not KIND:WINDOW, such as mlp:10")
-    return kind, int(size)
-
-
-def _pair(state: tuple[str, int]) -> tuple[str, int]:
+def _state(state: State | str | tuple[str, int]) -> State:
+    if isinstance(state, State):
+        return state
+    if isinstance(state, str):
+        kind, _, size = state.partition(":")
+        if not size.isascii() or not size.lstrip("-").isdigit():
+            raise ExperimentError(f"the state {state!r} is not KIND:WINDOW, such as mlp:10")
+        return State(kind, int(size))
     try:
         kind, window = state
     except (TypeError, ValueError):
         raise ExperimentError(f"the state {state!r} is not a pair of kind and window, such as ('mlp', 10)") from None
-    return kind, window
+    return State(kind, window)

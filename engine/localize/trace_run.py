@@ -58,12 +58,10 @@ class FactsRun:
         raise NotImplementedError
 
     def batches(self, progress: Progress | None = None) -> Iterator[pa.RecordBatch]:
-        """``tables``, whose progress is reported."""
         return _reported(self.tables(), len(self.facts), progress or (lambda done, of: None))
 
     @classmethod
     def table(cls, batches: Iterable[pa.RecordBatch]) -> pa.Table:
-        """One table of all batches."""
         return pa.Table.from_batches(list(batches), schema=cls.schema)
 
 
@@ -148,7 +146,6 @@ class TraceRun(FactsRun):
         return (self._table(number, result.log_p) for number, result in results)
 
     def plan(self) -> TracePlan:
-        """What ``batches`` would compute."""
         passes = peak = rows = flops = attention_flops = 0
         for bytes_needed, costs in self.session.costs(self.trials, self.samples, self.noise):
             passes += 1
@@ -167,10 +164,9 @@ class TraceRun(FactsRun):
 
     def _table(self, number: int, log_p: np.ndarray) -> pa.RecordBatch:
         """The table of one fact, of the log-probability of its target in each sample of each run (J, R).
-
         ``p_patched_sd`` is the unbiased standard deviation over samples, null where there is one sample; null are
-        ``p_corrupted`` where there is no corrupted run, and ``token`` and its text where a row is about several tokens.
-        """
+        ``p_corrupted`` where there is no corrupted run, and ``token`` and its text where a row is about several
+        tokens."""
         fact, grid, states = self.facts[number], self.grids[number], self.spec.states
         texts = token_texts(fact.prompt, self.session.tokenizer)
         p = np.exp(log_p)

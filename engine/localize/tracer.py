@@ -155,13 +155,7 @@ class Tracer:
         progress: Progress | None = None,
         **options: Unpack[TraceOptions],
     ) -> Iterator[pa.RecordBatch]:
-        """``trace`` as one batch per fact, handed out as passes finish.
-
-        Args, and what is raised, are those of ``trace``; the call itself checks them.
-
-        Returns:
-            Batches with the columns of ``TRACE_SCHEMA``, in the order of the facts.
-        """
+        """``trace`` as one batch per fact, in order, handed out as passes finish; the call checks the arguments."""
         return _told(self._tracing(facts, states, on_error, options)).batches(progress)
 
     def plan(
@@ -172,11 +166,7 @@ class Tracer:
         on_error: OnError = "raise",
         **options: Unpack[TraceOptions],
     ) -> TracePlan:
-        """The cost of ``trace`` with the same arguments; nothing is computed.
-
-        Returns:
-            Passes, rows, FLOPs and bytes.
-        """
+        """The cost of ``trace`` with the same arguments: passes, rows, FLOPs and bytes; nothing is computed."""
         return _told(self._tracing(facts, states, on_error, options)).plan()
 
     def zero(

@@ -55,14 +55,28 @@ class Sizes:
         )
 
     @property
+    def query_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def key_value_width(self) -> int:
+        """Of keys and values side by side."""
+        return 2 * self.kv_heads * self.head_dim
+
+    @property
     def key_value_weights(self) -> int:
         """Weights of the projection to keys and values."""
-        return self.hidden * 2 * self.kv_heads * self.head_dim
+        return self.hidden * self.key_value_width
 
     @property
     def query_weights(self) -> int:
         """Weights of the projection to queries, and of the heads' output projection."""
-        return self.hidden * self.heads * self.head_dim
+        return self.hidden * self.query_width
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of all projections of a layer."""
+        return self.key_value_weights + 2 * self.query_weights + self.mlp_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +125,6 @@ class Block:
         """What attention adds to the residual stream (R, hidden), from the heads' outputs (R, heads * head_dim)."""
         return self.attn_out(self.output(rows))
 
-    def mlp_keys_of(self, normed: Tensor) -> Tensor:
-        """``keys_of_mlp`` of rows that are normed already."""
-        return self.inner(normed)
-
     def keys_values(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Keys and values side by side (R, 2 * kv_heads * head_dim) of input rows (R, hidden) at ``positions`` (R,)."""
         return self.keys_values_of(self.attn_in(rows), positions)
@@ -126,15 +136,11 @@ class Block:
     def keys_of_mlp(self, rows: Tensor) -> Tensor:
         """What enters ``down`` (R, inner), from the residual after attention (R, hidden), or from the layer's input
         where attention and MLP are parallel."""
-        return self.mlp_keys_of(self.mlp_in(rows))
-
-    def mlp_output(self, values: Tensor) -> Tensor:
-        """What the MLP adds to the residual stream (R, hidden), from the output of ``down`` (R, hidden)."""
-        return self.mlp_out(values)
+        return self.inner(self.mlp_in(rows))
 
     def mlp_of(self, normed: Tensor) -> Tensor:
         """``mlp`` of rows that are normed already."""
-        return self.mlp_output(self.down(self.mlp_keys_of(normed)))
+        return self.mlp_out(self.down(self.inner(normed)))
 
     def mlp(self, rows: Tensor) -> Tensor:
         """What the MLP adds to the residual stream (R, hidden), from the rows that it reads (R, hidden)."""
@@ -194,8 +200,7 @@ class Architecture(ABC):
 
     @property
     def held_bytes(self) -> int | None:
-        """Bytes of a budget that the weights take where every pass reads them from files; None where they are there
-        anyway."""
+        """Bytes of a budget that weights read from files in every pass take; None where they are in memory anyway."""
         return None
 
     @property

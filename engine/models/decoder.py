@@ -27,16 +27,6 @@ _FUSED_ACTIVATIONS = {
     "SiLU": "silu",
 }
 
-CLASSES: dict[str, str | type] = {
-    "": "ForCausalLM",
-    "model": "Model",
-    "model.rotary_emb": "RotaryEmbedding",
-    "model.layers.*": "DecoderLayer",
-    "model.layers.*.self_attn": "Attention",
-    "model.layers.*.mlp": "MLP",
-}
-"""How transformers names the classes of most families, after the family's name."""
-
 
 class Decoder(Architecture):
     """A decoder whose modules play the usual roles; a family says what they are called, and changes methods where it
@@ -45,12 +35,11 @@ class Decoder(Architecture):
     ``layers`` is the list of layers; ``projections`` (to queries, keys, values, and from heads; or one to the first
     three, in this order, and the last) are names within ``attention``, which like ``mlp`` (gate, up and down; or up and
     down), ``activation`` and the norms is a name within a layer. A name that ends in '?' is a module that not every
-    model of the family has, None one that none has. ``classes`` are the classes of further modules by name: types, or
-    what follows ``family`` in their names in the file ``code`` (arguments of the class statement).
+    model of the family has, None one that none has. ``classes`` are the classes of modules by name that are not as
+    usual: types, or what follows ``family`` in their names in the file ``code`` (arguments of the class statement).
     """
 
-    classes: ClassVar[dict[str, str | type]] = CLASSES
-
+    classes: ClassVar[dict[str, str | type]] = {}
     embedding: ClassVar[str] = "model.embed_tokens"
     position_embedding: ClassVar[str | None] = None
     rotary_module: ClassVar[str | None] = None
@@ -78,7 +67,14 @@ class Decoder(Architecture):
         norms = (cls.attn_in, cls.attn_out, cls.mlp_in, cls.mlp_out, cls.query_norm, cls.key_norm)
         linears = (*(f"{cls.attention}.{name}" for name in cls.projections), *cls.mlp)
         classes: dict[str, str | type] = {
+            "": "ForCausalLM",
+            cls.layers.partition(".")[0]: "Model",
+            **({cls.rotary_module: "RotaryEmbedding"} if cls.rotary_module else {}),
+            f"{cls.layers}.*": "DecoderLayer",
+            f"{cls.layers}.*.{cls.attention}": "Attention",
+            **({f"{cls.layers}.*.mlp": "MLP"} if "mlp" in cls.mlp[-1] else {}),
             cls.embedding: nn.Embedding,
+            **({cls.position_embedding: nn.Embedding} if cls.position_embedding else {}),
             cls.last_norm: cls.norm_class,
             **{f"{cls.layers}.*.{name}": cls.norm_class for name in norms if name is not None},
             **{f"{cls.layers}.*.{name}": cls.linear_class for name in linears},
@@ -184,7 +180,7 @@ class Decoder(Architecture):
         modules = [part_of(attention, name) for name in self.projections[:-1]]
         if len(modules) == 3:
             return read.linear(modules[0]), read.linear(*modules[1:])
-        queries, weight, bias = self.sizes.heads * self.sizes.head_dim, matrix(modules[0]), modules[0].bias
+        queries, weight, bias = self.sizes.query_width, matrix(modules[0]), modules[0].bias
         biases = (None, None) if bias is None else (bias[:queries], bias[queries:])
         return read.product(weight[:queries], biases[0]), read.product(weight[queries:], biases[1])
 

@@ -24,14 +24,7 @@ from causalcone.kernels.linear import Linear
 class GPT2(Decoder, code=modeling_gpt2, family="GPT2"):
     """Learned positions, one fused projection to queries, keys and values (Conv1D)."""
 
-    classes: ClassVar[dict[str, str | type]] = {
-        "": "LMHeadModel",
-        "transformer": "Model",
-        "transformer.wpe": nn.Embedding,
-        "transformer.h.*": "Block",
-        "transformer.h.*.attn": "Attention",
-        "transformer.h.*.mlp": "MLP",
-    }
+    classes: ClassVar[dict[str, str | type]] = {"": "LMHeadModel", "transformer.h.*": "Block"}
     embedding, position_embedding = "transformer.wte", "transformer.wpe"
     layers, last_norm = "transformer.h", "transformer.ln_f"
     attn_in, mlp_in = "ln_1", "ln_2"
@@ -51,8 +44,8 @@ class GPTNeo(GPT2, code=modeling_gpt_neo, family="GPTNeo"):
     """Learned positions, unscaled attention. Local layers see a window of tokens, the others all before."""
 
     classes: ClassVar[dict[str, str | type]] = {
-        **GPT2.classes,
-        "": "ForCausalLM",
+        "transformer.h.*": "Block",
+        "transformer.h.*.attn": "Attention",
         "transformer.h.*.attn.attention": "SelfAttention",
     }
     attention, projections = "attn.attention", ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -71,13 +64,7 @@ class GPTJ(Decoder, code=modeling_gptj, family="GPTJ"):
     """Attention and MLP read one norm of the layer's input; the first dimensions of every head are turned in pairs of
     neighbours, by tables that the model holds."""
 
-    classes: ClassVar[dict[str, str | type]] = {
-        "": "ForCausalLM",
-        "transformer": "Model",
-        "transformer.h.*": "Block",
-        "transformer.h.*.attn": "Attention",
-        "transformer.h.*.mlp": "MLP",
-    }
+    classes: ClassVar[dict[str, str | type]] = {"transformer.h.*": "Block"}
     parallel = True
     embedding, layers, last_norm = "transformer.wte", "transformer.h", "transformer.ln_f"
     attn_in = mlp_in = "ln_1"
@@ -104,14 +91,7 @@ class GPTNeoX(Decoder, code=modeling_gpt_neox, family="GPTNeoX"):
     """GPT-NeoX and Pythia: attention and MLP, each with its own norm, in parallel or in turn. One projection holds
     query, key and value of one head after another; the first dimensions of every head are turned."""
 
-    classes: ClassVar[dict[str, str | type]] = {
-        "": "ForCausalLM",
-        "gpt_neox": "Model",
-        "gpt_neox.rotary_emb": "RotaryEmbedding",
-        "gpt_neox.layers.*": "Layer",
-        "gpt_neox.layers.*.attention": "Attention",
-        "gpt_neox.layers.*.mlp": "MLP",
-    }
+    classes: ClassVar[dict[str, str | type]] = {"gpt_neox.layers.*": "Layer"}
     embedding, layers, last_norm = "gpt_neox.embed_in", "gpt_neox.layers", "gpt_neox.final_layer_norm"
     rotary_module, rotary_table = "gpt_neox.rotary_emb", True
     attention, projections = "attention", ("query_key_value", "dense")
@@ -144,12 +124,8 @@ class OPT(Decoder, code=modeling_opt, family="OPT"):
     """Learned positions that begin at an offset."""
 
     classes: ClassVar[dict[str, str | type]] = {
-        "": "ForCausalLM",
-        "model": "Model",
         "model.decoder": "Decoder",
         "model.decoder.embed_positions": "LearnedPositionalEmbedding",
-        "model.decoder.layers.*": "DecoderLayer",
-        "model.decoder.layers.*.self_attn": "Attention",
     }
     embedding, position_embedding = "model.decoder.embed_tokens", "model.decoder.embed_positions"
     layers, last_norm = "model.decoder.layers", "model.decoder.final_layer_norm?"

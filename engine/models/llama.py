@@ -27,7 +27,7 @@ from transformers.models.starcoder2 import modeling_starcoder2
 
 from causalcone.engine.errors import ModelError
 from causalcone.engine.models.base import Block, Rows
-from causalcone.engine.models.decoder import CLASSES, Decoder, Gated, Reader, activation_of, wide
+from causalcone.engine.models.decoder import Decoder, Gated, Reader, activation_of, wide
 from causalcone.engine.models.registry import register
 from causalcone.engine.models.rotary import RotaryFrequencies
 from causalcone.kernels.norms import Norm, RMSNorm
@@ -164,7 +164,7 @@ class Olmo3(RotaryTypes, Olmo2, code=modeling_olmo3, family="Olmo3"):
 class Gemma(Llama, code=modeling_gemma, family="Gemma"):
     """Embeddings scaled inside their module, and norms whose weights are read as differences from one."""
 
-    classes: ClassVar[dict[str, str | type]] = {**CLASSES, "model.embed_tokens": "TextScaledWordEmbedding"}
+    classes: ClassVar[dict[str, str | type]] = {"model.embed_tokens": "TextScaledWordEmbedding"}
 
     def norm(self, module: Any, read: Reader) -> Norm:
         return RMSNorm(1 + wide(module.weight, read), module.eps)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from causalcone.engine.models.base import Sizes
-from causalcone.engine.plan.plan import Plan, Rows, together
+from causalcone.engine.plan.plan import Plan, Rows
 
 SLOTS = ("stream", "keys", "queries", "heads")
 
@@ -48,13 +48,13 @@ class Buffers:
 
 def slot_uses(plan: Plan, sizes: Sizes) -> dict[str, list[tuple[Rows, int]]]:
     """What each slot holds in the course of a pass: rows of a stage, and their width."""
-    heads, kv, hidden = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim, sizes.hidden
+    heads, kv, hidden = sizes.query_width, sizes.key_value_width, sizes.hidden
     layers = plan.layers
-    projected = [together(layer.attn, layer.mix.base.rows) for layer in layers]
-    attn = [together(rows, layer.attn_given.rows) for rows, layer in zip(projected, layers, strict=True)]
-    mlp = [together(layer.mlp.rows, layer.mlp_given.rows) for layer in layers]
+    projected = [layer.attn + layer.mix.base.rows for layer in layers]
+    attn = [rows + layer.attn_given.rows for rows, layer in zip(projected, layers, strict=True)]
+    mlp = [layer.mlp.rows + layer.mlp_given.rows for layer in layers]
     return {
-        "stream": [(together(layer.out_mid.rows, layer.out_given.rows), hidden) for layer in layers],
+        "stream": [(layer.out_mid.rows + layer.out_given.rows, hidden) for layer in layers],
         "keys": [(layer.keys_values.rows, kv) for layer in layers] + [(rows, hidden) for rows in mlp],
         "queries": [(layer.queries.rows, heads) for layer in layers] + [(rows, hidden) for rows in attn],
         "heads": [(rows, heads) for rows in projected] + [(layer.mid_input.rows, hidden) for layer in layers],

@@ -55,24 +55,31 @@ class Mixes:
     varies: np.ndarray
 
 
+@dataclass
+class LayerInputs:
+    """A layer's input rows: the number of each active run's and token's (A, T), and of each number the token it belongs
+    to and whether it varies."""
+
+    state: np.ndarray
+    token: np.ndarray
+    varies: np.ndarray
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerValues:
     """The distinct values of one layer, each numbered from 0 at its stage. A value *varies* if it depends on the
     noise sample; the others are the same for all samples of a fact. After the values that attention (mixes included)
     and MLP compute come the given ones, as sources number them backwards from ``ZERO``.
 
-    state (A, T): number of the layer's input row for each active run and token; token, input_varies: (inputs,)
     attn_run, attn_token (attns,): an active run and token where the attention output occurs; attn_varies
     mid_input, mid_attn (mids,): the rows whose sum is the residual after attention; mid_varies
     mlp_varies: of the rows that the MLP reads (mids, or inputs where it is parallel), which number its outputs
     out_mid, out_mlp (outs,): the rows whose sum is the layer's output; out_given: its source number, where it is a
     given value, else 0; out_varies
-    captured: for each site, the numbers of captures there and of the values captured
+    captured: for every site but ``head``, the numbers of captures there and of the values captured
     """
 
-    state: np.ndarray
-    token: np.ndarray
-    input_varies: np.ndarray
+    inputs: LayerInputs
     attn_run: np.ndarray
     attn_token: np.ndarray
     attn_varies: np.ndarray
@@ -100,7 +107,7 @@ class Cone:
 def find_cone(shape: Shape, experiment: Experiment, depth: int, parallel: bool) -> Cone:
     """Number the values of an experiment through all layers. Runs become active in the layer where they fork."""
     entries, state = _enter(shape, experiment.bases)
-    rows = _LayerInputs(state, entries.token, entries.draw >= 0)
+    rows = LayerInputs(state, entries.token, entries.draw >= 0)
 
     row_of = experiment.base.copy()  # runs that have not forked yet are their base
     layers = []
@@ -129,24 +136,13 @@ def _enter(shape: Shape, bases: tuple[Base, ...]) -> tuple[Entries, np.ndarray]:
     return Entries(prompt, token, draw, replace.astype(bool)), numbers.reshape(len(bases), shape.tokens)
 
 
-@dataclass
-class _LayerInputs:
-    """A layer's input rows: their numbers for each active run and token, and of each number the token it belongs to
-    and whether it varies."""
-
-    state: np.ndarray
-    token: np.ndarray
-    varies: np.ndarray
-
-
 class _Layer:
-    def __init__(self, experiment: Experiment, inputs: _LayerInputs, row_of: np.ndarray, layer: int) -> None:
+    def __init__(self, experiment: Experiment, inputs: LayerInputs, row_of: np.ndarray, layer: int) -> None:
         self.experiment, self.inputs, self.row_of, self.layer = experiment, inputs, row_of, layer
-        o = experiment.overwrites
-        self.now = (o.start <= layer) & (layer < o.end)
+        self.now = (experiment.overwrites.start <= layer) & (layer < experiment.overwrites.end)
         self.given_varies = np.array([False, *experiment.varying_vectors])
 
-    def number(self, parallel: bool) -> tuple[LayerValues, _LayerInputs]:
+    def number(self, parallel: bool) -> tuple[LayerValues, LayerInputs]:
         state, varies = self.inputs.state, self.inputs.varies
         prefix, first = _number_prefixes(state)
         attn_run, attn_token = np.divmod(first, state.shape[1])
@@ -163,14 +159,8 @@ class _Layer:
         out, (out_mid, out_mlp) = _number(mid, mlp)
         out_varies = mid_varies[out_mid] | self._with_given(mlp_varies)[out_mlp]
         out, out_varies, out_token, terms, out_given = self._leave(out, out_varies, mid_input[out_mid])
-        captured = {
-            site: captures for site, values in (("attn", attn), ("mlp", mlp), ("hidden", out))
-            if len((captures := self._capture(site, values))[0])
-        }  # fmt: skip
         values = LayerValues(
-            state=state,
-            token=self.inputs.token,
-            input_varies=varies,
+            inputs=self.inputs,
             attn_run=attn_run,
             attn_token=attn_token,
             attn_varies=attn_varies,
@@ -183,9 +173,9 @@ class _Layer:
             out_mlp=out_mlp[terms],
             out_given=out_given,
             out_varies=out_varies,
-            captured=captured,
+            captured={site: self._capture(site, at) for site, at in (("attn", attn), ("mlp", mlp), ("hidden", out))},
         )
-        return values, _LayerInputs(out, out_token, out_varies)
+        return values, LayerInputs(out, out_token, out_varies)
 
     def _with_given(self, varies: np.ndarray) -> np.ndarray:
         return np.concatenate([varies, self.given_varies])
@@ -215,15 +205,14 @@ class _Layer:
         if o is None:
             return prefix, Mixes(none, none, none, none, none.astype(bool))
         count = len(attn_varies)
-        cells, place = np.unique(self.row_of[o.run] * prefix.shape[1] + o.token, return_inverse=True)
+        cells, number = np.unique(self.row_of[o.run] * prefix.shape[1] + o.token, return_inverse=True)
         run, token = np.divmod(cells, prefix.shape[1])
-        heads = int(o.head.max()) + 1
-        patched = np.full((len(cells), heads), -1)
-        patched[place, o.head] = self._sources(o, prefix, count)
-        own = prefix[run, token]
-        patched[patched == own[:, None]] = -1
-        run, token, own, patched = (column[(patched >= 0).any(1)] for column in (run, token, own, patched))
-        distinct, which = np.unique(np.column_stack([own, patched]), axis=0, return_inverse=True)
+        patched = np.full((len(cells), int(o.head.max()) + 1), -1)
+        patched[number, o.head] = self._sources(o, prefix, count)
+        base = prefix[run, token]
+        patched[patched == base[:, None]] = -1
+        run, token, base, patched = (column[(patched >= 0).any(1)] for column in (run, token, base, patched))
+        distinct, which = np.unique(np.column_stack([base, patched]), axis=0, return_inverse=True)
         mixed = prefix.copy()
         mixed[run, token] = count + which.ravel()
 
@@ -242,26 +231,16 @@ class _Layer:
 
         Returns the numbers (A, T); of each: whether it varies, its token, the sum behind it, and its given source.
         """
-        count = len(varies)
-        token = self.inputs.token[mid_input]
+        count, T = len(varies), out.shape[1]
         o = self._overwrites("hidden")
-        if o is None:
-            return out, varies, token, np.arange(count), np.zeros(count, dtype=np.int64)
         out = self._overwrite("hidden", out, count)
-        if ((o.source >= 0) & (o.source_token == o.token)).all():
-            return out, varies, token, np.arange(count), np.zeros(count, dtype=np.int64)
-        T = out.shape[1]
+        if o is None or ((o.source >= 0) & (o.source_token == o.token)).all():
+            return out, varies, self.inputs.token[mid_input], np.arange(count), np.zeros(count, dtype=np.int64)
         distinct, number = np.unique(out * T + np.arange(T), return_inverse=True)
         terms, token = np.divmod(distinct, T)
-        is_given = terms >= count
-        source = np.where(is_given, count + ZERO - terms, 0)
-        return (
-            number.reshape(out.shape),
-            self._with_given(varies)[terms],
-            token,
-            np.where(is_given, 0, terms),
-            source,
-        )
+        computed = np.where(terms < count, terms, 0)
+        source = np.where(terms < count, 0, count + ZERO - terms)
+        return number.reshape(out.shape), self._with_given(varies)[terms], token, computed, source
 
     def _capture(self, site: str, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         c = self.experiment.captures

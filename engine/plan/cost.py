@@ -9,7 +9,7 @@ import torch
 
 from causalcone.engine.models.base import Sizes
 from causalcone.engine.plan.buffers import SLOTS, slot_uses
-from causalcone.engine.plan.plan import Plan, Rows, together
+from causalcone.engine.plan.plan import Plan, Rows
 from causalcone.kernels.linear import packs
 from causalcone.kernels.tiles import Tiles
 
@@ -31,16 +31,14 @@ def cost(plan: Plan, sizes: Sizes, facts: int, samples: int, argmax: bool) -> Co
     the clean run's logits first."""
     weights = attention = rows = 0
     for layer in plan.layers:
-        projected = together(layer.attn, layer.mix.base.rows)
+        queried = layer.queries.rows + layer.attn + layer.mix.base.rows
         weights += layer.keys_values.rows.count(facts, samples) * sizes.key_value_weights
-        weights += layer.queries.rows.count(facts, samples) * sizes.query_weights
-        weights += projected.count(facts, samples) * sizes.query_weights
+        weights += queried.count(facts, samples) * sizes.query_weights
         weights += layer.mlp.rows.count(facts, samples) * sizes.mlp_weights
         for segment in layer.segments:
-            batches = facts * (samples if segment.varying else 1)
-            products = segment.queries.size * segment.keys.shape[1] * sizes.heads * sizes.head_dim
-            attention += 2 * batches * products
-        rows += together(layer.out_mid.rows, layer.out_given.rows).count(facts, samples)
+            products = segment.queries.size * segment.keys.shape[1] * sizes.query_width
+            attention += 2 * facts * (samples if segment.varying else 1) * products
+        rows += (layer.out_mid.rows + layer.out_given.rows).count(facts, samples)
     read = plan.read_rows.rows.count(facts, samples) + argmax * facts
     distinct = np.unique(plan.logits)
     shared = int((distinct < plan.read_rows.rows.shared).sum())
@@ -51,8 +49,7 @@ def cost(plan: Plan, sizes: Sizes, facts: int, samples: int, argmax: bool) -> Co
 
 def forward_flops(sizes: Sizes, tokens: int) -> int:
     """FLOPs of one whole forward of a sequence with all its logits; attention products are left out, as in ``cost``."""
-    layer = sizes.key_value_weights + 2 * sizes.query_weights + sizes.mlp_weights
-    return 2 * tokens * (sizes.depth * layer + sizes.hidden * sizes.vocabulary)
+    return 2 * tokens * (sizes.depth * sizes.layer_weights + sizes.hidden * sizes.vocabulary)
 
 
 def bytes_by_use(plan: Plan, sizes: Sizes, itemsize: int) -> tuple[np.ndarray, np.ndarray]:
@@ -71,30 +68,26 @@ def bytes_by_use(plan: Plan, sizes: Sizes, itemsize: int) -> tuple[np.ndarray, n
             [(layer.keys_values.rows, 3 * INDEX_BYTES), (layer.queries.rows, 3 * INDEX_BYTES)],
             [(layer.mid_input.rows, 4 * INDEX_BYTES), (layer.out_mid.rows, 2 * INDEX_BYTES)],
         ]
-    wide = max(4, itemsize)
     read = [
         (plan.read_rows.rows, 2 * sizes.hidden * itemsize + 6 * INDEX_BYTES),
         (Rows(0, plan.read.size), 4 * INDEX_BYTES),
         (Rows(0, plan.captures), 2 * sizes.hidden * itemsize),
-        (Rows(0, len(plan.logits)), sizes.vocabulary * 2 * wide),
+        (Rows(0, len(plan.logits)), sizes.vocabulary * 2 * max(4, itemsize)),
     ]
     entered = 3 * sizes.hidden * itemsize + 8 * sizes.hidden
     ends = [[(plan.layers[0].inputs, entered), (Rows(0, plan.captures), sizes.hidden * itemsize)], read]
     kinds += [indices, ends]
-    bytes_of = np.zeros((2, len(kinds), max(map(len, kinds))), dtype=np.int64)
+    shared, varying = np.zeros((2, len(kinds), max(map(len, kinds))), dtype=np.int64)
     for number, uses in enumerate(kinds):
         for slot, use in enumerate(uses):
-            bytes_of[:, number, slot] = [
-                sum(rows.shared * size for rows, size in use),
-                sum(rows.varying * size for rows, size in use),
-            ]
-    return bytes_of[0], bytes_of[1]
+            shared[number, slot] = sum(rows.shared * size for rows, size in use)
+            varying[number, slot] = sum(rows.varying * size for rows, size in use)
+    return shared, varying
 
 
 def weight_bytes(sizes: Sizes, dtype: torch.dtype) -> int:
     """Bytes of the weights of all layers' projections and of the unembedding."""
-    layer = sizes.key_value_weights + 2 * sizes.query_weights + sizes.mlp_weights
-    return dtype.itemsize * (sizes.depth * layer + sizes.vocabulary * sizes.hidden)
+    return dtype.itemsize * (sizes.depth * sizes.layer_weights + sizes.vocabulary * sizes.hidden)
 
 
 def fixed_bytes(
@@ -111,9 +104,9 @@ def fixed_bytes(
     layers' weights are kept, and rows have their logits over the whole vocabulary; ``streamed`` that slices of the
     unembedding are read from files: the last one, this one and the next are there at once."""
     itemsize = dtype.itemsize
-    heads, kv = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim
+    heads, kv = sizes.query_width, sizes.key_value_width
     copied = packs(torch.empty(0, dtype=dtype, device=device)) + (not shared)
-    layer = copied * itemsize * (sizes.key_value_weights + 2 * sizes.query_weights + sizes.mlp_weights)
+    layer = copied * itemsize * sizes.layer_weights
     vocabulary = min(tiles.vocabulary, sizes.vocabulary)
     unembedding = (2 * copied + 3 if streamed else copied) * itemsize * vocabulary * sizes.hidden
     product = itemsize * tiles.rows * (3 * sizes.hidden + max(2 * sizes.inner, kv, heads))
@@ -121,8 +114,7 @@ def fixed_bytes(
     logits = tiles.readout_rows * vocabulary * (itemsize + 2 * max(4, itemsize))
     if gradient:
         # keys and values are one product, for which some architectures join two weights
-        weights = sizes.key_value_weights + (0 if shared else 2 * sizes.query_weights + sizes.mlp_weights)
-        copies = sizes.depth * itemsize * weights
+        copies = sizes.depth * itemsize * (sizes.key_value_weights if shared else sizes.layer_weights)
         unembedding = 2 * copied * itemsize * sizes.vocabulary * sizes.hidden
         logits = tiles.readout_rows * sizes.vocabulary * 2 * max(4, itemsize)
         return copies + max(2 * layer, unembedding + logits)
@@ -136,18 +128,17 @@ class Footprint:
 
     shared: np.ndarray
     varying: np.ndarray
-    rows: tuple[int, int]
+    rows: Rows
 
     @classmethod
     def of(cls, plan: Plan, sizes: Sizes, itemsize: int) -> Footprint:
-        widest = max((layer.mid_input.rows for layer in plan.layers), key=lambda rows: rows.varying)
-        return cls(*bytes_by_use(plan, sizes, itemsize), (widest.shared, widest.varying))
+        return cls(*bytes_by_use(plan, sizes, itemsize), _widest(plan))
 
     @classmethod
     def of_gradient(cls, plan: Plan, sizes: Sizes, itemsize: int) -> Footprint:
         """What a plan's rows weigh in a pass under autograd: what all layers save for the way back, and what the widest
         works with."""
-        heads, kv, hidden = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim, sizes.hidden
+        heads, kv, hidden = sizes.query_width, sizes.key_value_width, sizes.hidden
         inner = sizes.mlp_weights // hidden
         saved, working = [], []
         for layer in plan.layers:
@@ -167,14 +158,14 @@ class Footprint:
         saved += [(plan.read_rows.rows, 3 * hidden), (Rows(0, plan.read.size), 8)]
         shared = sum(rows.shared * width for rows, width in saved) * itemsize
         varying = (sum(rows.varying * width for rows, width in saved) + max(working)) * itemsize
-        widest = max((layer.mid_input.rows for layer in plan.layers), key=lambda rows: rows.varying)
-        return cls(np.array([[shared]]), np.array([[varying]]), (widest.shared, widest.varying))
+        return cls(np.array([[shared]]), np.array([[varying]]), _widest(plan))
 
     def bytes(self, samples: int) -> np.ndarray:
         return self.shared + samples * self.varying
 
-    def row_count(self, samples: int) -> int:
-        return self.rows[0] + samples * self.rows[1]
+
+def _widest(plan: Plan) -> Rows:
+    return max((layer.mid_input.rows for layer in plan.layers), key=lambda rows: rows.varying)
 
 
 def peak_bytes(held: np.ndarray | int) -> int:

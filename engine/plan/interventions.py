@@ -65,7 +65,7 @@ class Overwrites:
     head: np.ndarray
 
     def __getitem__(self, rows: np.ndarray) -> Overwrites:
-        return Overwrites(*(getattr(self, column.name)[rows] for column in fields(self)))
+        return Overwrites(*(column[rows] for column in vars(self).values()))
 
     def __len__(self) -> int:
         return len(self.site)
@@ -91,8 +91,8 @@ class Overwrites:
         return cls(*(_none() for _ in fields(cls)))
 
     @classmethod
-    def joined(cls, *parts: Overwrites) -> Overwrites:
-        return cls(*(np.concatenate([getattr(part, column.name) for part in parts]) for column in fields(cls)))
+    def joined(cls, *overwrites: Overwrites) -> Overwrites:
+        return cls(*map(np.concatenate, zip(*(vars(columns).values() for columns in overwrites), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -149,18 +149,18 @@ class Experiment:
             content.update(column.tobytes() + b"|")
         return content.digest()
 
-    def kept(self, branches: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What of the whole the experiment on some of the branches holds: its runs, captures and logits."""
+    def indices_of(self, branches: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The runs, captures and logits of the experiment on some of the branches, among those of the whole."""
         first = len(self.bases)
         runs = np.concatenate([np.arange(first), first + np.arange(branches.start, branches.stop)])
         captured, logits = (np.flatnonzero(np.isin(of, runs)) for of in (self.captures.run, self.logits[:, 0]))
         return runs, captured, logits
 
-    def part(self, branches: range) -> Experiment:
+    def subset(self, branches: range) -> Experiment:
         """The experiment on some of the branches, numbered anew."""
         if len(branches) == self.branches:
             return self
-        runs, captured, logits = self.kept(branches)
+        runs, captured, logits = self.indices_of(branches)
         renumbered = np.full(len(self.base), -1)
         renumbered[runs] = np.arange(len(runs))
         rest = self.overwrites[renumbered[self.overwrites.run] >= 0]

@@ -28,10 +28,8 @@ class Rows:
     def count(self, facts: int, samples: int) -> int:
         return facts * (self.shared + samples * self.varying)
 
-
-def together(*stages: Rows) -> Rows:
-    """The rows of several stages as one."""
-    return Rows(sum(rows.shared for rows in stages), sum(rows.varying for rows in stages))
+    def __add__(self, other: Rows) -> Rows:
+        return Rows(self.shared + other.shared, self.varying + other.varying)
 
 
 @dataclass(frozen=True)
@@ -136,16 +134,11 @@ class Plan:
     captures: int
 
 
-def plan_bytes(plan: Plan) -> int:
-    """Bytes of a plan's own index arrays."""
-    return _array_bytes(plan)
-
-
-def _array_bytes(value: object) -> int:
+def array_bytes(value: object) -> int:
+    """Bytes of the arrays of a plan, or of anything in it."""
     if isinstance(value, np.ndarray):
         return value.nbytes
-    if isinstance(value, tuple | list):
-        return sum(map(_array_bytes, value))
-    if isinstance(value, dict):
-        return sum(map(_array_bytes, value.values()))
-    return sum(map(_array_bytes, vars(value).values())) if is_dataclass(value) else 0
+    if isinstance(value, tuple):
+        return sum(map(array_bytes, value))
+    fields = value if isinstance(value, dict) else vars(value) if is_dataclass(value) else {}
+    return sum(map(array_bytes, fields.values()))

@@ -18,10 +18,10 @@ from torch import Tensor
 from causalcone.engine.models.base import Architecture, Block
 from causalcone.engine.plan.buffers import Buffers, slot_elements, slot_uses
 from causalcone.engine.plan.interventions import CLEAN
-from causalcone.engine.plan.plan import Captured, Given, LayerPlan, Mix, Rows, Segment
+from causalcone.engine.plan.plan import Given, LayerPlan, Mix, Rows, Segment
 from causalcone.engine.run.packing import Group, PackedStage, Placement, gather_rows, place, place_attention, spread
-from causalcone.kernels.adding import RowSum
 from causalcone.kernels.backends import TORCH, Backends
+from causalcone.kernels.gathering import RowSum
 from causalcone.kernels.norms import Norm, unchanged
 from causalcone.kernels.readout import Readout
 from causalcone.kernels.row_attention import RunRows, ScoreRule
@@ -44,34 +44,27 @@ class PassResult:
 
 @torch.inference_mode()
 def run_pass(
-    architecture: Architecture,
-    groups: Sequence[Group],
-    tiles: Tiles,
-    space: Buffers,
-    backends: Backends = TORCH,
+    architecture: Architecture, groups: Sequence[Group], tiles: Tiles, space: Buffers, backends: Backends = TORCH
 ) -> list[PassResult]:
     """What the plans of all groups read out, computed in the space's dtype."""
     return _ForwardPass(architecture, groups, tiles, space, backends).run()
 
 
+@dataclass
 class _ForwardPass:
     """One pass. Row tensors are (rows, width); a stage says which run's row lies where."""
 
-    def __init__(
-        self,
-        architecture: Architecture,
-        groups: Sequence[Group],
-        tiles: Tiles,
-        space: Buffers,
-        backends: Backends,
-    ) -> None:
-        self.architecture, self.groups, self.tiles, self.space = architecture, groups, tiles, space
-        self.backends = backends
-        self.dtype, self.device = space.dtype, space.device
-        hidden = architecture.sizes.hidden
+    architecture: Architecture
+    groups: Sequence[Group]
+    tiles: Tiles
+    space: Buffers
+    backends: Backends
+
+    def __post_init__(self) -> None:
+        self.dtype, self.device, hidden = self.space.dtype, self.space.device, self.architecture.sizes.hidden
         self.states = [
             torch.empty(group.facts, group.samples, group.plan.captures, hidden, dtype=self.dtype, device=self.device)
-            for group in groups
+            for group in self.groups
         ]
 
     def run(self) -> list[PassResult]:
@@ -98,8 +91,8 @@ class _ForwardPass:
         mid = self.space.take("heads", mid_stage.rows, hidden)
         inputs = gather_rows([plan.mid_input for plan in plans], stage)
         attns = gather_rows([plan.mid_attn for plan in plans], attn_stage)
-        given = [plan.mlp_given for plan in plans]
-        mlp_stage = place(self.groups, [plan.mlp.rows for plan in plans], self.device, given)
+        givens = [plan.mlp_given for plan in plans]
+        mlp_stage = place(self.groups, [plan.mlp.rows for plan in plans], self.device, givens)
         mlp = self.space.take("keys", mlp_stage.rows, hidden)
         computed = mlp[: mlp_stage.computed]
         read, read_stage = (rows, stage) if self.architecture.parallel else (mid, mid_stage)
@@ -111,16 +104,16 @@ class _ForwardPass:
         else:
             self.backends.add_rows(terms, mid, self.tiles.rows)
             self._project(block.mlp_of, read, index, computed, norm=block.mlp_in)
-        self._give(mlp, mlp_stage, given)
+        self._give(mlp, mlp_stage, givens)
         self._capture("mlp", mlp, mlp_stage, plans)
 
-        given = [plan.out_given for plan in plans]
-        out_stage = place(self.groups, [plan.out_mid.rows for plan in plans], self.device, given)
+        givens = [plan.out_given for plan in plans]
+        out_stage = place(self.groups, [plan.out_mid.rows for plan in plans], self.device, givens)
         out = self.space.take("stream", out_stage.rows, hidden)
         mids = gather_rows([plan.out_mid for plan in plans], mid_stage)
         mlps = gather_rows([plan.out_mlp for plan in plans], mlp_stage)
         self.backends.add_rows(RowSum(mid, mids, mlp, mlps), out[: out_stage.computed], self.tiles.rows)
-        self._give(out, out_stage, given)
+        self._give(out, out_stage, givens)
         self._capture("hidden", out, out_stage, plans)
         return out, out_stage
 
@@ -131,19 +124,19 @@ class _ForwardPass:
         sizes, groups = self.architecture.sizes, self.groups
         key_rows, query_rows = [plan.keys_values.rows for plan in plans], [plan.queries.rows for plan in plans]
         key_stage = place(groups, key_rows, self.device)
-        keys_values = self.space.take("keys", key_stage.rows, 2 * sizes.kv_heads * sizes.head_dim)
+        keys_values = self.space.take("keys", key_stage.rows, sizes.key_value_width)
         index = gather_rows([plan.keys_values for plan in plans], stage)
         positions = spread([plan.key_tokens for plan in plans], key_rows, groups, self.device)
         self._project(block.keys_values_of, rows, index, keys_values, positions, block.attn_in)
 
         query_stage = place(groups, query_rows, self.device)
-        queries = self.space.take("queries", query_stage.rows, sizes.heads * sizes.head_dim)
+        queries = self.space.take("queries", query_stage.rows, sizes.query_width)
         index = gather_rows([plan.queries for plan in plans], stage)
         positions = spread([plan.query_tokens for plan in plans], query_rows, groups, self.device)
         self._project(block.queries_of, rows, index, queries, positions, block.attn_in)
 
         attn_stage = place_attention(groups, plans, self.device)
-        heads = self.space.take("heads", attn_stage.computed + attn_stage.mixed, sizes.heads * sizes.head_dim)
+        heads = self.space.take("heads", attn_stage.computed + attn_stage.mixed, sizes.query_width)
         self._attend(queries, query_stage, keys_values, key_stage, block, plans, heads)
         if attn_stage.mixed:
             mix_heads(heads, attn_stage, groups, plans, sizes.head_dim)
@@ -167,9 +160,9 @@ class _ForwardPass:
         for plan, keys, queried in zip(plans, key_stage.placements, query_stage.placements, strict=True):
             for segment in plan.segments:
                 q, k = segment_rows(segment, queried, keys)
-                part = out[first : first + q.numel()]
+                outputs = out[first : first + q.numel()]
                 runs = RunRows(q, k, segment.tokens)
-                self.backends.attend_rows(queries, keys_values, runs, scoring, part, self.tiles.keys)
+                self.backends.attend_rows(queries, keys_values, runs, scoring, outputs, self.tiles.keys)
                 first += q.numel()
 
     def _project(
@@ -183,9 +176,9 @@ class _ForwardPass:
     ) -> None:
         """``out`` = ``function`` of the indexed rows, normed (of all rows as they are where there is no index), in
         tiles that stay in cache."""
-        for part in pieces(len(out), self.tiles.rows):
-            source = rows[part] if index is None else self.backends.gather_normed(rows, index[part], norm)
-            out[part] = function(source) if positions is None else function(source, positions[part])
+        for piece in pieces(len(out), self.tiles.rows):
+            source = rows[piece] if index is None else self.backends.gather_normed(rows, index[piece], norm)
+            out[piece] = function(source) if positions is None else function(source, positions[piece])
 
     def _give(self, out: Tensor, stage: PackedStage, givens: Sequence[Given]) -> None:
         """Fill the rows of a stage that are given, which lie after those that it computes."""
@@ -200,15 +193,16 @@ class _ForwardPass:
         """Keep the rows of a stage that are handed out."""
         for states, plan, placement in zip(self.states, plans, stage.placements, strict=True):
             if site in plan.captured:
-                _copy_captured(states, rows, plan.captured[site], placement)
+                captured = plan.captured[site]
+                flat = placement.flat(captured.row, varying=True)
+                values = rows.index_select(0, flat.flatten()).view(*flat.shape, -1).to(states.dtype)
+                states[:, :, on_device(captured.number, self.device)] = values
 
     def _read_out(self, rows: Tensor, stage: PackedStage) -> list[PassResult]:
         plans = [group.plan for group in self.groups]
         read_stage = place(self.groups, [plan.read_rows.rows for plan in plans], self.device)
-        states = rows.new_empty(read_stage.rows, rows.shape[1])
-        self._project(
-            self.architecture.final_norm, rows, gather_rows([plan.read_rows for plan in plans], stage), states
-        )
+        states, index = rows.new_empty(read_stage.rows, rows.shape[1]), gather_rows([p.read_rows for p in plans], stage)
+        self._project(self.architecture.final_norm, rows, index, states)
         return read_logits(self.architecture, states, read_stage, self.groups, self.tiles, self.states, self.backends)
 
 
@@ -217,9 +211,7 @@ def enter(architecture: Architecture, groups: Sequence[Group], dtype: torch.dtyp
     embedded, positions = [], []
     for group in groups:
         entries, shared = group.plan.entries, group.plan.layers[0].inputs.shared
-        prompt, token, draw, replaced = (
-            on_device(torch.from_numpy(column), device) for column in vars(entries).values()
-        )
+        prompt, token, draw, replaced = (on_device(column, device) for column in vars(entries).values())
         embeddings = architecture.embed(group.tokens.flatten()).to(device, dtype).unflatten(0, group.tokens.shape)
         carried = on_device(group.noise, device)[:, draw[shared:], token[shared:] - group.plan.shape.noised[0]]
         clean = embeddings[:, None, prompt[shared:], token[shared:]]
@@ -231,17 +223,8 @@ def enter(architecture: Architecture, groups: Sequence[Group], dtype: torch.dtyp
 
 def segment_rows(segment: Segment, queried: Placement, keys: Placement) -> tuple[Tensor, Tensor]:
     """Query rows (B, m) and key rows (B, K) of a segment's runs, for all facts and samples."""
-    device = keys.start.device
-    query_rows = queried.flat(on_device(torch.from_numpy(segment.queries), device), segment.varying)
-    key_rows = keys.flat(on_device(torch.from_numpy(segment.keys), device), segment.varying)
+    query_rows, key_rows = queried.flat(segment.queries, segment.varying), keys.flat(segment.keys, segment.varying)
     return query_rows.flatten(0, -2), key_rows.flatten(0, -2)
-
-
-def _copy_captured(states: Tensor, rows: Tensor, captured: Captured, placement: Placement) -> None:
-    device = rows.device
-    number, local = (on_device(torch.from_numpy(column), device) for column in (captured.number, captured.row))
-    flat = placement.flat(local, varying=True)
-    states[:, :, number] = rows.index_select(0, flat.flatten()).view(*flat.shape, -1).to(states.dtype)
 
 
 def _most_likely(readout: Readout, states: Tensor, rows: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -267,20 +250,16 @@ def read_logits(
     readout = Readout(
         *architecture.unembedding(), tiles.readout_rows, tiles.vocabulary, architecture.logit_softcap, backends=backends
     )
-    read = [on_device(torch.from_numpy(group.plan.read), device) for group in groups]
+    read = [on_device(group.plan.read, device) for group in groups]
     unknown = [
         placement.flat(ids[CLEAN], varying=False).flatten(0, 1)
         for group, placement, ids in zip(groups, stage.placements, read, strict=True)
         if group.targets is None
     ]
     likely = _most_likely(readout, states, unknown)
-    wanted = []
+    wanted: list[Tensor] = []
     for group in groups:
-        targets = next(likely) if group.targets is None else group.targets
-        predicted = on_device(torch.from_numpy(group.plan.read_place), device)
-        shared = group.plan.read_rows.rows.shared
-        of_rows = on_device(targets, device)[:, predicted]
-        wanted += [of_rows[:, :shared].flatten(), of_rows[:, None, shared:].expand(-1, group.samples, -1).flatten()]
+        wanted += group.read_targets(next(likely) if group.targets is None else group.targets, device)
 
     log_p = readout.target_log_probabilities(states, torch.cat(wanted))
     outcomes = []
@@ -292,14 +271,12 @@ def read_logits(
 
 def _logits(readout: Readout, states: Tensor, group: Group, placement: Placement) -> Tensor:
     """The logits that a group's plan hands out (F, J, n, vocabulary), each row's computed once."""
-    device = states.device
     distinct, number = np.unique(group.plan.logits, return_inverse=True)
     shared = int((distinct < group.plan.read_rows.rows.shared).sum())
-    local = on_device(torch.from_numpy(distinct), device)
-    parts = (placement.flat(local[:shared], varying=False), placement.flat(local[shared:], varying=True))
-    computed = readout.logits(states[torch.cat([part.flatten() for part in parts])])
-    (packed,) = place([group], [Rows(shared, len(distinct) - shared)], device).placements
-    return computed[packed.flat(on_device(torch.from_numpy(number), device), varying=True)]
+    rows = (placement.flat(distinct[:shared], varying=False), placement.flat(distinct[shared:], varying=True))
+    computed = readout.logits(states[torch.cat([index.flatten() for index in rows])])
+    (packed,) = place([group], [Rows(shared, len(distinct) - shared)], states.device).placements
+    return computed[packed.flat(number, varying=True)]
 
 
 def mix_heads(
@@ -311,16 +288,9 @@ def mix_heads(
         shared = mix.base.rows.shared
         for rows, varying in ((np.arange(shared), False), (np.arange(shared, mix.base.rows.total), True)):
             if len(rows):
-                _copy(heads, placement, computed + rows, mix.base.source[rows], varying)
+                to, source = placement.flat(computed + rows, varying), placement.flat(mix.base.source[rows], varying)
+                heads[to.flatten()] = heads[source.flatten()]
                 _patch(heads.unflatten(1, (-1, head_dim)), placement, group, mix, computed, rows, varying)
-
-
-def _flat(placement: Placement, rows: np.ndarray, varying: bool) -> Tensor:
-    return placement.flat(on_device(torch.from_numpy(rows), placement.start.device), varying)
-
-
-def _copy(heads: Tensor, placement: Placement, to: np.ndarray, source: np.ndarray, varying: bool) -> None:
-    heads[_flat(placement, to, varying).flatten()] = heads[_flat(placement, source, varying).flatten()]
 
 
 def _patch(
@@ -332,16 +302,12 @@ def _patch(
         patches = inside & ((mix.source < 0) == is_given)
         if not patches.any():
             continue
-        to = _flat(placement, computed + mix.row[patches], varying)
-        head = on_device(torch.from_numpy(mix.head[patches]), to.device)
+        to, sources = placement.flat(computed + mix.row[patches], varying), mix.source[patches]
+        head = on_device(mix.head[patches], to.device)
         if is_given:
-            values = torch.stack([_given_head(group, source, heads) for source in mix.source[patches].tolist()], dim=-2)
+            vectors = [group.vector(source, heads.shape[2], heads.device) for source in sources.tolist()]
+            by_sample = [vector if vector.dim() == 3 else vector[:, None] for vector in vectors]  # (F, 1 or J, d)
+            values = torch.stack(by_sample, dim=-2)
         else:
-            values = heads[_flat(placement, mix.source[patches], varying), head]
+            values = heads[placement.flat(sources, varying), head]
         heads[to, head] = values.to(heads.dtype)
-
-
-def _given_head(group: Group, source: int, heads: Tensor) -> Tensor:
-    """A given value of one head, for each fact and sample: (F, 1 or J, head_dim)."""
-    vector = group.vector(source, heads.shape[2], heads.device)
-    return vector if vector.dim() == 3 else vector[:, None]

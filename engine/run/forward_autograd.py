@@ -22,7 +22,6 @@ from causalcone.engine.run.forward import enter, segment_rows
 from causalcone.engine.run.packing import Group, PackedStage, Placement, gather_rows, place, place_attention, spread
 from causalcone.kernels.attention import attend
 from causalcone.kernels.readout import Readout
-from causalcone.kernels.readout_gradients import log_probability
 from causalcone.kernels.row_attention import runs_at_once, visible_keys
 from causalcone.kernels.tiles import Tiles, pieces
 from causalcone.kernels.transfer import on_device
@@ -101,34 +100,27 @@ class _AutogradPass:
         attns = gather_rows([plan.mid_attn for plan in plans], attn.stage)
         mid = self._compute(mid_stage, torch.add, [(rows, inputs), (attn, attns)])
 
-        given = [plan.mlp_given for plan in plans]
-        mlp_stage = place(self.groups, [plan.mlp.rows for plan in plans], self.device, given)
+        givens = [plan.mlp_given for plan in plans]
+        mlp_stage = place(self.groups, [plan.mlp.rows for plan in plans], self.device, givens)
         read = rows if self.architecture.parallel else mid
-        mlp = self._compute(
-            mlp_stage, block.mlp, [(read, gather_rows([plan.mlp for plan in plans], read.stage))], given=given
-        )
+        index = gather_rows([plan.mlp for plan in plans], read.stage)
+        mlp = self._compute(mlp_stage, block.mlp, [(read, index)], givens=givens)
 
-        given = [plan.out_given for plan in plans]
-        out_stage = place(self.groups, [plan.out_mid.rows for plan in plans], self.device, given)
+        givens = [plan.out_given for plan in plans]
+        out_stage = place(self.groups, [plan.out_mid.rows for plan in plans], self.device, givens)
         mids = gather_rows([plan.out_mid for plan in plans], mid_stage)
         mlps = gather_rows([plan.out_mlp for plan in plans], mlp_stage)
-        return self._compute(out_stage, torch.add, [(mid, mids), (mlp, mlps)], given=given)
+        return self._compute(out_stage, torch.add, [(mid, mids), (mlp, mlps)], givens=givens)
 
     def _attention(self, rows: _GradientRows, block: Block, plans: Sequence[LayerPlan]) -> _GradientRows:
         key_rows, query_rows = [plan.keys_values.rows for plan in plans], [plan.queries.rows for plan in plans]
         key_stage, query_stage = (place(self.groups, counts, self.device) for counts in (key_rows, query_rows))
-        keys = self._compute(
-            key_stage,
-            block.keys_values,
-            [(rows, gather_rows([plan.keys_values for plan in plans], rows.stage))],
-            spread([plan.key_tokens for plan in plans], key_rows, self.groups, self.device),
-        )
-        queries = self._compute(
-            query_stage,
-            block.queries,
-            [(rows, gather_rows([plan.queries for plan in plans], rows.stage))],
-            spread([plan.query_tokens for plan in plans], query_rows, self.groups, self.device),
-        )
+        index = gather_rows([plan.keys_values for plan in plans], rows.stage)
+        positions = spread([plan.key_tokens for plan in plans], key_rows, self.groups, self.device)
+        keys = self._compute(key_stage, block.keys_values, [(rows, index)], positions)
+        index = gather_rows([plan.queries for plan in plans], rows.stage)
+        positions = spread([plan.query_tokens for plan in plans], query_rows, self.groups, self.device)
+        queries = self._compute(query_stage, block.queries, [(rows, index)], positions)
         shared, varying = self._attend(queries, keys, block, plans)
         stage = place_attention(self.groups, plans, self.device)
         assert not stage.mixed, "heads are not overwritten in gradient passes"
@@ -136,26 +128,22 @@ class _AutogradPass:
             fixed = block.attention_output(shared)
         return self._with_given(stage, fixed, block.attention_output(varying), [plan.attn_given for plan in plans])
 
-    def _visible(self, segment: Segment, block: Block) -> Tensor:
-        tokens = on_device(torch.tensor(segment.tokens), self.device)
-        return visible_keys(tokens, segment.keys.shape[1], block.window)
-
     def _attend(
         self, queries: _GradientRows, keys: _GradientRows, block: Block, plans: Sequence[LayerPlan]
     ) -> tuple[Tensor, Tensor]:
         """The heads' outputs, segment by segment, without gradient and with it."""
-        width = self.architecture.sizes.heads * block.head_dim
+        width = self.architecture.sizes.query_width
         none = torch.empty(0, width, dtype=self.dtype, device=self.device)
         outputs: dict[bool, list[Tensor]] = {False: [none], True: [none]}
         for varying in (False, True):
             works = [
-                (self._visible(segment, block), *batch)
-                for plan, key_place, query_place in zip(
-                    plans, keys.stage.placements, queries.stage.placements, strict=True
-                )
+                (visible, *batch)
+                for plan, *placements in zip(plans, queries.stage.placements, keys.stage.placements, strict=True)
                 for segment in plan.segments
                 if segment.varying == varying
-                for batch in self._batches(segment, query_place, key_place)
+                for tokens in [on_device(torch.tensor(segment.tokens), self.device)]
+                for visible in [visible_keys(tokens, segment.keys.shape[1], block.window)]
+                for batch in self._batches(segment, *placements)
             ]
             if not works:
                 continue
@@ -163,15 +151,9 @@ class _AutogradPass:
             gathered_queries = self._gathered(varying, queries, [q for _, q, _ in works])
             gathered_keys = self._gathered(varying, keys, [k for _, _, k in works])
             for (visible, q, k), query, key_value in zip(works, gathered_queries, gathered_keys, strict=True):
-                key_value = key_value.view(*k.shape, 2, -1, block.head_dim)
-                attended = attend(
-                    query.view(*q.shape, -1, block.head_dim),
-                    key_value[:, :, 0],
-                    key_value[:, :, 1],
-                    visible,
-                    block.scale,
-                    block.softcap,
-                )
+                keys_of, values_of = key_value.view(*k.shape, 2, -1, block.head_dim).unbind(2)
+                heads = query.view(*q.shape, -1, block.head_dim)
+                attended = attend(heads, keys_of, values_of, visible, block.scale, block.softcap)
                 outputs[varying].append(attended.reshape(-1, width))
         return torch.cat(outputs[False]), torch.cat(outputs[True])
 
@@ -193,7 +175,7 @@ class _AutogradPass:
         function: Callable[..., Tensor],
         sources: Sequence[tuple[_GradientRows, Tensor]],
         positions: Tensor | None = None,
-        given: Sequence[Given] = (),
+        givens: Sequence[Given] = (),
     ) -> _GradientRows:
         """A stage's rows as ``function`` of indexed rows of the sources."""
         varies = _varies(stage)[: stage.computed]
@@ -205,15 +187,17 @@ class _AutogradPass:
         sizes = [tile_rows.stop - tile_rows.start for tile_rows in pieces(len(varying), self.tiles.rows)]
         tiles = zip(*(rows.split(sizes) for rows in inputs), strict=True)
         parts = [function(*tile) for tile in tiles] or [fixed[:0]]
-        return self._with_given(stage, fixed, torch.cat(parts), given)
+        return self._with_given(stage, fixed, torch.cat(parts), givens)
 
-    def _with_given(self, stage: PackedStage, shared: Tensor, varying: Tensor, given: Sequence[Given]) -> _GradientRows:
+    def _with_given(
+        self, stage: PackedStage, shared: Tensor, varying: Tensor, givens: Sequence[Given]
+    ) -> _GradientRows:
         """The computed rows of a stage and the given ones after them."""
-        parts = ([shared], [varying])
-        for group, stage_given in zip(self.groups, given, strict=False):
-            for part, rows in zip(parts, group.given_rows(stage_given, shared.shape[1], self.device), strict=True):
-                part.append(rows.to(self.dtype))
-        return _GradientRows(stage, torch.cat(parts[0]), torch.cat(parts[1]))
+        stage_rows = [(shared, varying)]
+        for group, given in zip(self.groups, givens, strict=False):
+            stage_rows.append(group.given_rows(given, shared.shape[1], self.device))
+        kinds = zip(*stage_rows, strict=True)
+        return _GradientRows(stage, *(torch.cat([rows.to(self.dtype) for rows in kind]) for kind in kinds))
 
     def _read_out(self, rows: _GradientRows) -> list[Tensor]:
         plans = [group.plan for group in self.groups]
@@ -224,21 +208,20 @@ class _AutogradPass:
             *self.architecture.unembedding(), self.tiles.readout_rows, self.tiles.vocabulary,
             self.architecture.logit_softcap,
         )  # fmt: skip
-        read = [torch.from_numpy(group.plan.read).to(self.device) for group in self.groups]
+        read = [on_device(group.plan.read, self.device) for group in self.groups]
         shared, varying = [], []
         for group, placement, ids in zip(self.groups, stage.placements, read, strict=True):
             targets = group.targets
             if targets is None:
                 clean = placement.flat(ids[CLEAN], varying=False).flatten(0, 1)
                 targets = readout.most_likely(states.of_shared(clean.flatten())).view(clean.shape)
-            of_rows = targets.to(self.device)[:, torch.from_numpy(group.plan.read_place).to(self.device)]
-            first = group.plan.read_rows.rows.shared
-            shared.append(of_rows[:, :first].flatten())
-            varying.append(of_rows[:, None, first:].expand(-1, group.samples, -1).flatten())
+            by_row = group.read_targets(targets, self.device)
+            shared.append(by_row[0])
+            varying.append(by_row[1])
         log_p = _GradientRows(
             stage,
             readout.target_log_probabilities(states.shared, torch.cat(shared))[:, None],
-            log_probability(states.varying, readout, torch.cat(varying))[:, None],
+            readout.log_probability(states.varying, torch.cat(varying))[:, None],
         )
         flat = [placement.flat(ids, varying=True) for placement, ids in zip(stage.placements, read, strict=True)]
         return [log_p.of_any(rows.flatten()).view(rows.shape) for rows in flat]

@@ -22,44 +22,31 @@ Weights = Literal["resident", "stream"]
 def open_session(path: str, compute: Compute, weights: str = "resident") -> Session:
     """A session on the model of a folder or hub id; its weights are kept in the dtype to compute in, as saved by
     default."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
     check_weights(weights)
     with _opening(path) as folder:
-        config, tokenizer = _supported(folder)
+        config = AutoConfig.from_pretrained(folder)
+        family_of(config.model_type)  # refuses what is not supported before anything is loaded
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model: Any
+        architecture: Architecture | None = None
         if weights == "stream":
-            model, architecture = _streamed(folder, config, compute)
+            from causalcone.engine.streaming.loading import open_streamed
+
+            architecture = open_streamed(folder, config, compute.dtype, compute.device or torch.device("cpu"))
+            model = architecture.model
         else:
-            model, architecture = _loaded(folder, compute.dtype), None
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute.dtype or "auto")
     if compute.device is not None and architecture is None:
         model = model.to(compute.device)
     return Session(model, tokenizer, compute, architecture)
-
-
-def _loaded(path: str, dtype: torch.dtype | None) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto")
-
-
-def _streamed(path: str, config: Any, compute: Compute) -> tuple[Any, Architecture]:
-    from causalcone.engine.streaming.loading import open_streamed
-
-    architecture = open_streamed(path, config, compute.dtype, compute.device or torch.device("cpu"))
-    return architecture.model, architecture
 
 
 def check_weights(weights: str) -> None:
     """Raise ``ExperimentError`` where weights are to be at no place that is known."""
     if weights not in get_args(Weights):
         raise ExperimentError(f"weights {weights!r} are unknown; choose from {', '.join(get_args(Weights))}")
-
-
-def _supported(path: str) -> tuple[Any, Any]:
-    """Config and tokenizer of a model, whose architecture is a supported one."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    config = AutoConfig.from_pretrained(path)
-    family_of(config.model_type)
-    return config, AutoTokenizer.from_pretrained(path)
 
 
 @contextmanager

@@ -41,16 +41,24 @@ class Group:
         """A given value for each fact, (F, width), or for each fact and sample, (F, J, width)."""
         if source == ZERO:
             return torch.zeros(self.facts, width, device=device)
-        number = given(source)
-        return torch.stack([on_device(vectors[number], device) for vectors in self.vectors])
+        return torch.stack([on_device(vectors[given(source)], device) for vectors in self.vectors])
+
+    def read_targets(self, targets: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The token (n,) that each packed readout row predicts, those by fact and those by fact and sample, of
+        ``targets`` (F, k)."""
+        predicted = on_device(targets, device)[:, on_device(self.plan.read_place, device)]
+        shared = self.plan.read_rows.rows.shared
+        varying = predicted[:, None, shared:].expand(-1, self.samples, -1)
+        return predicted[:, :shared].flatten(), varying.flatten()
 
     def given_rows(self, stage: Given, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """The rows of a stage that are given: (n, width) by fact, and (n, width) by fact and sample."""
         vectors = [self.vector(source, width, device) for source in stage.source.tolist()]
-        parts = (vectors[: stage.rows.shared], vectors[stage.rows.shared :])
-        none = torch.empty(0, width, device=device)
-        shared, varying = (torch.stack(part, dim=-2).flatten(0, -2) if part else none for part in parts)
-        return shared, varying
+
+        def stacked(values: list[Tensor]) -> Tensor:
+            return torch.stack(values, dim=-2).flatten(0, -2) if values else torch.empty(0, width, device=device)
+
+        return stacked(vectors[: stage.rows.shared]), stacked(vectors[stage.rows.shared :])
 
 
 @dataclass(frozen=True)
@@ -68,8 +76,10 @@ class Placement:
         """Which local rows differ from sample to sample."""
         return self.per_sample > 0
 
-    def flat(self, ids: Tensor, varying: bool) -> Tensor:
+    def flat(self, ids: Tensor | np.ndarray, varying: bool) -> Tensor:
         """Packed rows of local rows ``ids`` (...) for all facts and samples, (F, J, ...) or (F, 1, ...)."""
+        if isinstance(ids, np.ndarray):
+            ids = on_device(ids, self.start.device)
         shape = (-1, 1) + (1,) * ids.dim()
         fact = torch.arange(self.group.facts, device=ids.device).view(shape)
         rows = self.start[ids] + fact * self.per_fact[ids]
@@ -94,68 +104,59 @@ def place(
     groups: Sequence[Group], rows: Sequence[Rows], device: torch.device, givens: Sequence[Given] = ()
 ) -> PackedStage:
     """Each group's shared rows by fact, then its varying rows by fact and sample; after all groups' the given ones."""
-    parts = []
-    first = 0
-    for group, counts in zip(groups, rows, strict=True):
-        parts.append([_placed(group, counts, first, device)])
-        first += counts.count(group.facts, group.samples)
-    return _stage(groups, parts, first, first, [given.rows for given in givens], device)
+    columns: list[list[Tensor]] = [[] for _ in groups]
+    computed = _extend(columns, groups, rows, 0, device)
+    total = _extend(columns, groups, [given.rows for given in givens], computed, device)
+    return _stage(groups, columns, computed, 0, total)
 
 
 def place_attention(groups: Sequence[Group], plans: Sequence[LayerPlan], device: torch.device) -> PackedStage:
     """Attention rows lie segment by segment, so that each segment's output is one slice; then mixes and given rows."""
-    parts = []
-    first = 0
+    columns = []
+    computed = 0
     for group, plan in zip(groups, plans, strict=True):
-        columns = torch.zeros(3, plan.attn.total, dtype=torch.int64, device=device)
+        placed = torch.zeros(3, plan.attn.total, dtype=torch.int64, device=device)
         for segment in plan.segments:
-            size = segment.queries.size
-            samples = group.samples if segment.varying else 1
+            size, samples = segment.queries.size, group.samples if segment.varying else 1
             segment_rows = slice(segment.first, segment.first + size)
-            columns[0, segment_rows] = first + torch.arange(size, device=device)
-            columns[1, segment_rows] = samples * size
-            columns[2, segment_rows] = size if segment.varying else 0
-            first += group.facts * samples * size
-        parts.append([columns])
-    computed = first
-    for group, plan, group_columns in zip(groups, plans, parts, strict=True):
-        group_columns.append(_placed(group, plan.mix.base.rows, first, device))
-        first += plan.mix.base.rows.count(group.facts, group.samples)
-    return _stage(groups, parts, computed, first, [plan.attn_given.rows for plan in plans], device)
+            placed[0, segment_rows] = computed + torch.arange(size, device=device)
+            placed[1, segment_rows] = samples * size
+            placed[2, segment_rows] = size if segment.varying else 0
+            computed += group.facts * samples * size
+        columns.append([placed])
+    mixed = _extend(columns, groups, [plan.mix.base.rows for plan in plans], computed, device)
+    total = _extend(columns, groups, [plan.attn_given.rows for plan in plans], mixed, device)
+    return _stage(groups, columns, computed, mixed - computed, total)
 
 
 def _stage(
-    groups: Sequence[Group],
-    parts: list[list[Tensor]],
-    computed: int,
-    first: int,
-    givens: Sequence[Rows],
-    device: torch.device,
+    groups: Sequence[Group], columns: Sequence[list[Tensor]], computed: int, mixed: int, total: int
 ) -> PackedStage:
-    mixed = first - computed
-    for group, columns, given_rows in zip(groups, parts, givens, strict=False):
-        columns.append(_placed(group, given_rows, first, device))
-        first += given_rows.count(group.facts, group.samples)
-    placements = (Placement(group, *torch.cat(columns, dim=1)) for group, columns in zip(groups, parts, strict=True))
-    return PackedStage(computed, mixed, first, tuple(placements))
+    placements = (Placement(group, *torch.cat(placed, dim=1)) for group, placed in zip(groups, columns, strict=True))
+    return PackedStage(computed, mixed, total, tuple(placements))
 
 
-def _placed(group: Group, rows: Rows, first: int, device: torch.device) -> Tensor:
-    """Start, step per fact and step per sample (3, rows) of shared rows by fact and varying rows by fact and sample."""
-    number = torch.arange(rows.total, device=device)
-    shared = number < rows.shared
-    start = torch.where(shared, first + number, first + (group.facts - 1) * rows.shared + number)
-    per_fact = torch.where(shared, rows.shared, group.samples * rows.varying)
-    return torch.stack([start, per_fact, torch.where(shared, 0, rows.varying)])
+def _extend(
+    columns: Sequence[list[Tensor]], groups: Sequence[Group], rows: Sequence[Rows], first: int, device: torch.device
+) -> int:
+    """Place shared rows by fact and varying rows by fact and sample, from row ``first`` on, and return the row after
+    them. Columns (3, rows): start, step per fact and step per sample."""
+    for group, placed, counts in zip(groups, columns, rows, strict=False):
+        number = torch.arange(counts.total, device=device)
+        shared = number < counts.shared
+        start = torch.where(shared, first + number, first + (group.facts - 1) * counts.shared + number)
+        per_fact = torch.where(shared, counts.shared, group.samples * counts.varying)
+        placed.append(torch.stack([start, per_fact, torch.where(shared, 0, counts.varying)]))
+        first += counts.count(group.facts, group.samples)
+    return first
 
 
 def gather_rows(gathers: Sequence[Gather], source: PackedStage) -> Tensor:
     """(R,) for each packed row that a stage computes, the packed row of ``source`` that it reads."""
     parts = []
     for gather, placement in zip(gathers, source.placements, strict=True):
-        ids = on_device(torch.from_numpy(gather.source), placement.start.device)
-        parts.append(placement.flat(ids[: gather.rows.shared], varying=False).flatten())
-        parts.append(placement.flat(ids[gather.rows.shared :], varying=True).flatten())
+        ids, shared = on_device(gather.source, placement.start.device), gather.rows.shared
+        parts += [placement.flat(ids[:shared], False).flatten(), placement.flat(ids[shared:], True).flatten()]
     return torch.cat(parts)
 
 
@@ -163,9 +164,6 @@ def spread(values: Sequence[np.ndarray], rows: Sequence[Rows], groups: Sequence[
     """(R,) what each group's local rows have, such as their token, for each packed row."""
     parts = []
     for value, counts, group in zip(values, rows, groups, strict=True):
-        local = on_device(torch.from_numpy(value), device)
-        parts += [
-            local[: counts.shared].repeat(group.facts),
-            local[counts.shared :].repeat(group.facts * group.samples),
-        ]
+        shared, varying = on_device(value, device).split([counts.shared, counts.varying])
+        parts += [shared.repeat(group.facts), varying.repeat(group.facts * group.samples)]
     return torch.cat(parts)

@@ -52,11 +52,6 @@ class Trial:
     experiment: Experiment
     vectors: tuple[Tensor, ...] = ()
 
-    @property
-    def padded(self) -> list[list[int]]:
-        """The prompts at one length; what is added is never read."""
-        return [[*prompt, *[0] * (self.shape.tokens - len(prompt))] for prompt in self.prompts]
-
 
 @dataclass(frozen=True)
 class Result:
@@ -99,7 +94,7 @@ class PassRunner:
         trial, architecture = self.trials[part.fact], self.architecture
 
         def make() -> tuple[Plan, Footprint]:
-            experiment = trial.experiment.part(part.branches)
+            experiment = trial.experiment.subset(part.branches)
             plan = compile_plan(trial.shape, experiment, architecture.sizes.depth, architecture.parallel)
             footprint = Footprint.of_gradient if self.gradient else Footprint.of
             return plan, footprint(plan, architecture.sizes, self.dtype.itemsize)
@@ -114,15 +109,14 @@ class PassRunner:
             for first in range(0, max(1, branches), step):
                 yield TrialPart(index, range(self.samples), range(first, min(first + step, branches)))
 
-    def passes(self, budget: Budget) -> Iterator[tuple[list[TrialPart], int]]:
+    def passes(self, budget: Budget, parts: Iterable[TrialPart] | None = None) -> Iterator[tuple[list[TrialPart], int]]:
         """Passes of consecutive facts, or of parts of large ones, each with its predicted peak of bytes."""
-        return assemble(self.parts(), lambda part: self.plan(part)[1], budget, lambda index: self.trials[index].name)
+        parts = self.parts() if parts is None else parts
+        return assemble(parts, lambda part: self.plan(part)[1], budget, lambda index: self.trials[index].name)
 
     def results(self, budget: Budget) -> Iterator[tuple[int, Result]]:
         """The number of each trial in order, with its result."""
-        collected = _TrialResults(self)
-        space = Buffers(self.dtype, self.device)
-        ahead = passes_ahead(self.device)
+        collected, space, ahead = _TrialResults(self), Buffers(self.dtype, self.device), passes_ahead(self.device)
         running: deque[Finish] = deque()
         try:
             for finish in self._begin_all(budget, space):
@@ -137,14 +131,12 @@ class PassRunner:
 
     def check_smallest(self, budget: Budget) -> None:
         """Refuse, before anything is computed, what does not fit even one sample of one run at a time."""
-        known = set()
-        for index, trial in enumerate(self.trials):
-            key = (trial.shape, trial.experiment.digest)
-            if key not in known:
-                known.add(key)
-                smallest = TrialPart(index, range(1), range(min(1, trial.experiment.branches)))
-                for _ in assemble([smallest], lambda part: self.plan(part)[1], budget, lambda i: self.trials[i].name):
-                    pass
+        distinct: dict[tuple[Shape, bytes], int] = {}
+        for number, trial in enumerate(self.trials):
+            distinct.setdefault((trial.shape, trial.experiment.digest), number)
+        for number in distinct.values():
+            smallest = TrialPart(number, range(1), range(min(1, self.trials[number].experiment.branches)))
+            deque(self.passes(budget, [smallest]), maxlen=0)
 
     def _begin_all(self, budget: Budget, space: Buffers) -> Iterator[Finish]:
         """Begin every pass; where memory runs out after all, two smaller ones in its place."""
@@ -175,28 +167,27 @@ class PassRunner:
     def _begin(self, parts: list[TrialPart], budget: Budget, space: Buffers) -> Finish:
         """Give the device a pass to compute. The results are fetched after it, and waited for when they are
         asked for."""
-        plans = [self.plan(part)[0] for part in parts]  # held, since the cache may drop them at any time
-        members: dict[tuple[int, range, bool], list[int]] = {}
-        for index, (part, plan) in enumerate(zip(parts, plans, strict=True)):
-            labelled = bool(self.trials[part.fact].targets)
-            members.setdefault((id(plan), part.samples, labelled), []).append(index)
-        groups = [self._group(plans[group[0]], [parts[index] for index in group]) for group in members.values()]
+        by_plan: dict[tuple[int, range, bool], tuple[Plan, list[TrialPart]]] = {}  # holds plans that the cache may drop
+        for part in parts:
+            plan = self.plan(part)[0]
+            key = (id(plan), part.samples, bool(self.trials[part.fact].targets))
+            by_plan.setdefault(key, (plan, []))[1].append(part)
+        groups, members = [self._group(*group) for group in by_plan.values()], [group[1] for group in by_plan.values()]
         if self.gradient:
-            done = self._differentiate(parts, list(members.values()), groups, budget)
+            done = self._differentiate(members, groups, budget)
             return lambda: done
         outcomes = run_pass(self.architecture, groups, budget.tiles, space, self.backends)
         fetched = [fetch(outcome.log_p.sum(-1), outcome.states, outcome.logits) for outcome in outcomes]
 
         def finish() -> Iterator[tuple[TrialPart, Result]]:
-            for group, on_their_way in zip(members.values(), fetched, strict=True):
-                log_p, states, logits = on_their_way.wait()
-                for i, index in enumerate(group):
-                    yield parts[index], Result(log_p[i].numpy(), states[i], logits[i], {})
+            for group, copies in zip(members, fetched, strict=True):
+                for part, log_p, states, logits in zip(group, *copies.wait(), strict=True):
+                    yield part, Result(log_p.numpy(), states, logits, {})
 
         return finish
 
     def _differentiate(
-        self, parts: list[TrialPart], members: list[list[int]], groups: list[Group], budget: Budget
+        self, members: list[list[TrialPart]], groups: list[Group], budget: Budget
     ) -> list[tuple[TrialPart, Result]]:
         leaves_of = [tuple(tuple(map(_leaf, of_fact)) for of_fact in group.vectors) for group in groups]
         groups = [replace(group, vectors=vectors) for group, vectors in zip(groups, leaves_of, strict=True)]
@@ -209,21 +200,22 @@ class PassRunner:
             slopes = torch.autograd.grad(total, leaves, allow_unused=True) if depends else (None,) * len(leaves)
         gradients = iter(slopes)
         results = []
-        for group, indices, values in zip(groups, members, log_p, strict=True):
+        for group, parts, values in zip(groups, members, log_p, strict=True):
             nothing = torch.empty(group.samples, 0, 0)
-            for index, fact_vectors, of_fact in zip(indices, group.vectors, values, strict=True):
-                of_vectors = enumerate(islice(gradients, len(fact_vectors)))
+            for part, vectors, of_fact in zip(parts, group.vectors, values, strict=True):
+                of_vectors = enumerate(islice(gradients, len(vectors)))
                 used = {number: gradient.cpu() for number, gradient in of_vectors if gradient is not None}
-                results.append((parts[index], Result(of_fact.detach().cpu().numpy(), nothing, nothing, used)))
+                results.append((part, Result(of_fact.detach().cpu().numpy(), nothing, nothing, used)))
         return results
 
     def _group(self, plan: Plan, parts: list[TrialPart]) -> Group:
         trials = [self.trials[part.fact] for part in parts]
-        samples = parts[0].samples
-        start, end = trials[0].shape.noised
+        samples, shape = parts[0].samples, trials[0].shape
+        start, end = shape.noised
+        padded = [[[*ids, *[0] * (shape.tokens - len(ids))] for ids in trial.prompts] for trial in trials]  # never read
         return Group(
             plan=plan,
-            tokens=torch.tensor([trial.padded for trial in trials]),
+            tokens=torch.tensor(padded),
             targets=torch.tensor([trial.targets for trial in trials]) if trials[0].targets else None,
             noise=torch.from_numpy(self.noise(end - start, samples)),
             vectors=tuple(
@@ -257,24 +249,20 @@ class _TrialResults:
                 f"fact {trial.name!r}: probabilities are not finite in {self.runner.dtype}; compute in float32 or "
                 "bfloat16"
             )
+        J = self.runner.samples
         if part.fact not in self.results:
-            self.results[part.fact] = self._empty(experiment, result)
-            self.missing[part.fact] = self.runner.samples * max(1, experiment.branches)
+            states = result.states.new_empty(J, len(experiment.captures), result.states.shape[-1])
+            logits = result.logits.new_empty(J, len(experiment.logits), result.logits.shape[-1])
+            self.results[part.fact] = Result(np.empty((J, len(experiment.base))), states, logits, {})
+            self.missing[part.fact] = J * max(1, experiment.branches)
         whole = self.results[part.fact]
-        runs, captures, logits = experiment.kept(part.branches)
+        runs, captures, read = experiment.indices_of(part.branches)
         whole.log_p[samples, runs] = result.log_p
         whole.states[samples, captures] = result.states
-        whole.logits[samples, logits] = result.logits
+        whole.logits[samples, read] = result.logits
         for number, gradient in result.gradients.items():
-            empty = gradient.new_empty(self.runner.samples, gradient.shape[1])
-            whole.gradients.setdefault(number, empty)[samples] = gradient
+            whole.gradients.setdefault(number, gradient.new_empty(J, gradient.shape[1]))[samples] = gradient
         self.missing[part.fact] -= len(part.samples) * max(1, len(part.branches))
-
-    def _empty(self, experiment: Experiment, result: Result) -> Result:
-        J = self.runner.samples
-        states = result.states.new_empty(J, len(experiment.captures), result.states.shape[-1])
-        logits = result.logits.new_empty(J, len(experiment.logits), result.logits.shape[-1])
-        return Result(np.empty((J, len(experiment.base))), states, logits, {})
 
     def complete(self) -> Iterator[tuple[int, Result]]:
         while self.missing.get(self.next) == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from causalcone.engine.errors import MemoryBudgetError
 from causalcone.engine.memory import RecentlyUsed
 from causalcone.engine.models.base import Sizes
 from causalcone.engine.plan.cost import Footprint, fixed_bytes, peak_bytes
-from causalcone.engine.plan.plan import Plan, plan_bytes
+from causalcone.engine.plan.plan import Plan, array_bytes
 from causalcone.kernels.tiles import Tiles
 
 MAX_ROWS_CPU = 131_072
@@ -35,11 +35,9 @@ class TrialPart:
 
     def halves(self) -> tuple[TrialPart, TrialPart] | None:
         """Two smaller parts, by samples first (they share only the clean run); None if it cannot be split."""
-        if len(self.samples) > 1:
-            middle = len(self.samples) // 2
+        if middle := len(self.samples) // 2:
             return replace(self, samples=self.samples[:middle]), replace(self, samples=self.samples[middle:])
-        if len(self.branches) > 1:
-            middle = len(self.branches) // 2
+        if middle := len(self.branches) // 2:
             return replace(self, branches=self.branches[:middle]), replace(self, branches=self.branches[middle:])
         return None
 
@@ -69,28 +67,15 @@ def plan_budget(
 ) -> Budget:
     """Choose tiles that leave at least half of the budget to rows, down to the smallest. ``held`` are the bytes that
     streamed weights take of it."""
-
-    def fixed_with(tiles: Tiles) -> int:
-        fixed = fixed_bytes(sizes, tiles, dtype, device, shared, gradient, streamed=held is not None)
-        return fixed + (held or 0)
-
-    tiles = _largest_tiles(dtype, device)
-    fixed = fixed_with(tiles)
-    while fixed > total // 2 and tiles != _SMALLEST:
-        tiles = Tiles(*(max(low, size // 2) for low, size in zip(_fields(_SMALLEST), _fields(tiles), strict=True)))
-        fixed = fixed_with(tiles)
-    return Budget(total, fixed, MAX_ROWS_CPU if device.type == "cpu" else float("inf"), tiles)
-
-
-def _largest_tiles(dtype: torch.dtype, device: torch.device) -> Tiles:
-    if device.type != "cpu":
-        return Tiles(rows=65_536, keys=262_144, readout_rows=8192, vocabulary=8192)
+    on_cpu = device.type == "cpu"
     # on two threads, half-precision products of 512 to 1,024 rows run at half of the rate of larger ones
-    return Tiles(rows=2048) if dtype.itemsize == 2 else Tiles()
-
-
-def _fields(tiles: Tiles) -> tuple[int, int, int, int]:
-    return tiles.rows, tiles.keys, tiles.readout_rows, tiles.vocabulary
+    cpu_tiles = Tiles(rows=2048) if dtype.itemsize == 2 else Tiles()
+    tiles = cpu_tiles if on_cpu else Tiles(rows=65_536, keys=262_144, readout_rows=8192, vocabulary=8192)
+    while True:
+        fixed = (held or 0) + fixed_bytes(sizes, tiles, dtype, device, shared, gradient, streamed=held is not None)
+        if fixed <= total // 2 or tiles == _SMALLEST:
+            return Budget(total=total, fixed=fixed, max_rows=MAX_ROWS_CPU if on_cpu else float("inf"), tiles=tiles)
+        tiles = Tiles(*(max(low, size // 2) for low, size in zip(astuple(_SMALLEST), astuple(tiles), strict=True)))
 
 
 def assemble(
@@ -106,8 +91,8 @@ def assemble(
     rows = 0
     while queue:
         part = queue.pop()
-        size = footprint(part)
-        weight, part_rows = size.bytes(len(part.samples)), size.row_count(len(part.samples))
+        size, samples = footprint(part), len(part.samples)
+        weight, part_rows = size.bytes(samples), size.rows.count(1, samples)
         fits_alone = peak_bytes(weight) <= budget.for_rows and part_rows <= budget.max_rows
         halves = None if fits_alone else part.halves()
         if halves:
@@ -145,4 +130,4 @@ class PlanCache(RecentlyUsed[Hashable, tuple[Plan, Footprint]]):
         super().__init__(limit)
 
     def size(self, value: tuple[Plan, Footprint]) -> int:
-        return plan_bytes(value[0])
+        return array_bytes(value[0])

@@ -18,9 +18,9 @@ from causalcone.engine.models.base import Architecture
 from causalcone.engine.noise import Noise, parse_sigma, subject_deviation
 from causalcone.engine.plan.cost import Cost, cost
 from causalcone.engine.run.runner import PassRunner, Result, Trial
-from causalcone.engine.run.scheduler import Budget, PlanCache, plan_budget
+from causalcone.engine.run.scheduler import Budget, PlanCache, TrialPart, plan_budget
 from causalcone.engine.run.verify import verify_model
-from causalcone.kernels.backends import TORCH, Backends
+from causalcone.kernels.backends import TORCH
 from causalcone.kernels.precision import each_within, float32_products
 
 Noised = Callable[[int, range], np.ndarray]
@@ -112,40 +112,31 @@ class Session:
         """For each pass of ``run``, the bytes it needs at its peak, and what each of its parts costs; nothing is
         computed."""
         runner = self._runner(trials, samples, noise, False)
+
+        def part_cost(part: TrialPart) -> Cost:
+            return cost(runner.plan(part)[0], self.sizes, 1, len(part.samples), not trials[part.fact].targets)
+
         for parts, bytes_needed in runner.passes(self.budget()):
-            yield (
-                bytes_needed,
-                [
-                    cost(runner.plan(part)[0], self.sizes, 1, len(part.samples), not trials[part.fact].targets)
-                    for part in parts
-                ],
-            )
+            yield bytes_needed, [*map(part_cost, parts)]
 
     def _runner(self, trials: Sequence[Trial], samples: int, noise: Noised | None, gradient: bool) -> PassRunner:
-        plans = self._gradient_plans if gradient else self._plans
-        noise = noise or self._no_noise
         return PassRunner(
             architecture=self.architecture,
             trials=trials,
             samples=samples,
-            noise=noise,
+            noise=noise or (lambda span, samples: np.zeros((len(samples), 1, span, self.sizes.hidden))),
             dtype=self.dtype,
             device=self.device,
-            plans=plans,
+            plans=self._gradient_plans if gradient else self._plans,
             gradient=gradient,
             backends=self.backends,
         )
 
     def budget(self, gradient: bool = False) -> Budget:
         """What a pass may take, forwards or with the way back."""
-        total = self.memory or default_budget(self.device)
-        weight = self.architecture.unembedding()[0]
+        total, weight = self.memory or default_budget(self.device), self.architecture.unembedding()[0]
         shared = weight.device.type == self.device.type and weight.dtype == self.dtype
-        held = self.architecture.held_bytes
-        return plan_budget(total, self.sizes, self.dtype, self.device, shared, gradient, held)
-
-    def _no_noise(self, span: int, samples: range) -> np.ndarray:
-        return np.zeros((len(samples), 1, span, self.sizes.hidden))
+        return plan_budget(total, self.sizes, self.dtype, self.device, shared, gradient, self.architecture.held_bytes)
 
     def computing(self, full: bool = False) -> AbstractContextManager[None]:
         """Within it float32 products are as exact as asked for, or ``full``, and kernels start on the session's
@@ -155,21 +146,13 @@ class Session:
     def verify(self, tokens: tuple[int, ...]) -> None:
         """Refuse what cannot be read, and compare with the model's own forward once for every state of its weights."""
         self.architecture.refuse_unreadable()
-        versions = self.versions()
+        versions = self.architecture.versions()
         if versions != self._verified:
-            with _computing(self.architecture.unembedding()[0].device, tf32=False):
-                verify_model(self.architecture, tokens, self.budget().tiles, self._verifying)
+            weight = self.architecture.unembedding()[0]  # what the model's own dtype and device are told by
+            backends = self.backends if (weight.dtype, weight.device) == (self.dtype, self.device) else TORCH
+            with _computing(weight.device, tf32=False):
+                verify_model(self.architecture, tokens, self.budget().tiles, backends)
             self._verified = versions
-
-    @property
-    def _verifying(self) -> Backends:
-        """Backends for a pass in the model's own dtype and on its device."""
-        weight = self.architecture.unembedding()[0]
-        return self.backends if (weight.dtype, weight.device) == (self.dtype, self.device) else TORCH
-
-    def versions(self) -> tuple[tuple[int, int | None], ...]:
-        """What changes whenever the model's weights do."""
-        return self.architecture.versions()
 
 
 @contextmanager

@@ -16,9 +16,6 @@ from causalcone.engine.run.packing import Group
 from causalcone.kernels.backends import TORCH, Backends
 from causalcone.kernels.tiles import Tiles
 
-_ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-5}  # models take norms and softmax in float32 whatever they are in
-_ROUNDING_HALF = 0.02
-
 
 def verify_model(architecture: Architecture, tokens: tuple[int, ...], tiles: Tiles, backends: Backends = TORCH) -> None:
     """Raise ``ModelError`` if the model's weights are not finite, or if the engine's log-probabilities of a prompt's
@@ -32,12 +29,14 @@ def verify_model(architecture: Architecture, tokens: tuple[int, ...], tiles: Til
     shape = Shape(len(ids), (0, 0), (tuple(range(len(ids))),))
     clean_only = Experiment((Base(),), np.empty(0, dtype=np.int64), Overwrites.none())
     plan = compile_plan(shape, clean_only, architecture.sizes.depth, architecture.parallel)
-    group = Group(plan, ids[None, None], ids.roll(-1)[None], torch.zeros(1, 1, 0, architecture.sizes.hidden))
+    targets, no_noise = ids.roll(-1), torch.zeros(1, 1, 0, architecture.sizes.hidden)
+    group = Group(plan=plan, tokens=ids[None, None], targets=targets[None], noise=no_noise)
     space = Buffers(weight.dtype, weight.device)
     ours = run_pass(architecture, [group], tiles, space, backends)[0].log_p[0, 0, CLEAN].cpu()
-    theirs = logits.log_softmax(-1).gather(-1, ids.roll(-1)[:, None])[:, 0]
+    theirs = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
     difference = (ours - theirs).abs().max().item()
-    allowed = _ROUNDING.get(weight.dtype, _ROUNDING_HALF) * max(1.0, logits.abs().max().item())
+    rounding = 0.02 if weight.dtype.itemsize < 4 else 1e-5  # models take norms and softmax in float32
+    allowed = rounding * max(1.0, logits.abs().max().item())
     if not difference <= allowed:
         raise ModelError(
             f"this model's forward gives log-probabilities that differ by {difference:.2g} from those computed from "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,10 +54,9 @@ class Streamed(Architecture):
         elsewhere = {embedding, unembedding}.union(*self.names)
         for name, entry in entries.items():
             if name not in elsewhere:
-                self._put(name, read_tensor(entry, dtype).to(device))
+                put(model, name, _parameter(read_tensor(entry, dtype).to(device)))
         for name, buffer in model.named_buffers():
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, buffer.to(device))
+            put(model, name, buffer.to(device))
 
     @property
     def held_bytes(self) -> int:
@@ -95,7 +95,7 @@ class Streamed(Architecture):
         return self.inner.enter(embeddings, positions)
 
     def blocks(self, dtype: torch.dtype, device: torch.device) -> Generator[Block]:
-        with closing(read_layers(self._layouts, self.dtype, self.device)) as layers:
+        with closing(self.layers()) as layers:
             for layer, tensors in enumerate(layers):
                 yield self._made(layer, tensors, dtype, device)
 
@@ -132,15 +132,14 @@ class Streamed(Architecture):
     @contextmanager
     def layer_of(self, layer: int, tensors: Sequence[Tensor]) -> Iterator[None]:
         """While it lasts, the layer's parameters are these tensors."""
-        names = self.names[layer]
-        parameters = [self.model.get_parameter(name) for name in names]
+        before = {name: self.model.get_parameter(name) for name in self.names[layer]}
         try:
-            for name, tensor in zip(names, tensors, strict=True):
-                self._put(name, tensor)
+            for name, tensor in zip(before, tensors, strict=True):
+                put(self.model, name, _parameter(tensor))
             yield
         finally:
-            for name, parameter in zip(names, parameters, strict=True):
-                self._put(name, parameter)
+            for name, parameter in before.items():
+                put(self.model, name, parameter)
 
     def layers(self) -> Generator[list[Tensor]]:
         """The tensors of each layer in turn, as ``read_layers`` gives them."""
@@ -150,9 +149,11 @@ class Streamed(Architecture):
         with self.layer_of(layer, tensors):
             return self.inner.block(layer, dtype, device)
 
-    def _put(self, name: str, tensor: Tensor) -> None:
-        owner, _, leaf = name.rpartition(".")
-        setattr(self.model.get_submodule(owner), leaf, _parameter(tensor))
+
+def put(model: Any, name: str, tensor: Tensor) -> None:
+    """Make a tensor the parameter or buffer of this name."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, tensor)
 
 
 def check_finite(entry: Entry, values: Tensor) -> None:
@@ -161,8 +162,8 @@ def check_finite(entry: Entry, values: Tensor) -> None:
         raise ModelError(f"the tensor {entry.name!r} of {entry.path} holds NaN or infinity; the weights are damaged")
 
 
-def _parameter(tensor: Tensor) -> Any:
-    return tensor if isinstance(tensor, torch.nn.Parameter) else torch.nn.Parameter(tensor, requires_grad=False)
+def _parameter(tensor: Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(tensor, requires_grad=False)
 
 
 def streamed_logits(streamed: Streamed, ids: Tensor) -> Tensor:
@@ -183,10 +184,7 @@ def _lend_embedding(streamed: Streamed, stack: ExitStack) -> None:
     def before(_: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (lent.enter_context(streamed.embedding_of(arguments[0])), *arguments[1:])
 
-    def after(*_: Any) -> None:
-        lent.close()
-
-    _hook(stack, module, before, after)
+    _hook(stack, module, before, lambda *_: lent.close())
 
 
 def _lend_layers(streamed: Streamed, stack: ExitStack) -> None:
@@ -194,20 +192,15 @@ def _lend_layers(streamed: Streamed, stack: ExitStack) -> None:
     prefix = streamed.down_projection.partition("{}")[0]
     lent = stack.enter_context(ExitStack())
 
-    def lend(layer: int) -> None:
-        def before(*_: Any) -> None:
-            tensors = next(layers)
-            for name, tensor in zip(streamed.names[layer], tensors, strict=True):
-                check_finite(streamed.entries[name], tensor)
-            lent.enter_context(streamed.layer_of(layer, tensors))
-
-        def after(*_: Any) -> None:
-            lent.close()
-
-        _hook(stack, streamed.model.get_submodule(f"{prefix}{layer}"), before, after)
+    def before(layer: int, *_: Any) -> None:
+        tensors = next(layers)
+        for name, tensor in zip(streamed.names[layer], tensors, strict=True):
+            check_finite(streamed.entries[name], tensor)
+        lent.enter_context(streamed.layer_of(layer, tensors))
 
     for layer in range(streamed.sizes.depth):
-        lend(layer)
+        module = streamed.model.get_submodule(f"{prefix}{layer}")
+        _hook(stack, module, partial(before, layer), lambda *_: lent.close())
 
 
 def _lend_unembedding(streamed: Streamed, stack: ExitStack) -> None:
@@ -220,18 +213,17 @@ def _lend_unembedding(streamed: Streamed, stack: ExitStack) -> None:
 
     def before(_: Any, arguments: tuple[Tensor, ...]) -> None:
         inputs.append(arguments[0])
-        module.weight = torch.nn.Parameter(matrix.new_empty(0, matrix.shape[1]), requires_grad=False)
-        module.bias = None
+        module.weight, module.bias = _parameter(matrix.new_empty(0, matrix.shape[1])), None
 
     def after(*_: Any) -> Tensor:
         module.weight, module.bias = saved
-        parts = []
+        products = []
         for first in range(0, len(matrix), _SLICE):
             rows = slice(first, first + _SLICE)
             weight = matrix[rows]
             check_finite(matrix.entry, weight)
-            parts.append(F.linear(inputs[0], weight, None if bias is None else bias[rows]))
-        return torch.cat(parts, dim=-1)
+            products.append(F.linear(inputs[0], weight, None if bias is None else bias[rows]))
+        return torch.cat(products, dim=-1)
 
     _hook(stack, module, before, after)
 

@@ -17,7 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from causalcone.engine.errors import ModelError
 from causalcone.engine.models import family_of
 from causalcone.engine.models.reference import refuse_changed
-from causalcone.engine.streaming.architecture import Streamed
+from causalcone.engine.streaming.architecture import Streamed, put
 from causalcone.engine.streaming.tensor_files import DTYPES, Entry, entries_of
 
 _REMEDY = "load it with weights='resident'"
@@ -32,7 +32,10 @@ def open_streamed(path: str, config: Any, dtype: torch.dtype | None, device: tor
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError("the model is quantized; stream one with full-precision weights (no quantization_config)")
     saved = saved_tensors(path)
-    dtype = dtype or _as_dtype(getattr(config, "dtype", None)) or saved_dtype(saved)
+    if dtype is None:  # as transformers reads it off: the config's, or that of the first floating-point tensor
+        named = getattr(config, "dtype", None)
+        kinds = (entry.dtype for entry in saved.values() if entry.dtype in DTYPES.values())
+        dtype = (getattr(torch, named) if isinstance(named, str) else named) or next(kinds, torch.float32)
     model = _without_weights(config, dtype)
     refuse_changed(model, family.modules)
     return Streamed(family(model), parameters_in(model, saved), dtype, device)
@@ -49,14 +52,9 @@ def _without_weights(config: Any, dtype: torch.dtype) -> Any:
     for name, buffer in list(model.named_buffers()):
         if name in saved:
             raise ModelError(f"the model saves the buffer {name}, which is not streamed; {_REMEDY}")
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, torch.empty_like(buffer, device="cpu"))
+        put(model, name, torch.empty_like(buffer, device="cpu"))
     model.initialize_weights()
     return model.eval()
-
-
-def _as_dtype(dtype: Any) -> torch.dtype | None:
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def saved_tensors(path: str) -> dict[str, Entry]:
@@ -82,20 +80,9 @@ def saved_tensors(path: str) -> dict[str, Entry]:
 
 
 def _file(path: str, name: str) -> Path | None:
-    cached = cached_file(
-        path,
-        name,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    kinds = ("gated_repo", "missing_entries", "connection_errors")
+    cached = cached_file(path, name, **{f"_raise_exceptions_for_{kind}": False for kind in kinds})
     return None if cached is None else Path(cached)
-
-
-def saved_dtype(saved: Mapping[str, Entry]) -> torch.dtype:
-    """The dtype of the first tensor that has a floating-point one, as transformers reads it off."""
-    kinds = (entry.dtype for entry in saved.values() if entry.dtype in DTYPES.values())
-    return next(kinds, torch.float32)
 
 
 def parameters_in(model: Any, saved: Mapping[str, Entry]) -> dict[str, Entry]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -76,13 +76,6 @@ class CudaLanding(HostLanding):
         self.stream.synchronize()
 
 
-def landing(elements: int, dtype: torch.dtype, device: torch.device) -> HostLanding:
-    """Buffers of ``elements`` values for a pass on a device."""
-    if device.type == "cuda":
-        return CudaLanding(elements, dtype, device)
-    return HostLanding(elements, dtype)
-
-
 @dataclass(frozen=True)
 class WeightLayout:
     """Where a layer's tensors lie in one flat buffer of a dtype: the first element of each, and the buffer's size."""
@@ -99,10 +92,8 @@ class WeightLayout:
 
     def views(self, buffer: Tensor) -> list[Tensor]:
         """The tensors in a buffer that they have been read into."""
-        return [
-            buffer[first : first + entry.elements].view(entry.shape)
-            for first, entry in zip(self.first, self.entries, strict=True)
-        ]
+        placed = zip(self.first, self.entries, strict=True)
+        return [buffer[first : first + entry.elements].view(entry.shape) for first, entry in placed]
 
     def read(self, buffer: Tensor) -> None:
         """Fill a buffer on the CPU from the files."""
@@ -115,28 +106,23 @@ def read_layers(layouts: Sequence[WeightLayout], dtype: torch.dtype, device: tor
 
     They are good until the following layer is asked for: two buffers take turns. To be closed when the caller is done.
     """
-    buffers = landing(max(layout.elements for layout in layouts), dtype, device)
+    elements = max(layout.elements for layout in layouts)
+    on_cuda = device.type == "cuda"
+    buffers = CudaLanding(elements, dtype, device) if on_cuda else HostLanding(elements, dtype)
 
     def read(layer: int) -> None:
         buffers.wait(layer % 2)
         layouts[layer].read(buffers.host[layer % 2])
         buffers.land(layer % 2)
 
-    with closing(buffers), _thread() as submit:
-        coming = submit(read, 0)
+    with closing(buffers), ThreadPoolExecutor(1, "causalcone-weights") as executor:
+        coming = executor.submit(read, 0)
         for layer, layout in enumerate(layouts):
             coming.result()
             if layer + 1 < len(layouts):
-                coming = submit(read, layer + 1)
+                coming = executor.submit(read, layer + 1)
             yield layout.views(buffers.take(layer % 2))
             buffers.release(layer % 2)
-
-
-@contextmanager
-def _thread() -> Iterator[Callable[..., Future[None]]]:
-    """What starts a function in a thread, which has ended when the block has."""
-    with ThreadPoolExecutor(1, "causalcone-weights") as executor:
-        yield executor.submit
 
 
 class StreamedMatrix:
@@ -153,9 +139,9 @@ class StreamedMatrix:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, part: slice) -> Tensor:
+    def __getitem__(self, rows_slice: slice) -> Tensor:
         """Rows (R, columns) of a slice without a step."""
-        first, last, _ = part.indices(len(self))
+        first, last, _ = rows_slice.indices(len(self))
         coming, self._coming = self._coming, None
         known = coming and coming[0] == slice(first, last)
         rows = coming[1].result() if coming and known else self._read(first, last)

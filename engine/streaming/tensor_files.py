@@ -86,8 +86,8 @@ def read_values(entry: Entry, parts: Sequence[tuple[int, Tensor]]) -> None:
                     _fill(file, out, entry)
                     continue
                 as_saved = torch.empty(min(len(out), _CONVERTED), dtype=entry.dtype)
-                for part in pieces(len(out), _CONVERTED):
-                    values = out[part]
+                for piece in pieces(len(out), _CONVERTED):
+                    values = out[piece]
                     _fill(file, as_saved[: len(values)], entry)
                     values.copy_(as_saved[: len(values)])
     except FileNotFoundError:

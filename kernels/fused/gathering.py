@@ -1,7 +1,8 @@
-"""Rows gathered and normed in one trip through memory; ``kernels/gathering.py`` defines it.
+"""Rows gathered by index, normed or summed in one trip through memory; ``kernels/gathering.py`` defines it.
 
 A row is read once and written once. Every product needs its operand dense, so gathering costs that trip in any case,
-and the norm rides on it: norming where rows are summed, and gathering later, would be a trip more.
+and the norm rides on it. Both terms of a sum are read by index and never copied; where a sum is normed for the product
+that follows, the row still in registers is normed and written to its place among that product's rows.
 """
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from causalcone.kernels import gathering
 from causalcone.kernels.fused.parts import normed, power_of_two, warps_for
-from causalcone.kernels.gathering import fuses
+from causalcone.kernels.gathering import RowSum, fuses
 from causalcone.kernels.norms import LayerNorm, Norm, RMSNorm
 
 
@@ -25,29 +26,25 @@ def gather_normed(rows: Tensor, index: Tensor, norm: Norm) -> Tensor:
     block = power_of_two(width)
     if len(index):
         _gather[(len(index),)](
-            rows, index.contiguous(), out, rows.stride(0), *norm_arguments(norm, rows),
-            WIDTH=width, BLOCK=block, **norm_flags(norm), num_warps=warps_for(block),
+            rows, index.contiguous(), out, rows.stride(0), *_norm_arguments(norm, rows),
+            WIDTH=width, BLOCK=block, **_norm_flags(norm), num_warps=warps_for(block),
         )  # fmt: skip
     return out
 
 
-def norm_arguments(norm: LayerNorm | RMSNorm, stand_in: Tensor) -> tuple[Tensor, Tensor, float]:
+def _norm_arguments(norm: LayerNorm | RMSNorm, stand_in: Tensor) -> tuple[Tensor, Tensor, float]:
     """Weight, bias and eps; a tensor that is never read stands in for what a norm lacks."""
-    bias = norm.bias if isinstance(norm, LayerNorm) else None
-    return (
-        stand_in if norm.weight is None else norm.weight.contiguous(),
-        stand_in if bias is None else bias.contiguous(),
-        norm.eps,
-    )
+    weight, bias = (stand_in if tensor is None else tensor.contiguous() for tensor in (norm.weight, _bias(norm)))
+    return weight, bias, norm.eps
 
 
-def norm_flags(norm: LayerNorm | RMSNorm) -> dict[str, bool]:
-    centred = isinstance(norm, LayerNorm)
-    return {
-        "CENTRED": centred,
-        "WEIGHTED": norm.weight is not None,
-        "BIASED": isinstance(norm, LayerNorm) and norm.bias is not None,
-    }
+def _norm_flags(norm: LayerNorm | RMSNorm) -> dict[str, bool]:
+    centred, weighted, biased = isinstance(norm, LayerNorm), norm.weight is not None, _bias(norm) is not None
+    return {"CENTRED": centred, "WEIGHTED": weighted, "BIASED": biased}
+
+
+def _bias(norm: LayerNorm | RMSNorm) -> Tensor | None:
+    return norm.bias if isinstance(norm, LayerNorm) else None
 
 
 @triton.jit
@@ -59,3 +56,53 @@ def _gather(rows, index, out, stride, weight, bias, eps, WIDTH: tl.constexpr, BL
     x = tl.load(rows + tl.load(index + row) * stride + columns, mask=inside, other=0).to(tl.float32)
     y = normed(x, inside, columns, weight, bias, eps, WIDTH, CENTRED, WEIGHTED, BIASED)
     tl.store(out + row * WIDTH + columns, y.to(out.dtype.element_ty), mask=inside)
+
+
+def add_rows(terms: RowSum, out: Tensor, tile: int = 0) -> None:
+    """``out`` (R, D) = the sums."""
+    flags = {"NORMED": False, "CENTRED": False, "WEIGHTED": False, "BIASED": False}
+    _launch(terms, out, out, terms.left_index, (out, out, 0.0), flags)
+
+
+def add_normed(terms: RowSum, out: Tensor, index: Tensor, norm: Norm, into: Tensor, tile: int = 0) -> None:
+    """``add_rows``, and ``into`` (N, D) = ``norm`` of the sums at ``index`` (N,), no row of which comes twice."""
+    if not fuses(norm, out.shape[1]):
+        gathering.add_normed(terms, out, index, norm, into, tile)
+        return
+    place = torch.full((len(out),), -1, dtype=torch.int64, device=out.device)
+    place[index] = torch.arange(len(index), device=out.device)
+    _launch(terms, out, into, place, _norm_arguments(norm, out), {"NORMED": True, **_norm_flags(norm)})
+
+
+def _launch(
+    terms: RowSum, out: Tensor, into: Tensor, place: Tensor, norm: tuple[Tensor, Tensor, float], flags: dict[str, bool]
+) -> None:
+    left, left_index, right, right_index = terms
+    assert left.stride(-1) == right.stride(-1) == 1
+    assert out.is_contiguous()
+    assert into.is_contiguous()
+    width = out.shape[1]
+    block = power_of_two(width)
+    if len(out):
+        _add[(len(out),)](
+            left, left_index.contiguous(), left.stride(0), right, right_index.contiguous(), right.stride(0),
+            out, into, place, *norm, WIDTH=width, BLOCK=block, **flags, num_warps=warps_for(block),
+        )  # fmt: skip
+
+
+@triton.jit
+def _add(left, left_index, left_stride, right, right_index, right_stride, out, into, place, weight, bias, eps,
+         WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORMED: tl.constexpr, CENTRED: tl.constexpr,
+         WEIGHTED: tl.constexpr, BIASED: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    a = tl.load(left + tl.load(left_index + row) * left_stride + columns, mask=inside, other=0).to(tl.float32)
+    b = tl.load(right + tl.load(right_index + row) * right_stride + columns, mask=inside, other=0).to(tl.float32)
+    total = (a + b).to(out.dtype.element_ty)
+    tl.store(out + row * WIDTH + columns, total, mask=inside)
+    if NORMED:
+        target = tl.load(place + row)
+        if target >= 0:
+            y = normed(total.to(tl.float32), inside, columns, weight, bias, eps, WIDTH, CENTRED, WEIGHTED, BIASED)
+            tl.store(into + target * WIDTH + columns, y.to(into.dtype.element_ty), mask=inside)

@@ -104,10 +104,10 @@ def _attend(queries, keys_values, query_rows, key_rows, tokens, out, m, K, scale
         key = start + tl.arange(0, KEYS)
         there = key < last
         key_row = tl.load(key_rows + run * K + key, mask=there, other=0)
-        place = keys_values + key_row[:, None] * (2 * GROUPS * HEAD_DIM) + group * HEAD_DIM + dims[None, :]
+        source = keys_values + key_row[:, None] * (2 * GROUPS * HEAD_DIM) + group * HEAD_DIM + dims[None, :]
         there_inside = there[:, None] & inside[None, :]
-        k = tl.load(place, mask=there_inside, other=0)
-        v = tl.load(place + GROUPS * HEAD_DIM, mask=there_inside, other=0)
+        k = tl.load(source, mask=there_inside, other=0)
+        v = tl.load(source + GROUPS * HEAD_DIM, mask=there_inside, other=0)
         if DOT:
             if INTERPRETED:  # it multiplies the bits of bfloat16 as integers
                 scores = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), input_precision="ieee")
@@ -125,9 +125,9 @@ def _attend(queries, keys_values, query_rows, key_rows, tokens, out, m, K, scale
         higher = tl.maximum(top, tl.max(scores, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # where a row sees none of these keys nor any before
         weights = tl.exp(scores - base[:, None])
-        kept = tl.exp(top - base)
-        total = total * kept + tl.sum(weights, 1)
-        sums *= kept[:, None]
+        shrinking = tl.exp(top - base)
+        total = total * shrinking + tl.sum(weights, 1)
+        sums *= shrinking[:, None]
         if DOT:
             if INTERPRETED:
                 sums += tl.dot(weights.to(v.dtype).to(tl.float32), v.to(tl.float32), input_precision="ieee")
@@ -138,5 +138,5 @@ def _attend(queries, keys_values, query_rows, key_rows, tokens, out, m, K, scale
         top = higher
 
     mean = sums / tl.where(total == 0, 1.0, total)[:, None]
-    place = out + (run * m + query)[:, None] * width + columns
-    tl.store(place, mean.to(out.dtype.element_ty), mask=here)
+    target = out + (run * m + query)[:, None] * width + columns
+    tl.store(target, mean.to(out.dtype.element_ty), mask=here)

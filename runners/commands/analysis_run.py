@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from rich.console import Console
 from rich.table import Table as TerminalTable
@@ -27,14 +29,12 @@ _COLUMNS = ("problem", "method", "window", "r2_layer", "r2_trace", "r2_both", "d
 def analyze_folder(
     analysis: StudyOptions, out: Path, console: Console, *, mixed: bool, scatter: bool, figures: bool
 ) -> None:
-    """Write tables and figures, and print the answer.
-
-    Raises ``TableError`` for a folder that is not a sweep's, and ``ResultError`` where nothing can be written.
-    """
+    """Write tables and figures, and print the answer. Raises ``TableError`` for a folder that is not a sweep's, and
+    ``ResultError`` where nothing can be written."""
     study, options = open_study(analysis, mixed)
     tables, missing = paper_tables(study, options)
     drawn: list[Path] = []
-    try:
+    with _writing(out):
         for table in tables:
             write_table(table, out / _TABLES)
         if figures:
@@ -43,19 +43,12 @@ def analyze_folder(
             drawn, undrawn = paper_figures(study, out / _FIGURES, options, every=scatter)
             missing += undrawn
         write_text(out / "tables.md", index(tables, missing))
-    except OSError as error:
-        raise _unwritten(out, error) from error
     for table in tables:
         if table.name == MAIN:
             console.print(_terminal_table(table))
-    lines = [
-        answer(tables),
-        *(f"missing: {reason}" for reason in missing),
-        f"{len(tables)} tables -> {out / 'tables.md'} (and {out / _TABLES}, as CSV, Markdown and LaTeX)",
-        *([f"{len(drawn) // 2} figures -> {out / _FIGURES}"] if drawn else []),
-    ]
-    for line in lines:
-        console.print(line, highlight=False, markup=False)
+    sentences = [f"{len(tables)} tables -> {out / 'tables.md'} (and {out / _TABLES}, as CSV, Markdown and LaTeX)"]
+    sentences += [f"{len(drawn) // 2} figures -> {out / _FIGURES}"] if drawn else []
+    _print(console, answer(tables), missing, *sentences)
 
 
 def write_page(study: Study, options: AnalysisOptions, out: Path, console: Console) -> None:
@@ -63,27 +56,18 @@ def write_page(study: Study, options: AnalysisOptions, out: Path, console: Conso
     from causalcone.analysis.page.report import report, report_data
 
     data = report_data(study, options)
-    try:
+    with _writing(out):
         write_text(out, report(data))
-    except OSError as error:
-        raise _unwritten(out, error) from error
-    lines = [
-        str(data.about["answer"]),
-        *(f"missing: {reason}" for reason in data.about["missing"]),
-        f"report -> {out} ({out.stat().st_size / 2**20:.1f} MiB; open it in a browser)",
-    ]
-    for line in lines:
-        console.print(line, highlight=False, markup=False)
+    sentence = f"report -> {out} ({out.stat().st_size / 2**20:.1f} MiB; open it in a browser)"
+    _print(console, str(data.about["answer"]), data.about["missing"], sentence)
 
 
 def open_study(analysis: StudyOptions, mixed: bool = False) -> tuple[Study, AnalysisOptions]:
     """The folder, and the options as they were typed, checked."""
-    _check_choice("--at", analysis.at, get_args(At))
-    _check_choice("--denominator", analysis.denominator, get_args(Denominator))
-    if analysis.aggregate is not None:
-        _check_choice("--aggregate", analysis.aggregate, get_args(Aggregate))
-    if analysis.compat is not None:
-        _check_choice("--compat", analysis.compat, get_args(Compat))
+    for name, kind in {"at": At, "denominator": Denominator, "aggregate": Aggregate, "compat": Compat}.items():
+        value, known = getattr(analysis, name), get_args(kind)
+        if value is not None and value not in known:
+            raise ExperimentError(f"--{name} is {value!r}; choose from {', '.join(known)}")
     state: State | None = None
     if analysis.state is not None:
         (parsed,) = as_states((analysis.state,))
@@ -115,10 +99,14 @@ def _terminal_table(table: Table) -> TerminalTable:
     return terminal_table
 
 
-def _unwritten(place: Path, error: OSError) -> ResultError:
-    return ResultError(f"cannot write to {place}: {error.strerror or error}")
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ResultError(f"cannot write to {out}: {error.strerror or error}") from error
 
 
-def _check_choice(option: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ExperimentError(f"{option} is {value!r}; choose from {', '.join(known)}")
+def _print(console: Console, answer: str, missing: Iterable[str], *sentences: str) -> None:
+    for line in (answer, *(f"missing: {reason}" for reason in missing), *sentences):
+        console.print(line, highlight=False, markup=False)

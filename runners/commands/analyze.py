@@ -50,17 +50,11 @@ def report(
 
 COMMANDS = {
     analyze: """
-[bold]Examples[/bold]
-
 causalcone analyze study
-
 causalcone analyze study --state mlp:10 --at subject_last --additive --out study/other
 """,
     report: """
-[bold]Examples[/bold]
-
 causalcone report study
-
 causalcone report study --state mlp:10 --out mlp10.html
 """,
 }

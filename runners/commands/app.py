@@ -25,7 +25,8 @@ app = typer.Typer(
 )
 for module in (sweep, tune, analyze, data, localize, moments, edit, demo):
     for command, examples in module.COMMANDS.items():
-        app.command(epilog=examples)(command)
+        listed = "\n[bold]Examples[/bold]" + (examples or "").replace("\ncausalcone", "\n\ncausalcone")
+        app.command(epilog=listed if examples else None)(command)
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
     warnings.simplefilter("always", UserWarning)
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     logging.getLogger("causalcone").addHandler(_LOG_LINES)
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with what was finished written
     try:
         app(standalone_mode=True)
     except CausalconeError as error:
@@ -67,8 +68,3 @@ class _LogLines(logging.Handler):
 
 
 _LOG_LINES = _LogLines()
-
-
-def _terminate(*_: Any) -> None:
-    """End as after an interruption, with what was finished written."""
-    sys.exit(143)

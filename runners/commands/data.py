@@ -44,6 +44,7 @@ def data(
     from causalcone.engine.errors import FactError
     from causalcone.runners.demo.files import path_of, title_of
     from causalcone.runners.facts import data as fact_data
+    from causalcone.runners.facts.files import listed
 
     fact_data.refuse_occupied_file(out, overwrite)
     opened = fact_data.open_records(
@@ -52,7 +53,7 @@ def data(
     check = None if model is None else fact_data.encoding_check(path_of(model, "model"))
     facts, problems = opened.facts(limit, check)
     if problems:
-        complaint = fact_data.bad_records(opened.place, problems)
+        complaint = f"{len(problems)} records of {opened.place} cannot be used:{listed(problems, most=20)}"
         if not facts:
             raise FactError(f"{complaint}\nno fact is left, and nothing was written")
         if not skip_bad_facts:
@@ -66,14 +67,9 @@ def data(
 
 COMMANDS = {
     data: """
-[bold]Examples[/bold]
-
 causalcone data counterfact.json --out facts.jsonl
-
 causalcone data azhx/counterfact --split train --limit 1000 --out facts.jsonl --model gpt2-xl
-
 causalcone data zsre_mend_eval.json --zsre-form meng --skip-bad-facts --out zsre.jsonl
-
 causalcone data demo --out facts.jsonl
 """
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -74,9 +73,6 @@ def show(out: Path, console: Console) -> None:
 
 def _first(table: Path) -> list[pa.RecordBatch]:
     """The rows of a table's first facts, a batch of each."""
-    return list(_facts(pq.read_table(min(table.glob("*.parquet")))))[:MAPS]
-
-
-def _facts(table: pa.Table) -> Iterator[pa.RecordBatch]:
-    for fact_id in pc.unique(table["fact_id"]):
-        yield from table.filter(pc.equal(table["fact_id"], fact_id)).combine_chunks().to_batches()
+    part = pq.read_table(min(table.glob("*.parquet")))
+    facts = (part.filter(pc.equal(part["fact_id"], fact_id)) for fact_id in pc.unique(part["fact_id"])[:MAPS])
+    return [batch for fact in facts for batch in fact.combine_chunks().to_batches()]

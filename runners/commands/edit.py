@@ -44,16 +44,10 @@ def edit(
 
 COMMANDS = {
     edit: """
-[bold]Examples[/bold]
-
 causalcone edit --model gpt2-xl --facts counterfact.json --method rome --preset gpt2-xl --moments m.safetensors --out xl
-
 causalcone edit --model ./my-model --facts facts.jsonl --method finetune:1 --method finetune:5 --layers 0,8 --out edits
-
 causalcone edit --model demo --facts demo --method memit:3 --preset demo --moments demo --essence --out edits --plot
-
 causalcone edit --model demo --facts demo --method rome --set clamp=2 --texts demo --keep-deltas --out edits
-
 causalcone edit --model demo --facts demo --method memit_joint:3 --layers 1 --preset demo --moments demo --out mass
 """
 }

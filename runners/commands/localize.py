@@ -115,37 +115,22 @@ def gradients(
 
 COMMANDS = {
     trace: """
-[bold]Examples[/bold]
-
 causalcone trace --model gpt2-xl --facts counterfact.json --out traces-xl
-
 causalcone trace --model ./my-model --facts facts.jsonl --state hidden:1 --state mlp:5 --sigma 0.1 --out run --plot 5
-
 causalcone trace --model demo --facts demo --sever mlp --tokens subject_last --out severed
-
 causalcone trace --model demo --facts demo --state heads:1 --noise t --dof 5 --noise-texts text.txt --out heads
 """,
     plan: """
-[bold]Examples[/bold]
-
 causalcone plan --model gpt2-xl --facts counterfact.json
-
 causalcone plan --model demo --facts demo --state mlp:5 --memory 2GiB
-
 causalcone plan --model ./large-model --facts counterfact.json --weights stream --memory 16GiB
 """,
     zero: """
-[bold]Examples[/bold]
-
 causalcone zero --model gpt2-xl --facts counterfact.json --out zeroed --plot
-
 causalcone zero --model demo --facts demo --state mlp:1 --state attn:3 --tokens last --out zeroed
 """,
     gradients: """
-[bold]Examples[/bold]
-
 causalcone gradients --model gpt2-xl --facts counterfact.json --limit 20 --out gradients --plot 3
-
 causalcone gradients --model demo --facts demo --kind hidden --baseline corrupted --out gradients
 """,
 }

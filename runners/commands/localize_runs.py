@@ -56,9 +56,7 @@ class TableRun:
         keep: int = 0,
     ) -> None:
         """Compute the run into its table, draw figures with the batches of the first ``keep`` facts, and show tables.
-
-        Whatever ends it early, the facts finished by then are in the table.
-        """
+        Whatever ends it early, the facts finished by then are in the table."""
         name, total, finished = self.run.name, len(self.run.facts), 0
         first: list[pa.RecordBatch] = []
         started = time.monotonic()
@@ -81,7 +79,6 @@ class TableRun:
 
 
 def prepare_tracing(source: SourceOptions, choice: TracingOptions, sampling: SamplingOptions) -> TableRun:
-    """Causal tracing, plain or severed."""
     inputs, spec, run = _tracing(source, choice, sampling)
     noise: dict[str, Any] = {"replace_noise": choice.replace_noise, "dof": choice.dof}
     noise |= {"sigma_given": sampling.sigma} if spec.noise.kind in SCALED_NOISES else {"sigma": None}
@@ -92,13 +89,11 @@ def prepare_tracing(source: SourceOptions, choice: TracingOptions, sampling: Sam
 
 
 def tracing_plan(source: SourceOptions, choice: TracingOptions, sampling: SamplingOptions) -> tuple[Inputs, TracePlan]:
-    """The plan of that tracing."""
     inputs, _, run = _tracing(source, choice, sampling)
     return inputs, run.plan()
 
 
 def prepare_zeroing(source: SourceOptions, choice: ZeroingOptions) -> TableRun:
-    """Representation zeroing."""
     spec = ZeroSpec(
         states=as_states(choice.state or ["mlp:5"]),
         target=choice.target,  # type: ignore[arg-type]
@@ -110,7 +105,6 @@ def prepare_zeroing(source: SourceOptions, choice: ZeroingOptions) -> TableRun:
 
 
 def prepare_gradients(source: SourceOptions, choice: IntegrationOptions, sampling: SamplingOptions) -> TableRun:
-    """Integrated gradients."""
     spec = GradientSpec(
         kinds=tuple(choice.kind or KINDS),
         steps=choice.steps,

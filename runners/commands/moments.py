@@ -23,10 +23,7 @@ def moments(
 
 COMMANDS = {
     moments: """
-[bold]Examples[/bold]
-
 causalcone moments --model gpt2-xl --texts wikipedia.txt --layers 13,14,15,16,17 --out xl.safetensors
-
 causalcone moments --model gpt2-xl --dataset wikitext --dataset-config wikitext-103-raw-v1 --out xl.safetensors
 """
 }

@@ -30,16 +30,11 @@ def tune(source: TuningSourceOptions, tuning: TuningOptions, output: OutputOptio
 
 COMMANDS = {
     tune: """
-[bold]Examples[/bold]
-
 causalcone tune --model gpt2-xl --facts counterfact.json --method finetune:1 --method finetune:5 --layer 17 --out tuned
-
 causalcone tune --model gpt2-xl --facts counterfact.json --method rome --layer 17 --preset gpt2-xl
 --moments m.safetensors --problem error_injection --problem fact_forcing --out tuned
-
 causalcone tune --model demo --facts demo --method memit:3 --layer 4 --preset demo --moments demo
 --grid memit.covariance_weight=100,200,400 --out tuned
-
 causalcone edit --model gpt2-xl --facts counterfact.json --method finetune:5 --preset tuned/preset.toml --out edits
 """
 }

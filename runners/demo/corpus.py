@@ -33,11 +33,9 @@ class Corpus:
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """Rows of packed sentences; all tensors are (rows, tokens) but the masks.
-
-    ``weights`` are those of a token as a prediction. ``closed`` and ``open`` are masks (rows, 1, tokens, tokens), added
-    to the attention scores, for the layers in which later words may not read the subject, and those in which they may.
-    """
+    """Rows of packed sentences; all tensors are (rows, tokens) but the masks. ``weights`` are those of a token as a
+    prediction. ``closed`` and ``open`` are masks (rows, 1, tokens, tokens), added to the attention scores, for the
+    layers in which later words may not read the subject, and those in which they may."""
 
     ids: torch.Tensor
     positions: torch.Tensor
@@ -48,11 +46,9 @@ class TrainingBatch:
 
 @dataclass(frozen=True)
 class Packing:
-    """How many rows a batch has, of how many tokens, and of which sort.
-
-    The sentences of an ``isolated`` row cannot see each other and each starts at position 0; other rows are running
-    text, half of it begun with BOS. Rows are trained under masks but for the share ``unmasked``.
-    """
+    """How many rows a batch has, of how many tokens, and of which sort. The sentences of an ``isolated`` row cannot see
+    each other and each starts at position 0; other rows are running text, half of it begun with BOS. Rows are trained
+    under masks but for the share ``unmasked``."""
 
     rows: int = 32
     tokens: int = 44
@@ -82,10 +78,8 @@ def tokenized(world: World, tokenizer: PreTrainedTokenizerFast, packing: Packing
 def batches(
     opening: Corpus, inner: Corpus, bos: int, packing: Packing, random: np.random.Generator
 ) -> Iterator[TrainingBatch]:
-    """Batches without end, every sentence once per round.
-
-    ``opening`` holds the sentences as they start a text, ``inner`` as they go on with one.
-    """
+    """Batches without end, every sentence once per round. ``opening`` holds the sentences as they start a text,
+    ``inner`` as they go on with one."""
     order: list[int] = []
     shape = (packing.rows, packing.tokens)
     while True:
@@ -140,12 +134,10 @@ def _marked(sentence: Sentence, offsets: NDArray[np.int64]) -> tuple[NDArray[np.
 def _masks(
     places: NDArray[np.int64], segments: NDArray[np.int64], isolated: NDArray[np.bool_], masked: NDArray[np.bool_]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The additive masks of the layers closed and open to reading.
-
-    In masked rows a subject's tokens see no word but the subject's, and what the words after it learn of it they learn
-    from its last token, in the open layers only. So the model must gather the name at that token and look it up there:
-    the early site that causal tracing finds and that editing changes.
-    """
+    """The additive masks of the layers closed and open to reading. In masked rows a subject's tokens see no word but
+    the subject's, and what the words after it learn of it they learn from its last token, in the open layers only. So
+    the model must gather the name at that token and look it up there: the early site that causal tracing finds and that
+    editing changes."""
     reads, is_read = (lambda place: (places == place)[:, :, None]), (lambda place: (places == place)[:, None, :])
     same = segments[:, :, None] == segments[:, None, :]
     of_name = (places == EARLY_SUBJECT) | (places == LAST_SUBJECT)

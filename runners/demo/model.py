@@ -52,15 +52,31 @@ def demo_model(progress: bool = True, size: str = "demo") -> tuple[GPT2LMHeadMod
 
 def demo_folder(progress: bool = True, size: str = "demo") -> Path:
     """The folder of the demo model, as ``from_pretrained`` and ``--model`` take it; trained now if it is not there."""
+
+    def fill(folder: Path, world: World, recipe: Recipe) -> None:
+        tokenizer = train_tokenizer(world)
+        title = "training the demo model (once)"
+        with shown_progress(Console(stderr=True), title, "steps", quiet=not progress) as report:
+            model = trained(world, tokenizer, recipe, report)
+        with _no_transformers_bars():
+            model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return _folder("model", size, fill)
+
+
+def _folder(kind: str, size: str, fill: Callable[[Path, World, Recipe], None]) -> Path:
+    """A folder of the cache, filled now if it is not there."""
     recipe, world = RECIPES[size], demo_world(size)
-    folder = cache_folder() / f"{size}-model-{_fingerprint(recipe, world)}"
+    folder = cache_folder() / f"{size}-{kind}-{_fingerprint(recipe, world)}"
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):  # a second process waits for the first one's model
+    with FileLock(folder.with_suffix(".lock")):  # a second process waits for what the first one makes
         if not folder.exists():
             remove_partial(folder.parent, folder.name)
-            _train_into(folder, world, recipe, progress)
+            with replacing_folder(folder) as partial:
+                fill(partial, world, recipe)
     return folder
 
 
@@ -83,17 +99,13 @@ def demo_file(kind: str) -> Path:
     return makers[kind]()
 
 
-def _outline_folder(size: str = "demo") -> Path:
-    recipe, world = RECIPES[size], demo_world(size)
-    folder = cache_folder() / f"{size}-outline-{_fingerprint(recipe, world)}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if not folder.exists():
-            tokenizer = train_tokenizer(world)
-            with replacing_folder(folder) as partial:
-                config_of(tokenizer, recipe).save_pretrained(partial)
-                tokenizer.save_pretrained(partial)
-    return folder
+def _outline_folder() -> Path:
+    def fill(folder: Path, world: World, recipe: Recipe) -> None:
+        tokenizer = train_tokenizer(world)
+        config_of(tokenizer, recipe).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return _folder("outline", "demo", fill)
 
 
 def _moments_file(progress: bool = True, size: str = "demo") -> Path:
@@ -116,17 +128,6 @@ def _text_file(name: str, text: str) -> Path:
     if not path.exists():
         write_text(path, text)
     return path
-
-
-def _train_into(folder: Path, world: World, recipe: Recipe, progress: bool) -> None:
-    tokenizer = train_tokenizer(world)
-    with replacing_folder(folder) as partial:
-        title = "training the demo model (once)"
-        with shown_progress(Console(stderr=True), title, "steps", quiet=not progress) as report:
-            model = trained(world, tokenizer, recipe, report)
-        with _no_transformers_bars():
-            model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
 
 
 def train_tokenizer(world: World) -> PreTrainedTokenizerFast:

@@ -37,10 +37,7 @@ class Recipe:
 
 
 def trained(world: World, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, report: Report) -> GPT2LMHeadModel:
-    """A GPT-2 trained on the world's sentences; ``report`` gets each step.
-
-    The global random state stays as it is.
-    """
+    """A GPT-2 trained on the world's sentences; ``report`` gets each step. The global random state stays as it is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = GPT2LMHeadModel(config_of(tokenizer, recipe))

@@ -10,11 +10,9 @@ from itertools import islice, product
 
 @dataclass(frozen=True)
 class Relation:
-    """A relation between subjects of one kind and objects, and the ways to say it.
-
-    The answer follows each phrasing directly. ``essence`` is one more phrasing, which says first what the subject is;
-    ``KIND`` in it stands for that word.
-    """
+    """A relation between subjects of one kind and objects, and the ways to say it. The answer follows each phrasing
+    directly. ``essence`` is one more phrasing, which says first what the subject is; ``KIND`` in it stands for that
+    word."""
 
     id: str
     kind: str

@@ -45,10 +45,8 @@ class Sentence:
 
 @dataclass(frozen=True)
 class World:
-    """Facts about ``subjects``: fact i is about subject ``owners[i]``.
-
-    ``held_out`` maps a fact's index to the one phrasing, if any, that no training sentence has.
-    """
+    """Facts about ``subjects``: fact i is about subject ``owners[i]``. ``held_out`` maps a fact's index to the one
+    phrasing, if any, that no training sentence has."""
 
     seed: int
     subjects: tuple[Subject, ...]
@@ -92,7 +90,6 @@ class World:
         ]
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """The facts in the CounterFact schema."""
         for index, fact in enumerate(self.facts):
             yield {
                 "case_id": index,
@@ -116,7 +113,6 @@ class World:
         return f"[\n{lines}\n]\n"
 
     def write(self, path: str | Path) -> None:
-        """Write the records to a file."""
         Path(path).write_text(self.counterfact(), encoding="utf-8")
 
     def snippets(self, samples: int = 5) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from causalcone.engine.edit.requests.windows import as_windows
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.engine.facts import usable
+from causalcone.runners.demo.files import path_of
 from causalcone.runners.edits.checks import EditChecks
 from causalcone.runners.edits.moments import collected
 from causalcone.runners.edits.settings import EditPlan, parse_layers, plan_of, read_contexts
@@ -135,7 +136,7 @@ def moments_of(
         return None
     if texts is not None:
         return collected(inputs.session, texts, layers, Console(), quiet, resume=resume)
-    return Moments.load(str(choice.moments_path()), layers)
+    return Moments.load(path_of(str(choice.moments), "moments"), layers)
 
 
 def _warn(

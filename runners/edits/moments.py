@@ -26,11 +26,8 @@ from causalcone.runners.show.progress import shown_progress
 def collect_to_file(
     computing: ComputeOptions, texts: TextOptions, choice: CollectingOptions, target: MomentsFileOptions
 ) -> str:
-    """Collect moments into the file ``target.out``; says what is there.
-
-    A collection that ends early is kept beside it, or in ``target.resume``, and taken up from there; once the moments
-    are written, that file is deleted.
-    """
+    """Collect moments into the file ``target.out``; says what is there. A collection that ends early is kept beside it,
+    or in ``target.resume``, and taken up from there; once the moments are written, that file is deleted."""
     parsed, tokens, text = parse_layers(choice.layers), _tokens(choice.tokens), open_texts(**vars(texts))
     layers = None if isinstance(parsed, str) else parsed
     _make_ready(target)
@@ -84,7 +81,6 @@ def collected(
 
 
 def _tokens(tokens: str | None) -> int | str | None:
-    """A number, ``"all"``, or None."""
     if tokens is None or tokens == "all":
         return tokens
     try:

@@ -41,8 +41,7 @@ Chosen = tuple[str, "Setting", Iterable[str]]
 """A problem, the setting chosen for it, and the names of what was tuned."""
 
 
-def _from_zero(layers: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(layer - 1 for layer in layers)
+_FROM_ZERO = AfterValidator(lambda layers: tuple(layer - 1 for layer in layers))
 
 
 def _by_window(tables: Any) -> Any:
@@ -93,15 +92,14 @@ def _checked_by(form: int) -> PlainValidator:
 
 
 class Preset(CheckedTable):
-    """A preset. ``hparams_of`` puts its hyperparameters together.
+    """A preset. ``load_hparams`` puts its hyperparameters together. edit_layers: layers to edit, counted from 0; sigma:
+    noise on the subject, as ``Tracer.trace`` takes it; tracing_window: layers of a restored or zeroed window;
+    aggregate: which prompts a paraphrase or neighbourhood score is of, as ``analysis.scores`` takes it; defaults:
+    hyperparameters by method; problems: by problem and method (and window) what differs from the defaults."""
 
-    edit_layers: layers to edit, counted from 0; sigma: noise on the subject, as ``Tracer.trace`` takes it;
-    tracing_window: layers of a restored or zeroed window; aggregate: which prompts a paraphrase or neighbourhood score
-    is of, as ``analysis.scores`` takes it; defaults: hyperparameters by method; problems: by problem and method (and
-    window) what differs from the defaults.
-    """
-
-    edit_layers: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_from_zero)]
+    edit_layers: Annotated[
+        tuple[Count, ...], Field(min_length=1), AfterValidator(lambda layers: tuple(layer - 1 for layer in layers))
+    ]
     sigma: Annotated[float | str, PlainValidator(noise_level)]
     tracing_window: Count
     aggregate: Literal["first", "mean"]
@@ -109,12 +107,10 @@ class Preset(CheckedTable):
     problems: Annotated[dict[str, Any], _checked_by(1)]
 
     def problem_names(self) -> tuple[str, ...]:
-        """The problems that the preset has settings for."""
         return tuple(problem for problem in PROBLEMS if problem in self.problems)
 
 
 def preset_names() -> tuple[str, ...]:
-    """The presets that come with the package."""
     return tuple(_builtin())
 
 
@@ -129,17 +125,14 @@ def load_preset(preset: str) -> Preset:
 
 
 def edit_layers(preset: str) -> tuple[int, ...]:
-    """The layers that the preset edits, counted from 0."""
     return load_preset(preset).edit_layers
 
 
 def load_hparams(preset: str, method: str, problem: str, window: int = 1) -> Hparams:
-    """The hyperparameters of ``method`` ("rome", "memit", ...) for ``problem`` ("error_injection", ...).
-
-    Fine-tuning has settings per ``window``; a window without settings takes those of the nearest one that has (the
-    smaller of two as near). The other methods have one setting for all windows.
-    Raises ``ExperimentError`` for names that are unknown or that the preset has no settings for.
-    """
+    """The hyperparameters of ``method`` ("rome", "memit", ...) for ``problem`` ("error_injection", ...). Fine-tuning
+    has settings per ``window``; a window without settings takes those of the nearest one that has (the smaller of two
+    as near). The other methods have one setting for all windows. Raises ``ExperimentError`` for names that are unknown
+    or that the preset has no settings for."""
     kind = method_named(method)
     if window < 1:
         raise ExperimentError(f"window is {window}; give at least one layer")
@@ -207,7 +200,6 @@ def _builtin() -> dict[str, Any]:
 
 
 def _table(preset: str) -> tuple[str, Any]:
-    """The name of a preset in messages, and its table."""
     file, colon, name = preset.rpartition(".toml:")
     if not colon and not preset.endswith(".toml"):
         presets = _builtin()

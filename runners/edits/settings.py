@@ -32,7 +32,6 @@ class Setting:
 
     @property
     def definition(self) -> Method:
-        """The method as it is registered."""
         return method_named(self.method)
 
     def __str__(self) -> str:
@@ -85,12 +84,10 @@ class EditPlan:
 
     @property
     def of_moments(self) -> list[Setting]:
-        """The settings that need second moments."""
         return [setting for setting in self.settings if setting.definition.needs_moments]
 
     @property
     def of_contexts(self) -> list[Setting]:
-        """The settings that need contexts."""
         return [setting for setting in self.settings if setting.definition.contexts]
 
 
@@ -154,7 +151,6 @@ def _settings(
 
 
 def check_known(change: Change, settings: Sequence[Setting]) -> None:
-    """Refuse a change of what no setting has."""
     if not any(change.is_of(setting.method, setting.hparams) for setting in settings):
         known = sorted({name for setting in settings for name in asdict(setting.hparams)})
         raise ExperimentError(f"{change}: no chosen method has that hyperparameter; there are {', '.join(known)}")
@@ -214,7 +210,6 @@ class Change:
 
 
 def changed(method: str, hparams: Hparams, changes: Sequence[Change]) -> Hparams:
-    """The hyperparameters with those of the changes that are of them."""
     applying = [change for change in changes if change.is_of(method, hparams)]
     try:
         return replace(hparams, **{change.name: change.read(hparams) for change in applying})

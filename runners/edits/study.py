@@ -45,7 +45,6 @@ class EditsDone:
 
     @property
     def results(self) -> dict[str, Any]:
-        """The numbers that ``run.json`` keeps."""
         counts = {"facts": self.facts, "edits": self.edits, "failed": dict(self.failed)}
         return {**counts, "seconds": round(self.seconds, 3)}
 
@@ -57,11 +56,9 @@ class EditsDone:
 
 @dataclass(frozen=True, kw_only=True)
 class EditStudy:
-    """Edits that are yet to be made: every setting of the plan, at all of its layers, for all requests.
-
-    evaluate: options of ``Editor.evaluate``; keep_deltas: whether changes of weights are kept; options: those to keep
-    beside the results; filtered: why the problem is not posed for some facts; collected: moments to keep.
-    """
+    """Edits that are yet to be made: every setting of the plan, at all of its layers, for all requests. evaluate:
+    options of ``Editor.evaluate``; keep_deltas: whether changes of weights are kept; options: those to keep beside the
+    results; filtered: why the problem is not posed for some facts; collected: moments to keep."""
 
     editor: Editor
     requests: Sequence[Request]
@@ -74,7 +71,6 @@ class EditStudy:
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """A description to keep beside the results."""
         moments = self.editor.moments if self.plan.of_moments else None
         return {
             "command": "edit",
@@ -90,7 +86,6 @@ class EditStudy:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The edited layers, or the centres of windows."""
         return tuple(window.layer for window in as_windows(self.plan.layers, 1, self.editor.session.sizes.depth))
 
     def check(self) -> None:
@@ -102,10 +97,8 @@ class EditStudy:
             self._edits(self.requests, setting)
 
     def carry_out(self, folder: ResultFolder, console: Console, quiet: bool = False) -> EditsDone:
-        """Compute the study into the tables ``edits``, ``probes`` and ``metrics`` of the folder.
-
-        Whatever ends it early, the batches finished by then are in the tables.
-        """
+        """Compute the study into the tables ``edits``, ``probes`` and ``metrics`` of the folder. Whatever ends it
+        early, the batches finished by then are in the tables."""
         if self.collected is not None:
             self.collected.save(folder.path / MOMENTS)
         started = time.monotonic()

@@ -17,7 +17,7 @@ from causalcone.engine.errors import ExperimentError, FactError, ModelError
 from causalcone.engine.facts import Fact, encode
 from causalcone.engine.models import family_of
 from causalcone.runners.facts.data_sets import DataSet
-from causalcone.runners.facts.files import good_facts, known_schema, listed, read_records, save_facts, supported
+from causalcone.runners.facts.files import good_facts, known_schema, read_records, save_facts, supported
 from causalcone.runners.facts.schemas import (
     SCHEMAS,
     Convert,
@@ -31,7 +31,6 @@ from causalcone.runners.facts.schemas import (
 )
 from causalcone.runners.results.folder import ResultError
 
-MOST_LISTED = 20
 Check = Callable[[Fact], object]
 
 
@@ -64,12 +63,12 @@ def open_records(
     zsre_form: str = "hase",
     title: str | None = None,
 ) -> Records:
-    """The records of a file, which messages call ``title``, or of a data set (a folder of one, or a hub id).
-
-    ``split`` ("train" by default) and ``config`` are a data set's, ``seed`` and ``zsre_form`` those of ``load_facts``.
-    Raises ``FactError`` where there is nothing to read, or nothing of a known schema.
-    """
-    form = _form(zsre_form)
+    """The records of a file, which messages call ``title``, or of a data set (a folder of one, or a hub id). ``split``
+    ("train" by default) and ``config`` are a data set's, ``seed`` and ``zsre_form`` those of ``load_facts``. Raises
+    ``FactError`` where there is nothing to read, or nothing of a known schema."""
+    if zsre_form not in get_args(ZsreForm):
+        raise FactError(f"the zsRE form is {zsre_form!r}; choose from {', '.join(get_args(ZsreForm))}")
+    form: ZsreForm = "hase" if zsre_form == "hase" else "meng"
     if os.path.isdir(source) or not os.path.exists(source):
         return _of_data_set(source, split or "train", config, seed, form)
     name = title or source
@@ -78,14 +77,6 @@ def open_records(
     records = read_records(Path(source))
     schema = known_schema(Path(source), records)
     return Records(name, schema, records, converter(schema, records, seed, form))
-
-
-def _form(name: str) -> ZsreForm:
-    forms: tuple[ZsreForm, ...] = get_args(ZsreForm)
-    for form in forms:
-        if form == name:
-            return form
-    raise FactError(f"the zsRE form is {name!r}; choose from {', '.join(forms)}")
 
 
 def _of_data_set(name: str, split: str, config: str | None, seed: int, zsre_form: ZsreForm) -> Records:
@@ -140,10 +131,8 @@ def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def encoding_check(model: str) -> Check:
-    """A check that a fact can be encoded for a model, of which only tokenizer and configuration are read.
-
-    Raises ``ModelError`` where they cannot be, or the engine could not use them.
-    """
+    """A check that a fact can be encoded for a model, of which only tokenizer and configuration are read. Raises
+    ``ModelError`` where they cannot be, or the engine could not use them."""
     from transformers import AutoConfig, AutoTokenizer
 
     try:
@@ -163,11 +152,6 @@ def _model_place(model: str) -> str:
         if not Path(model).is_dir():
             raise ModelError(f"the model folder {model} does not exist; check the path")
     return model
-
-
-def bad_records(place: str, problems: Sequence[str]) -> str:
-    """A message about records that cannot be used, which lists the first of them."""
-    return f"{len(problems)} records of {place} cannot be used:{listed(problems, MOST_LISTED)}"
 
 
 def refuse_occupied_file(out: Path, overwrite: bool) -> None:

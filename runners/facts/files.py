@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,25 +97,20 @@ def save_facts(facts: Iterable[Fact], path: str | os.PathLike[str]) -> None:
     Raises:
         FactError: The file cannot be written.
     """
-    lines = [json.dumps(_filled_fields(fact), ensure_ascii=False) + "\n" for fact in facts]
+    defaults = {field.name: field.default for field in dataclasses.fields(Fact)}
+    filled = ({name: value for name, value in vars(fact).items() if value != defaults[name]} for fact in facts)
+    lines = [json.dumps(fields, ensure_ascii=False) + "\n" for fields in filled]
     try:
         Path(path).write_text("".join(lines), encoding="utf-8", newline="\n")
     except OSError as error:
         raise FactError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _filled_fields(fact: Fact) -> dict[str, Any]:
-    values = ((field, getattr(fact, field.name)) for field in dataclasses.fields(fact))
-    return {field.name: value for field, value in values if value != field.default}
-
-
 def good_facts(
     place: str | Path, records: Iterable[Any], convert: Convert, limit: int | None
 ) -> tuple[list[Fact], list[str]]:
-    """The first ``limit`` records that are facts, and what is wrong with those between them, a line each.
-
-    No further record is taken. Of several with one id the first counts; ``place`` names the source in messages.
-    """
+    """The first ``limit`` records that are facts, and what is wrong with those between them, a line each. No further
+    record is taken. Of several with one id the first counts; ``place`` names the source in messages."""
     facts: dict[str, Fact] = {}
     problems: list[str] = []
     for index, record in enumerate(records):
@@ -155,17 +150,16 @@ def _convert(place: str | Path, index: int, record: Any, convert: Convert) -> Fa
     try:
         return convert(index, record)
     except ValidationError as error:
-        raise FactError(f"{_place(place, index, record)}: {'; '.join(_complaints(error))}") from error
+        complaints = (
+            f"{'.'.join(map(str, problem['loc']))} {_PLAINER.get(problem['type'], problem['msg'])}"
+            for problem in error.errors(include_url=False)
+        )
+        raise FactError(f"{_place(place, index, record)}: {'; '.join(complaints)}") from error
     except ValueError as error:
         raise FactError(f"{_place(place, index, record)}: {error}") from error
 
 
 _PLAINER = {**PLAINER, "model_type": "must be an object", "extra_forbidden": "is not a field of a fact"}
-
-
-def _complaints(error: ValidationError) -> Iterator[str]:
-    for problem in error.errors(include_url=False):
-        yield f"{'.'.join(map(str, problem['loc']))} {_PLAINER.get(problem['type'], problem['msg'])}"
 
 
 def _place(place: str | Path, index: int, record: Any) -> str:
@@ -206,7 +200,6 @@ def _read_lines(path: Path, text: str) -> list[Any]:
 
 
 def known_schema(path: Path, records: Sequence[Any]) -> str:
-    """The schema of a file's records; ``FactError`` where it is none that is supported."""
     schema = detect_schema(records)
     if schema is None:
         raise FactError(f"{path} is JSON, but holds no facts: {_found(records)}. Supported are {supported()}")
@@ -228,5 +221,4 @@ def _kind(value: Any) -> str:
 
 
 def supported() -> str:
-    """The schemas that are read, in words."""
     return "; ".join(description for _, description in SCHEMAS.values())

@@ -113,7 +113,6 @@ def detect_schema(records: Sequence[Any]) -> str | None:
 
 
 def converter(schema: str, records: Sequence[Any], seed: int, zsre_form: ZsreForm) -> Convert:
-    """The function from (index, record) to ``Fact`` for a file of this schema."""
     if schema != "zsre":
         return {"counterfact": _from_counterfact, "known": _from_known_fact, "fact": _from_own_line}[schema]
     drawn = draw_other_answers(records, seed) if zsre_form == "hase" else ()
@@ -176,11 +175,9 @@ def _from_own_line(index: int, record: Record) -> Fact:
 
 
 def draw_other_answers(records: Sequence[Any], seed: int) -> list[str | None]:
-    """For each zsRE record a false target: another record's first answer.
-
-    Drawn uniformly from the sorted distinct first answers of the whole file, the record's own excepted, so that
-    it depends on neither a limit nor skipped records. None where the record has no answer or the file no other one.
-    """
+    """For each zsRE record a false target: another record's first answer. Drawn uniformly from the sorted distinct
+    first answers of the whole file, the record's own excepted, so that it depends on neither a limit nor skipped
+    records. None where the record has no answer or the file no other one."""
     answers = [_first_answer(record) for record in records]
     pool = sorted({answer for answer in answers if answer is not None})
     place = {answer: position for position, answer in enumerate(pool)}

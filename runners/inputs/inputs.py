@@ -19,6 +19,7 @@ from causalcone.engine.localize.tracer import Tracer
 from causalcone.engine.noise import parse_sigma
 from causalcone.engine.run import loading
 from causalcone.engine.run.session import Session
+from causalcone.runners.demo.files import path_of
 from causalcone.runners.facts.files import SkippedRecords, read_facts
 from causalcone.runners.options import ComputeOptions, SourceOptions, StreamableSourceOptions
 
@@ -27,11 +28,8 @@ Run = TypeVar("Run", bound=FactsRun)
 
 @dataclass(frozen=True)
 class Inputs:
-    """A session on a model, and facts.
-
-    every: all facts of the file, which the noise level is that of; facts: those within the limit. skipped: why records
-    and facts were left out.
-    """
+    """A session on a model, and facts. every: all facts of the file, which the noise level is that of; facts: those
+    within the limit. skipped: why records and facts were left out."""
 
     source: SourceOptions
     session: Session
@@ -62,7 +60,6 @@ class Inputs:
         self.skipped.extend(reason for reason in reasons if reason not in self.skipped)
 
     def noise_level(self, sigma: str) -> float:
-        """The noise level as a number."""
         if not parse_sigma(sigma)[1]:
             return self.session.noise_level(sigma, ())
         encoded, skipped = self.session.encode(self.every, "label", self.on_error)
@@ -71,7 +68,6 @@ class Inputs:
 
     @property
     def configuration(self) -> dict[str, object]:
-        """The options, and what they came to here, to keep beside the results."""
         backends = self.session.backends
         return {
             "model": self.source.model,
@@ -94,9 +90,10 @@ def open_inputs(source: SourceOptions) -> Inputs:
         as_dtype(source.dtype)
     if isinstance(source, StreamableSourceOptions):
         loading.check_weights(source.weights)
-    facts, problems = read_facts(source.facts_path(), on_error=on_error)
+    path = path_of(source.facts, "facts")
+    facts, problems = read_facts(path, on_error=on_error)
     if problems:
-        warnings.warn(SkippedRecords(Path(source.facts_path()), problems), stacklevel=2)
+        warnings.warn(SkippedRecords(Path(path), problems), stacklevel=2)
     return Inputs(source, open_session(source), facts, on_error, problems)
 
 
@@ -105,7 +102,7 @@ def open_session(source: ComputeOptions) -> Session:
     kernels, tf32 = (source.kernels, source.tf32) if isinstance(source, SourceOptions) else (None, False)
     compute = Compute.of(source.dtype, source.device, source.memory, kernels, tf32)
     weights = source.weights if isinstance(source, StreamableSourceOptions) else "resident"
-    return open_model(source.model_path(), compute, weights)
+    return open_model(path_of(source.model, "model"), compute, weights)
 
 
 def open_model(path: str, compute: Compute, weights: str = "resident") -> Session:

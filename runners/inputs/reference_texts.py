@@ -53,10 +53,8 @@ class _ReferenceRecord(BaseModel):
 
 def load_reference_texts(path: str | os.PathLike[str]) -> ReferenceTexts:
     """The texts of an attribute snippets file: a JSON list of ``relation_id``, ``target_id`` and ``samples``, each of
-    which has a ``text``. Entries of the same relation and target are put together.
-
-    Raises ``FactError`` naming the file and the entry at fault.
-    """
+    which has a ``text``. Entries of the same relation and target are put together. Raises ``FactError`` naming the file
+    and the entry at fault."""
     path = Path(path)
     try:
         content = json.loads(read_text(path))
@@ -73,16 +71,12 @@ def as_reference_texts(entries: Sequence[Any], source: str) -> ReferenceTexts:
     """The texts of attribute snippets that are in memory; ``source`` names them in messages."""
     texts: dict[tuple[str, str], tuple[str, ...]] = {}
     for index, value in enumerate(entries):
-        entry = _entry(source, index, value)
+        try:
+            entry = _ReferenceRecord.model_validate(value)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            place = ".".join(map(str, problem["loc"])) or "it"
+            raise FactError(f"{source}: entry {index}: {place}: {problem['msg']}") from error
         key = (entry.relation_id, entry.target_id)
         texts[key] = texts.get(key, ()) + tuple(sample.text for sample in entry.samples)
     return ReferenceTexts({key: samples for key, samples in texts.items() if samples})
-
-
-def _entry(source: str, index: int, value: Any) -> _ReferenceRecord:
-    try:
-        return _ReferenceRecord.model_validate(value)
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        place = ".".join(map(str, problem["loc"])) or "it"
-        raise FactError(f"{source}: entry {index}: {place}: {problem['msg']}") from error

@@ -44,12 +44,10 @@ def open_texts(
 
 
 def _texts_at(path: Path, column: str, title: str | None) -> RunningText:
-    """The texts of a file or of a folder's files in the order of their names.
-
-    A ``.parquet`` file has them in a column, a ``.jsonl`` or ``.json`` file in the string of each line, or in its field
-    of that name; any other file has a text a line. Empty ones are passed over. Raises ``ExperimentError`` naming the
-    file, and the line or column when it gets there.
-    """
+    """The texts of a file or of a folder's files in the order of their names. A ``.parquet`` file has them in a column,
+    a ``.jsonl`` or ``.json`` file in the string of each line, or in its field of that name; any other file has a text a
+    line. Empty ones are passed over. Raises ``ExperimentError`` naming the file, and the line or column when it gets
+    there."""
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in _READERS and file.is_file())
         if not files:
@@ -79,7 +77,6 @@ def _lines(file: Path, column: str) -> Iterator[str]:
 
 
 def _numbered(file: Path) -> Iterator[tuple[int, str]]:
-    """The lines that hold something, counted from 1."""
     with open(file, "rb") as lines:
         for number, raw in enumerate(lines, start=1):
             try:
@@ -106,7 +103,10 @@ def _parquet(file: Path, column: str) -> Iterator[str]:
     try:
         with pq.ParquetFile(file) as table:
             names = table.schema_arrow.names
-            if column not in names or not _is_text(table.schema_arrow.field(column).type):
+            if column not in names or not any(
+                is_text(table.schema_arrow.field(column).type)
+                for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+            ):
                 raise ExperimentError(
                     f"{file} has no column {column!r} of texts, but {', '.join(names)}; name it with --column"
                 )
@@ -114,10 +114,6 @@ def _parquet(file: Path, column: str) -> Iterator[str]:
                 yield from filter(None, batch[column].to_pylist())
     except pa.ArrowException as error:
         raise ExperimentError(f"{file} is not Parquet: {error}") from error
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import copyfileobj
 from typing import Any
 
 import pyarrow as pa
@@ -33,6 +34,7 @@ LOG = "sweep.log"
 """The file of a sweep's log, beside its results."""
 
 _PARTIAL = ".partial"
+_BLOCK_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,8 @@ class Store:
 
     def put(self, name: str, file: Path) -> None:
         """Write a copy of a local file."""
-
-        def write(sink: pa.NativeFile) -> None:
-            with open(file, "rb") as source:
-                while block := source.read(2**24):
-                    sink.write(block)
-
-        self._write(name, write)
+        with open(file, "rb") as source:
+            self._write(name, lambda sink: copyfileobj(source, sink, _BLOCK_BYTES))
 
     @contextmanager
     def as_file(self, name: str) -> Iterator[Path]:
@@ -94,12 +91,11 @@ class Store:
         with TemporaryDirectory() as folder:
             copy = Path(folder) / Path(name).name
             with self.system.open_input_stream(self._path(name)) as source, open(copy, "wb") as sink:
-                while block := source.read(2**24):
-                    sink.write(block)
+                copyfileobj(source, sink, _BLOCK_BYTES)
             yield copy
 
     def read_json(self, name: str) -> Any:
-        """What a JSON file holds; None where there is none, or half of one."""
+        """The value in a JSON file; None where there is none, or half of one."""
         try:
             with self.system.open_input_stream(self._path(name)) as source:
                 return json.loads(source.read())
@@ -111,7 +107,7 @@ class Store:
             return pq.read_table(source)
 
     def part(self, name: str) -> StoredPart | None:
-        """What a Parquet file says of itself; None where there is none, or a damaged one."""
+        """The rows of a Parquet file, and what was noted in it; None where there is none, or a damaged one."""
         try:
             with self.system.open_input_file(self._path(name)) as source:
                 footer = pq.read_metadata(source)
@@ -126,10 +122,9 @@ class Store:
     def names(self, folder: str = "") -> list[str]:
         """All files below a folder, in order; none where it does not exist."""
         base = self._path(folder) if folder else self.root
-        found = self.system.get_file_info(pafs.FileSelector(base, allow_not_found=True, recursive=True))
-        start = len(self.root) + 1
-        own = (each.path[start:] for each in found if each.type == pafs.FileType.File)
-        return sorted(name for name in own if not name.startswith(_PARTIAL))
+        entries = self.system.get_file_info(pafs.FileSelector(base, allow_not_found=True, recursive=True))
+        names = (entry.path[len(self.root) + 1 :] for entry in entries if entry.type == pafs.FileType.File)
+        return sorted(name for name in names if not name.startswith(_PARTIAL))
 
     def delete(self, name: str) -> None:
         with suppress(FileNotFoundError):
@@ -153,16 +148,17 @@ class Store:
     def locked(self) -> Iterator[None]:
         """Holds the folder for this process; ``ResultError`` where another one holds it."""
         if self.local is not None:
-            self._make(self.local)
             lock = FileLock(self.local / LOCK, timeout=0)
             try:
+                self.local.mkdir(parents=True, exist_ok=True)
                 lock.acquire()
             except Timeout:
                 raise ResultError(f"another process is at work in {self.place}; wait for it, or stop it") from None
             except OSError as error:
                 raise ResultError(f"cannot write to {self.place}: {error.strerror or error}") from error
             try:
-                self._sweep_partial()
+                for partial in (self.local / _PARTIAL).glob("*"):  # left by a process that was killed
+                    partial.unlink(missing_ok=True)
                 yield
             finally:
                 lock.release()
@@ -174,7 +170,7 @@ class Store:
     def _leased(self) -> Iterator[None]:
         """A lock by a file that is renewed, where a file system has no locks: it does not hold against a second process
         that begins in the same moment."""
-        own = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "process": os.getpid()}
+        process = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "process": os.getpid()}
         held = self.read_json(LOCK)
         if held is not None and time.time() - held["time"] < 4 * LOCK_SECONDS:
             raise ResultError(
@@ -186,10 +182,10 @@ class Store:
         def renew() -> None:
             while not done.is_set():
                 with suppress(ResultError):
-                    self.write_json(LOCK, {**own, "time": time.time()})
+                    self.write_json(LOCK, {**process, "time": time.time()})
                 done.wait(LOCK_SECONDS)
 
-        self.write_json(LOCK, {**own, "time": time.time()})
+        self.write_json(LOCK, {**process, "time": time.time()})
         renewing = threading.Thread(target=renew, daemon=True)
         renewing.start()
         try:
@@ -208,29 +204,13 @@ class Store:
                 with self.system.open_output_stream(self._path(name)) as sink:
                     write(sink)
             else:
-                self._write_locally(self.local, name, write)
+                whole = replacing(self.local / name, beside=self.local / _PARTIAL)
+                with whole as partial, open(partial, "wb") as file:
+                    write(pa.PythonFile(file, "w"))
         except (OSError, pa.ArrowException) as error:
-            told = getattr(error, "strerror", None) or str(error)
-            raise ResultError(
-                f"cannot write {name} of {self.place}: {told}; what is finished is kept, and the same command goes on "
-                "from there"
-            ) from error
-
-    def _write_locally(self, root: Path, name: str, write: Any) -> None:
-        with replacing(root / name, beside=root / _PARTIAL) as partial, open(partial, "wb") as file:
-            write(pa.PythonFile(file, "w"))
-
-    def _make(self, folder: Path) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ResultError(f"cannot write to {self.place}: {error.strerror or error}") from error
-
-    def _sweep_partial(self) -> None:
-        """Drop what a process left half written when it was killed."""
-        assert self.local is not None
-        for left in (self.local / _PARTIAL).glob("*"):
-            left.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or str(error)
+            more = "what is finished is kept, and the same command goes on from there"
+            raise ResultError(f"cannot write {name} of {self.place}: {reason}; {more}") from error
 
 
 class _LogHandler(logging.Handler):

@@ -1,7 +1,5 @@
 """Reads the configuration of a sweep: a TOML file or the name of a preset, checked key by key."""
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Sequence
 from importlib.resources import files

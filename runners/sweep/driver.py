@@ -1,7 +1,5 @@
 """Carries a sweep out, stage by stage, and goes on with one that ended early."""
 
-from __future__ import annotations
-
 import logging
 import time
 import warnings
@@ -20,11 +18,10 @@ from causalcone.runners.inputs.fingerprints import facts_fingerprint
 from causalcone.runners.results.folder import ResultError, differences, versions
 from causalcone.runners.results.store import Store
 from causalcone.runners.show.progress import shown_progress
-from causalcone.runners.sweep.executor import Executor, LocalExecutor, UnitResult
+from causalcone.runners.sweep.executor import Executor, LocalExecutor, Stop, UnitResult, stopping
 from causalcone.runners.sweep.inputs.facts_table import FACTS, fact_table, facts_of, read_facts, select
 from causalcone.runners.sweep.inputs.settings import Sweep
 from causalcone.runners.sweep.inputs.units import LEFT_OUT, Selection, Unit
-from causalcone.runners.sweep.signals import Stop, stopping
 from causalcone.runners.sweep.stages import FilterStage, StageUnits, later_units, stages_of
 from causalcone.runners.sweep.worker import ModelInfo, Worker
 
@@ -35,6 +32,7 @@ RUNNING, STOPPED, COMPLETE, INCOMPLETE = "running", "stopped", "complete", "inco
 
 _CHECKED = f"{LEFT_OUT}/checked.parquet"
 _SHOWN = 10
+_ANOTHER = "choose another folder, or give --overwrite to drop what is there"
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,6 @@ class SweepSummary:
     """The end of a sweep. computed: how many units were computed now; failed: those that could not be; signal: the one
     that ended it, if any did."""
 
-    place: str
     seconds: float
     computed: int
     failed: Sequence[UnitResult]
@@ -87,13 +84,13 @@ class Driver:
             run_before = self._run_before()
             with self.store.log_of(logger):
                 self.stages = stages_of(self.sweep)
-                self.executor: Executor = (self.make_executor or _local)(self.sweep, self.place)
+                make_executor = self.make_executor or (lambda sweep, place: LocalExecutor(Worker(sweep, place)))
+                self.executor = make_executor(self.sweep, self.place)
                 facts, model = self._begin(run_before)
                 summary = None
                 try:
                     self._compute(facts, model.depth, stop)
-                    seconds = time.monotonic() - started
-                    summary = SweepSummary(self.place, seconds, self.computed, self.failed, stop.signal)
+                    summary = SweepSummary(time.monotonic() - started, self.computed, self.failed, stop.signal)
                 finally:
                     status = STOPPED if summary is None else summary.status
                     with suppress(ResultError):  # of the two errors, the one that ended the sweep is raised
@@ -105,46 +102,35 @@ class Driver:
 
     def _run_before(self) -> dict[str, Any] | None:
         """The folder's run.json; refuses one that is not of a sweep of this configuration."""
-        kept = self.store.read_json(RUN)
-        if kept is None or self.overwrite:
+        before = self.store.read_json(RUN)
+        command = None if before is None else before.get("command")
+        if before is None or self.overwrite:
             others = [name for name in self.store.names() if not name.startswith(("sweep.", "moments.partial"))]
-            if others and (kept is None or kept.get("command") != "sweep"):
-                raise ResultError(
-                    f"{self.place} holds files of another origin ({others[0]}, ...); choose another folder"
-                )
-            if kept is not None:
-                for name in others:
-                    self.store.delete(name)
+            if others and command != "sweep":
+                origin = f"files of another origin ({others[0]}, ...)"
+                raise ResultError(f"{self.place} holds {origin}; choose another folder")
+            for name in others:
+                self.store.delete(name)
             return None
-        if kept.get("command") != "sweep":
-            raise ResultError(
-                f"{self.place} holds results of 'causalcone {kept.get('command')}'; choose another folder"
-            )
-        changed = differences(kept["configuration"], self.sweep.result_config)
-        if changed:
-            raise ResultError(
-                f"{self.place} holds a sweep of another configuration:\n  " + "\n  ".join(changed) + "\nchoose another "
-                "folder, or give --overwrite to drop what is there"
-            )
-        return dict(kept)
+        if command != "sweep":
+            raise ResultError(f"{self.place} holds results of 'causalcone {command}'; choose another folder")
+        if changed := differences(before["configuration"], self.sweep.result_config):
+            changes = "\n  ".join(changed)
+            raise ResultError(f"{self.place} holds a sweep of another configuration:\n  {changes}\n{_ANOTHER}")
+        return dict(before)
 
-    def _begin(self, kept: Mapping[str, Any] | None) -> tuple[list[Fact], ModelInfo]:
+    def _begin(self, before: Mapping[str, Any] | None) -> tuple[list[Fact], ModelInfo]:
         """Read and check facts and model; write run.json and the table of facts, or see that they are as before."""
         facts, skipped = read_facts(self.sweep)
         model = self.executor.model_info()
         later_units(self.stages.values(), Selection(), model.depth)  # refuses layers that the model does not have
         fingerprints = {"facts": facts_fingerprint(facts), "model": model.fingerprint}
-        if kept is not None and kept["fingerprints"] != fingerprints:
-            changed = " and ".join(name for name, now in fingerprints.items() if kept["fingerprints"].get(name) != now)
-            raise ResultError(
-                f"the {changed} of the sweep in {self.place} changed since it began; choose another folder, or give "
-                "--overwrite to drop what is there"
-            )
-        if kept is not None and kept["versions"] != versions():
-            warnings.warn(
-                f"{self.place} was begun with other versions: {'; '.join(differences(kept['versions'], versions()))}",
-                stacklevel=2,
-            )
+        if before is not None:
+            old = before["fingerprints"]
+            if changed := " and ".join(name for name, now in fingerprints.items() if old.get(name) != now):
+                raise ResultError(f"the {changed} of the sweep in {self.place} changed since it began; {_ANOTHER}")
+            if changes := "; ".join(differences(before["versions"], versions())):
+                warnings.warn(f"{self.place} was begun with other versions: {changes}", stacklevel=2)
         stages = self.stages.values()
         expected = {stage.name: dict(stage.expected) for stage in stages if stage.expected}
         self.run_json = {
@@ -159,15 +145,15 @@ class Driver:
                 "aggregate": next((stage.aggregate for stage in stages if stage.aggregate), None),
                 **({"expected": expected} if expected else {}),
             },
-            "begun": kept["begun"] if kept else time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "begun": before["begun"] if before else time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        if kept is None or not self.store.exists(FACTS):
+        if before is None or not self.store.exists(FACTS):
             facts = self._checked(facts, skipped)
             self.store.write_table(FACTS, fact_table(facts), {})
         else:
             facts = facts_of(self.store.read_table(FACTS))
         self._write_run(RUNNING)
-        logger.info("%s: %s facts, %s", "going on" if kept else "begun", len(facts), model)
+        logger.info("%s: %s facts, %s", "going on" if before else "begun", len(facts), model)
         return facts, model
 
     def _checked(self, facts: Sequence[Fact], skipped: Sequence[str]) -> list[Fact]:
@@ -175,11 +161,10 @@ class Driver:
         bad = dict(self.executor.bad_facts(facts))
         if bad and not self.sweep.skip_bad_facts:
             more = [f"and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else []
-            raise FactError(
-                f"{len(bad)} of {len(facts)} facts cannot be used:\n  "
-                + "\n  ".join([*list(bad.values())[:_SHOWN], *more])
-                + "\nmend them, or set skip_bad_facts = true to leave them out"
+            reasons = "\n  ".join(
+                [f"{len(bad)} of {len(facts)} facts cannot be used:", *[*bad.values()][:_SHOWN], *more]
             )
+            raise FactError(f"{reasons}\nmend them, or set skip_bad_facts = true to leave them out")
         rows = [{"fact_id": None, "unit": "reading", "reason": reason} for reason in skipped]
         rows += [{"fact_id": name, "unit": "checking", "reason": reason} for name, reason in bad.items()]
         if rows:
@@ -214,8 +199,8 @@ class Driver:
         """The facts that go on; the filter's results are written beside them."""
         results = pa.concat_tables(self.store.read_table(unit.file(FilterStage.name)) for unit in done.units)
         selection = select(self.sweep, results)
-        part = self.store.part(FACTS)
-        if part is None or not part.notes.get("filtered"):
+        stored = self.store.part(FACTS)
+        if stored is None or not stored.notes.get("filtered"):
             self.store.write_table(FACTS, fact_table(facts, results), {"filtered": True})
         known, erasable = len(selection.known), len(selection.erasable)
         self._tell(f"{known} of {len(facts)} facts go on, {erasable} of them to be erased")
@@ -269,7 +254,3 @@ class Driver:
     def _tell(self, text: str) -> None:
         if not self.quiet:
             self.console.print(text, highlight=False, markup=False)
-
-
-def _local(sweep: Sweep, place: str) -> Executor:
-    return LocalExecutor(Worker(sweep, place))

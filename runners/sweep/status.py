@@ -1,7 +1,5 @@
 """The progress of a sweep, from its folder alone."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,11 +39,6 @@ class Status:
     later: bool
 
     def show(self, console: Console) -> None:
-        console.print(self.table())
-        for line in self.lines():
-            console.print(line, highlight=False)
-
-    def table(self) -> Table:
         table = Table(title=f"{self.place}: {self.status}, begun {self.begun}", title_justify="left")
         for column in ("stage", "done", "of", "failed", "seconds", "rate"):
             table.add_column(column, justify="left" if column == "stage" else "right")
@@ -54,7 +47,9 @@ class Status:
             rate = f"{done / seconds:.2f} {work.stage.item}/s" if seconds and done else ""
             failed = str(progress.failed) if progress.failed else ""
             table.add_row(work.title, f"{done:,}", f"{work.items:,}", failed, f"{seconds:,.0f}", rate)
-        return table
+        console.print(table)
+        for line in self.lines():
+            console.print(line, highlight=False)
 
     def lines(self) -> list[str]:
         """Everything that the table does not say."""
@@ -84,15 +79,9 @@ def status_of(place: str) -> Status:
         if not later:
             selection = select(sweep, store.read_table(FACTS))
             stages += later_units(stages_of(sweep).values(), selection, run["model"]["depth"])
-    return Status(
-        place,
-        run["status"],
-        run["begun"],
-        [_progress(stage, store) for stage in stages],
-        _reasons(store, FAILURES),
-        _reasons(store, LEFT_OUT),
-        later,
-    )
+    progress = [_progress(stage, store) for stage in stages]
+    failures, left_out = _reasons(store, FAILURES), _reasons(store, LEFT_OUT)
+    return Status(place, run["status"], run["begun"], progress, failures, left_out, later)
 
 
 def _progress(work: StageUnits, store: Store) -> Progress:

@@ -1,7 +1,5 @@
 """Computes units of a sweep, and writes the tables of each."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,12 +59,8 @@ class Worker(Resources):
         """Compute a unit and write its files; the seconds that it took."""
         started = time.monotonic()
         tables = self.stages[unit.stage].compute(unit, self)
-        notes = {
-            "unit": unit.name,
-            "configuration": self.sweep.hash,
-            "items": unit.items,
-            "seconds": round(time.monotonic() - started, 3),
-        }
+        seconds = round(time.monotonic() - started, 3)
+        notes = {"unit": unit.name, "configuration": self.sweep.hash, "items": unit.items, "seconds": seconds}
         for name in unit.tables:
             self.store.write_table(unit.file(name), tables[name], notes)
         return time.monotonic() - started

@@ -8,8 +8,7 @@ import polars as pl
 import pytest
 import statsmodels.formula.api as smf
 from helpers.simulated_edits import as_in_r, joined
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from causalcone.analysis import TableError
 from causalcone.analysis.scores import SCORES, edits_with_effects

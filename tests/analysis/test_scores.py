@@ -12,8 +12,7 @@ from typing import Any
 import polars as pl
 import pytest
 from helpers.figures import texts_outside, visible_texts
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from matplotlib.transforms import Bbox
 
 from causalcone.analysis import (

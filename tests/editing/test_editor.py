@@ -30,8 +30,7 @@ from helpers.editing_cases import (
     weight,
 )
 from helpers.models import gpt2
-from oracles import requests as oracle_requests
-from oracles import scores as oracle_scores
+from oracles import requests as oracle_requests, scores as oracle_scores
 from oracles.editing import down_weight
 
 import causalcone as cc

@@ -25,8 +25,7 @@ from helpers.editing_cases import (
     unlifted,
 )
 from helpers.families import EVERY_FAMILY, FAMILIES
-from helpers.models import gpt2
-from helpers.models import tokenizer as byte_level
+from helpers.models import gpt2, tokenizer as byte_level
 from oracles import finetune as oracle_finetune
 
 import causalcone as cc

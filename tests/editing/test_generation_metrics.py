@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from causalcone.engine.edit.scoring.generation_metrics import ReferenceScorer, generation_entropy, words
 from causalcone.engine.errors import ExperimentError, FactError

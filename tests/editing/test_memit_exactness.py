@@ -29,8 +29,7 @@ from helpers.editing_cases import (
     weight,
 )
 from helpers.families import EVERY_FAMILY, FAMILIES
-from helpers.models import gpt2
-from helpers.models import tokenizer as byte_level
+from helpers.models import gpt2, tokenizer as byte_level
 from oracles import memit as oracle_memit
 from oracles.editing import at_lookup, training_prompts
 from oracles.model import sites

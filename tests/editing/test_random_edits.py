@@ -18,12 +18,8 @@ from helpers.editing_cases import (
 )
 from helpers.families import FAMILIES
 from helpers.models import tokenizer as byte_level
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from oracles import finetune as oracle_finetune
-from oracles import memit as oracle_memit
-from oracles import rome as oracle_rome
-from oracles import scores as oracle_scores
+from hypothesis import given, settings, strategies as st
+from oracles import finetune as oracle_finetune, memit as oracle_memit, rome as oracle_rome, scores as oracle_scores
 from oracles.editing import Change
 
 import causalcone as cc

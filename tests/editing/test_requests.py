@@ -8,8 +8,7 @@ import warnings
 
 import pytest
 import torch
-from helpers.models import FACTS, ZERO_WIDTH_SPACE, gpt2
-from helpers.models import tokenizer as byte_level
+from helpers.models import FACTS, ZERO_WIDTH_SPACE, gpt2, tokenizer as byte_level
 from helpers.tokenizers import TOKENIZERS
 from oracles import requests as oracle_requests
 from oracles.editing import about_subject, target_log_p
@@ -172,7 +171,7 @@ BAD = [
     (dataclasses.replace(FACTS[0], target_new=None), "error_injection", "has no target_new"),
     (dataclasses.replace(FACTS[0], target_new=" tennis"), "error_injection", "the same answer as target_true"),
     (dataclasses.replace(FACTS[0], target_new=" "), "fact_erasure", "target_new .* is empty"),
-    (dataclasses.replace(FACTS[0], target_new="golf " * 60), "fact_erasure", "prompt and target_new need"),
+    (dataclasses.replace(FACTS[0], target_new="golf " * 60), "fact_erasure", "prompt and target need .* target_new"),
     (Fact("bad", "{} is", ZERO_WIDTH_SPACE, "golf", "tennis"), "error_injection", "overlaps no token"),
     (LONG, "error_injection", "filtered=False"),
 ]

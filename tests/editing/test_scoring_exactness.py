@@ -23,8 +23,7 @@ from helpers.editing_cases import (
     weight,
 )
 from helpers.families import EVERY_FAMILY, FAMILIES
-from helpers.models import FACTS
-from helpers.models import tokenizer as byte_level
+from helpers.models import FACTS, tokenizer as byte_level
 from oracles import scores as oracle_scores
 from oracles.editing import Change, about_subject, down
 

@@ -12,8 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.fact_records import COUNTERFACT
 from helpers.models import FACTS, ZERO_WIDTH_SPACE
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 import causalcone as cc
 from causalcone.runners.demo.model import demo_world

@@ -14,8 +14,8 @@ from helpers.models import FACTS, gpt2, tokenizer
 
 import causalcone as cc
 from causalcone.kernels import backends, flash_attention, row_attention
-from causalcone.kernels.adding import RowSum
 from causalcone.kernels.backends import TORCH, BackendError, backends_of, choose
+from causalcone.kernels.gathering import RowSum
 from causalcone.kernels.row_attention import RunRows, ScoreRule
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

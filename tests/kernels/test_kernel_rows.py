@@ -6,10 +6,10 @@ import pytest
 import torch
 from helpers.kernel_cases import assert_near, assert_sums, devices, dtypes, random
 
-from causalcone.kernels import adam, adding, gathering, log_sums
+from causalcone.kernels import adam, gathering, log_sums
 from causalcone.kernels.adam import AdamState
-from causalcone.kernels.adding import RowSum
 from causalcone.kernels.backends import backends_of
+from causalcone.kernels.gathering import RowSum
 from causalcone.kernels.norms import LayerNorm, RMSNorm, unchanged
 from causalcone.kernels.readout import Readout
 
@@ -59,7 +59,7 @@ def test_sums(device, dtype, width):
     index = index_of(6, 9, device), index_of(6, 4, device, 1)
     exact, found = (torch.empty(6, width, dtype=dtype, device=device) for _ in range(2))
     terms = RowSum(left, index[0], right, index[1])
-    adding.add_rows(terms, exact, 4)
+    gathering.add_rows(terms, exact, 4)
     TRITON.add_rows(terms, found, 4)
     assert_sums(found, exact)
 
@@ -75,7 +75,7 @@ def test_sums_that_are_normed(device, dtype, name):
     sums, normed = (torch.empty(n, width, dtype=dtype, device=device) for n in (6, 3))
     exact_sums, exact = torch.empty_like(sums), torch.empty_like(normed)
     TRITON.add_normed(terms, sums, index, norm, normed, 4)
-    adding.add_normed(terms, exact_sums, index, norm, exact, 2)
+    gathering.add_normed(terms, exact_sums, index, norm, exact, 2)
     assert_sums(sums, exact_sums)
     assert_near(normed, wide(norm)(sums[index].float()), dtype)
     assert_near(normed, exact, dtype)

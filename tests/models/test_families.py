@@ -9,10 +9,7 @@ from helpers.architecture_checks import assert_exact_at_sites
 from helpers.compare import assert_same
 from helpers.editing_cases import CONTEXTS, EXACT, INJECTION, assert_rome, editor, random_moments, task
 from helpers.models import FACTS, randomised, tokenizer
-from oracles import editing as oracle_editing
-from oracles import model as oracle_model
-from oracles import rome as oracle_rome
-from oracles import tracing as oracle
+from oracles import editing as oracle_editing, model as oracle_model, rome as oracle_rome, tracing as oracle
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -6,10 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import finetune as oracle_finetune
-from oracles import memit as oracle_memit
-from oracles import rome as oracle_rome
-from oracles import scores as oracle_scores
+from oracles import finetune as oracle_finetune, memit as oracle_memit, rome as oracle_rome, scores as oracle_scores
 from oracles.editing import Change, Task
 from torch.nn.functional import kl_div
 

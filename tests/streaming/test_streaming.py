@@ -16,16 +16,14 @@ import pytest
 import torch
 from helpers.compare import assert_table_close
 from helpers.families import EVERY_FAMILY, FAMILIES
-from helpers.models import FACTS, gpt2
-from helpers.models import tokenizer as make_tokenizer
+from helpers.models import FACTS, gpt2, tokenizer as make_tokenizer
 from safetensors.torch import load_file, save_file
 from streamed_memory import trace as traced
 
 import causalcone as cc
 from causalcone.engine.errors import ExperimentError, MemoryBudgetError, ModelError
 from causalcone.engine.run import runner as job
-from causalcone.engine.streaming import prefetch as ahead
-from causalcone.engine.streaming import tensor_files as files
+from causalcone.engine.streaming import prefetch as ahead, tensor_files as files
 
 OPTIONS = {"states": (("hidden", 1), ("mlp", 2), ("attn", 3)), "samples": 2, "sigma": 0.5}
 HERE = Path(__file__).parents[1] / "support"

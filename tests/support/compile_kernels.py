@@ -11,8 +11,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
 from causalcone.kernels.adam import AdamState
-from causalcone.kernels.adding import RowSum
 from causalcone.kernels.backends import backends_of
+from causalcone.kernels.gathering import RowSum
 from causalcone.kernels.norms import LayerNorm, RMSNorm
 from causalcone.kernels.row_attention import RunRows, ScoreRule
 

@@ -21,7 +21,7 @@ from causalcone.runners.results.store import Store
 from causalcone.runners.sweep.cluster import ray_executor as cluster
 from causalcone.runners.sweep.cluster.ray_connection import Share, connected_ray, share
 from causalcone.runners.sweep.cluster.ray_executor import executors
-from causalcone.runners.sweep.signals import Stop
+from causalcone.runners.sweep.executor import Stop
 from causalcone.runners.sweep.stages import FilterStage
 from causalcone.runners.sweep.worker import Worker
 

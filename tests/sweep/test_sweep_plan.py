@@ -26,9 +26,8 @@ from causalcone.engine.models import families, outline, read_architecture
 from causalcone.runners.facts.files import save_facts
 from causalcone.runners.sweep.config import load_sweep, sweep_names
 from causalcone.runners.sweep.forecast import forecast, stage_costs
-from causalcone.runners.sweep.inputs.lengths import SHAPES, FactLengths, typical_facts
 from causalcone.runners.sweep.inputs.model_outline import model_outline
-from causalcone.runners.sweep.inputs.planned_facts import MEASURED, facts_of
+from causalcone.runners.sweep.inputs.planned_facts import MEASURED, SHAPES, FactLengths, facts_of, typical_facts
 from causalcone.runners.sweep.stages import stages_of
 from causalcone.runners.sweep.stages.counts import Counts, grouped
 from causalcone.runners.sweep.stages.edit import EditCounts
@@ -70,7 +69,7 @@ def costs(file: Path, *changes: str) -> list[StageCost]:
 
 
 def flops(planned) -> dict[str, float]:
-    return {stage.name: stage.flops for stage in planned.stages}
+    return {stage.work.title: stage.flops for stage in planned.stages}
 
 
 # --- models without weights ---
@@ -104,8 +103,8 @@ def test_sizes_of_the_usual_config(family):
 def test_presets_are_planned_with_nothing_at_hand(alone, name):
     chosen = load_sweep(name)
     planned = forecast(chosen, rate=300e12)
-    assert planned.stages[0].items == (chosen.limit or 1000)
-    assert all(stage.flops > 0 for stage in planned.stages if stage.name not in PREPARED)
+    assert planned.stages[0].work.items == (chosen.limit or 1000)
+    assert all(stage.flops > 0 for stage in planned.stages if stage.work.title not in PREPARED)
     assert 0 < planned.hours < 100
     assert planned.disk > 0
 
@@ -122,7 +121,7 @@ def test_a_published_study_in_the_command_line(alone, run):
 
 
 def test_localization_is_planned_as_by_the_engine(sweep):
-    taken = {each.work.name: each for each in costs(sweep, "gradients=none", "edit=none")}
+    taken = {each.work.stage.name: each for each in costs(sweep, "gradients=none", "edit=none")}
     tracer = Tracer.from_pretrained(str(sweep.parent / "model"))
     own = {"samples": 2, "sigma": 0.4}
     assert taken["trace"].flops == tracer.plan(FULL, ("hidden:1", "mlp:3"), **own).flops
@@ -172,8 +171,10 @@ def _request(fact, problem, encoder):
 def test_twice_the_facts_take_twice_as_much(sweep):
     once, twice = (forecast(configured(sweep, *UNKNOWN, f"limit={n}"), rate=1e12) for n in (300, 600))
     for one, two in zip(once.stages, twice.stages, strict=True):
-        if one.name not in PREPARED and one.name != "integrated gradients":  # of which there are three facts
-            assert two.items == 2 * one.items
+        if (
+            one.work.title not in PREPARED and one.work.title != "integrated gradients"
+        ):  # of which there are three facts
+            assert two.work.items == 2 * one.work.items
             assert two.flops == pytest.approx(2 * one.flops)
             assert two.disk == pytest.approx(2 * one.disk, rel=0.01)
 
@@ -182,10 +183,10 @@ def test_hours_go_with_the_rate(sweep):
     slow, fast = (forecast(configured(sweep, *UNKNOWN), rate) for rate in (1e12, 4e12))
     assert flops(slow) == flops(fast)
     assert slow.hours == pytest.approx(4 * fast.hours)
-    trace = next(stage for stage in slow.stages if stage.name == "causal tracing")
-    assert trace.hours == pytest.approx(trace.flops / 0.7e12 / 3600)
-    edits = next(stage for stage in slow.stages if stage.name == "error injection")
-    assert edits.hours == pytest.approx(edits.flops / 0.4e12 / 3600)
+    trace = next(stage for stage in slow.stages if stage.work.title == "causal tracing")
+    assert trace.hours(1e12) == pytest.approx(trace.flops / 0.7e12 / 3600)
+    edits = next(stage for stage in slow.stages if stage.work.title == "error injection")
+    assert edits.hours(1e12) == pytest.approx(edits.flops / 0.4e12 / 3600)
 
 
 def test_the_rate_is_measured_where_none_is_given(sweep):
@@ -219,8 +220,10 @@ def test_of_many_facts_some_are_measured(sweep, tmp_path):
     save_facts(many, tmp_path / "many.jsonl")
     change = f"facts={tmp_path / 'many.jsonl'}"
     small, large = counting(sweep), counting(sweep, change)
-    assert (large.facts.count, len(large.facts.each)) == (2 * MEASURED, MEASURED)
-    flops = [next(each.flops for each in costs(sweep, *own) if each.work.name == "trace") for own in ((), (change,))]
+    assert (large.facts.count, len(large.facts.lengths)) == (2 * MEASURED, MEASURED)
+    flops = [
+        next(each.flops for each in costs(sweep, *own) if each.work.stage.name == "trace") for own in ((), (change,))
+    ]
     per_fact = [each / counts.facts.count for each, counts in zip(flops, (small, large), strict=True)]
     assert per_fact[1] == pytest.approx(per_fact[0], rel=0.1)
 

@@ -96,7 +96,7 @@ def test_it_is_planned(file, run):
     assert (code, error) == (0, "")
     assert "counting tokens" in printed
     *_, toy = forecast(configured(file, *FEW, TOY), rate=1e12).stages
-    assert (toy.units, toy.items, toy.flops) == (3, 5, 5e6)
+    assert (len(toy.work.units), toy.work.items, toy.flops) == (3, 5, 5e6)
 
 
 def test_it_goes_on_after_an_interruption(file, tmp_path, monkeypatch):

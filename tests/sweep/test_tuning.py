@@ -12,8 +12,7 @@ from filelock import FileLock
 from helpers.compare import assert_table_close
 from helpers.edit_command import PRESET_SETTINGS, arguments, read, run_json, write_inputs
 from helpers.editing_cases import FULL
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from transformers import AutoModelForCausalLM
 
 import causalcone as cc

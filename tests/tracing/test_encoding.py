@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 from helpers.compare import assert_same, assert_table_close
-from helpers.models import FACTS, gpt2
-from helpers.models import tokenizer as make_tokenizer
+from helpers.models import FACTS, gpt2, tokenizer as make_tokenizer
 from oracles import tracing as oracle
 from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Tokenizer

@@ -5,8 +5,7 @@ import torch
 from helpers.compare import assert_same, assert_same_gradients, assert_table_close, restored_share
 from helpers.families import EVERY_FAMILY, FAMILIES
 from helpers.models import FACTS, gpt2
-from oracles import gradients as oracle_gradients
-from oracles import tracing as oracle
+from oracles import gradients as oracle_gradients, tracing as oracle
 
 import causalcone as cc
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.compare import assert_same
-from helpers.models import FACTS, gpt2
-from helpers.models import tokenizer as make_tokenizer
+from helpers.models import FACTS, gpt2, tokenizer as make_tokenizer
 from oracles import tracing as oracle
 
 import causalcone as cc

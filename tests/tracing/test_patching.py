@@ -8,8 +8,7 @@ import torch
 from helpers.families import FAMILIES
 from helpers.lifting import lifted
 from helpers.models import FACTS, tokenizer
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from oracles import tracing as oracle
 from oracles.model import hooked, sites
 

@@ -5,8 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers.budgets import smallest_budget
-from helpers.models import FACTS, gpt2
-from helpers.models import tokenizer as make_tokenizer
+from helpers.models import FACTS, gpt2, tokenizer as make_tokenizer
 from oracles import tracing as oracle
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode

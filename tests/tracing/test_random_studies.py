@@ -6,8 +6,7 @@ import pytest
 from helpers.budgets import smallest_budget
 from helpers.compare import assert_same
 from helpers.models import gpt2, tokenizer
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from oracles import tracing as oracle
 
 import causalcone as cc

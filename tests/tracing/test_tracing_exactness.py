@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.compare import KEY, TOLERANCE, assert_same, assert_table_close, restored_share
-from helpers.models import FACTS, gpt2
-from helpers.models import tokenizer as make_tokenizer
+from helpers.models import FACTS, gpt2, tokenizer as make_tokenizer
 from oracles import tracing as oracle
 
 import causalcone as cc

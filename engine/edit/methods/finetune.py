@@ -28,7 +28,6 @@ from causalcone.engine.edit.runs.packed_runs import Text
 from causalcone.engine.models.base import Block
 from causalcone.kernels.adam import AdamState
 from causalcone.kernels.backends import Backends
-from causalcone.kernels.readout_gradients import log_probability
 
 Item = tuple[Request, Window]
 
@@ -183,8 +182,6 @@ _KEPT = ("mid", "keys", "values")
 
 
 class _Pass:
-    """The runs of the items that are still trained."""
-
     def __init__(self, batch: _EditBatch, live: np.ndarray) -> None:
         self.batch, self.count = batch, len(live)
         of = np.repeat(np.arange(len(live)), [len(batch.texts[item]) for item in live])
@@ -202,7 +199,7 @@ class _Pass:
         """The loss of each item; the gradients of its weights are left with them."""
         with torch.enable_grad():
             states = self.cone.read_out(self._joining, changing(self.additions))
-            log_p = log_probability(states, self.batch.layers.readout(), self.targets)
+            log_p = self.batch.layers.readout().log_probability(states, self.targets)
             none = torch.zeros(self.count, dtype=torch.float64, device=log_p.device)
             nll = none.index_add(0, self.owner, -log_p)
             loss = torch.where(self.erases, torch.exp(-nll), nll)
@@ -212,7 +209,7 @@ class _Pass:
     def _joining(self, block: Block, layer: int, join: Join) -> Tensor:
         mid, keys, values = (self.batch.unedited.rows[name, layer].index_select(0, join.tails) for name in _KEPT)
         parts = [(rows, self.additions[edit][layer]) for edit, rows in slices(join.edits, join.rows)]
-        return mid + block.mlp_output(changed(keys, values, parts))
+        return mid + block.mlp_out(changed(keys, values, parts))
 
 
 def _flops(work: EditWork, hparams: FinetuneHparams) -> float:

@@ -157,7 +157,6 @@ def _update_each(left: Tensor, right: Tensor, request: Tensor) -> Update:
 
 
 def _update_all(change: LowRank) -> Update:
-    """All rows changed by one change."""
     return lambda keys, _: change.to(keys.device, keys.dtype).product(keys)
 
 
@@ -225,7 +224,7 @@ class Prefixes:
         out = torch.empty_like(passed.out)
         for rows in pieces(len(out), self.layers.tiles.rows):
             values = passed.values[rows] + update(passed.keys[rows], rows)
-            out[rows] = passed.mid[rows] + block.mlp_output(values)
+            out[rows] = passed.mid[rows] + block.mlp_out(values)
         self.rows = out
         self.at += 1
         self.release()

@@ -26,7 +26,6 @@ from causalcone.engine.edit.runs.layers import Layers
 from causalcone.engine.edit.runs.packed_runs import Text
 from causalcone.engine.models.base import Block
 from causalcone.kernels.adam import AdamState
-from causalcone.kernels.readout_gradients import divergence, log_probability
 
 Site = Literal["values", "out"]
 """What a vector is added to: the output of a layer's down-projection, or the layer's output."""
@@ -35,7 +34,7 @@ Site = Literal["values", "out"]
 @dataclass(frozen=True)
 class Goal:
     """The goal of a request: contexts and essence are texts of the prompts, by number; the target's token ids are read
-    after each context, the divergence at the end of ``essence``. erases: the target is to become unlikely."""
+    after each context, the divergence at the essence's end. erases: the target is to become unlikely."""
 
     contexts: tuple[int, ...]
     essence: int
@@ -60,8 +59,7 @@ class FoundValue:
 
 @dataclass(frozen=True)
 class EditObjective:
-    """The texts of some requests, each in its contexts and with the prompt of its subject's essence; and each request's
-    goal."""
+    """The texts of some requests, each in its contexts and with its essence prompt; and each request's goal."""
 
     prompts: Prompts
     goals: list[Goal]
@@ -159,7 +157,7 @@ class ValueOptimizer:
         if self.site == "out":
             return rows.index_add(0, join.lookups, added.to(rows.dtype))
         values = (kept["values", layer].index_select(0, join.texts) + added).to(rows.dtype)
-        edited = kept["mid", layer].index_select(0, join.texts) + block.mlp_output(values)
+        edited = kept["mid", layer].index_select(0, join.texts) + block.mlp_out(values)
         return rows.index_copy(0, join.lookups, edited)
 
     def _done(self, step: int, edits: Sequence[tuple[int, int]], loss: np.ndarray) -> np.ndarray:
@@ -231,10 +229,10 @@ class _Readings:
         with torch.enable_grad():
             states = self.cone.read_out(lambda block, layer, join: self.search.joining(block, layer, join, leaf))
             readout = self.search.layers.readout()
-            log_p = log_probability(states.index_select(0, self.read), readout, self.targets)
+            log_p = readout.log_probability(states.index_select(0, self.read), self.targets)
             none = torch.zeros(self.count, dtype=torch.float64, device=log_p.device)
             nll = none.index_add(0, self.owner, -log_p * self.weights)
-            kl = divergence(states.index_select(0, self.divergent), readout, self.search.unedited.log_p, self.reference)
+            kl = readout.divergence(states.index_select(0, self.divergent), self.search.unedited.log_p, self.reference)
             decay = hparams.weight_decay * leaf.norm(dim=1) / size.square()
             loss = torch.where(self.erases, torch.exp(-nll), nll) + decay
             # where nothing is added nothing diverges: rounding must not become a direction, which Adam would magnify

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
-
-from causalcone.engine.edit.requests.prompts import NOISE_SEED
+from causalcone.engine.edit.requests.prompts import subject_noise
 from causalcone.engine.edit.requests.requests import (
     ERROR_INJECTION,
     FACT_ERASURE,
@@ -70,7 +67,7 @@ def make_requests(
     if problem != TRACING_REVERSAL:
         return [making.request(fact) for fact in posed], skipped, unposed
     noised = making.noised(posed)
-    requests, unchanged = usable(noised, making.reversal, lambda answer: answer.posed.fact.id, on_error)
+    requests, unchanged = usable(noised, making.reversal, lambda answer: answer[0].fact.id, on_error)
     order = {fact.id: number for number, fact in enumerate(facts)}
     return requests, sorted(skipped + unchanged, key=lambda fact: order[fact.fact_id]), unposed
 
@@ -94,13 +91,8 @@ def _split(posed: Sequence[_Posed], reasons: Iterable[str | None], unposed: list
     return [item for item, reason in pairs if reason is None]
 
 
-@dataclass(frozen=True)
-class _Noised:
-    """A fact, and the model's answers to its prompt with noise on the subject and, where needed, without."""
-
-    posed: _Posed
-    answer: tuple[int, ...]
-    clean: tuple[int, ...] | None
+_Noised = tuple[_Posed, tuple[int, ...], tuple[int, ...] | None]
+"""A fact, and the model's answers to its prompt with noise on the subject and, where needed, without."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +117,8 @@ class _Making:
 
     def checked(self, fact: Fact) -> _Posed:
         """The fact as token ids; refuses a fact that is unusable whatever the model answers."""
-        sizes = self.session.sizes
-        encoded = encode(fact, self.session.tokenizer, "label", sizes.vocabulary, sizes.positions)
-        new = None if fact.target_new is None else self._new(fact, fact.target_new, len(encoded.prompt))
+        sizes, encoded = self.session.sizes, self._encoded(fact)
+        new = None if fact.target_new is None else self._new(fact, fact.target_new)
         if self.problem == ERROR_INJECTION and new is None:
             raise FactError(f"fact {fact.id!r} has no target_new; give the answer that the error injects")
         if self.problem == ERROR_INJECTION and new == encoded.target:
@@ -142,22 +133,18 @@ class _Making:
             )
         return _Posed(encoded, new)
 
-    def _new(self, fact: Fact, target: str, prompt: int) -> tuple[int, ...]:
-        """Token ids of target_new after a prompt of ``prompt`` tokens."""
-        sizes, ids = self.session.sizes, target_ids(target, self.session.tokenizer)
-        if not ids or not target.strip():
+    def _new(self, fact: Fact, target: str) -> tuple[int, ...]:
+        """Token ids of target_new."""
+        if not target.strip():
             raise FactError(f"fact {fact.id!r}: target_new {target!r} is empty; give a visible word, or None")
-        if max(ids) >= sizes.vocabulary:
-            raise FactError(
-                f"fact {fact.id!r}: token id {max(ids)} of target_new is outside the model's vocabulary of "
-                f"{sizes.vocabulary}; use the model's own tokenizer"
-            )
-        if prompt + len(ids) - 1 > sizes.positions:
-            raise FactError(
-                f"fact {fact.id!r}: prompt and target_new need {prompt + len(ids) - 1} positions, the model has "
-                f"{sizes.positions}; shorten the prompt"
-            )
-        return ids
+        try:
+            return self._encoded(replace(fact, target_true=target)).target
+        except FactError as error:
+            raise FactError(f"{error} (this is about target_new)") from None
+
+    def _encoded(self, fact: Fact) -> EncodedFact:
+        sizes = self.session.sizes
+        return encode(fact, self.session.tokenizer, "label", sizes.vocabulary, sizes.positions)
 
     def incomplete(self, posed: Sequence[_Posed]) -> Iterator[str | None]:
         """For each fact that the model does not complete, the reason."""
@@ -180,33 +167,30 @@ class _Making:
     def noised(self, posed: Sequence[_Posed]) -> list[_Noised]:
         """Answers under noise, up to 12 tokens with the prompt's, at least one: likeliest, or as published, sampled."""
         prompts = [Text(item.encoded.prompt) for item in posed]
-        noised = [replace(text, **self._noise(item.encoded)) for item, text in zip(posed, prompts, strict=True)]
+        spans, hidden = [item.encoded.span for item in posed], self.session.sizes.hidden
+        noises = [subject_noise(self.level, span, hidden) for span in spans]
+        noised = [Text(text.tokens, *noise) for text, noise in zip(prompts, noises, strict=True)]
         lengths = [max(1, REVERSAL_TOKENS - len(text)) for text in prompts]
         if self.compat == "published":
             seeds = [text_seed(self.seed, "reversal", item.fact.id) for item in posed]
             answers = continuations(self.session, noised, lengths, top_k=TOP_K, seeds=seeds)
-            return [_Noised(item, answer, None) for item, answer in zip(posed, answers, strict=True)]
+            return [(item, answer, None) for item, answer in zip(posed, answers, strict=True)]
         answers = continuations(self.session, noised + prompts, lengths * 2)
-        return list(map(_Noised, posed, answers[: len(posed)], answers[len(posed) :]))
-
-    def _noise(self, encoded: EncodedFact) -> dict[str, Any]:
-        """One sample on the subject."""
-        start, end = encoded.span
-        sample = np.random.RandomState(NOISE_SEED).randn(end - start, self.session.sizes.hidden)
-        return {"noise": self.level * sample, "noised": start}
+        return list(zip(posed, answers[: len(posed)], answers[len(posed) :], strict=True))
 
     def reversal(self, noised: _Noised) -> Request:
-        encoded, fact = noised.posed.encoded, noised.posed.fact
+        posed, answer, clean = noised
+        encoded, fact = posed.encoded, posed.fact
         if self.compat == "published":
-            text = fact.text + continued(self.session, encoded.prompt, noised.answer)
+            text = fact.text + continued(self.session, encoded.prompt, answer)
             return Request(fact, self.problem, target_ids(text, self.session.tokenizer), encoded.target)
-        if noised.answer in (noised.clean, encoded.target):
+        if answer in (clean, encoded.target):
             raise FactError(
                 f"fact {fact.id!r}: with noise of level {self.level:g} on its subject the model says "
-                f"{self.session.tokenizer.decode(list(noised.answer))!r}, which is its answer without noise too; raise "
+                f"{self.session.tokenizer.decode(list(answer))!r}, which is its answer without noise too; raise "
                 "sigma, or leave the fact out"
             )
-        return Request(fact, self.problem, noised.answer, encoded.target)
+        return Request(fact, self.problem, answer, encoded.target)
 
     def request(self, posed: _Posed) -> Request:
         if self.problem == ERROR_INJECTION and posed.new is not None:

@@ -17,18 +17,16 @@ from causalcone.engine.models.base import Sizes
 ESSENCE = "{} is a"
 NOISE_SEED = 1
 
+SubjectNoise = tuple[np.ndarray | None, int]
+"""Noise (n, hidden) on the subject's tokens, if there is any, and the first of them."""
+
 
 @dataclass(frozen=True)
 class Prompted:
-    """A prompt about a request's subject: its text, without a target, and the tokens of the subject."""
+    """A prompt about a request's subject: its text, without a target, and the last token of the subject."""
 
     text: Text
-    span: tuple[int, int]
-
-    @property
-    def lookup(self) -> int:
-        """The last subject token."""
-        return self.span[1] - 1
+    lookup: int
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,6 @@ class Encoder:
     sizes: Sizes
 
     def prompt(self, fact: Fact) -> tuple[int, ...]:
-        """The token ids of a fact's prompt."""
         return encode(fact, self.tokenizer, "argmax", self.sizes.vocabulary, self.sizes.positions).prompt
 
     def prompted(self, request: Request, template: str, sample: int = 0, samples: int = 1) -> Prompted:
@@ -47,7 +44,7 @@ class Encoder:
         fact = replace(request.fact, prompt=template)
         encoded = encode(fact, self.tokenizer, "argmax", self.sizes.vocabulary, self.sizes.positions)
         text = Text(encoded.prompt, *self._noise(request, encoded.span, sample, samples))
-        return Prompted(text, encoded.span)
+        return Prompted(text, encoded.span[1] - 1)
 
     def written(self, request: Request, text: str) -> Text:
         """A text as written; the first occurrence of the subject, if there is one, carries the request's noise."""
@@ -60,7 +57,7 @@ class Encoder:
                 f"fact {request.fact.id!r}: token id {max(ids)} of the prompt {text!r} is outside the model's "
                 f"vocabulary of {self.sizes.vocabulary}; use the model's own tokenizer"
             )
-        return Text(ids) if span is None else Text(ids, *self._noise(request, span, 0, 1))
+        return Text(ids) if span is None else Text(ids, *self._noise(request, span))
 
     def followed(self, request: Request, text: Text, target: Sequence[int]) -> Text:
         """A text and all tokens of a target except the last."""
@@ -83,10 +80,12 @@ class Encoder:
         plain = (text.replace("{", "").replace("}", "") for text in texts)
         return [self.prompted(request, template) for template in (prompt, *(f"{text}. {prompt}" for text in plain))]
 
-    def _noise(
-        self, request: Request, span: tuple[int, int], sample: int, samples: int
-    ) -> tuple[np.ndarray | None, int]:
-        if request.sigma is None:
-            return None, 0
-        samples_of_noise = np.random.RandomState(NOISE_SEED).randn(samples, span[1] - span[0], self.sizes.hidden)
-        return request.sigma * samples_of_noise[sample], span[0]
+    def _noise(self, request: Request, span: tuple[int, int], sample: int = 0, samples: int = 1) -> SubjectNoise:
+        hidden = self.sizes.hidden
+        return (None, 0) if request.sigma is None else subject_noise(request.sigma, span, hidden, sample, samples)
+
+
+def subject_noise(level: float, span: tuple[int, int], hidden: int, sample: int = 0, samples: int = 1) -> SubjectNoise:
+    """Sample number ``sample`` of the noise on a subject, and where it begins."""
+    noise = np.random.RandomState(NOISE_SEED).randn(samples, span[1] - span[0], hidden)
+    return level * noise[sample], span[0]

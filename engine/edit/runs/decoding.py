@@ -1,7 +1,7 @@
 """Decoding: the tokens that a model continues many texts with, each under a change of weights of its own.
 
 Texts of any lengths grow together. Keys and values of the tokens so far are stored; a step takes one row of each text
-through the layers.
+through the layers; ``engine/run/forward.py`` names the other passes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,19 +30,13 @@ from causalcone.kernels.tiles import pieces
 
 
 def continuations(
-    session: Session,
-    texts: Sequence[Text],
-    lengths: Sequence[int],
-    *,
-    top_k: int | None = None,
-    seeds: Sequence[int] | None = None,
-    deltas: Sequence[Delta | None] | None = None,
+    session: Session, texts: Sequence[Text], lengths: Sequence[int], **options: Any
 ) -> list[tuple[int, ...]]:
-    """``decode`` by a session's model, in its dtype, on its device and within its budget of memory."""
+    """``decode``, which has the options, by a session's model, in its dtype, on its device and within its budget."""
     budget = session.budget()
     layers = Layers(session.architecture, budget.tiles, session.dtype, session.device)
     with session.computing():
-        return decode(layers, texts, lengths, top_k=top_k, seeds=seeds, deltas=deltas, memory=max(0, budget.for_rows))
+        return decode(layers, texts, lengths, **options, memory=max(0, budget.for_rows))
 
 
 @torch.no_grad()

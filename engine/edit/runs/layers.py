@@ -1,4 +1,4 @@
-"""A model's layers over packed runs, forwards or under autograd."""
+"""A model's layers over packed runs, forwards or under autograd; ``engine/run/forward.py`` names the other passes."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class Layers:
         """The rest of a layer, from its input rows (R, hidden) and their heads' outputs (R, heads * head_dim)."""
         mid = rows + self.by_tiles(block.attention_output, heads)
         keys, values = self._project(block, rows if self.architecture.parallel else mid, change, keep_keys)
-        return Passed(keys_values, mid, keys, values, mid + self.by_tiles(block.mlp_output, values))
+        return Passed(keys_values, mid, keys, values, mid + self.by_tiles(block.mlp_out, values))
 
     def _project(
         self, block: Block, rows: Tensor, change: Change | None, keep_keys: bool

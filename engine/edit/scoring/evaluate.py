@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 import pyarrow as pa
 
 from causalcone.engine.edit.methods.batching import layers_and_batching
-from causalcone.engine.edit.methods.edits import FAILED, Edit
+from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.requests.prompts import Encoder
-from causalcone.engine.edit.scoring.generation_metrics import Generation, References, ReferenceScorer
+from causalcone.engine.edit.scoring.generation_metrics import References, ReferenceScorer, generation_rows
 from causalcone.engine.edit.scoring.metrics import Row, metrics_of
 from causalcone.engine.edit.scoring.probes import ProbeSet, probes_of
 from causalcone.engine.edit.scoring.sampled_texts import essence_texts
@@ -42,7 +42,7 @@ class Evaluator:
     encoder: Encoder
     seed: int
     _essence: dict[tuple[object, ...], list[str]] = field(default_factory=dict)
-    _scorer: tuple[References, ReferenceScorer] | None = None
+    _scoring: tuple[References, ReferenceScorer] | None = None
 
     def evaluate(
         self, edits: Sequence[Edit], essence: bool, accuracy: bool, generation: bool, references: References | None
@@ -52,11 +52,13 @@ class Evaluator:
         rows: list[Row] = [row for result in scored for row in metrics_of(result, accuracy)]
         final = [result.edit for result in scored]
         if generation or references is not None:
-            rows += Generation(self.session, self.seed, references, self._scorer_of(references)).rows(final)
+            if references is not None and (self._scoring is None or self._scoring[0] is not references):
+                self._scoring = references, ReferenceScorer(references.corpus)  # kept for further evaluations
+            scoring = None if references is None else self._scoring
+            rows += generation_rows(self.session, final, self.seed, scoring)
         return Scores(final, probe_batch(scored), metric_batch(rows))
 
     def score(self, edits: Sequence[Edit], essence: bool = False, accuracy: bool = False) -> Iterator[Scored]:
-        """Each edit's probes, in order."""
         if not edits:
             return
         self.session.verify(self.encoder.prompt(edits[0].request.fact))
@@ -71,20 +73,12 @@ class Evaluator:
 
     def _essence_of(self, facts: Iterable[Fact]) -> dict[str, list[str]]:
         """The essence texts of facts, by their ids: sampled once from the model with its present weights."""
-        weights = self.session.versions()
+        weights = self.session.architecture.versions()
         keys = {fact.id: (fact.id, fact.subject, weights) for fact in facts}
         new = {fact.id: fact for fact in facts if keys[fact.id] not in self._essence}
         sampled = essence_texts(self.session, new.values(), self.seed)
         self._essence.update({keys[name]: texts for name, texts in sampled.items()})
         return {name: self._essence[key] for name, key in keys.items()}
-
-    def _scorer_of(self, references: References | None) -> ReferenceScorer | None:
-        """The scorer whose words are weighed by the references; the last one is kept."""
-        if references is None:
-            return None
-        if self._scorer is None or self._scorer[0] is not references:
-            self._scorer = references, ReferenceScorer(references.corpus)
-        return self._scorer[1]
 
 
 def _checked(scored: Scored) -> Scored:
@@ -95,6 +89,4 @@ def _checked(scored: Scored) -> Scored:
         return scored
     else:
         reason = "the edited model gives probabilities that are not finite"
-    edit = replace(scored.edit, delta=None, reason=reason)
-    assert edit.status == FAILED
-    return replace(scored, edit=edit, post=None)
+    return replace(scored, edit=replace(scored.edit, delta=None, reason=reason), post=None)

@@ -7,7 +7,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from causalcone.engine.edit.methods.edits import Edit
@@ -77,30 +76,22 @@ class References(Protocol):
     def corpus(self) -> Sequence[str]: ...
 
 
-@dataclass(frozen=True)
-class Generation:
-    """Metrics of the texts that the model writes after the facts' generation prompts, before and after edits."""
-
-    session: Session
-    seed: int
-    references: References | None
-    scorer: ReferenceScorer | None
-
-    def rows(self, edits: Sequence[Edit]) -> Iterator[Row]:
-        """The metrics of each edit whose fact has generation prompts."""
-        edits = [edit for edit in edits if edit.request.fact.generation_prompts]
-        requests: dict[int, Request] = {id(edit.request): edit.request for edit in edits}
-        before = dict(zip(requests, generate_texts(self.session, list(requests.values()), self.seed), strict=True))
-        made = [edit for edit in edits if edit.delta is not None]
-        written = generate_texts(
-            self.session, [edit.request for edit in made], self.seed, [edit.delta for edit in made]
-        )
-        after = {id(edit): texts for edit, texts in zip(made, written, strict=True)}
-        for edit in edits:
-            pre, post = before[id(edit.request)], after.get(id(edit))
-            entropy = None if post is None else generation_entropy(post)
-            yield edit.edit_id, "generation_entropy", generation_entropy(pre), entropy
-            if self.scorer is not None and self.references is not None:
-                texts = self.references.of(edit.request.fact)
-                score = None if post is None else self.scorer.score(post, texts)
-                yield edit.edit_id, "reference_score", self.scorer.score(pre, texts), score
+def generation_rows(
+    session: Session, edits: Sequence[Edit], seed: int, scoring: tuple[References, ReferenceScorer] | None
+) -> Iterator[Row]:
+    """The metrics of the texts that the model writes after the facts' generation prompts, before and after edits."""
+    edits = [edit for edit in edits if edit.request.fact.generation_prompts]
+    requests: dict[int, Request] = {id(edit.request): edit.request for edit in edits}
+    before = dict(zip(requests, generate_texts(session, list(requests.values()), seed), strict=True))
+    made = [edit for edit in edits if edit.delta is not None]
+    written = generate_texts(session, [edit.request for edit in made], seed, [edit.delta for edit in made])
+    after = {id(edit): texts for edit, texts in zip(made, written, strict=True)}
+    for edit in edits:
+        pre, post = before[id(edit.request)], after.get(id(edit))
+        entropy = None if post is None else generation_entropy(post)
+        yield edit.edit_id, "generation_entropy", generation_entropy(pre), entropy
+        if scoring is not None:
+            references, scorer = scoring
+            texts = references.of(edit.request.fact)
+            score = None if post is None else scorer.score(post, texts)
+            yield edit.edit_id, "reference_score", scorer.score(pre, texts), score

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -21,11 +20,8 @@ from causalcone.engine.edit.scoring.probes import (
 )
 from causalcone.engine.edit.scoring.scoring import ProbeResults, Scored
 
-Values = tuple[float, float | None]
-"""A metric before and after an edit; None where the edit failed."""
-
 Row = tuple[str, str, float, float | None]
-"""Edit, metric, and its values."""
+"""Edit, metric, and its values before and after the edit; None where that failed."""
 
 _NAMES = {REWRITE: "efficacy", PARAPHRASE: "paraphrase", NEIGHBORHOOD: "neighborhood"}
 
@@ -34,74 +30,34 @@ def metrics_of(scored: Scored, accuracy: bool) -> Iterator[Row]:
     """All metrics that the probes give, none where unedited results are not finite; accuracy: as ``EditScorer``'s."""
     if not scored.pre.finite:
         return
-    rows = {
-        **_perplexity(scored),
-        **{name: values for kind in _NAMES for name, values in _success(scored, kind)},
-        **(dict(_accuracies(scored)) if accuracy else {}),
-    }
-    for name, (pre, post) in rows.items():
-        yield scored.edit.edit_id, name, pre, post
+    pre = _metrics(scored.probes, scored.pre, accuracy)
+    post = {} if scored.post is None else _metrics(scored.probes, scored.post, accuracy)
+    for name, value in pre.items():
+        yield scored.edit.edit_id, name, value, post.get(name)
 
 
-def _perplexity(scored: Scored) -> dict[str, Values]:
-    """Mean over texts of exp(-sum of the N - 1 log-probabilities / N)."""
-    probes = enumerate(scored.probes.probes)
-    texts = [(number, 1 + len(probe.tokens)) for number, probe in probes if probe.kind == ESSENCE]
-    if not texts:
-        return {}
-    numbers, lengths = np.array(texts).T
+def _metrics(probes: ProbeSet, results: ProbeResults, accuracy: bool) -> dict[str, float]:
+    """Perplexity: the mean over texts of exp(-sum of the N - 1 log-probabilities / N).
 
-    def mean(results: ProbeResults) -> float:
-        return float(np.exp(-results.log_p[numbers] / lengths).mean())
-
-    return {"perplexity": _before_and_after(scored, mean)}
-
-
-def _success(scored: Scored, kind: str) -> Iterator[tuple[str, Values]]:
-    """Score and magnitude: how often, and by how much, the new target is more likely than the true one (for neighbours
-    the reverse); p is the geometric mean over the target's tokens."""
-    pairs = _pairs(scored.probes, kind)
-    if not pairs:
-        return
-    new, true = np.array(pairs).T
-    if kind == NEIGHBORHOOD:
-        new, true = true, new
-    counts = np.array([len(probe.tokens) for probe in scored.probes.probes])
-
-    def differences(results: ProbeResults) -> np.ndarray:
-        p = np.exp(results.log_p / counts)
-        return p[new] - p[true]
-
-    yield f"{_NAMES[kind]}_score", _before_and_after(scored, lambda results: float((differences(results) > 0).mean()))
-    yield f"{_NAMES[kind]}_magnitude", _before_and_after(scored, lambda results: float(differences(results).mean()))
-
-
-def _numbers(probes: ProbeSet, kind: str) -> dict[tuple[int, Answer], int]:
-    """The numbers of the probes of a kind, by prompt and answer."""
-    return {(probe.index, probe.answer): n for n, probe in enumerate(probes.probes) if probe.kind == kind}
-
-
-def _pairs(probes: ProbeSet, kind: str) -> list[tuple[int, int]]:
-    """For each prompt of a kind, the probes of the new target and of the true one."""
-    numbers = _numbers(probes, kind)
+    Score and magnitude: how often, and by how much, the new target is more likely than the true one (for neighbours
+    the reverse); p is the geometric mean over the target's tokens. Accuracy: the share of the target's tokens (a
+    neighbour's own answer's, if any) that are the most likely ones.
+    """
+    counts = np.array([len(probe.tokens) for probe in probes.probes])
+    p = np.exp(results.log_p / counts)
     targets: tuple[Answer, Answer] = (TARGET, OTHER)
     new, true = targets if probes.request.trains_new else targets[::-1]
-    prompts = [index for index, answer in numbers if answer == new and (index, true) in numbers]
-    return [(numbers[index, new], numbers[index, true]) for index in prompts]
-
-
-def _accuracies(scored: Scored) -> Iterator[tuple[str, Values]]:
-    """The share of the target's tokens (a neighbour's own answer's, if any) that are the most likely ones."""
-    for kind in _NAMES:
-        numbers = _numbers(scored.probes, kind)
+    metrics, accuracies = {}, {}
+    if texts := [number for number, probe in enumerate(probes.probes) if probe.kind == ESSENCE]:
+        metrics["perplexity"] = float(np.exp(-results.log_p[texts] / (1 + counts[texts])).mean())
+    for kind, name in _NAMES.items():
+        numbers = {(probe.index, probe.answer): n for n, probe in enumerate(probes.probes) if probe.kind == kind}
+        if prompts := [index for index, answer in numbers if answer == new and (index, true) in numbers]:
+            more, less = (true, new) if kind == NEIGHBORHOOD else (new, true)
+            difference = p[[numbers[index, more] for index in prompts]] - p[[numbers[index, less] for index in prompts]]
+            metrics[f"{name}_score"] = float((difference > 0).mean())
+            metrics[f"{name}_magnitude"] = float(difference.mean())
         read = [numbers.get((index, OWN), number) for (index, answer), number in numbers.items() if answer == TARGET]
-        if read:
-            yield f"{kind}_accuracy", _before_and_after(scored, partial(_mean_right, numbers=read))
-
-
-def _mean_right(results: ProbeResults, numbers: list[int]) -> float:
-    return float(results.right[numbers].mean())
-
-
-def _before_and_after(scored: Scored, metric: Callable[[ProbeResults], float]) -> Values:
-    return metric(scored.pre), None if scored.post is None else metric(scored.post)
+        if read and accuracy:
+            accuracies[f"{kind}_accuracy"] = float(results.right[read].mean())
+    return metrics | accuracies

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from causalcone.engine.edit.requests.prompts import Encoder
@@ -55,39 +55,30 @@ def probes_of(request: Request, encoder: Encoder, essence: Sequence[str] = ()) -
         (ATTRIBUTE, fact.attribute_prompts),
     ):
         prompts += [(kind, index, encoder.written(request, text)) for index, text in enumerate(texts)]
-    collector = _ProbeCollector(request, encoder)
+    runs: list[Text] = []
+    read: list[int] = []
+    probes: list[Probe] = []
+
+    def add(kind: str, index: int, text: Text, answers: dict[Answer, tuple[int, ...]]) -> None:
+        """Answers after one prompt: the longest first, and those that it begins with in the same run."""
+        first = len(runs)
+        for name, tokens in sorted(answers.items(), key=lambda item: -len(item[1])):
+            whole = encoder.followed(request, text, tokens)
+            same = (run for run in range(first, len(runs)) if runs[run].tokens[: len(whole)] == whole.tokens)
+            run = next(same, len(runs))
+            if run == len(runs):
+                runs.append(whole)
+                read.append(len(tokens))
+            probes.append(Probe(kind, index, name, tokens, run))
+
     for kind, index, text in prompts:
         answers: dict[Answer, tuple[int, ...]] = {TARGET: request.target}
         if request.other is not None:
             answers[OTHER] = request.other
         if kind == NEIGHBORHOOD and fact.neighborhood_target is not None:
             answers[OWN] = target_ids(fact.neighborhood_target, encoder.tokenizer)
-        collector.add(kind, index, text, answers)
+        add(kind, index, text, answers)
     for index, written in enumerate(essence):
         text = encoder.written(request, written)
-        first = replace(text, tokens=text.tokens[:1])
-        collector.add(ESSENCE, index, first, {OWN: text.tokens[1:]})
-    return ProbeSet(request, tuple(collector.runs), tuple(collector.read), tuple(collector.probes))
-
-
-@dataclass
-class _ProbeCollector:
-    request: Request
-    encoder: Encoder
-    runs: list[Text] = field(default_factory=list)
-    read: list[int] = field(default_factory=list)
-    probes: list[Probe] = field(default_factory=list)
-
-    def add(self, kind: str, index: int, text: Text, answers: dict[Answer, tuple[int, ...]]) -> None:
-        """Answers after one prompt: the longest first, and those that it begins with in the same run."""
-        first = len(self.runs)
-        for name, tokens in sorted(answers.items(), key=lambda item: -len(item[1])):
-            whole = self.encoder.followed(self.request, text, tokens)
-            for run in range(first, len(self.runs)):
-                if self.runs[run].tokens[: len(whole)] == whole.tokens:
-                    break
-            else:
-                run = len(self.runs)
-                self.runs.append(whole)
-                self.read.append(len(tokens))
-            self.probes.append(Probe(kind, index, name, tokens, run))
+        add(ESSENCE, index, replace(text, tokens=text.tokens[:1]), {OWN: text.tokens[1:]})
+    return ProbeSet(request, tuple(runs), tuple(read), tuple(probes))

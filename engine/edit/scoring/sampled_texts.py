@@ -12,7 +12,7 @@ from causalcone.engine.edit.runs.decoding import continuations, text_seed
 from causalcone.engine.edit.runs.packed_runs import Text
 from causalcone.engine.edit.texts.contexts import TOP_K, continued
 from causalcone.engine.errors import ExperimentError, FactError
-from causalcone.engine.facts import Fact, check_unique, encode
+from causalcone.engine.facts import Fact, check_unique
 from causalcone.engine.run.session import Session
 
 ESSENCE_TEXTS = 5
@@ -23,16 +23,16 @@ def essence_texts(session: Session, facts: Iterable[Fact], seed: int) -> dict[st
     """By fact, five texts with which the unedited model continues "{subject} is a": up to 100 tokens with the prompt's
     (and no more when the text is tokenized anew, nor than the model has positions), each one of the five likeliest.
     They depend on the model, the seed and the fact's id alone."""
-    facts, sizes = list(facts), session.sizes
+    facts, encoder = list(facts), Encoder(session.tokenizer, session.sizes)
     check_unique(facts)
     about = [replace(fact, prompt=ESSENCE) for fact in facts]
-    prompts = [encode(fact, session.tokenizer, "argmax", sizes.vocabulary, sizes.positions).prompt for fact in about]
-    texts = [Text(prompt) for prompt in prompts for _ in range(ESSENCE_TEXTS)]
-    lengths = [
-        _room(session, fact, prompt) for fact, prompt in zip(about, prompts, strict=True) for _ in range(ESSENCE_TEXTS)
+    prompts = [encoder.prompt(fact) for fact in about]
+    texts = [
+        (fact, Text(prompt), text_seed(seed, "essence", fact.id, number))
+        for fact, prompt in zip(about, prompts, strict=True)
+        for number in range(ESSENCE_TEXTS)
     ]
-    seeds = [text_seed(seed, "essence", fact.id, number) for fact in facts for number in range(ESSENCE_TEXTS)]
-    new = iter(continuations(session, texts, lengths, top_k=TOP_K, seeds=seeds))
+    new = iter(_sampled(session, texts))
     return {
         fact.id: [_whole(session, fact.text, prompt, next(new)) for _ in range(ESSENCE_TEXTS)]
         for fact, prompt in zip(about, prompts, strict=True)
@@ -58,23 +58,26 @@ def generate_texts(
     if deltas is not None and len(deltas) != len(requests):
         raise ExperimentError(f"there are {len(requests)} requests and {len(deltas)} deltas; give one for each")
     encoder = Encoder(session.tokenizer, session.sizes)
-    texts, lengths, seeds, text_deltas = [], [], [], []
-    for request, delta in zip(requests, deltas or [None] * len(requests), strict=True):
-        for index, prompt in enumerate(request.fact.generation_prompts):
-            texts.append(encoder.written(request, prompt))
-            lengths.append(_room(session, request.fact, texts[-1].tokens))
-            seeds.append(text_seed(seed, "generation", request.fact.id, index))
-            text_deltas.append(delta)
-    new = continuations(session, texts, lengths, top_k=TOP_K, seeds=seeds, deltas=text_deltas)
-    written = (continued(session, text.tokens, tokens) for text, tokens in zip(texts, new, strict=True))
+    texts = [
+        (request.fact, encoder.written(request, prompt), text_seed(seed, "generation", request.fact.id, index))
+        for request in requests
+        for index, prompt in enumerate(request.fact.generation_prompts)
+    ]
+    pairs = zip(requests, deltas or [None] * len(requests), strict=True)
+    new = _sampled(session, texts, [delta for request, delta in pairs for _ in request.fact.generation_prompts])
+    written = (continued(session, text.tokens, tokens) for (_, text, _), tokens in zip(texts, new, strict=True))
     return [[prompt + next(written) for prompt in request.fact.generation_prompts] for request in requests]
 
 
-def _room(session: Session, fact: Fact, prompt: Sequence[int]) -> int:
-    """How many tokens a text may have after its prompt."""
+def _sampled(
+    session: Session, texts: Sequence[tuple[Fact, Text, int]], deltas: Sequence[Delta | None] | None = None
+) -> list[tuple[int, ...]]:
+    """The tokens that continue texts about facts, each sampled with its seed."""
     limit = min(TEXT_TOKENS, session.sizes.positions)
-    if len(prompt) >= limit:
-        raise FactError(
-            f"fact {fact.id!r}: a prompt of {len(prompt)} tokens leaves no room for a text of {limit}; shorten it"
-        )
-    return limit - len(prompt)
+    for fact, text, _ in texts:
+        if len(text) >= limit:
+            raise FactError(
+                f"fact {fact.id!r}: a prompt of {len(text)} tokens leaves no room for a text of {limit}; shorten it"
+            )
+    lengths, seeds = [limit - len(text) for _, text, _ in texts], [seed for *_, seed in texts]
+    return continuations(session, [text for _, text, _ in texts], lengths, top_k=TOP_K, seeds=seeds, deltas=deltas)

@@ -200,7 +200,7 @@ class _ScoringPass:
         values = base.values.index_select(0, join.tails)
         for edit, rows in slices(join.edits, join.rows):
             values[rows] += self.additions[edit][layer](base.keys.index_select(0, join.tails[rows]))
-        return base.mid.index_select(0, join.tails) + self.layers.by_tiles(block.mlp_output, values)
+        return base.mid.index_select(0, join.tails) + self.layers.by_tiles(block.mlp_out, values)
 
     def _read(
         self, states: Tensor, group: np.ndarray, order: np.ndarray, of: np.ndarray, texts: np.ndarray

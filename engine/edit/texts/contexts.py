@@ -42,19 +42,6 @@ def check_contexts(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(texts)
 
 
-@dataclass(frozen=True)
-class _Start:
-    """The first words of a text, as token ids, and the number of tokens that it gets in total."""
-
-    words: str
-    tokens: tuple[int, ...]
-    total: int
-
-    @property
-    def length(self) -> int:
-        return max(0, self.total - len(self.tokens))
-
-
 def sample_contexts(session: Session, seed: int) -> Contexts:
     """Texts whose tokens are each one of the five likeliest, the same for a model and a seed.
 
@@ -63,28 +50,23 @@ def sample_contexts(session: Session, seed: int) -> Contexts:
     are without special tokens and braces. A text of nothing but white space is sampled again.
     """
     start = _start_token(session)
-    starts = [_Start("", (start,), total) for total in ROME_TOKENS]
-    starts += [_Start(word, encode_text(word, (0, 0), session.tokenizer)[0], MEMIT_TOKENS) for word in MEMIT_WORDS]
-    texts = [""] * len(starts)
+    begun: list[tuple[str, tuple[int, ...], int]] = [("", (start,), total) for total in ROME_TOKENS]
+    begun += [(word, encode_text(word, (0, 0), session.tokenizer)[0], MEMIT_TOKENS) for word in MEMIT_WORDS]
+    texts = [""] * len(begun)
     for attempt in range(ATTEMPTS):
         missing = [number for number, text in enumerate(texts) if not text.strip()]
         if not missing:
             return Contexts(tuple(texts[: len(ROME_TOKENS)]), tuple(texts[len(ROME_TOKENS) :]))
         seeds = [text_seed(seed, "context", number, attempt) for number in missing]
-        for number, text in zip(missing, _sampled(session, [starts[n] for n in missing], seeds), strict=True):
-            texts[number] = text
+        beginnings = [Text(begun[number][1]) for number in missing]
+        lengths = [max(0, begun[number][2] - len(begun[number][1])) for number in missing]
+        new = continuations(session, beginnings, lengths, top_k=TOP_K, seeds=seeds)
+        for number, tokens in zip(missing, new, strict=True):
+            words, ids, _ = begun[number]
+            texts[number] = (words + continued(session, ids, tokens)).replace("{", "").replace("}", "")
     raise ExperimentError(
         f"the model says nothing but white space after its token {start} ({ATTEMPTS} tries); give contexts of your own"
     )
-
-
-def _sampled(session: Session, starts: Sequence[_Start], seeds: Sequence[int]) -> list[str]:
-    texts = [Text(start.tokens) for start in starts]
-    new = continuations(session, texts, [start.length for start in starts], top_k=TOP_K, seeds=seeds)
-    return [
-        (start.words + continued(session, start.tokens, tokens)).replace("{", "").replace("}", "")
-        for start, tokens in zip(starts, new, strict=True)
-    ]
 
 
 def continued(session: Session, tokens: Sequence[int], new: Sequence[int]) -> str:
@@ -97,7 +79,6 @@ def continued(session: Session, tokens: Sequence[int], new: Sequence[int]) -> st
 
 
 def _start_token(session: Session) -> int:
-    """The token that texts begin from."""
     tokenizer, vocabulary = session.tokenizer, session.sizes.vocabulary
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:

@@ -1,7 +1,5 @@
 """Connecting to a Ray cluster, or starting one on this machine, and sharing its CPUs and GPUs among workers."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket
@@ -130,5 +128,5 @@ def share(machines: Sequence[Mapping[str, float]], workers: int | None, device: 
         cpus = 2 if room(2) else 1
         workers = max(1, room(cpus))
     else:
-        cpus = max((each for each in range(1, max(cores, default=0) + 1) if room(each) >= workers), default=1)
+        cpus = max((count for count in range(1, max(cores, default=0) + 1) if room(count) >= workers), default=1)
     return Share(workers, cpus, 0, room(cpus), max(1, min(workers, max(cores, default=0) // cpus)))

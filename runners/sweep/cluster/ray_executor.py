@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
+
 from causalcone.engine.errors import CausalconeError, ExperimentError
 from causalcone.engine.facts import Fact
-from causalcone.runners.results.folder import ResultError, differences
-from causalcone.runners.results.store import Store
+from causalcone.engine.memory import default_budget
+from causalcone.runners.results.folder import ResultError, differences, versions
+from causalcone.runners.results.store import LOCK, Store
 from causalcone.runners.sweep.cluster.ray_connection import Share, connected_ray, share
-from causalcone.runners.sweep.cluster.ray_worker import RayWorker, WorkerFactory, WorkerStarted
-from causalcone.runners.sweep.executor import Executor, UnitResult, first_line
+from causalcone.runners.sweep.executor import Executor, Stop, UnitResult, first_line, run_unit
 from causalcone.runners.sweep.inputs.settings import Sweep
 from causalcone.runners.sweep.inputs.units import Unit
-from causalcone.runners.sweep.signals import Stop
+from causalcone.runners.sweep.stages import as_sweep
 from causalcone.runners.sweep.worker import ModelInfo, Worker
 
 TRIES = 3
@@ -31,6 +34,7 @@ SEEN_SECONDS = 120.0
 _ROOM_SECONDS = 60.0
 
 T = TypeVar("T")
+WorkerFactory = Callable[[Sweep, str], Worker]
 
 
 @contextmanager
@@ -106,7 +110,8 @@ class RayExecutor:
         while True:
             for worker in self._workers:
                 if worker.free and waiting and not stop:
-                    worker.call(method, waiting.popleft())
+                    worker.argument = waiting.popleft()
+                    worker.task = getattr(worker.actor, method).remote(worker.argument)
             if not any(worker.busy for worker in self._workers) and (stop or not waiting):
                 return
             for worker in self._finished():
@@ -207,6 +212,44 @@ class RayExecutor:
         warnings.warn(text, stacklevel=3)
 
 
+@dataclass(frozen=True)
+class WorkerStarted:
+    """The answer of a worker that has read the model."""
+
+    host: str
+    model: ModelInfo
+    versions: dict[str, str]
+
+
+class RayWorker:
+    """A worker in a process of its own, somewhere in a cluster."""
+
+    def start(
+        self, make: WorkerFactory, config: Mapping[str, Any], place: str, folder: str, share: Share
+    ) -> WorkerStarted:
+        """Read the model. Relative paths of the configuration are those of the driver's folder."""
+        sweep = as_sweep(config)
+        torch.set_num_threads(max(1, share.cpus))
+        with suppress(OSError):  # without that folder, the errors of missing files name them
+            os.chdir(folder)
+        if sweep.memory is None and not share.gpus:
+            memory = default_budget(torch.device("cpu")) // share.neighbours
+            sweep = sweep.model_copy(update={"memory": memory})
+        host, self.worker = socket.gethostname(), make(sweep, place)
+        if not self.worker.store.exists(LOCK):
+            raise ResultError(
+                f"{place} is another folder on {host} than where the sweep was started; give a path that all "
+                "machines share, or an object store"
+            )
+        return WorkerStarted(host, self.worker.model_info(), versions())
+
+    def bad_facts(self, facts: Sequence[Fact]) -> list[tuple[str, str]]:
+        return self.worker.bad_facts(facts)
+
+    def run(self, unit: Unit) -> UnitResult:
+        return run_unit(self.worker, unit)
+
+
 @dataclass
 class _WorkerHandle:
     """A worker as the driver sees it. task: its call under way, with the argument; host: its machine, once it has
@@ -226,9 +269,6 @@ class _WorkerHandle:
     def busy(self) -> bool:
         return self.host is not None and self.task is not None
 
-    def call(self, method: str, argument: Any) -> None:
-        self.task, self.argument = getattr(self.actor, method).remote(argument), argument
-
 
 @dataclass(frozen=True)
 class _WorkerEnd:
@@ -246,7 +286,7 @@ class _WorkerEnd:
 
 
 def _death(error: Exception) -> str:
-    """In a few words, why Ray says that a process ended."""
+    """The reason that Ray gives for a process's end."""
     line = (str(error).strip().splitlines() or ["no more is known"])[-1]
     detail = line.partition("Worker exit detail: ")[2] or line
     return detail.partition(" Some common causes")[0]

@@ -1,10 +1,9 @@
 """The facts of a sweep as a table, and what the filter found of them."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import pyarrow as pa
 
@@ -41,12 +40,10 @@ def fact_table(facts: Sequence[Fact], filtered: pa.Table | None = None) -> pa.Ta
 
 
 def facts_of(table: pa.Table) -> list[Fact]:
-    """The facts of a table of them."""
-    return [_fact(json.loads(text)) for text in table["fact"].to_pylist()]
-
-
-def _fact(values: dict[str, object]) -> Fact:
-    return Fact(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})  # type: ignore[arg-type]
+    """The facts of their table."""
+    records: list[dict[str, Any]] = [json.loads(text) for text in table["fact"].to_pylist()]
+    tuples = [{key: tuple(value) for key, value in record.items() if isinstance(value, list)} for record in records]
+    return [Fact(**record | lists) for record, lists in zip(records, tuples, strict=True)]
 
 
 def select(sweep: Sweep, table: pa.Table) -> Selection:

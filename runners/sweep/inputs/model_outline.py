@@ -1,7 +1,5 @@
 """The shape of a sweep's model, and its tokenizer: what there is of them without reading weights."""
 
-from __future__ import annotations
-
 import socket
 from contextlib import suppress
 from pathlib import Path

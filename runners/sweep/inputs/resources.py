@@ -1,7 +1,5 @@
 """The model, facts and results that units of a sweep are computed with."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cached_property
 

@@ -1,7 +1,5 @@
 """What every sweep has in its TOML file. Tables of single stages are with the stages."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from typing import Annotated, Any, Literal

@@ -1,7 +1,5 @@
 """The pieces of work that a sweep is made of: each computes some facts by one method, and writes files of its own."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from causalcone.runners.results.store import Store, StoredPart

@@ -1,7 +1,5 @@
 """The stages of a sweep, in the order in which they are carried out."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
 from typing import Any

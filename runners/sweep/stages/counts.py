@@ -1,7 +1,5 @@
 """Counting the cost of stages on a model without weights: nothing is computed."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +15,7 @@ from causalcone.engine.models.base import Architecture
 from causalcone.engine.plan.cost import cost
 from causalcone.engine.run.runner import PassRunner, Trial
 from causalcone.engine.run.scheduler import PlanCache
-from causalcone.runners.sweep.inputs.lengths import FactLengths
-from causalcone.runners.sweep.inputs.planned_facts import PlannedFacts, Weighted
+from causalcone.runners.sweep.inputs.planned_facts import FactLengths, PlannedFacts, Weighted
 
 PLANNED = 24
 """Shapes of facts that are planned one by one; of more, as many typical ones."""
@@ -57,17 +54,9 @@ class Counts:
     def planned(self, trial: Trial, samples: int, gradient: bool = False) -> float:
         """FLOPs of the engine's own plan, where memory does not split the fact."""
         nothing: Any = None  # noise is drawn when a pass runs
-        dtype, device = torch.float32, torch.device("cpu")
-        runner = PassRunner(
-            architecture=self.architecture,
-            trials=[trial],
-            samples=samples,
-            noise=nothing,
-            dtype=dtype,
-            device=device,
-            plans=PlanCache(),
-            gradient=gradient,
-        )
+        numbers: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu"), "samples": samples}
+        model: dict[str, Any] = {"architecture": self.architecture, "plans": PlanCache()}
+        runner = PassRunner(trials=[trial], noise=nothing, gradient=gradient, **model, **numbers)
         sizes, argmax = self.architecture.sizes, not trial.targets
         return sum(cost(runner.plan(part)[0], sizes, 1, samples, argmax).flops for part in runner.parts())
 

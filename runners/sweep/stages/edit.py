@@ -1,9 +1,8 @@
 """The stage "edit": every method edits the facts in every problem, and the edits are scored."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
@@ -12,14 +11,7 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr
 from causalcone.engine.edit.editor import Editor
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.problems import make_requests
-from causalcone.engine.edit.requests.requests import (
-    ERROR_INJECTION,
-    FACT_AMPLIFICATION,
-    FACT_ERASURE,
-    FACT_FORCING,
-    NOISY,
-    TRACING_REVERSAL,
-)
+from causalcone.engine.edit.requests.requests import NOISY
 from causalcone.engine.edit.requests.windows import as_layers, as_windows
 from causalcone.engine.edit.runs.flops import Asked, EditWork, Grown
 from causalcone.engine.edit.scoring.sampled_texts import ESSENCE_TEXTS, TEXT_TOKENS
@@ -34,7 +26,7 @@ from causalcone.runners.edits.checks import EditChecks
 from causalcone.runners.edits.settings import EditPlan, Setting
 from causalcone.runners.inputs.reference_texts import ReferenceTexts, load_reference_texts
 from causalcone.runners.options import ScoringOptions
-from causalcone.runners.sweep.inputs.lengths import FactLengths
+from causalcone.runners.sweep.inputs.planned_facts import FactLengths
 from causalcone.runners.sweep.inputs.resources import Resources
 from causalcone.runners.sweep.inputs.settings import Names, Sweep
 from causalcone.runners.sweep.inputs.units import Selection, Unit
@@ -89,29 +81,14 @@ class EditStage(Stage[EditSettings]):
         if options.layers == "preset" and options.preset is None:
             raise ExperimentError("edit.layers is 'preset', and no edit.preset is given; give one, or the layers")
         with errors_of("edit"):
-            self.plans = {
-                problem: EditPlan.of(
-                    options.methods,
-                    problem,
-                    layers=options.layers,
-                    preset=options.preset,
-                    changes=options.set,
-                    sigma=sweep.noise.sigma,
-                    aggregate=options.aggregate,
-                )
-                for problem in options.problems
-            }
+            settings: dict[str, Any] = {key: getattr(options, key) for key in ("layers", "preset", "aggregate")}
+            settings |= {"changes": options.set, "sigma": sweep.noise.sigma}
+            self.plans = {problem: EditPlan.of(options.methods, problem, **settings) for problem in options.problems}
+        plan = self.plans[options.problems[0]]
+        uses = {NOISE: {*NOISY} & {*options.problems}, CONTEXTS: plan.of_contexts, MOMENTS: plan.of_moments}
+        self.needs = [name for name, users in uses.items() if users]
+        self.aggregate = plan.aggregate
         self._resources: tuple[Editor, ReferenceTexts | None] | None = None
-
-    @property
-    def needs(self) -> Sequence[str]:
-        plan = self.plans[self.options.problems[0]]
-        uses = {NOISE: {*NOISY} & {*self.options.problems}, CONTEXTS: plan.of_contexts, MOMENTS: plan.of_moments}
-        return [name for name, users in uses.items() if users]
-
-    @property
-    def aggregate(self) -> str:
-        return self.plans[self.options.problems[0]].aggregate
 
     def layers(self, problem: Problem, depth: int) -> tuple[int, ...]:
         """The layers, or centres of windows, that a problem's edits are made at."""
@@ -119,18 +96,14 @@ class EditStage(Stage[EditSettings]):
             return as_layers(self.plans[problem].layers, depth)
 
     def moment_layers(self, depth: int) -> Sequence[int]:
-        return [
-            layer
-            for problem, plan in self.plans.items()
-            for setting in plan.of_moments
-            for window in as_windows(self.layers(problem, depth), setting.window, depth)
-            for layer in window.layers
-        ]
+        chosen = [(self.layers(problem, depth), plan.of_moments) for problem, plan in self.plans.items()]
+        windows = (as_windows(layers, setting.window, depth) for layers, settings in chosen for setting in settings)
+        return [layer for window in chain.from_iterable(windows) for layer in window.layers]
 
     def units(self, selection: Selection, depth: int) -> list[StageUnits]:
         works = []
         for problem, plan in self.plans.items():
-            facts = selection.erasable if problem == FACT_ERASURE else selection.known
+            facts = selection.erasable if problem == "fact_erasure" else selection.known
             facts, layers = facts[: self.options.facts], len(self.layers(problem, depth))
             units: list[Unit] = []
             for setting in plan.settings:
@@ -143,7 +116,7 @@ class EditStage(Stage[EditSettings]):
         """Refuses facts that no request can be made of, or whose prompts are too long."""
         session, options = resources.session, self.options
         # error injection asks more of a fact than the other problems, which ask the same
-        problem = ERROR_INJECTION if ERROR_INJECTION in options.problems else FACT_AMPLIFICATION
+        problem = "error_injection" if "error_injection" in options.problems else "fact_amplification"
         generation = any(map(options.generates, options.problems))
         scoring = ScoringOptions(essence=options.essence, generation=generation)
         references = self._references() if generation else None
@@ -153,42 +126,26 @@ class EditStage(Stage[EditSettings]):
 
     def compute(self, unit: Unit, resources: Resources) -> Mapping[str, pa.Table]:
         """Make edits batch by batch, score them, and let them go."""
-        problem, setting = next(
-            (problem, setting)
-            for problem, plan in self.plans.items()
-            for setting in plan.settings
-            if _group(problem, setting) == unit.group
-        )
+        settings = ((problem, setting) for problem, plan in self.plans.items() for setting in plan.settings)
+        problem, setting = next(pair for pair in settings if _group(*pair) == unit.group)
         if self._resources is None:
             self._resources = self._editor(resources), self._references()
         editor, references = self._resources
         layers = self.layers(problem, resources.session.sizes.depth)
-        requests, skipped, _ = make_requests(
-            editor.session,
-            resources.facts_of(unit),
-            problem,
-            editor.sigma,
-            filtered=False,
-            on_error="skip",
-            compat=self.sweep.compat,
-            seed=editor.seed,
-        )
+        facts, compat = resources.facts_of(unit), self.sweep.compat
+        making: dict[str, Any] = {"filtered": False, "on_error": "skip", "compat": compat, "seed": editor.seed}
+        requests, skipped, _ = make_requests(editor.session, facts, problem, editor.sigma, **making)
         resources.leave_out(unit, skipped)
-        generation = self.options.generates(problem)
-        edits, probes, metrics = [], [], []
+        scoring: dict[str, Any] = {"essence": self.options.essence, "accuracy": self.options.accuracy}
+        if self.options.generates(problem):
+            scoring |= {"generation": True, "references": references}
+        batches: dict[str, list[pa.RecordBatch]] = {table.name: [] for table in self.tables}
         for batch in editor.batches(requests, setting.method, layers, setting.window, setting.hparams):
-            scores = editor.evaluate(
-                batch,
-                essence=self.options.essence,
-                accuracy=self.options.accuracy,
-                generation=generation,
-                references=references if generation else None,
-            )
-            edits.append(edit_batch(scores.edits))
-            probes.append(scores.probes)
-            metrics.append(scores.metrics)
+            scores = editor.evaluate(batch, **scoring)
+            batches["edits"].append(edit_batch(scores.edits))
+            batches["probes"].append(scores.probes)
+            batches["metrics"].append(scores.metrics)
             del batch, scores  # changes of weights, before the next are made
-        batches = {"probes": probes, "metrics": metrics, "edits": edits}
         return {table.name: pa.Table.from_batches(batches[table.name], table.schema) for table in self.tables}
 
     def cost(self, units: StageUnits, counts: Counts) -> StageCost:
@@ -199,12 +156,11 @@ class EditStage(Stage[EditSettings]):
 
     def _editor(self, resources: Resources) -> Editor:
         store = resources.store
-        moments = contexts = None
+        moments = None
         if MOMENTS in self.needs:
             with store.as_file(MOMENTS_FILE) as file:
                 moments = Moments.load(str(file)).with_ridge(self.sweep.moments.ridge)
-        if CONTEXTS in self.needs:
-            contexts = Contexts(**store.read_json(CONTEXTS_FILE))
+        contexts = Contexts(**store.read_json(CONTEXTS_FILE)) if CONTEXTS in self.needs else None
         sigma = resources.noise_level if NOISE in self.needs else None
         return Editor.on(resources.session, moments, contexts, sigma, self.sweep.seed)
 
@@ -227,12 +183,13 @@ class EditCounts:
         self.layers = stage.layers(problem, self.sizes.depth)
         self.published = stage.sweep.compat == "published"
         self.targets = [lengths.targets(problem, self.published) for lengths, _ in self.facts]
+        self.text_tokens = min(TEXT_TOKENS, self.sizes.positions)
 
     def before(self) -> float:
         """Texts that the unedited model writes, once for every fact: the target in Tracing Reversal, with noise and
         without; in the first problem, essence texts."""
         flops = 0.0
-        if self.problem == TRACING_REVERSAL:
+        if self.problem == "tracing_reversal":
             texts = Grown.total((Grown(1, fact.prompt, fact.reversed), weight) for fact, weight in self.facts)
             flops += self.flops.decoding(texts) * (1 if self.published else 2)
         if self.options.essence and self.problem == self.options.problems[0]:
@@ -242,15 +199,11 @@ class EditCounts:
 
     def making(self, setting: Setting) -> float:
         """Edits of all facts at all layers."""
-        definition = setting.definition
-        work = EditWork(
-            flops=self.flops,
-            windows=self.windows(setting),
-            searched=self._total(lambda fact, target, other: fact.searched(definition.contexts, target)),
-            trained=self._total(lambda fact, target, other: Asked.after(fact.prompt, [target])),
-            noisy=self.problem == FACT_FORCING,
-        )
-        return definition.flops(work, setting.hparams)
+        contexts, windows, noisy = setting.definition.contexts, self.windows(setting), self.problem == "fact_forcing"
+        searched = self._total(lambda fact, target, other: fact.searched(contexts, target))
+        trained = self._total(lambda fact, target, other: Asked.after(fact.prompt, [target]))
+        work = EditWork(flops=self.flops, windows=windows, searched=searched, trained=trained, noisy=noisy)
+        return setting.definition.flops(work, setting.hparams)
 
     def scoring(self, setting: Setting) -> float:
         """Answers, and texts where these are asked for, before and after every edit."""
@@ -282,16 +235,12 @@ class EditCounts:
     def _asked(self, lengths: FactLengths, target: int, other: int | None) -> Asked:
         parts = [(lengths.answers(target, other), 1)]
         if self.options.essence:
-            parts.append((Asked.after(1, [self._text_tokens - 1]), ESSENCE_TEXTS))
+            parts.append((Asked.after(1, [self.text_tokens - 1]), ESSENCE_TEXTS))
         asked = Asked.total(parts)
         return replace(asked, distinct=asked.distinct * (1 + self.options.accuracy))  # logits are computed once more
 
     def _grown(self, tokens: int) -> Grown:
-        return Grown(1, tokens, max(0, self._text_tokens - tokens))
-
-    @property
-    def _text_tokens(self) -> int:
-        return min(TEXT_TOKENS, self.sizes.positions)
+        return Grown(1, tokens, max(0, self.text_tokens - tokens))
 
     def _total(self, of: Callable[[FactLengths, int, int | None], Any]) -> Any:
         """The sum over all facts."""

@@ -1,7 +1,5 @@
 """The stage "filter": what the model knows of all facts, which decides how they go on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 import pyarrow as pa
@@ -41,11 +39,10 @@ class FilterStage(Stage[FilterSettings]):
         session, facts = resources.session, resources.facts_of(unit)
         sizes = session.sizes
         encoded = [encode(fact, session.tokenizer, "label", sizes.vocabulary, sizes.positions) for fact in facts]
-        texts: Sequence[str | None] = [None] * len(facts)
-        if self.options.completes:
-            texts = completions(session, encoded)
+        nothing = [None] * len(facts)
+        texts: Sequence[str | None] = completions(session, encoded) if self.options.completes else nothing
         right = [None if text is None else completes(fact, text) for fact, text in zip(facts, texts, strict=True)]
-        first: Sequence[bool | None] = [None] * len(facts)
+        first: Sequence[bool | None] = nothing
         if self.options.argmax:
             likeliest = completions(session, encoded, 1)
             first = [text.strip() == fact.target_true.strip() for fact, text in zip(facts, likeliest, strict=True)]

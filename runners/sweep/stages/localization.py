@@ -1,14 +1,14 @@
 """The stages that localize facts: "trace", "sever", "zero" and "gradients"."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import pyarrow as pa
 from pydantic import Field
 
 from causalcone.engine.edit.runs.flops import Asked
+from causalcone.engine.facts import Fact
 from causalcone.engine.localize.causal_tracing import CausalTracing, Zeroing, target_tokens
 from causalcone.engine.localize.gradients import integrated_states, runs_along
 from causalcone.engine.localize.options import TraceSpec, ZeroSpec, as_tokens, check_tokens, choose_tokens
@@ -18,7 +18,7 @@ from causalcone.engine.run.runner import Trial
 from causalcone.engine.schemas import GRADIENT_SCHEMA, TRACE_SCHEMA
 from causalcone.runners.checked_files import CheckedTable, Count
 from causalcone.runners.show.forecast import USUAL_EFFICIENCY
-from causalcone.runners.sweep.inputs.lengths import FactLengths
+from causalcone.runners.sweep.inputs.planned_facts import FactLengths
 from causalcone.runners.sweep.inputs.resources import Resources
 from causalcone.runners.sweep.inputs.settings import Names, Sweep, Target, Tokens
 from causalcone.runners.sweep.inputs.units import Unit
@@ -64,9 +64,13 @@ class GradientSettings(LocalizationSettings):
 
 
 Options = TypeVar("Options", bound=LocalizationSettings)
+Counter = Callable[[FactLengths], tuple[float, int]]
+"""FLOPs and rows of a fact, from its lengths."""
 
 
-class _LocalizationStage(Stage[Options]):
+class LocalizationStage(Stage[Options]):
+    """Localizes each fact alone, once for each of its groups."""
+
     tables = (ResultTable("traces", TRACE_SCHEMA, row_bytes=16),)
     efficiency = USUAL_EFFICIENCY
 
@@ -78,123 +82,119 @@ class _LocalizationStage(Stage[Options]):
         with errors_of(f"{self.name}.tokens"):
             check_tokens(as_tokens(options.tokens))
 
+    @abstractmethod
+    def batches(self, facts: Sequence[Fact], group: str, resources: Resources) -> Iterable[pa.RecordBatch]:
+        """Results of facts in a group."""
+
+    @abstractmethod
+    def counter(self, group: str, counts: Counts) -> Counter:
+        """Counts one fact in a group."""
+
+    def compute(self, unit: Unit, resources: Resources) -> Mapping[str, pa.Table]:
+        (table,) = self.tables
+        batches = self.batches(resources.facts_of(unit), unit.group, resources)
+        return {table.name: pa.Table.from_batches(batches, schema=table.schema)}
+
+    def cost(self, units: StageUnits, counts: Counts) -> StageCost:
+        totals = [counts.added(self.options.facts, self.counter(group, counts)) for group in self.groups]
+        rows = sum(rows for _, rows in totals)
+        return StageCost(units, sum(flops for flops, _ in totals), {self.tables[0].name: rows})
+
     def states(self, texts: Sequence[str], counts: Counts) -> tuple[State, ...]:
         """The states that the model has."""
         with errors_of(f"{self.name}.states"):
             return states_in(as_states(texts), counts.architecture.sizes.heads)
 
+    def trial_counter(self, experiment: CausalTracing | Zeroing, samples: int, counts: Counts) -> Counter:
+        def counted(lengths: FactLengths) -> tuple[float, int]:
+            trial, grid = experiment.trial(lengths.encoded(self.options.target))
+            return counts.planned(trial, samples), len(grid.run)
 
-class _TracingStage(_LocalizationStage[Options]):
+        return counted
+
+
+class TracingStage(LocalizationStage[Options]):
     needs = (NOISE,)
 
-    def traces(self, unit: Unit, resources: Resources, **options: Any) -> Mapping[str, pa.Table]:
-        batches = resources.tracer.stream(
-            resources.facts_of(unit),
-            tokens=self.options.tokens,
-            target=self.options.target,
-            samples=self.sweep.noise.samples,
-            sigma=resources.noise_level,
-            seed=self.sweep.noise.seed,
-            **options,
-        )
-        return {"traces": pa.Table.from_batches(list(batches), schema=TRACE_SCHEMA)}
+    @abstractmethod
+    def traced(self, group: str) -> dict[str, Any]:
+        """The states that are restored in a group, and how."""
 
-    def counted(self, counts: Counts, states: tuple[State, ...], **options: Any) -> tuple[float, float]:
-        """FLOPs and rows."""
-        samples, target, tokens = self.sweep.noise.samples, self.options.target, self.options.tokens
-        spec = TraceSpec(states=states, samples=samples, sigma=1.0, target=target, tokens=tokens, **options)
-        tracing = CausalTracing(spec, counts.architecture.sizes.depth)
+    def batches(self, facts: Sequence[Fact], group: str, resources: Resources) -> Iterable[pa.RecordBatch]:
+        options, noise = self.options, self.sweep.noise
+        drawn: dict[str, Any] = {"samples": noise.samples, "sigma": resources.noise_level, "seed": noise.seed}
+        chosen = self.traced(group) | drawn
+        return resources.tracer.stream(facts, tokens=options.tokens, target=options.target, **chosen)
 
-        def one(lengths: FactLengths) -> tuple[float, int]:
-            trial, grid = tracing.trial(lengths.encoded(target))
-            return counts.planned(trial, tracing.samples), len(grid.run)
-
-        return counts.added(self.options.facts, one)
+    def counter(self, group: str, counts: Counts) -> Counter:
+        chosen, samples = self.traced(group), self.sweep.noise.samples
+        chosen |= {"states": self.states(chosen["states"], counts), "samples": samples, "sigma": 1.0}
+        spec = TraceSpec(target=self.options.target, tokens=self.options.tokens, **chosen)
+        return self.trial_counter(CausalTracing(spec, counts.architecture.sizes.depth), samples, counts)
 
 
-class TraceStage(_TracingStage[TraceSettings]):
+class TraceStage(TracingStage[TraceSettings]):
     """Causal tracing."""
 
     name, title, table = "trace", "causal tracing", TraceSettings
     groups = ("restore",)
 
-    def compute(self, unit: Unit, resources: Resources) -> Mapping[str, pa.Table]:
-        return self.traces(unit, resources, states=self.options.states)
-
-    def cost(self, units: StageUnits, counts: Counts) -> StageCost:
-        flops, rows = self.counted(counts, self.states(self.options.states, counts))
-        return StageCost(units, flops, {"traces": rows})
+    def traced(self, group: str) -> dict[str, Any]:
+        return {"states": self.options.states}
 
 
-class SeverStage(_TracingStage[SeverSettings]):
+class SeverStage(TracingStage[SeverSettings]):
     """Severed tracing."""
 
     name, title, table = "sever", "severed tracing", SeverSettings
 
-    @property
-    def groups(self) -> Sequence[str]:
-        return [f"sever_{part}" for part in self.options.parts]
+    def __init__(self, sweep: Sweep, options: SeverSettings) -> None:
+        super().__init__(sweep, options)
+        self.groups = [f"sever_{part}" for part in options.parts]
 
-    def compute(self, unit: Unit, resources: Resources) -> Mapping[str, pa.Table]:
-        part, compat = unit.group.removeprefix("sever_"), self.sweep.compat
-        return self.traces(unit, resources, states=(("hidden", 1),), sever=part, compat=compat)
-
-    def cost(self, units: StageUnits, counts: Counts) -> StageCost:
-        states, compat = as_states("hidden:1"), self.sweep.compat
-        parts = [self.counted(counts, states, sever=part, compat=compat) for part in self.options.parts]
-        return StageCost(units, sum(flops for flops, _ in parts), {"traces": sum(rows for _, rows in parts)})
+    def traced(self, group: str) -> dict[str, Any]:
+        return {"states": ("hidden:1",), "sever": group.removeprefix("sever_"), "compat": self.sweep.compat}
 
 
-class ZeroStage(_LocalizationStage[ZeroSettings]):
+class ZeroStage(LocalizationStage[ZeroSettings]):
     """Representation zeroing."""
 
     name, title, table = "zero", "zeroing", ZeroSettings
     groups = ("zero",)
 
-    def compute(self, unit: Unit, resources: Resources) -> Mapping[str, pa.Table]:
-        options, facts = self.options, resources.facts_of(unit)
-        batches = resources.tracer.stream_zero(facts, options.states, target=options.target, tokens=options.tokens)
-        return {"traces": pa.Table.from_batches(list(batches), schema=TRACE_SCHEMA)}
+    def batches(self, facts: Sequence[Fact], group: str, resources: Resources) -> Iterable[pa.RecordBatch]:
+        options = self.options
+        return resources.tracer.stream_zero(facts, options.states, target=options.target, tokens=options.tokens)
 
-    def cost(self, units: StageUnits, counts: Counts) -> StageCost:
+    def counter(self, group: str, counts: Counts) -> Counter:
         options = self.options
         spec = ZeroSpec(states=self.states(options.states, counts), target=options.target, tokens=options.tokens)
-        zeroing = Zeroing(spec, counts.architecture.sizes.depth)
-
-        def one(lengths: FactLengths) -> tuple[float, int]:
-            trial, grid = zeroing.trial(lengths.encoded(options.target))
-            return counts.planned(trial, 1), len(grid.run)
-
-        flops, rows = counts.added(options.facts, one)
-        return StageCost(units, flops, {"traces": rows})
+        return self.trial_counter(Zeroing(spec, counts.architecture.sizes.depth), 1, counts)
 
 
-class GradientStage(_LocalizationStage[GradientSettings]):
+class GradientStage(LocalizationStage[GradientSettings]):
     """Integrated gradients."""
 
     name, title, table = "gradients", "integrated gradients", GradientSettings
     tables = (ResultTable("gradients", GRADIENT_SCHEMA, row_bytes=26),)
     efficiency = Stage.efficiency
 
-    def compute(self, unit: Unit, resources: Resources) -> Mapping[str, pa.Table]:
-        options = self.options
-        batches = resources.tracer.stream_integrated_gradients(
-            resources.facts_of(unit), options.kinds, steps=options.steps, target=options.target, tokens=options.tokens
-        )
-        return {"gradients": pa.Table.from_batches(list(batches), schema=GRADIENT_SCHEMA)}
+    def batches(self, facts: Sequence[Fact], group: str, resources: Resources) -> Iterable[pa.RecordBatch]:
+        options, stream = self.options, resources.tracer.stream_integrated_gradients
+        return stream(facts, options.kinds, steps=options.steps, target=options.target, tokens=options.tokens)
 
-    def cost(self, units: StageUnits, counts: Counts) -> StageCost:
-        flops, rows = counts.added(self.options.facts, lambda lengths: self._integrated(lengths, counts))
-        return StageCost(units, flops, {"gradients": rows})
-
-    def _integrated(self, lengths: FactLengths, counts: Counts) -> tuple[float, int]:
-        """The clean run, whose states are kept; then every state's points and its baseline, forwards and back, which
-        takes as much again since weights have no gradient."""
+    def counter(self, group: str, counts: Counts) -> Counter:
         options = self.options
-        fact = lengths.encoded(options.target)
-        tokens = choose_tokens(options.tokens, len(fact.prompt), fact.span)
-        at = integrated_states(options.kinds, counts.architecture.sizes.depth, tokens)
-        read = target_tokens(fact)
-        trial = Trial("", (fact.tokens,), fact.target, Shape(len(fact.tokens), (0, 0), (read,)), runs_along(at))
-        clean = counts.flops.unedited(Asked(len(fact.tokens), len(fact.tokens), len(read)))
-        return clean + 2 * counts.planned(trial, options.steps + 1, gradient=True), len(at)
+
+        def counted(lengths: FactLengths) -> tuple[float, int]:
+            """The clean run, whose states are kept; then every state's points and its baseline, forwards and back,
+            which takes as much again since weights have no gradient."""
+            fact = lengths.encoded(options.target)
+            tokens = choose_tokens(options.tokens, len(fact.prompt), fact.span)
+            at = integrated_states(options.kinds, counts.architecture.sizes.depth, tokens)
+            read = target_tokens(fact)
+            trial = Trial("", (fact.tokens,), fact.target, Shape(len(fact.tokens), (0, 0), (read,)), runs_along(at))
+            clean = counts.flops.unedited(Asked(len(fact.tokens), len(fact.tokens), len(read)))
+            return clean + 2 * counts.planned(trial, options.steps + 1, gradient=True), len(at)
+
+        return counted

@@ -1,7 +1,5 @@
 """The stages that prepare a file once for all others: "noise", "contexts" and "moments"."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -99,9 +97,8 @@ class MomentsStage(PreparedStage):
             moments = Moments.load(path_of(settings.file, "moments"), layers)
             moments.check(session.architecture, layers)
         else:
-            texts = open_texts(
-                settings.texts, settings.dataset, settings.dataset_config, settings.split, settings.column
-            )
+            dataset = (settings.dataset, settings.dataset_config, settings.split, settings.column)
+            texts = open_texts(settings.texts, *dataset)
             resume = None if store.local is None else str(store.local / _PARTIAL)
             moments = Moments(
                 *collect(session, texts.texts, layers, settings.tokens, source=texts.source, resume=resume)

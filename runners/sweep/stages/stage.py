@@ -23,6 +23,9 @@ EFFICIENCY = 0.4
 ``USUAL_EFFICIENCY``, of tracing, it was measured on two CPU cores with GPT-2's shape (bench/RESULTS.md): fine-tuning
 reached less (29% and 15%), and a model too small to fill the cores does too. On a GPU it was not measured."""
 
+FILE_BYTES = 2500
+"""Of a Parquet file besides its rows, measured on a sweep of the demo model."""
+
 Options = TypeVar("Options")
 
 
@@ -50,6 +53,9 @@ class Stage(ABC, Generic[Options]):
         efficiency: Share of the device's rate of matrix products that is reached.
         required: Whether a unit that fails ends the sweep.
         expected: Folders of results, with what the analysis calls them where they are missing.
+        needs: Names of the prepared stages whose files it reads: "noise", "contexts" and "moments".
+        groups: Folders in its tables, each of which gets all facts.
+        aggregate: The paraphrases and neighbours that scores are of, if it gives scores: "first" or "mean".
     """
 
     name: ClassVar[str]
@@ -60,25 +66,13 @@ class Stage(ABC, Generic[Options]):
     efficiency: ClassVar[float] = EFFICIENCY
     required: ClassVar[bool] = False
     expected: ClassVar[Mapping[str, str]] = {}
+    needs: Sequence[str] = ()
+    groups: Sequence[str] = ("",)
+    aggregate: str | None = None
 
     def __init__(self, sweep: Sweep, options: Options) -> None:
         """Raises ``ExperimentError`` for options that are seen to be wrong without model and facts."""
         self.sweep, self.options = sweep, options
-
-    @property
-    def needs(self) -> Sequence[str]:
-        """Names of the prepared stages whose files it reads: "noise", "contexts" and "moments"."""
-        return ()
-
-    @property
-    def groups(self) -> Sequence[str]:
-        """Folders in its tables, each of which gets all facts."""
-        return ("",)
-
-    @property
-    def aggregate(self) -> str | None:
-        """The paraphrases and neighbours that scores are of, if it gives scores: "first" or "mean"."""
-        return None
 
     def moment_layers(self, depth: int) -> Sequence[int]:
         """The layers that it needs second moments of, in a model of ``depth`` layers."""
@@ -120,10 +114,6 @@ class StageUnits:
     subject: str = ""
 
     @property
-    def name(self) -> str:
-        return self.stage.name
-
-    @property
     def items(self) -> int:
         return sum(unit.items for unit in self.units)
 
@@ -136,6 +126,16 @@ class StageCost:
     flops: float = 0
     rows: Mapping[str, float] = field(default_factory=dict)
     other_bytes: float = 0
+
+    def hours(self, rate: float) -> float:
+        """On a device whose matrix products run at ``rate`` FLOP/s."""
+        return self.flops / (self.work.stage.efficiency * rate) / 3600
+
+    @property
+    def disk(self) -> float:
+        """Bytes of results."""
+        rows = sum(table.row_bytes * self.rows.get(table.name, 0) for table in self.work.stage.tables)
+        return rows + FILE_BYTES * sum(len(unit.files) for unit in self.work.units) + self.other_bytes
 
 
 @contextmanager

@@ -11,10 +11,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from oracles import finetune as oracle_finetune
-from oracles import memit as oracle_memit
-from oracles import rome as oracle_rome
-from oracles import scores as oracle_scores
+from oracles import finetune as oracle_finetune, memit as oracle_memit, rome as oracle_rome, scores as oracle_scores
 from oracles.editing import Task, down_weight
 from oracles.finetune import FinetuneEdit
 from oracles.memit import MemitEdit
