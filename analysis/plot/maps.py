@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Sequence
 
@@ -78,7 +79,7 @@ def gradients(
     fact_id: str,
     texts: Sequence[str],
     subject: tuple[int, int] = (0, 0),
-    path: draw.PathLike | None = None,
+    path: str | os.PathLike[str] | None = None,
 ) -> Figure:
     """Token-by-layer heat maps of the norm of one fact's integrated gradients, one per kind, each on its own scale
     (Meng et al. 2022, Fig. 16).

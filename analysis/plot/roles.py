@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
@@ -23,7 +25,7 @@ ROLE_STYLES = {  # a marker and a dash for print in grey
 }
 
 
-def indirect_effect(table: TraceSource, path: draw.PathLike | None = None) -> Figure:
+def indirect_effect(table: TraceSource, path: str | os.PathLike[str] | None = None) -> Figure:
     """Average indirect effect by token role and layer (Meng et al. 2022, Figs. 7 and 15): a column per method, kind and
     window, with a line per role and bands of 1.96 standard errors above, and a heat map of the same means below.
 
