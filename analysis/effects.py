@@ -10,10 +10,10 @@ import polars as pl
 from causalcone.analysis.tables.traces import (
     IDENTITY,
     STATE,
-    TableError,
     TraceSource,
     one_of,
     read_traces,
+    refuse,
     single_tokens,
     trace_parts,
     with_roles,
@@ -24,7 +24,7 @@ Denominator = Literal["p_high", "p_clean"]
 Compat = Literal["published"]
 
 OTHER_LAYERS = 3
-"""How many layers besides that of the largest effect may have half of it, where effects are concentrated."""
+"""The most layers besides that of the largest effect that have half of it, where effects are concentrated."""
 
 _LAYER = ["fact_id", *STATE, "layer"]
 _LOOKUP = pl.col("token") == pl.col("subject_end") - 1
@@ -35,20 +35,20 @@ _LEN = pl.len().cast(pl.Int64)  # polars counts in 32 bits, whose squares overfl
 def restore_effects(table: TraceSource, denominator: Denominator = "p_high") -> pl.DataFrame:
     """How much of the answer's probability came back, per fact and restored state (Hase et al. 2023).
 
+    - ``p_high``: max of p_clean and the largest p_patched of this fact, method, kind and window in the table (of tokens
+      restored together, where the row is)
+    - ``restore_effect``: p_patched - p_corrupted
+    - ``relative_effect``: restore_effect / |d - p_corrupted|; null where that is 0
+    - ``fraction_restored``: max(0, relative_effect), also 0 where nothing was restored of nothing; at most 1 with
+      ``p_high``
+    - ``flagged``: whether p_clean <= p_corrupted, so that there was nothing to restore
+
     Args:
         table: traces, as ``read_traces`` takes them; rows of method "zero" are left out.
         denominator: d in the relative effect, ``p_high`` (published) or ``p_clean``.
 
     Returns:
-        The rows with further columns:
-
-        - ``p_high``: max of p_clean and the largest p_patched of this fact, method, kind and window in the table (of
-          tokens restored together, where the row is)
-        - ``restore_effect``: p_patched - p_corrupted
-        - ``relative_effect``: restore_effect / |d - p_corrupted|; null where that is 0
-        - ``fraction_restored``: max(0, relative_effect), also 0 where nothing was restored of nothing; with ``p_high``
-          it lies in [0, 1]; with ``p_clean`` it can exceed 1
-        - ``flagged``: whether p_clean <= p_corrupted, so that there was nothing to restore
+        The rows with these further columns.
 
     Raises:
         TableError: the table cannot be read, or the denominator is unknown.
@@ -72,10 +72,12 @@ def restore_effects(table: TraceSource, denominator: Denominator = "p_high") -> 
 def tracing_effects(table: TraceSource, at: At = "max", denominator: Denominator = "p_high") -> pl.DataFrame:
     """Tracing effects of layers (Hase et al. 2023); see ``restore_effects``.
 
+    ``at`` "max" takes the largest fraction_restored over the prompt tokens (the first of equals), "subject_last" the
+    relative_effect, not clipped, at the last subject token.
+
     Args:
         table: traces, as ``read_traces`` takes them; rows of several tokens restored together are left out.
-        at: "max" takes the largest fraction_restored over the prompt tokens (the first of equals), "subject_last" the
-            relative_effect, not clipped, at the last subject token.
+        at: where effects are taken from.
         denominator: that of ``restore_effects``.
 
     Returns:
@@ -93,7 +95,6 @@ def tracing_effects(table: TraceSource, at: At = "max", denominator: Denominator
 
 
 def _by_layer(rows: pl.DataFrame, column: str) -> pl.DataFrame:
-    """One effect of a fact and layer."""
     return rows.select(*IDENTITY, "p_clean", "p_corrupted", pl.col(column).alias("effect"), "flagged").sort(_LAYER)
 
 
@@ -135,21 +136,24 @@ def average_indirect_effect(table: TraceSource, clip: bool = False) -> pl.DataFr
     """Average indirect effects by token role (Meng et al. 2022, Fig. 15): the mean p_patched of the role's tokens minus
     the mean p_corrupted of all facts, each fact counted once. Middle and further tokens are pooled over facts.
 
+    A folder is read file by file, each holding whole facts, so any number of facts fits in memory. ``standard_error``
+    is that of the mean p_patched; facts, not tokens, are taken as independent; null for one fact.
+
     Args:
-        table: traces, as ``read_traces`` takes them; rows of several tokens restored together are left out. A folder is
-            read file by file, each holding whole facts, so any number of facts fits in memory.
+        table: traces, as ``read_traces`` takes them; rows of several tokens restored together are left out.
         clip: whether negative effects are raised to 0, as the published heat maps do.
 
     Returns:
         One row per method, kind, window, role and layer: these, mean_patched, mean_corrupted, effect, standard_error,
-        count (tokens), facts. ``standard_error`` is that of the mean p_patched; facts, not tokens, are taken as
-        independent, which with one token per fact is the usual sd / sqrt(n); null for one fact.
+        count (tokens), facts.
 
     Raises:
         TableError: the table cannot be read, or a fact is in two files.
     """
     roles, corrupted, facts_of, together = zip(*(_sums(rows) for rows in trace_parts(table)), strict=True)
-    _refuse_twice(pl.concat(facts_of))
+    every = pl.concat(facts_of)
+    twice = "fact {fact_id!r} has {method} of {kind}:{window} in several files; give each fact once"
+    refuse(every.filter(every.is_duplicated()), twice)
     cells = pl.concat(roles).group_by(_CELL).agg(pl.all().sum())
     if cells.is_empty():
         single_tokens(pl.concat(together))
@@ -169,16 +173,8 @@ def average_indirect_effect(table: TraceSource, clip: bool = False) -> pl.DataFr
     return averages.select(columns).sort(_CELL)
 
 
-def _refuse_twice(facts: pl.DataFrame) -> None:
-    twice = facts.filter(facts.is_duplicated())
-    if twice.height:
-        fact, method, kind, window = twice.row(0)
-        raise TableError(f"fact {fact!r} has {method} of {kind}:{window} in several files; give each fact once")
-
-
 def _sums(rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    """Of some whole facts: sums per role and layer, and per state, so that any number of facts can pass through; which
-    facts these are; and an example of the rows that have no token."""
+    """Sums of whole facts per role and layer, and per state; these facts; and an example of rows without a token."""
     restored = rows.filter(pl.col("method") != "zero")
     traces = restored.filter(pl.col("token").is_not_null())
     per_fact = with_roles(traces).group_by(*_CELL, "fact_id").agg(total=pl.sum("p_patched"), tokens=_LEN)
@@ -210,20 +206,16 @@ def peak_layers(averages: pl.DataFrame) -> pl.DataFrame:
 
 
 def mean_effects(effects: pl.DataFrame, compat: Compat | None = None) -> pl.DataFrame:
-    """Means by layer of one state's ``tracing_effects``: layer, mean, standard_error, facts.
-
-    Effects that are not positive count as 0; ``compat="published"`` leaves them out, as published plots do. Effects
-    that are not known (null) are left out.
-    """
+    """Means by layer of one state's ``tracing_effects``: layer, mean, standard_error, facts. Effects that are not
+    positive count as 0; ``compat="published"`` leaves them out, as published plots do. Nulls are left out."""
     if compat is not None:
         one_of("compat", compat, get_args(Compat))
     effect, positive = pl.col("effect"), pl.col("effect") > 0
     known = effects.drop_nulls("effect")
     counted = known.filter(positive) if compat == "published" else known.with_columns(effect.clip(lower_bound=0))
     means = counted.group_by("layer").agg(mean=effect.mean(), spread=effect.std(), facts=_LEN)
-    return means.select("layer", "mean", standard_error=pl.col("spread") / pl.col("facts").sqrt(), facts="facts").sort(
-        "layer"
-    )
+    error = pl.col("spread") / pl.col("facts").sqrt()
+    return means.select("layer", "mean", standard_error=error, facts="facts").sort("layer")
 
 
 def concentrated_facts(layer_effects: pl.DataFrame, others: int = OTHER_LAYERS, share: float = 0.5) -> pl.DataFrame:
@@ -238,21 +230,20 @@ def concentrated_facts(layer_effects: pl.DataFrame, others: int = OTHER_LAYERS, 
         share: of the largest effect.
 
     Returns:
-        One row per fact, method, kind and window: these, ``peak_layer`` (the lowest of equals), ``peak_effect``,
-        ``other_layers``, ``concentrated``; the first three are null where no effect is known.
+        One row per fact, method, kind and window: these, peak_layer (the lowest of equals), peak_effect, other_layers,
+        concentrated; all but the last are null where no effect is known.
     """
-    effect = pl.col("effect")
+    effect, by = pl.col("effect"), ["fact_id", *STATE]
     largest = effect.max()
-    return (
+    high = (effect.clip(0) >= share * largest.clip(0)).sum().cast(pl.Int64)
+    peaks = (
         layer_effects.sort("layer")
-        .group_by("fact_id", *STATE, maintain_order=True)
+        .group_by(by, maintain_order=True)
         .agg(
             peak_layer=pl.col("layer").get(effect.arg_max()),
             peak_effect=largest,
-            other_layers=pl.when(largest.is_not_null()).then(
-                (effect.clip(0) >= share * largest.clip(0)).sum().cast(pl.Int64) - 1
-            ),
+            other_layers=pl.when(largest.is_not_null()).then(high - 1),
         )
-        .with_columns(concentrated=((pl.col("peak_effect") > 0) & (pl.col("other_layers") <= others)).fill_null(False))
-        .sort("fact_id", *STATE)
     )
+    concentrated = (pl.col("peak_effect") > 0) & (pl.col("other_layers") <= others)
+    return peaks.with_columns(concentrated=concentrated.fill_null(False)).sort(by)

@@ -80,10 +80,9 @@ def severed_effects(
         common: whether only facts and tokens that all severed methods have count.
 
     Returns:
-        One row per severed method, kind, window and layer: these, ``plain`` and ``severed``, the mean p_patched -
-        p_corrupted of the facts and tokens that both have, ``difference`` = plain - severed, ``plain_error``,
-        ``severed_error`` and ``difference_error``, their standard errors (facts taken as independent; null for one
-        fact), and ``facts``.
+        One row per severed method, kind, window and layer: these, the mean p_patched - p_corrupted of the facts and
+        tokens that both have (plain, severed), difference = plain - severed, plain_error, severed_error and
+        difference_error (standard errors, facts taken as independent; null for one fact), and facts.
 
     Raises:
         TableError: there are no such states, or the role is unknown.
@@ -99,15 +98,14 @@ def severed_effects(
         both = both.filter(pl.len().over(same) == pl.col("method").n_unique().over("kind", "window"))
     if both.is_empty():
         missing = "severed" if severed.is_empty() else "plain" if plain.is_empty() else "common"
-        raise TableError(f"there are no {missing} states at {at}{_of(fact_id)}; trace both")
-    means = (
+        of = "" if fact_id is None else f" of fact {fact_id!r}"
+        raise TableError(f"there are no {missing} states at {at}{of}; trace both")
+    plain, severed, difference = (
         _means(both, name).rename({"effect": name, "standard_error": f"{name}_error"})
         for name in ("plain", "severed", "difference")
     )
-    first, *others = means
-    for other in others:
-        first = first.join(other.drop("facts"), on=_LAYER)
-    return first.select(pl.exclude("facts"), "facts").sort(_LAYER)
+    means = plain.join(severed.drop("facts"), on=_LAYER).join(difference.drop("facts"), on=_LAYER)
+    return means.select(pl.exclude("facts"), "facts").sort(_LAYER)
 
 
 def gradient_norms(table: TraceSource) -> pl.DataFrame:
@@ -134,20 +132,12 @@ def gradient_summary(table: TraceSource) -> pl.DataFrame:
         One row per kind: kind, layer, norm, mean_gap and largest_gap (of |gap|), facts.
     """
     norms = gradient_norms(table).sort("norm", "layer", descending=[True, False]).unique("kind", keep="first")
-    gaps = (
-        read_gradients(table)
-        .group_by("kind")
-        .agg(mean_gap=pl.col("gap").abs().mean(), largest_gap=pl.col("gap").abs().max())
-    )
+    gap = pl.col("gap").abs()
+    gaps = read_gradients(table).group_by("kind").agg(mean_gap=gap.mean(), largest_gap=gap.max())
     return norms.join(gaps, on="kind").select("kind", "layer", "norm", "mean_gap", "largest_gap", "facts").sort("kind")
 
 
-def _of(fact_id: str | None) -> str:
-    return "" if fact_id is None else f" of fact {fact_id!r}"
-
-
 def _effects(rows: pl.DataFrame, role: str, fact_id: str | None, token: int | None) -> pl.DataFrame:
-    """Effects of a role's tokens, or of one token."""
     rows = rows.filter(pl.col("method") != "zero")
     if fact_id is not None:
         rows = rows.filter(fact_id=str(fact_id))

@@ -8,11 +8,8 @@ import polars as pl
 
 
 def means_over_facts(rows: pl.DataFrame, by: Sequence[str], column: str) -> pl.DataFrame:
-    """Means of a column over all rows of a group that have it.
-
-    Columns: those of ``by``, mean, standard_error (a fact's rows are not independent; null for one fact), n (values),
-    and facts that have one.
-    """
+    """Means of a column over all rows of a group that have it: the columns of ``by``, mean, standard_error (a fact's
+    rows are not independent; null for one fact), n (values), and facts that have one."""
     value = pl.col(column)
     groups = rows.group_by({*by, "fact_id"}, maintain_order=True)  # so that sums are the same every time
     per_fact = groups.agg(total=value.sum(), count=value.count().cast(pl.Float64))

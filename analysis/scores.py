@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import polars as pl
@@ -18,7 +18,7 @@ from causalcone.analysis.tables.edits import (
     read_probes,
 )
 from causalcone.analysis.tables.names import position
-from causalcone.analysis.tables.traces import TableError, TraceSource, one_of
+from causalcone.analysis.tables.traces import TableError, TraceSource, one_of, refuse
 from causalcone.engine.schemas import ERROR_INJECTION, FACT_ERASURE, PROBLEMS, TRACING_REVERSAL
 
 Aggregate = Literal["first", "mean"]
@@ -27,36 +27,26 @@ SCORES = ("rewrite", "paraphrase", "neighborhood", "essence", "overall", "overal
 
 _EDIT = ["edit_id", "fact_id", "problem", "method", "layer", "window"]
 _GROUP = ["problem", "method", "window", "layer"]
-EDIT = ["fact_id", "problem", "method", "window", "layer"]
+EDIT = ["fact_id", *_GROUP]
 
+_KINDS = {"efficacy": "E", "paraphrase": "P", "neighborhood": "N"}
 _COUNTERFACT = {
-    "efficacy_score": "ES",
-    "efficacy_magnitude": "EM",
-    "paraphrase_score": "PS",
-    "paraphrase_magnitude": "PM",
-    "neighborhood_score": "NS",
-    "neighborhood_magnitude": "NM",
+    f"{kind}_{of}": f"{k}{of[0].upper()}" for kind, k in _KINDS.items() for of in ("score", "magnitude")
+} | {
     "generation_entropy": "GE",
     "reference_score": "RS",
 }
-_ZSRE = {
-    "rewrite_accuracy": "efficacy",
-    "paraphrase_accuracy": "paraphrase",
-    "neighborhood_accuracy": "specificity",
-}
+_ZSRE = {"rewrite_accuracy": "efficacy", "paraphrase_accuracy": "paraphrase", "neighborhood_accuracy": "specificity"}
 
 
 def scores(
-    edits: TraceSource,
-    probes: TraceSource,
-    metrics: TraceSource | None = None,
-    aggregate: Aggregate = "first",
+    edits: TraceSource, probes: TraceSource, metrics: TraceSource | None = None, aggregate: Aggregate = "first"
 ) -> pl.DataFrame:
     """Scores of edits (Hase et al. 2023; docs/editing.md, "Scores").
 
-    - ``rewrite``, ``paraphrase``: what share of what p(target) lacked was recovered, (p_post - p_pre) / (1 - p_pre), in
-      Fact Erasure what share of it was erased, (p_pre - p_post) / p_pre; 0 where that is negative. Where p_pre leaves
-      nothing to recover (it is 1) or to erase (it is 0) there is no score, whatever the edit did.
+    - ``rewrite``, ``paraphrase``: the share of what p(target) lacked that came back, (p_post - p_pre) / (1 - p_pre),
+      in Fact Erasure the share that was erased, (p_pre - p_post) / p_pre; 0 where that is negative, null where p_pre
+      leaves nothing to recover or to erase
     - ``neighborhood``: 1 - |p_post - p_pre| / max(p_pre, 1 - p_pre), the divisor being the furthest p can move
     - ``essence``: 1 - clip(perplexity_post - perplexity_pre, 0, 5) / 5, of the metric "perplexity"
     - ``overall``: the mean of rewrite, paraphrase and neighborhood; ``overall_essence``: of these and essence
@@ -67,7 +57,7 @@ def scores(
 
     Args:
         edits: as ``read_edits`` takes them.
-        probes: as ``read_probes`` takes them; probes of other edits and attribute prompts are passed over.
+        probes: as ``read_probes`` takes them; those of other edits, and attribute prompts, are passed over.
         metrics: as ``read_metrics`` takes them; without them there is no essence.
         aggregate: of an edit's paraphrases and neighbours, the first (as published) or the mean of their scores.
 
@@ -79,15 +69,16 @@ def scores(
     """
     one_of("aggregate", aggregate, get_args(Aggregate))
     every = read_edits(edits)
-    _refuse_unknown_problems(every)
+    unknown = every.filter(pl.col("problem").is_in(PROBLEMS).not_().fill_null(True))
+    refuse(unknown, f"edit {{edit_id!r}} is of the problem {{problem!r}}; known are {', '.join(PROBLEMS)}")
     done = finished(every).select("edit_id", "problem")
     prompts = checked_probes(read_probes(probes).join(done, on="edit_id")).sort("prompt_index")
-    rows = prompts.with_columns(score=_prompt_score(), magnitude=_magnitude())
-    kinds = ("rewrite", "paraphrase", "neighborhood")
-    per_edit = rows.group_by("edit_id").agg(
-        *(_pick("score", kind, aggregate).alias(kind) for kind in kinds),
-        rewrite_magnitude=_pick("magnitude", "rewrite", aggregate),
-    )
+    reversed_target = pl.col("problem").is_in([ERROR_INJECTION, TRACING_REVERSAL])
+    difference = (pl.col("p_post") - pl.col("p_post_other")) * pl.when(reversed_target).then(1.0).otherwise(-1.0)
+    rows = prompts.with_columns(score=_prompt_score(), magnitude=difference)
+    picked = {kind: _pick("score", kind, aggregate) for kind in ("rewrite", "paraphrase", "neighborhood")}
+    magnitude = _pick("magnitude", "rewrite", aggregate)
+    per_edit = rows.group_by("edit_id").agg(**picked, rewrite_magnitude=magnitude)
     three = pl.col("rewrite") + pl.col("paraphrase") + pl.col("neighborhood")
     return (
         every.select(_EDIT)
@@ -98,13 +89,6 @@ def scores(
     )
 
 
-def _refuse_unknown_problems(edits: pl.DataFrame) -> None:
-    unknown = edits.filter(pl.col("problem").is_in(PROBLEMS).not_().fill_null(True))
-    if unknown.height:
-        edit, problem = unknown.select("edit_id", "problem").row(0)
-        raise TableError(f"edit {edit!r} is of the problem {problem!r}; known are {', '.join(PROBLEMS)}")
-
-
 def _prompt_score() -> pl.Expr:
     """The score of one prompt. Differences come first: 1 - (1 - p_post) / (1 - p_pre) would lose small changes."""
     pre, post = pl.col("p_pre"), pl.col("p_post")
@@ -113,11 +97,6 @@ def _prompt_score() -> pl.Expr:
     unchanged = 1 - (post - pre).abs() / pl.max_horizontal(pre, 1 - pre)
     target = pl.when(pl.col("problem") == FACT_ERASURE).then(erased).otherwise(recovered)
     return pl.when(pl.col("prompt_kind") == "neighborhood").then(unchanged).otherwise(target)
-
-
-def _magnitude() -> pl.Expr:
-    difference = pl.col("p_post") - pl.col("p_post_other")
-    return pl.when(pl.col("problem").is_in([ERROR_INJECTION, TRACING_REVERSAL])).then(difference).otherwise(-difference)
 
 
 def _pick(column: str, kind: str, aggregate: str) -> pl.Expr:
@@ -142,8 +121,7 @@ def mean_scores(scores: pl.DataFrame, by: Sequence[str] = ("problem", "method", 
 
     Returns:
         One row per group and score, in the order of ``SCORES``: the columns of ``by``, score, mean, standard_error
-        (facts taken as independent, so that a group may hold several edits of one fact; null for one fact), and n, the
-        number of edits that have the score (mean is null where it is 0).
+        (facts taken as independent; null for one fact), and n, the edits that have the score (mean is null for 0).
 
     Raises:
         TableError: ``scores`` lack columns, or ``by`` is empty.
@@ -156,14 +134,22 @@ def mean_scores(scores: pl.DataFrame, by: Sequence[str] = ("problem", "method", 
     return pl.concat(means).select(columns).sort(by, maintain_order=True)
 
 
+def refuse_unknown_scores(names: Sequence[str], purpose: str) -> None:
+    """``TableError`` for names of scores that there are not, or for none to explain or draw."""
+    unknown = [name for name in names if name not in SCORES]
+    if unknown or not names:
+        raise TableError(
+            f"there are no scores {', '.join(unknown) or f'to {purpose}'}; choose from {', '.join(SCORES)}"
+        )
+
+
 def edits_with_effects(scores: pl.DataFrame, effects: pl.DataFrame) -> pl.DataFrame:
     """Scores of edits beside the effect of their fact at the edited layer, or at the centre of the edited window
     (docs/analysis.md, "The question"). Edits of facts without effects, and effects that are null, are left out.
 
     Args:
         scores: as the function ``scores`` returns them.
-        effects: one row per fact and layer of a single state (columns fact_id, layer, effect), such as
-            ``tracing_effects`` and ``zeroing_effects`` of one method, kind and window.
+        effects: ``tracing_effects`` or ``zeroing_effects`` of a single state (columns fact_id, layer, effect).
 
     Returns:
         One row per edit whose fact has an effect at its layer: the columns of ``EDIT``, edit_id, effect, ``SCORES``.
@@ -173,11 +159,8 @@ def edits_with_effects(scores: pl.DataFrame, effects: pl.DataFrame) -> pl.DataFr
     """
     per_layer = effects.select("fact_id", "layer", "effect").drop_nulls()
     twice = per_layer.filter(pl.struct("fact_id", "layer").is_duplicated())
-    if twice.height:
-        fact, layer, _ = twice.row(0)
-        raise TableError(
-            f"fact {fact!r} has several effects at layer {layer}; choose one method, kind and window of effects"
-        )
+    complaint = "fact {fact_id!r} has several effects at layer {layer}; choose one method, kind and window of effects"
+    refuse(twice, complaint)
     joined = scores.join(per_layer, on=["fact_id", "layer"], how="inner", maintain_order="left")
     if joined.is_empty():
         raise TableError(
@@ -190,17 +173,18 @@ def edits_with_effects(scores: pl.DataFrame, effects: pl.DataFrame) -> pl.DataFr
 def counterfact_metrics(edits: TraceSource, metrics: TraceSource) -> pl.DataFrame:
     """Metrics of Meng et al. 2022 on CounterFact (docs/editing.md, "Scores"). Failed edits are left out.
 
+    ``metric`` is ES, EM, PS, PM, NS, NM (efficacy, paraphrase and neighbourhood, score and magnitude), S (the harmonic
+    mean of ES, PS and NS), GE (generation entropy, in bits) and RS (reference score), as far as there are any; all but
+    GE are fractions where the paper prints percent. ``pre`` and ``post`` are means over edits, before and after them;
+    ``pre_interval`` and ``post_interval`` are half the width of their 95 % intervals (1.96 standard errors, facts taken
+    as independent; null for one fact and for S); ``n`` counts the edits.
+
     Args:
         edits: as ``read_edits`` takes them.
         metrics: as ``read_metrics`` takes them.
 
     Returns:
-        One row per problem, method, window, layer and metric. ``metric`` is ES, EM, PS, PM, NS, NM (efficacy,
-        paraphrase and neighbourhood, score and magnitude), S (the harmonic mean of ES, PS and NS), GE (generation
-        entropy, in bits) and RS (reference score), as far as ``metrics`` has them; all but GE are fractions where the
-        paper prints percent. ``pre`` and ``post`` are means over edits, before and after them; ``pre_interval`` and
-        ``post_interval`` are half the width of their 95 % intervals (1.96 standard errors, facts taken as independent;
-        null for one fact and for S); ``n`` counts the edits.
+        One row per problem, method, window, layer and metric.
 
     Raises:
         TableError: there are none of these metrics.
@@ -209,7 +193,8 @@ def counterfact_metrics(edits: TraceSource, metrics: TraceSource) -> pl.DataFram
     parts = means.filter(pl.col("metric").is_in(["ES", "PS", "NS"])).filter(pl.len().over(_GROUP) == 3)
     harmonic = 3 / (1 / pl.col("pre", "post")).sum()
     total = parts.group_by(_GROUP).agg(harmonic.name.keep(), pl.min("n")).with_columns(metric=pl.lit("S"))
-    return _in_order(pl.concat([means, total], how="diagonal"), ("S", *_COUNTERFACT.values()))
+    order = position("metric", ("S", *_COUNTERFACT.values()))
+    return pl.concat([means, total], how="diagonal").sort(*_GROUP, order)
 
 
 def zsre_metrics(edits: TraceSource, metrics: TraceSource) -> pl.DataFrame:
@@ -226,7 +211,7 @@ def zsre_metrics(edits: TraceSource, metrics: TraceSource) -> pl.DataFrame:
     Raises:
         TableError: there are none of these metrics.
     """
-    return _in_order(_metric_means(edits, metrics, _ZSRE), _ZSRE.values())
+    return _metric_means(edits, metrics, _ZSRE).sort(*_GROUP, position("metric", _ZSRE.values()))
 
 
 def _metric_means(edits: TraceSource, metrics: TraceSource, names: Mapping[str, str]) -> pl.DataFrame:
@@ -236,19 +221,16 @@ def _metric_means(edits: TraceSource, metrics: TraceSource, names: Mapping[str, 
     if known.is_empty():
         raise TableError(f"no edit that was done has any of the metrics {', '.join(names)}")
     by = [*_GROUP, "metric"]
-    sides = [
+    interval = 1.96 * pl.col("standard_error")
+    pre, post = (
         means_over_facts(known, by, side).select(
-            *by, "n", pl.col("mean").alias(side), (1.96 * pl.col("standard_error")).alias(f"{side}_interval")
+            *by, "n", pl.col("mean").alias(side), interval.alias(f"{side}_interval")
         )
         for side in ("pre", "post")
-    ]
-    both = sides[0].drop("n").join(sides[1], on=by, nulls_equal=True)
+    )
     columns = ["pre", "pre_interval", "post", "post_interval", "n"]
+    both = pre.drop("n").join(post, on=by, nulls_equal=True)
     return both.select(*_GROUP, pl.col("metric").replace_strict(names), *columns)
-
-
-def _in_order(means: pl.DataFrame, names: Iterable[str]) -> pl.DataFrame:
-    return means.sort(*_GROUP, position("metric", names))
 
 
 def _some(layers: pl.Series) -> str:

@@ -27,10 +27,8 @@ EXPECTED = {
 
 
 class Study:
-    """A sweep's folder, which may be unfinished: every table is read when it is asked for first.
-
-    Raises ``TableError`` where the folder holds no sweep.
-    """
+    """A sweep's folder, which may be unfinished: every table is read when it is asked for first. Raises ``TableError``
+    where the folder holds no sweep."""
 
     def __init__(self, folder: str | Path, aggregate: Aggregate | None = None) -> None:
         self.folder = Path(folder)
@@ -46,13 +44,17 @@ class Study:
 
     @property
     def aggregate(self) -> Aggregate:
-        """Which of a fact's paraphrases and neighbours count: as asked for, else as the sweep's preset says, else
-        as published."""
+        """Which paraphrases and neighbours count: as asked for, else as the sweep's preset says, else as published."""
         return self._aggregate or self.run.get("analysis", {}).get("aggregate") or "first"
 
     def has(self, table: str) -> bool:
         """Whether any part of a table is there."""
         return any((self.folder / table).rglob("*.parquet"))
+
+    def needs(self, table: str, name: str) -> None:
+        """``TableError`` where no part of a table is there, which messages call by a name."""
+        if not self.has(table):
+            raise TableError(f"{self.folder} holds no {name} yet")
 
     def scan(self, table: str) -> pl.LazyFrame:
         """The rows of a table as far as they are there; ``TableError`` where there are none."""
@@ -77,8 +79,7 @@ class Study:
     def scores(self) -> pl.DataFrame:
         """``analysis.scores`` of all edits that are done by now."""
         for table in ("edits", "probes"):
-            if not self.has(table):
-                raise TableError(f"{self.folder} holds no {table} yet")
+            self.needs(table, table)
         metrics = self.folder / "metrics" if self.has("metrics") else None
         return scores(self.folder / "edits", self.folder / "probes", metrics, self.aggregate)
 
@@ -90,8 +91,7 @@ class Study:
     @cached_property
     def traces(self) -> pl.DataFrame:
         """Rows of restored states."""
-        if not self.has(RESTORED):
-            raise TableError(f"{self.folder} holds no traces yet")
+        self.needs(RESTORED, "traces")
         return self.scan(RESTORED).collect()
 
     def effects(self, state: State, at: At = "max", denominator: Denominator = "p_high") -> pl.DataFrame:
@@ -105,8 +105,7 @@ class Study:
 
     def zeroing(self, state: State) -> pl.DataFrame:
         """``zeroing_effects`` of one state."""
-        if not self.has(ZEROED):
-            raise TableError(f"{self.folder} holds no zeroed states yet")
+        self.needs(ZEROED, "zeroed states")
         kind, window = state
         return zeroing_effects(self.scan(ZEROED).filter(kind=kind, window=window))
 
@@ -121,8 +120,7 @@ class Study:
         yield from self._missing_traces()
         yield from self._missing_edits()
         yield from self._left_out()
-        failures = self.folder / "failures"
-        for failed in sorted(failures.glob("*.parquet")):
+        for failed in sorted((self.folder / "failures").glob("*.parquet")):
             unit, reason = scan_folder(failed).select("unit", "reason").collect().row(0)
             yield f"{unit} failed: {reason}"
 
@@ -156,10 +154,10 @@ class Study:
             untraced = edits.lazy().join(traced, on="fact_id", how="anti").collect()
             if len(untraced):
                 facts, total = untraced["fact_id"].n_unique(), edits["fact_id"].n_unique()
-                yield (
-                    f"{facts} of {total} edited facts are not traced: {len(untraced)} of {len(edits)} edits have no "
-                    "tracing effect, and are in no regression on it"
+                without = (
+                    f"{len(untraced)} of {len(edits)} edits have no tracing effect, and are in no regression on it"
                 )
+                yield f"{facts} of {total} edited facts are not traced: {without}"
 
     def _left_out(self) -> Iterator[str]:
         """Facts that some stage could not use."""

@@ -20,7 +20,7 @@ from plotly.offline import get_plotlyjs
 
 from causalcone.analysis.effects import mean_effects
 from causalcone.analysis.papers.inputs import AnalysisInputs, AnalysisOptions
-from causalcone.analysis.papers.tables import Table, answer, paper_tables
+from causalcone.analysis.papers.tables import SCORE_TABLES, Table, answer, paper_tables
 from causalcone.analysis.stats.regressions import GROUP
 from causalcone.analysis.sweep_results import ZEROED, Study
 from causalcone.analysis.tables.names import COLORS, SEVERED, in_order, method_name
@@ -50,27 +50,26 @@ class Packed:
 def report_data(study: Study, options: AnalysisOptions) -> Packed:
     """Contents of the page. Raises ``TableError`` where there is nothing to show."""
     tables, missing = paper_tables(study, options)
-    numbers = _Numbers()
-    facts = _PageFacts(study)
+    store = _Store(study)
     about = {
         "title": f"Model {study.configuration.get('model')}, facts {study.configuration.get('facts')}",
         "status": study.run["status"],
         "colors": COLORS,
         "answer": answer(tables),
-        "header": _header(tables),
+        "header": tables[0].notes[-1] if tables else "",
         "missing": missing,
         "r2": _r2(tables),
         "scores": _mean_scores(study),
         "windows": _windows(study, options),
-        "facts": facts.rows(),
-        "grids": _grids(study, facts, numbers),
-        "severed": _severed(study, facts, numbers),
-        "zeroed": _zeroed(study, facts, numbers),
-        "edits": _edits(study, facts, numbers),
+        "facts": store.rows(),
+        "grids": _grids(study, store),
+        "severed": _severed(study, store),
+        "zeroed": _zeroed(study, store),
+        "edits": _edits(study, store),
     }
     if not about["facts"]:
         raise TableError(f"{study.folder} holds no facts to report on yet")
-    return Packed(about, numbers.joined())
+    return Packed(about, np.concatenate(store.arrays))
 
 
 def report(data: Packed) -> str:
@@ -90,66 +89,42 @@ def _read(name: str) -> str:
     return files("causalcone.analysis").joinpath("page", name).read_text(encoding="utf-8")
 
 
-class _Numbers:
-    """Arrays one after the other."""
-
-    def __init__(self) -> None:
-        self.parts: list[np.ndarray] = []
-        self.length = 0
-
-    def add(self, values: np.ndarray) -> int:
-        """Append values; returns where they begin."""
-        start = self.length
-        self.parts.append(np.ascontiguousarray(values, dtype=np.float32).ravel())
-        self.length += self.parts[-1].size
-        return start
-
-    def joined(self) -> np.ndarray:
-        return np.concatenate(self.parts) if self.parts else np.zeros(0, dtype=np.float32)
-
-
-class _PageFacts:
-    """The facts that were traced or edited, numbered in the order of the sweep."""
+class _Store:
+    """The facts that were traced or edited, numbered in the order of the sweep, and numbers of them one array after the
+    other."""
 
     def __init__(self, study: Study) -> None:
-        table = study.scan("facts.parquet").collect()
-        known: set[str] = set()
-        for name in ("traces", "edits"):
-            if study.has(name):
-                known |= set(study.scan(name).select("fact_id").unique().collect()["fact_id"])
-        self.table = table.filter(pl.col("fact_id").is_in(list(known)))
-        self.number = {fact_id: number for number, fact_id in enumerate(self.table["fact_id"])}
+        tables = [study.scan(name).select("fact_id") for name in ("traces", "edits") if study.has(name)]
+        known = pl.concat(tables).unique().collect()["fact_id"].to_list() if tables else []
+        self.facts = study.scan("facts.parquet").filter(pl.col("fact_id").is_in(known)).collect()
+        self.number = {fact_id: number for number, fact_id in enumerate(self.facts["fact_id"])}
+        self.arrays, self.length = [np.zeros(0, dtype=np.float32)], 0
 
-    def __len__(self) -> int:
-        return len(self.number)
+    def add(self, values: np.ndarray) -> int:
+        """Append numbers; returns where they begin."""
+        self.arrays.append(np.ascontiguousarray(values, dtype=np.float32).ravel())
+        self.length += values.size
+        return self.length - values.size
 
     def rows(self) -> list[dict[str, Any]]:
-        columns = ["fact_id", "prompt", "subject", "target_true", "target_new"]
-        return [
-            {"id": row[0], "prompt": row[1], "subject": row[2], "true": row[3], "new": row[4]}
-            for row in self.table.select(columns).rows()
-        ]
+        names = {"id": "fact_id", "prompt": "prompt", "subject": "subject", "true": "target_true", "new": "target_new"}
+        return self.facts.select(**names).to_dicts()
 
-    def numbers(self, ids: pl.Series) -> np.ndarray:
+    def numbers_of(self, ids: pl.Series) -> np.ndarray:
         return ids.replace_strict(self.number, return_dtype=pl.Int64).to_numpy()
-
-
-def _header(tables: Sequence[Table]) -> str:
-    return tables[0].notes[-1] if tables else ""
 
 
 def _r2(tables: Sequence[Table]) -> list[dict[str, Any]]:
     """By score, problem and method: R^2 of the layer and of both, what tracing adds, and its tests."""
-    tests = next((table.frame for table in tables if table.name == "uncertainty"), None)
+    frames, key = {table.name: table.frame for table in tables}, [*GROUP, "score"]
     rows: list[dict[str, Any]] = []
-    for table in tables:
-        if not table.name.startswith(("table3", "table4", "table5", "table6")):
+    for number, score in SCORE_TABLES.items():
+        if (name := f"table{number}_{score}") not in frames:
             continue
-        score = table.name.partition("_")[2]
-        frame = table.frame.with_columns(score=pl.lit(score))
-        if tests is not None:
-            more = tests.select(*GROUP, "score", "diff_low", "diff_high", *_PERMUTATION)
-            frame = frame.join(more, on=[*GROUP, "score"], how="left", maintain_order="left")
+        frame = frames[name].with_columns(score=pl.lit(score))
+        if "uncertainty" in frames:
+            tests = frames["uncertainty"].select(*key, "diff_low", "diff_high", *_PERMUTATION)
+            frame = frame.join(tests, on=key, how="left", maintain_order="left")
         rows += _named_rows(frame)
     return rows
 
@@ -161,8 +136,7 @@ def _mean_scores(study: Study) -> list[dict[str, Any]]:
     except TableError:
         return []
     lines = means.sort("layer", maintain_order=True).group_by(*GROUP, "score", maintain_order=True)
-    rows = lines.agg("layer", "mean", "standard_error")
-    return _named_rows(in_order(rows))
+    return _named_rows(in_order(lines.agg("layer", "mean", "standard_error")))
 
 
 def _windows(study: Study, options: AnalysisOptions) -> list[dict[str, Any]]:
@@ -171,12 +145,11 @@ def _windows(study: Study, options: AnalysisOptions) -> list[dict[str, Any]]:
     for kind, size in study.states():
         effects = study.effects((kind, size), "max", options.denominator)
         means = mean_effects(effects, AnalysisInputs(study, options).compat)
-        layers, mean = means["layer"].to_list(), means["mean"].to_list()
-        lines.append({"kind": kind, "window": size, "layer": layers, "mean": mean})
+        lines.append({"kind": kind, "window": size, **means.select("layer", "mean").to_dict(as_series=False)})
     return lines
 
 
-def _grids(study: Study, facts: _PageFacts, numbers: _Numbers) -> dict[str, Any] | None:
+def _grids(study: Study, store: _Store) -> dict[str, Any] | None:
     """p(target) after restoring each state: (states, layers, tokens) for each fact, NaN where it was not."""
     states = study.states()
     if not states:
@@ -184,7 +157,7 @@ def _grids(study: Study, facts: _PageFacts, numbers: _Numbers) -> dict[str, Any]
     traces = study.traces.filter(pl.col("token").is_not_null()).sort("fact_id", maintain_order=True)
     depth = int(traces["layer"].max()) + 1  # type: ignore[arg-type]
     order = {state: number for number, state in enumerate(states)}
-    entries: list[dict[str, Any] | None] = [None] * len(facts)
+    entries: list[dict[str, Any] | None] = [None] * len(store.number)
     for (fact_id,), rows in traces.group_by("fact_id", maintain_order=True):
         length = int(rows["prompt_tokens"][0])
         grid = np.full((len(states), depth, length), np.nan, dtype=np.float32)
@@ -192,14 +165,14 @@ def _grids(study: Study, facts: _PageFacts, numbers: _Numbers) -> dict[str, Any]
         grid[number, rows["layer"].to_numpy(), rows["token"].to_numpy()] = rows["p_patched"].to_numpy()
         texts = dict(rows.select("token", "token_text").unique("token").rows())
         clean, corrupted, start, end = rows.select("p_clean", "p_corrupted", "subject_start", "subject_end").row(0)
-        entries[facts.number[str(fact_id)]] = {
-            "at": numbers.add(grid), "tokens": [texts.get(token) or "" for token in range(length)],
+        entries[store.number[str(fact_id)]] = {
+            "at": store.add(grid), "tokens": [texts.get(token) or "" for token in range(length)],
             "clean": clean, "corrupted": corrupted, "span": [start, end],
         }  # fmt: skip
     return {"states": [list(state) for state in states], "layers": depth, "facts": entries}
 
 
-def _severed(study: Study, facts: _PageFacts, numbers: _Numbers) -> dict[str, Any] | None:
+def _severed(study: Study, store: _Store) -> dict[str, Any] | None:
     """p(target) after restoring hidden:1 at the last subject token with modules severed: (facts, parts, layers)."""
     parts = [name for name in map("sever_{}".format, SEVERED) if study.has(f"traces/{name}")]
     if not parts:
@@ -208,10 +181,10 @@ def _severed(study: Study, facts: _PageFacts, numbers: _Numbers) -> dict[str, An
     rows = rows.filter(pl.col("token") == pl.col("subject_end") - 1)
     if rows.is_empty():
         return None
-    return {"parts": parts, **_by_layer(rows, "method", parts, "p_patched", facts, numbers)}
+    return {"parts": parts, **_by_layer(rows, "method", parts, "p_patched", store)}
 
 
-def _zeroed(study: Study, facts: _PageFacts, numbers: _Numbers) -> dict[str, Any] | None:
+def _zeroed(study: Study, store: _Store) -> dict[str, Any] | None:
     """The effect of zeroing: (facts, states, layers)."""
     states = study.states(ZEROED)
     if not states:
@@ -219,20 +192,18 @@ def _zeroed(study: Study, facts: _PageFacts, numbers: _Numbers) -> dict[str, Any
     parts = [f"{kind}:{size}" for kind, size in states]
     rows = pl.concat(study.zeroing(state) for state in states)
     named = rows.with_columns(part=pl.format("{}:{}", "kind", "window"))
-    return {"parts": parts, **_by_layer(named, "part", parts, "effect", facts, numbers)}
+    return {"parts": parts, **_by_layer(named, "part", parts, "effect", store)}
 
 
-def _by_layer(
-    rows: pl.DataFrame, key: str, parts: Sequence[str], value: str, facts: _PageFacts, numbers: _Numbers
-) -> dict[str, Any]:
+def _by_layer(rows: pl.DataFrame, key: str, parts: Sequence[str], value: str, store: _Store) -> dict[str, Any]:
     layers = int(rows["layer"].max()) + 1  # type: ignore[arg-type]
-    values = np.full((len(facts), len(parts), layers), np.nan, dtype=np.float32)
+    values = np.full((len(store.number), len(parts), layers), np.nan, dtype=np.float32)
     number = rows[key].replace_strict({part: n for n, part in enumerate(parts)}, return_dtype=pl.Int64)
-    values[facts.numbers(rows["fact_id"]), number.to_numpy(), rows["layer"].to_numpy()] = rows[value].to_numpy()
-    return {"at": numbers.add(values), "layers": layers}
+    values[store.numbers_of(rows["fact_id"]), number.to_numpy(), rows["layer"].to_numpy()] = rows[value].to_numpy()
+    return {"at": store.add(values), "layers": layers}
 
 
-def _edits(study: Study, facts: _PageFacts, numbers: _Numbers) -> dict[str, Any] | None:
+def _edits(study: Study, store: _Store) -> dict[str, Any] | None:
     """Scores of single edits: (facts, groups, layers, scores)."""
     try:
         scores = study.scores
@@ -240,14 +211,14 @@ def _edits(study: Study, facts: _PageFacts, numbers: _Numbers) -> dict[str, Any]
         return None
     groups = in_order(scores.select(GROUP).unique(maintain_order=True))
     layers = scores["layer"].unique().sort().to_list()
-    values = np.full((len(facts), len(groups), len(layers), len(SCORES)), np.nan, dtype=np.float32)
+    values = np.full((len(store.number), len(groups), len(layers), len(SCORES)), np.nan, dtype=np.float32)
     order = {row: number for number, row in enumerate(groups.rows())}
     group = np.array([order[row] for row in scores.select(GROUP).rows()], dtype=np.int64)
     layer = np.searchsorted(layers, scores["layer"].to_numpy())
-    fact = facts.numbers(scores["fact_id"])
+    fact = store.numbers_of(scores["fact_id"])
     for number, name in enumerate(SCORES):
         values[fact, group, layer, number] = scores[name].cast(pl.Float64).fill_null(np.nan).to_numpy()
-    return {"at": numbers.add(values), "groups": _named_rows(groups), "layers": layers, "scores": list(SCORES)}
+    return {"at": store.add(values), "groups": _named_rows(groups), "layers": layers, "scores": list(SCORES)}
 
 
 def _named_rows(frame: pl.DataFrame) -> list[dict[str, Any]]:

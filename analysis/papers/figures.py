@@ -14,15 +14,14 @@ from causalcone.analysis.papers.inputs import PUBLISHED, AnalysisInputs, Analysi
 from causalcone.analysis.plot.effects import effects_by_window, peak_layers_by_window
 from causalcone.analysis.plot.regressions import r2_bars, scatter_by_layer
 from causalcone.analysis.scores import SCORES, edits_with_effects
-from causalcone.analysis.stats.regressions import GROUP, regressions
+from causalcone.analysis.stats.regressions import GROUP
 from causalcone.analysis.sweep_results import RESTORED, ZEROED, State, Study
 from causalcone.analysis.tables.names import SEVERED, in_order
 from causalcone.analysis.tables.traces import TableError
 from causalcone.engine.schemas import ERROR_INJECTION, FACT_FORCING
 
 SUFFIXES = (".png", ".pdf")
-MAPS = 6
-"""Facts that there are maps of."""
+MAPS = 6  # facts that there are maps of
 
 _Draw = Callable[[], Figure]
 _DRAWN = tuple(name for name in SCORES if name != "rewrite_magnitude")
@@ -31,8 +30,8 @@ _DRAWN = tuple(name for name in SCORES if name != "rewrite_magnitude")
 def paper_figures(
     study: Study, folder: Path, options: AnalysisOptions = PUBLISHED, *, every: bool = False
 ) -> tuple[list[Path], list[str]]:
-    """Draw all figures that the study has data for, as PNG and PDF. every: the scatter plots of all problems and
-    methods, besides those that the papers show. Returns the files, and in words which figures are missing, and why."""
+    """Draw all figures that the study has data for, as PNG and PDF; every: scatter plots of all problems and methods,
+    not only the papers'. Returns the files, and in words which figures are missing, and why."""
     folder.mkdir(parents=True, exist_ok=True)
     written, missing = [], []
     for name, draw in _figures(AnalysisInputs(study, options), every):
@@ -55,8 +54,7 @@ def _figures(inputs: AnalysisInputs, every: bool) -> Iterator[tuple[str, _Draw]]
     states = study.states()
     if states:
         yield from _of_windows(inputs, states)
-    edit = study.configuration.get("edit")
-    if edit is None:
+    if (edit := study.configuration.get("edit")) is None:
         return
     for problem in edit["problems"]:
         yield f"scores_{problem}", partial(_scores, study, problem)
@@ -115,8 +113,7 @@ def _of_regressions(inputs: AnalysisInputs, states: Sequence[State]) -> Iterator
     for kind, size in (main, *others):
 
         def draw(state: State = (kind, size)) -> Figure:
-            joined = inputs.study.joined(state, options.at, options.denominator)
-            return r2_bars(in_order(regressions(joined, ["rewrite"], interaction=options.interaction)))
+            return r2_bars(inputs.regressions(inputs.study.joined(state, options.at, options.denominator), "rewrite"))
 
         yield f"r2_{kind}_{size}", draw
 

@@ -10,18 +10,17 @@ import polars as pl
 from causalcone.analysis.effects import At, Compat, Denominator, absolute_effects
 from causalcone.analysis.scores import edits_with_effects
 from causalcone.analysis.stats.correlations import Correction
+from causalcone.analysis.stats.regressions import regressions
 from causalcone.analysis.sweep_results import ZEROED, State, Study
+from causalcone.analysis.tables.names import in_order
 from causalcone.analysis.tables.traces import TableError
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnalysisOptions:
-    """How the tables are computed; published protocol: interaction, the largest effect over tokens, p_high.
-
-    state: whose effects, the study's main state by default; draws: of the bootstrap and the permutation test; mixed:
-    whether mixed-effects models are fitted, which takes long; compat: "published" leaves effects that are not positive
-    out of means by layer, as published plots do, by default as the sweep says.
-    """
+    """How the tables are computed; as published by default. state: whose effects, the study's main state by default;
+    draws: of the bootstrap and the permutation test; mixed: whether mixed-effects models are fitted, which takes long;
+    compat: "published" leaves effects that are not positive out of means by layer, by default as the sweep says."""
 
     state: State | None = None
     at: At = "max"
@@ -48,17 +47,11 @@ class AnalysisInputs:
     @property
     def state(self) -> State:
         """The state whose effects are compared with scores."""
-        state = self.options.state or self.study.main_state()
-        if state is None:
-            raise TableError("there are no traces")
-        return state
+        return _there("traces", self.options.state or self.study.main_state())
 
     @property
     def zeroed_state(self) -> State:
-        state = self.study.main_state(ZEROED)
-        if state is None:
-            raise TableError("there are no zeroed states")
-        return state
+        return _there("zeroed states", self.study.main_state(ZEROED))
 
     @cached_property
     def largest(self) -> pl.DataFrame:
@@ -71,6 +64,10 @@ class AnalysisInputs:
         if self.options.at == "max":
             return edits_with_effects(self.study.scores, self.largest)
         return self.study.joined(self.state, self.options.at, self.options.denominator)
+
+    def regressions(self, table: pl.DataFrame, *scores: str) -> pl.DataFrame:
+        """``regressions`` of scores beside effects, in the papers' order."""
+        return in_order(regressions(table, scores, interaction=self.options.interaction))
 
     @cached_property
     def absolute(self) -> pl.DataFrame:
@@ -102,13 +99,17 @@ class AnalysisInputs:
 
     @property
     def notes(self) -> list[str]:
-        """The options of tables in words, the last of them always."""
+        """The options of tables in words, at the end; and that the paper's values are missing, where they are."""
         where = "largest over prompt tokens" if self.options.at == "max" else "at the last subject token"
         prompts = "the first paraphrase and neighbour" if self.study.aggregate == "first" else "means over prompts"
         kind, window = self.state
-        header = (
-            f"effects of {kind}:{window}, {where}, over {self.options.denominator}; {self.form}; scores of {prompts}"
-        )
+        effects = f"effects of {kind}:{window}, {where}, over {self.options.denominator}"
         apart = self.study.published is not None and self.published is None
-        notes = ["the paper's values are of other options, and not set beside"] if apart else []
-        return [*notes, f"{header}, floored at 0"]
+        notes = ["the paper's values are of other options, and not set beside"] * apart
+        return [*notes, f"{effects}; {self.form}; scores of {prompts}, floored at 0"]
+
+
+def _there(name: str, state: State | None) -> State:
+    if state is None:
+        raise TableError(f"there are no {name}")
+    return state

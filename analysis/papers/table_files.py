@@ -9,13 +9,10 @@ from typing import Any
 import polars as pl
 
 from causalcone.analysis.papers.tables import Table
+from causalcone.analysis.stats.regressions import PREDICTORS
 from causalcone.analysis.tables.names import method_name, words
 
-_HEADINGS = {
-    "problem": "problem", "method": "method", "r2_layer": "layer", "r2_trace": "trace", "r2_both": "both",
-    "published_r2_layer": "published layer", "published_r2_trace": "published trace",
-    "published_r2_both": "published both",
-}  # fmt: skip
+_HEADINGS = {f"{of}r2_{name}": f"{words(of)}{name}" for of in ("", "published_") for name in PREDICTORS}
 
 
 def write_table(table: Table, folder: Path) -> list[Path]:
@@ -23,9 +20,8 @@ def write_table(table: Table, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for suffix, text in (("csv", table.frame.write_csv()), ("md", markdown(table)), ("tex", latex(table))):
-        path = folder / f"{table.name}.{suffix}"
-        path.write_text(text, encoding="utf-8")
-        written.append(path)
+        written.append(folder / f"{table.name}.{suffix}")
+        written[-1].write_text(text, encoding="utf-8")
     return written
 
 
@@ -39,7 +35,7 @@ def markdown(table: Table) -> str:
         f"|{'|'.join('--:' if number else '---' for number in _numeric(table.frame))}|",
         *(f"| {' | '.join(row)} |" for row in escaped),
         "",
-        *(f"{note[0].upper()}{note[1:]}." for note in table.notes),
+        *_sentences(table),
     ]
     return "\n".join(lines) + "\n"
 
@@ -48,7 +44,6 @@ def latex(table: Table) -> str:
     """A ``table`` environment with booktabs' rules."""
     header, rows = cells(table.frame)
     columns = "".join("r" if number else "l" for number in _numeric(table.frame))
-    notes = " ".join(f"{note[0].upper()}{note[1:]}." for note in table.notes)
     lines = [
         "% needs \\usepackage{booktabs}",
         "\\begin{table}",
@@ -60,10 +55,14 @@ def latex(table: Table) -> str:
         *(" & ".join(map(_tex, row)) + " \\\\" for row in rows),
         "\\bottomrule",
         "\\end{tabular}",
-        f"\\caption{{{_tex(table.title)}. {_tex(notes)}}}",
+        f"\\caption{{{_tex(table.title)}. {_tex(' '.join(_sentences(table)))}}}",
         "\\end{table}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _sentences(table: Table) -> list[str]:
+    return [f"{note[0].upper()}{note[1:]}." for note in table.notes]
 
 
 def _numeric(frame: pl.DataFrame) -> list[bool]:
@@ -92,9 +91,7 @@ def cell(name: str, row: dict[str, Any]) -> str:
     if name == "problem":
         return words(str(value))
     if isinstance(value, float):
-        if name == "p" or name.startswith("p_"):
-            return p_value(value)
-        return f"{value:z.3f}"
+        return p_value(value) if name == "p" or name.startswith("p_") else f"{value:z.3f}"
     return str(value)
 
 
@@ -103,15 +100,11 @@ def p_value(p: float) -> str:
 
 
 def _tex(text: str) -> str:
-    for character, escape in _TEX.items():
-        text = text.replace(character, escape)
-    return text
+    return text.translate(_TEX)
 
 
-_TEX = {
-    "\\": "\\textbackslash ", "&": "\\&", "%": "\\%", "$": "\\$", "#": "\\#", "_": "\\_", "{": "\\{", "}": "\\}",
-    "~": "\\textasciitilde ", "^": "\\textasciicircum ", "<": "\\textless ", ">": "\\textgreater ",
-}  # fmt: skip
+_NAMED = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater"}
+_TEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {c: f"\\text{name} " for c, name in _NAMED.items()})
 
 
 def index(tables: Sequence[Table], missing: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from causalcone.analysis.effects import OTHER_LAYERS, concentrated_facts
 from causalcone.analysis.papers.inputs import PUBLISHED, AnalysisInputs, AnalysisOptions
 from causalcone.analysis.stats.correlations import layer_correlations
 from causalcone.analysis.stats.dependence import cluster_robust_tests, mixed_effects
-from causalcone.analysis.stats.regressions import GROUP, PREDICTORS, regressions
+from causalcone.analysis.stats.regressions import GROUP, KEY_SCHEMA, PREDICTORS
 from causalcone.analysis.stats.uncertainty import bootstrap, left_out_layers, permutation_test
 from causalcone.analysis.sweep_results import Study
 from causalcone.analysis.tables.names import in_order, method_name, words
@@ -36,7 +36,7 @@ STUDIES = ("hase2023-gptj", "hase2023-zsre")
 
 _KEY = [*GROUP, "score"]
 _R2 = [*(f"r2_{name}" for name in PREDICTORS), "diff", "p"]
-_SHOWN = [*GROUP, *_R2, "edits", "facts", "layers", "note"]
+_SHOWN = [*_R2, "edits", "facts", "layers", "note"]
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,7 @@ def paper_tables(study: Study, options: AnalysisOptions = PUBLISHED) -> tuple[li
     inputs = AnalysisInputs(study, options)
     makers: list[tuple[str, Callable[[AnalysisInputs], Table]]] = [
         ("table2", _concentrated),
-        *(
-            (f"table{number}", partial(_score_table, number=number, score=score))
-            for number, score in SCORE_TABLES.items()
-        ),
+        *((f"table{number}", partial(_score_table, number=number)) for number in SCORE_TABLES),
         ("table7", _error_table),
         ("uncertainty", _uncertainty),
         ("correlations", _correlations),
@@ -76,15 +73,16 @@ def paper_tables(study: Study, options: AnalysisOptions = PUBLISHED) -> tuple[li
     return tables, [*study.missing(), *missing]
 
 
-def _score_table(inputs: AnalysisInputs, number: int, score: str) -> Table:
-    fitted = in_order(regressions(inputs.joined, [score], interaction=inputs.options.interaction))
-    printed = None if inputs.published is None else published_regressions(inputs.published, score)
+def _score_table(inputs: AnalysisInputs, number: int) -> Table:
+    score = SCORE_TABLES[number]
+    fitted = inputs.regressions(inputs.joined, score)
+    printed = published_regressions(inputs.published, score)
     title = f"R^2 of the {score} score by edit layer and tracing effect (Hase et al. 2023, Table {number})"
-    return Table(f"table{number}_{score}", title, beside(fitted.select(_SHOWN), printed), inputs.notes)
+    return Table(f"table{number}_{score}", title, beside(fitted.select(*GROUP, *_SHOWN), printed), inputs.notes)
 
 
 def beside(frame: pl.DataFrame, printed: pl.DataFrame | None) -> pl.DataFrame:
-    """A frame with the printed values in further columns."""
+    """A frame with printed values in further columns."""
     if printed is None:
         return frame
     named = printed.rename({name: f"published_{name}" for name in printed.columns if name not in GROUP})
@@ -102,19 +100,18 @@ def _concentrated(inputs: AnalysisInputs) -> Table:
         note += f", as all positive effects are that over {layers} layers"
     if joined.is_empty():
         raise TableError(f"{note}, and none of them is edited")
-    fitted = in_order(regressions(joined, ["rewrite"], interaction=inputs.options.interaction))
-    printed = None if inputs.published is None else published_concentrated(inputs.published)
+    fitted = inputs.regressions(joined, "rewrite")
+    printed = published_concentrated(inputs.published)
     title = "R^2 of the rewrite score, facts with concentrated tracing effects (Hase et al. 2023, Table 2)"
-    return Table("table2_concentrated", title, beside(fitted.select(_SHOWN), printed), [note, *inputs.notes])
+    return Table("table2_concentrated", title, beside(fitted.select(*GROUP, *_SHOWN), printed), [note, *inputs.notes])
 
 
 def _error_table(inputs: AnalysisInputs) -> Table:
-    fitted = in_order(regressions(inputs.joined, ["rewrite", "overall"], interaction=inputs.options.interaction))
+    fitted = inputs.regressions(inputs.joined, "rewrite", "overall")
     rows = []
     for row in fitted.iter_rows(named=True):
-        printed = None
-        if inputs.published is not None and (row["problem"], row["method"]) == (ERROR_INJECTION, "rome"):
-            printed = published_errors(inputs.published, row["score"])
+        of_rome = (row["problem"], row["method"]) == (ERROR_INJECTION, "rome")
+        printed = published_errors(inputs.published, row["score"]) if of_rome else None
         for metric in ("r2", "rmse", "mae"):
             errors = {name: row[name] for name in _KEY} | {"metric": metric}
             errors |= {name: row[f"{metric}_{name}"] for name in PREDICTORS}
@@ -130,19 +127,18 @@ def _error_table(inputs: AnalysisInputs) -> Table:
 def _uncertainty(inputs: AnalysisInputs) -> Table:
     """R^2 that tracing adds, with intervals and tests that do not take a fact's edits for independent."""
     joined, options, scores = inputs.joined, inputs.options, list(SCORE_TABLES.values())
-    draws: dict[str, Any] = {"interaction": options.interaction, "draws": options.draws, "seed": options.seed}
-    frame = regressions(joined, scores, interaction=options.interaction).select(*_KEY, "facts", "diff", "p")
+    form: dict[str, Any] = {"interaction": options.interaction}
+    draws = {**form, "draws": options.draws, "seed": options.seed}
+    frame = inputs.regressions(joined, *scores).select(*_KEY, "facts", "diff", "p")
     tests = [
         bootstrap(joined, scores, level=options.level, **draws).select(*_KEY, "diff_low", "diff_high"),
         permutation_test(joined, scores, **draws).select(
             *_KEY, "chance", p_permutation="p", permutation_facts="facts", permutation_diff="diff", _permutation="note"
         ),
-        cluster_robust_tests(joined, scores, interaction=options.interaction).select(
-            *_KEY, p_clustered="p", _clustered="note"
-        ),
+        cluster_robust_tests(joined, scores, **form).select(*_KEY, p_clustered="p", _clustered="note"),
     ]
     if options.mixed:
-        mixed = mixed_effects(joined, scores, interaction=options.interaction)
+        mixed = mixed_effects(joined, scores, **form)
         tests.append(mixed.select(*_KEY, "fact_share", p_mixed="p", _mixed="note"))
     for test in tests:
         frame = frame.join(test, on=_KEY, how="left", maintain_order="left")
@@ -191,30 +187,27 @@ def _left_out(inputs: AnalysisInputs) -> Table:
 
 def _zeroing(inputs: AnalysisInputs) -> Table:
     kind, window = inputs.zeroed_state
-    fitted = in_order(regressions(inputs.zeroed, ["rewrite", "overall"], interaction=inputs.options.interaction))
-    frame = fitted.select(*_KEY, *_R2, "edits", "facts", "layers", "note")
+    frame = inputs.regressions(inputs.zeroed, "rewrite", "overall").select(*_KEY, *_SHOWN)
     notes = [f"effects of zeroing {kind}:{window} at the subject; {inputs.form}"]
     return Table("zeroing", "R^2 by edit layer and zeroing effect (Hase et al. 2023, Figs. 21-22)", frame, notes)
 
 
-def published_regressions(study: str, score: str) -> pl.DataFrame | None:
-    """R^2 of ``score`` by problem, method and window as printed (Hase et al. 2023, Tables 3-6); None where a study has
-    none. ``p`` is a text, such as "<1e-4"."""
+def published_regressions(study: str | None, score: str) -> pl.DataFrame | None:
+    """R^2 of a score as printed (Hase et al. 2023, Tables 3-6), where a study has it; ``p`` is a text like "<1e-4"."""
     return _printed_r2(_study(study).get("r2", {}).get(score))
 
 
-def published_concentrated(study: str) -> pl.DataFrame | None:
+def published_concentrated(study: str | None) -> pl.DataFrame | None:
     """R^2 of the rewrite score on facts with concentrated effects (Hase et al. 2023, Table 2)."""
     return _printed_r2(_study(study).get("concentrated"))
 
 
 def _printed_r2(rows: list[list[Any]] | None) -> pl.DataFrame | None:
-    names = {"problem": pl.String, "method": pl.String, "window": pl.Int64}
-    schema = {**names, **dict.fromkeys(_R2, pl.Float64), "p": pl.String}
+    schema = {name: KEY_SCHEMA[name] for name in GROUP} | dict.fromkeys(_R2, pl.Float64) | {"p": pl.String}
     return None if rows is None else pl.DataFrame(rows, schema=schema, orient="row")
 
 
-def published_errors(study: str, score: str) -> pl.DataFrame | None:
+def published_errors(study: str | None, score: str) -> pl.DataFrame | None:
     """R^2, RMSE and MAE of ROME in Error Injection by predictor (Hase et al. 2023, Tables 7 and 8): columns metric,
     layer, trace."""
     errors = _study(study).get("errors", {}).get(score)
@@ -224,22 +217,21 @@ def published_errors(study: str, score: str) -> pl.DataFrame | None:
     return pl.DataFrame([[metric, *values] for metric, values in errors.items()], schema=schema, orient="row")
 
 
-def _study(name: str) -> dict[str, Any]:
+@cache
+def _study(name: str | None) -> dict[str, Any]:
+    if name is None:
+        return {}
     if name not in STUDIES:
         raise TableError(f"there are no published tables of {name!r}; there are of {', '.join(STUDIES)}")
-    return dict(_printed()[name])
-
-
-@cache
-def _printed() -> dict[str, Any]:
     text = files("causalcone.analysis").joinpath("papers/published/hase2023.json").read_text(encoding="utf-8")
-    return dict(json.loads(text))
+    return dict(json.loads(text)[name])
 
 
 def answer(tables: Sequence[Table]) -> str:
-    """Does localization inform editing? The share of the rewrite scores' variance that edit layers explain, and what
-    tracing effects add to it; where they add the most, and whether that is more than exchanged effects do."""
-    main = next((table.frame for table in tables if table.name == MAIN), None)
+    """Does localization inform editing? The share of the rewrite scores' variance that edit layers explain, what
+    effects add to it, where they add the most, and whether that is more than exchanged effects do."""
+    frames = {table.name: table.frame for table in tables}
+    main = frames.get(MAIN)
     if main is None or main.is_empty():
         return f"{_NONE}: no regression of rewrite scores could be made."
     # R^2 of one layer, or of as many coefficients as edits, says nothing
@@ -250,27 +242,22 @@ def answer(tables: Sequence[Table]) -> str:
     layer, diff = known["r2_layer"].to_numpy(), known["diff"].to_numpy()
     most = known.sort("diff", descending=True).row(0, named=True)
     where = f"{method_name(most['method'], most['window'])} in {words(most['problem'])}"
-    text = (
+    return (
         f"The choice of the edit layer explains {layer.min():z.0%} to {layer.max():z.0%} of the variance of rewrite "
         f"scores (mean {layer.mean():z.0%} over {len(known)} problems and methods). Knowing the tracing effect at that "
         f"layer adds {diff.min():z.1%} to {diff.max():z.1%} (mean {diff.mean():z.1%}), the most for {where} "
-        f"({most['diff']:z.1%})."
+        f"({most['diff']:z.1%}).{_chance(frames.get('uncertainty', pl.DataFrame()), most)}"
     )
-    chance = _chance(tables, most)
-    return text if chance is None else f"{text} {chance}"
 
 
-def _chance(tables: Sequence[Table], most: dict[str, object]) -> str | None:
+def _chance(tests: pl.DataFrame, most: dict[str, object]) -> str:
     """R^2 that effects of other facts add where tracing adds the most, and in how many cases tracing adds more."""
-    frame = next((table.frame for table in tables if table.name == "uncertainty"), None)
-    if frame is None:
-        return None
-    rewrite = frame.filter(pl.col("score") == "rewrite").drop_nulls("p_permutation")
+    rewrite = tests.filter(score="rewrite").drop_nulls("p_permutation") if len(tests) else tests
     if rewrite.is_empty():
-        return None
-    chance = ""
+        return ""
+    chance = " "
     for row in rewrite.filter(**{name: most[name] for name in GROUP}).iter_rows(named=True):
-        chance = f"Effects taken from other facts add {row['chance']:z.1%} there by chance"
+        chance += f"Effects taken from other facts add {row['chance']:z.1%} there by chance"
         if row["permutation_facts"] < row["facts"]:
             share = f"{row['permutation_facts']} of {row['facts']} facts"
             chance += f", over the {share} that have all layers, whose own effects add {row['permutation_diff']:z.1%}"

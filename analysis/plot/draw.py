@@ -20,10 +20,9 @@ from matplotlib.font_manager import FontProperties, findfont, fontManager, get_f
 from matplotlib.ticker import MaxNLocator
 
 from causalcone.analysis.tables.names import COLORS
-from causalcone.analysis.tables.traces import STATE
+from causalcone.analysis.tables.traces import STATE, State
 
 PathLike = str | os.PathLike[str]
-State = tuple[str, str, int]
 LineStyle = tuple[Any, str, str]
 """Colour, marker and dash."""
 
@@ -36,11 +35,8 @@ LINES = tuple(
 # Heads and what else there may be are blue.
 KIND_COLORS = {"hidden": "Purples", "mlp": "Greens", "attn": "Reds"}
 KIND_NAMES = {"hidden": "hidden state", "mlp": "MLP output", "attn": "attention output"}
-METHOD_NAMES = {
-    "sever_mlp": "MLP severed",
-    "sever_attn": "attention severed",
-    "sever_both": "MLP and attention severed",
-}
+_MODULES = {"mlp": "MLP", "attn": "attention", "both": "MLP and attention"}
+METHOD_NAMES = {f"sever_{module}": f"{name} severed" for module, name in _MODULES.items()}
 
 UNKNOWN: dict[str, Any] = {"facecolor": "0.95", "hatch": "////", "edgecolor": "0.8"}
 """Cells without a value, which must not look like a low one."""
@@ -90,14 +86,10 @@ def states_of(frame: pl.DataFrame) -> list[State]:
 
 
 def kind_order(kind: str) -> tuple[int, str, int]:
-    """Sorts kinds in their usual order, and heads by number after them."""
+    """To sort kinds in their usual order, and heads by number after them."""
     rank = list(KIND_NAMES).index(kind) if kind in KIND_NAMES else len(KIND_NAMES)
     name, _, number = kind.partition(".")
     return rank, name, int(number) if number.isdigit() else -1
-
-
-def rows_of(frame: pl.DataFrame, state: State) -> pl.DataFrame:
-    return frame.filter(**dict(zip(STATE, state, strict=True)))
 
 
 def layer_count(frame: pl.DataFrame) -> int:
@@ -156,7 +148,6 @@ def by_layer(means: pl.DataFrame, column: str) -> tuple[np.ndarray, np.ndarray, 
 
 
 def mean_of(facts: int, bands: bool = True) -> str:
-    """The facts that a mean is over, in words."""
     return "one fact" if facts == 1 else f"mean of {facts} facts" + " with 95 % intervals" * bands
 
 
@@ -164,8 +155,10 @@ def title(figure: Figure, text: str) -> None:
     figure.suptitle(text, fontsize=11, fontweight="bold")
 
 
-def legend(figure: Figure, columns: int, **options: Any) -> None:
-    """The legend of all panels, below them."""
+def legend(figure: Figure, columns: int, axes: Axes | None = None, **options: Any) -> None:
+    """The legend of all panels, below them; of one panel's lines where that is given."""
+    if axes is not None:
+        options["handles"], options["labels"] = axes.get_legend_handles_labels()
     figure.legend(loc="outside lower center", ncols=columns, fontsize=8.5, frameon=False, **options)
 
 
@@ -190,10 +183,8 @@ def cells(axes: Axes, values: np.ndarray, scale: Normalize, colors: str) -> Quad
     return mesh
 
 
-def color_bar(
-    figure: Figure, axes: Axes, mesh: QuadMesh, label: str = "", aspect: int = 18, **options: Any
-) -> Colorbar:
-    bar = figure.colorbar(mesh, ax=axes, pad=0.02, aspect=aspect, **options)
+def color_bar(figure: Figure, axes: Axes, mesh: QuadMesh, label: str = "", aspect: int = 18, **more: Any) -> Colorbar:
+    bar = figure.colorbar(mesh, ax=axes, pad=0.02, aspect=aspect, **more)
     bar.ax.tick_params(labelsize=8, length=2, color="0.4")
     if label:
         bar.ax.set_title(label, fontsize=8.5, loc="left", pad=9)

@@ -13,12 +13,8 @@ from causalcone.analysis.plot import draw
 from causalcone.analysis.tables.names import COLORS, window_name
 from causalcone.analysis.tables.traces import TableError
 
-_STYLES: tuple[draw.LineStyle, ...] = tuple(
-    (COLORS[color], marker, dash)
-    for color, marker, dash in (
-        ("blue", "o", "-"), ("vermilion", "s", "--"), ("green", "^", "-."), ("black", "D", ":"), ("purple", "v", "-"),
-    )
-)  # fmt: skip
+_LOOKS = zip(("blue", "vermilion", "green", "black", "purple"), "os^Dv", ("-", "--", "-.", ":", "-"), strict=True)
+_STYLES: tuple[draw.LineStyle, ...] = tuple((COLORS[color], marker, dash) for color, marker, dash in _LOOKS)
 
 
 def effects_by_window(
@@ -26,10 +22,7 @@ def effects_by_window(
 ) -> Figure:
     """Mean tracing effect by layer, a line for each window size with a band of 1.96 standard errors (Hase et al. 2023,
     Fig. 10). ``effects``: by window size, as ``tracing_effects`` returns them; see ``mean_effects``. Sizes without any
-    effect are left out.
-
-    Raises ``TableError`` where no size is left.
-    """
+    effect are left out; ``TableError`` where no size is left."""
     effects = _known(effects)
     layers = max(map(draw.layer_count, effects.values()))
     figure = draw.new_figure(max(6.0, min(9.0, 0.2 * layers + 3.6)), 3.8)
@@ -48,9 +41,8 @@ def effects_by_window(
 
 
 def peak_layers_by_window(effects: Mapping[int, pl.DataFrame], path: draw.PathLike | None = None) -> Figure:
-    """Layers at which facts have their largest tracing effect, as a share of the facts: a panel for each window size
-    (Hase et al. 2023, Fig. 11). Facts without a positive effect have no such layer and are left out; the panel says how
-    many. Arguments and errors as those of ``effects_by_window``."""
+    """Layers of facts' largest tracing effects, as a share of the facts: a panel for each window size, which says how
+    many facts have no effect and are left out (Hase et al. 2023, Fig. 11). See ``effects_by_window``."""
     effects = _known(effects)
     layers = max(map(draw.layer_count, effects.values()))
     width = max(2.6, min(5.0, 0.12 * layers + 1.6))
@@ -73,8 +65,7 @@ def peak_layers_by_window(effects: Mapping[int, pl.DataFrame], path: draw.PathLi
 
 def _known(effects: Mapping[int, pl.DataFrame]) -> dict[int, pl.DataFrame]:
     """The sizes with effects that are known."""
-    known = {size: frame.drop_nulls("effect") for size, frame in effects.items()}
-    known = {size: frame for size, frame in known.items() if not frame.is_empty()}
+    known = {size: frame for size in effects if len(frame := effects[size].drop_nulls("effect"))}
     if not known:
         raise TableError("there are no effects to draw; trace at least one state")
     return known

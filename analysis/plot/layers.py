@@ -10,10 +10,9 @@ from matplotlib.figure import Figure
 from causalcone.analysis.layer_effects import joint_effects, severed_effects, zeroing_curve
 from causalcone.analysis.plot import draw
 from causalcone.analysis.tables.names import heading
-from causalcone.analysis.tables.traces import TraceSource
+from causalcone.analysis.tables.traces import State, TraceSource, rows_of
 
-MOST_LINES = 10
-MOST_BANDS = 5
+MOST_LINES, MOST_BANDS = 10, 5
 # The hues of the published figure: hidden states restored in the plain model, then with its modules severed.
 _SEVERED_STYLES = {
     "plain": ("Purples", "o", "-"),
@@ -60,11 +59,11 @@ def severed(
 ) -> Figure:
     """Mean effect of restoring a state at the tokens of a role, by layer, in the plain model and with MLP outputs,
     attention outputs or both severed from it (docs/methods.md, "Severed tracing"): one column per kind and window. With
-    ``fact_id`` and ``token`` it is of single facts (Meng et al. 2022, Fig. 14).
+    ``fact_id`` and ``token`` it is of single facts (Meng et al. 2022, Fig. 14). All lines are of the facts and tokens
+    that every severed method has.
 
     Args:
-        tables: traces, as ``read_traces`` takes them, which together hold plain and severed ones; all lines are of the
-            facts and tokens that every severed method has.
+        tables: traces, as ``read_traces`` takes them, which together hold plain and severed ones.
         role: whose tokens count.
         fact_id: only this fact counts.
         token: the number of a token that counts in place of a role's.
@@ -86,19 +85,16 @@ def severed(
     where = f"{heading(role)} token" if token is None else f"Token {token}"
     facts = _over(means) if fact_id is None else f"fact {fact_id}"
     figure.suptitle(f"{where}, {facts}", **draw.plain(11, fontweight="bold"))
-    handles, labels = grid[0].get_legend_handles_labels()
-    columns = 2 if len(labels) == 4 and len(states) == 1 else 4
-    draw.legend(figure, columns, handles=handles, labels=labels, handlelength=3)
+    columns = 2 if len(grid[0].get_legend_handles_labels()[1]) == 4 and len(states) == 1 else 4
+    draw.legend(figure, columns, grid[0], handlelength=3)
     return draw.finish(figure, path)
 
 
 def _draw_severed(axes: Axes, means: pl.DataFrame) -> None:
     methods = [name for name in _SEVERED_STYLES if not means.filter(method=name).is_empty()]
-    whole = means.filter(method=methods[0])  # of the same facts as the others
-    lines = {"plain": whole.select("layer", effect="plain", standard_error="plain_error")}
-    for name in methods:
-        lines[name] = means.filter(method=name).select("layer", effect="severed", standard_error="severed_error")
-    for name, line in lines.items():
+    for name in ("plain", *methods):  # plain: beside any method, of the same facts
+        column, method = ("plain", methods[0]) if name == "plain" else ("severed", name)
+        line = means.filter(method=method).select("layer", effect=column, standard_error=f"{column}_error")
         colors, marker, dash = _SEVERED_STYLES[name]
         draw.line(axes, line, (colormaps[colors](0.8), marker, dash), draw.METHOD_NAMES.get(name, "nothing severed"))
 
@@ -112,7 +108,7 @@ def _curves(means: pl.DataFrame, title: str, label: str) -> Figure:
     for number, state in enumerate(states):
         style = (*draw.LINES[number % len(draw.LINES)], "-" if number < len(draw.LINES) else "--")
         name = draw.state_title(state).removeprefix("Zeroing ").removeprefix("Restoring ").replace("\n", " ")
-        draw.line(axes, draw.rows_of(means, state), style, name, band=bands)
+        draw.line(axes, rows_of(means, state), style, name, band=bands)
     _frame(axes, max(window for _, _, window in states), layers)
     axes.set_ylabel(label, fontsize=9)
     count = f" ({len(states)} of {len(every)} states)" if len(states) < len(every) else ""
@@ -121,10 +117,10 @@ def _curves(means: pl.DataFrame, title: str, label: str) -> Figure:
     return figure
 
 
-def _largest(means: pl.DataFrame) -> list[draw.State]:
+def _largest(means: pl.DataFrame) -> list[State]:
     """The states with the largest effects, in their usual order."""
     every = draw.states_of(means)
-    peaks = {state: draw.rows_of(means, state)["effect"].to_numpy().max() for state in every}
+    peaks = {state: rows_of(means, state)["effect"].to_numpy().max() for state in every}
     largest = sorted(every, key=lambda state: -peaks[state])[:MOST_LINES]
     return [state for state in every if state in largest]
 

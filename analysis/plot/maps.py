@@ -15,7 +15,14 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 from causalcone.analysis.plot import draw
-from causalcone.analysis.tables.traces import TableError, TraceSource, read_gradients, read_traces, single_tokens
+from causalcone.analysis.tables.traces import (
+    TableError,
+    TraceSource,
+    read_gradients,
+    read_traces,
+    rows_of,
+    single_tokens,
+)
 
 MAP_COLUMNS = 3
 _POINT = 1 / 72
@@ -32,8 +39,8 @@ def heatmap(
 ) -> Figure:
     """Token-by-layer heat map of p_patched for one fact and one restored state (Meng et al. 2022, Figs. 1 and 10).
 
-    Rows are the prompt's tokens in order, the subject's in bold with an asterisk and a bracket; columns are layers,
-    for windows the centre layer. Colours run from p_corrupted to the larger of p_clean and the largest p_patched.
+    The subject's tokens are in bold with an asterisk and a bracket; layers of windows are the centre ones. Colours run
+    from p_corrupted to the larger of p_clean and the largest p_patched.
 
     Args:
         table: traces, as ``read_traces`` takes them.
@@ -50,7 +57,7 @@ def heatmap(
     state, present = (method, kind, window), draw.states_of(fact)
     if state not in present:
         raise TableError(f"fact {fact_id!r} has no {_name(state)}; it has {', '.join(map(_name, present))}")
-    return draw.finish(_draw_traces(draw.rows_of(fact, state)), path)
+    return draw.finish(_draw_traces(rows_of(fact, state)), path)
 
 
 def heatmaps(table: TraceSource, fact_id: str, path: draw.PathLike | None = None) -> Figure:
@@ -118,7 +125,6 @@ def _traces_of(table: TraceSource, fact_id: str) -> pl.DataFrame:
 
 
 def _first(rows: pl.DataFrame) -> str:
-    """The first facts of a table."""
     known = rows["fact_id"].unique(maintain_order=True)
     return ", ".join(map(repr, known[:10])) + (", ..." if len(known) > 10 else "")
 
@@ -129,7 +135,6 @@ def _name(state: draw.State) -> str:
 
 
 def _draw_traces(fact: pl.DataFrame) -> Figure:
-    """One map for every state in the rows of one fact."""
     states = draw.states_of(fact)
     tokens = fact.select("token", "token_text", "subject_start", "subject_end").unique("token").sort("token")
     texts = tokens["token_text"].fill_null("").to_list()
@@ -138,11 +143,10 @@ def _draw_traces(fact: pl.DataFrame) -> Figure:
     figure, grid = _map_grid(len(states), texts, layers)
     scale = Normalize(*_limits(fact))
     for number, (axes, state) in enumerate(zip(grid, states, strict=True)):
-        _, kind, window = state
-        values = draw.grid(draw.rows_of(fact, state), "token", tokens["token"].to_list(), "p_patched", layers)
-        mesh = draw.cells(axes, values, scale, draw.KIND_COLORS.get(kind, "Blues"))
+        values = draw.grid(rows_of(fact, state), "token", tokens["token"].to_list(), "p_patched", layers)
+        mesh = draw.cells(axes, values, scale, draw.KIND_COLORS.get(state[1], "Blues"))
         axes.set_title(draw.state_title(state), fontsize=10)
-        draw.layer_axis(axes, window, layers)
+        draw.layer_axis(axes, state[2], layers)
         _label_tokens(figure, axes, texts, inside, labels=number % MAP_COLUMNS == 0)
         _probability_bar(figure, axes, mesh, fact)
     return figure
@@ -156,11 +160,9 @@ def _limits(fact: pl.DataFrame) -> tuple[float, float]:
 def _probability_bar(figure: Figure, axes: Axes, mesh: QuadMesh, fact: pl.DataFrame) -> None:
     """A bar that names p_corrupted, its lower end, and p_clean where that lies on the scale."""
     low, high, clean = *_limits(fact), float(fact["p_clean"][0])
-    labels = {low: f"{low:.3g} corrupted"}
-    if (clean - low) / (high - low) > 0.12:
-        labels[clean] = f"{clean:.3g} clean"
-    else:
-        labels[low] += f"\n{clean:.3g} clean"
+    labels = {low: f"{low:.3g} corrupted", clean: f"{clean:.3g} clean"}
+    if (clean - low) / (high - low) <= 0.12:
+        labels = {low: f"{low:.3g} corrupted\n{clean:.3g} clean"}
     named = list(labels)
     for tick in MaxNLocator(nbins=4).tick_values(low, high):
         apart = all(abs(tick - other) > 0.12 * (high - low) for other in named)
@@ -172,7 +174,6 @@ def _probability_bar(figure: Figure, axes: Axes, mesh: QuadMesh, fact: pl.DataFr
 
 
 def _prompt_text(texts: Sequence[str]) -> str:
-    """Tokens' texts as a line."""
     glue = "" if any(text[:1] in (" ", "▁") for text in texts) else " "  # some tokenizers drop a token's space
     return draw.drawable(glue.join(texts).replace("▁", " ").replace("\n", "↵").strip())
 

@@ -17,18 +17,13 @@ from causalcone.analysis.tables.traces import TableError
 
 _COLUMNS = 4
 _MOST_POINTS = 2000
-_BARS: dict[str, Any] = {
-    "layer": {"facecolor": COLORS["sky"]},
-    "both": {"facecolor": COLORS["orange"], "hatch": "///"},
-}
+_BARS: dict[str, Any] = {"layer": {"facecolor": COLORS["sky"]}, "both": {"facecolor": COLORS["orange"], "hatch": "///"}}
 
 
 def r2_bars(regressions: pl.DataFrame, score: str = "rewrite", path: draw.PathLike | None = None) -> Figure:
     """R^2 of a score by problem and method: of the edit layer alone, and of layer and effect (Hase et al. 2023, Figs.
-    6, 12, 13); what the effect adds is written above. ``regressions``: as the function of that name returns them.
-
-    Raises ``TableError`` where they have no R^2 of this score.
-    """
+    6, 12, 13); what the effect adds is written above. ``regressions``: as the function of that name returns them;
+    ``TableError`` where they have no R^2 of this score."""
     known = regressions.filter(pl.col("score") == score).drop_nulls("r2_layer")
     if known.is_empty():
         raise TableError(f"there is no R^2 of the {score} score to draw")
@@ -42,20 +37,17 @@ def r2_bars(regressions: pl.DataFrame, score: str = "rewrite", path: draw.PathLi
             height = rows[f"r2_{predictor}"].to_numpy()
             axes.bar(x_positions + offset, height, 0.4, edgecolor="black", linewidth=0.6, **_BARS[predictor])
         for x, row in zip(x_positions, rows.iter_rows(named=True), strict=True):
-            axes.annotate(
-                f"{row['diff']:+z.3f}", (x, row["r2_both"]), (0, 2), textcoords="offset points", ha="center",
-                fontsize=6.5,
-            )  # fmt: skip
-        axes.set_xticks(
-            x_positions, [method_name(*row) for row in rows.select("method", "window").rows()], fontsize=8, rotation=30
-        )
+            look = {"textcoords": "offset points", "ha": "center", "fontsize": 6.5}
+            axes.annotate(f"{row['diff']:+z.3f}", (x, row["r2_both"]), (0, 2), **look)
+        names = [method_name(*row) for row in rows.select("method", "window").rows()]
+        axes.set_xticks(x_positions, names, fontsize=8, rotation=30)
         axes.set_title(heading(problem), fontsize=9.5)
         axes.set_ylim(0, 1.08)
         draw.value_axis(axes)
     grid[0].set_ylabel("$R^2$", fontsize=9)
     draw.title(figure, f"What explains the {score} score")
-    names = {"layer": "edit layer", "both": "edit layer and tracing effect"}
-    draw.legend(figure, 2, handles=[Patch(edgecolor="black", label=names[key], **look) for key, look in _BARS.items()])
+    labels = {"layer": "edit layer", "both": "edit layer and tracing effect"}
+    draw.legend(figure, 2, handles=[Patch(edgecolor="black", label=labels[key], **bar) for key, bar in _BARS.items()])
     return draw.finish(figure, path)
 
 
@@ -71,10 +63,7 @@ def scatter_by_layer(
 ) -> Figure:
     """A score against the effect, a panel for each edit layer with the line on which both are equal and the correlation
     (Hase et al. 2023, Figs. 14-22). ``table``: as ``edits_with_effects`` returns it; of more than 2,000 edits at a
-    layer evenly spaced ones are drawn.
-
-    Raises ``TableError`` where there is no such edit that has the score.
-    """
+    layer evenly spaced ones are drawn. ``TableError`` where there is no such edit that has the score."""
     edits = table.filter(problem=problem, method=method, window=window).drop_nulls(score)
     if edits.is_empty():
         raise TableError(f"no edit by {method}-{window} of {problem} has the score {score} and an effect")
@@ -101,8 +90,7 @@ def scatter_by_layer(
 
 
 def _panel(axes: Axes, rows: pl.DataFrame, score: str) -> None:
-    step = max(1, -(-len(rows) // _MOST_POINTS))
-    drawn = rows.gather_every(step)
+    drawn = rows.gather_every(max(1, -(-len(rows) // _MOST_POINTS)))
     alpha = 0.7 if len(drawn) < 100 else 0.35
     effects = drawn["effect"].to_numpy()
     axes.scatter(effects, drawn[score].to_numpy(), s=9, color=COLORS["blue"], alpha=alpha, linewidths=0)

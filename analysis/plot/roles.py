@@ -12,12 +12,9 @@ from matplotlib.figure import Figure
 from causalcone.analysis.effects import average_indirect_effect
 from causalcone.analysis.plot import draw
 from causalcone.analysis.tables.names import COLORS, words
-from causalcone.analysis.tables.traces import ROLES, TableError, TraceSource
+from causalcone.analysis.tables.traces import ROLES, TableError, TraceSource, rows_of
 
-ROLE_NAMES = {role: f"{words(role)} token" for role in ROLES} | {
-    "middle_subject": "middle subject tokens",
-    "further": "further tokens",
-}
+ROLE_NAMES = {r: f"{words(r)} token" + "s" * (r in ("middle_subject", "further")) for r in ROLES}
 ROLE_STYLES = {  # a marker and a dash for print in grey
     "first_subject": ("sky", "s", "--"),
     "middle_subject": ("blue", "^", ":"),
@@ -29,10 +26,8 @@ ROLE_STYLES = {  # a marker and a dash for print in grey
 
 
 def indirect_effect(table: TraceSource, path: str | os.PathLike[str] | None = None) -> Figure:
-    """Average indirect effect by token role and layer (Meng et al. 2022, Figs. 7 and 15).
-
-    One column per method, kind and window. Above: one line per role, with a band of 1.96 standard errors. Below: the
-    same means as a role-by-layer heat map. The scales are common to all columns.
+    """Average indirect effect by token role and layer (Meng et al. 2022, Figs. 7 and 15): a column per method, kind and
+    window, with a line per role and bands of 1.96 standard errors above, and a heat map of the same means below.
 
     Args:
         table: traces, as ``read_traces`` takes them.
@@ -55,7 +50,7 @@ def indirect_effect(table: TraceSource, path: str | os.PathLike[str] | None = No
     for number, state in enumerate(states):
         block, column = divmod(number, columns)
         lines, cells = grid[2 * block : 2 * block + 2, column]
-        rows = draw.rows_of(averages, state)
+        rows = rows_of(averages, state)
         _draw_lines(lines, rows)
         _draw_roles(figure, cells, rows, layers, scale, draw.KIND_COLORS.get(state[1], "Blues"))
         lines.set_title(draw.state_title(state), fontsize=10)
@@ -68,15 +63,13 @@ def indirect_effect(table: TraceSource, path: str | os.PathLike[str] | None = No
             cells.tick_params(labelleft=False)
         else:
             lines.set_ylabel("effect on p(target)", fontsize=9)
-    for number in range(len(states), blocks * columns):
-        for axes in grid[2 * (number // columns) : 2 * (number // columns) + 2, number % columns]:
-            axes.set_visible(False)
+    for axes in grid[-2:, (len(states) - 1) % columns + 1 :].flat:
+        axes.set_visible(False)
 
     facts = int(averages["facts"].to_numpy().max())
     of = "of one fact" if facts == 1 else f"over {facts} facts, with 95 % intervals"
     draw.title(figure, f"Average indirect effect {of}")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    draw.legend(figure, 6 if columns == 3 else 3, handles=handles, labels=labels, handlelength=3)
+    draw.legend(figure, 6 if columns == 3 else 3, grid[0, 0], handlelength=3)
     return draw.finish(figure, path)
 
 

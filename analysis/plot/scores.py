@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from causalcone.analysis.plot import draw
-from causalcone.analysis.scores import SCORES, mean_scores
+from causalcone.analysis.scores import SCORES, mean_scores, refuse_unknown_scores
 from causalcone.analysis.tables.names import METHODS, heading, position, window_name
 from causalcone.analysis.tables.traces import TableError
 
@@ -37,9 +37,7 @@ def scores(
     Raises:
         TableError: a score is unknown, or no edit has it.
     """
-    unknown = [name for name in names if name not in SCORES]
-    if unknown or not names:
-        raise TableError(f"there are no scores {', '.join(unknown) or 'to draw'}; choose from {', '.join(SCORES)}")
+    refuse_unknown_scores(names, "draw")
     means = mean_scores(table).filter(pl.col("score").is_in(list(names)) & (pl.col("n") > 0))
     absent = [name for name in names if means.filter(score=name).is_empty()]
     if absent:
@@ -58,9 +56,11 @@ def scores(
     for axes, name in zip(grid[0], names, strict=True):
         axes.set_title("Overall with essence" if name == "overall_essence" else heading(name), fontsize=10)
     for axes in grid[-1]:
-        axes.set_xlabel(_layer_label(styles), fontsize=9)
+        one = all(window == 1 for _, window in styles)
+        axes.set_xlabel("edited layer" if one else "edited layer (centre of the window)", fontsize=9)
     about = heading(problems[0]) if len(problems) == 1 else "Scores of edits"
-    draw.title(figure, f"{about}, {_over(table)}")
+    scored = table.filter(pl.any_horizontal(pl.col(SCORES).is_not_null()))["fact_id"].n_unique()
+    draw.title(figure, f"{about}, {draw.mean_of(scored)}")
     handles = [Line2D([], [], label=_label(setting), **style) for setting, style in styles.items()]
     draw.legend(figure, 4, handles=handles, handlelength=3)
     return draw.finish(figure, path)
@@ -88,12 +88,3 @@ def _panel(axes: Axes, means: pl.DataFrame, styles: dict[_Setting, dict[str, Any
 def _label(setting: _Setting) -> str:
     method, window = setting
     return f"{METHODS.get(method, method)} ({window_name(window)})"
-
-
-def _layer_label(styles: dict[_Setting, dict[str, Any]]) -> str:
-    return "edited layer" if all(window == 1 for _, window in styles) else "edited layer (centre of the window)"
-
-
-def _over(table: pl.DataFrame) -> str:
-    scored = table.filter(pl.any_horizontal(pl.col(SCORES).is_not_null()))
-    return draw.mean_of(scored["fact_id"].n_unique())

@@ -19,11 +19,8 @@ _METHODS = {"holm": "holm", "bh": "fdr_bh"}
 
 CORRELATION_SCHEMA: dict[str, Any] = {
     **KEY_SCHEMA,
-    "layer": pl.Int64,
-    "edits": pl.Int64,
-    "correlation": pl.Float64,
-    "p": pl.Float64,
-    "p_corrected": pl.Float64,
+    **dict.fromkeys(("layer", "edits"), pl.Int64),
+    **dict.fromkeys(("correlation", "p", "p_corrected"), pl.Float64),
     "note": pl.String,
 }
 
@@ -31,23 +28,19 @@ CORRELATION_SCHEMA: dict[str, Any] = {
 def layer_correlations(
     table: pl.DataFrame, scores: Sequence[str] = ("rewrite",), *, correction: Correction = "holm"
 ) -> pl.DataFrame:
-    """Pearson's correlation of each score with the effect at every edited layer (Hase et al. 2023, Figs. 14-22): a row
-    for each problem, method, window, score and layer, with ``CORRELATION_SCHEMA``'s columns.
-
-    ``table``: as ``edits_with_effects`` returns it. ``p`` is two-sided; ``p_corrected`` is corrected over the layers of
-    each problem, method, window and score: "holm" (family-wise error) or "bh" (false discovery rate). Null, with the
-    reason in ``note``, where there are fewer than three edits, or score or effect do not vary.
-    """
+    """Pearson's correlation of each score with the effect at every edited layer of ``edits_with_effects`` (Hase et al.
+    2023, Figs. 14-22): a row for each problem, method, window, score and layer. ``p`` is two-sided; ``p_corrected`` is
+    corrected over the layers: "holm" (family-wise error) or "bh" (false discovery rate). Null, with the reason in
+    ``note``, where there are fewer than three edits, or score or effect do not vary."""
     one_of("correction", correction, get_args(Correction))
     rows: list[dict[str, Any]] = []
     for sample in samples(table, scores):
-        by_layer = []
-        for number, layer in enumerate(sample.layers):
-            at_layer = sample.layer == number
-            correlation = _correlation(sample.score[at_layer], sample.effect[at_layer])
-            by_layer.append({**sample.key, "layer": layer, **correlation})
-        known = [row for row in by_layer if row["p"] is not None]
-        if known:
+        layers = [(layer, sample.layer == number) for number, layer in enumerate(sample.layers)]
+        by_layer = [
+            {**sample.key, "layer": layer, **_correlation(sample.score[edits], sample.effect[edits])}
+            for layer, edits in layers
+        ]
+        if known := [row for row in by_layer if "p" in row]:
             corrected = multipletests([row["p"] for row in known], method=_METHODS[correction])[1]
             for row, p in zip(known, corrected, strict=True):
                 row["p_corrected"] = float(p)
@@ -56,11 +49,10 @@ def layer_correlations(
 
 
 def _correlation(score: np.ndarray, effect: np.ndarray) -> dict[str, Any]:
-    row: dict[str, Any] = {"edits": len(score), "correlation": None, "p": None, "p_corrected": None, "note": None}
     if len(score) < 3:
-        return {**row, "note": "fewer than three edits"}
+        return {"edits": len(score), "note": "fewer than three edits"}
     for name, values in (("score", score), ("effect", effect)):
         if same(values):
-            return {**row, "note": f"the {name} is the same for all edits"}
+            return {"edits": len(score), "note": f"the {name} is the same for all edits"}
     correlation, p = pearsonr(effect, score)
-    return {**row, "correlation": float(correlation), "p": float(p)}
+    return {"edits": len(score), "correlation": float(correlation), "p": float(p)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -13,7 +13,7 @@ from scipy.stats import chi2
 from statsmodels.tools.sm_exceptions import ConvergenceWarning, SingularMatrixWarning
 
 from causalcone.analysis.stats.least_squares import CONSTANT, EXPLAINED, centred
-from causalcone.analysis.stats.regressions import KEY_SCHEMA, RegressionData, fits, samples
+from causalcone.analysis.stats.regressions import F_SCHEMA, RegressionData, by_sample, fits
 
 LEAST_FACTS = 2
 """For each coefficient that is tested; a covariance of fewer clusters is far too small."""
@@ -27,68 +27,52 @@ def cluster_robust_tests(
     table: pl.DataFrame, scores: Sequence[str] = ("rewrite",), *, interaction: bool = True
 ) -> pl.DataFrame:
     """Wald's F-test that the effect has no coefficient besides the layer, with a covariance that is robust to what a
-    fact's edits have in common (clusters are facts; statsmodels' small-sample correction).
+    fact's edits have in common (clusters are facts; statsmodels' small-sample correction): f, f_added, f_left (clusters
+    less one), p. Null, with the reason in ``note``, where facts are too few or nothing is left to explain. With fewer
+    than about 40 facts such tests reject too often."""
 
-    One row per problem, method, window and score: f, f_added, f_left (clusters less one), p, note. Null, with the
-    reason in ``note``, where facts are too few or nothing is left to explain. With fewer than about 40 facts such tests
-    reject too often.
-    """
-    rows = []
-    for sample in samples(table, scores):
-        row = sample.key
+    def tested(sample: RegressionData) -> dict[str, Any]:
         layer, effect = _design(sample, interaction)
-        lack = _lack(sample, effect, interaction) or _few(sample, layer, effect, interaction)
-        if lack is not None:
-            rows.append({**row, "note": lack})
-            continue
+        if lack := _lack(sample, effect, interaction) or _few(sample, layer, effect, interaction):
+            return {"note": lack}
         both = np.hstack([layer, effect])
         fitted = sm.OLS(sample.score, both).fit(cov_type="cluster", cov_kwds={"groups": sample.fact}, use_t=True)
-        added = effect.shape[1]
-        slopes = np.eye(both.shape[1])[layer.shape[1] :]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a covariance of low rank, as of layers without edits of some facts
-            test = fitted.f_test(slopes)
-        rows.append(
-            {**row, "f": float(test.fvalue), "f_added": added, "f_left": int(test.df_denom), "p": float(test.pvalue)}
-        )
-    schema = KEY_SCHEMA | {"f": pl.Float64, "f_added": pl.Int64, "f_left": pl.Int64, "p": pl.Float64, "note": pl.String}
-    return pl.DataFrame(rows, schema=schema)
+            test = fitted.f_test(np.eye(both.shape[1])[layer.shape[1] :])
+        freedom = {"f_added": effect.shape[1], "f_left": int(test.df_denom)}
+        return {"f": float(test.fvalue), **freedom, "p": float(test.pvalue)}
+
+    return by_sample(table, scores, F_SCHEMA | {"note": pl.String}, tested)
 
 
 def mixed_effects(
     table: pl.DataFrame, scores: Sequence[str] = ("rewrite",), *, interaction: bool = True
 ) -> pl.DataFrame:
     """The likelihood-ratio test of both against the layer alone where every fact has a random intercept (statsmodels'
-    MixedLM, maximum likelihood).
+    MixedLM, maximum likelihood): chi2, added, p, and fact_share, the share of the layer model's residual variance that
+    lies between facts; ``note`` says why there is no such test, or that a fit did not converge."""
 
-    One row per problem, method, window and score: ``chi2``, ``added``, ``p``, and ``fact_share``, the share of the
-    layer model's residual variance that lies between facts; ``note`` says why there is no such test, or that a fit did
-    not converge.
-    """
-    rows = []
-    for sample in samples(table, scores):
-        row = sample.key
+    def tested(sample: RegressionData) -> dict[str, Any]:
         layer, effect = _design(sample, interaction)
-        lack = _lack(sample, effect, interaction)
-        if lack is None and (len(sample.layers) < 2 or not 2 <= len(sample.facts) < len(sample)):
-            lack = "a random intercept per fact needs several facts with several edits"
-        if lack is not None:
-            rows.append({**row, "note": lack})
-            continue
+        if lack := _lack(sample, effect, interaction):
+            return {"note": lack}
+        if len(sample.layers) < 2 or not 2 <= len(sample.facts) < len(sample):
+            return {"note": "a random intercept per fact needs several facts with several edits"}
         try:
-            small, large = (_mixed(sample, design) for design in (layer, np.hstack([layer, effect])))
+            small, share, converged = _mixed(sample, layer)
+            large, _, larger_converged = _mixed(sample, np.hstack([layer, effect]))
         except np.linalg.LinAlgError as error:
-            rows.append({**row, "note": f"the model cannot be fitted: {error}"})
-            continue
-        if not np.isfinite([small.likelihood, large.likelihood, small.share]).all():
-            rows.append({**row, "note": "the model cannot be fitted: its likelihood is not a number"})
-            continue
-        statistic, added = max(0.0, 2 * (large.likelihood - small.likelihood)), effect.shape[1]
-        doubt = None if small.converged and large.converged else "the fit did not converge"
-        tested = {"chi2": statistic, "added": added, "p": float(chi2.sf(statistic, added)), "fact_share": small.share}
-        rows.append({**row, **tested, "note": doubt})
-    schema = KEY_SCHEMA | {"chi2": pl.Float64, "added": pl.Int64, "p": pl.Float64, "fact_share": pl.Float64}
-    return pl.DataFrame(rows, schema=schema | {"note": pl.String})
+            return {"note": f"the model cannot be fitted: {error}"}
+        if not np.isfinite([small, large, share]).all():
+            return {"note": "the model cannot be fitted: its likelihood is not a number"}
+        statistic, added = max(0.0, 2 * (large - small)), effect.shape[1]
+        doubt = None if converged and larger_converged else "the fit did not converge"
+        p = float(chi2.sf(statistic, added))
+        return {"chi2": statistic, "added": added, "p": p, "fact_share": share, "note": doubt}
+
+    columns = {"chi2": pl.Float64, "added": pl.Int64, "p": pl.Float64, "fact_share": pl.Float64, "note": pl.String}
+    return by_sample(table, scores, columns, tested)
 
 
 def _lack(sample: RegressionData, effect: np.ndarray, interaction: bool) -> str | None:
@@ -123,19 +107,12 @@ def _design(sample: RegressionData, interaction: bool) -> tuple[np.ndarray, np.n
     return layer, effect[:, np.sum(effect**2, axis=0) > CONSTANT * sizes]
 
 
-@dataclass(frozen=True)
-class _Mixed:
-    """A fitted model with a random intercept per fact; share: of the variance between facts."""
-
-    likelihood: float
-    share: float
-    converged: bool
-
-
-def _mixed(sample: RegressionData, design: np.ndarray) -> _Mixed:
+def _mixed(sample: RegressionData, design: np.ndarray) -> tuple[float, float, bool]:
+    """Log-likelihood of a model with a random intercept per fact, the share of the variance that lies between facts,
+    and whether the fit converged."""
     with warnings.catch_warnings():
-        for about_equal_facts in (ConvergenceWarning, SingularMatrixWarning):
-            warnings.simplefilter("ignore", about_equal_facts)
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", SingularMatrixWarning)  # facts are about equal
         fitted = sm.MixedLM(sample.score, design, groups=sample.fact).fit(reml=False)
     between = float(np.asarray(fitted.cov_re)[0, 0])
-    return _Mixed(float(fitted.llf), between / (between + float(fitted.scale)), bool(fitted.converged))
+    return float(fitted.llf), between / (between + float(fitted.scale)), bool(fitted.converged)

@@ -1,8 +1,7 @@
 """Least squares of a score on the edited layer and on an effect, in closed form (docs/analysis.md, "The question").
 
-With the layer as a factor, every model splits into sums over layers: each layer has a mean of its own, and with the
-interaction a slope of its own. Columns that are constant within a layer add no slope, as R's ``lm`` drops them.
-"""
+With the layer as a factor, every model splits into sums over layers, each with a mean of its own, and with the
+interaction a slope of its own. Columns that are constant within a layer add no slope, as R's ``lm`` drops them."""
 
 from __future__ import annotations
 
@@ -17,14 +16,13 @@ Floats = NDArray[np.float64]
 Model = Literal["layer", "trace", "additive", "interaction"]
 
 CONSTANT = 1e-14
-"""A column whose squares within its layer sum up to less than this share of all is constant there (R: 1e-7, of
-lengths)."""
+"""The share of a column's squares within its layer below which it is constant there (R: 1e-7, of lengths)."""
 
 ROUNDING = 1e-12
-"""Numbers whose range is less than this share of the largest of them are the same, but for rounding."""
+"""The range of numbers, as a share of the largest, below which they are the same but for rounding."""
 
 EXACT = 1e-24
-"""Squares of residuals that sum up to less than this share of the scores' own are rounding, and no basis for a test."""
+"""The share of the scores' squares below which those of residuals are rounding, and no basis for a test."""
 
 
 def same(values: Floats) -> bool:
@@ -33,14 +31,13 @@ def same(values: Floats) -> bool:
 
 
 def around_mean(values: Floats) -> float:
-    """The sum of squares around the mean."""
     return float(np.sum((values - values.mean()) ** 2))
 
 
 @dataclass(frozen=True)
 class Fit:
-    """residuals: (n,); rank: of the design matrix, the constant included; total: the scores' squares around their
-    mean."""
+    """A model of n scores, and its errors in sample, over n. residuals: (n,); rank: of the design matrix,
+    the constant included; total: the scores' squares around their mean."""
 
     residuals: Floats
     rank: int
@@ -52,7 +49,6 @@ class Fit:
 
     @property
     def r2(self) -> float:
-        """The coefficient of determination."""
         return 1 - self.squares / self.total
 
     @property
@@ -62,17 +58,14 @@ class Fit:
 
     @property
     def freedom(self) -> int:
-        """Degrees of freedom that are left."""
         return len(self.residuals) - self.rank
 
     @property
     def rmse(self) -> float:
-        """Root mean squared error, in sample, over n."""
         return float(np.sqrt(np.mean(self.residuals**2)))
 
     @property
     def mae(self) -> float:
-        """Mean absolute error, in sample."""
         return float(np.mean(np.abs(self.residuals)))
 
 
@@ -104,25 +97,16 @@ def centred(values: Floats, layer: NDArray[np.int64], layers: int) -> Floats:
 EXPLAINED = "every score is explained exactly"
 
 
-@dataclass(frozen=True)
-class FTest:
-    """Whether the larger of two nested models explains more than chance would: ``anova`` of R. lack: why there is no
-    such test, where that is so."""
-
-    added: int
-    left: int
-    statistic: float | None = None
-    p: float | None = None
-    lack: str | None = None
-
-
-def f_test(small: Fit, large: Fit) -> FTest:
+def f_test(small: Fit, large: Fit) -> dict[str, float | str]:
+    """Whether the larger of two nested models explains more than chance would, R's ``anova``: f, f_added, f_left and p;
+    without f and p, but with the reason in ``lack``, where there is no such test."""
     added, left = large.rank - small.rank, large.freedom
+    freedom: dict[str, float | str] = {"f_added": added, "f_left": left}
     if added < 1:
-        return FTest(added, left, lack="nothing is added")
+        return {**freedom, "lack": "nothing is added"}
     if left < 1:
-        return FTest(added, left, lack="no degrees of freedom are left")
+        return {**freedom, "lack": "no degrees of freedom are left"}
     if large.exact:
-        return FTest(added, left, lack=EXPLAINED)
+        return {**freedom, "lack": EXPLAINED}
     statistic = (small.squares - large.squares) / added / (large.squares / left)
-    return FTest(added, left, statistic, float(f_distribution.sf(statistic, added, left)))
+    return {"f": statistic, **freedom, "p": float(f_distribution.sf(statistic, added, left))}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,25 +10,21 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from causalcone.analysis.scores import SCORES
-from causalcone.analysis.stats.least_squares import Fit, Floats, f_test, fit, same
-from causalcone.analysis.tables.traces import TableError
+from causalcone.analysis.scores import refuse_unknown_scores
+from causalcone.analysis.stats.least_squares import Fit, Floats, Model, f_test, fit, same
 
 GROUP = ["problem", "method", "window"]
 PREDICTORS = ("layer", "trace", "both")
 
-KEY_SCHEMA: dict[str, Any] = {"problem": pl.String, "method": pl.String, "window": pl.Int64, "score": pl.String}
-REGRESSION_SCHEMA: dict[str, Any] = {
+Columns = dict[str, Any]
+KEY_SCHEMA: Columns = {"problem": pl.String, "method": pl.String, "window": pl.Int64, "score": pl.String}
+F_SCHEMA: Columns = {"f": pl.Float64, "f_added": pl.Int64, "f_left": pl.Int64, "p": pl.Float64}
+REGRESSION_SCHEMA: Columns = {
     **KEY_SCHEMA,
-    "edits": pl.Int64,
-    "facts": pl.Int64,
-    "layers": pl.Int64,
+    **dict.fromkeys(("edits", "facts", "layers"), pl.Int64),
     **{f"r2_{name}": pl.Float64 for name in PREDICTORS},
     "diff": pl.Float64,
-    "f": pl.Float64,
-    "f_added": pl.Int64,
-    "f_left": pl.Int64,
-    "p": pl.Float64,
+    **F_SCHEMA,
     **{f"{error}_{name}": pl.Float64 for error in ("rmse", "mae") for name in PREDICTORS},
     "note": pl.String,
 }
@@ -62,20 +58,13 @@ class RegressionData:
     @property
     def notes(self) -> list[str]:
         """Why the regressions are less than they could be."""
-        notes = []
-        if len(self.layers) == 1:
-            notes.append(f"all edits are at layer {self.layers[0]}")
-        if len(self) and same(self.effect):
-            notes.append("the effect is the same for all edits")
-        return notes
+        notes = [f"all edits are at layer {layer}" for layer in self.layers if len(self.layers) == 1]
+        return notes + ["the effect is the same for all edits"] * (len(self) > 0 and same(self.effect))
 
 
 def samples(table: pl.DataFrame, names: Sequence[str] = ("rewrite",)) -> Iterator[RegressionData]:
-    """Data to explain: a sample for each problem, method, window, and score of ``names``; table: as
-    ``edits_with_effects`` returns it."""
-    unknown = [name for name in names if name not in SCORES]
-    if unknown or not names:
-        raise TableError(f"there are no scores {', '.join(unknown) or 'to explain'}; choose from {', '.join(SCORES)}")
+    """A sample of each problem, method, window and score of ``edits_with_effects``; ``TableError`` for other scores."""
+    refuse_unknown_scores(names, "explain")
     for key, group in table.group_by(GROUP, maintain_order=True):
         for name in names:
             edits = group.filter(pl.col(name).is_not_null() & pl.col("effect").is_not_null())
@@ -92,52 +81,36 @@ def samples(table: pl.DataFrame, names: Sequence[str] = ("rewrite",)) -> Iterato
 
 
 def regressions(table: pl.DataFrame, scores: Sequence[str] = ("rewrite",), *, interaction: bool = True) -> pl.DataFrame:
-    """Ordinary least squares of each score on the edited layer as a factor, on the effect there, and on both (Hase et
-    al. 2023, Tables 2-8): one row per problem, method, window and score, with ``REGRESSION_SCHEMA``'s columns.
+    """Ordinary least squares of each score on the edited layer as a factor, on the effect there, and on both, with
+    interaction or without (Hase et al. 2023, Tables 2-8): a row per problem, method, window and score of
+    ``edits_with_effects``. diff: r2_both - r2_layer; f, f_added, f_left, p: the F-test of both against the layer alone;
+    rmse and mae: in sample, over n. Where a score is the same for all edits, or no edit has it, there are no
+    coefficients, and ``note`` says why; it also names a single layer, and effects that do not vary."""
+    return by_sample(table, scores, REGRESSION_SCHEMA, lambda sample: _row(sample, interaction))
 
-    ``table`` is as ``edits_with_effects`` returns it. ``interaction``: both with their interaction, as published, or
-    without. r2_layer, r2_trace, r2_both: the coefficients of determination; diff: r2_both - r2_layer; f, f_added,
-    f_left, p: the F-test of both against the layer alone and its degrees of freedom; rmse and mae: in sample, over n.
-    Where a score is the same for all edits, or no edit has it, there are no coefficients, and ``note`` says why; it
-    also names a single layer, and effects that do not vary. Raises ``TableError`` for unknown scores.
-    """
-    rows = [_row(sample, interaction) for sample in samples(table, scores)]
-    return pl.DataFrame(rows, schema=REGRESSION_SCHEMA)
+
+def by_sample(
+    table: pl.DataFrame, scores: Sequence[str], columns: Columns, row: Callable[[RegressionData], dict[str, Any]]
+) -> pl.DataFrame:
+    """Rows of columns besides the key, one for each sample; columns that a row lacks are null."""
+    rows = [{**sample.key, **row(sample)} for sample in samples(table, scores)]
+    return pl.DataFrame(rows, schema=KEY_SCHEMA | columns)
 
 
 def fits(sample: RegressionData, interaction: bool = True) -> dict[str, Fit]:
-    """The three models of a sample."""
-    both = "interaction" if interaction else "additive"
-    return {
-        "layer": fit(sample.score, sample.effect, sample.layer, "layer"),
-        "trace": fit(sample.score, sample.effect, sample.layer, "trace"),
-        "both": fit(sample.score, sample.effect, sample.layer, both),  # type: ignore[arg-type]
-    }
+    """The models of a sample by ``PREDICTORS``."""
+    models: tuple[Model, ...] = ("layer", "trace", "interaction" if interaction else "additive")
+    fitted = (fit(sample.score, sample.effect, sample.layer, model) for model in models)
+    return dict(zip(PREDICTORS, fitted, strict=True))
 
 
 def _row(sample: RegressionData, interaction: bool) -> dict[str, Any]:
-    row = {
-        **sample.key,
-        "edits": len(sample),
-        "facts": len(sample.facts),
-        "layers": len(sample.layers),
-    }
+    row = {"edits": len(sample), "facts": len(sample.facts), "layers": len(sample.layers)}
     if sample.lack is not None:
         return {**row, "note": sample.lack}
     models = fits(sample, interaction)
     test = f_test(models["layer"], models["both"])
-    notes = sample.notes
-    if test.lack is not None:
-        notes.append(f"there is no F-test: {test.lack}")
-    return {
-        **row,
-        **{f"r2_{name}": model.r2 for name, model in models.items()},
-        "diff": models["both"].r2 - models["layer"].r2,
-        "f": test.statistic,
-        "f_added": test.added,
-        "f_left": test.left,
-        "p": test.p,
-        **{f"rmse_{name}": model.rmse for name, model in models.items()},
-        **{f"mae_{name}": model.mae for name, model in models.items()},
-        "note": "; ".join(notes) or None,
-    }
+    notes = [*sample.notes, *([f"there is no F-test: {test.pop('lack')}"] if "lack" in test else [])]
+    errors = {f"{of}_{name}": getattr(model, of) for of in ("r2", "rmse", "mae") for name, model in models.items()}
+    diff = models["both"].r2 - models["layer"].r2
+    return {**row, **errors, "diff": diff, **test, "note": "; ".join(notes) or None}

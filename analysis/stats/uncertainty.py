@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from causalcone.analysis.stats.least_squares import CONSTANT, EXACT, EXPLAINED, Floats, around_mean, same
-from causalcone.analysis.stats.regressions import KEY_SCHEMA, PREDICTORS, RegressionData, samples
+from causalcone.analysis.stats.regressions import KEY_SCHEMA, PREDICTORS, RegressionData, by_sample, samples
 
 _STATISTICS = (*(f"r2_{name}" for name in PREDICTORS), "diff")
 _AT_ONCE = 200
@@ -26,22 +26,20 @@ def bootstrap(
     seed: int = 0,
 ) -> pl.DataFrame:
     """Intervals of ``regressions``' coefficients of determination by the bootstrap over facts: facts are drawn with
-    replacement, each with all of its edits, and the percentiles of ``draws`` such samples are given.
+    replacement, each with all of its edits, and the percentiles of ``draws`` such samples are given, as columns _low,
+    _high; null where there is nothing to explain. Both ends of diff's interval are positive by construction: adding a
+    predictor never explains less (see ``permutation_test`` for what chance alone adds)."""
+    ends = {"low": (1 - level) / 2, "high": (1 + level) / 2}
 
-    One row per problem, method, window and score; for each of r2_layer, r2_trace, r2_both and diff the columns _low and
-    _high. Null where there is nothing to explain. Both ends of diff's interval are positive by construction: adding a
-    predictor never explains less (see ``permutation_test`` for what chance alone adds).
-    """
-    rows = []
-    for sample in samples(table, scores):
-        row = dict(sample.key)
-        if sample.lack is None:
-            drawn = _resampled(sample, interaction, draws, np.random.default_rng(seed))
-            for name, values in drawn.items():
-                ends = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
-                row |= {f"{name}_low": float(ends[0]), f"{name}_high": float(ends[1])}
-        rows.append(row)
-    return pl.DataFrame(rows, schema=_schema([f"{name}_{end}" for name in _STATISTICS for end in ("low", "high")]))
+    def intervals(sample: RegressionData) -> dict[str, float]:
+        if sample.lack is not None:
+            return {}
+        drawn = _resampled(sample, interaction, draws, np.random.default_rng(seed))
+        quantiles = {name: np.nanquantile(values, [*ends.values()]).tolist() for name, values in drawn.items()}
+        return {f"{name}_{end}": quantiles[name][number] for name in drawn for number, end in enumerate(ends)}
+
+    columns = [f"{name}_{end}" for name in _STATISTICS for end in ends]
+    return by_sample(table, scores, dict.fromkeys(columns, pl.Float64), intervals)
 
 
 def permutation_test(
@@ -55,22 +53,21 @@ def permutation_test(
     """Tests whether tracing adds nothing to the layer: the facts' effects, each fact's over all layers together, are
     exchanged between facts, which keeps what the layer explains and breaks what a fact's own effects do.
 
-    One row per problem, method, window and score: ``diff``, its mean over ``draws`` exchanges (``chance``), and ``p``,
-    the share of exchanges, the sample itself counted as one, that add at least as much. Only facts with edits and
-    effects at all layers take part (``facts``), and ``diff`` is that of their edits. Null, with the reason in ``note``,
-    where these are fewer than two or less than half of all facts, or there is nothing to explain.
-    """
-    rows = []
-    for sample in samples(table, scores):
-        row = dict(sample.key)
+    A row has ``diff``, its mean over ``draws`` exchanges (``chance``), and ``p``, the share of exchanges, the sample
+    counted as one, that add at least as much. Only facts with edits and effects at all layers take part (``facts``);
+    ``diff`` is that of their edits. Null, with the reason in ``note``, where these are fewer than two or less than half
+    of all facts, or there is nothing to explain."""
+
+    def tested(sample: RegressionData) -> dict[str, Any]:
         score, effect = _squares(sample)
-        row |= {"facts": len(score), "note": _no_exchange(sample, score)}
-        if row["note"] is None:
-            diff, others = _exchanged(score, effect, interaction, draws, np.random.default_rng(seed))
-            at_least = np.count_nonzero(others >= diff * (1 - 1e-12))
-            row |= {"diff": diff, "chance": float(others.mean()), "p": (1 + at_least) / (1 + draws)}
-        rows.append(row)
-    return pl.DataFrame(rows, schema={**_schema(["diff", "chance", "p"]), "facts": pl.Int64, "note": pl.String})
+        if lack := _no_exchange(sample, score):
+            return {"facts": len(score), "note": lack}
+        diff, others = _exchanged(score, effect, interaction, draws, np.random.default_rng(seed))
+        p = (1 + np.count_nonzero(others >= diff * (1 - 1e-12))) / (1 + draws)
+        return {"facts": len(score), "diff": diff, "chance": float(others.mean()), "p": p}
+
+    columns = {**dict.fromkeys(("diff", "chance", "p"), pl.Float64), "facts": pl.Int64, "note": pl.String}
+    return by_sample(table, scores, columns, tested)
 
 
 def _no_exchange(sample: RegressionData, score: Floats) -> str | None:
@@ -87,39 +84,32 @@ def _no_exchange(sample: RegressionData, score: Floats) -> str | None:
 
 def left_out_layers(table: pl.DataFrame, scores: Sequence[str] = ("rewrite",)) -> pl.DataFrame:
     """Prediction of the scores at a layer from the edits at all others: by their mean, and by the regression on the
-    effect. A layer that was not seen has no mean of its own.
-
-    One row per problem, method, window, score and layer left out: ``edits``, ``rmse_mean``, ``rmse_trace``; and a last
-    row of all layers together, whose layer is null. Null where all edits are at one layer.
-    """
+    effect. A row per layer left out, and a last one of all layers together, whose layer is null; errors are null where
+    all edits are at one layer."""
     rows = []
     for sample in samples(table, scores):
         key = sample.key
         if sample.lack is not None or len(sample.layers) < 2:
-            rows.append({**key, "layer": None, "edits": len(sample), "rmse_mean": None, "rmse_trace": None})
+            rows.append({**key, "edits": len(sample)})
             continue
         errors = []
         for number, layer in enumerate(sample.layers):
             left_out = sample.layer == number
-            mean, trace = _predicted(sample, left_out)
-            errors.append(np.stack([sample.score[left_out] - mean, sample.score[left_out] - trace]))
+            errors.append(sample.score[left_out] - _predicted(sample, left_out))
             rows.append({**key, "layer": layer, **_errors(errors[-1])})
-        rows.append({**key, "layer": None, **_errors(np.concatenate(errors, axis=1))})
-    schema = {**_schema([]), "layer": pl.Int64, "edits": pl.Int64, "rmse_mean": pl.Float64, "rmse_trace": pl.Float64}
-    return pl.DataFrame(rows, schema=schema)
+        rows.append({**key, **_errors(np.concatenate(errors, axis=1))})
+    columns = {"layer": pl.Int64, "edits": pl.Int64, "rmse_mean": pl.Float64, "rmse_trace": pl.Float64}
+    return pl.DataFrame(rows, schema=KEY_SCHEMA | columns)
 
 
-def _schema(columns: Sequence[str]) -> dict[str, Any]:
-    return {**KEY_SCHEMA, **dict.fromkeys(columns, pl.Float64)}
-
-
-def _predicted(sample: RegressionData, left_out: np.ndarray) -> tuple[float, Floats]:
-    """Scores of the edits that are ``left_out`` as the others predict them: their mean, and by the regression."""
+def _predicted(sample: RegressionData, left_out: np.ndarray) -> Floats:
+    """Scores of the edits that are left out as the others predict them, by their mean and by the regression: (2, n)."""
     score, effect = sample.score[~left_out], sample.effect[~left_out]
     mean, around = float(score.mean()), effect - effect.mean()
     spread = float(around @ around)
     slope = float(around @ (score - mean)) / spread if spread > CONSTANT * float(effect @ effect) else 0.0
-    return mean, mean + slope * (sample.effect[left_out] - effect.mean())
+    trace = mean + slope * (sample.effect[left_out] - effect.mean())
+    return np.stack([np.full_like(trace, mean), trace])
 
 
 def _errors(errors: np.ndarray) -> dict[str, Any]:

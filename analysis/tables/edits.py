@@ -6,11 +6,11 @@ import polars as pl
 
 from causalcone.analysis.tables.traces import (
     Schema,
-    TableError,
     TraceSource,
     checked_probabilities,
     in_words,
     polars_schema,
+    refuse,
     table_parts,
 )
 from causalcone.engine import schemas
@@ -20,6 +20,7 @@ PROBE_SCHEMA = polars_schema(schemas.PROBE_SCHEMA)
 METRIC_SCHEMA = polars_schema(schemas.METRIC_SCHEMA)
 
 _PROBE = ["edit_id", "prompt_kind", "prompt_index"]
+_ADVICE = "; give such an edit the status 'failed'"
 _PROBABILITIES = ("p_pre", "p_post", "p_pre_other", "p_post_other")
 
 
@@ -30,30 +31,27 @@ def read_edits(source: TraceSource) -> pl.DataFrame:
         source: any that ``read_traces`` takes.
 
     Returns:
-        A frame with the columns of ``EDIT_SCHEMA``; further ones are kept. ``status`` is "done" or "failed", and then
-        ``reason`` says why.
+        The columns of ``EDIT_SCHEMA``; further ones are kept. ``reason`` says why where ``status`` is "failed".
 
     Raises:
         TableError: files cannot be read, columns are missing, another status, or an edit occurs twice.
     """
     edits = _read(source, EDIT_SCHEMA, "table of edits", ["edit_id"])
-    strange = edits.filter(pl.col("status").is_in(["done", "failed"]).not_().fill_null(True))
-    if strange.height:
-        edit, status = strange.select("edit_id", "status").row(0)
-        raise TableError(f"edit {edit!r} has the status {status!r}; it must be 'done' or 'failed'")
-    return edits
+    others = edits.filter(pl.col("status").is_in(["done", "failed"]).not_().fill_null(True))
+    return refuse(others, "edit {edit_id!r} has the status {status!r}; it must be 'done' or 'failed'", edits)
 
 
 def read_probes(source: TraceSource) -> pl.DataFrame:
     """Read a table of probes, one row per prompt of an edit (docs/results.md, "probes").
 
+    ``p_pre`` and ``p_post`` are the probabilities of the problem's target before and after the edit, ``p_pre_other``
+    and ``p_post_other`` those of the other target; null where there are none.
+
     Args:
         source: any that ``read_traces`` takes.
 
     Returns:
-        A frame with the columns of ``PROBE_SCHEMA``; further ones are kept. ``prompt_kind`` is rewrite, paraphrase,
-        neighborhood or attribute, ``p_pre`` and ``p_post`` are the probabilities of the problem's target before and
-        after the edit, ``p_pre_other`` and ``p_post_other`` those of the other target; null where there are none.
+        The columns of ``PROBE_SCHEMA``; further ones are kept.
 
     Raises:
         TableError: files cannot be read, columns are missing, or a row occurs twice.
@@ -68,8 +66,7 @@ def read_metrics(source: TraceSource) -> pl.DataFrame:
         source: any that ``read_traces`` takes.
 
     Returns:
-        A frame with the columns of ``METRIC_SCHEMA``; further ones are kept. ``pre`` and ``post`` are means over the
-        edit's prompts or texts, before and after it.
+        The columns of ``METRIC_SCHEMA``, means over prompts or texts; further ones are kept.
 
     Raises:
         TableError: files cannot be read, columns are missing, or a row occurs twice.
@@ -78,7 +75,6 @@ def read_metrics(source: TraceSource) -> pl.DataFrame:
 
 
 def finished(edits: pl.DataFrame) -> pl.DataFrame:
-    """The edits that did not fail."""
     return edits.filter(pl.col("status") == "done")
 
 
@@ -86,24 +82,17 @@ def checked_metrics(metrics: pl.DataFrame) -> pl.DataFrame:
     """``metrics`` as they are; ``TableError`` names the first without a number. After an edit, one may be infinite."""
     pre, post = pl.col("pre"), pl.col("post")
     wrong = metrics.filter(pre.is_nan() | pre.is_infinite() | post.is_nan())
-    if wrong.height:
-        row = wrong.row(0, named=True)
-        raise TableError(
-            f"edit {row['edit_id']!r}: {row['metric']} is {row['pre']} before and {row['post']} after the edit; "
-            "give such an edit the status 'failed'"
-        )
-    return metrics
+    return refuse(
+        wrong, f"edit {{edit_id!r}}: {{metric}} is {{pre}} before and {{post}} after the edit{_ADVICE}", metrics
+    )
 
 
 def checked_probes(probes: pl.DataFrame) -> pl.DataFrame:
     """``checked_probabilities`` of probes."""
-    return checked_probabilities(probes, _PROBABILITIES, _PROBE, "; give such an edit the status 'failed'")
+    return checked_probabilities(probes, _PROBABILITIES, _PROBE, _ADVICE)
 
 
 def _read(source: TraceSource, schema: Schema, name: str, key: list[str]) -> pl.DataFrame:
     frame = pl.concat(table_parts(source, schema, name), how="diagonal")
     repeated = frame.filter(frame.select(key).is_duplicated())
-    if repeated.height:
-        first = in_words(repeated.select(key).row(0, named=True))
-        raise TableError(f"the {name} holds rows more than once, the first: {first}")
-    return frame
+    return refuse(repeated, f"the {name} holds rows more than once, the first: {in_words(key)}", frame)

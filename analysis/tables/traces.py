@@ -27,6 +27,7 @@ def polars_schema(schema: pa.Schema) -> Schema:
 TRACE_SCHEMA = polars_schema(schemas.TRACE_SCHEMA)
 GRADIENT_SCHEMA = polars_schema(schemas.GRADIENT_SCHEMA)
 
+State: TypeAlias = tuple[str, str, int]
 STATE = ["method", "kind", "window"]
 IDENTITY = ["fact_id", *STATE, "layer", "token"]
 
@@ -53,13 +54,13 @@ class TableError(CausalconeError):
 def read_traces(source: TraceSource) -> pl.DataFrame:
     """Read a traces table. One row is one restored or zeroed state of one fact (docs/results.md, "traces").
 
+    Layers and tokens count from 0, the subject is the half-open token range ``subject_start`` to ``subject_end``.
+
     Args:
-        source: an Arrow table or record batch, a polars frame, a Parquet file, or a folder of Parquet files (searched
-            in depth, read in the order of their names).
+        source: an Arrow or polars table, a Parquet file, or a folder of such (in depth, in the order of their names).
 
     Returns:
-        A frame with the columns of ``TRACE_SCHEMA``; further ones are kept. Probabilities are in [0, 1], layers and
-        tokens count from 0, the subject is the half-open token range ``subject_start`` to ``subject_end``.
+        The columns of ``TRACE_SCHEMA``, with probabilities in [0, 1]; further ones are kept.
 
     Raises:
         TableError: files cannot be read, columns are missing, a number is not a probability, or a state occurs twice.
@@ -70,10 +71,15 @@ def read_traces(source: TraceSource) -> pl.DataFrame:
 def once(traces: pl.DataFrame) -> pl.DataFrame:
     """``traces`` as they are; ``TableError`` names the first state that occurs twice, and so would weigh double."""
     repeated = traces.filter(traces.select(IDENTITY).is_duplicated())
-    if repeated.height:
-        first = in_words(repeated.select(IDENTITY).row(0, named=True))
-        raise TableError(f"{repeated.height} rows are of states that occur more than once, the first: {first}")
-    return traces
+    rows = f"{repeated.height} rows are of states that occur more than once"
+    return refuse(repeated, f"{rows}, the first: {in_words(IDENTITY)}", traces)
+
+
+def refuse(rows: pl.DataFrame, complaint: str, table: pl.DataFrame | None = None) -> pl.DataFrame:
+    """``TableError`` of the first of some rows, whose values the complaint names; the table where there are none."""
+    if rows.height:
+        raise TableError(complaint.format(**rows.row(0, named=True)))
+    return rows if table is None else table
 
 
 def trace_parts(source: TraceSource) -> Iterator[pl.DataFrame]:
@@ -88,12 +94,9 @@ def checked_probabilities(
     """``frame`` with what rounding put above 1 at 1; ``TableError`` names the first number that is not a probability,
     by the row's ``identity``. Nulls may stay."""
     for column in columns:
-        value = pl.col(column)
-        wrong = frame.filter(value.is_nan() | (value < 0) | (value > 1 + _ROUNDING))
-        if wrong.height:
-            row = wrong.row(0, named=True)
-            where = in_words({name: row[name] for name in identity})
-            raise TableError(f"{where}: {column} is {row[column]}, which is not a probability{advice}")
+        wrong = pl.col(column).is_nan() | (pl.col(column) < 0) | (pl.col(column) > 1 + _ROUNDING)
+        complaint = f"{in_words(identity)}: {column} is {{{column}}}, which is not a probability{advice}"
+        refuse(frame.filter(wrong), complaint)
     return frame.with_columns(pl.col(columns).clip(upper_bound=1))
 
 
@@ -103,9 +106,13 @@ def one_of(name: str, value: object, known: Sequence[str]) -> None:
         raise TableError(f"{name} is {value!r}; choose from {', '.join(known)}")
 
 
-def in_words(row: dict[str, object]) -> str:
-    """Names and values of a row's columns."""
-    return ", ".join(f"{name} {value}" for name, value in row.items())
+def rows_of(frame: pl.DataFrame, state: State) -> pl.DataFrame:
+    return frame.filter(**dict(zip(STATE, state, strict=True)))
+
+
+def in_words(columns: Sequence[str]) -> str:
+    """Names and values of a row's columns, for ``refuse``."""
+    return ", ".join(f"{name} {{{name}}}" for name in columns)
 
 
 def read_gradients(source: TraceSource) -> pl.DataFrame:
@@ -115,7 +122,7 @@ def read_gradients(source: TraceSource) -> pl.DataFrame:
         source: any that ``read_traces`` takes.
 
     Returns:
-        A frame with the columns of ``GRADIENT_SCHEMA``; further ones are kept.
+        The columns of ``GRADIENT_SCHEMA``; further ones are kept.
 
     Raises:
         TableError: files cannot be read, or columns are missing.
@@ -137,10 +144,9 @@ def single_tokens(traces: pl.DataFrame) -> pl.DataFrame:
 def with_roles(table: TraceSource) -> pl.DataFrame:
     """The rows of a traces table by the role of their token (docs/methods.md, "What follows from the tables").
 
-    A token can have several roles, and its row then occurs once for each: a subject of one token is both its first
-    and its last; a single token after the subject is both the first subsequent and the last; the last subject token
-    of a prompt that ends in its subject is also the last. Tokens before the subject, and rows about several tokens
-    together, have no role and are left out.
+    A row occurs once for each role of its token: a subject of one token is both its first and its last, a single token
+    after it both the first subsequent and the last, the last subject token of a prompt that ends there also the last.
+    Tokens before the subject, and rows about several tokens together, have no role and are left out.
 
     Args:
         table: traces, as ``read_traces`` takes them.

@@ -31,7 +31,7 @@ from causalcone.engine.plan.interventions import (
     Overwrites,
     given,
 )
-from causalcone.engine.run.runner import Result, Trial
+from causalcone.engine.run.runner import Trial
 from causalcone.engine.run.session import Session
 from causalcone.engine.schemas import GRADIENT_SCHEMA
 
@@ -118,15 +118,17 @@ class GradientRun(FactsRun):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Norm, total and gap of the states ``at`` (states, 3) these sites, layers and tokens."""
         (J, states, hidden), change = baseline.shape, clean - baseline
-        points, weights = quadrature(self.spec.steps)
+        points, weights = np.polynomial.legendre.leggauss(self.spec.steps)  # of (-1, 1), and the path is (0, 1)
         # the baseline itself is a point of no weight: its p is the lower end of the difference to be explained
-        along = torch.from_numpy(np.append(points, 0.0))[:, None, None]
+        along = torch.from_numpy(np.append((points + 1) / 2, 0.0))[:, None, None]
         lines = (baseline[:, state] + along * change[:, state] for state in range(states))
         vectors = tuple(line.flatten(0, 1).to(self.session.dtype) for line in lines)
-        result = self._run(fact, at, vectors)
+        shape = Shape(len(fact.tokens), (0, 0), (target_tokens(fact),))
+        trial = Trial(fact.fact.id, (fact.tokens,), fact.target, shape, runs_along(at), vectors)
+        ((_, result),) = self.session.run([trial], len(vectors[0]), gradient=True)
 
         none = torch.zeros(len(along) * J, hidden)  # of states that nothing read out depends on
-        of_points = torch.from_numpy(np.append(weights, 0.0))
+        of_points = torch.from_numpy(np.append(weights / 2, 0.0))
         p = torch.from_numpy(np.exp(result.log_p)).unflatten(0, (len(along), J))
         gradients = (result.gradients.get(state, none).unflatten(0, (len(along), J)) for state in range(states))
         # of log p by now, which no dtype is too narrow for; dp = p dlog p
@@ -142,13 +144,6 @@ class GradientRun(FactsRun):
         gap = total - (p[0, 0, CLEAN] - p[-1, :, 1:].mean(0))
         return attribution.norm(dim=-1).numpy(), total.numpy(), gap.numpy()
 
-    def _run(self, fact: EncodedFact, at: np.ndarray, vectors: tuple[Tensor, ...]) -> Result:
-        """Each state set to its vectors (points, hidden), in a run of its own."""
-        shape = Shape(len(fact.tokens), (0, 0), (target_tokens(fact),))
-        trial = Trial(fact.fact.id, (fact.tokens,), fact.target, shape, runs_along(at), vectors)
-        ((_, result),) = self.session.run([trial], len(vectors[0]), gradient=True)
-        return result
-
 
 def integrated_states(kinds: Sequence[str], depth: int, tokens: Sequence[int]) -> np.ndarray:
     """(states, 3): site, layer and token of each."""
@@ -163,9 +158,3 @@ def runs_along(at: np.ndarray) -> Experiment:
     runs, (site, layer, token) = np.arange(states), at.T
     overwrites = Overwrites.of(site, layer, layer + 1, runs + 1, token, given(runs))
     return Experiment((Base(),), np.full(states, CLEAN), overwrites, varying_vectors=(True,) * states)
-
-
-def quadrature(steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Points in (0, 1) and weights (steps,) of Gauss-Legendre quadrature."""
-    points, weights = np.polynomial.legendre.leggauss(steps)
-    return (points + 1) / 2, weights / 2

@@ -27,8 +27,7 @@ Chosen = str | tuple[int, ...]
 
 
 class TraceOptions(TypedDict, total=False):
-    """Options of ``Tracer.trace``, ``stream`` and ``plan`` besides facts and states; ``TraceSpec`` says what they mean
-    and what they are by default."""
+    """Options of ``Tracer.trace``, ``stream`` and ``plan``, whose meanings and defaults are those of ``TraceSpec``."""
 
     samples: int
     sigma: float | str
@@ -148,8 +147,7 @@ class ZeroSpec(CheckedSpec):
 
 
 class GradientOptions(TypedDict, total=False):
-    """Options of ``Tracer.integrated_gradients`` besides facts and kinds; ``GradientSpec`` says what they mean and what
-    they are by default."""
+    """Options of ``Tracer.integrated_gradients``, whose meanings and defaults are those of ``GradientSpec``."""
 
     steps: int
     baseline: Baseline

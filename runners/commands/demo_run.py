@@ -17,7 +17,7 @@ from causalcone.engine.localize.tracer import Tracer
 from causalcone.runners.commands.analysis_run import write_page
 from causalcone.runners.demo.model import demo_model
 from causalcone.runners.show.edit_tables import best_sentences, rewrite_tables, scores_of
-from causalcone.runners.show.figures import draw_gradients, draw_scores, draw_severed, draw_traces, draw_zeroing
+from causalcone.runners.show.figures import draw_gradients, draw_scores, draw_table, draw_traces
 from causalcone.runners.show.tables import effect_tables, find_sites, severed_sentence, zeroing_sentence
 from causalcone.runners.sweep.config import load_sweep
 from causalcone.runners.sweep.driver import Driver, SweepSummary
@@ -43,8 +43,8 @@ def run_demo(out: Path, facts: int, edits: int, console: Console, overwrite: boo
     if finished.computed or not (out / PAGE).exists():  # which is written last
         known, _ = read_facts(sweep)
         draw_traces(out, _first(out / TRACES), table=TRACES)
-        draw_severed(out)
-        draw_zeroing(out, ZEROED)
+        draw_table(out, "severed")
+        draw_table(out, "zeroing", ZEROED)
         draw_gradients(out, _first(out / GRADIENTS), known, Tracer(model, tokenizer))
         draw_scores(out, scores_of(out, "mean", essence=True))
     show(out, console)

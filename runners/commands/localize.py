@@ -75,13 +75,13 @@ def zero(
     """
     from causalcone.analysis.layer_effects import zeroing_curve
     from causalcone.runners.commands.localize_runs import prepare_zeroing
-    from causalcone.runners.show.figures import draw_zeroing
+    from causalcone.runners.show.figures import draw_table
     from causalcone.runners.show.tables import layer_tables
 
     prepare_zeroing(source, zeroing).carry_out(
         output,
-        lambda path: layer_tables(zeroing_curve(path), "Share of p(target) lost by zeroing", ".3f"),
-        lambda _: draw_zeroing(output.out) if plot else [],
+        lambda path: layer_tables(zeroing_curve(path), "Share of p(target) lost by zeroing", "z.3f"),
+        lambda _: draw_table(output.out, "zeroing") if plot else [],
     )
 
 

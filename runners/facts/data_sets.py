@@ -28,9 +28,8 @@ class DataSet:
                 f"the data set {name!r} needs the package datasets (pip install 'causalcone[datasets]'); "
                 "without it, give a file"
             ) from None
-        return cls(
-            name, config, split, _read(name, split, lambda: load_dataset(name, config, split=split, streaming=True))
-        )
+        rows = _read(name, split, lambda: load_dataset(name, config, split=split, streaming=True))
+        return cls(name, config, split, rows)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         rows = iter(self.rows)

@@ -8,10 +8,9 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
@@ -32,8 +31,7 @@ class ResultError(CausalconeError):
 
 
 def refuse_occupied(path: str | os.PathLike[str], overwrite: bool) -> None:
-    """Raise ``ResultError`` for a folder that no results can be written to: a file, another run's, unless that is to be
-    overwritten, or one with files of another origin."""
+    """``ResultError`` for a file, files of another origin, and another run unless that is to be overwritten."""
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ResultError(f"{path} is a file; name a folder to write results to")
@@ -50,19 +48,18 @@ class ResultFolder:
     def __init__(self, path: str | os.PathLike[str], configuration: Mapping[str, Any], overwrite: bool = False) -> None:
         self.path = Path(path)
         self.configuration = {**configuration, "versions": versions()}
-        try:
-            self._make_ready(overwrite)
-        except OSError as error:
-            raise ResultError(f"cannot write to {self.path}: {_reason(error)}") from error
+        with writing(f"to {self.path}"):
+            refuse_occupied(self.path, overwrite)
+            clear(self.path, _NAMES)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._write_run("running")
 
     def __enter__(self) -> ResultFolder:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         """Record it where the run ended early."""
-        if error is not None:
+        if kind is not None:
             with suppress(OSError):  # of the two errors, the one that ended the run is shown
                 self._write_run("stopped")
 
@@ -72,16 +69,8 @@ class ResultFolder:
 
     def finish(self, **results: Any) -> None:
         """Record that everything asked for is there."""
-        try:
+        with writing(f"to {self.path}", "; its tables are whole"):
             self._write_run("complete", results=results)
-        except OSError as error:
-            raise ResultError(f"cannot write to {self.path}: {_reason(error)}; its tables are whole") from error
-
-    def _make_ready(self, overwrite: bool) -> None:
-        refuse_occupied(self.path, overwrite)
-        clear(self.path, _NAMES)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._write_run("running")
 
     def _write_run(self, status: str, **results: Any) -> None:
         text = json.dumps({**self.configuration, "status": status, **results}, indent=1)
@@ -89,11 +78,9 @@ class ResultFolder:
 
 
 class TableWriter:
-    """Appends record batches to ``folder`` as files ``part-00000.parquet`` and so on, each written whole or not at all.
-
-    A part is closed every ``PART_ROWS`` rows or ``PART_SECONDS`` seconds (later ``PART_SHARE`` of the time so far, so
-    that long runs do not leave thousands of files), and at the end whatever ended it: what was finished stays readable.
-    """
+    """Appends record batches to ``folder`` as files ``part-00000.parquet`` and so on, each written whole or not at all:
+    every ``PART_ROWS`` rows or ``PART_SECONDS`` seconds (later ``PART_SHARE`` of the time so far, so that long runs do
+    not leave thousands of files), and at the end whatever ended it: what was finished stays readable."""
 
     def __init__(self, folder: Path, schema: pa.Schema, notes: Mapping[str, Any]) -> None:
         self.folder, self.schema, self.notes = folder, schema, notes
@@ -102,15 +89,11 @@ class TableWriter:
         self._started = self._since = time.monotonic()
 
     def __enter__(self) -> TableWriter:
-        try:
+        with writing(f"to {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ResultError(f"cannot write to {self.folder}: {_reason(error)}") from error
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.flush()
 
     def write(self, batch: pa.RecordBatch) -> None:
@@ -126,11 +109,8 @@ class TableWriter:
             return
         table = pa.Table.from_batches(self._held).cast(self.schema)
         path = self.folder / f"part-{self.parts:05}.parquet"
-        try:
-            with replacing(path) as partial:
-                write_part(table, self.notes, partial)
-        except OSError as error:
-            raise ResultError(f"cannot write {path}: {_reason(error)}; finished parts are kept") from error
+        with writing(path, "; finished parts are kept"), replacing(path) as partial:
+            write_part(table, self.notes, partial)
         self._held.clear()
         self.parts += 1
         self.rows += len(table)
@@ -142,10 +122,14 @@ def write_part(table: pa.Table, notes: Mapping[str, Any], sink: Path | pa.Native
     pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
 
 
-def _reason(error: OSError) -> str:
-    """The system's message, with the file if it names one."""
-    reason = error.strerror or str(error)
-    return f"{reason} ({error.filename})" if error.filename else reason
+@contextmanager
+def writing(target: str | Path, rest: str = "") -> Iterator[None]:
+    """Raises ``ResultError`` where the system cannot write to a target, with its message and the file that it names."""
+    try:
+        yield
+    except OSError as error:
+        file = f" ({error.filename})" if error.filename else ""
+        raise ResultError(f"cannot write {target}: {error.strerror or error}{file}{rest}") from error
 
 
 def clear(folder: Path, names: Iterable[str]) -> None:

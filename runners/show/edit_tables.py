@@ -41,8 +41,7 @@ def metrics_of(folder: Path, accuracy: bool, generation: bool) -> list[Table]:
 
 
 def score_tables(table: pl.DataFrame) -> list[Table]:
-    """Mean scores by layer, a table for each method and window; the best layer by each score in bold. ``table`` is what
-    ``analysis.scores`` gives."""
+    """Mean ``analysis.scores`` by layer, a table for each method and window; the best layer by each score in bold."""
     means = mean_scores(table).filter(pl.col("n") > 0)
     tables = []
     for method, window in _settings(table):
@@ -50,9 +49,8 @@ def score_tables(table: pl.DataFrame) -> list[Table]:
         facts = table.filter(method=method, window=window)["fact_id"].n_unique()
         names = [name for name in _SHOWN if not means_of.filter(score=name).is_empty()]
         rows = {name: _by_layer(means_of.filter(score=name), "mean") for name in names}
-        shown = new_table(
-            f"{_heading(method, window)}: mean scores of {facts} facts by layer", "layer", *map(words, names)
-        )
+        title = f"{_heading(method, window)}: mean scores of {facts} facts by layer"
+        shown = new_table(title, "layer", *map(words, names))
         for layer in means_of["layer"].unique().sort():
             shown.add_row(str(layer), *(_cell(rows[name], layer) for name in names))
         if names:
@@ -61,17 +59,15 @@ def score_tables(table: pl.DataFrame) -> list[Table]:
 
 
 def rewrite_tables(table: pl.DataFrame) -> list[Table]:
-    """The mean rewrite score by layer (columns), a table for each problem, with a row for each method and window, whose
-    best layer is bold. ``table`` is what ``analysis.scores`` gives."""
+    """Mean rewrite scores by layer, a table for each problem; the best layer of each method and window in bold."""
     means = mean_scores(table).filter(pl.col("n") > 0, score="rewrite")
     tables = []
     for problem in in_order(means)["problem"].unique(maintain_order=True):
         posed = in_order(means.filter(problem=problem))
         facts = table.filter(problem=problem)["fact_id"].n_unique()
         layers = posed["layer"].unique().sort().to_list()
-        shown = new_table(
-            f"{heading(problem)}: mean rewrite score of {facts} facts by layer", "method", *map(str, layers)
-        )
+        title = f"{heading(problem)}: mean rewrite score of {facts} facts by layer"
+        shown = new_table(title, "method", *map(str, layers))
         for method, window in _settings(posed):
             row = _by_layer(posed.filter(method=method, window=window), "mean")
             shown.add_row(method_name(method, window), *(_cell(row, layer) for layer in layers))
@@ -80,8 +76,7 @@ def rewrite_tables(table: pl.DataFrame) -> list[Table]:
 
 
 def metric_tables(metrics: pl.DataFrame, names: Sequence[str]) -> list[Table]:
-    """Means of metrics by layer after the edits, and before them; a table for each method and window. ``metrics`` is
-    what ``analysis.counterfact_metrics`` or ``zsre_metrics`` gives."""
+    """Means of ``counterfact_metrics`` or ``zsre_metrics`` by layer, and before the edits; a table for each setting."""
     tables = []
     for method, window in _settings(metrics):
         rows = metrics.filter(pl.col("metric").is_in(names), method=method, window=window)
@@ -107,17 +102,15 @@ def failed_lines(failed: Mapping[str, int]) -> list[str]:
 
 
 def best_sentences(table: pl.DataFrame) -> list[str]:
-    """For each problem, method and window, the layer with the best mean of rewrite, paraphrase and neighbourhood
-    score."""
+    """The layer with the best overall score, for each problem, method and window."""
     means = mean_scores(table).filter(pl.col("n") > 0, score="overall").sort("mean", "layer", descending=[True, False])
     sentences = []
     for problem in in_order(table)["problem"].unique(maintain_order=True):
         parts = []
         for method, window in _settings(in_order(table.filter(problem=problem))):
             best = means.filter(problem=problem, method=method, window=window).head(1)
-            parts += [
-                f"{method_name(method, window)} at layer {layer} ({mean:.3f})" for layer, mean in _pairs(best, "mean")
-            ]
+            for layer, mean in _by_layer(best, "mean").items():
+                parts.append(f"{method_name(method, window)} at layer {layer} ({mean:.3f})")
         if parts:
             sentences.append(f"{heading(problem)}: the best overall scores are those of {', '.join(parts)}.")
     return sentences
@@ -134,11 +127,7 @@ def _heading(method: str, window: int) -> str:
 
 
 def _by_layer(rows: pl.DataFrame, column: str) -> dict[int, float]:
-    return dict(_pairs(rows, column))
-
-
-def _pairs(rows: pl.DataFrame, column: str) -> list[tuple[int, float]]:
-    return rows.select("layer", column).drop_nulls().rows()
+    return dict(rows.select("layer", column).drop_nulls().rows())
 
 
 def _cell(values: Mapping[int, float], layer: int) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import polars as pl
 import pyarrow as pa
@@ -23,35 +24,23 @@ def draw_traces(
 ) -> list[Path]:
     """Heat maps of each batch's fact, and the average indirect effect of all of the table's facts; of tokens restored
     together, which have no map, their effect by layer."""
-    plots = folder / PLOTS
     if joint:
-        plot.joint_effect(folder / table, plots / "joint_effect.png")
-        return [plots / "joint_effect.png"]
+        return draw_table(folder, "joint_effect", table)
     paths = []
     for number, batch in enumerate(first):
         fact_id = batch["fact_id"][0].as_py()
-        paths.append(plots / f"{number:03}-{_file_name(fact_id)}.png")
+        paths.append(_path(folder, f"{number:03}", fact_id))
         plot.heatmaps(pa.Table.from_batches([batch]), fact_id, paths[-1])
-    average = plots / "average_indirect_effect.png"
-    try:
-        plot.indirect_effect(folder / table, average)
-    except TableError as error:
-        warnings.warn(f"there is no figure of averages: {error}", stacklevel=2)
-        return paths
-    return [*paths, average]
+    average = folder / PLOTS / "average_indirect_effect.png"
+    return paths + _if_possible("averages", average, lambda: plot.indirect_effect(folder / table, average))
 
 
-def draw_zeroing(folder: Path, table: str = "traces") -> list[Path]:
-    """The mean effect of zeroing by layer."""
-    path = folder / PLOTS / "zeroing.png"
-    plot.zeroing(folder / table, path)
-    return [path]
-
-
-def draw_severed(folder: Path) -> list[Path]:
-    """Severed against plain restoring, from a table that has both."""
-    path = folder / PLOTS / "severed.png"
-    plot.severed(folder / "traces", path=path)
+def draw_table(
+    folder: Path, figure: Literal["joint_effect", "severed", "zeroing"], table: str = "traces"
+) -> list[Path]:
+    """A figure of ``plot`` that is made of a whole table."""
+    path = folder / PLOTS / f"{figure}.png"
+    getattr(plot, figure)(folder / table, path=path)
     return [path]
 
 
@@ -59,10 +48,15 @@ def draw_scores(folder: Path, table: pl.DataFrame) -> list[Path]:
     """Mean scores of edits by layer and method, those that there are."""
     names = [name for name in _SCORES if table[name].is_not_null().any()]
     path = folder / PLOTS / "scores.png"
+    return _if_possible("scores", path, lambda: plot.scores(table, names, path))
+
+
+def _if_possible(name: str, path: Path, draw: Callable[[], object]) -> list[Path]:
+    """The path that ``draw`` writes to; a warning where the table has not what the figure shows."""
     try:
-        plot.scores(table, names, path)
+        draw()
     except TableError as error:
-        warnings.warn(f"there is no figure of scores: {error}", stacklevel=2)
+        warnings.warn(f"there is no figure of {name}: {error}", stacklevel=3)
         return []
     return [path]
 
@@ -76,10 +70,10 @@ def draw_gradients(folder: Path, first: Sequence[pa.RecordBatch], facts: Sequenc
         fact = by_id[batch["fact_id"][0].as_py()]
         prompt = encode(fact, tokenizer, "argmax", sizes.vocabulary, sizes.positions)
         texts = token_texts(prompt.prompt, tokenizer)
-        paths.append(folder / PLOTS / f"gradients-{number:03}-{_file_name(fact.id)}.png")
+        paths.append(_path(folder, f"gradients-{number:03}", fact.id))
         plot.gradients(batch, fact.id, texts, prompt.span, paths[-1])
     return paths
 
 
-def _file_name(fact_id: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", fact_id)[:60]
+def _path(folder: Path, name: str, fact_id: str) -> Path:
+    return folder / PLOTS / f"{name}-{re.sub(r'[^A-Za-z0-9_-]+', '_', fact_id)[:60]}.png"

@@ -22,8 +22,7 @@ def matmul_rate(hidden: int, dtype: torch.dtype, device: torch.device) -> float:
     weight = torch.randn(hidden, hidden, device=device).to(dtype)
     rows = torch.randn(_ROWS, hidden, device=device).to(dtype)
     product = Linear(weight, None)
-    best = float("inf")
-    end = time.perf_counter() + _SECONDS
+    best, end = float("inf"), time.perf_counter() + _SECONDS
     while time.perf_counter() < end:
         _wait(device)
         started = time.perf_counter()
@@ -49,9 +48,8 @@ def forecast_table(tracer: Tracer, plan: TracePlan) -> Table:
     table.add_row("rows (all layers)", f"{plan.rows:,}")
     table.add_row("operations", f"{plan.flops:.4g} FLOP")
     table.add_row("of published code", f"{plan.naive_flops:.4g} FLOP ({plan.naive_flops / max(1, plan.flops):.1f}x)")
-    table.add_row(
-        "peak memory", f"{plan.peak_bytes / 2**20:,.0f} MiB {'beside the model' if read_rate is None else 'in all'}"
-    )
+    extent = "beside the model" if read_rate is None else "in all"
+    table.add_row("peak memory", f"{plan.peak_bytes / 2**20:,.0f} MiB {extent}")
     rates = f"{rate / 1e9:,.0f} GFLOP/s and {USUAL_EFFICIENCY:.0%} efficiency"
     if read_rate is not None:
         read = (plan.passes + VERIFYING) * plan.read_bytes
@@ -62,8 +60,8 @@ def forecast_table(tracer: Tracer, plan: TracePlan) -> Table:
 
 
 def predicted_seconds(plan: TracePlan, rate: float, read_rate: float | None = None) -> float:
-    """Seconds at ``rate`` operations and ``read_rate`` bytes read per second. Streamed weights are read while a pass
-    computes: the longer of the two counts. Reads that verify the engine before have no computation beside them."""
+    """Seconds at ``rate`` operations and ``read_rate`` bytes per second. Streamed weights are read while a pass
+    computes, the longer counts; reads that verify the engine have no computation beside them."""
     computing = plan.flops / (USUAL_EFFICIENCY * rate)
     if read_rate is None:
         return computing

@@ -25,7 +25,9 @@ def shown_progress(
     if quiet:
         yield lambda done, total: None
     elif console.is_terminal:
-        with _bar(console) as bar:
+        texts = [TextColumn(f"{{task.{name}}}") for name in ("description", "fields[rate]", "fields[memory]")]
+        left = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        with Progress(texts[0], BarColumn(), MofNCompleteColumn(), *texts[1:], *left, console=console) as bar:
             task = bar.add_task(title, total=None, rate="", memory="")
             started = time.monotonic()
 
@@ -38,20 +40,6 @@ def shown_progress(
         yield _plain(console, title, unit, begun)
 
 
-def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TextColumn("{task.fields[memory]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
 def _plain(console: Console, title: str, unit: str, begun: int) -> Report:
     started = last = time.monotonic()
 
@@ -60,12 +48,9 @@ def _plain(console: Console, title: str, unit: str, begun: int) -> Report:
         now = time.monotonic()
         if done == total or now - last >= PLAIN_SECONDS:
             last = now
-            finished = done - begun
-            left = (
-                f", {(now - started) / finished * (total - done):.0f} s left"
-                if total and finished and done < total
-                else ""
-            )
+            finished, left = done - begun, ""
+            if total and finished and done < total:
+                left = f", {(now - started) / finished * (total - done):.0f} s left"
             of = f"{done}/{total}" if total else f"{done}"
             rate = _rate(finished, started, unit)
             console.print(f"{title}: {of} {unit}, {rate}{left}, {held_memory()}", highlight=False)

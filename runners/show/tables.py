@@ -7,81 +7,60 @@ from dataclasses import dataclass
 import polars as pl
 from rich.table import Table
 
-from causalcone.analysis.tables.traces import ROLES
+from causalcone.analysis.tables.names import words
+from causalcone.analysis.tables.traces import ROLES, STATE, State, rows_of
 
 MOST_HEADS = 10
 
-_State = tuple[str, str, int]
 _SEVERED = {"sever_mlp": ", MLP severed", "sever_attn": ", attention severed", "sever_both": ", both severed"}
-
-
-def signed(effect: float) -> str:
-    """Three decimals and a sign."""
-    return rounded(effect, "+.3f")
-
-
-def rounded(effect: float, form: str) -> str:
-    """An effect with three decimals, where zero has no minus sign: averages of zeros are zeros of either sign."""
-    return f"{round(effect, 3) + 0.0:{form}}"
 
 
 def effect_tables(averages: pl.DataFrame) -> list[Table]:
     """Average indirect effect by state (rows) and token role (columns), the largest over layers, and where; of heads,
     those with the largest effects."""
-    tables = []
-    states = _states(averages.filter(~_of_heads))
-    if states:
-        table = new_table("Average indirect effect, largest over layers (layer)", "state", *map(_spoken, ROLES))
+    tables, roles = [], [*map(words, ROLES)]
+    if states := _states(averages):
+        tables.append(new_table("Average indirect effect, largest over layers (layer)", "state", *roles))
         for state in states:
-            best = [_best(_rows(averages, state).filter(pl.col("role") == role)) for role in ROLES]
-            table.add_row(
-                _name(state), *(f"{signed(effect)} ({layer})" if layer >= 0 else "-" for effect, layer in best)
-            )
-        tables.append(table)
+            peaks = (_peak(rows_of(averages, state).filter(pl.col("role") == role)) for role in ROLES)
+            tables[-1].add_row(_name(state), *(f"{effect:+z.3f} ({n})" if n >= 0 else "-" for n, effect in peaks))
     heads, title = _top_heads(averages)
     if heads:
-        table = new_table(f"Average indirect effect of {title}", "layer and head", *map(_spoken, ROLES))
+        tables.append(new_table(f"Average indirect effect of {title}", "layer and head", *roles))
         for state, layer in heads:
-            row = _rows(averages, state).filter(layer=layer)
+            row = rows_of(averages, state).filter(layer=layer)
             effects = dict(row.select(pl.col("role").cast(pl.String), "effect").iter_rows())
-            table.add_row(_head_name(state, layer), *(signed(effects[r]) if r in effects else "-" for r in ROLES))
-        tables.append(table)
+            cells = (f"{effects[role]:+z.3f}" if role in effects else "-" for role in ROLES)
+            tables[-1].add_row(_head_name(state, layer), *cells)
     return tables
 
 
-def layer_tables(means: pl.DataFrame, title: str, form: str = "+.3f") -> list[Table]:
+def layer_tables(means: pl.DataFrame, title: str, form: str = "+z.3f") -> list[Table]:
     """Mean effects by layer (rows) and state (columns), the largest of each state in bold; of heads, those with the
     largest effects."""
     tables = []
-    states = _states(means.filter(~_of_heads))
-    if states:
-        table = new_table(title, "layer", *map(_name, states))
-        peaks = [_best(_rows(means, state))[1] for state in states]
+
+    def cell(state: State, layer: int) -> str:
+        return f"{rows_of(means, state).filter(layer=layer)['effect'].item():{form}}"
+
+    if states := _states(means):
+        tables.append(new_table(title, "layer", *map(_name, states)))
+        peaks = {state: _peak(rows_of(means, state))[0] for state in states}
         for layer in means["layer"].unique().sort():
-            cells = []
-            for state, peak in zip(states, peaks, strict=True):
-                (effect,) = _rows(means, state).filter(layer=layer)["effect"]
-                cells.append(
-                    f"[bold]{round(effect, 3) + 0.0:{form}}[/bold]"
-                    if layer == peak
-                    else f"{round(effect, 3) + 0.0:{form}}"
-                )
-            table.add_row(str(layer), *cells)
-        tables.append(table)
+            bold = ("[bold]{}[/bold]" if layer == peaks[state] else "{}" for state in states)
+            cells = (shown.format(cell(state, layer)) for shown, state in zip(bold, states, strict=True))
+            tables[-1].add_row(str(layer), *cells)
     heads, which = _top_heads(means)
     if heads:
-        table = new_table(f"{title}: {which}", "layer and head", "effect")
+        tables.append(new_table(f"{title}: {which}", "layer and head", "effect"))
         for state, layer in heads:
-            (effect,) = _rows(means, state).filter(layer=layer)["effect"]
-            table.add_row(_head_name(state, layer), rounded(effect, form))
-        tables.append(table)
+            tables[-1].add_row(_head_name(state, layer), cell(state, layer))
     return tables
 
 
 def gradient_table(summary: pl.DataFrame) -> Table:
     """The largest mean norm of integrated gradients and the completeness gap, by kind."""
-    columns = ("largest mean norm (layer)", "mean |gap|", "largest |gap|")
-    table = new_table("Integrated gradients", "kind", *columns)
+    table = new_table("Integrated gradients", "kind", "largest mean norm (layer)", "mean |gap|", "largest |gap|")
     for kind, layer, norm, mean_gap, largest_gap, _ in summary.iter_rows():
         table.add_row(kind, f"{norm:.4g} ({layer})", f"{mean_gap:.3g}", f"{largest_gap:.3g}")
     return table
@@ -98,55 +77,36 @@ _of_heads = pl.col("kind").str.starts_with("head.")
 
 def new_table(title: str, first: str, *columns: str) -> Table:
     """An empty table; numbers are to the right of the first column."""
-    table = Table(title=title, title_justify="left", min_width=min(len(title), 78))
-    table.add_column(first)
+    table = Table(first, title=title, title_justify="left", min_width=min(len(title), 78))
     for column in columns:
         table.add_column(column, justify="right")
     return table
 
 
-def _states(frame: pl.DataFrame) -> list[_State]:
-    """States in the table's order, which is that of their rows."""
-    return frame.select("method", "kind", "window").unique(maintain_order=True).rows()
+def _states(frame: pl.DataFrame) -> list[State]:
+    """States other than heads, in the order of their rows."""
+    return frame.filter(~_of_heads).select(STATE).unique(maintain_order=True).rows()
 
 
-def _rows(frame: pl.DataFrame, state: _State) -> pl.DataFrame:
-    method, kind, window = state
-    return frame.filter(method=method, kind=kind, window=window)
-
-
-def _best(rows: pl.DataFrame) -> tuple[float, int]:
-    """The largest effect and its layer, -1 where there are no rows."""
-    best = rows.sort("effect", "layer", descending=[True, False])
-    return (best["effect"][0], best["layer"][0]) if len(best) else (0.0, -1)
-
-
-def _top_heads(frame: pl.DataFrame) -> tuple[list[tuple[_State, int]], str]:
-    """The heads, each in a layer, with the largest effects, and how many there are of how many.
-
-    Ranked are effects that all facts have: a role that few of them have shows those facts as much as the head.
-    """
-    place = ["method", "kind", "window", "layer"]
+def _top_heads(frame: pl.DataFrame) -> tuple[list[tuple[State, int]], str]:
+    """The heads, each in a layer, with the largest effects, and how many there are of how many. Ranked are effects that
+    all facts have: a role that few of them have shows those facts as much as the head."""
+    by = [*STATE, "layer"]
     effects = frame.filter(_of_heads).filter(pl.col("facts") == pl.max("facts"))
-    heads = effects.group_by(place).agg(pl.max("effect"))
-    top = heads.sort("effect", *place, descending=[True, *[False] * len(place)]).head(MOST_HEADS)
-    title = f"the {len(top)} of {len(heads)} heads with the largest"
-    return [((method, kind, window), layer) for method, kind, window, layer, _ in top.iter_rows()], title
+    heads = effects.group_by(by).agg(pl.max("effect")).sort(-pl.col("effect"), *by)
+    top = [((method, kind, window), layer) for method, kind, window, layer, _ in heads.head(MOST_HEADS).rows()]
+    return top, f"the {len(top)} of {len(heads)} heads with the largest"
 
 
-def _name(state: _State) -> str:
+def _name(state: State) -> str:
     method, kind, window = state
     return f"{kind}:{window}{_SEVERED.get(method, '')}"
 
 
-def _head_name(state: _State, layer: int) -> str:
+def _head_name(state: State, layer: int) -> str:
     _, kind, window = state
-    around = "" if window == 1 else f", {window} layers around"
+    around = f", {window} layers around" * (window > 1)
     return f"{layer}, head {kind.removeprefix('head.')}{around}"
-
-
-def _spoken(role: str) -> str:
-    return role.replace("_", " ")
 
 
 @dataclass(frozen=True)
@@ -167,13 +127,12 @@ class Sites:
         return next(layer for layer, effect in enumerate(self.last) if effect >= max(self.last) / 2)
 
     def sentence(self) -> str:
-        """The two sites in words and numbers."""
         return (
             "Early site: restoring the hidden state of the subject's last token brings back "
-            f"{signed(max(self.subject_last))} of p(answer) at layer {self.early_layer}, "
-            f"and {signed(self.subject_last[-1])} at the last layer.\n"
-            f"Late site: restoring that of the prompt's last token brings back {signed(self.last[0])} at layer 0, "
-            f"and {signed(max(self.last))} at its best, half of it from layer {self.late_layer} on."
+            f"{max(self.subject_last):+z.3f} of p(answer) at layer {self.early_layer}, "
+            f"and {self.subject_last[-1]:+z.3f} at the last layer.\n"
+            f"Late site: restoring that of the prompt's last token brings back {self.last[0]:+z.3f} at layer 0, "
+            f"and {max(self.last):+z.3f} at its best, half of it from layer {self.late_layer} on."
         )
 
 
@@ -188,8 +147,8 @@ def severed_sentence(effects: pl.DataFrame) -> str:
     layer, _ = _peak(effects.filter(method="sever_mlp"), "difference")
     mlp, attn = (effects.filter(method=method, layer=layer) for method in ("sever_mlp", "sever_attn"))
     return (
-        f"Severed: of the {signed(mlp['plain'][0])} that the subject's last token brings back at layer {layer}, "
-        f"{signed(mlp['severed'][0])} remains with its later MLPs severed, and {signed(attn['severed'][0])} with its "
+        f"Severed: of the {mlp['plain'][0]:+z.3f} that the subject's last token brings back at layer {layer}, "
+        f"{mlp['severed'][0]:+z.3f} remains with its later MLPs severed, and {attn['severed'][0]:+z.3f} with its "
         "later attention severed."
     )
 
@@ -205,6 +164,7 @@ def zeroing_sentence(curve: pl.DataFrame) -> str:
     )
 
 
-def _peak(frame: pl.DataFrame, column: str) -> tuple[int, float]:
-    """The layer of the largest value, the lowest of equals, and that value."""
-    return frame.sort(column, "layer", descending=[True, False]).select("layer", column).row(0)
+def _peak(frame: pl.DataFrame, column: str = "effect") -> tuple[int, float]:
+    """The layer of the largest value, the lowest of equals, -1 where there are no rows; and that value."""
+    values = frame.sort(column, "layer", descending=[True, False]).select("layer", column)
+    return values.row(0) if len(values) else (-1, 0.0)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from causalcone.engine.atomic import write_text
+from causalcone.engine.atomic import replacing
 from causalcone.runners.edits.study import MOMENTS
-from causalcone.runners.results.folder import ResultError, clear, differences, refuse_occupied, versions
+from causalcone.runners.results.folder import ResultError, clear, differences, refuse_occupied, versions, writing
 from causalcone.runners.tuning.grid import Grid, GridPoint, ProblemGrids
 
 RECORD, TABLE, PRESET, GRID = "tuning.json", "tuning.parquet", "preset.toml", "grid"
@@ -27,10 +27,8 @@ _ELSEWHERE = ("device", "versions")
 
 
 class TuningFolder:
-    """``path``, in which a tuning described by ``configuration`` is begun or goes on. Nothing is written yet.
-
-    Raises ``ResultError`` for a folder that holds anything else, unless that is a tuning and to be overwritten.
-    """
+    """A folder in which a tuning is begun or goes on. Nothing is written yet. Raises ``ResultError`` for one that holds
+    anything else, unless that is a tuning and to be overwritten."""
 
     def __init__(self, path: Path, configuration: Mapping[str, Any], overwrite: bool) -> None:
         self.path = path
@@ -53,21 +51,19 @@ class TuningFolder:
         """Write the record; depth: layers of the model."""
         if self._begun:
             return
-        try:
+        with writing(f"to {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
+            try:
+                self._lock.acquire()
+            except Timeout:
+                raise ResultError(f"another process is at work in {self.path}; wait for it, or stop it") from None
             self._begun = True
             if self._drop:
                 clear(self.path, _FILES)
-        except Timeout:
-            raise ResultError(f"another process is at work in {self.path}; wait for it, or stop it") from None
-        except OSError as error:
-            raise ResultError(f"cannot write to {self.path}: {error.strerror} ({error.filename})") from error
         self.record = {"configuration": self.configuration, "versions": versions(), "depth": depth}
         self.write(RUNNING)
 
     def release(self) -> None:
-        """Let other processes work in the folder."""
         self._lock.release()
 
     def write(self, status: str, **results: Any) -> None:
@@ -76,13 +72,14 @@ class TuningFolder:
         self.write_text(RECORD, json.dumps(self.record, indent=1) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a file whole or not at all."""
-        try:
-            write_text(self.path / name, text)
-        except OSError as error:
-            raise ResultError(
-                f"cannot write {self.path / name}: {error.strerror}; finished settings are kept"
-            ) from error
+        with self.writing(name) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """Yields a path to write a file to, which is there whole or not at all."""
+        with writing(self.path / name, "; finished settings are kept"), replacing(self.path / name) as partial:
+            yield partial
 
     def stopped(self) -> bool:
         """Note that the tuning ended early; whether it had begun."""
@@ -110,14 +107,13 @@ class TuningFolder:
         record = _read(self.path / RECORD)
         if record is None:
             refuse_occupied(self.path, overwrite=False)
-            name = next((name for name in _FILES if (self.path / name).exists()), None)
-            if name is not None:
-                raise ResultError(f"{self.path} holds files of another origin ({name}, ...); choose another folder")
+            for name in _FILES:
+                if (self.path / name).exists():
+                    raise ResultError(f"{self.path} holds files of another origin ({name}, ...); choose another folder")
         return record
 
     def _refuse_other(self, name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        changes = [line for line in differences(before, now) if line.split(":")[0] not in _ELSEWHERE]
-        if changes:
+        if changes := [line for line in differences(before, now) if line.split(":")[0] not in _ELSEWHERE]:
             raise ResultError(
                 f"{self.path} holds a tuning of another configuration ({name}):\n  " + "\n  ".join(changes) + "\n"
                 "choose another folder, or give --overwrite to drop what is there"
@@ -132,9 +128,9 @@ def _as_json(configuration: Mapping[str, Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps(configuration)))
 
 
-def _read(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+def _read(path: Path) -> dict[str, Any] | None:
     """The record in a file; None where there is none that can be read."""
     try:
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 from causalcone.engine.edit.requests.requests import ERROR_INJECTION
@@ -13,10 +13,8 @@ from causalcone.runners.edits.presets import keys_of
 from causalcone.runners.edits.settings import Change, EditPlan, Setting, changed, check_known, plan_of
 from causalcone.runners.options import TuningOptions
 
-_CAUTIOUS = {
-    "kl_factor": 1, "covariance_weight": 1, "weight_decay": 1, "stop_loss": 1,
-    "norm_constraint": -1, "clamp": -1, "lr": -1, "steps": -1,
-}  # fmt: skip
+_CAUTIOUS = dict.fromkeys(("kl_factor", "covariance_weight", "weight_decay", "stop_loss"), 1)
+_CAUTIOUS |= dict.fromkeys(("norm_constraint", "clamp", "lr", "steps"), -1)
 """Whether more of a usual hyperparameter makes an edit more cautious (1) or bolder (-1)."""
 
 
@@ -74,13 +72,10 @@ def problem_grids(choice: TuningOptions) -> list[ProblemGrids]:
     if len(set(problems)) < len(problems):
         raise ExperimentError(f"a problem is given twice among {', '.join(problems)}; give each once")
     axes = [_Axis.parsed(text) for text in choice.grid or ()]
-    by_problem = []
-    for problem in problems:
-        plan = plan_of(choice, problem, (choice.layer,), choice.aggregate)
+    plans = [plan_of(choice, problem, (choice.layer,), choice.aggregate) for problem in problems]
+    for plan in plans:
         _check(plan.settings, axes, choice.changes or ())
-        grids = tuple(_grid(problem, setting, axes) for setting in plan.settings)
-        by_problem.append(ProblemGrids(plan, grids))
-    return by_problem
+    return [ProblemGrids(plan, tuple(_grid(plan.problem, s, axes) for s in plan.settings)) for plan in plans]
 
 
 @dataclass(frozen=True)
@@ -121,11 +116,10 @@ def _check(settings: Sequence[Setting], axes: Iterable[_Axis], changes: Iterable
         for setting in settings:
             if change.is_of(setting.method, setting.hparams) and change.name in _names(_axes_of(setting, axes)):
                 raise ExperimentError(f"{change}: the grid of {setting} varies that; leave it out, or give --grid")
-    for number, setting in enumerate(settings):
-        same = next((other for other in settings[:number] if keys_of(other) == keys_of(setting)), None)
-        if same is not None:
+    for first, second in combinations(settings, 2):
+        if keys_of(first) == keys_of(second):
             raise ExperimentError(
-                f"a preset has one setting for {same} and {setting}; tune one of them, or each into a folder of its own"
+                f"a preset has one setting for {first} and {second}; tune one of them, or each into a folder of its own"
             )
 
 

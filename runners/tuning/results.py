@@ -18,10 +18,11 @@ from causalcone.analysis.scores import mean_scores
 from causalcone.analysis.tables.names import heading
 from causalcone.engine.errors import ExperimentError
 from causalcone.runners.edits.presets import preset_text, tuned_preset
+from causalcone.runners.edits.settings import EditPlan
 from causalcone.runners.options import SourceOptions, TuningOptions
 from causalcone.runners.show.edit_tables import failed_lines, scores_of
 from causalcone.runners.show.tables import new_table
-from causalcone.runners.tuning.grid import Grid, GridPoint, ProblemGrids
+from causalcone.runners.tuning.grid import Grid, GridPoint
 
 SCORES = ("rewrite", "paraphrase", "neighborhood")
 
@@ -90,9 +91,7 @@ def _losses(candidates: Sequence[Candidate]) -> list[float]:
     for name in ("paraphrase", "neighborhood"):
         scores = [getattr(candidate, name) for candidate in candidates]
         best = max((score for score in scores if score is not None), default=0.0)
-        losses = [
-            max(loss, best - (best if score is None else score)) for loss, score in zip(losses, scores, strict=True)
-        ]
+        losses = [max(loss, 0.0 if score is None else best - score) for loss, score in zip(losses, scores, strict=True)]
     return losses
 
 
@@ -111,10 +110,19 @@ class TrialResult:
     def read(cls, point: GridPoint, folder: Path, aggregate: str) -> TrialResult:
         """Raises ``TableError`` for tables that are damaged."""
         results = json.loads((folder / "run.json").read_text(encoding="utf-8"))["results"]
-        means = mean_scores(scores_of(folder, aggregate, essence=False)).filter(pl.col("score").is_in(SCORES))
-        scores = dict(means.select("score", "mean").iter_rows())
-        candidate = Candidate(scores["rewrite"], scores["paraphrase"], scores["neighborhood"], point.caution)
-        return cls(point, folder, results["facts"], results["edits"], results["failed"], candidate)
+        scores = dict(mean_scores(scores_of(folder, aggregate, essence=False)).select("score", "mean").iter_rows())
+        means = Candidate(scores["rewrite"], scores["paraphrase"], scores["neighborhood"], point.caution)
+        return cls(point, folder, results["facts"], results["edits"], results["failed"], means)
+
+    @property
+    def scores(self) -> dict[str, float | None]:
+        """Mean scores by name."""
+        return {name: getattr(self.means, name) for name in SCORES}
+
+    @property
+    def texts(self) -> list[str]:
+        """Mean scores as they are shown."""
+        return ["-" if score is None else f"{score:.3f}" for score in self.scores.values()]
 
 
 @dataclass(frozen=True)
@@ -131,9 +139,7 @@ class TuningResult:
         try:
             return cls(grid, tuple(trials), choose([trial.means for trial in trials], most, give_up))
         except ExperimentError as error:
-            reasons: Counter[str] = Counter()
-            for trial in trials:
-                reasons.update(trial.failed)
+            reasons = sum((Counter(trial.failed) for trial in trials), Counter[str]())
             raise ExperimentError("; ".join([f"{grid}: {error}", *failed_lines(reasons)])) from error
 
     @property
@@ -141,14 +147,27 @@ class TuningResult:
         """The chosen setting's."""
         return self.trials[self.choice.number]
 
+    @property
     def comment(self) -> str:
         """The choice in a line."""
-        means = (f"{name} {_text(getattr(self.best.means, name))}" for name in SCORES)
+        means = ", ".join(f"{name} {text}" for name, text in zip(SCORES, self.best.texts, strict=True))
         note = "" if self.choice.note is None else f" ({self.choice.note})"
         return (
             f"{self.grid.problem}, {self.grid.setting}: {self.best.point} of {len(self.trials)} settings on "
-            f"{self.best.facts} facts: {', '.join(means)}{note}"
+            f"{self.best.facts} facts: {means}{note}"
         )
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The choice for JSON."""
+        return {
+            "problem": self.grid.problem,
+            **self.best.point.setting.configuration,
+            "setting": str(self.best.point),
+            "means": self.best.scores,
+            "facts": self.best.facts,
+            "note": self.choice.note,
+        }
 
 
 def tuning_table(results: Sequence[TuningResult], layer: int, path: Path) -> pl.DataFrame:
@@ -163,11 +182,11 @@ def tuning_table(results: Sequence[TuningResult], layer: int, path: Path) -> pl.
             "layer": layer,
             "folder": trial.folder.relative_to(path).as_posix(),
             "setting": str(trial.point),
-            **{name: _number(trial.point.values.get(name)) for name in names},
+            **{name: trial.point.values.get(name) for name in names},
             "facts": trial.facts,
             "edits": trial.edits,
             "failed": sum(trial.failed.values()),
-            **{name: getattr(trial.means, name) for name in SCORES},
+            **trial.scores,
             "chosen": trial is result.best,
         }
         for result in results
@@ -178,60 +197,31 @@ def tuning_table(results: Sequence[TuningResult], layer: int, path: Path) -> pl.
 
 def score_tables(results: Sequence[TuningResult]) -> list[Table]:
     """Mean scores of all settings, a table for each problem; the chosen ones are marked."""
-    tables = []
-    for problem in dict.fromkeys(result.grid.problem for result in results):
-        posed = [result for result in results if result.grid.problem == problem]
-        title = f"{heading(problem)}: mean scores of {posed[0].best.facts} facts by setting"
-        table = new_table(title, "method", "setting", "rewrite", "paraphrase", "neighbourhood", "chosen")
-        for result in posed:
-            for trial in result.trials:
-                scores = [_text(getattr(trial.means, name)) for name in SCORES]
-                is_best = trial is result.best
-                row = (str(result.grid.setting), str(trial.point), *scores, "chosen" if is_best else "")
-                table.add_row(*row, style="bold" if is_best else None, end_section=trial is result.trials[-1])
-        tables.append(table)
-    return tables
+    tables: dict[str, Table] = {}
+    for result in results:
+        problem = result.grid.problem
+        if problem not in tables:
+            title = f"{heading(problem)}: mean scores of {result.best.facts} facts by setting"
+            columns = ("method", "setting", "rewrite", "paraphrase", "neighbourhood", "chosen")
+            tables[problem] = new_table(title, *columns)
+        for trial in result.trials:
+            style, mark = ("bold", "chosen") if trial is result.best else (None, "")
+            row = (str(result.grid.setting), str(trial.point), *trial.texts, mark)
+            tables[problem].add_row(*row, style=style, end_section=trial is result.trials[-1])
+    return list(tables.values())
 
 
 def chosen_preset(
-    source: SourceOptions,
-    options: TuningOptions,
-    grids: Sequence[ProblemGrids],
-    depth: int,
-    results: Sequence[TuningResult],
+    source: SourceOptions, options: TuningOptions, plan: EditPlan, depth: int, results: Sequence[TuningResult]
 ) -> str:
-    """The text of a preset with the chosen settings; its comments say where they are from."""
+    """The text of a preset with the chosen settings; its comments say where they are from. plan: of any problem."""
     begin = "" if options.preset is None else f", begun from the preset {options.preset}"
     comments = [
         f"Tuned on {time.strftime('%Y-%m-%d')} by causalcone tune: the model {source.model}, facts of {source.facts}, "
         f"layer {options.layer + 1} (counted from 1){begin}; rewrite score at most {options.most:g}, of the best "
         f"paraphrase and neighbourhood score {options.give_up:g} given up at most.",
-        *(result.comment() for result in results),
+        *(result.comment for result in results),
     ]
     points = [(result.grid.problem, result.best.point) for result in results]
     chosen = [(problem, point.setting, tuple(point.values)) for problem, point in points]
-    plan = grids[0].plan  # all problems have its noise and its prompts
     return preset_text(tuned_preset(options.preset, depth, plan.sigma, plan.aggregate, chosen), comments)
-
-
-def choices(results: Sequence[TuningResult]) -> list[dict[str, Any]]:
-    """The choices for JSON."""
-    return [
-        {
-            "problem": result.grid.problem,
-            **result.best.point.setting.configuration,
-            "setting": str(result.best.point),
-            "means": {name: getattr(result.best.means, name) for name in SCORES},
-            "facts": result.best.facts,
-            "note": result.choice.note,
-        }
-        for result in results
-    ]
-
-
-def _number(value: int | float | None) -> float | None:
-    return None if value is None else float(value)
-
-
-def _text(score: float | None) -> str:
-    return "-" if score is None else f"{score:.3f}"

@@ -7,41 +7,29 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from causalcone.engine.atomic import replacing
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.windows import as_windows
-from causalcone.runners.edits.inputs import (
-    TextInputs,
-    editor_of,
-    moments_of,
-    prepared_edits,
-    read_texts,
-)
+from causalcone.runners.edits.inputs import TextInputs, editor_of, moments_of, prepared_edits, read_texts
 from causalcone.runners.edits.study import MOMENTS, EditStudy
 from causalcone.runners.inputs.fingerprints import facts_fingerprint, model_fingerprint
 from causalcone.runners.inputs.inputs import Inputs, open_inputs
 from causalcone.runners.options import OutputOptions, ScoringOptions, SourceOptions, TuningOptions
 from causalcone.runners.results.folder import ResultError, ResultFolder
 from causalcone.runners.tuning.folder import COMPLETE, PARTIAL, PRESET, TABLE, TuningFolder
-from causalcone.runners.tuning.grid import Grid, GridPoint, ProblemGrids, problem_grids
-from causalcone.runners.tuning.results import TrialResult, TuningResult, choices, chosen_preset, tuning_table
+from causalcone.runners.tuning.grid import ProblemGrids, problem_grids
+from causalcone.runners.tuning.results import TrialResult, TuningResult, chosen_preset, tuning_table
 
-_UNSCORED = ScoringOptions()
-"""Only probabilities are measured."""
+_UNSCORED = ScoringOptions()  # only probabilities are measured
 
 
 def tune(source: SourceOptions, choice: TuningOptions, output: OutputOptions, console: Console) -> list[TuningResult]:
-    """Try the settings that have no results yet, choose, and write the table, the preset and the record.
-
-    Whatever ends it early, finished settings stay, and the same call resumes. With a folder whose tuning is complete,
-    only the choice is made again, and the model is not read. Raises ``ResultError`` for a folder of another
-    configuration.
-    """
+    """Try the settings that have no results yet, choose, and write the table, the preset and the record. Finished
+    settings stay whatever ends it, and the same call resumes; with a complete folder, only the choice is made again,
+    and the model is not read. Raises ``ResultError`` for a folder of another configuration."""
     grids = problem_grids(choice)
     folder = TuningFolder(output.out, _configuration(source, choice, grids), output.overwrite)
     if not folder.holds(grids):
@@ -49,7 +37,7 @@ def tune(source: SourceOptions, choice: TuningOptions, output: OutputOptions, co
         try:
             _Trials(source, choice, output, console, folder, texts).all_of(grids)
         except BaseException:
-            with suppress(ResultError):  # of the two errors, the one that ended it is told
+            with suppress(ResultError):  # of the two errors, the one that ended it is shown
                 if folder.stopped():
                     console.print("stopped; finished settings are kept, and the same command goes on", highlight=False)
             raise
@@ -60,22 +48,14 @@ def tune(source: SourceOptions, choice: TuningOptions, output: OutputOptions, co
 
 def _configuration(source: SourceOptions, choice: TuningOptions, grids: Sequence[ProblemGrids]) -> dict[str, Any]:
     """Everything that decides the scores."""
+    names = ("moments", "texts", "ridge", "contexts", "seed", "filtered", "compat")
     return {
         "command": "tune",
-        "model": source.model,
-        "facts": source.facts,
-        "limit": source.limit,
-        "skip_bad_facts": source.skip_bad_facts,
-        "dtype": source.dtype,
+        **{name: getattr(source, name) for name in ("model", "facts", "limit", "skip_bad_facts", "dtype")},
         "layer": choice.layer,
         "problems": {posed.plan.problem: posed.configuration for posed in grids},
-        "moments": choice.moments,
-        "texts": choice.texts,
-        "ridge": choice.ridge,
+        **{name: getattr(choice, name) for name in names},
         "contexts": None if choice.contexts is None else str(choice.contexts),
-        "seed": choice.seed,
-        "filtered": choice.filtered,
-        "compat": choice.compat,
     }
 
 
@@ -125,27 +105,20 @@ class _Trials:
 
     def _settings_of(self, grids: ProblemGrids, prepared: EditStudy, fingerprints: dict[str, str]) -> None:
         """Try the settings of a problem that are not done."""
+        points = [(grid, point) for grid in grids.grids for point in grid.points]
         todo = []
-        for grid in grids.grids:
-            for point in grid.points:
-                plan = replace(grids.plan, settings=(point.setting,))
-                trial = replace(prepared, plan=plan)
-                configuration = {**trial.configuration, "command": "tune", **fingerprints}
-                path = self.folder.path_of(grid, point)
-                if not self.folder.is_done(path, configuration):
-                    todo.append((grid, point, trial, configuration, path))
-        count = sum(len(grid.points) for grid in grids.grids)
-        for number, arguments in enumerate(todo, start=count - len(todo) + 1):
-            self._try(*arguments, f"{number} of {count}")
-
-    def _try(
-        self, grid: Grid, point: GridPoint, trial: EditStudy, configuration: dict[str, Any], path: Path, which: str
-    ) -> None:
-        if not self.output.quiet:
-            self.console.print(f"{grid}, setting {which}: {point}", highlight=False)
-        with ResultFolder(path, configuration, overwrite=True) as results:
-            done = trial.carry_out(results, self.console, self.output.quiet)
-            results.finish(**done.results, filtered=trial.filtered)
+        for grid, point in points:
+            trial = replace(prepared, plan=replace(grids.plan, settings=(point.setting,)))
+            configuration = {**trial.configuration, "command": "tune", **fingerprints}
+            path = self.folder.path_of(grid, point)
+            if not self.folder.is_done(path, configuration):
+                todo.append((f"of {len(points)}: {point}", grid, trial, configuration, path))
+        for number, (text, grid, trial, configuration, path) in enumerate(todo, start=len(points) - len(todo) + 1):
+            if not self.output.quiet:
+                self.console.print(f"{grid}, setting {number} {text}", highlight=False)
+            with ResultFolder(path, configuration, overwrite=True) as results:
+                done = trial.carry_out(results, self.console, self.output.quiet)
+                results.finish(**done.results, filtered=trial.filtered)
 
 
 def _chosen(
@@ -155,20 +128,15 @@ def _chosen(
     results = []
     for posed in grids:
         for grid in posed.grids:
-            trials = [
-                TrialResult.read(point, folder.path_of(grid, point), posed.plan.aggregate) for point in grid.points
-            ]
+            paths = [(point, folder.path_of(grid, point)) for point in grid.points]
+            trials = [TrialResult.read(point, path, posed.plan.aggregate) for point, path in paths]
             results.append(TuningResult.of(grid, trials, choice.most, choice.give_up))
             if results[-1].choice.note is not None:
                 warnings.warn(f"{grid}: {results[-1].choice.note}", stacklevel=2)
     table = tuning_table(results, choice.layer, folder.path)
-    try:
-        with replacing(folder.path / TABLE) as partial:
-            table.write_parquet(partial)
-    except OSError as error:
-        raise ResultError(
-            f"cannot write {folder.path / TABLE}: {error.strerror}; finished settings are kept"
-        ) from error
-    folder.write_text(PRESET, chosen_preset(source, choice, grids, folder.record["depth"], results))
-    folder.write(COMPLETE, most=choice.most, give_up=choice.give_up, chosen=choices(results), tried=table.to_dicts())
+    with folder.writing(TABLE) as partial:
+        table.write_parquet(partial)
+    folder.write_text(PRESET, chosen_preset(source, choice, grids[0].plan, folder.record["depth"], results))
+    records = [result.record for result in results]
+    folder.write(COMPLETE, most=choice.most, give_up=choice.give_up, chosen=records, tried=table.to_dicts())
     return results

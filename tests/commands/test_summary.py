@@ -63,7 +63,7 @@ def test_heads_are_not_ranked_by_roles_of_few_facts():
 def test_effects_by_layer(layers, states):
     table = made_up_traces(TOKENS, (3, 6), layers, states=states).filter(token=5)
     curve = zeroing_curve(table.with_columns(method=pl.lit("zero"), token=pl.lit(None, pl.Int64)))
-    (found,) = layer_tables(curve, "Effect of zeroing", ".3f")
+    (found,) = layer_tables(curve, "Effect of zeroing", "z.3f")
     assert found.row_count == (layers if states != HEADS else 10)
     assert f"{curve['effect'].max():.3f}" in shown([found])
     assert "Effect of zeroing" in shown([found])

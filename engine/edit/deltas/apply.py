@@ -190,7 +190,8 @@ class _Parameter:
                 old, wanted = before[rows].to(wide), change.rows(rows)
                 now[rows] = old + wanted
                 missing = wanted - (now[rows].to(wide) - old)
-                norm, lost = math.hypot(norm, _norm(wanted)), math.hypot(lost, _norm(missing))
+                sizes = (torch.linalg.vector_norm(matrix, dtype=torch.float64).item() for matrix in (wanted, missing))
+                norm, lost = map(math.hypot, (norm, lost), sizes)
             self.fingerprint = _fingerprint(tensor)
         if not math.isfinite(norm):
             raise ExperimentError(f"the delta's change of layer {self.layer} holds NaN or infinity; make it anew")
@@ -291,10 +292,6 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     """First and last address of a tensor's elements, the last exclusive."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
-
-
-def _norm(rows: Tensor) -> float:
-    return torch.linalg.vector_norm(rows, dtype=torch.float64).item()
 
 
 def _restore(parameters: Sequence[_Parameter]) -> None:

@@ -176,7 +176,7 @@ _KINDS = {"low_rank": LowRank, "dense": Dense}
 
 
 def load_delta(path: str | Path) -> tuple[Delta, dict[str, str]]:
-    """The delta of a file that ``Delta.save`` wrote, on the CPU and in its dtypes, and the user's metadata."""
+    """The delta of a file that ``Delta.save`` wrote, on the CPU, and the user's metadata."""
     path = Path(path)
     tensors, description, metadata = LAYOUT.read(path)
     with LAYOUT.reading(path):

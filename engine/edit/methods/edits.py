@@ -31,7 +31,6 @@ class Edit:
 
     @property
     def edit_id(self) -> str:
-        """Names request, method, layer and window."""
         layers = "+".join(map(str, self.listed)) if self.listed else str(self.layer)
         return f"{self.fact_id}/{self.request.problem}/{self.method}-{self.window}/{layers}"
 
@@ -62,8 +61,7 @@ def edit_of(
     delta: Delta | None = None,
     reason: str | None = None,
 ) -> Edit:
-    """The edit of a request in a window: it failed where a ``reason`` is given, or its change of weights is not
-    finite."""
+    """The edit of a request in a window; failed where there is a ``reason``, or its change of weights is not finite."""
     norm = None if delta is None or reason is not None else delta.norm
     if norm is None:
         reason = reason or "the change could not be computed"

@@ -182,8 +182,6 @@ _KEPT = ("mid", "keys", "values")
 
 
 class _Pass:
-    """The runs of the items that are still trained."""
-
     def __init__(self, batch: _EditBatch, live: np.ndarray) -> None:
         self.batch, self.count = batch, len(live)
         of = np.repeat(np.arange(len(live)), [len(batch.texts[item]) for item in live])

@@ -166,7 +166,6 @@ def _update_each(left: Tensor, right: Tensor, request: Tensor) -> Update:
 
 
 def _update_all(change: LowRank) -> Update:
-    """All rows changed by one change."""
     return lambda keys, _: change.to(keys.device, keys.dtype).product(keys)
 
 

@@ -33,7 +33,7 @@ Site = Literal["values", "out"]
 @dataclass(frozen=True)
 class Goal:
     """The goal of a request: contexts and essence are texts of the prompts, by number; the target's token ids are read
-    after each context, the divergence at the end of ``essence``. erases: the target is to become unlikely."""
+    after each context, the divergence at the essence's end. erases: the target is to become unlikely."""
 
     contexts: tuple[int, ...]
     essence: int
@@ -58,8 +58,7 @@ class FoundValue:
 
 @dataclass(frozen=True)
 class EditObjective:
-    """The texts of some requests, each in its contexts and with the prompt of its subject's essence; and each request's
-    goal."""
+    """The texts of some requests, each in its contexts and with its essence prompt; and each request's goal."""
 
     prompts: Prompts
     goals: list[Goal]

@@ -114,8 +114,8 @@ def _largest_passes(session: Session, layers: int, length: int, width: int) -> t
 @dataclass
 class Sums:
     """Sums so far: by layer that of k k^T (inner, inner) in float64, of which the blocks from the diagonal on count;
-    the number of tokens; the checksum of their ids. ``whole``: every layer has the same tokens. Where there is a
-    ``path``, they are kept in that file of an unfinished collection, with ``of``, what is collected of which model."""
+    the number of tokens; their ids' checksum; whole: all layers have the same tokens; path: the file of an unfinished
+    collection, if any; of: what is collected, of which model."""
 
     by_layer: dict[int, Tensor]
     path: Path | None = None
@@ -213,7 +213,6 @@ def collect(
 
 
 def _count(session: Session, plan: _Plan, pieces: Iterator[Piece], sums: Sums, progress: Progress | None) -> None:
-    """Add all pieces to the sums, pass by pass."""
     layers = Layers(session.architecture, plan.tiles, session.dtype, session.device)
     verified = False
     for packed in fitting(pieces, len, plan.rows):
@@ -270,5 +269,4 @@ def _pieces(texts: Iterable[str | Mapping[str, Any]], session: Session, plan: _P
 
 
 def _strip(width: int) -> int:
-    """Columns of a product's left side."""
     return max(_SMALLEST_STRIP, -(-width // _STRIPS))

@@ -68,7 +68,6 @@ class Identity:
 
 
 def key_width(architecture: Architecture, layer: int) -> int:
-    """The width ``inner`` of a layer's keys."""
     weight = architecture.model.get_submodule(architecture.down_projection.format(layer)).weight
     return int(weight.numel()) // architecture.sizes.hidden
 

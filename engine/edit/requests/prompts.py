@@ -90,7 +90,6 @@ class Encoder:
         return [replace(text, noise=sample) for sample in noise]
 
     def prompt(self, fact: Fact) -> tuple[int, ...]:
-        """The token ids of a fact's prompt."""
         return encode(fact, self.tokenizer, "argmax", self.sizes.vocabulary, self.sizes.positions).prompt
 
     def bare(self, request: Request) -> Prompted:

@@ -81,7 +81,6 @@ class Evaluator:
         return Scores(final, probe_batch(scored), metric_batch(rows))
 
     def score(self, edits: Sequence[Edit], essence: bool = False, accuracy: bool = False) -> Iterator[Scored]:
-        """Each edit's probes, in order."""
         if not edits:
             return
         self.session.verify(self.encoder.bare(edits[0].request).text.tokens)

@@ -79,7 +79,6 @@ def continued(session: Session, tokens: Sequence[int], new: Sequence[int]) -> st
 
 
 def _start_token(session: Session) -> int:
-    """The token that texts begin from."""
     tokenizer, vocabulary = session.tokenizer, session.sizes.vocabulary
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:

@@ -28,7 +28,6 @@ def completions(session: Session, facts: Sequence[EncodedFact], tokens: int = CO
 
 
 def completes(fact: Fact, completion: str) -> bool:
-    """Whether a completion contains the fact's answer, ignoring case."""
     return fact.target_true.strip().lower() in completion.lower()
 
 
