@@ -1,7 +1,5 @@
 """Means over edits, tokens or texts whose facts are taken as independent."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import polars as pl

@@ -1,7 +1,5 @@
 """The folder of a sweep as the analysis sees it: the tables it holds by now, and those that were asked for."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Old module names, which still work and warn: each is an alias of the module under its new name."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A fact, and its encoding: token ids, subject span, target ids."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args

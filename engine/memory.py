@@ -1,7 +1,5 @@
 """How much memory there is, and work in portions that fit it."""
 
-from __future__ import annotations
-
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator

@@ -1,8 +1,6 @@
 """Columns of every table of results, as Arrow schemas (docs/results.md), and names in them. Probabilities are float64,
 layers and tokens count from 0, columns that do not apply to a row are null."""
 
-from __future__ import annotations
-
 from typing import Literal, get_args
 
 import pyarrow as pa

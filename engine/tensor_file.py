@@ -3,8 +3,6 @@
 The JSON has ``version`` of the layout, ``crc32`` (checksum of the raw bytes by tensor), and what describes the tensors.
 """
 
-from __future__ import annotations
-
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Attention of short dense segments: ``m`` queries of a run over its ``K`` keys, for many runs at once."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -4,8 +4,6 @@ Every operation has a plain torch form, which defines it. Triton kernels (``kern
 in float32 and narrower dtypes. flash-attn's kernels, for attention alone, are used where they are asked for.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace

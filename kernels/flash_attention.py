@@ -4,8 +4,6 @@ Runs that begin with the same key rows see those in one sequence: all their quer
 left of each run's keys is a sequence of its own, under the causal mask. The two are merged by their log-sum-exps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

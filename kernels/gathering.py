@@ -1,7 +1,5 @@
 """Rows gathered by index: normed, as they enter every product of a layer, and summed, as the residual stream is."""
 
-from __future__ import annotations
-
 from typing import NamedTuple, TypeGuard
 
 import torch

@@ -1,7 +1,5 @@
 """What a tile of logits adds to log-sum-exps over the vocabulary, and the targets' logits in it."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Norms over the last dimension of rows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """How exactly float32 products are computed, whatever the rest of the process has set."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, TypeVar

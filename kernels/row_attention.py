@@ -4,8 +4,6 @@ Key k of a run is the row of its token k, whichever run that row was computed in
 for the same tokens.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

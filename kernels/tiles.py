@@ -1,7 +1,5 @@
 """How long stages are walked: in pieces that stay in cache, of few distinct sizes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Copies between host and device that nobody waits for: the host goes on to say what comes next."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

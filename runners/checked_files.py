@@ -1,7 +1,5 @@
 """Files that users write, read with plain complaints; tables of TOML files checked with pydantic."""
 
-from __future__ import annotations
-
 import math
 import re
 import tomllib

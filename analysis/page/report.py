@@ -2,8 +2,6 @@
 
 Texts and small tables are packed as JSON, all numbers of single facts as float32."""
 
-from __future__ import annotations
-
 import base64
 import json
 import re

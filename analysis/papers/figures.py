@@ -1,7 +1,5 @@
 """The figures of Hase et al. 2023 (6-22) and Meng et al. 2022 (14-16) from a sweep's folder."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Options of an analysis, and the frames that its tables and figures share."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 

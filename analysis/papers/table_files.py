@@ -1,7 +1,5 @@
 """Tables as files: CSV with all digits, Markdown and LaTeX as they are to be read."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,8 +1,6 @@
 """The tables of Hase et al. 2023 (2-8) from a sweep's folder, with printed values beside the user's numbers, tables of
 intervals and further tests, and the answer in a few sentences."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Shared by all figures: fonts, tokens made visible, colours, lines, axes, legends, and the way to a file."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from functools import cache

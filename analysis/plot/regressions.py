@@ -1,7 +1,5 @@
 """Figures of regressions: bars of R^2, and scores against effects layer by layer."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The figure of average indirect effects by token role."""
 
-from __future__ import annotations
-
 import os
 
 import polars as pl

@@ -1,7 +1,5 @@
 """Correlation of a score with an effect at each edited layer, with p-values corrected for how many there are."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 

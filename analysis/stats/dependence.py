@@ -1,7 +1,5 @@
 """The test of Hase et al. 2023 where a fact's edits at several layers are not taken for independent ones."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from typing import Any

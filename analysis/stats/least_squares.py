@@ -3,8 +3,6 @@
 With the layer as a factor, every model splits into sums over layers, each with a mean of its own, and with the
 interaction a slope of its own. Columns that are constant within a layer add no slope, as R's ``lm`` drops them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

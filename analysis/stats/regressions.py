@@ -1,7 +1,5 @@
 """Regressions of scores on layers and localization effects (docs/analysis.md, "The question")."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Uncertainty of R^2 and of what tracing adds to it: facts are drawn again, or their effects exchanged."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Problems and methods of editing: their order and names in tables and figures; and the colours of lines."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import polars as pl

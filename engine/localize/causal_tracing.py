@@ -1,8 +1,6 @@
 """Causal tracing and zeroing as experiments: what runs for each fact, and the table that comes of it
 (docs/methods.md, "Localization")."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """A user's interventions as experiments on the user's prompts, and the results read of their runs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

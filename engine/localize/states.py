@@ -1,7 +1,5 @@
 """States: which kind of value an experiment is about, over a window of how many layers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Architectures: how the engine computes a transformers model, found from the ``model_type`` of its config."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """GPT-2 and its contemporaries: LayerNorm, and an MLP of two products."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 from torch import Tensor, nn

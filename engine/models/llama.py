@@ -1,7 +1,5 @@
 """Llama and its relatives: RMSNorm, key heads that serve several query heads, rotary positions, a gated MLP."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar

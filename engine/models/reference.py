@@ -1,8 +1,6 @@
 """The model's own forward: its logits to compare with, and the refusal of models whose parameters, read directly, would
 not give what it computes."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

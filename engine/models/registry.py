@@ -1,7 +1,5 @@
 """Families of models by the ``model_type`` of their config: built in, registered, or brought by installed packages."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import entry_points

@@ -9,8 +9,6 @@ first is dead when it computes what comes later:
 - heads: the heads' outputs, then the residual after attention
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -6,8 +6,6 @@ first ends; equal windows of different sizes are one run; a restored row is the 
 cased, so every intervention that can be written as overwrites is computed in its cone and nowhere else.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

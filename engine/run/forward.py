@@ -5,8 +5,6 @@ back through. Texts with edits go through ``engine/edit/runs/layers.py``, and to
 beside it: they have no plan. What a block computes, all four ask of ``Block``; a new kind of block changes each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ are functional, since what they save for the way back must stay as it was: that 
 buffers that it uses again, is not used.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property

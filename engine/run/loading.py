@@ -1,7 +1,5 @@
 """Models of folders and hub ids: loaded, or read from their files anew in every pass."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

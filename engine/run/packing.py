@@ -1,7 +1,5 @@
 """Lays out a plan's local rows for many facts and samples in one packed tensor per stage."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

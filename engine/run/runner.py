@@ -1,7 +1,5 @@
 """Experiments on many facts: plans their passes, runs them, and hands out each fact's results once complete."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace

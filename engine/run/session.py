@@ -1,7 +1,5 @@
 """A model made ready for experiments: checked, with a budget of memory, and with plans kept from one to the next."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any

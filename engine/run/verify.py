@@ -1,7 +1,5 @@
 """Checks, before results are trusted, that the engine computes what the model's own forward computes."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

@@ -1,7 +1,5 @@
 """A model whose weights stay in their files: each pass reads one layer after another."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager

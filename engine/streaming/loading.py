@@ -1,7 +1,5 @@
 """Opening a saved model for streaming: its modules without weights, and its files."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

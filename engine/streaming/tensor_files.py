@@ -3,8 +3,6 @@
 Files are read, not mapped: mapped pages would count as memory of this process.
 """
 
-from __future__ import annotations
-
 import json
 import struct
 from collections.abc import Sequence

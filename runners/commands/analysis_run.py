@@ -1,7 +1,5 @@
 """Carries out ``causalcone analyze`` and ``report``: tables, figures and a page, and the answer on the terminal."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The commands of analysis: ``analyze`` and ``report``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

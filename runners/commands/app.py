@@ -1,7 +1,5 @@
 """The command line: one word per capability, the same words as the API."""
 
-from __future__ import annotations
-
 import logging
 import signal
 import sys

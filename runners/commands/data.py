@@ -1,7 +1,5 @@
 """The command of fact files: ``data``."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """The command that shows what the program does on the demo model: ``demo``."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Annotated

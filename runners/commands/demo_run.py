@@ -1,7 +1,5 @@
 """The sweep "demo" carried out on the demo model: where its facts are localised, and what editing them there does."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pyarrow as pa

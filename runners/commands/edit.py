@@ -1,7 +1,5 @@
 """The command that edits facts: ``edit``."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from rich.console import Console

@@ -3,8 +3,6 @@
 Commands import what they need when they run, so that help is there at once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """The command that collects second moments: ``moments``."""
 
-from __future__ import annotations
-
 from causalcone.runners.commands.shared import print_line, takes
 from causalcone.runners.options import CollectingOptions, ComputeOptions, MomentsFileOptions, TextOptions
 

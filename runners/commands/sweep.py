@@ -1,7 +1,5 @@
 """The commands of whole studies: ``sweep`` and ``status``."""
 
-from __future__ import annotations
-
 import sys
 from typing import Annotated
 

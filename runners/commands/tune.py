@@ -1,7 +1,5 @@
 """The command that tunes editing: ``tune``."""
 
-from __future__ import annotations
-
 from rich.console import Console
 
 from causalcone.runners.commands.shared import print_line, takes

@@ -1,7 +1,5 @@
 """The demo model's training batches: sentences packed into rows, and the masks that rows are trained under."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from random import Random

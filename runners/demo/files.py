@@ -3,8 +3,6 @@
 This module imports nothing that takes time; files are made when they are first asked for.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """The demo model: a small GPT-2 that knows the demo world, trained on first use and kept in the cache folder."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Training the demo model: its recipe, GPT-2's forward pass under training masks, and the loop."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The words of the synthetic world: name parts, relations with their phrasings and objects, filler sentences."""
 
-from __future__ import annotations
-
 import tomllib
 from dataclasses import dataclass
 from importlib.resources import files

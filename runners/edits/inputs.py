@@ -1,8 +1,6 @@
 """An editing study made from the command line's options: everything is checked, facts are filtered and texts sampled,
 but no edit is made yet."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Second moments on the command line: collected over running text with progress, and written to a file."""
 
-from __future__ import annotations
-
 import os
 import time
 import warnings

@@ -1,7 +1,5 @@
 """An editing study: edits are made, scored, written and dropped, batch by batch."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

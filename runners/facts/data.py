@@ -1,7 +1,5 @@
 """Facts from files and data sets, checked and written as causalcone's JSON lines."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The published schemas of fact files, and how one record of each becomes a ``Fact`` (docs/data.md, "Sources")."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_type_hints

@@ -1,7 +1,5 @@
 """Short hashes that tell whether facts or a model are the same as before."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

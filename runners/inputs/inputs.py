@@ -1,7 +1,5 @@
 """A command's model and facts, and a record of facts that were left out."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

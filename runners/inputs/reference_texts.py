@@ -1,7 +1,5 @@
 """Reading the texts that the reference score compares with: CounterFact's attribute snippets."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Running text that second moments are collected over: files, folders of them, and data sets."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Summaries of tables of edits for the terminal."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The figures that commands draw into a folder of results."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Callable, Sequence

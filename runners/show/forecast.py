@@ -1,7 +1,5 @@
 """The time and memory that a plan will take on this machine."""
 
-from __future__ import annotations
-
 import time
 
 import torch

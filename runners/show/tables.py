@@ -1,7 +1,5 @@
 """Summaries of tables of results, for the terminal."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import polars as pl

@@ -1,7 +1,5 @@
 """The folder of a tuning: a record of what is asked for, and for each setting that is tried a folder of results."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,8 +1,6 @@
 """Tuning of editing as Hase et al. 2023 did it: few facts at one layer are edited with every setting of a grid, one
 setting is chosen by the mean scores, and written as a preset (docs/editing.md, "Tuning")."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress

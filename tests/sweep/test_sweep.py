@@ -348,16 +348,16 @@ def test_facts_that_a_problem_is_not_posed_for_are_listed(file, tmp_path):
 @pytest.mark.slow
 def test_a_disk_that_is_full(file, whole, tmp_path, monkeypatch):
     """Ends it at once, with what is finished; it goes on when there is room."""
-    write, out, names = stores.Store._write_locally, tmp_path / "out", []
+    replacing, out, names = stores.replacing, tmp_path / "out", []
 
-    def writing(self, root, name, content):
-        if name.startswith("probes"):
-            names.append(name)
+    def no_room(path, beside):
+        if "probes" in path.parts:
+            names.append(path)
             if len(names) > 3:
                 raise OSError(28, "No space left on device")
-        write(self, root, name, content)
+        return replacing(path, beside)
 
-    monkeypatch.setattr(stores.Store, "_write_locally", writing)
+    monkeypatch.setattr(stores, "replacing", no_room)
     with pytest.raises(ResultError, match=r"cannot write probes/.*: No space left on device; what is finished is kept"):
         swept(file, out)
     monkeypatch.undo()

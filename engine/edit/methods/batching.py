@@ -1,7 +1,5 @@
 """How many requests and edits go through the model together: as many as the memory budget holds."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar

@@ -4,8 +4,6 @@ Every edit has weights of its own. Since a text has few tokens, the gradient of 
 that went into its product and the gradients of those that came out of it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple

@@ -1,8 +1,6 @@
 """Hyperparameters of the editing methods; the defaults are the published ones for GPT-J (docs/editing.md,
 "Hyperparameters")."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from typing import Any, get_args, get_type_hints
 

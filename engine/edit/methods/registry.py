@@ -3,8 +3,6 @@
 Another package names its ``Method`` as an entry point of the group ``causalcone.editing_methods``.
 """
 
-from __future__ import annotations
-
 import logging
 from functools import cache
 from importlib.metadata import entry_points

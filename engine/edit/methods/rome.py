@@ -1,8 +1,6 @@
 """ROME: a rank-one change of one layer, which maps the subject's key to a value that says the target (Meng et al.
 2022)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -11,8 +11,6 @@ A published file is numpy's ``.npz`` without pickled objects, one for each layer
 k k^T (inner, inner), and ``mom2.count``, the number of tokens.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import zipfile

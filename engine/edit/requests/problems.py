@@ -1,7 +1,5 @@
 """Requests from facts: the target that each problem trains towards, and the facts it is posed for."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 

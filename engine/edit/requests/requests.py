@@ -1,7 +1,5 @@
 """Requests: a fact, a problem, and the target that is trained towards or away from (docs/editing.md, "Problems")."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from causalcone.engine.errors import ExperimentError

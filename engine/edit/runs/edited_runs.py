@@ -1,7 +1,5 @@
 """Runs of edits: of each text the tokens from the lookup on, in the layers after the edit, over a frozen prefix."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The unedited model's rows of texts: computed once, and then frozen for all steps of all edits."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """A model's layers over packed runs, forwards or under autograd; ``engine/run/forward.py`` names the other passes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """Evaluation of edits: probes and metrics, and the texts and word weights that serve several evaluations."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 

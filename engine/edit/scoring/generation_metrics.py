@@ -1,8 +1,6 @@
 """Metrics of what edited models write: n-gram entropy, and likeness to texts about the new target (docs/editing.md,
 "Scores")."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter

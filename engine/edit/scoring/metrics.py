@@ -1,8 +1,6 @@
 """Metrics of single edits: perplexity of essence texts, and Meng et al.'s scores and accuracies (docs/editing.md,
 "Scores")."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Probes of a model, edited or not, about a request: answers after prompts (docs/editing.md, "Scores")."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal

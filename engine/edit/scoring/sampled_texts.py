@@ -1,7 +1,5 @@
 """Texts that edits are scored on, sampled from models (docs/editing.md, "Scores")."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 

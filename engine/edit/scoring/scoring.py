@@ -1,8 +1,6 @@
 """Scores of many edited models in one pass: each edit's runs share every layer below it with the unedited ones, and no
 weight is written (docs/editing.md, "Scores")."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial

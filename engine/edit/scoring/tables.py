@@ -1,7 +1,5 @@
 """Result tables of editing: edits, probes (a row for every prompt of every edit) and metrics, as Arrow batches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import numpy as np

@@ -1,8 +1,6 @@
 """Contexts: texts sampled from the unedited model that are put before prompts in editing (docs/editing.md, "Second
 moments and contexts")."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,8 +1,6 @@
 """Recall of facts: the texts with which a model completes prompts, and the probabilities of answers (docs/editing.md,
 "Problems")."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
