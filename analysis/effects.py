@@ -1,6 +1,8 @@
 """Effects derived from traces: per state, per layer, and averaged by token role
 (docs/methods.md, "What follows from the tables")."""
 
+from __future__ import annotations
+
 from typing import Literal, get_args
 
 import polars as pl

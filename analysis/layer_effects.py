@@ -1,6 +1,8 @@
 """Means by layer: effects of zeroing, of restoring several tokens together and with modules severed, and norms of
 integrated gradients."""
 
+from __future__ import annotations
+
 import polars as pl
 
 from causalcone.analysis.effects import zeroing_effects

@@ -1,6 +1,8 @@
 """Success of edits: scores of Hase et al. 2023 per edit, their means, and metrics of Meng et al. 2022
 (docs/editing.md, "Scores"); and scores beside localization effects, for regressions and correlations."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 

@@ -1,5 +1,7 @@
 """Figures of tracing effects by window size: means by layer, and where they peak (Hase et al. 2023, Figs. 10, 11)."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 
 import numpy as np

@@ -1,5 +1,7 @@
 """Figures of mean effects by layer: zeroing, restoring tokens together, and severed against plain restoring."""
 
+from __future__ import annotations
+
 import polars as pl
 from matplotlib import colormaps
 from matplotlib.axes import Axes

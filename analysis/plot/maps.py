@@ -1,5 +1,7 @@
 """Token-by-layer heat maps of one fact: of p(target) after restoring states, and of integrated gradients."""
 
+from __future__ import annotations
+
 import os
 import textwrap
 from collections.abc import Sequence

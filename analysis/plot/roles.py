@@ -1,5 +1,7 @@
 """The figure of average indirect effects by token role."""
 
+from __future__ import annotations
+
 import os
 
 import polars as pl

@@ -1,5 +1,7 @@
 """Figures of mean scores of edits by layer and method."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Tables of editing as polars frames: edits, the prompts they were scored on, and metrics of generated texts."""
 
+from __future__ import annotations
+
 import polars as pl
 
 from causalcone.analysis.tables.traces import (

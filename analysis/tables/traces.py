@@ -1,5 +1,7 @@
 """Tables of traces and gradients as polars frames, wherever they come from, and the roles of tokens."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path

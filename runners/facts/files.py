@@ -1,5 +1,7 @@
 """Reading facts from the published file formats, and reading and writing causalcone's JSON lines."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import os

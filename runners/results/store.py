@@ -180,10 +180,9 @@ class Store:
         done = threading.Event()
 
         def renew() -> None:
-            while not done.is_set():
+            while not done.wait(LOCK_SECONDS):
                 with suppress(ResultError):
                     self.write_json(LOCK, {**process, "time": time.time()})
-                done.wait(LOCK_SECONDS)
 
         self.write_json(LOCK, {**process, "time": time.time()})
         renewing = threading.Thread(target=renew, daemon=True)
