@@ -19,6 +19,7 @@ for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS"
 
 
 BENCH = Path(__file__).parents[1] / "bench"
+SLOW = frozenset(Path(__file__).with_name("slow_tests.txt").read_text().splitlines())
 
 
 def pytest_collection_modifyitems(items):
@@ -26,6 +27,8 @@ def pytest_collection_modifyitems(items):
     slow ones, the others that need the demo model, and all else."""
     marks = defaultdict(set)
     for item in items:
+        if item.nodeid.partition("[")[0] in SLOW:
+            item.add_marker(pytest.mark.slow)
         marks[item.path].update(mark.name for mark in item.iter_markers())
     demo = sorted((path for path in marks if "demo" in marks[path]), key=lambda path: path.parent.name != "demo")
 

@@ -57,6 +57,12 @@ def test_words_of_the_glossary_are_in_the_files_it_names():
         assert not file or file in classes()[name], (name, file)
 
 
+def test_tests_that_are_left_out_of_the_fast_ones_are_there():
+    listed = (ROOT / "tests" / "slow_tests.txt").read_text(encoding="utf-8").splitlines()
+    for file, _, name in (line.partition("::") for line in listed if not line.startswith("#")):
+        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file} has no {name}; take the line out"
+
+
 def test_one_name_for_one_class():
     """Private classes count as well; a Triton kernel's file may repeat its torch form's."""
     twice = {name: files for name, files in classes().items() if len(files) > 1}
