@@ -24,7 +24,12 @@ if TYPE_CHECKING:  # the same names as below, for editors and type checkers
     from causalcone.engine.edit.scoring.tables import edit_batch as edit_batch
     from causalcone.engine.edit.texts.contexts import Contexts as Contexts
     from causalcone.engine.errors import CausalconeError as CausalconeError
-    from causalcone.engine.facts import Fact as Fact, SkippedFacts as SkippedFacts
+    from causalcone.engine.facts import (
+        Fact as Fact,
+        FactProbe as FactProbe,
+        ProbeCondition as ProbeCondition,
+        SkippedFacts as SkippedFacts,
+    )
     from causalcone.engine.localize.prompt_runs import (
         Intervention as Intervention,
         Prompt as Prompt,
@@ -50,7 +55,7 @@ _NAMES = {
     "engine.edit.scoring.tables": ["edit_batch"],
     "engine.edit.texts.contexts": ["Contexts"],
     "engine.errors": ["CausalconeError"],
-    "engine.facts": ["Fact", "SkippedFacts"],
+    "engine.facts": ["Fact", "FactProbe", "ProbeCondition", "SkippedFacts"],
     "engine.localize.prompt_runs": ["Intervention", "Prompt", "PromptResult", "Read"],
     "engine.localize.states": ["State"],
     "engine.localize.tracer": ["TracePlan", "Tracer"],

@@ -14,6 +14,52 @@ OnError = Literal["raise", "skip"]
 
 
 @dataclass(frozen=True)
+class ProbeCondition:
+    """What must be so before an edit for a probe to say anything: the unedited model answers a prompt so.
+
+    Args:
+        prompt: The prompt.
+        answers: Accepted answers.
+    """
+
+    prompt: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FactProbe:
+    """A prompt with answers of its own, looked at before and after an edit.
+
+    Args:
+        group: What it probes, which scores are grouped by: such as ``"portability/Reasoning"`` (answers that should
+            follow from the edit) or ``"locality/Forgetfulness"`` (answers that should stay).
+        prompt: The prompt, filled.
+        answers: Accepted answers, at least one.
+        name: What tables call it; empty where it has no name.
+        conditions: What must be so before the edit.
+        every: Whether all conditions must hold, not one of them.
+
+    Raises:
+        FactError: A text is empty, or there is no answer.
+    """
+
+    group: str
+    prompt: str
+    answers: tuple[str, ...]
+    name: str = ""
+    conditions: tuple[ProbeCondition, ...] = ()
+    every: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("group", "prompt"):
+            if not getattr(self, name).strip():
+                raise FactError(f"a probe's {name} is empty; give a text")
+        for prompt, answers in [(self.prompt, self.answers), *((c.prompt, c.answers) for c in self.conditions)]:
+            if not answers or not all(answer.strip() for answer in answers):
+                raise FactError(f"the probe {prompt!r} has answers {answers!r}; give one visible answer at least")
+
+
+@dataclass(frozen=True)
 class Fact:
     """One fact: a prompt about a subject, its answer, and the prompts that go with it.
 
@@ -32,6 +78,8 @@ class Fact:
         counterfactual_subject: Subject of a counterfactual prompt of equal token length.
         relation_id: Wikidata's identifier as CounterFact gives it; target_true_id and target_new_id likewise.
         neighborhood_target: The neighbours' own answer, where it is not ``target_true``.
+        target_true_aliases: Other words for ``target_true``; target_new_aliases likewise.
+        probes: Further prompts, each with answers of its own.
 
     Raises:
         FactError: A text is missing or empty, or the prompt has no single ``{}``.
@@ -51,6 +99,9 @@ class Fact:
     target_true_id: str | None = None
     target_new_id: str | None = None
     neighborhood_target: str | None = None
+    target_true_aliases: tuple[str, ...] = ()
+    target_new_aliases: tuple[str, ...] = ()
+    probes: tuple[FactProbe, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("id", "prompt", "subject", "target_true"):

@@ -98,7 +98,9 @@ def save_facts(facts: Iterable[Fact], path: str | os.PathLike[str]) -> None:
         FactError: The file cannot be written.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(Fact)}
-    filled = ({name: value for name, value in vars(fact).items() if value != defaults[name]} for fact in facts)
+    filled = (
+        {name: value for name, value in dataclasses.asdict(fact).items() if value != defaults[name]} for fact in facts
+    )
     lines = [json.dumps(fields, ensure_ascii=False) + "\n" for fields in filled]
     try:
         Path(path).write_text("".join(lines), encoding="utf-8", newline="\n")

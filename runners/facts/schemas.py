@@ -81,7 +81,10 @@ def _own_line_model() -> type[BaseModel]:
     stricter: dict[Any, Any] = {str: Text, str | None: Text | None, tuple[str, ...]: Prompts}
     hints = get_type_hints(Fact)
     columns: dict[str, Any] = {
-        field.name: (stricter[hints[field.name]], ... if field.default is dataclasses.MISSING else field.default)
+        field.name: (
+            stricter.get(hints[field.name], hints[field.name]),
+            ... if field.default is dataclasses.MISSING else field.default,
+        )
         for field in dataclasses.fields(Fact)
     }
     columns["id"] = (Identifier, None)
@@ -168,7 +171,7 @@ def _from_zsre(index: int, record: Record, zsre_form: ZsreForm, drawn: Sequence[
 
 
 def _from_own_line(index: int, record: Record) -> Fact:
-    line = FactLine.model_validate(record).model_dump()
+    line = dict(FactLine.model_validate(record))
     return Fact(**{**line, "id": _identifier(line["id"], index)})
 
 

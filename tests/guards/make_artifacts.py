@@ -1,6 +1,7 @@
 """Writes ``artifacts/``, ``snapshots/`` and ``documented_names.json``, which ``test_guards.py`` compares code with.
 
-    python tests/guards/make_artifacts.py
+    python tests/guards/make_artifacts.py          # all of it
+    python tests/guards/make_artifacts.py --api    # names, signatures, commands and help alone
 
 Run it only where a file, a name or a number is to change: what is there was written by the code as it was before, and
 says that nothing changed since. The model is a GPT-2 of three layers (width 16, two heads, keys of width 32) whose
@@ -317,11 +318,15 @@ def main() -> None:
         tables = {"sweep": guards.arrow_schemas(study), **guards.rare_schemas()}
         write_json(guards.SNAPSHOTS / "tables.json", tables)
         os.chdir(ROOT)
-    write_json(guards.SNAPSHOTS / "api.json", guards.api())
-    write_json(guards.SNAPSHOTS / "commands.json", guards.commands())
-    write_json(guards.SNAPSHOTS / "help.json", {"typer": typer.__version__, "texts": guards.help_texts()})
+    write_api()
     write_json(HERE / "documented_names.json", {"names": documented_names()})
 
 
+def write_api() -> None:
+    write_json(guards.SNAPSHOTS / "api.json", guards.api())
+    write_json(guards.SNAPSHOTS / "commands.json", guards.commands())
+    write_json(guards.SNAPSHOTS / "help.json", {"typer": typer.__version__, "texts": guards.help_texts()})
+
+
 if __name__ == "__main__":
-    main()
+    write_api() if sys.argv[1:] == ["--api"] else main()
