@@ -58,6 +58,9 @@ EDIT_SCHEMA = _schema(
     delta_norm=_NUMBER,  # Frobenius norm of the change
     status=_TEXT,  # done or failed
     reason=_TEXT,  # of a failure
+    key_alignment=_NUMBER,  # the key that ROME solves for over the one it is to be like, along the edit's direction
+    relative_norm=_NUMBER,  # delta_norm over the norm of the changed weights
+    suspect=_TEXT,  # why the edit is out of the ordinary
 )
 
 # One row per edit and prompt.

@@ -24,16 +24,18 @@ class GridPoint:
 
     number: int
     setting: Setting
-    values: Mapping[str, int | float | None]
+    values: Mapping[str, int | float | str | None]
 
     @property
     def caution(self) -> tuple[float, ...]:
         """Larger for a more cautious setting, name by name."""
         signs = {**_CAUTIOUS, **self.setting.definition.caution}
-        return tuple(signs.get(name, 0) * (value or 0.0) for name, value in self.values.items())
+        signed = ((signs[name], value) for name, value in self.values.items() if name in signs)
+        return tuple(sign * (value or 0.0) for sign, value in signed)
 
     def __str__(self) -> str:
-        shown = {name: "never" if value is None else f"{value:g}" for name, value in self.values.items()}
+        texts = {name: "never" if value is None else value for name, value in self.values.items()}
+        shown = {name: text if isinstance(text, str) else f"{text:g}" for name, text in texts.items()}
         return ", ".join(f"{name}={value}" for name, value in shown.items()) or "the defaults"
 
 

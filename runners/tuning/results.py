@@ -192,7 +192,8 @@ def tuning_table(results: Sequence[TuningResult], layer: int, path: Path) -> pl.
         for result in results
         for trial in result.trials
     ]
-    return pl.DataFrame(rows, schema_overrides=dict.fromkeys([*names, *SCORES], pl.Float64), infer_schema_length=None)
+    numbers = [name for name in names if not any(isinstance(row[name], str) for row in rows)]
+    return pl.DataFrame(rows, schema_overrides=dict.fromkeys([*numbers, *SCORES], pl.Float64), infer_schema_length=None)
 
 
 def score_tables(results: Sequence[TuningResult]) -> list[Table]:
