@@ -51,7 +51,7 @@ class EditableModel:
         """The edit with the norm of its change over that of the changed weights, and, where it is out of the ordinary,
         why it is suspect."""
         if edit.delta is None or edit.delta_norm is None:
-            return edit
+            return replace(edit, key_alignment=None)
         for layer in edit.delta.layers:
             if layer not in self._weights:
                 weight = self.layers.block(layer).down.weight
