@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import Any
 
 from causalcone.engine.edit.requests.requests import ERROR_INJECTION
 from causalcone.engine.errors import ExperimentError
 from causalcone.runners.edits.presets import keys_of
-from causalcone.runners.edits.settings import Change, EditPlan, Setting, changed, check_known, plan_of
+from causalcone.runners.edits.settings import Change, EditPlan, Setting, changed, check_known, plan_of, record
 from causalcone.runners.options import TuningOptions
 
 _CAUTIOUS = dict.fromkeys(("kl_factor", "covariance_weight", "weight_decay", "stop_loss"), 1)
@@ -62,7 +62,7 @@ class ProblemGrids:
     def configuration(self) -> dict[str, Any]:
         """Everything that decides the results, name by name."""
         points = {
-            str(grid.setting): {str(point.number): asdict(point.setting.hparams) for point in grid.points}
+            str(grid.setting): {str(point.number): record(point.setting.hparams) for point in grid.points}
             for grid in self.grids
         }
         return {"sigma": self.plan.sigma, "aggregate": self.plan.aggregate, "grid": points}
