@@ -11,14 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.trace_tables import made_up_traces
+from rich.console import Console
 
 from causalcone.analysis import TableError, read_traces
 from causalcone.analysis.sweep_results import Study
 from causalcone.analysis.tables.traces import polars_schema, scan_folder, table_parts
 from causalcone.engine import schemas
 from causalcone.engine.schemas import SCHEMA_VERSION, VERSION_KEY
-from causalcone.runners.results.folder import ResultError, ResultFolder, TableWriter, write_part
+from causalcone.runners.results.folder import ResultError, ResultFolder, write_part
 from causalcone.runners.sweep.driver import Driver
+from causalcone.runners.sweep.stages import as_sweep
 
 TOKENS = ["The", " city", " of", " Rome"]
 
@@ -69,7 +71,9 @@ def test_a_later_version_is_refused(tmp_path, monkeypatch):
         later.setattr("causalcone.runners.results.folder.SCHEMA_VERSION", SCHEMA_VERSION + 1)
         write_part(table, {}, file)
     for read in (read_traces, scan_folder):
-        with pytest.raises(TableError, match=f"traces.parquet has version {SCHEMA_VERSION + 1} .* up to {SCHEMA_VERSION}"):
+        with pytest.raises(
+            TableError, match=f"traces.parquet has version {SCHEMA_VERSION + 1} .* up to {SCHEMA_VERSION}"
+        ):
             read(file)
     run = {"command": "sweep", "schema": SCHEMA_VERSION + 1, "configuration": {}}
     (tmp_path / "run.json").write_text(json.dumps(run))
@@ -77,7 +81,7 @@ def test_a_later_version_is_refused(tmp_path, monkeypatch):
         Study(tmp_path)
 
 
-def test_a_sweep_of_a_later_version_does_not_go_on(tmp_path, demo_sweep):
+def test_a_sweep_of_a_later_version_does_not_go_on(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"command": "sweep", "schema": SCHEMA_VERSION + 1}))
     with pytest.raises(ResultError, match="version"):
-        Driver(demo_sweep, str(tmp_path), None).run()
+        Driver(as_sweep({"model": "gpt2", "facts": "facts.jsonl"}), str(tmp_path), Console()).run()
