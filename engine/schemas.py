@@ -13,7 +13,7 @@ SCHEMA_VERSION = 2
 VERSION_KEY = b"causalcone_schema"
 """Its name in the metadata of Parquet files."""
 
-ADDED: frozenset[str] = frozenset()
+ADDED: frozenset[str] = frozenset({"key_alignment", "relative_norm", "suspect"})
 """Columns that tables of version 1 may lack. Reading makes them null there, log-probabilities those of the
 probabilities."""
 
