@@ -8,13 +8,13 @@ file of JSON lines, and with ``--rows`` alone the table is of that file.
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from measure import say
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from causalcone import Editor, Fact, Moments, RomeHparams
@@ -65,7 +65,7 @@ def measured(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             for n in options.countries
         ]
         for request in editor.requests(facts, filtered=False):
-            say(request.fact.id)
+            print(request.fact.id, file=sys.stderr, flush=True)
             yield from edited(editor, request, place, options.layers)
 
 
