@@ -8,7 +8,7 @@ from helpers.tokenizers import TOKENIZERS, bytes_of, sentencepiece
 from oracles import tracing as oracle
 
 import causalcone as cc
-from causalcone.engine.facts import encode, target_ids, token_texts
+from causalcone.engine.encoding import PromptEncoder, target_ids, token_texts
 
 FOREIGN = (
     cc.Fact("accent", "{} is known", "Zoë", "golf"),
@@ -28,7 +28,7 @@ def tokenizer(request):
 
 
 def encoded(fact, tokenizer):
-    return encode(fact, tokenizer, "label", vocabulary=len(tokenizer), positions=100)
+    return PromptEncoder(tokenizer, len(tokenizer), 100).fact(fact)
 
 
 def places(fact, tokenizer):
