@@ -42,8 +42,8 @@ def data(
 ) -> None:
     """Convert facts into a fact file of causalcone's own, check every one, and summarize them.
 
-    Without --out nothing is written. Writes OUT (JSON lines, one fact a line), which every command takes as --facts. Bad records are listed, and nothing
-    is written then; with --skip-bad-facts the others are.
+    Without --out nothing is written. Writes OUT (JSON lines, one fact a line), which every command takes as --facts.
+    Bad records are listed, and nothing is written then; with --skip-bad-facts the others are.
     """
     from causalcone.engine.errors import ExperimentError, FactError
     from causalcone.runners.demo.files import path_of, title_of

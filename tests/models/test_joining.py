@@ -229,7 +229,7 @@ def test_chats_are_as_the_template_has_them(name, template):
     said = tokenizer(whole + TEMPLATES[template][1] + "golf", add_special_tokens=False)["input_ids"]
     assert encoded.prompt + encoded.target == tuple(said)
     expected = own_probability(model, list(encoded.prompt), said[len(encoded.prompt) :])
-    assert traced(model, tokenizer, fact, chat=True) == pytest.approx(expected, rel=1e-6)
+    assert traced(model, tokenizer, fact, chat=True) == pytest.approx(expected, rel=1e-4)
 
 
 def chatting(name, template):

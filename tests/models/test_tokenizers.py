@@ -58,7 +58,11 @@ def test_the_span_is_the_tokens_of_the_subject(tokenizer, fact):
 @pytest.mark.parametrize("fact", ALL, ids=lambda fact: fact.id)
 def test_prompt_and_target_are_the_tokens_of_the_sentence(tokenizer, fact):
     both = encoded(fact, tokenizer)
-    assert both.prompt + both.target == tuple(tokenizer(f"{fact.text} {fact.target_true}")["input_ids"])
+    assert both.prompt + both.target == tuple(tokenizer(joined(fact))["input_ids"])
+
+
+def joined(fact):
+    return fact.text + ("" if fact.target_true.startswith("日") else " ") + fact.target_true
 
 
 @pytest.mark.parametrize("target", ["golf", "tennis", "in Seattle", "Zqx", "Zoë", "日本"])
