@@ -1,8 +1,10 @@
 """Facts, and what to do about those that cannot be used."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypeVar, get_args
 
 from causalcone.engine.errors import CausalconeError, ExperimentError, FactError
 
@@ -13,6 +15,10 @@ OnError = Literal["raise", "skip"]
 """What to do about a fact that cannot be used."""
 Joiner = Literal["auto", "space", "none"]
 """What stands between a prompt and its answer."""
+
+
+_FIRST_FIELDS = 14
+"""How many of a fact's fields all files have."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,12 @@ class FactProbe:
     name: str = ""
     conditions: tuple[ProbeCondition, ...] = ()
     every: bool = False
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> FactProbe:
+        """The probe of a record that was written and read as JSON."""
+        conditions = tuple(ProbeCondition(each["prompt"], tuple(each["answers"])) for each in record["conditions"])
+        return cls(**{**record, "answers": tuple(record["answers"]), "conditions": conditions})
 
     def __post_init__(self) -> None:
         for name in ("group", "prompt"):
@@ -122,6 +134,19 @@ class Fact:
             raise FactError(f"fact {self.id!r}: target_true is empty; give the answer that completes the prompt")
         if self.joiner not in get_args(Joiner):
             raise FactError(f"fact {self.id!r}: joiner is {self.joiner!r}; choose from {', '.join(get_args(Joiner))}")
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """All of it as values of JSON. Fields that files of before do not have are there where they are set."""
+        younger = {field.name: field.default for field in fields(self)[_FIRST_FIELDS:]}
+        return {key: value for key, value in asdict(self).items() if key not in younger or value != younger[key]}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Fact:
+        """The fact of a ``record`` that was written and read as JSON."""
+        lists = {key: tuple(value) for key, value in record.items() if isinstance(value, list)}
+        probes = tuple(FactProbe.from_record(probe) for probe in record.get("probes", ()))
+        return cls(**{**record, **lists, "probes": probes})
 
     @property
     def text(self) -> str:
