@@ -30,8 +30,8 @@ class GridPoint:
     def caution(self) -> tuple[float, ...]:
         """Larger for a more cautious setting, name by name."""
         signs = {**_CAUTIOUS, **self.setting.definition.caution}
-        signed = ((signs[name], value) for name, value in self.values.items() if name in signs)
-        return tuple(sign * (value or 0.0) for sign, value in signed)
+        numbers = ((name, value or 0.0) for name, value in self.values.items() if not isinstance(value, str))
+        return tuple(signs.get(name, 0) * value for name, value in numbers)
 
     def __str__(self) -> str:
         texts = {name: "never" if value is None else value for name, value in self.values.items()}

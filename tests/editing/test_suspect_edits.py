@@ -16,14 +16,15 @@ from helpers.editing_cases import (
     editor,
     random_moments,
     request,
+    task,
     unit_moments,
     weight,
 )
 from helpers.models import gpt2, tokenizer as byte_level
-from oracles.editing import down_weight
+from oracles.editing import at_lookup, down_weight, key_site, training_prompts
 
 import causalcone as cc
-from causalcone.engine.edit.methods.edits import LARGEST_NORM, LEAST_ALIGNMENT, suspicion
+from causalcone.engine.edit.methods.edits import LARGEST_NORM, LEAST_ALIGNMENT
 
 FIRST = "the subject ends at the text's first token, where attention sinks are"
 
@@ -74,12 +75,22 @@ def test_a_change_larger_than_the_weights_is_suspect():
 
 
 def test_a_key_unlike_the_mean_is_suspect(model):
-    """With C built so that the bare prompt's key lies across the direction of the mean key."""
-    (edit,) = editor(model, unit_moments(model)).rome([INJECTION], (1,), ROME)
-    assert edit.key_alignment > LEAST_ALIGNMENT
-    assert suspicion(0.1, LEAST_ALIGNMENT - 0.01, False) == f"key_alignment below {LEAST_ALIGNMENT:g}"
-    assert suspicion(0.1, -2.0, True) == f"{FIRST}; key_alignment below {LEAST_ALIGNMENT:g}"
-    assert suspicion(0.1, None, False) is None
+    """With a C whose inverse is small along the bare prompt's key; R-ROME and p-ROME do not divide by that."""
+    (bare,) = training_prompts(model, byte_level(), INJECTION.fact, ())
+    key = at_lookup(model, task(INJECTION), bare, key_site(model, 1)).double()
+    matrix = torch.eye(len(key), dtype=torch.float64) + 49 * torch.outer(key, key) / (key @ key)
+    ed = editor(model, cc.Moments({1: matrix}, {1: 10**6}))
+    (usual,), (edit,) = (
+        editor(model, unit_moments(model)).rome([INJECTION], (1,), ROME),
+        ed.rome([INJECTION], (1,), ROME),
+    )
+    assert edit.key_alignment < LEAST_ALIGNMENT < usual.key_alignment
+    assert f"key_alignment below {LEAST_ALIGNMENT:g}" in edit.suspect
+    assert usual.suspect is None
+    for name in ("r-rome", "p-rome"):
+        ((other,),) = ed.batches([INJECTION], name, (1,), hparams=ROME)
+        assert other.key_alignment == pytest.approx(1)
+        assert not other.suspect or "key_alignment" not in other.suspect
 
 
 def test_the_table_has_the_reasons(model):

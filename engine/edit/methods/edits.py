@@ -11,7 +11,7 @@ from causalcone.engine.edit.requests.windows import Window
 
 DONE, FAILED = "done", "failed"
 
-LEAST_ALIGNMENT, LARGEST_NORM = 0.5, 0.5
+LEAST_ALIGNMENT, LARGEST_NORM = 0.5, 2.0
 """Edits with a smaller key alignment, or a larger relative norm, are suspect (docs/editing.md, "Edits that break the
 model")."""
 
