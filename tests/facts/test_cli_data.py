@@ -103,15 +103,16 @@ def test_the_summary_counts(convert, tmp_path):
     ]
     code, printed, _, _ = convert(write(tmp_path / "in.json", records))
     assert code == 0
-    assert printed.splitlines()[:5] == [
+    assert printed.splitlines()[:6] == [
         "schema: CounterFact (requested_rewrite, case_id)",
+        "recognised by: keys requested_rewrite of 3 of 3 records",
         "facts: 3",
         "of them with target_new 2, paraphrase_prompts 2, neighborhood_prompts 3, attribute_prompts 3, "
         "generation_prompts 3",
         "distinct relations: 2",
         "duplicates of (prompt, subject): 1",
     ]
-    assert str(tmp_path / "out" / "facts.jsonl") in printed.splitlines()[5]
+    assert str(tmp_path / "out" / "facts.jsonl") in printed.splitlines()[6]
 
 
 def test_quiet_says_nothing(convert, tmp_path):

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import pyarrow as pa
 
@@ -11,6 +10,7 @@ from causalcone.engine.facts import Fact, OnError
 from causalcone.engine.schemas import FACT_SCHEMA, FILTER_SCHEMA
 from causalcone.runners.demo.files import path_of
 from causalcone.runners.facts import files
+from causalcone.runners.facts.schemas import OWN_LINES
 from causalcone.runners.sweep.inputs.settings import Sweep
 from causalcone.runners.sweep.inputs.units import Selection
 
@@ -41,9 +41,7 @@ def fact_table(facts: Sequence[Fact], filtered: pa.Table | None = None) -> pa.Ta
 
 def facts_of(table: pa.Table) -> list[Fact]:
     """The facts of their table."""
-    records: list[dict[str, Any]] = [json.loads(text) for text in table["fact"].to_pylist()]
-    tuples = [{key: tuple(value) for key, value in record.items() if isinstance(value, list)} for record in records]
-    return [Fact(**record | lists) for record, lists in zip(records, tuples, strict=True)]
+    return [fact for text in table["fact"].to_pylist() for fact in OWN_LINES.facts(0, json.loads(text))]
 
 
 def select(sweep: Sweep, table: pa.Table) -> Selection:
@@ -62,9 +60,9 @@ def select(sweep: Sweep, table: pa.Table) -> Selection:
     return Selection(tuple(known), tuple(erasable))
 
 
-def read_facts(sweep: Sweep) -> tuple[list[Fact], list[str]]:
-    """The facts of the sweep's file, within its limit, and why records were skipped."""
+def read_facts(sweep: Sweep) -> files.FactsRead:
+    """The facts of the sweep's file, within its limit, why records were skipped, and what the file is."""
     on_error: OnError = "skip" if sweep.skip_bad_facts else "raise"
-    return files.read_facts(
-        path_of(sweep.facts, "facts"), sweep.limit, sweep.seed, zsre_form=sweep.zsre_form, on_error=on_error
-    )
+    path = path_of(sweep.facts, "facts")
+    form, columns = sweep.zsre_form, sweep.columns
+    return files.read_facts(path, sweep.limit, sweep.seed, zsre_form=form, on_error=on_error, columns=columns)

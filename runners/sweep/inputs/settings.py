@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from causalcone.runners.checked_files import CheckedTable, Count, noise_level
+from causalcone.runners.facts.schemas import ZsreForm
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Target = Literal["label", "argmax"]
@@ -61,14 +62,16 @@ class UnitSettings(CheckedTable):
 class Sweep(CheckedTable):
     """A whole study; ``stages.as_sweep`` adds a table for each stage. seed: of everything that is drawn but noise;
     contexts: a file of texts put before prompts, drawn from the model by default; shape: the model's configuration,
-    where a plan is wanted of a model that is not at hand; zsre_form: how zsRE's records are read; published: the study
-    whose published tables are set beside; compat: "published" does as published code does, where that differs."""
+    where a plan is wanted of a model that is not at hand; zsre_form: how zsRE's records are read; columns: of flat
+    records, the columns of fields; published: the study whose published tables are set beside; compat: "published" does
+    as published code does, where that differs."""
 
     model: StrictStr
     facts: StrictStr
     limit: Count | None = None
     skip_bad_facts: StrictBool = False
-    zsre_form: Literal["hase", "meng"] = "hase"
+    zsre_form: ZsreForm = "hase"
+    columns: dict[StrictStr, StrictStr] | None = None
     published: Literal["hase2023-gptj", "hase2023-zsre"] | None = None
     dtype: Dtype | None = None
     device: StrictStr | None = None
@@ -87,7 +90,8 @@ class Sweep(CheckedTable):
     @property
     def result_config(self) -> dict[str, Any]:
         """All that decides the results, as JSON; not where and in how much memory they are computed."""
-        return self.model_dump(mode="json", exclude={"device", "memory", "kernels", "shape", "published"})
+        new = {"columns"} if self.columns is None else set()  # which older folders do not have
+        return self.model_dump(mode="json", exclude={"device", "memory", "kernels", "shape", "published"} | new)
 
     @property
     def hash(self) -> str:
