@@ -78,13 +78,13 @@ SCHEMAS = (  # of a record the first whose marks it has
     Schema("wikibigedit", ("update",), EditRecord, from_flat,
            "WikiBigEdit (subject, update, ans, rephrase, personas, mhop, loc)"),
     Schema("knowedit", ("prompt locality", "prompt portability", "concept labels"), EditRecord, from_flat,
-           "KnowEdit (subject, prompt, target_new, portability, locality)"),
+           "KnowEdit, EasyEdit's requests (subject, prompt, target_new, portability, locality)"),
     Schema("fact", ("target_true",), FactLine, from_own_line,
            "causalcone's own lines (id, prompt, subject, target_true, ...)"),
     Schema("easyedit", ("prompt target_new", "src alt"), EditRecord, from_flat,
-           "EasyEdit's records (subject, prompt, target_new, ground_truth, rephrase_prompt, ...)"),
+           "EasyEdit's files (subject, prompt, target_new, ground_truth, rephrase_prompt, ...)"),
     Schema("ultraedit", ("prompt ans", "src ans"), EditRecord, from_flat,
-           "UltraEditBench (subject, prompt, ans, rephrase_prompt, loc, loc_ans)"),
+           "UltraEditBench, zsRE for lifelong editing (subject, prompt or src, ans, rephrase, loc)"),
 )
 # fmt: on
 OWN_LINES = next(schema for schema in SCHEMAS if schema.name == "fact")

@@ -115,8 +115,9 @@ def from_ripple(record: Any, index: int) -> list[Fact]:
     tests = [(group, test) for name, group in RIPPLES.items() for test in getattr(record, name)]
     queries = [query for _, test in tests for query in (*test.test_queries, *test.condition_queries)]
     names = {key: answer for query in queries for key, answer in query.named if isinstance(key, str)}
-    subject, target = names.get(edit.subject_id or ""), names.get(edit.target_id or "")
-    if not (edit.subject or subject):
+    named, target = names.get(edit.subject_id or ""), names.get(edit.target_id or "")
+    subject = edit.subject or (named.value if named else None)
+    if subject is None:
         raise ValueError(
             f"edit.subject is missing: the subject is there only as the identifier {edit.subject_id!r}, which no "
             "answer of the record names; add its name as edit.subject"
@@ -126,8 +127,8 @@ def from_ripple(record: Any, index: int) -> list[Fact]:
     return [
         Fact(
             id=str(index),
-            prompt=template(beginning.rstrip(), edit.subject or subject.value, "edit.prompt"),
-            subject=edit.subject or subject.value,
+            prompt=template(beginning.rstrip(), subject, "edit.prompt"),
+            subject=subject,
             target_true=true or new,
             target_new=new,
             relation_id=edit.relation,
@@ -156,7 +157,7 @@ def _cut(edit: RippleEdit, target: str | None) -> tuple[str, str]:
 
 
 def _probes(group: str, test: RippleTest) -> Iterator[FactProbe]:
-    """The queries of a test, under all of its conditions, as published; several of one test share a name."""
+    """The queries of a test, under all its conditions, as published; of several, the name says if all must hold."""
     conditions = tuple(ProbeCondition(query.prompt, query.accepted) for query in test.condition_queries)
     several = f"{test.test_condition} of {len(test.test_queries)}" if len(test.test_queries) > 1 else None
     for query in test.test_queries:
