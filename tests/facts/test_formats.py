@@ -353,7 +353,7 @@ BAD = [
     ("ULTRAEDIT", "subject", None, "subject is missing: what the prompt is about has to be named"),
     ("OWN", "probes/0/answers", [], "probes.0 the probe \"Ann Lee's ball is\" has answers ()"),
     ("OWN", "probes/0/group", "", "probes.0 a probe's group is empty; give a text"),
-    ("OWN", "probes/0/grup", "x", "probes.0.grup is not a field of a probe"),
+    ("OWN", "probes/0/kind", "x", "probes.0.kind is not a field of a probe"),
     ("OWN", "probes/0/prompt", None, "probes.0.prompt is missing"),
     ("OWN", "probes", "x", "probes must be a list"),
     ("OWN", "probes/0", "x", "probes.0 must be an object"),

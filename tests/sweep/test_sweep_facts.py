@@ -1,4 +1,4 @@
-"""The facts of a sweep: of every format, told what it is, kept whole in the table, posed as a problem that is possible."""
+"""The facts of a sweep: of every format, told what it is, kept whole in the table; a problem that is possible."""
 
 from __future__ import annotations
 
