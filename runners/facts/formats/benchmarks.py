@@ -104,9 +104,8 @@ class RippleEdit(BaseModel):
         return self.prompt.strip().removesuffix(".")
 
 
-RippleRecord: Any = create_model(
-    "RippleRecord", edit=(RippleEdit, ...), **dict.fromkeys(RIPPLES, (tuple[RippleTest, ...], ()))
-)
+_LISTS: dict[str, Any] = dict.fromkeys(RIPPLES, (tuple[RippleTest, ...], ()))
+RippleRecord: Any = create_model("RippleRecord", edit=(RippleEdit, ...), **_LISTS)
 
 
 def from_ripple(record: Any, index: int) -> list[Fact]:

@@ -13,7 +13,7 @@ from causalcone.engine.facts import Fact, FactProbe
 from causalcone.runners.facts.fields import Answers, Identifier, Lines, Text, identifier, template
 
 
-class Asked(BaseModel):
+class AskedPrompt(BaseModel):
     """A prompt and its accepted answers."""
 
     prompt: Text
@@ -44,7 +44,7 @@ def _by_group(value: Any) -> Any:
     return value
 
 
-Groups = Annotated[dict[str, Annotated[tuple[Asked, ...], BeforeValidator(_one_by_one)]], BeforeValidator(_by_group)]
+Groups = Annotated[dict[str, Annotated[tuple[AskedPrompt, ...], BeforeValidator(_one_by_one)]], BeforeValidator(_by_group)]
 
 FIELDS: dict[str, tuple[Any, Any, str]] = {
     "id": (Identifier, None, "id case_id"),
