@@ -33,7 +33,17 @@ COLUMN_HELP = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactsOptions(ModelOptions):
+class PromptFormOptions:
+    """How prompts are put to the model."""
+
+    chat: bool = option(False, "Prompts are the user's message in the model's chat template.", "--chat")
+    system: str | None = option(None, "The system's message before it.")
+    bos: str = option("auto", "A BOS token before prompts: always, never, or auto, as the tokenizer does it.")
+    keep_space: bool = option(False, "Leave spaces at a prompt's end; they are cut by default.", "--keep-space")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactsOptions(PromptFormOptions, ModelOptions):
     facts: str = option(..., "File of facts, of any format that 'causalcone data' reads; 'demo': the demo world.")
     column: list[str] | None = option(None, COLUMN_HELP, show_default=False)
     limit: int | None = option(None, "Only the first N facts.", min=1)

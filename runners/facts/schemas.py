@@ -87,7 +87,6 @@ SCHEMAS = (  # of a record the first whose marks it has
            "UltraEditBench, zsRE for lifelong editing (subject, prompt or src, ans, rephrase, loc)"),
 )
 # fmt: on
-OWN_LINES = next(schema for schema in SCHEMAS if schema.name == "fact")
 
 
 @dataclass(frozen=True)

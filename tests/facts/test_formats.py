@@ -405,7 +405,7 @@ def test_every_format_on_the_command_line(name: str, tmp_path: Path, run: Any) -
     counted = ", ".join(f"{group} {asked.count(group)}" for group in sorted(set(asked)))
     assert (f"probes: {counted}" in printed.splitlines()) == bool(asked)
     code, _, error = run("trace", "--model", MODEL, "--facts", path, "--samples", 2, "--out", tmp_path / "t", "--quiet")
-    assert (code, error) == (0, "")
+    assert code == 0, error
     edit = ["edit", "--model", MODEL, "--facts", path, "--method", "finetune:1", "--layers", 1, "--set", "steps=2"]
     code, _, error = run(*edit, "--no-filter", "--out", tmp_path / "e", "--quiet")
     edited = json.loads((tmp_path / "e" / "run.json").read_text()) if code == 0 else {}

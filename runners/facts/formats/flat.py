@@ -9,7 +9,7 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, create_mod
 from pydantic_core import PydanticCustomError
 
 from causalcone.engine.errors import FactError
-from causalcone.engine.facts import Fact, FactProbe
+from causalcone.engine.facts import Fact, FactProbe, Joiner
 from causalcone.runners.facts.fields import Answers, Identifier, Lines, Text, identifier, template
 
 
@@ -44,7 +44,9 @@ def _by_group(value: Any) -> Any:
     return value
 
 
-Groups = Annotated[dict[str, Annotated[tuple[AskedPrompt, ...], BeforeValidator(_one_by_one)]], BeforeValidator(_by_group)]
+Groups = Annotated[
+    dict[str, Annotated[tuple[AskedPrompt, ...], BeforeValidator(_one_by_one)]], BeforeValidator(_by_group)
+]
 
 FIELDS: dict[str, tuple[Any, Any, str]] = {
     "id": (Identifier, None, "id case_id"),
@@ -58,6 +60,7 @@ FIELDS: dict[str, tuple[Any, Any, str]] = {
     "attribute": (Lines, (), "attribute attribute_prompts"),
     "generation": (Lines, (), "generation generation_prompts"),
     "relation_id": (Text | None, None, "relation_id"),
+    "joiner": (Joiner, "auto", "joiner"),
     "portability": (Groups, {}, "portability"),
     "locality": (Groups, {}, "locality"),
     "personas": (Lines, (), "personas"),
@@ -142,6 +145,7 @@ def from_flat(item: Any, index: int) -> list[Fact]:
             target_true_aliases=true[1:],
             target_new_aliases=new[1:],
             probes=tuple(probes),
+            joiner=item.joiner,
         )
     ]
 

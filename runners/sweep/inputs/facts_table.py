@@ -1,6 +1,5 @@
 """The facts of a sweep as a table, and what the filter found of them."""
 
-import dataclasses
 import json
 from collections.abc import Sequence
 
@@ -10,7 +9,6 @@ from causalcone.engine.facts import Fact, OnError
 from causalcone.engine.schemas import FACT_SCHEMA, FILTER_SCHEMA
 from causalcone.runners.demo.files import path_of
 from causalcone.runners.facts import files
-from causalcone.runners.facts.schemas import OWN_LINES
 from causalcone.runners.sweep.inputs.settings import Sweep
 from causalcone.runners.sweep.inputs.units import Selection
 
@@ -27,7 +25,7 @@ def fact_table(facts: Sequence[Fact], filtered: pa.Table | None = None) -> pa.Ta
             **{name: getattr(fact, name) for name in _TEXTS},
             "paraphrase_prompts": len(fact.paraphrase_prompts),
             "neighborhood_prompts": len(fact.neighborhood_prompts),
-            "fact": json.dumps(dataclasses.asdict(fact), ensure_ascii=False),
+            "fact": json.dumps(fact.record, ensure_ascii=False),
         }
         for fact in facts
     ]
@@ -41,7 +39,7 @@ def fact_table(facts: Sequence[Fact], filtered: pa.Table | None = None) -> pa.Ta
 
 def facts_of(table: pa.Table) -> list[Fact]:
     """The facts of their table."""
-    return [fact for text in table["fact"].to_pylist() for fact in OWN_LINES.facts(0, json.loads(text))]
+    return [Fact.from_record(json.loads(text)) for text in table["fact"].to_pylist()]
 
 
 def select(sweep: Sweep, table: pa.Table) -> Selection:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, StrictBool, StrictFloat, StrictInt, StrictStr
 
+from causalcone.engine.encoding import Bos, PromptForm, PromptOptions
 from causalcone.runners.checked_files import CheckedTable, Count, noise_level
 from causalcone.runners.facts.schemas import ZsreForm
 
@@ -14,6 +15,9 @@ Target = Literal["label", "argmax"]
 Names = Annotated[tuple[StrictStr, ...], Field(min_length=1)]
 Tokens = StrictStr | tuple[StrictInt, ...]
 Share = Annotated[StrictFloat, Field(ge=0, le=1)]
+
+
+_YOUNGER = frozenset(PromptOptions.__annotations__) | {"columns"}
 
 
 class FilterSettings(CheckedTable):
@@ -64,7 +68,7 @@ class Sweep(CheckedTable):
     contexts: a file of texts put before prompts, drawn from the model by default; shape: the model's configuration,
     where a plan is wanted of a model that is not at hand; zsre_form: how zsRE's records are read; columns: of flat
     records, the columns of fields; published: the study whose published tables are set beside; compat: "published" does
-    as published code does, where that differs."""
+    as published code does, where that differs; chat, system, bos and keep_space: as ``PromptForm``'s."""
 
     model: StrictStr
     facts: StrictStr
@@ -81,6 +85,10 @@ class Sweep(CheckedTable):
     seed: StrictInt = 0
     compat: Literal["published"] | None = None
     shape: dict[str, Any] | None = None
+    chat: StrictBool = False
+    system: StrictStr | None = None
+    bos: Bos = "auto"
+    keep_space: StrictBool = False
     filter: FilterSettings = FilterSettings()
     noise: NoiseSettings = NoiseSettings()
     moments: MomentSettings = MomentSettings()
@@ -90,8 +98,15 @@ class Sweep(CheckedTable):
     @property
     def result_config(self) -> dict[str, Any]:
         """All that decides the results, as JSON; not where and in how much memory they are computed."""
-        new = {"columns"} if self.columns is None else set()  # which older folders do not have
-        return self.model_dump(mode="json", exclude={"device", "memory", "kernels", "shape", "published"} | new)
+        kept = self.model_dump(mode="json", exclude={"device", "memory", "kernels", "shape", "published"})
+        # folders were begun before there were these: they count where they are set
+        return {
+            key: value for key, value in kept.items() if key not in _YOUNGER or value != Sweep.model_fields[key].default
+        }
+
+    @property
+    def form(self) -> PromptForm:
+        return PromptForm(**{name: getattr(self, name) for name in PromptOptions.__annotations__})
 
     @property
     def hash(self) -> str:
