@@ -115,7 +115,7 @@ def test_names_for_the_keys_of_rome(user, editor, tmp_path, run):
     named = ["--method", "r-rome", "--method", "p-rome", "--set", "steps=2", "--set", "r-rome.clamp=2"]
     options = {"facts": tmp_path / "facts.jsonl", "layers": "1"}
     code, printed, error = run(*arguments(user, out, *named, "--plot", **options))
-    assert (code, error) == (0, "")
+    assert code == 0, error
     requests = editor.requests([start, FULL[1]], filtered=False)
     chosen = [("rome", 1, cc.RomeHparams(steps=2)), ("r-rome", 1, cc.RomeHparams(steps=2, clamp=2.0, keys="mean"))]
     expected, _ = computed(editor, requests, [*chosen, ("p-rome", 1, cc.RomeHparams(steps=2))], (1,))
