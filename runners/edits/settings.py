@@ -43,8 +43,8 @@ class Setting:
 
 
 def record(hparams: Hparams) -> dict[str, Any]:
-    """The hyperparameters that a tuning compares, by name: words only where they are not the default, so that one goes on
-    that was begun when there were none."""
+    """The hyperparameters that a tuning compares, by name: words only where they are not the default, so that one that
+    was begun when there were none goes on."""
     usual = asdict(type(hparams)())
     return {
         name: value for name, value in asdict(hparams).items() if value != usual[name] or not isinstance(value, str)
