@@ -87,7 +87,7 @@ def prepared_edits(
     inputs.leave_out([*skipped, *more])
     filtered = [fact.reason for fact in unposed]
     _warn(plan, inputs, requests, filtered, scoring)
-    evaluate = {name: getattr(scoring, name) for name in ("essence", "accuracy", "generation")}
+    evaluate = {name: getattr(scoring, name) for name in ("essence", "accuracy", "generation", "answers")}
     options = {
         **inputs.configuration,
         "preset": choice.preset,
