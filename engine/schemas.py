@@ -9,6 +9,9 @@ Problem = Literal["error_injection", "tracing_reversal", "fact_erasure", "fact_a
 PROBLEMS: tuple[Problem, ...] = get_args(Problem)
 ERROR_INJECTION, TRACING_REVERSAL, FACT_ERASURE, FACT_AMPLIFICATION, FACT_FORCING = PROBLEMS
 
+PROMPT_KINDS = ("rewrite", "paraphrase", "neighborhood", "attribute")
+"""Of the prompts that every fact may have; the fact's own probes are called by their group."""
+
 _TEXT, _COUNT, _NUMBER, _FLAG = pa.string(), pa.int32(), pa.float64(), pa.bool_()
 
 

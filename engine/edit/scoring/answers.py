@@ -73,19 +73,22 @@ def answers(
     ``ANSWER_TOKENS`` tokens."""
     ends = _end_tokens(session)
     new: list[tuple[int, ...]] = [()] * len(texts)
-    said, going = [""] * len(texts), list(range(len(texts)))
+    said, going = [""] * len(texts), [*range(len(texts))]
     for total in (_FIRST_TOKENS, ANSWER_TOKENS):
+        if not going:
+            break
         begun = [replace(texts[n], tokens=texts[n].tokens + new[n]) for n in going]
         rooms = [min(total, session.sizes.positions + 1 - len(texts[n])) - len(new[n]) for n in going]
         changes = None if deltas is None else [deltas[n] for n in going]
-        for n, tokens in zip(going, continuations(session, begun, rooms, deltas=changes), strict=True):
+        more, ended = continuations(session, begun, rooms, deltas=changes), set()
+        for n, tokens in zip(going, more, strict=True):
             new[n] += tokens
             length = next((at for at, token in enumerate(new[n]) if token in ends), len(new[n]))
             text, stops = continued(session, texts[n].tokens, new[n][:length]), _stops(accepted[n])
-            ended = length < len(new[n]) or "\n" in text or len(_STOP.findall(text)) >= stops
             said[n] = _sentences(text, stops)
-            if ended:
-                going = [number for number in going if number != n]
+            if length < len(new[n]) or "\n" in text or len(_STOP.findall(text)) >= stops:
+                ended.add(n)
+        going = [n for n in going if n not in ended]
     return said
 
 

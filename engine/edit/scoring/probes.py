@@ -11,8 +11,9 @@ from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.runs.packed_runs import Text
 from causalcone.engine.errors import FactError
 from causalcone.engine.facts import Fact, FactProbe
+from causalcone.engine.schemas import PROMPT_KINDS
 
-REWRITE, PARAPHRASE, NEIGHBORHOOD, ATTRIBUTE = PROMPT_KINDS = ("rewrite", "paraphrase", "neighborhood", "attribute")
+REWRITE, PARAPHRASE, NEIGHBORHOOD, ATTRIBUTE = PROMPT_KINDS
 ESSENCE, LOCALITY = "essence", "locality"
 Answer = Literal["target", "other", "own"]
 TARGET: Final = "target"

@@ -6,10 +6,10 @@ import numpy as np
 import pyarrow as pa
 
 from causalcone.engine.edit.methods.edits import Edit
-from causalcone.engine.edit.scoring.probes import ESSENCE, OTHER, OWN, PROMPT_KINDS, TARGET, Answer
+from causalcone.engine.edit.scoring.probes import ESSENCE, OTHER, OWN, TARGET, Answer
 from causalcone.engine.edit.scoring.scoring import ProbeResults, Scored
 from causalcone.engine.edit.scoring.written import Written
-from causalcone.engine.schemas import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA, TEXT_SCHEMA
+from causalcone.engine.schemas import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA, PROMPT_KINDS, TEXT_SCHEMA
 
 
 def edit_batch(edits: Iterable[Edit]) -> pa.RecordBatch:
