@@ -13,6 +13,7 @@ from causalcone.analysis.scores import Aggregate, edits_with_effects, mean_score
 from causalcone.analysis.tables.edits import unmet
 from causalcone.analysis.tables.names import SEVERED, words
 from causalcone.analysis.tables.traces import TableError, scan_folder
+from causalcone.engine.schemas import refuse_newer
 
 State = tuple[str, int]
 
@@ -185,6 +186,7 @@ def _run(folder: Path) -> dict[str, Any]:
         raise TableError(f"{folder / 'run.json'} cannot be read: {error}") from error
     if run.get("command") != "sweep":
         raise TableError(f"{folder} holds results of {run.get('command')!r}; give the folder of a sweep")
+    refuse_newer(run.get("schema", 1), folder, TableError)
     return run
 
 

@@ -1,6 +1,5 @@
 """The facts of a sweep as a table, and what the filter found of them."""
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from causalcone.engine.facts import Fact, OnError
 from causalcone.engine.schemas import FACT_SCHEMA, FILTER_SCHEMA
 from causalcone.runners.demo.files import path_of
 from causalcone.runners.facts import files
+from causalcone.runners.inputs.fingerprints import fact_record
 from causalcone.runners.sweep.inputs.settings import Sweep
 from causalcone.runners.sweep.inputs.units import Selection
 
@@ -27,7 +27,7 @@ def fact_table(facts: Sequence[Fact], filtered: pa.Table | None = None) -> pa.Ta
             **{name: getattr(fact, name) for name in _TEXTS},
             "paraphrase_prompts": len(fact.paraphrase_prompts),
             "neighborhood_prompts": len(fact.neighborhood_prompts),
-            "fact": json.dumps(dataclasses.asdict(fact), ensure_ascii=False),
+            "fact": json.dumps(fact_record(fact), ensure_ascii=False),
         }
         for fact in facts
     ]
