@@ -19,8 +19,8 @@ from causalcone.engine.edit.deltas.delta import Delta
 from causalcone.engine.edit.methods.edits import edit_of
 from causalcone.engine.edit.requests.windows import Window
 from causalcone.engine.edit.scoring import answers
+from causalcone.engine.encoding import target_ids
 from causalcone.engine.errors import FactError
-from causalcone.engine.facts import target_ids
 
 GROUPS = ("portability/Reasoning", "locality/Forgetfulness")
 PROBES = (

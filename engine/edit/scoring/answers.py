@@ -16,6 +16,7 @@ from causalcone.engine.edit.scoring.metrics import Row
 from causalcone.engine.edit.scoring.probes import PARAPHRASE, REWRITE, numbered
 from causalcone.engine.edit.scoring.written import OpenPrompt, Written, before_and_after
 from causalcone.engine.edit.texts.contexts import continued
+from causalcone.engine.encoding import spaceless
 from causalcone.engine.facts import FactProbe
 from causalcone.engine.run.session import Session
 
@@ -25,8 +26,6 @@ _FIRST_TOKENS = 8
 
 _STOP = re.compile("([.\u3002])")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_SPACELESS = "\u0e00"
-"""Scripts from here on, such as Thai and Chinese, are written without spaces between words."""
 
 
 def normalised(text: str) -> str:
@@ -49,7 +48,7 @@ def begins_with(text: str, accepted: Sequence[str]) -> bool:
 
 
 def _is_word(beginning: str, text: str) -> bool:
-    return beginning[-1:] >= _SPACELESS or not text[len(beginning) :][:1].isalnum()
+    return spaceless(beginning) or not text[len(beginning) :][:1].isalnum()
 
 
 def _stops(accepted: Sequence[str]) -> int:

@@ -78,13 +78,13 @@ def probes_of(
     """Both targets after all prompts of the fact, a neighbour's own answer where it has one, the essence texts, and all
     accepted answers of the fact's own probes. held: of each of these, whether its conditions hold."""
     fact = request.fact
-    prompts = [(REWRITE, 0, encoder.bare(request).text)]
+    prompts = [(REWRITE, 0, fact.text, encoder.bare(request).text)]
     for kind, texts in (
         (PARAPHRASE, fact.paraphrase_prompts),
         (NEIGHBORHOOD, fact.neighborhood_prompts),
         (ATTRIBUTE, fact.attribute_prompts),
     ):
-        prompts += [(kind, index, encoder.written(request, text)) for index, text in enumerate(texts)]
+        prompts += [(kind, index, text, encoder.written(request, text)) for index, text in enumerate(texts)]
     runs: list[Text] = []
     read: list[int] = []
     probes: list[Probe] = []
@@ -101,18 +101,21 @@ def probes_of(
                 read.append(len(tokens))
             probes.append(Probe(kind, index, name, tokens, run, *about))
 
-    for kind, index, text in prompts:
-        answers: dict[Answer, tuple[int, ...]] = {TARGET: request.target}
-        if request.other is not None:
+    target, other = request.answers
+    for kind, index, prompt, text in prompts:
+        own = fact.neighborhood_target if kind == NEIGHBORHOOD else None
+        words: dict[Answer, str | None] = {TARGET: target, OTHER: other, OWN: own}
+        answers = {name: encoder.answer(request, prompt, said) for name, said in words.items() if said is not None}
+        if target is None:
+            answers[TARGET] = request.target
+        if other is None and request.other is not None:
             answers[OTHER] = request.other
-        if kind == NEIGHBORHOOD and fact.neighborhood_target is not None:
-            answers[OWN] = encoder.answer(request, fact.neighborhood_target)
         add(kind, index, text, answers.items())
     for index, written in enumerate(essence):
-        text = encoder.written(request, written)
+        text = encoder.free(request, written)
         add(ESSENCE, index, replace(text, tokens=text.tokens[:1]), [(OWN, text.tokens[1:])])
     for (index, probe), holds in zip(numbered(fact), held or [None] * len(fact.probes), strict=True):
-        accepted = dict.fromkeys(encoder.answer(request, answer) for answer in probe.answers)
+        accepted = dict.fromkeys(encoder.answer(request, probe.prompt, answer) for answer in probe.answers)
         text = encoder.written(request, probe.prompt)
         add(probe.group, index, text, [(OWN, tokens) for tokens in accepted], probe.name, holds)
     return ProbeSet(request, tuple(runs), tuple(read), tuple(probes))
