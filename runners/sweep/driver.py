@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
-from pydantic import ValidationError
 from rich.console import Console
 
 from causalcone.engine.errors import ExperimentError, FactError
@@ -23,7 +22,7 @@ from causalcone.runners.sweep.executor import Executor, LocalExecutor, Stop, Uni
 from causalcone.runners.sweep.inputs.facts_table import FACTS, fact_table, facts_of, read_facts, select
 from causalcone.runners.sweep.inputs.settings import Sweep
 from causalcone.runners.sweep.inputs.units import LEFT_OUT, Selection, Unit
-from causalcone.runners.sweep.stages import FilterStage, StageUnits, as_sweep, later_units, stages_of
+from causalcone.runners.sweep.stages import FilterStage, StageUnits, later_units, stages_of
 from causalcone.runners.sweep.worker import ModelInfo, Worker
 
 logger = logging.getLogger(__name__)
@@ -116,7 +115,7 @@ class Driver:
         if command != "sweep":
             raise ResultError(f"{self.place} holds results of 'causalcone {command}'; choose another folder")
         refuse_newer(before.get("schema", 1), self.place, ResultError)
-        if changed := differences(_as_now(before["configuration"]), self.sweep.result_config):
+        if changed := differences(before["configuration"], self.sweep.result_config):
             changes = "\n  ".join(changed)
             raise ResultError(f"{self.place} holds a sweep of another configuration:\n  {changes}\n{_ANOTHER}")
         return dict(before)
@@ -258,11 +257,3 @@ class Driver:
     def _tell(self, text: str) -> None:
         if not self.quiet:
             self.console.print(text, highlight=False, markup=False)
-
-
-def _as_now(configuration: dict[str, Any]) -> dict[str, Any]:
-    """A configuration of an earlier version with the settings that it did not have yet, at their defaults."""
-    try:
-        return as_sweep(configuration).result_config
-    except ValidationError:
-        return configuration

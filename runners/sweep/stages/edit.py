@@ -47,6 +47,7 @@ class EditSettings(CheckedTable):
     aggregate: which paraphrases and neighbours the scores shown are of.
     """
 
+    younger = frozenset({"answers"})
     problems: Annotated[tuple[Problem, ...], Field(min_length=1)] = ("error_injection",)
     methods: Names = ("rome", "memit:5", "finetune:1", "finetune:5")
     layers: Literal["preset", "all"] | tuple[StrictInt, ...] = "all"
