@@ -13,7 +13,7 @@ SCHEMA_VERSION = 2
 VERSION_KEY = b"causalcone_schema"
 """Its name in the metadata of Parquet files."""
 
-ADDED: frozenset[str] = frozenset(("prompt_name", "condition"))
+ADDED: frozenset[str] = frozenset({"joiner", "joined", "prompt_name", "condition"})
 """Columns that tables of version 1 may lack. Reading makes them null there, log-probabilities those of the
 probabilities."""
 
@@ -115,6 +115,8 @@ FILTER_SCHEMA = _schema(
     completes=_FLAG,  # whether they hold the answer
     argmax=_FLAG,  # whether the answer is the model's first choice
     p_true=_NUMBER,
+    joiner=_TEXT,  # what stands between prompt and answer: space or none
+    joined=_FLAG,  # whether the answer's tokens are those of the joined text, not those that it has alone
 )
 
 # One row per fact of a sweep; the columns of the filter are null where it has not been.
