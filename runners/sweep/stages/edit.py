@@ -72,7 +72,7 @@ class EditStage(Stage[EditSettings]):
     """Edits and their scores. plans: by problem, the methods with their hyperparameters, and the layers."""
 
     name, title, table, item = "edit", "edits", EditSettings, "edits"
-    tables = (  # the last is of edits, so that none is there without its scores
+    tables: tuple[ResultTable, ...] = (  # the last is of edits, so that none is there without its scores
         ResultTable("probes", PROBE_SCHEMA, row_bytes=30),
         ResultTable("metrics", METRIC_SCHEMA, row_bytes=16),
         ResultTable("edits", EDIT_SCHEMA, row_bytes=160),
@@ -234,7 +234,7 @@ class EditCounts:
         )
         kinds = 3 if prompts > 1 else 1
         written = 1 + (options.references is not None) if options.generates(self.problem) else 0
-        metrics = options.essence + kinds * (2 + options.accuracy) + written
+        metrics: float = options.essence + kinds * (2 + options.accuracy) + written
         metrics += options.accuracy * probes + options.answers * (min(kinds, 2) + probes)  # a group may have several
         return {
             "edits": edits,
