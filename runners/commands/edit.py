@@ -47,7 +47,8 @@ def edit(
         tables = score_tables(scores_of(output.out, aggregate, scoring.essence))
         metrics = metrics_of(output.out, scoring.accuracy, scoring.generation or scoring.references is not None)
         tables += [*metrics, *answer_tables(output.out), *text_table(output.out)]
-        show([*tables, *failed_lines(done.failed)], done.sentence(), figures)
+        reasons = failed_lines(done.failed) + failed_lines(done.suspect, "are suspect")
+        show([*tables, *reasons], done.sentence(), figures)
     if presupposed := unmet(output.out / "edits", output.out / "probes"):
         warnings.warn(presupposed, stacklevel=2)
 
