@@ -1,4 +1,4 @@
-"""Result tables of editing: edits, probes (a row for every prompt of every edit) and metrics, as Arrow batches."""
+"""Result tables of editing: edits, probes (a row for every prompt of every edit), metrics and texts, as batches."""
 
 from collections.abc import Iterable
 
@@ -6,9 +6,10 @@ import numpy as np
 import pyarrow as pa
 
 from causalcone.engine.edit.methods.edits import Edit
-from causalcone.engine.edit.scoring.probes import OTHER, PROMPT_KINDS, TARGET, Answer
+from causalcone.engine.edit.scoring.probes import ESSENCE, OTHER, OWN, TARGET, Answer
 from causalcone.engine.edit.scoring.scoring import ProbeResults, Scored
-from causalcone.engine.schemas import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA
+from causalcone.engine.edit.scoring.written import Written
+from causalcone.engine.schemas import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA, PROMPT_KINDS, TEXT_SCHEMA
 
 
 def edit_batch(edits: Iterable[Edit]) -> pa.RecordBatch:
@@ -37,6 +38,23 @@ def probe_batch(scored: Iterable[Scored]) -> pa.RecordBatch:
     return pa.RecordBatch.from_pylist(rows, schema=PROBE_SCHEMA)
 
 
+def text_batch(written: Iterable[Written]) -> pa.RecordBatch:
+    """The table of texts that models wrote before and after each edit."""
+    rows = [
+        {
+            "edit_id": each.edit.edit_id,
+            "prompt_kind": prompt.kind,
+            "prompt_index": prompt.index,
+            "prompt": prompt.prompt,
+            "before": each.before[number],
+            "after": None if each.after is None else each.after[number],
+        }
+        for each in written
+        for number, prompt in enumerate(each.prompts)
+    ]
+    return pa.RecordBatch.from_pylist(rows, schema=TEXT_SCHEMA)
+
+
 def metric_batch(rows: Iterable[tuple[str, str, float, float | None]]) -> pa.RecordBatch:
     """The table of metrics, from edit, metric, and its values before and after the edit."""
     return pa.RecordBatch.from_pylist(
@@ -45,24 +63,29 @@ def metric_batch(rows: Iterable[tuple[str, str, float, float | None]]) -> pa.Rec
 
 
 def _probe_rows(scored: Scored) -> list[dict[str, object]]:
-    numbers = {(probe.kind, probe.index, probe.answer): n for n, probe in enumerate(scored.probes.probes)}
+    probes = scored.probes.probes
+    numbers: dict[tuple[str, int, Answer], list[int]] = {}
+    for number, probe in enumerate(probes):
+        numbers.setdefault((probe.kind, probe.index, probe.answer), []).append(number)
 
     def p(results: ProbeResults | None, kind: str, index: int, answer: Answer) -> float | None:
-        number = numbers.get((kind, index, answer))
-        if results is None or number is None or not np.isfinite(results.log_p[number]):
+        answers = numbers.get((kind, index, answer))
+        if results is None or answers is None or not np.isfinite(results.log_p[answers]).all():
             return None
-        return float(np.exp(results.log_p[number]))
+        return float(np.exp(results.log_p[answers].max()))
 
     return [
         {
             "edit_id": scored.edit.edit_id,
             "prompt_kind": kind,
             "prompt_index": index,
-            "p_pre": p(scored.pre, kind, index, TARGET),
-            "p_post": p(scored.post, kind, index, TARGET),
+            "p_pre": p(scored.pre, kind, index, answer),
+            "p_post": p(scored.post, kind, index, answer),
             "p_pre_other": p(scored.pre, kind, index, OTHER),
             "p_post_other": p(scored.post, kind, index, OTHER),
+            "prompt_name": probes[first].name or None,
+            "condition": probes[first].held,
         }
-        for kind, index, answer in numbers
-        if kind in PROMPT_KINDS and answer == TARGET
+        for (kind, index, answer), (first, *_) in numbers.items()
+        if kind != ESSENCE and answer == (TARGET if kind in PROMPT_KINDS else OWN)
     ]

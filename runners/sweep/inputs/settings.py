@@ -17,9 +17,6 @@ Tokens = StrictStr | tuple[StrictInt, ...]
 Share = Annotated[StrictFloat, Field(ge=0, le=1)]
 
 
-_YOUNGER = frozenset(PromptOptions.__annotations__) | {"columns"}
-
-
 class FilterSettings(CheckedTable):
     """Which facts are traced and edited. completes: those whose answer is in the 36 tokens that the
     model writes greedily after the prompt; argmax: those whose answer is the likeliest next token; erasable: in Fact
@@ -70,6 +67,7 @@ class Sweep(CheckedTable):
     records, the columns of fields; published: the study whose published tables are set beside; compat: "published" does
     as published code does, where that differs; chat, system, bos and keep_space: as ``PromptForm``'s."""
 
+    younger = frozenset(PromptOptions.__annotations__) | {"columns"}
     model: StrictStr
     facts: StrictStr
     limit: Count | None = None
@@ -98,11 +96,7 @@ class Sweep(CheckedTable):
     @property
     def result_config(self) -> dict[str, Any]:
         """All that decides the results, as JSON; not where and in how much memory they are computed."""
-        kept = self.model_dump(mode="json", exclude={"device", "memory", "kernels", "shape", "published"})
-        # folders were begun before there were these: they count where they are set
-        return {
-            key: value for key, value in kept.items() if key not in _YOUNGER or value != Sweep.model_fields[key].default
-        }
+        return self.model_dump(mode="json", exclude={"device", "memory", "kernels", "shape", "published"})
 
     @property
     def form(self) -> PromptForm:
