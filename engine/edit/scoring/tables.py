@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.scoring.probes import OTHER, PROMPT_KINDS, TARGET, Answer
-from causalcone.engine.edit.scoring.scoring import ProbeResults, Scored
+from causalcone.engine.edit.scoring.scoring import Scored
 from causalcone.engine.schemas import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA
 
 
@@ -31,8 +31,8 @@ def edit_batch(edits: Iterable[Edit]) -> pa.RecordBatch:
 
 
 def probe_batch(scored: Iterable[Scored]) -> pa.RecordBatch:
-    """The table of probes: probabilities of the problem's target and of the other one, before and after each edit; null
-    where there is no other target, the edit failed, or they are not finite."""
+    """The table of probes: probabilities of the problem's target and of the other one, before and after each edit, and
+    their logarithms; null where there is no other target, the edit failed, or they are not finite."""
     rows = [row for result in scored for row in _probe_rows(result)]
     return pa.RecordBatch.from_pylist(rows, schema=PROBE_SCHEMA)
 
@@ -47,21 +47,26 @@ def metric_batch(rows: Iterable[tuple[str, str, float, float | None]]) -> pa.Rec
 def _probe_rows(scored: Scored) -> list[dict[str, object]]:
     numbers = {(probe.kind, probe.index, probe.answer): n for n, probe in enumerate(scored.probes.probes)}
 
-    def p(results: ProbeResults | None, kind: str, index: int, answer: Answer) -> float | None:
+    def of(kind: str, index: int, answer: Answer, suffix: str = "") -> dict[str, float | None]:
+        """The columns of one answer."""
         number = numbers.get((kind, index, answer))
-        if results is None or number is None or not np.isfinite(results.log_p[number]):
-            return None
-        return float(np.exp(results.log_p[number]))
+        columns: dict[str, float | None] = {
+            f"answer_tokens{suffix}": None if number is None else len(scored.probes.probes[number].tokens)
+        }
+        for name, results in (("pre", scored.pre), ("post", scored.post)):
+            log_p = None if number is None or results is None else float(results.log_p[number])
+            known = log_p is not None and np.isfinite(log_p)
+            columns[f"logp_{name}{suffix}"] = log_p if known else None
+            columns[f"p_{name}{suffix}"] = float(np.exp(log_p)) if known else None
+        return columns
 
     return [
         {
             "edit_id": scored.edit.edit_id,
             "prompt_kind": kind,
             "prompt_index": index,
-            "p_pre": p(scored.pre, kind, index, TARGET),
-            "p_post": p(scored.post, kind, index, TARGET),
-            "p_pre_other": p(scored.pre, kind, index, OTHER),
-            "p_post_other": p(scored.post, kind, index, OTHER),
+            **of(kind, index, TARGET),
+            **of(kind, index, OTHER, "_other"),
         }
         for kind, index, answer in numbers
         if kind in PROMPT_KINDS and answer == TARGET
