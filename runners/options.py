@@ -48,7 +48,17 @@ class ComputeOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactsOptions(ModelOptions):
+class PromptFormOptions:
+    """How prompts are put to the model."""
+
+    chat: bool = option(False, "Prompts are the user's message in the model's chat template.", "--chat")
+    system: str | None = option(None, "The system's message before it.")
+    bos: str = option("auto", "A BOS token before prompts: always, never, or auto, as the tokenizer does it.")
+    keep_space: bool = option(False, "Leave spaces at a prompt's end; they are cut by default.", "--keep-space")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactsOptions(PromptFormOptions, ModelOptions):
     facts: str = option(
         ..., "File of facts: CounterFact, zsRE, known-facts JSON, or causalcone's JSONL; 'demo': the demo world."
     )

@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 
 from causalcone.engine.compute import Compute, Kernels
+from causalcone.engine.encoding import PromptForm, PromptOptions
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.facts import Fact, OnError, Skipped, SkippedFacts
 from causalcone.engine.localize.gradients import GradientRun
@@ -50,6 +51,10 @@ class Tracer:
             for attention alone.
         tf32: Multiply float32 rows with weights in TF32 on CUDA devices, faster and with 10 bits of mantissa; else in
             full float32, whatever torch is set to.
+        prompts: How prompts are put to the model: chat=False (as the user's message in the tokenizer's chat template,
+            which the answer follows), system=None (the system's message), bos="auto" (whether prompts begin with the
+            BOS token: "always", "never", or as the tokenizer does it) and keep_space=False (spaces at a prompt's end
+            are cut by default, and a space before the answer joins the two).
 
     Raises:
         ModelError: The model's parameters cannot be read directly.
@@ -65,8 +70,10 @@ class Tracer:
         memory: int | str | None = None,
         kernels: Kernels | None = None,
         tf32: bool = False,
+        **prompts: Unpack[PromptOptions],
     ) -> None:
-        self.session = Session(model, tokenizer, Compute.of(dtype, device, memory, kernels, tf32))
+        compute = Compute.of(dtype, device, memory, kernels, tf32)
+        self.session = Session(model, tokenizer, compute, form=PromptForm(**prompts))
 
     @classmethod
     def on(cls, session: Session) -> Tracer:
@@ -85,6 +92,7 @@ class Tracer:
         weights: Weights = "resident",
         kernels: Kernels | None = None,
         tf32: bool = False,
+        **prompts: Unpack[PromptOptions],
     ) -> Tracer:
         """A tracer for a saved model.
 
@@ -95,11 +103,13 @@ class Tracer:
             weights: ``"resident"`` keeps them on the device; ``"stream"`` reads them from the model's safetensors files
                 layer by layer, anew in every pass, for models that are larger than the device. Two layers count as part
                 of ``memory`` then, and integrated gradients are refused.
+            prompts: As for ``Tracer``.
 
         Raises:
             ModelError: The model cannot be loaded, or not be computed exactly.
         """
-        return cls.on(open_session(path, Compute.of(dtype, device, memory, kernels, tf32), weights))
+        compute = Compute.of(dtype, device, memory, kernels, tf32)
+        return cls.on(open_session(path, compute, weights, PromptForm(**prompts)))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -288,7 +298,7 @@ class Tracer:
         spec = TraceSpec.of((("hidden", 1),), samples=samples, sigma=sigma, seed=seed, noise=noise).resolved(session)
         base = "other:0" if base == "other" else base
         patching = Patching(as_runs(interventions), tuple(read), base, spec.corruption, session.sizes, len(items))
-        encoded = [patching.encode(prompt, number, session.tokenizer) for number, prompt in enumerate(items)]
+        encoded = [patching.encode(prompt, number, session.prompts) for number, prompt in enumerate(items)]
         trials = [patching.trial(prompt, number) for number, prompt in enumerate(encoded)]
         stream = None
         if patching.corrupts:

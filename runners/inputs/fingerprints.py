@@ -1,6 +1,5 @@
 """Short hashes that tell whether facts or a model are the same as before."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -9,20 +8,10 @@ from causalcone.engine.edit.moments.identity import Identity
 from causalcone.engine.facts import Fact
 from causalcone.engine.models.base import Architecture
 
-_EVER = 14
-"""How many fields of a fact, the first, are told whatever they hold. Younger ones are where they are not their default,
-so that a sweep that was begun without them goes on."""
-
 
 def facts_fingerprint(facts: Sequence[Fact]) -> str:
     """Changes with every word of the facts."""
-    return _hash(json.dumps(list(map(fact_record, facts)), sort_keys=True))
-
-
-def fact_record(fact: Fact) -> dict[str, object]:
-    """All that a fact says, without younger fields that say nothing."""
-    silent = {field.name for field in dataclasses.fields(fact)[_EVER:] if getattr(fact, field.name) == field.default}
-    return {name: value for name, value in dataclasses.asdict(fact).items() if name not in silent}
+    return _hash(json.dumps([fact.record for fact in facts], sort_keys=True))
 
 
 def model_fingerprint(architecture: Architecture) -> str:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import pyarrow as pa
 
@@ -10,7 +9,6 @@ from causalcone.engine.facts import Fact, OnError
 from causalcone.engine.schemas import FACT_SCHEMA, FILTER_SCHEMA
 from causalcone.runners.demo.files import path_of
 from causalcone.runners.facts import files
-from causalcone.runners.inputs.fingerprints import fact_record
 from causalcone.runners.sweep.inputs.settings import Sweep
 from causalcone.runners.sweep.inputs.units import Selection
 
@@ -27,7 +25,7 @@ def fact_table(facts: Sequence[Fact], filtered: pa.Table | None = None) -> pa.Ta
             **{name: getattr(fact, name) for name in _TEXTS},
             "paraphrase_prompts": len(fact.paraphrase_prompts),
             "neighborhood_prompts": len(fact.neighborhood_prompts),
-            "fact": json.dumps(fact_record(fact), ensure_ascii=False),
+            "fact": json.dumps(fact.record, ensure_ascii=False),
         }
         for fact in facts
     ]
@@ -41,9 +39,7 @@ def fact_table(facts: Sequence[Fact], filtered: pa.Table | None = None) -> pa.Ta
 
 def facts_of(table: pa.Table) -> list[Fact]:
     """The facts of their table."""
-    records: list[dict[str, Any]] = [json.loads(text) for text in table["fact"].to_pylist()]
-    tuples = [{key: tuple(value) for key, value in record.items() if isinstance(value, list)} for record in records]
-    return [Fact(**record | lists) for record, lists in zip(records, tuples, strict=True)]
+    return [Fact.from_record(json.loads(text)) for text in table["fact"].to_pylist()]
 
 
 def select(sweep: Sweep, table: pa.Table) -> Selection:
