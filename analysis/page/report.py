@@ -152,7 +152,11 @@ def _grids(study: Study, store: _Store) -> dict[str, Any] | None:
     states = study.states()
     if not states:
         return None
-    traces = read_traces(study.traces, study.answer_score).filter(pl.col("token").is_not_null()).sort("fact_id", maintain_order=True)
+    traces = (
+        read_traces(study.traces, study.answer_score)
+        .filter(pl.col("token").is_not_null())
+        .sort("fact_id", maintain_order=True)
+    )
     depth = int(traces["layer"].max()) + 1  # type: ignore[arg-type]
     order = {state: number for number, state in enumerate(states)}
     entries: list[dict[str, Any] | None] = [None] * len(store.number)

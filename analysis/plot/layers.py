@@ -22,9 +22,7 @@ _SEVERED_STYLES = {
 }
 
 
-def zeroing(
-    table: TraceSource, path: draw.PathLike | None = None, answer_score: AnswerScore = "product"
-) -> Figure:
+def zeroing(table: TraceSource, path: draw.PathLike | None = None, answer_score: AnswerScore = "product") -> Figure:
     """Mean effect of zeroing by centre layer, one line per state with a band of 1.96 standard errors (docs/methods.md,
     "Zeroing"). Of more than ten states, those with the largest effects are drawn; more than five have no bands.
 
@@ -36,7 +34,9 @@ def zeroing(
     Raises:
         TableError: the table holds no zeroed state.
     """
-    return draw.finish(_curves(zeroing_curve(table, answer_score), "Effect of zeroing", "share of p(target) lost"), path)
+    return draw.finish(
+        _curves(zeroing_curve(table, answer_score), "Effect of zeroing", "share of p(target) lost"), path
+    )
 
 
 def joint_effect(

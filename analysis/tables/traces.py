@@ -127,8 +127,8 @@ def by_answer_score(
 
 
 _TOO_SMALL = (
-    "some answers have probabilities below 1e-200: differences of these are 0, while shares of them are right; the mean "
-    "per token (--answer-score mean, answer_score='mean') is of ordinary size"
+    "some answers have probabilities below 1e-200: differences of these are 0, while shares of them are right; the "
+    "mean per token (--answer-score mean, answer_score='mean') is of ordinary size"
 )
 _UNTOLD = (
     "the number of the answer's tokens is not known (answer_tokens), of which answer_score='mean' takes the mean; "

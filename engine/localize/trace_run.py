@@ -166,7 +166,7 @@ class TraceRun(FactsRun):
     def _table(self, number: int, log_p: np.ndarray) -> pa.RecordBatch:
         """The table of one fact, of the log-probability of its target in each sample of each run (J, R).
         ``p_patched_sd`` is the unbiased standard deviation over samples, null where there is one sample; null are
-        those of the corrupted run where there is no corrupted run, and ``token`` and its text where a row is about several
+        those of the corrupted run where there is none, and ``token`` and its text where a row is about several
         tokens."""
         fact, grid, states = self.facts[number], self.grids[number], self.spec.states
         texts = token_texts(fact.prompt, self.session.tokenizer)

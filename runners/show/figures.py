@@ -36,7 +36,9 @@ def draw_traces(
         paths.append(_path(folder, f"{number:03}", fact_id))
         plot.heatmaps(pa.Table.from_batches([batch]), fact_id, paths[-1], answer_score)
     average = folder / PLOTS / "average_indirect_effect.png"
-    return paths + _if_possible("averages", average, lambda: plot.indirect_effect(folder / table, average, answer_score))
+    return paths + _if_possible(
+        "averages", average, lambda: plot.indirect_effect(folder / table, average, answer_score)
+    )
 
 
 def draw_table(

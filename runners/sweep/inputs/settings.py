@@ -67,7 +67,8 @@ class Sweep(CheckedTable):
     contexts: a file of texts put before prompts, drawn from the model by default; shape: the model's configuration,
     where a plan is wanted of a model that is not at hand; zsre_form: how zsRE's records are read; published: the study
     whose published tables are set beside; answer_score: what the analysis takes p of several tokens for; compat:
-    "published" does as published code does, where that differs; chat, system, bos and keep_space: as ``PromptForm``'s."""
+    "published" does as published code does, where that differs; chat, system, bos and keep_space: as
+    ``PromptForm``'s."""
 
     model: StrictStr
     facts: StrictStr
