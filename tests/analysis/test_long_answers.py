@@ -105,7 +105,7 @@ def test_zeroing():
     patched = {(layer, None): log for layer, log in enumerate(lost)}
     rows = long_traces(patched=dict.fromkeys([(layer, 0) for layer, _ in patched], 0.0), method="zero")
     table = rows.with_columns(
-        logp_patched=pl.Series(list(patched.values())), logp_corrupted=pl.lit(None, pl.Float64),
+        logp_patched=pl.Series(list(patched.values())), p_patched=np.exp(list(patched.values())), logp_corrupted=pl.lit(None, pl.Float64),
         p_corrupted=pl.lit(None, pl.Float64), token=pl.lit(None, pl.Int64),
     )  # fmt: skip
     assert zeroing_effects(table)["effect"].to_list() == pytest.approx(list(lost.values()), rel=1e-12)
