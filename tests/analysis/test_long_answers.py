@@ -102,12 +102,9 @@ def test_ordinary_effects_are_those_of_before():
 
 def test_zeroing():
     lost = {-901.0: 1 - np.exp(-1.0), -890.0: 0.0, -2000.0: 1.0, -10.0: 0.0}
-    patched = {(layer, None): log for layer, log in enumerate(lost)}
-    rows = long_traces(patched=dict.fromkeys([(layer, 0) for layer, _ in patched], 0.0), method="zero")
-    table = rows.with_columns(
-        logp_patched=pl.Series(list(patched.values())), p_patched=np.exp(list(patched.values())), logp_corrupted=pl.lit(None, pl.Float64),
-        p_corrupted=pl.lit(None, pl.Float64), token=pl.lit(None, pl.Int64),
-    )  # fmt: skip
+    rows = long_traces(patched={(layer, 0): log for layer, log in enumerate(lost)}, method="zero")
+    nothing = {"logp_corrupted": pl.lit(None, pl.Float64), "p_corrupted": pl.lit(None, pl.Float64)}
+    table = rows.with_columns(**nothing, p_patched=pl.col("logp_patched").exp(), token=pl.lit(None, pl.Int64))
     assert zeroing_effects(table)["effect"].to_list() == pytest.approx(list(lost.values()), rel=1e-12)
     assert zeroing_curve(table).height == len(lost)
 
