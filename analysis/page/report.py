@@ -179,9 +179,8 @@ def _severed(study: Study, store: _Store) -> dict[str, Any] | None:
     parts = [name for name in map("sever_{}".format, SEVERED) if study.has(f"traces/{name}")]
     if not parts:
         return None
-    rows = pl.concat([study.scan(f"traces/{name}") for name in parts], how="diagonal")
-    rows = read_traces(rows, study.answer_score)
-    rows = rows.filter(pl.col("token") == pl.col("subject_end") - 1)
+    severed = pl.concat([study.scan(f"traces/{name}") for name in parts], how="diagonal")
+    rows = read_traces(severed, study.answer_score).filter(pl.col("token") == pl.col("subject_end") - 1)
     if rows.is_empty():
         return None
     return {"parts": parts, **_by_layer(rows, "method", parts, "p_patched", store)}

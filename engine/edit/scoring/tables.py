@@ -55,9 +55,9 @@ def _probe_rows(scored: Scored) -> list[dict[str, object]]:
         }
         for name, results in (("pre", scored.pre), ("post", scored.post)):
             log_p = None if number is None or results is None else float(results.log_p[number])
-            known = log_p is not None and np.isfinite(log_p)
-            columns[f"logp_{name}{suffix}"] = log_p if known else None
-            columns[f"p_{name}{suffix}"] = float(np.exp(log_p)) if known else None
+            finite = log_p if log_p is not None and np.isfinite(log_p) else None
+            columns[f"logp_{name}{suffix}"] = finite
+            columns[f"p_{name}{suffix}"] = None if finite is None else float(np.exp(finite))
         return columns
 
     return [
