@@ -15,6 +15,7 @@ VERSION_KEY = b"causalcone_schema"
 
 ADDED = frozenset(
     [
+        *("joiner", "joined"),
         *("answer_tokens", "logp_clean", "logp_corrupted", "logp_patched"),
         *("answer_tokens_other", "logp_pre", "logp_post", "logp_pre_other", "logp_post_other"),
     ]
@@ -115,6 +116,8 @@ FILTER_SCHEMA = _schema(
     completes=_FLAG,  # whether they hold the answer
     argmax=_FLAG,  # whether the answer is the model's first choice
     p_true=_NUMBER,
+    joiner=_TEXT,  # what stands between prompt and answer: space or none
+    joined=_FLAG,  # whether the answer's tokens are those of the joined text, not those that it has alone
 )
 
 # One row per fact of a sweep; the columns of the filter are null where it has not been.

@@ -33,6 +33,8 @@ def fact_table(facts: Sequence[Fact], filtered: pa.Table | None = None) -> pa.Ta
     if filtered is None:
         return table
     for name in FILTER_SCHEMA.names[1:]:
+        if name not in filtered.column_names:  # of parts that are older than the column
+            continue
         table = table.set_column(table.schema.get_field_index(name), FACT_SCHEMA.field(name), filtered[name])
     return table
 
