@@ -47,6 +47,11 @@ class ComputeOptions(ModelOptions):
     memory: str | None = option(None, "Bytes that a pass may take, such as 4GiB; half of what is free by default.")
 
 
+COLUMN_HELP = (
+    "Of flat records: the column that a field is in, FIELD=COLUMN, such as subject=name; repeat for several fields."
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PromptFormOptions:
     """How prompts are put to the model."""
@@ -59,9 +64,8 @@ class PromptFormOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class FactsOptions(PromptFormOptions, ModelOptions):
-    facts: str = option(
-        ..., "File of facts: CounterFact, zsRE, known-facts JSON, or causalcone's JSONL; 'demo': the demo world."
-    )
+    facts: str = option(..., "File of facts, of any format that 'causalcone data' reads; 'demo': the demo world.")
+    column: list[str] | None = option(None, COLUMN_HELP, show_default=False)
     limit: int | None = option(None, "Only the first N facts.", min=1)
     skip_bad_facts: bool = option(False, "List unusable facts and go on.", "--skip-bad-facts")
 
@@ -243,7 +247,11 @@ _AGGREGATE_HELP = "first, or mean. By default the preset's, or first."
 
 @dataclass(frozen=True, kw_only=True)
 class EditingOptions(EditMethodOptions):
-    problem: str = option("error_injection", f"{_PROBLEM_HELP}.")
+    problem: str | None = option(
+        None,
+        f"{_PROBLEM_HELP}. By default error_injection; fact_amplification where the facts' new answer is the true one.",
+        show_default=False,
+    )
     layers: str | None = option(
         None,
         f"{_LAYERS_HELP}: the edited ones, or windows' centres. By default the preset's, without one all.",

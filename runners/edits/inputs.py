@@ -11,7 +11,7 @@ from rich.console import Console
 from causalcone.engine.edit.editor import Editor
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.problems import make_requests
-from causalcone.engine.edit.requests.requests import NOISY, Request
+from causalcone.engine.edit.requests.requests import ERROR_INJECTION, FACT_AMPLIFICATION, NOISY, Request
 from causalcone.engine.edit.requests.windows import as_windows
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.encoding import prompt_record
@@ -41,13 +41,22 @@ def editing(source: SourceOptions, choice: EditingOptions, scoring: ScoringOptio
     """The study of the options; moments are collected, if requested."""
     refuse_occupied(output.out, output.overwrite)
     layers = None if choice.layers is None else parse_layers(choice.layers)
-    plan = plan_of(choice, choice.problem, layers, scoring.aggregate)
+    plan = plan_of(choice, choice.problem or ERROR_INJECTION, layers, scoring.aggregate)
     texts = read_texts(choice, plan, scoring)
     inputs = open_inputs(source)
+    if choice.problem is None and all(fact.target_new == fact.target_true for fact in inputs.facts):
+        plan = plan_of(choice, FACT_AMPLIFICATION, layers, scoring.aggregate)
+        warnings.warn(_TOWARDS_TRUE.format(source.facts), stacklevel=2)
     editor = editor_of(inputs, choice, plan, texts.contexts)
     moments = moments_of(inputs, choice, plan, texts.running, output.quiet)
     study = prepared_edits(editor, moments, inputs, choice, plan, scoring, texts.references)
     return replace(study, collected=None if texts.running is None else moments)
+
+
+_TOWARDS_TRUE = (
+    "the new answer of all facts of {} is the true one: the problem is fact_amplification, which trains towards it. "
+    "Meng et al. edit so whether or not the model knows a fact; --no-filter does that"
+)
 
 
 def read_texts(choice: EditMethodOptions, plan: EditPlan, scoring: ScoringOptions) -> TextInputs:
