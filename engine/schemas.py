@@ -15,7 +15,7 @@ VERSION_KEY = b"causalcone_schema"
 
 ADDED = frozenset(
     [
-        *("joiner", "joined"),
+        *("joiner", "joined", "key_alignment", "relative_norm", "suspect"),
         *("answer_tokens", "logp_clean", "logp_corrupted", "logp_patched"),
         *("answer_tokens_other", "logp_pre", "logp_post", "logp_pre_other", "logp_post_other"),
     ]
@@ -87,6 +87,9 @@ EDIT_SCHEMA = _schema(
     delta_norm=_NUMBER,  # Frobenius norm of the change
     status=_TEXT,  # done or failed
     reason=_TEXT,  # of a failure
+    key_alignment=_NUMBER,  # the key that ROME solves for over the one it is to be like, along the edit's direction
+    relative_norm=_NUMBER,  # delta_norm over the norm of the changed weights
+    suspect=_TEXT,  # why the edit is out of the ordinary
 )
 
 # One row per edit and prompt.

@@ -213,8 +213,8 @@ class EditMethodOptions:
 
     method: list[str] = option(
         ...,
-        "METHOD or METHOD:WINDOW: rome, memit, memit_joint (all facts in one change of the weights) or "
-        "finetune, and how many layers it edits together; repeat for several.",
+        "METHOD or METHOD:WINDOW: rome (r-rome, p-rome: with its keys 'mean' or 'prompt'), memit, memit_joint (all "
+        "facts in one change of the weights) or finetune, and how many layers it edits together; repeat for several.",
     )
     window: int | None = option(
         None, "Layers edited together, for a METHOD without a WINDOW; by default 5 for MEMIT, 1 for fine-tuning.", min=1

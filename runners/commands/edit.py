@@ -37,7 +37,8 @@ def edit(
     if not output.quiet:
         tables = score_tables(scores_of(output.out, *shown))
         metrics = metrics_of(output.out, scoring.accuracy, scoring.generation or scoring.references is not None)
-        show([*tables, *metrics, *failed_lines(done.failed)], done.sentence(), figures)
+        reasons = failed_lines(done.failed) + failed_lines(done.suspect, "are suspect")
+        show([*tables, *metrics, *reasons], done.sentence(), figures)
 
 
 COMMANDS = {

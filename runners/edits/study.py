@@ -31,18 +31,19 @@ DELTAS, MOMENTS = "deltas", "moments.safetensors"
 
 @dataclass(frozen=True)
 class EditsDone:
-    """The results of a study in ``path``: the number of edits, of ``facts`` facts, in ``seconds``; failed: how many for
-    which reason."""
+    """The results of a study in ``path``: the number of edits, of ``facts`` facts, in ``seconds``; failed, suspect: how
+    many for which reason."""
 
     path: Path
     facts: int
     edits: int
     failed: Mapping[str, int]
+    suspect: Mapping[str, int]
     seconds: float
 
     @property
     def results(self) -> dict[str, Any]:
-        counts = {"facts": self.facts, "edits": self.edits, "failed": dict(self.failed)}
+        counts = {"facts": self.facts, "edits": self.edits, "failed": {**self.failed}, "suspect": {**self.suspect}}
         return {**counts, "seconds": round(self.seconds, 3)}
 
     def sentence(self) -> str:
@@ -96,7 +97,7 @@ class EditStudy:
         if self.collected is not None:
             self.collected.save(folder.path / MOMENTS)
         started = time.monotonic()
-        failed: Counter[str] = Counter()
+        reasons: tuple[Counter[str], Counter[str]] = Counter(), Counter()
         count = 0
         with ExitStack() as stack:
             schemas = {"edits": EDIT_SCHEMA, "probes": PROBE_SCHEMA, "metrics": METRIC_SCHEMA}
@@ -106,22 +107,28 @@ class EditStudy:
                 with shown_progress(console, f"editing, {setting}", "edits", quiet) as progress:
                     progress(0, total)
                     for batch in self._batches(setting):
-                        failed.update(self._written(batch, tables, folder.path / DELTAS))
+                        for counted, told in zip(
+                            reasons, self._written(batch, tables, folder.path / DELTAS), strict=True
+                        ):
+                            counted.update(told)
                         done += len(batch)
                         progress(done, total)
                         del batch  # its changes of weights, before those of the next one are made
                 count += done
-        return EditsDone(folder.path / "edits", len(self.requests), count, failed, time.monotonic() - started)
+        return EditsDone(folder.path / "edits", len(self.requests), count, *reasons, time.monotonic() - started)
 
-    def _written(self, batch: Sequence[Edit], tables: Mapping[str, TableWriter], deltas: Path) -> list[str]:
-        """Score edits and write their tables; the reasons why some failed."""
+    def _written(
+        self, batch: Sequence[Edit], tables: Mapping[str, TableWriter], deltas: Path
+    ) -> tuple[list[str], list[str]]:
+        """Score edits and write their tables; the reasons why some failed, and why others are suspect."""
         scores = self.editor.evaluate(batch, **self.evaluate)
         if self.keep_deltas:
             _save_deltas(scores.edits, deltas)
         tables["probes"].write(scores.probes)
         tables["metrics"].write(scores.metrics)
         tables["edits"].write(edit_batch(scores.edits))  # the last, so that no edit stands there without its scores
-        return [edit.reason for edit in scores.edits if edit.reason is not None]
+        failed = [edit.reason for edit in scores.edits if edit.reason is not None]
+        return failed, [edit.suspect for edit in scores.edits if edit.reason is None and edit.suspect is not None]
 
     def _batches(self, setting: Setting) -> Iterator[list[Edit]]:
         step = len(self.requests) if setting.definition.joint else max(1, EDITS_AT_ONCE // len(self.layers))
