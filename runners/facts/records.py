@@ -34,7 +34,10 @@ def read_records(path: Path) -> list[Any]:
             return _read_lines(path, text)
         raise FactError(f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
     if isinstance(content, Mapping) and isinstance(content.get("prompts"), list):
-        return records_of_call(content)
+        try:
+            return records_of_call(content)
+        except FactError as error:
+            raise FactError(f"{path}: {error}") from None
     return content if isinstance(content, list) else [content]
 
 

@@ -82,6 +82,7 @@ CALL = {
     "rephrase_prompts": ["France's capital is", "Rome is in"],
     "locality_inputs": {"neighborhood": {"prompt": ["Spain's is", "Oslo is in"], "ground_truth": ["Madrid", "Norway"]}},
     "portability_inputs": {"one_hop": {"prompt": [["a", "b"], None], "ground_truth": [["c", "d"], None]}},
+    "loc_prompts": ["of another length"],
     "keep_original_weight": True,
 }
 
@@ -96,8 +97,13 @@ def test_arguments_of_easyedit(tmp_path: Path) -> None:
         ("portability/one_hop", "e", ("f",)),
         ("locality/neighborhood", "Oslo is in", ("Norway",)),
     ]
-    with pytest.raises(cc.CausalconeError, match="subject has 1 items, and prompts 2; give one for every prompt"):
-        cc.load_facts(write(tmp_path, {**CALL, "subject": ["France"]}))
+    for lists, complaint in (
+        ({"subject": ["France"]}, "subject has 1 items, and prompts 2; give one for every prompt"),
+        ({"target_new": "Rome"}, "target_new must be a list, with one for every prompt"),
+        ({"locality_inputs": {"near": {"prompt": ["a"], "ground_truth": ["b"]}}}, r"locality_inputs.near.prompt has 1"),
+    ):
+        with pytest.raises(cc.CausalconeError, match=rf"facts\.json: {complaint}"):
+            cc.load_facts(write(tmp_path, {**call, **lists}))
 
 
 def test_zsre_towards_the_alternative(tmp_path: Path) -> None:
@@ -194,13 +200,19 @@ def test_ripples_without_answers_that_name_things(tmp_path: Path) -> None:
     assert (fact.target_true, fact.target_new) == ("Syria", "Syria")
 
 
-@pytest.mark.parametrize("shared", ["Carol Chu", "United States of Nowhere"])
-def test_targets_that_begin_alike_are_cut_between_words(shared: str, tmp_path: Path) -> None:
-    """Targets whose first letters are the same are not cut within a word; those of equal first words need an answer."""
-    record = ripple(subject="Leonardo DiCaprio", prompt=f"The spouse of Leonardo DiCaprio is {shared}.")
-    record["edit"]["original_fact"] = {"prompt": "The spouse of Leonardo DiCaprio is Casey Lee."}
+@pytest.mark.parametrize(
+    ("new", "old"),
+    [("Carol Chu", "Casey Lee"), ("United States", "United Kingdom"), ("New Zealand", "New York City"), ("Bo", "")],
+)
+@pytest.mark.parametrize("beginning", ["The home of {} is", "{} Junior follows"])
+def test_targets_that_begin_alike_are_cut_before_what_they_share(
+    new: str, old: str, beginning: str, tmp_path: Path
+) -> None:
+    record = ripple(subject="Leonardo DiCaprio")
+    sentence = beginning.replace("{}", "Leonardo DiCaprio")
+    record["edit"] |= {"prompt": f"{sentence} {new}.", "original_fact": {"prompt": f"{sentence} {old}."}}
     (fact,) = load(tmp_path, record)
-    assert (fact.prompt, fact.target_new, fact.target_true) == ("The spouse of {} is", shared, "Casey Lee")
+    assert (fact.prompt, fact.target_new, fact.target_true) == (beginning, new, old or new)
 
 
 # --- subjects ---

@@ -121,7 +121,7 @@ def from_ripple(record: Any, index: int) -> list[Fact]:
             f"edit.subject is missing: the subject is there only as the identifier {edit.subject_id!r}, which no "
             "answer of the record names; add its name as edit.subject"
         )
-    beginning, new = _cut(edit, edit.target or (target.value if target else None))
+    beginning, new = _cut(edit, subject, edit.target or (target.value if target else None))
     true = edit.before.sentence.removeprefix(beginning).strip() if edit.before else ""
     return [
         Fact(
@@ -139,14 +139,17 @@ def from_ripple(record: Any, index: int) -> list[Fact]:
     ]
 
 
-def _cut(edit: RippleEdit, target: str | None) -> tuple[str, str]:
+def _cut(edit: RippleEdit, subject: str, target: str | None) -> tuple[str, str]:
     """What the edit's sentence says before its target, and the target: named, or all after the words that it shares
-    with the sentence of what was true."""
+    with the sentence of what was true; capitalised words after the subject are the target's, as in "United States" and
+    "United Kingdom"."""
     if target is not None and edit.sentence.endswith(f" {target}"):
         return edit.sentence.removesuffix(target), target
     before = edit.before.sentence.split(" ") if edit.before else ()
     words = edit.sentence.split(" ")
     shared = next((number for number, (new, old) in enumerate(zip(words, before, strict=False)) if new != old), 0)
+    while shared and words[shared - 1][:1].isupper() and subject in " ".join(words[: shared - 1]):
+        shared -= 1
     if shared:
         return " ".join(words[:shared]), " ".join(words[shared:])
     raise ValueError(

@@ -151,24 +151,26 @@ def from_flat(item: Any, index: int) -> list[Fact]:
 
 
 _CALL = {
-    "prompts": "prompt",
-    "rephrase_prompts": "rephrase_prompt",
-    "locality_inputs": "locality",
-    "portability_inputs": "portability",
+    **{name: name for name in ("subject", "target_new", "ground_truth")},
+    **{"prompts": "prompt", "rephrase_prompts": "rephrase_prompt"},
+    **{f"{name}_inputs": name for name in ("locality", "portability")},
 }
 """Arguments of EasyEdit's ``edit``, which are lists of what its records have one of."""
 
 
 def records_of_call(call: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The records of a call's arguments. Raises ``FactError`` for lists of unequal length."""
+    """The records of a call's arguments, of which others are not read. Raises ``FactError`` for lists of unequal
+    length."""
     count = len(call["prompts"])
-    given = {_CALL.get(name, name): (name, value) for name, value in call.items() if isinstance(value, list | Mapping)}
+    given = {_CALL[name]: (name, value) for name, value in call.items() if name in _CALL and value is not None}
     return [{key: _nth(name, value, number, count) for key, (name, value) in given.items()} for number in range(count)]
 
 
 def _nth(name: str, value: Any, number: int, count: int) -> Any:
     if isinstance(value, Mapping):
         return {key: _nth(f"{name}.{key}", inner, number, count) for key, inner in value.items()}
+    if not isinstance(value, list):
+        raise FactError(f"{name} must be a list, with one for every prompt")
     if len(value) != count:
         raise FactError(f"{name} has {len(value)} items, and prompts {count}; give one for every prompt")
     return value[number]
