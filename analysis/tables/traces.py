@@ -59,7 +59,7 @@ AnswerScore = Literal["product", "mean"]
 """What p of an answer is: the product over its tokens, or their geometric mean."""
 ANSWER_SCORES: tuple[AnswerScore, ...] = get_args(AnswerScore)
 
-SMALL = 1e-200
+SMALL = 1e-280
 """Probabilities below this lose digits, or are 0: their logarithms are taken."""
 
 
@@ -127,7 +127,7 @@ def by_answer_score(
 
 
 _TOO_SMALL = (
-    "some answers have probabilities below 1e-200: differences of these are 0, while shares of them are right; the "
+    "some answers have probabilities below 1e-280: differences of these are 0, while shares of them are right; the "
     "mean per token (--answer-score mean, answer_score='mean') is of ordinary size"
 )
 _UNTOLD = (
