@@ -12,6 +12,7 @@ from causalcone.analysis.means import means_over_facts
 from causalcone.analysis.tables.edits import (
     checked_metrics,
     checked_probes,
+    counted,
     finished,
     read_edits,
     read_metrics,
@@ -19,7 +20,7 @@ from causalcone.analysis.tables.edits import (
 )
 from causalcone.analysis.tables.names import position
 from causalcone.analysis.tables.traces import AnswerScore, TableError, TraceSource, one_of, refuse, scaled
-from causalcone.engine.schemas import ERROR_INJECTION, FACT_ERASURE, PROBLEMS, TRACING_REVERSAL
+from causalcone.engine.schemas import ERROR_INJECTION, FACT_ERASURE, PROBLEMS, PROMPT_KINDS, TRACING_REVERSAL
 
 Aggregate = Literal["first", "mean"]
 
@@ -219,6 +220,44 @@ def zsre_metrics(edits: TraceSource, metrics: TraceSource) -> pl.DataFrame:
         TableError: there are none of these metrics.
     """
     return _metric_means(edits, metrics, _ZSRE).sort(*_GROUP, position("metric", _ZSRE.values()))
+
+
+def probe_metrics(edits: TraceSource, probes: TraceSource, metrics: TraceSource | None = None) -> pl.DataFrame:
+    """What models answer by group of prompts: rewrite, paraphrase, neighborhood, attribute, and those of facts' own
+    probes (docs/editing.md, "Scores"). Failed edits, and probes whose condition does not hold, are left out.
+
+    ``metric`` is p (of the target, or of a probe's likeliest accepted answer), accuracy (teacher forcing: the share of
+    the answer's tokens that are the likeliest; in ``locality`` groups of likeliest tokens that stay) and exact_match
+    (the share of free answers that are accepted ones), as far as there are any.
+
+    Args:
+        edits: as ``read_edits`` takes them.
+        probes: as ``read_probes`` takes them.
+        metrics: as ``read_metrics`` takes them; without them there is p only.
+
+    Returns:
+        One row per problem, method, window, layer, group and metric; further columns as of ``counterfact_metrics``.
+
+    Raises:
+        TableError: there is no edit that was done, or a number is not a probability.
+    """
+    of_kind = counted(checked_probes(read_probes(probes))).group_by("edit_id", "prompt_kind", maintain_order=True)
+    p = of_kind.agg(pre=pl.mean("p_pre"), post=pl.mean("p_post"))
+    known = [p.select("edit_id", metric=pl.col("prompt_kind") + "_p", pre="pre", post="post")]
+    if metrics is not None:
+        other = read_metrics(metrics).filter(pl.col("metric").str.contains("_(accuracy|exact_match)$"))
+        known.append(other.select(known[0].columns))
+    table = pl.concat(known)
+    means = _metric_means(edits, table, {name: name for name in table["metric"].unique()})
+    names = pl.col("metric").str.extract_groups("^(?<group>.+)_(?<metric>p|accuracy|exact_match)$").struct
+    parts = means.with_columns(group=names.field("group"), metric=names.field("metric"))
+    order = position("group", PROMPT_KINDS), "group", position("metric", ("p", "accuracy", "exact_match"))
+    return parts.select(*_GROUP, "group", *means.columns[len(_GROUP) :]).sort(*_GROUP, *order)
+
+
+def own_groups(metrics: pl.DataFrame) -> pl.DataFrame:
+    """Rows of ``probe_metrics`` that no other function gives: of facts' own probes, and of free answers."""
+    return metrics.filter(~pl.col("group").is_in(PROMPT_KINDS) | (pl.col("metric") == "exact_match"))
 
 
 def _metric_means(edits: TraceSource, metrics: TraceSource, names: Mapping[str, str]) -> pl.DataFrame:

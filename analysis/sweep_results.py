@@ -9,8 +9,8 @@ from typing import Any
 import polars as pl
 
 from causalcone.analysis.effects import At, Denominator, tracing_effects, zeroing_effects
-from causalcone.analysis.scores import Aggregate, edits_with_effects, mean_scores, scores
-from causalcone.analysis.tables.edits import finished, read_edits
+from causalcone.analysis.scores import Aggregate, edits_with_effects, mean_scores, own_groups, probe_metrics, scores
+from causalcone.analysis.tables.edits import finished, read_edits, unmet
 from causalcone.analysis.tables.names import SEVERED, words
 from causalcone.analysis.tables.traces import AnswerScore, TableError, scan_folder
 from causalcone.engine.schemas import refuse_newer
@@ -101,6 +101,12 @@ class Study:
         return mean_scores(self.scores)
 
     @cached_property
+    def answers(self) -> pl.DataFrame:
+        """``analysis.probe_metrics``, of facts' own probes and of free answers."""
+        metrics = self.folder / "metrics" if self.has("metrics") else None
+        return own_groups(probe_metrics(self.folder / "edits", self.folder / "probes", metrics))
+
+    @cached_property
     def traces(self) -> pl.DataFrame:
         """Rows of restored states."""
         self.needs(RESTORED, "traces")
@@ -132,6 +138,8 @@ class Study:
         yield from self._missing_traces()
         yield from self._missing_edits()
         yield from self._left_out()
+        if self.has("edits") and self.has("probes"):
+            yield from filter(None, [unmet(self.folder / "edits", self.folder / "probes")])
         for failed in sorted((self.folder / "failures").glob("*.parquet")):
             unit, reason = scan_folder(failed).select("unit", "reason").collect().row(0)
             yield f"{unit} failed: {reason}"

@@ -290,6 +290,9 @@ class ScoringOptions(AnswerOptions):
     essence: bool = option(False, "Perplexity of five texts about each subject.", "--essence")
     accuracy: bool = option(False, "Share of the target's tokens that are the likeliest.", "--accuracy")
     generation: bool = option(False, "Let edited models write, and measure the entropy of that (slow).", "--generation")
+    answers: bool = option(
+        False, "Let edited models answer freely, and measure the share of accepted answers (exact match).", "--answers"
+    )
     references: Path | None = option(None, "Attribute snippets (JSON) to compare the texts of edited models with.")
     aggregate: str | None = option(None, f"Paraphrases and neighbours in the summary: {_AGGREGATE_HELP}")
     keep_deltas: bool = option(

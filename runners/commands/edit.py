@@ -1,5 +1,6 @@
 """The command that edits facts: ``edit``."""
 
+import warnings
 from typing import Annotated
 
 from rich.console import Console
@@ -21,11 +22,19 @@ def edit(
 
     Facts are edited one by one; memit_joint edits all of them at once.
 
-    Writes OUT/edits, OUT/probes and OUT/metrics (Parquet; a row per edit, per prompt of it and per metric of it) and
-    OUT/run.json. No weight of the model is changed.
+    Writes OUT/edits, OUT/probes and OUT/metrics (Parquet; a row per edit, per prompt of it and per metric of it), where
+    models write OUT/texts, and OUT/run.json. No weight of the model is changed.
     """
+    from causalcone.analysis.tables.edits import unmet
     from causalcone.runners.edits import inputs
-    from causalcone.runners.show.edit_tables import failed_lines, metrics_of, score_tables, scores_of
+    from causalcone.runners.show.edit_tables import (
+        answer_tables,
+        failed_lines,
+        metrics_of,
+        score_tables,
+        scores_of,
+        text_table,
+    )
     from causalcone.runners.show.figures import draw_scores
 
     study = inputs.editing(source, editing, scoring, output)
@@ -37,8 +46,11 @@ def edit(
     if not output.quiet:
         tables = score_tables(scores_of(output.out, *shown))
         metrics = metrics_of(output.out, scoring.accuracy, scoring.generation or scoring.references is not None)
+        tables += [*metrics, *answer_tables(output.out), *text_table(output.out)]
         reasons = failed_lines(done.failed) + failed_lines(done.suspect, "are suspect")
-        show([*tables, *metrics, *reasons], done.sentence(), figures)
+        show([*tables, *reasons], done.sentence(), figures)
+    if presupposed := unmet(output.out / "edits", output.out / "probes"):
+        warnings.warn(presupposed, stacklevel=2)
 
 
 COMMANDS = {

@@ -42,7 +42,7 @@ def edit(edit_id: str = "e", **columns: Any) -> pl.DataFrame:
 def probes(*rows: tuple[Any, ...], edit_id: str = "e") -> pl.DataFrame:
     """Rows of kind, index, p_pre, p_post and, where given, p_pre_other and p_post_other."""
     full = [(edit_id, *row, *[None] * (6 - len(row))) for row in rows]
-    return pl.DataFrame(full, schema=dict(list(PROBE_SCHEMA.items())[:7]), orient="row")
+    return pl.DataFrame(full, schema=dict([*PROBE_SCHEMA.items()][:7]), orient="row")
 
 
 def metrics(*rows: tuple[Any, ...], edit_id: str = "e") -> pl.DataFrame:

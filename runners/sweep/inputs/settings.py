@@ -17,9 +17,6 @@ Tokens = StrictStr | tuple[StrictInt, ...]
 Share = Annotated[StrictFloat, Field(ge=0, le=1)]
 
 
-_YOUNGER = frozenset(PromptOptions.__annotations__) | {"columns"}
-
-
 class FilterSettings(CheckedTable):
     """Which facts are traced and edited. completes: those whose answer is in the 36 tokens that the
     model writes greedily after the prompt; argmax: those whose answer is the likeliest next token; erasable: in Fact
@@ -71,6 +68,7 @@ class Sweep(CheckedTable):
     analysis takes p of several tokens for; compat: "published" does as published code does, where that differs; chat,
     system, bos and keep_space: as ``PromptForm``'s."""
 
+    younger = frozenset(PromptOptions.__annotations__) | {"columns"}
     model: StrictStr
     facts: StrictStr
     limit: Count | None = None
@@ -101,11 +99,7 @@ class Sweep(CheckedTable):
     def result_config(self) -> dict[str, Any]:
         """All that decides the results, as JSON; not where and in how much memory they are computed."""
         shown = {"published", "answer_score"}
-        kept = self.model_dump(mode="json", exclude={"device", "memory", "kernels", "shape", *shown})
-        # folders were begun before there were these: they count where they are set
-        return {
-            key: value for key, value in kept.items() if key not in _YOUNGER or value != Sweep.model_fields[key].default
-        }
+        return self.model_dump(mode="json", exclude={"device", "memory", "kernels", "shape", *shown})
 
     @property
     def form(self) -> PromptForm:

@@ -55,7 +55,7 @@ def edited(
                 (name, "neighborhood", 0, 0.5, 0.5, None, None),
             ]
     return pl.DataFrame(edits, schema=EDIT_SCHEMA), pl.DataFrame(
-        probes, schema=dict(list(PROBE_SCHEMA.items())[:7]), orient="row"
+        probes, schema=dict([*PROBE_SCHEMA.items()][:7]), orient="row"
     )
 
 
