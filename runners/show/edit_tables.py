@@ -28,10 +28,10 @@ MOST_TEXTS, MOST_CHARACTERS = 8, 80
 _SHOWN = [name for name in SCORES if name != "rewrite_magnitude"]
 
 
-def scores_of(folder: Path, aggregate: str, essence: bool) -> pl.DataFrame:
+def scores_of(folder: Path, aggregate: str, essence: bool, answer_score: str = "product") -> pl.DataFrame:
     """The scores of the edits in a folder of results."""
     metrics = folder / "metrics" if essence else None
-    return scores(folder / "edits", folder / "probes", metrics, aggregate)  # type: ignore[arg-type]
+    return scores(folder / "edits", folder / "probes", metrics, aggregate, answer_score)  # type: ignore[arg-type]
 
 
 def metrics_of(folder: Path, accuracy: bool, generation: bool) -> list[Table]:
