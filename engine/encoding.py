@@ -17,6 +17,8 @@ Bos = Literal["auto", "always", "never"]
 KEPT = 1 << 13
 """Texts whose token ids are kept."""
 
+_MARK = "\ue000"
+"""Stands for a message in a chat template: a character that no text has."""
 _LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 _SPACELESS = ("CJK", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
 """Scripts without spaces between words, as the names of their letters begin."""
@@ -183,13 +185,12 @@ class PromptEncoder:
         system = [] if self.form.system is None else [{"role": "system", "content": self.form.system}]
         messages = [*system, {"role": "user", "content": text}]
         whole = self._rendered(messages, True)
-        at, inner = whole.rfind(text), text
-        if at < 0:  # templates may cut white space around a message
-            inner = text.strip()
-            at = whole.rfind(inner)
-        if at < 0:
+        before, _, after = self._rendered([*system, {"role": "user", "content": _MARK}], True).partition(_MARK)
+        cut = (part for part in (text, text.rstrip(), text.strip()) if whole == before + part + after)
+        inner = next(cut, None)  # templates may cut white space around a message
+        if inner is None:
             raise FactError(f"{name}: the chat template changes the message {text!r}, so that the subject is not found")
-        shift = at - text.find(inner)
+        shift = len(before) - text.index(inner)
         ids, span = self._encoded(whole, (characters[0] + shift, characters[1] + shift), chat=True)
         return PromptTokens(whole, ids, span, opening=self._opening(messages, whole))
 

@@ -243,6 +243,15 @@ def chatting(name, template):
     return tokenizer
 
 
+def test_the_subject_is_that_of_the_message():
+    """Also where the template has the same words."""
+    tokenizer = chatting("byte-level", "chatml")
+    fact = cc.Fact("0", "{}", "assistant", "golf")
+    encoded = PromptEncoder(tokenizer, len(tokenizer), 512, PromptForm(chat=True, system="assistant")).fact(fact)
+    before = tokenizer.decode(encoded.prompt[: encoded.span[0]])
+    assert before.endswith("<|im_start|>user\n")
+
+
 def test_a_system_message_stands_before():
     tokenizer = chatting("byte-level", "chatml")
     fact = cc.Fact("0", "What does {} play?", "Bo", "golf")
