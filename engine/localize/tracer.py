@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar, Unpack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 import pyarrow as pa
 import torch
 
 from causalcone.engine.compute import Compute, Kernels
-from causalcone.engine.errors import ExperimentError
-from causalcone.engine.facts import Fact, OnError, Skipped, SkippedFacts
+from causalcone.engine.errors import ExperimentError, FactError
+from causalcone.engine.facts import Fact, OnError, Skipped, SkippedFacts, token_texts
 from causalcone.engine.localize.gradients import GradientRun
 from causalcone.engine.localize.options import (
     DEFAULT_SIGMA,
@@ -33,6 +34,9 @@ from causalcone.engine.localize.trace_run import FactsRun, TracePlan, TraceRun
 from causalcone.engine.noise import SCALED_NOISES, Noise, NoiseKind, NoiseStream, parse_sigma
 from causalcone.engine.run.loading import Weights, open_session
 from causalcone.engine.run.session import Session
+
+if TYPE_CHECKING:
+    from causalcone.analysis.prompt_map import PromptMap
 
 
 class Tracer:
@@ -297,6 +301,53 @@ class Tracer:
             stream = NoiseStream(spec.corruption, level, seed, samples, session.sizes.hidden)
         results = session.run(trials, samples if stream else 1, stream)
         return [patching.result(encoded[i], trials[i], result) for i, result in results]
+
+    def fact(self, prompt: str, subject: str, answer: str | None = None) -> Fact:
+        """A prompt as a fact, which has the id ``"prompt"``.
+
+        Args:
+            prompt: The prompt, with its subject or one ``{}`` in its place; of several occurrences the first counts.
+            subject: The words that it is about.
+            answer: Its answer; the text of the model's most likely next token if None.
+
+        Raises:
+            FactError: The subject is empty or not in the prompt, or the answer is empty.
+        """
+        if "{}" not in prompt:
+            if subject not in prompt:
+                raise FactError(f"the subject {subject!r} is not in the prompt {prompt!r}; give words that are")
+            prompt = prompt.replace(subject, "{}", 1) if subject else prompt
+        fact = Fact("prompt", prompt, subject, "?" if answer is None else answer)
+        if answer is not None:
+            return fact
+        logits = self.run([fact.text], [], [Read("logits")])[0].clean.values[0]
+        (text,) = token_texts([int(logits.argmax())], self.session.tokenizer)
+        return replace(fact, target_true=text.strip() or repr(text)[1:-1])
+
+    def show(
+        self,
+        prompt: str,
+        subject: str,
+        answer: str | None = None,
+        states: States = DEFAULT_STATES,
+        **options: Unpack[TraceOptions],
+    ) -> PromptMap:
+        """``trace`` of one prompt, to look at: a heat map on the terminal (``print``) and in notebooks.
+
+        Args:
+            prompt: As for ``fact``, and so are subject and answer. Without an answer the probability is that of the
+                model's most likely token, exactly.
+            states: As for ``trace``, and so are the options, but for the target.
+
+        Returns:
+            The map; its ``table`` is what ``trace`` returns.
+
+        Raises:
+            FactError: The prompt cannot be traced.
+        """
+        options["target"] = "argmax" if answer is None else "label"
+        run = self._tracing([self.fact(prompt, subject, answer)], states, "raise", options)
+        return run.drawn(run.table(run.batches()))
 
     def noise_level(
         self, facts: Iterable[Fact], sigma: float | str = DEFAULT_SIGMA, on_error: OnError = "raise"

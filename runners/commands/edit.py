@@ -1,43 +1,63 @@
 """The command that edits facts: ``edit``."""
 
+from pathlib import Path
 from typing import Annotated
 
 from rich.console import Console
 from typer import Option
 
-from causalcone.runners.commands.shared import open_results, show, takes
-from causalcone.runners.options import EditingOptions, OutputOptions, ScoringOptions, SourceOptions
+from causalcone.runners.commands.shared import check_place, open_results, place_of, show, takes
+from causalcone.runners.options import (
+    EditedPromptOptions,
+    EditingOptions,
+    PromptOutputOptions,
+    ScoringOptions,
+    SourceOptions,
+)
 
 
-@takes(SourceOptions, EditingOptions, ScoringOptions, OutputOptions)
+@takes(SourceOptions, EditedPromptOptions, EditingOptions, ScoringOptions, PromptOutputOptions)
 def edit(
     source: SourceOptions,
+    prompt: EditedPromptOptions,
     editing: EditingOptions,
     scoring: ScoringOptions,
-    output: OutputOptions,
+    output: PromptOutputOptions,
     plot: Annotated[bool, Option("--plot", help="Draw the mean scores by layer.")] = False,
 ) -> None:
     """Edit facts at every chosen layer by ROME, MEMIT or constrained fine-tuning, and score every edited model.
 
-    Facts are edited one by one; memit_joint edits all of them at once.
+    Facts are edited one by one; memit_joint edits all of them at once. Of a single --prompt it shows both answers'
+    probabilities and what the model writes, before and after.
 
     Writes OUT/edits, OUT/probes and OUT/metrics (Parquet; a row per edit, per prompt of it and per metric of it) and
     OUT/run.json. No weight of the model is changed.
     """
     from causalcone.runners.edits import inputs
+    from causalcone.runners.edits.prompt_edits import PromptEdits
     from causalcone.runners.show.edit_tables import failed_lines, metrics_of, score_tables, scores_of
     from causalcone.runners.show.figures import draw_scores
 
-    study = inputs.editing(source, editing, scoring, output)
+    check_place(prompt, output)
+    study = inputs.editing(source, prompt, editing, scoring, output)
     aggregate = study.plan.aggregate
-    with open_results(output, study.configuration, "edits") as folder:
-        done = study.carry_out(folder, Console(), output.quiet)
-        figures = draw_scores(output.out, scores_of(output.out, aggregate, scoring.essence)) if plot else []
-    folder.finish(**done.results, filtered=study.filtered)
-    if not output.quiet:
-        tables = score_tables(scores_of(output.out, aggregate, scoring.essence))
-        metrics = metrics_of(output.out, scoring.accuracy, scoring.generation or scoring.references is not None)
-        show([*tables, *metrics, *failed_lines(done.failed)], done.sentence(), figures)
+    single = None if prompt.prompt is None else PromptEdits(study)
+    with place_of(output) as place:
+        with open_results(output, place, study.configuration, "edits") as folder:
+            seen = {} if single is None else {"seen": single.add}
+            done = study.carry_out(folder, Console(), output.quiet or single is not None, **seen)
+            scores = scores_of(place, aggregate, scoring.essence)
+            figures = draw_scores(output.out or Path(), scores) if plot else []
+        folder.finish(**done.results, filtered=study.filtered)
+        if not output.quiet:
+            tables = [*(score_tables(scores) if single is None else single.shown(place))]
+            if not editing.method and study.plan.settings[0].method == "finetune":
+                tables.append(
+                    "finetune needs no second moments; with --moments or --texts it would be rome, or --method"
+                )
+            metrics = metrics_of(place, scoring.accuracy, scoring.generation or scoring.references is not None)
+            sentence = done.sentence() if output.out is not None else done.sentence().partition(" -> ")[0]
+            show([*tables, *metrics, *failed_lines(done.failed)], sentence, figures)
 
 
 COMMANDS = {

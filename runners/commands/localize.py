@@ -10,10 +10,11 @@ from typing import Annotated, Any
 from rich.console import Console
 from typer import Option
 
-from causalcone.runners.commands.shared import takes
+from causalcone.runners.commands.shared import check_place, takes
 from causalcone.runners.options import (
     IntegrationOptions,
-    OutputOptions,
+    PromptOptions,
+    PromptOutputOptions,
     SamplingOptions,
     SourceOptions,
     StreamableSourceOptions,
@@ -22,10 +23,11 @@ from causalcone.runners.options import (
 )
 
 
-@takes(StreamableSourceOptions, OutputOptions, TracingOptions, SamplingOptions)
+@takes(StreamableSourceOptions, PromptOptions, PromptOutputOptions, TracingOptions, SamplingOptions)
 def trace(
     source: StreamableSourceOptions,
-    output: OutputOptions,
+    prompt: PromptOptions,
+    output: PromptOutputOptions,
     tracing: TracingOptions,
     sampling: SamplingOptions,
     plot: Annotated[int, Option(help="Draw heat maps of the first N facts, and averages.", min=0)] = 0,
@@ -45,25 +47,32 @@ def trace(
             return layer_tables(joint_effects(path), "Effect of restoring tokens together")
         return effect_tables(average_indirect_effect(path))
 
-    prepare_tracing(source, tracing, sampling).carry_out(
-        output, tables, lambda first: draw_traces(output.out, first, tracing.joint) if plot else [], keep=plot
+    check_place(prompt, output)
+    prepare_tracing(source, prompt, tracing, sampling).carry_out(
+        output,
+        tables,
+        lambda folder, first, table: draw_traces(folder, first, table, tracing.joint) if plot else [],
+        keep=plot,
     )
 
 
-@takes(StreamableSourceOptions, TracingOptions, SamplingOptions)
-def plan(source: StreamableSourceOptions, tracing: TracingOptions, sampling: SamplingOptions) -> None:
+@takes(StreamableSourceOptions, PromptOptions, TracingOptions, SamplingOptions)
+def plan(
+    source: StreamableSourceOptions, prompt: PromptOptions, tracing: TracingOptions, sampling: SamplingOptions
+) -> None:
     """Show what tracing would take: passes, rows, operations, memory and time; no fact is computed."""
     from causalcone.runners.commands.localize_runs import tracing_plan
     from causalcone.runners.show.forecast import forecast_table
 
-    inputs, planned = tracing_plan(source, tracing, sampling)
+    inputs, planned = tracing_plan(source, prompt, tracing, sampling)
     Console().print(forecast_table(inputs.tracer, planned))
 
 
-@takes(StreamableSourceOptions, OutputOptions, ZeroingOptions)
+@takes(StreamableSourceOptions, PromptOptions, PromptOutputOptions, ZeroingOptions)
 def zero(
     source: StreamableSourceOptions,
-    output: OutputOptions,
+    prompt: PromptOptions,
+    output: PromptOutputOptions,
     zeroing: ZeroingOptions,
     plot: Annotated[bool, Option("--plot", help="Draw the mean effect by layer.")] = False,
 ) -> None:
@@ -76,17 +85,19 @@ def zero(
     from causalcone.runners.show.figures import draw_table
     from causalcone.runners.show.tables import layer_tables
 
-    prepare_zeroing(source, zeroing).carry_out(
+    check_place(prompt, output)
+    prepare_zeroing(source, prompt, zeroing).carry_out(
         output,
         lambda path: layer_tables(zeroing_curve(path), "Share of p(target) lost by zeroing", "z.3f"),
-        lambda _: draw_table(output.out, "zeroing") if plot else [],
+        lambda folder, _, table: draw_table(folder, "zeroing", table) if plot else [],
     )
 
 
-@takes(SourceOptions, OutputOptions, IntegrationOptions, SamplingOptions)
+@takes(SourceOptions, PromptOptions, PromptOutputOptions, IntegrationOptions, SamplingOptions)
 def gradients(
     source: SourceOptions,
-    output: OutputOptions,
+    prompt: PromptOptions,
+    output: PromptOutputOptions,
     integration: IntegrationOptions,
     sampling: SamplingOptions,
     plot: Annotated[int, Option(help="Draw heat maps of the first N facts.", min=0)] = 0,
@@ -106,9 +117,10 @@ def gradients(
         note = [GAP_NOTE] if integration.baseline == "zero" and "hidden" in by_kind["kind"] else []
         return [gradient_table(by_kind), *note]
 
-    run = prepare_gradients(source, integration, sampling)
-    inputs = run.inputs
-    run.carry_out(output, tables, lambda first: draw_gradients(output.out, first, inputs.facts, inputs.tracer), plot)
+    check_place(prompt, output)
+    run = prepare_gradients(source, prompt, integration, sampling)
+    facts, tracer = run.inputs.facts, run.inputs.tracer
+    run.carry_out(output, tables, lambda folder, first, _: draw_gradients(folder, first, facts, tracer), plot)
 
 
 COMMANDS = {

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,9 +90,15 @@ class EditStudy:
         for setting in self.plan.settings:
             self._edits(self.requests, setting)
 
-    def carry_out(self, folder: ResultFolder, console: Console, quiet: bool = False) -> EditsDone:
-        """Compute the study into the tables ``edits``, ``probes`` and ``metrics`` of the folder. Whatever ends it
-        early, the batches finished by then are in the tables."""
+    def carry_out(
+        self,
+        folder: ResultFolder,
+        console: Console,
+        quiet: bool = False,
+        seen: Callable[[Sequence[Edit]], object] = lambda edits: None,
+    ) -> EditsDone:
+        """Compute the study into the tables ``edits``, ``probes`` and ``metrics`` of the folder, and show ``seen`` each
+        batch. Whatever ends it early, the batches finished by then are in the tables."""
         if self.collected is not None:
             self.collected.save(folder.path / MOMENTS)
         started = time.monotonic()
@@ -106,22 +112,24 @@ class EditStudy:
                 with shown_progress(console, f"editing, {setting}", "edits", quiet) as progress:
                     progress(0, total)
                     for batch in self._batches(setting):
-                        failed.update(self._written(batch, tables, folder.path / DELTAS))
+                        scored = self._written(batch, tables, folder.path / DELTAS)
+                        failed.update(edit.reason for edit in scored if edit.reason is not None)
+                        seen(scored)
                         done += len(batch)
                         progress(done, total)
-                        del batch  # its changes of weights, before those of the next one are made
+                        del batch, scored  # its changes of weights, before those of the next one are made
                 count += done
         return EditsDone(folder.path / "edits", len(self.requests), count, failed, time.monotonic() - started)
 
-    def _written(self, batch: Sequence[Edit], tables: Mapping[str, TableWriter], deltas: Path) -> list[str]:
-        """Score edits and write their tables; the reasons why some failed."""
+    def _written(self, batch: Sequence[Edit], tables: Mapping[str, TableWriter], deltas: Path) -> list[Edit]:
+        """Score edits and write their tables; the edits, of which some may have failed in that."""
         scores = self.editor.evaluate(batch, **self.evaluate)
         if self.keep_deltas:
             _save_deltas(scores.edits, deltas)
         tables["probes"].write(scores.probes)
         tables["metrics"].write(scores.metrics)
         tables["edits"].write(edit_batch(scores.edits))  # the last, so that no edit stands there without its scores
-        return [edit.reason for edit in scores.edits if edit.reason is not None]
+        return scores.edits
 
     def _batches(self, setting: Setting) -> Iterator[list[Edit]]:
         step = len(self.requests) if setting.definition.joint else max(1, EDITS_AT_ONCE // len(self.layers))

@@ -14,6 +14,7 @@ from causalcone.engine.atomic import replacing
 from causalcone.engine.errors import ExperimentError, FactError, ModelError
 from causalcone.engine.facts import Fact, encode
 from causalcone.engine.models import family_of
+from causalcone.runners.checked_files import STANDARD_INPUT
 from causalcone.runners.facts.data_sets import DataSet
 from causalcone.runners.facts.files import good_facts, known_schema, read_records, save_facts, supported
 from causalcone.runners.facts.schemas import (
@@ -67,7 +68,7 @@ def open_records(
     if zsre_form not in get_args(ZsreForm):
         raise FactError(f"the zsRE form is {zsre_form!r}; choose from {', '.join(get_args(ZsreForm))}")
     form: ZsreForm = "hase" if zsre_form == "hase" else "meng"
-    if os.path.isdir(source) or not os.path.exists(source):
+    if source != STANDARD_INPUT and (os.path.isdir(source) or not os.path.exists(source)):
         return _of_data_set(source, split or "train", config, seed, form)
     name = title or source
     if split is not None or config is not None:

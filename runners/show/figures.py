@@ -17,9 +17,7 @@ PLOTS = "plots"
 _SCORES = ("rewrite", "paraphrase", "neighborhood", "essence")
 
 
-def draw_traces(
-    folder: Path, first: Sequence[pa.RecordBatch], joint: bool = False, table: str = "traces"
-) -> list[Path]:
+def draw_traces(folder: Path, first: Sequence[pa.RecordBatch], table: Path, joint: bool = False) -> list[Path]:
     """Heat maps of each batch's fact, and the average indirect effect of all of the table's facts; of tokens restored
     together, which have no map, their effect by layer."""
     if joint:
@@ -30,15 +28,13 @@ def draw_traces(
         paths.append(_path(folder, f"{number:03}", fact_id))
         plot.heatmaps(pa.Table.from_batches([batch]), fact_id, paths[-1])
     average = folder / PLOTS / "average_indirect_effect.png"
-    return paths + _if_possible("averages", average, lambda: plot.indirect_effect(folder / table, average))
+    return paths + _if_possible("averages", average, lambda: plot.indirect_effect(table, average))
 
 
-def draw_table(
-    folder: Path, figure: Literal["joint_effect", "severed", "zeroing"], table: str = "traces"
-) -> list[Path]:
+def draw_table(folder: Path, figure: Literal["joint_effect", "severed", "zeroing"], table: Path) -> list[Path]:
     """A figure of ``plot`` that is made of a whole table."""
     path = folder / PLOTS / f"{figure}.png"
-    getattr(plot, figure)(folder / table, path=path)
+    getattr(plot, figure)(table, path=path)
     return [path]
 
 
