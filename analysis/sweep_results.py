@@ -12,6 +12,7 @@ from causalcone.analysis.effects import At, Denominator, tracing_effects, zeroin
 from causalcone.analysis.scores import Aggregate, edits_with_effects, mean_scores, scores
 from causalcone.analysis.tables.names import SEVERED, words
 from causalcone.analysis.tables.traces import TableError, scan_folder
+from causalcone.engine.schemas import refuse_newer
 
 State = tuple[str, int]
 
@@ -176,6 +177,7 @@ def _run(folder: Path) -> dict[str, Any]:
         raise TableError(f"{folder / 'run.json'} cannot be read: {error}") from error
     if run.get("command") != "sweep":
         raise TableError(f"{folder} holds results of {run.get('command')!r}; give the folder of a sweep")
+    refuse_newer(run.get("schema", 1), folder, TableError)
     return run
 
 

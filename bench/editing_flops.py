@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from causalcone.engine.edit.methods.edits import Edit
-from causalcone.engine.edit.requests.prompts import ESSENCE, Encoder
+from causalcone.engine.edit.requests.prompts import Encoder
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
 from causalcone.engine.edit.runs import flops
@@ -57,7 +57,7 @@ class Flops:
 
     def _searched(self, request: Request, contexts: Sequence[str]) -> Searched:
         prompts = self.encoder.contexts(request, contexts)
-        essence = self.encoder.prompted(request, ESSENCE).lookup + 1
+        essence = self.encoder.essence(request).lookup + 1
         return Searched.of([(len(each.text), each.lookup) for each in prompts], essence, len(request.target))
 
     def _window(self, edit: Edit) -> tuple[int, ...]:

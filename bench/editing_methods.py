@@ -20,6 +20,7 @@ from causalcone.engine.edit.requests.prompts import Encoder
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
 from causalcone.engine.edit.texts.contexts import Contexts
+from causalcone.engine.encoding import PromptEncoder
 from causalcone.engine.models import read_architecture
 
 
@@ -50,7 +51,8 @@ class Setup:
 
     @property
     def encoder(self) -> Encoder:
-        return Encoder(self.tokenizer, read_architecture(self.model).sizes)
+        sizes = read_architecture(self.model).sizes
+        return Encoder(PromptEncoder(self.tokenizer, sizes.vocabulary, sizes.positions), sizes)
 
     def editor(self) -> Editor:
         """One that knows nothing yet of the model and the moments."""

@@ -24,7 +24,7 @@ from oracles.rome import divergence
 from torch import Tensor, nn
 
 from causalcone.engine.edit.methods.hparams import FinetuneHparams, MemitHparams, RomeHparams
-from causalcone.engine.facts import target_ids
+from causalcone.engine.encoding import target_ids
 
 ROME = (
     "for every fact and layer the keys of all contexts, then at every step one forward of all contexts and the essence "

@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 from oracles.editing import Change, changed
 
-from causalcone.engine.facts import target_ids
+from causalcone.engine.encoding import target_ids
 
 SCORING = (
     "for every edit, before and after its change is written into the weights, one forward of all prompts with both "

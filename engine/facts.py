@@ -1,7 +1,9 @@
-"""A fact, and its encoding: token ids, subject span, target ids."""
+"""Facts, and what to do about those that cannot be used."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar, get_args
 
 from causalcone.engine.errors import CausalconeError, ExperimentError, FactError
@@ -11,6 +13,12 @@ Result = TypeVar("Result")
 
 OnError = Literal["raise", "skip"]
 """What to do about a fact that cannot be used."""
+Joiner = Literal["auto", "space", "none"]
+"""What stands between a prompt and its answer."""
+
+
+_FIRST_FIELDS = 14
+"""How many of a fact's fields all files have."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,12 @@ class FactProbe:
     conditions: tuple[ProbeCondition, ...] = ()
     every: bool = False
 
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> FactProbe:
+        """The probe of a record that was written and read as JSON."""
+        conditions = tuple(ProbeCondition(each["prompt"], tuple(each["answers"])) for each in record["conditions"])
+        return cls(**{**record, "answers": tuple(record["answers"]), "conditions": conditions})
+
     def __post_init__(self) -> None:
         for name in ("group", "prompt"):
             if not getattr(self, name).strip():
@@ -80,6 +94,8 @@ class Fact:
         neighborhood_target: The neighbours' own answer, where it is not ``target_true``.
         target_true_aliases: Other words for ``target_true``; target_new_aliases likewise.
         probes: Further prompts, each with answers of its own.
+        joiner: What joins answers to the prompts: ``"space"``, ``"none"``, or ``"auto"``: nothing after white space,
+            an opening quote or bracket, or where the answer's script has no spaces, and else one space.
 
     Raises:
         FactError: A text is missing or empty, or the prompt has no single ``{}``.
@@ -102,6 +118,7 @@ class Fact:
     target_true_aliases: tuple[str, ...] = ()
     target_new_aliases: tuple[str, ...] = ()
     probes: tuple[FactProbe, ...] = ()
+    joiner: Joiner = "auto"
 
     def __post_init__(self) -> None:
         for name in ("id", "prompt", "subject", "target_true"):
@@ -115,6 +132,21 @@ class Fact:
             raise FactError(f"fact {self.id!r}: the subject is empty; give the words that the prompt is about")
         if not self.target_true.strip():
             raise FactError(f"fact {self.id!r}: target_true is empty; give the answer that completes the prompt")
+        if self.joiner not in get_args(Joiner):
+            raise FactError(f"fact {self.id!r}: joiner is {self.joiner!r}; choose from {', '.join(get_args(Joiner))}")
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """All of it as values of JSON. Fields that files of before do not have are there where they are set."""
+        younger = {field.name: field.default for field in fields(self)[_FIRST_FIELDS:]}
+        return {key: value for key, value in asdict(self).items() if key not in younger or value != younger[key]}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Fact:
+        """The fact of a ``record`` that was written and read as JSON."""
+        lists = {key: tuple(value) for key, value in record.items() if isinstance(value, list)}
+        probes = tuple(FactProbe.from_record(probe) for probe in record.get("probes", ()))
+        return cls(**{**record, **lists, "probes": probes})
 
     @property
     def text(self) -> str:
@@ -128,80 +160,12 @@ class Fact:
         return start, start + len(self.subject)
 
 
-@dataclass(frozen=True)
-class EncodedFact:
-    """A fact as token ids. prompt: ids of the filled prompt, special tokens included; span: half-open token range of
-    the subject; target: ids of the target, empty where the clean run's own most likely token is the target;
-    counterfactual: ids of the prompt about its ``counterfactual_subject``, where the subject is corrupted by that."""
-
-    fact: Fact
-    prompt: tuple[int, ...]
-    span: tuple[int, int]
-    target: tuple[int, ...]
-    counterfactual: tuple[int, ...] | None = None
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """What runs through the model: the prompt and all target tokens but the last."""
-        return self.prompt + self.target[:-1]
-
-
-def encode(fact: Fact, tokenizer: Any, target: str, vocabulary: int, positions: int) -> EncodedFact:
-    """Tokenize a fact (docs/methods.md, "Facts and tokens"); ``target`` is ``"label"`` or ``"argmax"``. Raises
-    ``FactError`` where the subject overlaps no token, a token id is outside the model's ``vocabulary``, or prompt and
-    target need more than ``positions``."""
-    prompt, span = encode_text(fact.text, fact.subject_characters, tokenizer)
-    if span is None:
-        raise FactError(f"fact {fact.id!r}: the subject {fact.subject!r} overlaps no token of its prompt {fact.text!r}")
-    ids = target_ids(fact.target_true, tokenizer) if target == "label" else ()
-    if target == "label" and not ids:
-        raise FactError(f"fact {fact.id!r}: the target {fact.target_true!r} has no tokens; give a visible word")
-    encoded = EncodedFact(fact, prompt, span, ids)
-    if len(encoded.tokens) > positions:
-        raise FactError(
-            f"fact {fact.id!r}: prompt and target need {len(encoded.tokens)} positions, the model has {positions}; "
-            "shorten the prompt"
-        )
-    if max(prompt + ids) >= vocabulary:
-        raise FactError(
-            f"fact {fact.id!r}: token id {max(prompt + ids)} is outside the model's vocabulary of {vocabulary}; "
-            "use the model's own tokenizer"
-        )
-    return encoded
-
-
-def encode_text(
-    text: str, characters: tuple[int, int], tokenizer: Any
-) -> tuple[tuple[int, ...], tuple[int, int] | None]:
-    """Token ids of a prompt, with the special tokens that stand before it, and the half-open range of those that
-    overlap the half-open range of characters; None where none does."""
-    encoding = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
-    end_of_text = encoding["special_tokens_mask"][::-1]
-    appended = end_of_text.index(0) if 0 in end_of_text else 0  # special tokens never stand before the target
-    start, end = characters
-    covered = [i for i, (a, b) in enumerate(encoding["offset_mapping"]) if a < b and a < end and b > start]
-    ids = tuple(encoding["input_ids"][: len(end_of_text) - appended])
-    return ids, (covered[0], covered[-1] + 1) if covered else None
-
-
-def target_ids(target: str, tokenizer: Any) -> tuple[int, ...]:
-    """Token ids of a target, tokenized alone: with one leading space, be it the text's own or the tokenizer's."""
-    word = target.removeprefix(" ")
-    marks_words = "".join(tokenizer.tokenize("a")[:1]).startswith("▁")  # bare ones too, as Llama's tokenizer does
-    return tuple(tokenizer(word if marks_words else " " + word, add_special_tokens=False)["input_ids"])
-
-
-def subject_ids(fact: Fact, tokenizer: Any) -> tuple[int, ...]:
-    """Token ids of the subject alone: no leading space, default special tokens, as the noise level has it."""
-    return tuple(tokenizer(fact.subject)["input_ids"])
-
-
-def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
-    """The text of each token by itself, a leading space included; bytes that are no whole character show as U+FFFD.
-    Decoders may take away the space that begins a text, so every token is decoded after a letter."""
-    letter = tokenizer("a", add_special_tokens=False)["input_ids"]
-    start = len(tokenizer.decode(letter, clean_up_tokenization_spaces=False))
-    return [tokenizer.decode([*letter, i], clean_up_tokenization_spaces=False)[start:] for i in ids]
+def prompt_fact(prompt: str, subject: str, answer: str) -> Fact:
+    """The fact of a prompt with its subject, or ``{}``, in it; ``Tracer.fact`` says more."""
+    if "{}" not in prompt and subject not in prompt:
+        raise FactError(f"the subject {subject!r} is not in the prompt {prompt!r}; give words that are in it")
+    template = prompt if "{}" in prompt or not subject else prompt.replace(subject, "{}", 1)
+    return Fact("prompt", template, subject, answer)
 
 
 def check_unique(facts: Iterable[Fact]) -> None:

@@ -5,6 +5,18 @@ from typing import Literal, get_args
 
 import pyarrow as pa
 
+from causalcone.engine.errors import CausalconeError
+
+SCHEMA_VERSION = 2
+"""Of the columns below; every table and run.json carry it."""
+
+VERSION_KEY = b"causalcone_schema"
+"""Its name in the metadata of Parquet files."""
+
+ADDED: frozenset[str] = frozenset()
+"""Columns that tables of version 1 may lack. Reading makes them null there, log-probabilities those of the
+probabilities."""
+
 Problem = Literal["error_injection", "tracing_reversal", "fact_erasure", "fact_amplification", "fact_forcing"]
 PROBLEMS: tuple[Problem, ...] = get_args(Problem)
 ERROR_INJECTION, TRACING_REVERSAL, FACT_ERASURE, FACT_AMPLIFICATION, FACT_FORCING = PROBLEMS
@@ -14,6 +26,13 @@ _TEXT, _COUNT, _NUMBER, _FLAG = pa.string(), pa.int32(), pa.float64(), pa.bool_(
 
 def _schema(**columns: pa.DataType) -> pa.Schema:
     return pa.schema(list(columns.items()))
+
+
+def refuse_newer(version: int, place: object, error: type[CausalconeError] = CausalconeError) -> None:
+    """An ``error`` for tables that a later causalcone has written, whose columns may mean something else."""
+    if version > SCHEMA_VERSION:
+        known = f"this causalcone knows versions up to {SCHEMA_VERSION}; install the one that wrote it, or a later one"
+        raise error(f"{place} has version {version} of the tables' columns; {known}")
 
 
 # One row per restored or zeroed state of a fact.

@@ -28,6 +28,16 @@ class ComputeOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptFormOptions:
+    """How prompts are put to the model."""
+
+    chat: bool = option(False, "Prompts are the user's message in the model's chat template.", "--chat")
+    system: str | None = option(None, "The system's message before it.")
+    bos: str = option("auto", "A BOS token before prompts: always, never, or auto, as the tokenizer does it.")
+    keep_space: bool = option(False, "Leave spaces at a prompt's end; they are cut by default.", "--keep-space")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptOptions:
     """One prompt in place of a file of facts."""
 
@@ -54,7 +64,7 @@ _FACTS_HELP = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactsOptions(ModelOptions):
+class FactsOptions(PromptFormOptions, ModelOptions):
     facts: str | None = option(None, _FACTS_HELP, show_default=False)
     limit: int | None = option(None, "Only the first N facts.", min=1)
     skip_bad_facts: bool = option(False, "List unusable facts and go on.", "--skip-bad-facts")

@@ -175,7 +175,7 @@ def _severed(study: Study, store: _Store) -> dict[str, Any] | None:
     parts = [name for name in map("sever_{}".format, SEVERED) if study.has(f"traces/{name}")]
     if not parts:
         return None
-    rows = pl.concat(study.scan(f"traces/{name}").collect() for name in parts)
+    rows = pl.concat([study.scan(f"traces/{name}") for name in parts], how="diagonal").collect()
     rows = rows.filter(pl.col("token") == pl.col("subject_end") - 1)
     if rows.is_empty():
         return None

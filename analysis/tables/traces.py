@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TypeAlias
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from causalcone.engine import schemas
 from causalcone.engine.errors import CausalconeError
@@ -16,7 +18,12 @@ from causalcone.engine.errors import CausalconeError
 Schema: TypeAlias = dict[str, type[pl.DataType]]
 TraceSource: TypeAlias = pl.DataFrame | pl.LazyFrame | pa.Table | pa.RecordBatch | str | os.PathLike[str]
 
-_POLARS: dict[pa.DataType, type[pl.DataType]] = {pa.string(): pl.String, pa.int32(): pl.Int64, pa.float64(): pl.Float64}
+_POLARS: dict[pa.DataType, type[pl.DataType]] = {
+    pa.string(): pl.String,
+    pa.int32(): pl.Int64,
+    pa.float64(): pl.Float64,
+    pa.bool_(): pl.Boolean,
+}
 
 
 def polars_schema(schema: pa.Schema) -> Schema:
@@ -177,22 +184,39 @@ def table_parts(source: TraceSource, schema: Schema, name: str) -> Iterator[pl.D
 
 
 def _conform(frame: pl.DataFrame, schema: Schema, complaint: str) -> pl.DataFrame:
-    missing = [column for column in schema if column not in frame.columns]
+    """The frame with the schema's columns and types; those that are younger than the table are filled."""
+    lacking = [column for column in schema if column not in frame.columns]
+    missing = [column for column in lacking if column not in schemas.ADDED]
     if missing:
         raise TableError(f"{complaint}: it lacks {', '.join(missing)}")
     try:
-        return frame.cast(schema)  # type: ignore[arg-type]
+        typed = frame.with_columns(pl.lit(None).alias(column) for column in lacking).cast(schema)  # type: ignore[arg-type]
     except pl.exceptions.PolarsError as error:
         raise TableError(f"{complaint}: {error}") from error
+    logs = [column for column in schema if column.startswith("logp_")]
+    p = {column: pl.col(column.removeprefix("log")).clip(upper_bound=1) for column in logs}
+    return typed.with_columns(pl.coalesce(column, p[column].log()).alias(column) for column in logs)
 
 
 def scan_folder(folder: Path) -> pl.LazyFrame:
-    """All Parquet files below a folder as they are, in the order of their names. Polars would take brackets in a path
-    for a pattern."""
-    return pl.scan_parquet(parquet_files(folder), glob=False)
+    """All Parquet files below a folder in the order of their names; columns that some of them lack are null there.
+    Polars would take brackets in a path for a pattern."""
+    alike = groupby(parquet_files(folder), _columns)
+    return pl.concat([pl.scan_parquet(list(files), glob=False) for _, files in alike], how="diagonal")
+
+
+def _columns(file: Path) -> list[str]:
+    """Names of a file's columns; ``TableError`` for a file of a later version, or one that cannot be read."""
+    try:
+        footer = pq.read_metadata(file)
+    except (pa.ArrowException, OSError) as error:
+        raise TableError(f"{file} is not a Parquet file that can be read: {error}") from error
+    schemas.refuse_newer(int((footer.metadata or {}).get(schemas.VERSION_KEY, 1)), file, TableError)
+    return list(footer.schema.names)
 
 
 def _read_parquet(file: Path) -> pl.DataFrame:
+    _columns(file)
     try:
         return pl.read_parquet(file, glob=False)
     except (pl.exceptions.PolarsError, OSError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Unpack
 
 import pyarrow as pa
 import torch
@@ -27,6 +27,7 @@ from causalcone.engine.edit.scoring.evaluate import Evaluator, Scores
 from causalcone.engine.edit.scoring.generation_metrics import References
 from causalcone.engine.edit.scoring.tables import probe_batch
 from causalcone.engine.edit.texts.contexts import Contexts, check_contexts, sample_contexts
+from causalcone.engine.encoding import PromptForm, PromptOptions
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.facts import Fact, OnError, SkippedFacts
 from causalcone.engine.localize.options import DEFAULT_SIGMA, Compat
@@ -51,6 +52,8 @@ class Editor:
         sigma: Noise of Tracing Reversal and Fact Forcing: a number, or ``"<k>sd"`` of the subjects' embeddings ("3sd").
         seed: The seed of everything that is sampled.
         kernels: As for ``Tracer``, except that attention is always torch's, since most of it needs gradients.
+        prompts: How prompts are put to the model, as for ``Tracer``; contexts and texts that models write are in no
+            chat.
     """
 
     def __init__(
@@ -66,8 +69,10 @@ class Editor:
         seed: int = 0,
         kernels: Kernels | None = None,
         tf32: bool = False,
+        **prompts: Unpack[PromptOptions],
     ) -> None:
-        session = Session(model, tokenizer, Compute.of(dtype, device, memory, kernels, tf32))
+        compute = Compute.of(dtype, device, memory, kernels, tf32)
+        session = Session(model, tokenizer, compute, form=PromptForm(**prompts))
         self._open(session, moments, contexts, sigma, seed)
 
     @classmethod
@@ -96,8 +101,9 @@ class Editor:
         **options: Any,
     ) -> Editor:
         """An editor for a model folder or hub id; its weights are kept in ``dtype``, as saved by default."""
-        kernels, tf32 = options.pop("kernels", None), options.pop("tf32", False)
-        return cls.on(open_session(path, Compute.of(dtype, device, memory, kernels, tf32)), moments, **options)
+        compute = Compute.of(dtype, device, memory, options.pop("kernels", None), options.pop("tf32", False))
+        form = PromptForm(**{name: options.pop(name) for name in PromptOptions.__annotations__ if name in options})
+        return cls.on(open_session(path, compute, form=form), moments, **options)
 
     def _open(
         self, session: Session, moments: Moments | None, contexts: Any, sigma: float | str | None, seed: int
@@ -108,7 +114,7 @@ class Editor:
         if contexts is not None:
             texts = contexts if isinstance(contexts, Contexts) else Contexts(*2 * (check_contexts(contexts),))
             self.__dict__["contexts"] = texts
-        self.encoder = Encoder(session.tokenizer, session.sizes)
+        self.encoder = Encoder(session.prompts, session.sizes)
         self.evaluator = Evaluator(session, self.encoder, seed)
 
     @cached_property

@@ -3,15 +3,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
+from causalcone.engine.encoding import EncodedFact, PromptEncoder
 from causalcone.engine.errors import FactError
-from causalcone.engine.facts import EncodedFact, encode
 from causalcone.engine.localize.options import SEVERED, TraceSpec, ZeroSpec, choose_tokens
 from causalcone.engine.localize.states import State
-from causalcone.engine.models.base import Sizes
 from causalcone.engine.plan.cone import Shape
 from causalcone.engine.plan.interventions import CLEAN, CORRUPTED, SITES, ZERO, Base, Experiment, Overwrites
 from causalcone.engine.run.runner import Trial
@@ -37,12 +35,12 @@ def target_tokens(fact: EncodedFact) -> tuple[int, ...]:
     return tuple(range(len(fact.prompt) - 1, len(fact.tokens)))
 
 
-def counterfactual_prompt(fact: EncodedFact, tokenizer: Any, sizes: Sizes) -> tuple[int, ...]:
+def counterfactual_prompt(fact: EncodedFact, prompts: PromptEncoder) -> tuple[int, ...]:
     """Token ids of the fact's prompt about its ``counterfactual_subject``, which must be as many."""
     name, subject = fact.fact.id, fact.fact.counterfactual_subject
     if subject is None:
         raise FactError(f"fact {name!r} has no counterfactual_subject; give one, or corrupt by noise")
-    other = encode(replace(fact.fact, subject=subject), tokenizer, "argmax", sizes.vocabulary, sizes.positions).prompt
+    other = prompts.fact(replace(fact.fact, subject=subject), "argmax").prompt
     if len(other) != len(fact.prompt):
         raise FactError(
             f"fact {name!r}: the prompt has {len(other)} tokens with the counterfactual subject {subject!r} and "

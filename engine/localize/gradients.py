@@ -14,8 +14,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from causalcone.engine.encoding import EncodedFact
 from causalcone.engine.errors import ModelError
-from causalcone.engine.facts import EncodedFact, Fact, OnError
+from causalcone.engine.facts import Fact, OnError
 from causalcone.engine.localize.causal_tracing import target_tokens
 from causalcone.engine.localize.options import GradientSpec, choose_tokens
 from causalcone.engine.localize.trace_run import FactsRun, encode_facts

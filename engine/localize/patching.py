@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from causalcone.engine.encoding import EncodedFact, PromptEncoder
 from causalcone.engine.errors import ExperimentError, FactError
-from causalcone.engine.facts import EncodedFact, Fact, encode
+from causalcone.engine.facts import Fact
 from causalcone.engine.localize.causal_tracing import target_tokens
 from causalcone.engine.localize.options import choose_tokens
 from causalcone.engine.localize.prompt_runs import (
@@ -74,25 +74,21 @@ class Patching:
         if self.corrupts and self.noise.kind == "counterfactual":
             raise ExperimentError("a counterfactual prompt is another text; give base or source 'other', and no noise")
 
-    def encode(self, prompt: Prompt | Fact | str, number: int, tokenizer: Any) -> EncodedPrompt:
+    def encode(self, prompt: Prompt | Fact | str, number: int, encoder: PromptEncoder) -> EncodedPrompt:
         """The ``number``-th prompt as token ids; a fact's other text is that about its counterfactual subject, where
         anything takes values from it."""
-
-        def tokens(fact: Fact, target: str) -> EncodedFact:
-            return encode(fact, tokenizer, target, self.sizes.vocabulary, self.sizes.positions)
-
         if isinstance(prompt, Fact):
-            encoded, subject = tokens(prompt, "label"), prompt.counterfactual_subject
+            encoded, subject = encoder.fact(prompt), prompt.counterfactual_subject
             taken = self.base.startswith("other") or any(item.from_other for run in self.runs for item in run)
             others: tuple[str, ...] = (prompt.prompt.replace("{}", subject),) if subject is not None and taken else ()
         else:
             prompt = Prompt(prompt) if isinstance(prompt, str) else prompt
             text = Fact(f"prompt {number}", "{}", prompt.text, "none" if prompt.target is None else prompt.target)
-            encoded = replace(tokens(text, "argmax" if prompt.target is None else "label"), span=NO_SUBJECT)
+            encoded = replace(encoder.fact(text, "argmax" if prompt.target is None else "label"), span=NO_SUBJECT)
             others = prompt.others
         fact = encoded.fact
         texts = (Fact(f"{fact.id}, other {i}", "{}", other, fact.target_true) for i, other in enumerate(others))
-        result = EncodedPrompt(encoded, tuple(tokens(text, "argmax").prompt for text in texts))
+        result = EncodedPrompt(encoded, tuple(encoder.fact(text, "argmax").prompt for text in texts))
         longest = max(map(len, result.others), default=0) + max(0, len(encoded.target) - 1)
         if longest > (most := self.sizes.positions):
             raise FactError(f"{result.name}: another text and the target need {longest} of {most} positions")

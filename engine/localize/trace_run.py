@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from causalcone.engine.facts import EncodedFact, Fact, OnError, Skipped, token_texts
+from causalcone.engine.encoding import EncodedFact, token_texts
+from causalcone.engine.facts import Fact, OnError, Skipped
 from causalcone.engine.localize.causal_tracing import TOGETHER, CausalTracing, TraceGrid, Zeroing, counterfactual_prompt
 from causalcone.engine.localize.options import CheckedSpec, Progress, TraceSpec, ZeroSpec, choose_tokens
 from causalcone.engine.noise import SCALED_NOISES, NoiseStream, parse_sigma
@@ -111,7 +112,7 @@ def encode_facts(
         choose_tokens(spec.tokens, len(fact.prompt), fact.span, fact.fact.id)
         if not counterfactual:
             return fact
-        return replace(fact, counterfactual=counterfactual_prompt(fact, session.tokenizer, session.sizes))
+        return replace(fact, counterfactual=counterfactual_prompt(fact, session.prompts))
 
     first = facts[:limit]
     of_level = first if sigma is None or not parse_sigma(sigma)[1] else facts

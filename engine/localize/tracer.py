@@ -11,8 +11,9 @@ import pyarrow as pa
 import torch
 
 from causalcone.engine.compute import Compute, Kernels
-from causalcone.engine.errors import ExperimentError, FactError
-from causalcone.engine.facts import Fact, OnError, Skipped, SkippedFacts, token_texts
+from causalcone.engine.encoding import PromptForm, PromptOptions, token_texts
+from causalcone.engine.errors import ExperimentError
+from causalcone.engine.facts import Fact, OnError, Skipped, SkippedFacts, prompt_fact
 from causalcone.engine.localize.gradients import GradientRun
 from causalcone.engine.localize.options import (
     DEFAULT_SIGMA,
@@ -54,6 +55,10 @@ class Tracer:
             for attention alone.
         tf32: Multiply float32 rows with weights in TF32 on CUDA devices, faster and with 10 bits of mantissa; else in
             full float32, whatever torch is set to.
+        prompts: How prompts are put to the model: chat=False (as the user's message in the tokenizer's chat template,
+            which the answer follows), system=None (the system's message), bos="auto" (whether prompts begin with the
+            BOS token: "always", "never", or as the tokenizer does it) and keep_space=False (spaces at a prompt's end
+            are cut by default, and a space before the answer joins the two).
 
     Raises:
         ModelError: The model's parameters cannot be read directly.
@@ -69,8 +74,10 @@ class Tracer:
         memory: int | str | None = None,
         kernels: Kernels | None = None,
         tf32: bool = False,
+        **prompts: Unpack[PromptOptions],
     ) -> None:
-        self.session = Session(model, tokenizer, Compute.of(dtype, device, memory, kernels, tf32))
+        compute = Compute.of(dtype, device, memory, kernels, tf32)
+        self.session = Session(model, tokenizer, compute, form=PromptForm(**prompts))
 
     @classmethod
     def on(cls, session: Session) -> Tracer:
@@ -89,6 +96,7 @@ class Tracer:
         weights: Weights = "resident",
         kernels: Kernels | None = None,
         tf32: bool = False,
+        **prompts: Unpack[PromptOptions],
     ) -> Tracer:
         """A tracer for a saved model.
 
@@ -99,11 +107,13 @@ class Tracer:
             weights: ``"resident"`` keeps them on the device; ``"stream"`` reads them from the model's safetensors files
                 layer by layer, anew in every pass, for models that are larger than the device. Two layers count as part
                 of ``memory`` then, and integrated gradients are refused.
+            prompts: As for ``Tracer``.
 
         Raises:
             ModelError: The model cannot be loaded, or not be computed exactly.
         """
-        return cls.on(open_session(path, Compute.of(dtype, device, memory, kernels, tf32), weights))
+        compute = Compute.of(dtype, device, memory, kernels, tf32)
+        return cls.on(open_session(path, compute, weights, PromptForm(**prompts)))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -292,7 +302,7 @@ class Tracer:
         spec = TraceSpec.of((("hidden", 1),), samples=samples, sigma=sigma, seed=seed, noise=noise).resolved(session)
         base = "other:0" if base == "other" else base
         patching = Patching(as_runs(interventions), tuple(read), base, spec.corruption, session.sizes, len(items))
-        encoded = [patching.encode(prompt, number, session.tokenizer) for number, prompt in enumerate(items)]
+        encoded = [patching.encode(prompt, number, session.prompts) for number, prompt in enumerate(items)]
         trials = [patching.trial(prompt, number) for number, prompt in enumerate(encoded)]
         stream = None
         if patching.corrupts:
@@ -303,21 +313,17 @@ class Tracer:
         return [patching.result(encoded[i], trials[i], result) for i, result in results]
 
     def fact(self, prompt: str, subject: str, answer: str | None = None) -> Fact:
-        """A prompt as a fact, which has the id ``"prompt"``.
+        """A prompt as a fact, whose id is ``"prompt"``.
 
         Args:
-            prompt: The prompt, with its subject or one ``{}`` in its place; of several occurrences the first counts.
+            prompt: The prompt, with its subject (of several occurrences the first counts) or one ``{}`` in its place.
             subject: The words that it is about.
             answer: Its answer; the text of the model's most likely next token if None.
 
         Raises:
             FactError: The subject is empty or not in the prompt, or the answer is empty.
         """
-        if "{}" not in prompt:
-            if subject not in prompt:
-                raise FactError(f"the subject {subject!r} is not in the prompt {prompt!r}; give words that are")
-            prompt = prompt.replace(subject, "{}", 1) if subject else prompt
-        fact = Fact("prompt", prompt, subject, "?" if answer is None else answer)
+        fact = prompt_fact(prompt, subject, "?" if answer is None else answer)
         if answer is not None:
             return fact
         logits = self.run([fact.text], [], [Read("logits")])[0].clean.values[0]
@@ -335,15 +341,11 @@ class Tracer:
         """``trace`` of one prompt, to look at: a heat map on the terminal (``print``) and in notebooks.
 
         Args:
-            prompt: As for ``fact``, and so are subject and answer. Without an answer the probability is that of the
-                model's most likely token, exactly.
+            prompt: As for ``fact``, and so are subject and answer; the likeliest token counts, whatever its text.
             states: As for ``trace``, and so are the options, but for the target.
 
         Returns:
             The map; its ``table`` is what ``trace`` returns.
-
-        Raises:
-            FactError: The prompt cannot be traced.
         """
         options["target"] = "argmax" if answer is None else "label"
         run = self._tracing([self.fact(prompt, subject, answer)], states, "raise", options)

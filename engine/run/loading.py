@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from causalcone.engine.compute import Compute
+from causalcone.engine.encoding import PromptForm
 from causalcone.engine.errors import CausalconeError, ExperimentError, ModelError
 from causalcone.engine.models import family_of
 from causalcone.engine.models.base import Architecture
@@ -17,7 +18,7 @@ Weights = Literal["resident", "stream"]
 """Where a model's weights are: on the device, or in their files, from which every pass reads them."""
 
 
-def open_session(path: str, compute: Compute, weights: str = "resident") -> Session:
+def open_session(path: str, compute: Compute, weights: str = "resident", form: PromptForm | None = None) -> Session:
     """A session on the model of a folder or hub id; its weights are kept in the dtype to compute in, as saved by
     default."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -38,7 +39,7 @@ def open_session(path: str, compute: Compute, weights: str = "resident") -> Sess
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute.dtype or "auto")
     if compute.device is not None and architecture is None:
         model = model.to(compute.device)
-    return Session(model, tokenizer, compute, architecture)
+    return Session(model, tokenizer, compute, architecture, form)
 
 
 def check_weights(weights: str) -> None:

@@ -1,5 +1,6 @@
 """A model made ready for experiments: checked, with a budget of memory, and with plans kept from one to the next."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -8,8 +9,9 @@ import numpy as np
 import torch
 
 from causalcone.engine.compute import Compute, as_backends
+from causalcone.engine.encoding import EncodedFact, PromptEncoder, PromptForm, PromptWarning, prompt_notes, subject_ids
 from causalcone.engine.errors import ExperimentError
-from causalcone.engine.facts import EncodedFact, Fact, OnError, Skipped, check_unique, encode, subject_ids, usable
+from causalcone.engine.facts import Fact, OnError, Skipped, check_unique, usable
 from causalcone.engine.memory import default_budget
 from causalcone.engine.models import read_architecture
 from causalcone.engine.models.base import Architecture
@@ -29,7 +31,12 @@ class Session:
     """A transformers model and its tokenizer, and how passes compute. One serves a tracer, an editor and moments."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, compute: Compute | None = None, architecture: Architecture | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        compute: Compute | None = None,
+        architecture: Architecture | None = None,
+        form: PromptForm | None = None,
     ) -> None:
         compute = compute or Compute()
         self.architecture = architecture or read_architecture(model)
@@ -37,6 +44,8 @@ class Session:
             raise ExperimentError("the tokenizer gives no character offsets; load its fast form with AutoTokenizer")
         self.model, self.tokenizer = model, tokenizer
         self.sizes = self.architecture.sizes
+        self.prompts = PromptEncoder(tokenizer, self.sizes.vocabulary, self.sizes.positions, form or PromptForm())
+        self._told: set[str] = set()
         weight = self.architecture.unembedding()[0]
         self.dtype, self.device = compute.dtype or weight.dtype, compute.device or weight.device
         self.backends = as_backends(compute.kernels, self.device, self.dtype)
@@ -54,13 +63,18 @@ class Session:
         """Facts as token ids, as ``ready`` makes them or refuses them; and those that cannot be used, if these are to
         be skipped."""
         check_unique(facts)
-        sizes = self.sizes
-        return usable(
-            facts,
-            lambda fact: ready(encode(fact, self.tokenizer, target, sizes.vocabulary, sizes.positions)),
-            lambda fact: fact.id,
-            on_error,
+        encoded, skipped = usable(
+            facts, lambda fact: ready(self.prompts.fact(fact, target)), lambda fact: fact.id, on_error
         )
+        self.tell(encoded)
+        return encoded, skipped
+
+    def tell(self, facts: Sequence[EncodedFact]) -> None:
+        """Warn, once each, of what is to be known about prompts."""
+        for note, text in prompt_notes(facts):
+            if note not in self._told:
+                self._told.add(note)
+                warnings.warn(text, PromptWarning, stacklevel=3)
 
     def noise_level(self, sigma: float | str, facts: Sequence[Fact]) -> float:
         """The noise level as a number: ``"<k>sd"`` is k standard deviations of the facts' subject embeddings."""

@@ -16,7 +16,9 @@ def data(
             "data set (needs the package datasets), or 'demo', the demo world."
         ),
     ],
-    out: Annotated[Path, Option(help="File for the facts, such as facts.jsonl.")],
+    out: Annotated[
+        Path | None, Option(help="File for the facts, such as facts.jsonl; without it they are only looked at.")
+    ] = None,
     split: Annotated[str | None, Option(help="The data set's split; train by default.", show_default=False)] = None,
     dataset_config: Annotated[str | None, Option(help="The data set's configuration.")] = None,
     limit: Annotated[int | None, Option(help="Only the first N facts.", min=1)] = None,
@@ -31,25 +33,32 @@ def data(
         str | None,
         Option(help="Check that every fact can be encoded for this model, by its tokenizer and configuration."),
     ] = None,
+    check: Annotated[
+        bool,
+        Option("--check", help="Run the clean prompts in the model, and name answers that want another joiner."),
+    ] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the file.")] = False,
     quiet: Annotated[bool, Option("--quiet", help="No summary.")] = False,
 ) -> None:
     """Convert facts into a fact file of causalcone's own, check every one, and summarize them.
 
-    Writes OUT (JSON lines, one fact a line), which every command takes as --facts. Bad records are listed, and nothing
-    is written then; with --skip-bad-facts the others are.
+    Without --out nothing is written. Writes OUT (JSON lines, one fact a line), which every command takes as --facts.
+    Bad records are listed, and nothing is written then; with --skip-bad-facts the others are.
     """
-    from causalcone.engine.errors import FactError
+    from causalcone.engine.errors import ExperimentError, FactError
     from causalcone.runners.demo.files import path_of, title_of
     from causalcone.runners.facts import data as fact_data
     from causalcone.runners.facts.files import listed
 
-    fact_data.refuse_occupied_file(out, overwrite)
+    if check and model is None:
+        raise ExperimentError("--check runs the prompts in a model; name it with --model")
+    if out is not None:
+        fact_data.refuse_occupied_file(out, overwrite)
     opened = fact_data.open_records(
         path_of(source, "facts"), split, dataset_config, seed, zsre_form, title_of(source, "facts")
     )
-    check = None if model is None else fact_data.encoding_check(path_of(model, "model"))
-    facts, problems = opened.facts(limit, check)
+    usable = None if model is None else fact_data.encoding_check(path_of(model, "model"))
+    facts, problems = opened.facts(limit, usable)
     if problems:
         complaint = f"{len(problems)} records of {opened.place} cannot be used:{listed(problems, most=20)}"
         if not facts:
@@ -57,10 +66,18 @@ def data(
         if not skip_bad_facts:
             raise FactError(f"{complaint}\nnothing was written; fix them, or leave them out with --skip-bad-facts")
         warnings.warn(f"{complaint}\nthey were left out", stacklevel=2)
-    fact_data.write_facts(facts, out)
-    if not quiet:
-        for line in (*fact_data.summary(opened.schema, facts), f"{opened.place} -> {out}"):
-            Console().print(line, highlight=False, markup=False, soft_wrap=True)
+    lines = [] if quiet else [*fact_data.summary(opened.schema, facts)]
+    if check:
+        from causalcone.engine.compute import Compute
+        from causalcone.runners.facts.joiner_check import joiner_lines
+        from causalcone.runners.inputs.inputs import open_model
+
+        lines += joiner_lines(open_model(path_of(str(model), "model"), Compute()), facts)
+    if out is not None:
+        fact_data.write_facts(facts, out)
+        lines += [] if quiet else [f"{opened.place} -> {out}"]
+    for line in lines:
+        Console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 COMMANDS = {
@@ -69,5 +86,6 @@ causalcone data counterfact.json --out facts.jsonl
 causalcone data azhx/counterfact --split train --limit 1000 --out facts.jsonl --model gpt2-xl
 causalcone data zsre_mend_eval.json --zsre-form meng --skip-bad-facts --out zsre.jsonl
 causalcone data demo --out facts.jsonl
+causalcone data facts.jsonl --model ./my-model --check
 """
 }

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 from rich.console import Console
 
+from causalcone.engine.encoding import prompt_record
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.localize.gradients import GradientRun
 from causalcone.engine.localize.options import DEFAULT_STATES, GradientSpec, TraceSpec, ZeroSpec
@@ -46,7 +47,8 @@ class TableRun:
     @classmethod
     def of(cls, command: str, title: str, inputs: Inputs, run: FactsRun, options: dict[str, Any]) -> TableRun:
         """Refuses memory that is too little."""
-        configuration = {"command": command, **inputs.configuration, **options}
+        prompts = vars(inputs.session.prompts.form) | prompt_record(run.facts)
+        configuration = {"command": command, **inputs.configuration, **options, "prompts": prompts}
         return cls(title=title, inputs=inputs, run=run, batches=run.batches(), configuration=configuration)
 
     def carry_out(

@@ -16,6 +16,7 @@ from causalcone.engine.edit.requests.problems import make_requests
 from causalcone.engine.edit.requests.requests import ERROR_INJECTION, NOISY, Request
 from causalcone.engine.edit.requests.windows import as_windows
 from causalcone.engine.edit.texts.contexts import Contexts
+from causalcone.engine.encoding import prompt_record
 from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.engine.facts import Fact, usable
 from causalcone.engine.localize.prompt_runs import Prompt
@@ -135,9 +136,11 @@ def prepared_edits(
     inputs.leave_out([*skipped, *more])
     filtered = [fact.reason for fact in unposed]
     _warn(plan, inputs, requests, filtered, scoring)
+    prompts = editor.session.prompts
     evaluate = {name: getattr(scoring, name) for name in ("essence", "accuracy", "generation")}
     options = {
         **inputs.configuration,
+        "prompts": vars(prompts.form) | prompt_record([prompts.fact(request.fact) for request in requests]),
         "preset": choice.preset,
         "set": list(choice.changes or ()),
         "moments_given": choice.moments or choice.texts,

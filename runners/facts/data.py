@@ -11,8 +11,9 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from causalcone.engine.atomic import replacing
+from causalcone.engine.encoding import PromptEncoder
 from causalcone.engine.errors import ExperimentError, FactError, ModelError
-from causalcone.engine.facts import Fact, encode
+from causalcone.engine.facts import Fact
 from causalcone.engine.models import family_of
 from causalcone.runners.checked_files import STANDARD_INPUT
 from causalcone.runners.facts.data_sets import DataSet
@@ -142,7 +143,7 @@ def encoding_check(model: str) -> Check:
     family_of(config.model_type)
     if not tokenizer.is_fast:
         raise ModelError(f"the tokenizer of {model!r} gives no character offsets; save its fast form there")
-    return lambda fact: encode(fact, tokenizer, "label", config.vocab_size, config.max_position_embeddings)
+    return PromptEncoder(tokenizer, config.vocab_size, config.max_position_embeddings).fact
 
 
 def _model_place(model: str) -> str:

@@ -1,6 +1,5 @@
 """Short hashes that tell whether facts or a model are the same as before."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from causalcone.engine.models.base import Architecture
 
 def facts_fingerprint(facts: Sequence[Fact]) -> str:
     """Changes with every word of the facts."""
-    return _hash(json.dumps([dataclasses.asdict(fact) for fact in facts], sort_keys=True))
+    return _hash(json.dumps([fact.record for fact in facts], sort_keys=True))
 
 
 def model_fingerprint(architecture: Architecture) -> str:

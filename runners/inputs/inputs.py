@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from causalcone.engine.compute import Compute, as_dtype
+from causalcone.engine.encoding import PromptForm
 from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.engine.facts import Fact, OnError, Skipped, SkippedFacts
 from causalcone.engine.localize.trace_run import FactsRun
@@ -19,7 +20,13 @@ from causalcone.engine.run import loading
 from causalcone.engine.run.session import Session
 from causalcone.runners.demo.files import path_of
 from causalcone.runners.facts.files import SkippedRecords, read_facts
-from causalcone.runners.options import ComputeOptions, PromptOptions, SourceOptions, StreamableSourceOptions
+from causalcone.runners.options import (
+    ComputeOptions,
+    PromptFormOptions,
+    PromptOptions,
+    SourceOptions,
+    StreamableSourceOptions,
+)
 
 Run = TypeVar("Run", bound=FactsRun)
 
@@ -128,11 +135,14 @@ def open_session(source: ComputeOptions) -> Session:
     kernels, tf32 = (source.kernels, source.tf32) if isinstance(source, SourceOptions) else (None, False)
     compute = Compute.of(source.dtype, source.device, source.memory, kernels, tf32)
     weights = source.weights if isinstance(source, StreamableSourceOptions) else "resident"
-    return open_model(path_of(source.model, "model"), compute, weights)
+    form = None
+    if isinstance(source, PromptFormOptions):
+        form = PromptForm(**{field.name: getattr(source, field.name) for field in fields(PromptFormOptions)})
+    return open_model(path_of(source.model, "model"), compute, weights, form)
 
 
-def open_model(path: str, compute: Compute, weights: str = "resident") -> Session:
+def open_model(path: str, compute: Compute, weights: str = "resident", form: PromptForm | None = None) -> Session:
     """A session on the model of a folder or hub id, read now, by default on a GPU where there is one."""
     transformers.utils.logging.disable_progress_bar()
     device = compute.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return loading.open_session(path, replace(compute, device=device), weights)
+    return loading.open_session(path, replace(compute, device=device), weights, form)

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from causalcone.engine.atomic import replacing, write_text
 from causalcone.engine.errors import CausalconeError
+from causalcone.engine.schemas import SCHEMA_VERSION, VERSION_KEY
 
 PART_ROWS = 50_000
 PART_SECONDS = 5.0
@@ -47,7 +48,7 @@ class ResultFolder:
 
     def __init__(self, path: str | os.PathLike[str], configuration: Mapping[str, Any], overwrite: bool = False) -> None:
         self.path = Path(path)
-        self.configuration = {**configuration, "versions": versions()}
+        self.configuration = {**configuration, "schema": SCHEMA_VERSION, "versions": versions()}
         with writing(f"to {self.path}"):
             refuse_occupied(self.path, overwrite)
             clear(self.path, _NAMES)
@@ -117,8 +118,8 @@ class TableWriter:
 
 
 def write_part(table: pa.Table, notes: Mapping[str, Any], sink: Path | pa.NativeFile) -> None:
-    """Write a Parquet file of a table, with notes in its metadata."""
-    metadata = {"causalcone": json.dumps(notes)}
+    """Write a Parquet file of a table, with notes and the version of its columns in its metadata."""
+    metadata = {"causalcone": json.dumps(notes), VERSION_KEY: str(SCHEMA_VERSION)}
     pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
 
 

@@ -10,7 +10,8 @@ import polars as pl
 import pyarrow as pa
 
 from causalcone.analysis import TableError, plot
-from causalcone.engine.facts import Fact, encode, token_texts
+from causalcone.engine.encoding import token_texts
+from causalcone.engine.facts import Fact
 from causalcone.engine.localize.tracer import Tracer
 
 PLOTS = "plots"
@@ -58,12 +59,11 @@ def _if_possible(name: str, path: Path, draw: Callable[[], object]) -> list[Path
 def draw_gradients(folder: Path, first: Sequence[pa.RecordBatch], facts: Sequence[Fact], tracer: Tracer) -> list[Path]:
     """Heat maps of each batch's fact."""
     by_id = {fact.id: fact for fact in facts}
-    tokenizer, sizes = tracer.session.tokenizer, tracer.session.sizes
     paths = []
     for number, batch in enumerate(first):
         fact = by_id[batch["fact_id"][0].as_py()]
-        prompt = encode(fact, tokenizer, "argmax", sizes.vocabulary, sizes.positions)
-        texts = token_texts(prompt.prompt, tokenizer)
+        prompt = tracer.session.prompts.fact(fact, "argmax")
+        texts = token_texts(prompt.prompt, tracer.session.tokenizer)
         paths.append(_path(folder, f"gradients-{number:03}", fact.id))
         plot.gradients(batch, fact.id, texts, prompt.span, paths[-1])
     return paths

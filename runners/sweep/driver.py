@@ -13,7 +13,7 @@ from rich.console import Console
 
 from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.engine.facts import Fact
-from causalcone.engine.schemas import FAILURE_SCHEMA, LEFT_OUT_SCHEMA
+from causalcone.engine.schemas import FAILURE_SCHEMA, LEFT_OUT_SCHEMA, SCHEMA_VERSION, refuse_newer
 from causalcone.runners.inputs.fingerprints import facts_fingerprint
 from causalcone.runners.results.folder import ResultError, differences, versions
 from causalcone.runners.results.store import Store
@@ -114,6 +114,7 @@ class Driver:
             return None
         if command != "sweep":
             raise ResultError(f"{self.place} holds results of 'causalcone {command}'; choose another folder")
+        refuse_newer(before.get("schema", 1), self.place, ResultError)
         if changed := differences(before["configuration"], self.sweep.result_config):
             changes = "\n  ".join(changed)
             raise ResultError(f"{self.place} holds a sweep of another configuration:\n  {changes}\n{_ANOTHER}")
@@ -137,6 +138,7 @@ class Driver:
             "command": "sweep",
             "configuration": self.sweep.result_config,
             "hash": self.sweep.hash,
+            "schema": SCHEMA_VERSION,
             "versions": versions(),
             "fingerprints": fingerprints,
             "model": asdict(model),
@@ -197,7 +199,8 @@ class Driver:
 
     def _select(self, facts: Sequence[Fact], done: StageUnits) -> Selection:
         """The facts that go on; the filter's results are written beside them."""
-        results = pa.concat_tables(self.store.read_table(unit.file(FilterStage.name)) for unit in done.units)
+        parts = [self.store.read_table(unit.file(FilterStage.name)) for unit in done.units]
+        results = pa.concat_tables(parts, promote_options="default")  # older parts may lack columns
         selection = select(self.sweep, results)
         stored = self.store.part(FACTS)
         if stored is None or not stored.notes.get("filtered"):

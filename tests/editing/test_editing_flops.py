@@ -48,14 +48,14 @@ def test_scoring(editor, model, window, rank):
     edit = edit_of(
         request, "finetune", Window.of(window, 4), steps=1, loss=0.0, delta=Delta({at: make(model) for at in window})
     )
-    own = asked(request, Encoder(editor.session.tokenizer, editor.session.sizes))
+    own = asked(request, Encoder(editor.session.prompts, editor.session.sizes))
     executed = counted(lambda: editor.score([edit]))
     assert of.unedited(own, whole=window[0] == 3) + of.edited(own, window, rank) == executed
 
 
 def test_joint_edits(editor):
     sizes, requests = editor.session.sizes, editor.requests(FULL[:2], filtered=False)
-    encoder = Encoder(editor.session.tokenizer, sizes)
+    encoder = Encoder(editor.session.prompts, sizes)
     texts = Searched.total(
         (
             Searched.of(

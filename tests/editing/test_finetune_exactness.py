@@ -30,7 +30,7 @@ from oracles import finetune as oracle_finetune
 
 import causalcone as cc
 from causalcone.engine.edit.requests.requests import PROBLEMS, Request
-from causalcone.engine.facts import target_ids
+from causalcone.engine.encoding import target_ids
 
 FEW_STEPS = cc.FinetuneHparams(steps=4, lr=5e-3, norm_constraint=1.2e-2, stop_loss=None, noise_samples=3)
 

@@ -36,7 +36,7 @@ from oracles.model import sites
 
 import causalcone as cc
 from causalcone.engine.edit.requests.requests import PROBLEMS, Request
-from causalcone.engine.facts import target_ids
+from causalcone.engine.encoding import target_ids
 
 FEW_STEPS = cc.MemitHparams(steps=4, stop_loss=None, covariance_weight=5.0)
 SHORT = {"hparams": replace(FEW_STEPS, steps=3), "contexts": CONTEXTS[:2]}

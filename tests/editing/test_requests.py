@@ -24,8 +24,9 @@ from causalcone.engine.edit.scoring import sampled_texts
 from causalcone.engine.edit.scoring.sampled_texts import essence_texts, generate_texts
 from causalcone.engine.edit.texts import contexts
 from causalcone.engine.edit.texts.contexts import Contexts, sample_contexts
+from causalcone.engine.encoding import target_ids
 from causalcone.engine.errors import ExperimentError, FactError
-from causalcone.engine.facts import Fact, SkippedFacts, target_ids
+from causalcone.engine.facts import Fact, SkippedFacts
 from causalcone.engine.run.session import Session
 
 SIGMA = 0.7

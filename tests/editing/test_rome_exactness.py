@@ -35,7 +35,7 @@ from oracles.editing import at_lookup, training_prompts, value_site
 
 import causalcone as cc
 from causalcone.engine.edit.requests.requests import PROBLEMS, Request
-from causalcone.engine.facts import target_ids
+from causalcone.engine.encoding import target_ids
 
 FEW_STEPS = cc.RomeHparams(steps=4, stop_loss=None)
 SHORT = {"hparams": replace(FEW_STEPS, steps=3), "contexts": CONTEXTS[:2]}

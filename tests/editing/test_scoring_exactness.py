@@ -36,7 +36,7 @@ from causalcone.engine.edit.requests.requests import PROBLEMS, Request
 from causalcone.engine.edit.requests.windows import Window
 from causalcone.engine.edit.scoring import evaluate
 from causalcone.engine.edit.scoring.sampled_texts import essence_texts
-from causalcone.engine.facts import target_ids
+from causalcone.engine.encoding import target_ids
 
 TEXTS = ["Ann Lee is a golf of French", "Bo is"]
 """About a subject, or not."""

@@ -31,7 +31,7 @@ from oracles.requests import PROBLEMS
 from oracles.rome import loss_function, optimise, rome
 
 from causalcone.engine.edit.methods.hparams import MemitHparams, RomeHparams
-from causalcone.engine.facts import target_ids
+from causalcone.engine.encoding import target_ids
 
 FACT = FACTS[4]
 CONTEXTS = ("They {say}", "One of the famous players", "Bo plays the sport of golf")

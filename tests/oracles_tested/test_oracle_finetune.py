@@ -12,7 +12,7 @@ from oracles.finetune import finetune, training_loss
 from oracles.model import precision
 
 from causalcone.engine.edit.methods.hparams import FinetuneHparams
-from causalcone.engine.facts import target_ids
+from causalcone.engine.encoding import target_ids
 
 FACT = FACTS[4]
 TASK = Task(FACT, "error_injection", target_ids("in Seattle", tokenizer()), sigma=0.5)

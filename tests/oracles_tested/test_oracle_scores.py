@@ -12,7 +12,7 @@ from oracles import scores
 from oracles.editing import Change, Task, down_weight
 from oracles.requests import PROBLEMS, completes, greedy, noised_continuation, request, suits
 
-from causalcone.engine.facts import target_ids
+from causalcone.engine.encoding import target_ids
 
 FACT = dataclasses.replace(
     FACTS[4],

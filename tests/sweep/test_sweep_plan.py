@@ -20,8 +20,8 @@ from causalcone.engine.edit.methods.edits import Edit, edit_of
 from causalcone.engine.edit.requests.prompts import Encoder
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
+from causalcone.engine.encoding import PromptEncoder
 from causalcone.engine.errors import CausalconeError, ExperimentError
-from causalcone.engine.facts import encode
 from causalcone.engine.models import families, outline, read_architecture
 from causalcone.runners.facts.files import save_facts
 from causalcone.runners.sweep.config import load_sweep, sweep_names
@@ -138,7 +138,7 @@ def test_edits_are_counted_as_in_the_benchmark(sweep, monkeypatch, problem):
     changes = (f'edit.problems=["{problem}"]', "edit.essence=false", "edit.accuracy=false")
     whole, stage = counting(sweep, *changes), stages_of(configured(sweep, *changes))["edit"]
     sizes = whole.architecture.sizes
-    encoder = Encoder(tokenizer(), sizes)
+    encoder = Encoder(PromptEncoder(tokenizer(), sizes.vocabulary, sizes.positions), sizes)
     benched = importlib.import_module("editing_flops").Flops(encoder)
     contexts = {"rome": ["They say", "Bo"], "memit": ["In the city"]}
     editing = EditCounts(stage, problem, whole)
@@ -159,9 +159,8 @@ def test_edits_are_counted_as_in_the_benchmark(sweep, monkeypatch, problem):
 
 
 def _request(fact, problem, encoder):
-    sizes = encoder.sizes
-    true = encode(fact, encoder.tokenizer, "label", sizes.vocabulary, sizes.positions).target
-    new = encode(replace(fact, target_true=fact.target_new), encoder.tokenizer, "label", 360, 64).target
+    true = encoder.prompts.fact(fact).target
+    new = encoder.prompts.fact(replace(fact, target_true=fact.target_new)).target
     return Request(fact, problem, *((new, true) if problem == "error_injection" else (true, new)))
 
 

@@ -112,18 +112,6 @@ def test_an_end_of_text_token_does_not_stand_before_the_target(shallow, tokenize
     assert_table_close(table, cc.Tracer(shallow, tokenizer).trace(FACTS, **OPTIONS))
 
 
-def test_the_target_is_tokenized_alone(shallow, tokenizer):
-    """A prompt that ends in a space keeps it as a token of its own; the target begins with another."""
-    fact = cc.Fact("0", "{} plays ", "Ann Lee", "golf")
-    joined = tokenizer(fact.text + " golf")["input_ids"]
-    case = oracle.encode(shallow, tokenizer, fact, "label")
-    assert case.prompt[-1] == tokenizer(" ")["input_ids"][0]
-    assert case.prompt + case.target != tokenizer("Ann Lee plays golf")["input_ids"]
-    assert case.prompt + case.target == joined
-    table = cc.Tracer(shallow, tokenizer).trace([fact], **OPTIONS)
-    assert_same(table, oracle.trace(shallow, tokenizer, [fact], **OPTIONS))
-
-
 @pytest.mark.skipif(not GPT2_TOKENIZER.exists(), reason="the vocabulary of GPT-2 is not beside this checkout")
 def test_the_real_vocabulary():
     tokenizer = GPT2Tokenizer(vocab=str(GPT2_TOKENIZER / "vocab.json"), merges=str(GPT2_TOKENIZER / "merges.txt"))

@@ -17,8 +17,9 @@ from causalcone.engine.edit.runs.decoding import continuations, text_seed
 from causalcone.engine.edit.runs.packed_runs import Text
 from causalcone.engine.edit.texts.contexts import TOP_K, continued
 from causalcone.engine.edit.texts.recall import COMPLETION_TOKENS, answer_probabilities, completes, completions
+from causalcone.engine.encoding import EncodedFact, target_ids
 from causalcone.engine.errors import ExperimentError, FactError
-from causalcone.engine.facts import EncodedFact, Fact, OnError, Skipped, check_unique, encode, target_ids, usable
+from causalcone.engine.facts import Fact, OnError, Skipped, check_unique, usable
 from causalcone.engine.localize.options import DEFAULT_SIGMA
 from causalcone.engine.run.session import Session
 
@@ -58,6 +59,7 @@ def make_requests(
     making = _Making(session, problem, level, filtered, compat, seed)
     check_unique(facts)
     posed, skipped = usable(facts, making.checked, lambda fact: fact.id, on_error)
+    session.tell([item.encoded for item in posed])
     unposed: list[Skipped] = []
     if filtered:
         for reasons in (making.incomplete, making.unlikely):
@@ -115,7 +117,7 @@ class _Making:
 
     def checked(self, fact: Fact) -> _Posed:
         """The fact as token ids; refuses a fact that is unusable whatever the model answers."""
-        sizes, encoded = self.session.sizes, self._encoded(fact)
+        sizes, encoded = self.session.sizes, self.session.prompts.fact(fact)
         new = None if fact.target_new is None else self._new(fact, fact.target_new)
         if self.problem == ERROR_INJECTION and new is None:
             raise FactError(f"fact {fact.id!r} has no target_new; give the answer that the error injects")
@@ -136,13 +138,9 @@ class _Making:
         if not target.strip():
             raise FactError(f"fact {fact.id!r}: target_new {target!r} is empty; give a visible word, or None")
         try:
-            return self._encoded(replace(fact, target_true=target)).target
+            return self.session.prompts.fact(replace(fact, target_true=target)).target
         except FactError as error:
             raise FactError(f"{error} (this is about target_new)") from None
-
-    def _encoded(self, fact: Fact) -> EncodedFact:
-        sizes = self.session.sizes
-        return encode(fact, self.session.tokenizer, "label", sizes.vocabulary, sizes.positions)
 
     def incomplete(self, posed: Sequence[_Posed]) -> Iterator[str | None]:
         """For each fact that the model does not complete, the reason."""
@@ -188,10 +186,14 @@ class _Making:
                 f"{self.session.tokenizer.decode(list(answer))!r}, which is its answer without noise too; raise "
                 "sigma, or leave the fact out"
             )
-        return Request(fact, self.problem, answer, encoded.target)
+        return Request(fact, self.problem, answer, encoded.target, answers=(None, fact.target_true))
 
     def request(self, posed: _Posed) -> Request:
         if self.problem == ERROR_INJECTION and posed.new is not None:
-            return Request(posed.fact, self.problem, posed.new, posed.encoded.target)
+            answers = posed.fact.target_new, posed.fact.target_true
+            return Request(posed.fact, self.problem, posed.new, posed.encoded.target, answers=answers)
         sigma = self.level if self.problem == FACT_FORCING else None
-        return Request(posed.fact, self.problem, posed.encoded.target, posed.new, sigma)
+        return Request(
+            posed.fact, self.problem, posed.encoded.target, posed.new, sigma,
+            answers=(posed.fact.target_true, posed.fact.target_new),
+        )  # fmt: skip

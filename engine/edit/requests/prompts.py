@@ -12,8 +12,8 @@ import numpy as np
 
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.runs.packed_runs import Text
+from causalcone.engine.encoding import EncodedFact, PromptEncoder, PromptTokens
 from causalcone.engine.errors import FactError
-from causalcone.engine.facts import Fact, encode, encode_text, target_ids
 from causalcone.engine.models.base import Sizes
 
 ESSENCE = "{} is a"
@@ -65,7 +65,7 @@ class Encoder:
     """Turns prompts into token ids as a model of ``sizes`` needs them, each text of a request once. Making is the
     check: whatever cannot be used raises ``FactError``."""
 
-    tokenizer: Any
+    prompts: PromptEncoder
     sizes: Sizes
     known: WeakKeyDictionary[Request, dict[tuple[str, str], Any]] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
@@ -77,7 +77,7 @@ class Encoder:
             Prompted(self.followed(request, prompted.text, request.target), prompted.lookup)
             for prompted in self.contexts(request, contexts)
         ]
-        essence = self.prompted(request, ESSENCE)
+        essence = self.essence(request)
         start = replace(essence.text, tokens=essence.text.tokens[: essence.lookup + 1])
         return EditTask(request=request, prompts=(*prompts, Prompted(start, essence.lookup)))
 
@@ -89,38 +89,59 @@ class Encoder:
         noise = _noise(request.sigma, samples, *text.noise.shape)
         return [replace(text, noise=sample) for sample in noise]
 
-    def prompt(self, fact: Fact) -> tuple[int, ...]:
-        return encode(fact, self.tokenizer, "argmax", self.sizes.vocabulary, self.sizes.positions).prompt
-
     def bare(self, request: Request) -> Prompted:
         """The request's prompt."""
         return self.prompted(request, request.fact.prompt)
 
+    def essence(self, request: Request) -> Prompted:
+        """The beginning of a text about what the request's subject is."""
+        return self._begun(request, ESSENCE)
+
     @_once
     def prompted(self, request: Request, template: str) -> Prompted:
         """A template with the request's subject, which carries its noise."""
-        fact = replace(request.fact, prompt=template)
-        encoded = encode(fact, self.tokenizer, "argmax", self.sizes.vocabulary, self.sizes.positions)
+        return self._looked_up(request, self.prompts.fact(replace(request.fact, prompt=template), "argmax"))
+
+    @_once
+    def _begun(self, request: Request, template: str) -> Prompted:
+        """The same of a text, which is in no chat."""
+        return self._looked_up(request, self.prompts.text.fact(replace(request.fact, prompt=template), "argmax"))
+
+    def _looked_up(self, request: Request, encoded: EncodedFact) -> Prompted:
         return Prompted(self._noised(request, encoded.prompt, encoded.span), encoded.span[1] - 1)
 
-    @_once
-    def answer(self, request: Request, target: str) -> tuple[int, ...]:
-        """The token ids of an answer."""
-        return target_ids(target, self.tokenizer)
+    def answer(self, request: Request, text: str, words: str) -> tuple[int, ...]:
+        """The token ids of an answer after a prompt."""
+        prompt = self._read(request, text)
+        return self.prompts.answer(prompt, words, request.fact.joiner, f"fact {request.fact.id!r}").tokens
+
+    def written(self, request: Request, text: str) -> Text:
+        """A prompt as written; the subject's first occurrence, if there is one, carries the request's noise."""
+        return self._checked(request, text, self._read(request, text))
 
     @_once
-    def written(self, request: Request, text: str) -> Text:
-        """A text as written; the first occurrence of the subject, if there is one, carries the request's noise."""
+    def free(self, request: Request, text: str) -> Text:
+        """The same of a text, which is in no chat."""
+        return self._checked(request, text, self.prompts.text.prompt(text, self._subject(request, text), "none"))
+
+    @_once
+    def _read(self, request: Request, text: str) -> PromptTokens:
+        fact = request.fact
+        return self.prompts.prompt(text, self._subject(request, text), fact.joiner, f"fact {fact.id!r}")
+
+    def _subject(self, request: Request, text: str) -> tuple[int, int]:
         at = text.find(request.fact.subject)
-        ids, span = encode_text(text, (at, at + len(request.fact.subject)) if at >= 0 else (0, 0), self.tokenizer)
-        if not ids:
+        return (at, at + len(request.fact.subject)) if at >= 0 else (0, 0)
+
+    def _checked(self, request: Request, text: str, prompt: PromptTokens) -> Text:
+        if not prompt.tokens:
             raise FactError(f"fact {request.fact.id!r}: the prompt {text!r} has no tokens")
-        if max(ids) >= self.sizes.vocabulary:
+        if max(prompt.tokens) >= self.sizes.vocabulary:
             raise FactError(
-                f"fact {request.fact.id!r}: token id {max(ids)} of the prompt {text!r} is outside the model's "
-                f"vocabulary of {self.sizes.vocabulary}; use the model's own tokenizer"
+                f"fact {request.fact.id!r}: token id {max(prompt.tokens)} of the prompt {text!r} is outside the "
+                f"model's vocabulary of {self.sizes.vocabulary}; use the model's own tokenizer"
             )
-        return Text(ids) if span is None else self._noised(request, ids, span)
+        return Text(prompt.tokens) if prompt.span is None else self._noised(request, prompt.tokens, prompt.span)
 
     def followed(self, request: Request, text: Text, target: Sequence[int]) -> Text:
         """A text and all tokens of a target except the last."""

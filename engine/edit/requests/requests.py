@@ -21,13 +21,15 @@ def check_problem(problem: str) -> None:
 class Request:
     """A fact to be edited. target: token ids that are trained towards (in Fact Erasure: away from) and scored; other:
     those of the other answer, which is scored too, where there is one; sigma: the level of the noise that the subject
-    carries wherever it occurs, in Fact Forcing, else None."""
+    carries wherever it occurs, in Fact Forcing, else None; answers: target and other in words, which become tokens
+    after each prompt anew; None: the token ids hold after every prompt."""
 
     fact: Fact
     problem: str
     target: tuple[int, ...]
     other: tuple[int, ...] | None = None
     sigma: float | None = None
+    answers: tuple[str | None, str | None] = (None, None)
 
     def __post_init__(self) -> None:
         check_problem(self.problem)

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from causalcone.engine.edit.methods.batching import layers_and_batching
 from causalcone.engine.edit.methods.edits import Edit
-from causalcone.engine.edit.requests.prompts import ESSENCE, Encoder
+from causalcone.engine.edit.requests.prompts import Encoder
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.scoring.generation_metrics import References, ReferenceScorer, generation_rows
 from causalcone.engine.edit.scoring.metrics import Row, metrics_of
@@ -55,9 +55,9 @@ class Evaluator:
         probes_of(request, self.encoder)
         for before in contexts:
             self.encoder.task(request, before)
-        texts = [self.encoder.prompted(request, ESSENCE).text] if essence else []
+        texts = [self.encoder.essence(request).text] if essence else []
         if generation or references is not None:
-            texts += [self.encoder.written(request, prompt) for prompt in request.fact.generation_prompts]
+            texts += [self.encoder.free(request, prompt) for prompt in request.fact.generation_prompts]
         for text in texts:
             text_room(self.session, request.fact, text)
         if references is not None and request.fact.generation_prompts:

@@ -45,13 +45,13 @@ class ProbeSet:
 def probes_of(request: Request, encoder: Encoder, essence: Sequence[str] = ()) -> ProbeSet:
     """Both targets after all prompts of the fact, a neighbour's own answer where it has one, and the essence texts."""
     fact = request.fact
-    prompts = [(REWRITE, 0, encoder.bare(request).text)]
+    prompts = [(REWRITE, 0, fact.text, encoder.bare(request).text)]
     for kind, texts in (
         (PARAPHRASE, fact.paraphrase_prompts),
         (NEIGHBORHOOD, fact.neighborhood_prompts),
         (ATTRIBUTE, fact.attribute_prompts),
     ):
-        prompts += [(kind, index, encoder.written(request, text)) for index, text in enumerate(texts)]
+        prompts += [(kind, index, text, encoder.written(request, text)) for index, text in enumerate(texts)]
     runs: list[Text] = []
     read: list[int] = []
     probes: list[Probe] = []
@@ -68,14 +68,17 @@ def probes_of(request: Request, encoder: Encoder, essence: Sequence[str] = ()) -
                 read.append(len(tokens))
             probes.append(Probe(kind, index, name, tokens, run))
 
-    for kind, index, text in prompts:
-        answers: dict[Answer, tuple[int, ...]] = {TARGET: request.target}
-        if request.other is not None:
+    target, other = request.answers
+    for kind, index, prompt, text in prompts:
+        own = fact.neighborhood_target if kind == NEIGHBORHOOD else None
+        words: dict[Answer, str | None] = {TARGET: target, OTHER: other, OWN: own}
+        answers = {name: encoder.answer(request, prompt, said) for name, said in words.items() if said is not None}
+        if target is None:
+            answers[TARGET] = request.target
+        if other is None and request.other is not None:
             answers[OTHER] = request.other
-        if kind == NEIGHBORHOOD and fact.neighborhood_target is not None:
-            answers[OWN] = encoder.answer(request, fact.neighborhood_target)
         add(kind, index, text, answers)
     for index, written in enumerate(essence):
-        text = encoder.written(request, written)
+        text = encoder.free(request, written)
         add(ESSENCE, index, replace(text, tokens=text.tokens[:1]), {OWN: text.tokens[1:]})
     return ProbeSet(request, tuple(runs), tuple(read), tuple(probes))

@@ -21,10 +21,10 @@ def essence_texts(session: Session, facts: Iterable[Fact], seed: int) -> dict[st
     """By fact, five texts with which the unedited model continues "{subject} is a": up to 100 tokens with the prompt's
     (and no more when the text is tokenized anew, nor than the model has positions), each one of the five likeliest.
     They depend on the model, the seed and the fact's id alone."""
-    facts, encoder = list(facts), Encoder(session.tokenizer, session.sizes)
+    facts = list(facts)
     check_unique(facts)
     about = [replace(fact, prompt=ESSENCE) for fact in facts]
-    prompts = [encoder.prompt(fact) for fact in about]
+    prompts = [session.prompts.text.fact(fact, "argmax").prompt for fact in about]
     texts = [
         (fact, Text(prompt), text_seed(seed, "essence", fact.id, number))
         for fact, prompt in zip(about, prompts, strict=True)
@@ -59,9 +59,9 @@ def generate_texts(
     depend on the seed, the fact's id and the prompt's number alone: before and after an edit they are the same."""
     if deltas is not None and len(deltas) != len(requests):
         raise ExperimentError(f"there are {len(requests)} requests and {len(deltas)} deltas; give one for each")
-    encoder = encoder or Encoder(session.tokenizer, session.sizes)
+    encoder = encoder or Encoder(session.prompts, session.sizes)
     texts = [
-        (request.fact, encoder.written(request, prompt), text_seed(seed, "generation", request.fact.id, index))
+        (request.fact, encoder.free(request, prompt), text_seed(seed, "generation", request.fact.id, index))
         for request in requests
         for index, prompt in enumerate(request.fact.generation_prompts)
     ]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from causalcone.engine.edit.runs.decoding import continuations, text_seed
 from causalcone.engine.edit.runs.packed_runs import Text
 from causalcone.engine.errors import ExperimentError
-from causalcone.engine.facts import encode_text
 from causalcone.engine.run.session import Session
 
 TOP_K = 5
@@ -49,7 +48,7 @@ def sample_contexts(session: Session, seed: int) -> Contexts:
     """
     start = _start_token(session)
     begun: list[tuple[str, tuple[int, ...], int]] = [("", (start,), total) for total in ROME_TOKENS]
-    begun += [(word, encode_text(word, (0, 0), session.tokenizer)[0], MEMIT_TOKENS) for word in MEMIT_WORDS]
+    begun += [(word, session.prompts.text.prompt(word).tokens, MEMIT_TOKENS) for word in MEMIT_WORDS]
     texts = [""] * len(begun)
     for attempt in range(ATTEMPTS):
         missing = [number for number, text in enumerate(texts) if not text.strip()]

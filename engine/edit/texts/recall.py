@@ -8,7 +8,8 @@ import numpy as np
 
 from causalcone.engine.edit.runs.decoding import continuations
 from causalcone.engine.edit.runs.packed_runs import Text
-from causalcone.engine.facts import EncodedFact, Fact
+from causalcone.engine.encoding import EncodedFact
+from causalcone.engine.facts import Fact
 from causalcone.engine.localize.causal_tracing import target_tokens
 from causalcone.engine.plan.cone import Shape
 from causalcone.engine.plan.interventions import Base, Experiment, Overwrites

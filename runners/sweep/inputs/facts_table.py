@@ -1,9 +1,7 @@
 """The facts of a sweep as a table, and what the filter found of them."""
 
-import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import pyarrow as pa
 
@@ -27,7 +25,7 @@ def fact_table(facts: Sequence[Fact], filtered: pa.Table | None = None) -> pa.Ta
             **{name: getattr(fact, name) for name in _TEXTS},
             "paraphrase_prompts": len(fact.paraphrase_prompts),
             "neighborhood_prompts": len(fact.neighborhood_prompts),
-            "fact": json.dumps(dataclasses.asdict(fact), ensure_ascii=False),
+            "fact": json.dumps(fact.record, ensure_ascii=False),
         }
         for fact in facts
     ]
@@ -41,9 +39,7 @@ def fact_table(facts: Sequence[Fact], filtered: pa.Table | None = None) -> pa.Ta
 
 def facts_of(table: pa.Table) -> list[Fact]:
     """The facts of their table."""
-    records: list[dict[str, Any]] = [json.loads(text) for text in table["fact"].to_pylist()]
-    tuples = [{key: tuple(value) for key, value in record.items() if isinstance(value, list)} for record in records]
-    return [Fact(**record | lists) for record, lists in zip(records, tuples, strict=True)]
+    return [Fact.from_record(json.loads(text)) for text in table["fact"].to_pylist()]
 
 
 def select(sweep: Sweep, table: pa.Table) -> Selection:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from causalcone.engine.edit.requests.problems import REVERSAL_TOKENS
-from causalcone.engine.edit.requests.prompts import ESSENCE, Encoder
+from causalcone.engine.edit.requests.prompts import Encoder
 from causalcone.engine.edit.requests.requests import FACT_AMPLIFICATION, TRACING_REVERSAL, Request
 from causalcone.engine.edit.runs.flops import Asked, Searched
 from causalcone.engine.edit.texts.contexts import MEMIT_TOKENS, MEMIT_WORDS, ROME_TOKENS, Contexts
+from causalcone.engine.encoding import EncodedFact, PromptEncoder
 from causalcone.engine.errors import CausalconeError
-from causalcone.engine.facts import EncodedFact, Fact, encode, target_ids
+from causalcone.engine.facts import Fact
 from causalcone.engine.models.base import Sizes
 from causalcone.runners.demo.files import path_of
 from causalcone.runners.edits.settings import read_contexts
@@ -94,12 +95,13 @@ class FactLengths:
 def measured_lengths(fact: Fact, encoder: Encoder, contexts: Contexts | None) -> FactLengths:
     """The lengths of a fact's texts, with given contexts, or those that are still to be drawn. Raises ``FactError``
     where the fact cannot be encoded."""
-    tokenizer, sizes = encoder.tokenizer, encoder.sizes
-    encoded = encode(fact, tokenizer, "label", sizes.vocabulary, sizes.positions)
+    encoded, target = encoder.prompts.fact(fact), fact.neighborhood_target
     request = Request(fact, FACT_AMPLIFICATION, encoded.target)
-    answer = 0 if fact.neighborhood_target is None else len(target_ids(fact.neighborhood_target, tokenizer))
     asked = [(text, 0) for text in fact.paraphrase_prompts + fact.attribute_prompts]
-    asked += [(text, answer) for text in fact.neighborhood_prompts]
+    asked += [
+        (text, 0 if target is None else len(encoder.answer(request, text, target)))
+        for text in fact.neighborhood_prompts
+    ]
     if contexts is None:
         by_method = drawn_contexts(len(encoded.prompt), encoded.span[1] - 1)
     else:
@@ -110,10 +112,10 @@ def measured_lengths(fact: Fact, encoder: Encoder, contexts: Contexts | None) ->
         prompt=len(encoded.prompt),
         span=encoded.span,
         target=len(encoded.target),
-        new=None if fact.target_new is None else len(target_ids(fact.target_new, tokenizer)),
-        essence=encoder.prompted(request, ESSENCE).lookup + 1,
+        new=None if fact.target_new is None else len(encoder.answer(request, fact.text, fact.target_new)),
+        essence=encoder.essence(request).lookup + 1,
         asked=tuple((len(encoder.written(request, text)), tokens) for text, tokens in asked),
-        generation=tuple(len(encoder.written(request, text)) for text in fact.generation_prompts),
+        generation=tuple(len(encoder.free(request, text)) for text in fact.generation_prompts),
         contexts=by_method,
     )
 
@@ -164,7 +166,7 @@ def facts_of(sweep: Sweep, sizes: Sizes) -> PlannedFacts:
     tokenizer = known_tokenizer(sweep)
     if tokenizer is None:
         return _typical(len(facts), line, f", since no tokenizer of {sweep.model} is at hand")
-    encoder = Encoder(tokenizer, sizes)
+    encoder = Encoder(PromptEncoder(tokenizer, sizes.vocabulary, sizes.positions, sweep.form), sizes)
     contexts = None if sweep.contexts is None else read_contexts(Path(sweep.contexts))
     sample = [facts[number * len(facts) // MEASURED] for number in range(MEASURED)] if len(facts) > MEASURED else facts
     measured = []

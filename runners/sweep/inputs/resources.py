@@ -30,7 +30,7 @@ class Resources:
     def tracer(self) -> Tracer:
         sweep = self.sweep
         compute = Compute.of(sweep.dtype, sweep.device, sweep.memory, sweep.kernels, sweep.tf32)
-        return Tracer.on(open_model(path_of(sweep.model, "model"), compute))
+        return Tracer.on(open_model(path_of(sweep.model, "model"), compute, form=sweep.form))
 
     @property
     def session(self) -> Session:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, StrictBool, StrictFloat, StrictInt, StrictStr
 
+from causalcone.engine.encoding import Bos, PromptForm, PromptOptions
 from causalcone.runners.checked_files import CheckedTable, Count, noise_level
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
@@ -13,6 +14,9 @@ Target = Literal["label", "argmax"]
 Names = Annotated[tuple[StrictStr, ...], Field(min_length=1)]
 Tokens = StrictStr | tuple[StrictInt, ...]
 Share = Annotated[StrictFloat, Field(ge=0, le=1)]
+
+
+_YOUNGER = frozenset(PromptOptions.__annotations__)
 
 
 class FilterSettings(CheckedTable):
@@ -62,7 +66,8 @@ class Sweep(CheckedTable):
     """A whole study; ``stages.as_sweep`` adds a table for each stage. seed: of everything that is drawn but noise;
     contexts: a file of texts put before prompts, drawn from the model by default; shape: the model's configuration,
     where a plan is wanted of a model that is not at hand; zsre_form: how zsRE's records are read; published: the study
-    whose published tables are set beside; compat: "published" does as published code does, where that differs."""
+    whose published tables are set beside; compat: "published" does as published code does, where
+    that differs; chat, system, bos and keep_space: as ``PromptForm``'s."""
 
     model: StrictStr
     facts: StrictStr
@@ -78,6 +83,10 @@ class Sweep(CheckedTable):
     seed: StrictInt = 0
     compat: Literal["published"] | None = None
     shape: dict[str, Any] | None = None
+    chat: StrictBool = False
+    system: StrictStr | None = None
+    bos: Bos = "auto"
+    keep_space: StrictBool = False
     filter: FilterSettings = FilterSettings()
     noise: NoiseSettings = NoiseSettings()
     moments: MomentSettings = MomentSettings()
@@ -87,7 +96,15 @@ class Sweep(CheckedTable):
     @property
     def result_config(self) -> dict[str, Any]:
         """All that decides the results, as JSON; not where and in how much memory they are computed."""
-        return self.model_dump(mode="json", exclude={"device", "memory", "kernels", "shape", "published"})
+        kept = self.model_dump(mode="json", exclude={"device", "memory", "kernels", "shape", "published"})
+        # folders were begun before there were these: they count where they are set
+        return {
+            key: value for key, value in kept.items() if key not in _YOUNGER or value != Sweep.model_fields[key].default
+        }
+
+    @property
+    def form(self) -> PromptForm:
+        return PromptForm(**{name: getattr(self, name) for name in PromptOptions.__annotations__})
 
     @property
     def hash(self) -> str:

@@ -1,12 +1,13 @@
 """The stage "filter": what the model knows of all facts, which decides how they go on."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import pyarrow as pa
 
 from causalcone.engine.edit.runs.flops import Asked, Grown
 from causalcone.engine.edit.texts.recall import COMPLETION_TOKENS, answer_probabilities, completes, completions
-from causalcone.engine.facts import Fact, encode
+from causalcone.engine.facts import Fact
 from causalcone.engine.schemas import FILTER_SCHEMA
 from causalcone.runners.sweep.inputs.resources import Resources
 from causalcone.runners.sweep.inputs.settings import FilterSettings
@@ -32,13 +33,12 @@ class FilterStage(Stage[FilterSettings]):
     def fact_check(self, resources: Resources) -> Callable[[Fact], object]:
         """Refuses facts that leave no positions after the prompt for the completion, or for one token at least."""
         session, tokens = resources.session, COMPLETION_TOKENS if self.options.completes else 1
-        sizes = session.sizes
-        return lambda fact: encode(fact, session.tokenizer, "label", sizes.vocabulary, sizes.positions + 1 - tokens)
+        return replace(session.prompts, positions=session.sizes.positions + 1 - tokens).fact
 
     def compute(self, unit: Unit, resources: Resources) -> Mapping[str, pa.Table]:
         session, facts = resources.session, resources.facts_of(unit)
-        sizes = session.sizes
-        encoded = [encode(fact, session.tokenizer, "label", sizes.vocabulary, sizes.positions) for fact in facts]
+        encoded = [session.prompts.fact(fact) for fact in facts]
+        session.tell(encoded)
         nothing = [None] * len(facts)
         texts: Sequence[str | None] = completions(session, encoded) if self.options.completes else nothing
         right = [None if text is None else completes(fact, text) for fact, text in zip(facts, texts, strict=True)]

@@ -21,7 +21,7 @@ import causalcone as cc
 from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.requests.requests import PROBLEMS, Request
 from causalcone.engine.edit.scoring.evaluate import Scores
-from causalcone.engine.facts import target_ids
+from causalcone.engine.encoding import target_ids
 from helpers.models import FACTS, tokenizer
 
 CONTEXTS = ("They say", "In the city of {gold}", "Bo")

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from causalcone.engine.facts import Fact, encode
+from causalcone.engine.encoding import PromptEncoder
+from causalcone.engine.facts import Fact
 from oracles.model import Hook, Site, hooked, precision, sites
 
 DOWN = {
@@ -75,7 +76,7 @@ def about_subject(model: nn.Module, tokenizer: Any, fact: Fact, template: str) -
     """A template filled with the fact's subject, whose tokens are those at the template's place."""
     filled = Fact(fact.id, template, fact.subject, fact.target_true)
     vocabulary = model.get_input_embeddings().num_embeddings
-    encoded = encode(filled, tokenizer, "argmax", vocabulary, model.config.max_position_embeddings)
+    encoded = PromptEncoder(tokenizer, vocabulary, model.config.max_position_embeddings).fact(filled, "argmax")
     return Prompt(list(encoded.prompt), encoded.span)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,8 +54,7 @@ def encode(model: nn.Module, tokenizer: Any, fact: Any, target: str) -> Case:
     """Token ids of prompt and target; the subject's tokens are those whose characters overlap its own."""
     prompt, span = encode_prompt(tokenizer, fact)
     if target == "label":
-        answer = fact.target_true if fact.target_true.startswith(" ") else " " + fact.target_true
-        target_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        target_ids = answer_ids(tokenizer, fact, prompt)
     else:
         with torch.no_grad():
             logits = model(torch.tensor([prompt], device=model.device)).logits
@@ -62,12 +62,43 @@ def encode(model: nn.Module, tokenizer: Any, fact: Any, target: str) -> Case:
     return Case(fact.id, prompt, target_ids, span[0], span[-1] + 1)
 
 
+def filled(fact: Any) -> str:
+    """The prompt with its subject; spaces at its end belong to the answer, and are cut."""
+    text = fact.prompt.replace("{}", fact.subject)
+    return text if fact.joiner == "none" else re.sub(r"[^\S\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+\Z", "", text)
+
+
+def answer_ids(tokenizer: Any, fact: Any, prompt: list[int]) -> list[int]:
+    """Ids of the answer: those that it has in the joined text where this begins with the prompt's, else those that it
+    has alone."""
+    text, answer = filled(fact), fact.target_true
+    spaceless = re.match(r"[^\w]*[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]", answer)
+    opened = re.search(r"(\s|[(\[{«„“‘「『（]|(\A|[\s(\[{])[\"'`»])\Z", text)  # noqa: RUF001
+    joined = {"space": True, "none": False, "auto": not (spaceless or opened)}[fact.joiner]
+    answer = answer if fact.joiner == "none" else answer.removeprefix(" ")
+    whole = tokenizer(text + " " * joined + answer)["input_ids"]
+    if whole[: len(prompt)] == prompt and len(whole) > len(prompt):
+        return whole[len(prompt) :]
+    return alone(tokenizer, " " * joined + answer)
+
+
+def alone(tokenizer: Any, answer: str) -> list[int]:
+    """Ids of an answer by itself; where the tokenizer would begin it with a space of its own, what is left of a line
+    break and the answer without the line break."""
+    if answer.startswith(" "):
+        marks = tokenizer.tokenize("a")[0].startswith("▁")
+        return tokenizer(answer[1:] if marks else answer, add_special_tokens=False)["input_ids"]
+    line = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    both = tokenizer("\n" + answer, add_special_tokens=False)["input_ids"]
+    assert both[: len(line)] == line
+    return both[len(line) :]
+
+
 def encode_prompt(tokenizer: Any, fact: Any) -> tuple[list[int], list[int]]:
     """Token ids of the filled prompt, and the subject's places among them."""
     first = fact.prompt.index("{}")
     last = first + len(fact.subject)
-    text = fact.prompt[:first] + fact.subject + fact.prompt[first + 2 :]
-    encoding = tokenizer(text, return_offsets_mapping=True)
+    encoding = tokenizer(filled(fact), return_offsets_mapping=True)
     span = [i for i, (begin, stop) in enumerate(encoding["offset_mapping"]) if begin < last and stop > first]
     return encoding["input_ids"], span
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from causalcone.engine.facts import Fact, target_ids
+from causalcone.engine.encoding import target_ids
+from causalcone.engine.facts import Fact
 from oracles.editing import Task, about_subject, noising, run, target_log_p
 from oracles.model import Hook, precision
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from causalcone.engine.facts import Fact, target_ids
+from causalcone.engine.encoding import target_ids
+from causalcone.engine.facts import Fact
 from oracles.editing import Change, Prompt, Task, about_subject, changed, forcing, run
 from oracles.model import precision
 
