@@ -38,7 +38,7 @@ class PromptFormOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptOptions:
+class SinglePromptOptions:
     """One prompt in place of a file of facts."""
 
     prompt: str | None = option(
@@ -53,7 +53,7 @@ class PromptOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditedPromptOptions(PromptOptions):
+class EditedPromptOptions(SinglePromptOptions):
     new: str | None = option(None, "What the prompt is to be answered with, of --prompt.")
 
 

@@ -13,9 +13,9 @@ from typer import Option
 from causalcone.runners.commands.shared import check_place, takes
 from causalcone.runners.options import (
     IntegrationOptions,
-    PromptOptions,
     PromptOutputOptions,
     SamplingOptions,
+    SinglePromptOptions,
     SourceOptions,
     StreamableSourceOptions,
     TracingOptions,
@@ -23,10 +23,10 @@ from causalcone.runners.options import (
 )
 
 
-@takes(StreamableSourceOptions, PromptOptions, PromptOutputOptions, TracingOptions, SamplingOptions)
+@takes(StreamableSourceOptions, SinglePromptOptions, PromptOutputOptions, TracingOptions, SamplingOptions)
 def trace(
     source: StreamableSourceOptions,
-    prompt: PromptOptions,
+    prompt: SinglePromptOptions,
     output: PromptOutputOptions,
     tracing: TracingOptions,
     sampling: SamplingOptions,
@@ -56,9 +56,9 @@ def trace(
     )
 
 
-@takes(StreamableSourceOptions, PromptOptions, TracingOptions, SamplingOptions)
+@takes(StreamableSourceOptions, SinglePromptOptions, TracingOptions, SamplingOptions)
 def plan(
-    source: StreamableSourceOptions, prompt: PromptOptions, tracing: TracingOptions, sampling: SamplingOptions
+    source: StreamableSourceOptions, prompt: SinglePromptOptions, tracing: TracingOptions, sampling: SamplingOptions
 ) -> None:
     """Show what tracing would take: passes, rows, operations, memory and time; no fact is computed."""
     from causalcone.runners.commands.localize_runs import tracing_plan
@@ -68,10 +68,10 @@ def plan(
     Console().print(forecast_table(inputs.tracer, planned))
 
 
-@takes(StreamableSourceOptions, PromptOptions, PromptOutputOptions, ZeroingOptions)
+@takes(StreamableSourceOptions, SinglePromptOptions, PromptOutputOptions, ZeroingOptions)
 def zero(
     source: StreamableSourceOptions,
-    prompt: PromptOptions,
+    prompt: SinglePromptOptions,
     output: PromptOutputOptions,
     zeroing: ZeroingOptions,
     plot: Annotated[bool, Option("--plot", help="Draw the mean effect by layer.")] = False,
@@ -93,10 +93,10 @@ def zero(
     )
 
 
-@takes(SourceOptions, PromptOptions, PromptOutputOptions, IntegrationOptions, SamplingOptions)
+@takes(SourceOptions, SinglePromptOptions, PromptOutputOptions, IntegrationOptions, SamplingOptions)
 def gradients(
     source: SourceOptions,
-    prompt: PromptOptions,
+    prompt: SinglePromptOptions,
     output: PromptOutputOptions,
     integration: IntegrationOptions,
     sampling: SamplingOptions,

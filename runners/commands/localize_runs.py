@@ -24,9 +24,9 @@ from causalcone.runners.commands.shared import open_results, place_of, show
 from causalcone.runners.inputs.inputs import Inputs, open_inputs
 from causalcone.runners.options import (
     IntegrationOptions,
-    PromptOptions,
     PromptOutputOptions,
     SamplingOptions,
+    SinglePromptOptions,
     SourceOptions,
     TracingOptions,
     ZeroingOptions,
@@ -86,7 +86,7 @@ class TableRun:
 
 
 def prepare_tracing(
-    source: SourceOptions, prompt: PromptOptions, choice: TracingOptions, sampling: SamplingOptions
+    source: SourceOptions, prompt: SinglePromptOptions, choice: TracingOptions, sampling: SamplingOptions
 ) -> TableRun:
     inputs, spec, run = _tracing(source, prompt, choice, sampling)
     noise: dict[str, Any] = {"replace_noise": choice.replace_noise, "dof": choice.dof}
@@ -98,13 +98,13 @@ def prepare_tracing(
 
 
 def tracing_plan(
-    source: SourceOptions, prompt: PromptOptions, choice: TracingOptions, sampling: SamplingOptions
+    source: SourceOptions, prompt: SinglePromptOptions, choice: TracingOptions, sampling: SamplingOptions
 ) -> tuple[Inputs, TracePlan]:
     inputs, _, run = _tracing(source, prompt, choice, sampling)
     return inputs, run.plan()
 
 
-def prepare_zeroing(source: SourceOptions, prompt: PromptOptions, choice: ZeroingOptions) -> TableRun:
+def prepare_zeroing(source: SourceOptions, prompt: SinglePromptOptions, choice: ZeroingOptions) -> TableRun:
     spec = ZeroSpec(
         states=as_states(choice.state or ["mlp:5"]),
         target=prompt.target(choice.target),  # type: ignore[arg-type]
@@ -116,7 +116,7 @@ def prepare_zeroing(source: SourceOptions, prompt: PromptOptions, choice: Zeroin
 
 
 def prepare_gradients(
-    source: SourceOptions, prompt: PromptOptions, choice: IntegrationOptions, sampling: SamplingOptions
+    source: SourceOptions, prompt: SinglePromptOptions, choice: IntegrationOptions, sampling: SamplingOptions
 ) -> TableRun:
     spec = GradientSpec(
         kinds=tuple(choice.kind or KINDS),
@@ -145,7 +145,7 @@ def parse_tokens(tokens: str) -> str | tuple[int, ...]:
 
 
 def _tracing(
-    source: SourceOptions, prompt: PromptOptions, choice: TracingOptions, sampling: SamplingOptions
+    source: SourceOptions, prompt: SinglePromptOptions, choice: TracingOptions, sampling: SamplingOptions
 ) -> tuple[Inputs, TraceSpec, TraceRun]:
     """Model and facts, the options, which make sense together, and the run."""
     names = choice.state or (["hidden:1"] if choice.sever else [f"{kind}:{window}" for kind, window in DEFAULT_STATES])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from rich.console import Console
 
 from causalcone.engine.errors import ExperimentError
-from causalcone.runners.options import PromptOptions, PromptOutputOptions
+from causalcone.runners.options import PromptOutputOptions, SinglePromptOptions
 
 if TYPE_CHECKING:
     from causalcone.runners.results.folder import ResultFolder
@@ -48,7 +48,7 @@ def _parameters(group: type) -> Iterator[inspect.Parameter]:
         yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def check_place(prompt: PromptOptions, output: PromptOutputOptions) -> None:
+def check_place(prompt: SinglePromptOptions, output: PromptOutputOptions) -> None:
     """Refuse results of a file of facts that have no place."""
     if prompt.prompt is None and output.out is None:
         raise ExperimentError(

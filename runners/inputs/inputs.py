@@ -23,7 +23,7 @@ from causalcone.runners.facts.files import SkippedRecords, read_facts
 from causalcone.runners.options import (
     ComputeOptions,
     PromptFormOptions,
-    PromptOptions,
+    SinglePromptOptions,
     SourceOptions,
     StreamableSourceOptions,
 )
@@ -42,7 +42,7 @@ class Inputs:
     every: list[Fact]
     on_error: OnError
     skipped: list[str] = field(default_factory=list)
-    prompt: PromptOptions = field(default_factory=PromptOptions)
+    prompt: SinglePromptOptions = field(default_factory=SinglePromptOptions)
 
     @property
     def single(self) -> bool:
@@ -96,9 +96,9 @@ class Inputs:
         }
 
 
-def open_inputs(source: SourceOptions, prompt: PromptOptions | None = None) -> Inputs:
+def open_inputs(source: SourceOptions, prompt: SinglePromptOptions | None = None) -> Inputs:
     """Read the facts, or the prompt that is given in their place, and the model."""
-    prompt = prompt or PromptOptions()
+    prompt = prompt or SinglePromptOptions()
     _check_given(source.facts, prompt)
     on_error: OnError = "skip" if source.skip_bad_facts else "raise"
     if source.dtype is not None:
@@ -116,7 +116,7 @@ def open_inputs(source: SourceOptions, prompt: PromptOptions | None = None) -> I
     return Inputs(source, open_session(source), facts, on_error, problems)
 
 
-def _check_given(facts: str | None, prompt: PromptOptions) -> None:
+def _check_given(facts: str | None, prompt: SinglePromptOptions) -> None:
     """Refuse a prompt without its subject, two sources of facts, and none."""
     if prompt.prompt is None:
         extra = next((f"--{name}" for name, value in vars(prompt).items() if value is not None), None)
