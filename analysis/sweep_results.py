@@ -10,6 +10,7 @@ import polars as pl
 
 from causalcone.analysis.effects import At, Denominator, tracing_effects, zeroing_effects
 from causalcone.analysis.scores import Aggregate, edits_with_effects, mean_scores, scores
+from causalcone.analysis.tables.edits import finished, read_edits
 from causalcone.analysis.tables.names import SEVERED, words
 from causalcone.analysis.tables.traces import TableError, scan_folder
 from causalcone.engine.schemas import refuse_newer
@@ -81,6 +82,11 @@ class Study:
             self.needs(table, table)
         metrics = self.folder / "metrics" if self.has("metrics") else None
         return scores(self.folder / "edits", self.folder / "probes", metrics, self.aggregate)
+
+    @cached_property
+    def suspect(self) -> pl.DataFrame:
+        """The edits that were done and are out of the ordinary, with the reason."""
+        return finished(read_edits(self.folder / "edits")).filter(pl.col("suspect").is_not_null())
 
     @cached_property
     def mean_scores(self) -> pl.DataFrame:

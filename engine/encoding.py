@@ -3,9 +3,9 @@
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal, TypedDict, get_args
 
 from causalcone.engine.errors import ExperimentError, FactError
@@ -13,6 +13,9 @@ from causalcone.engine.facts import Fact, Joiner
 
 Bos = Literal["auto", "always", "never"]
 """Whether a prompt begins with the tokenizer's BOS token: as the tokenizer does it, or against that."""
+
+KEPT = 1 << 13
+"""Texts whose token ids are kept."""
 
 _LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 _SPACELESS = ("CJK", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
@@ -202,7 +205,12 @@ class PromptEncoder:
         except Exception as error:  # templates raise what they like
             raise ExperimentError(f"the tokenizer's chat template refuses these messages: {error}") from error
 
-    def _encoded(
+    @cached_property
+    def _encoded(self) -> Callable[..., tuple[tuple[int, ...], tuple[int, int] | None]]:
+        """``_tokenized``, which prompts of a fact need again and again; the latest texts are kept."""
+        return lru_cache(maxsize=KEPT)(self._tokenized)
+
+    def _tokenized(
         self, text: str, characters: tuple[int, int], chat: bool = False
     ) -> tuple[tuple[int, ...], tuple[int, int] | None]:
         """Token ids of a text with the special tokens that stand before it (a chat's stand in it), and the range of

@@ -13,7 +13,7 @@ SCHEMA_VERSION = 2
 VERSION_KEY = b"causalcone_schema"
 """Its name in the metadata of Parquet files."""
 
-ADDED: frozenset[str] = frozenset()
+ADDED: frozenset[str] = frozenset({"joiner", "joined", "key_alignment", "relative_norm", "suspect"})
 """Columns that tables of version 1 may lack. Reading makes them null there, log-probabilities those of the
 probabilities."""
 
@@ -77,6 +77,9 @@ EDIT_SCHEMA = _schema(
     delta_norm=_NUMBER,  # Frobenius norm of the change
     status=_TEXT,  # done or failed
     reason=_TEXT,  # of a failure
+    key_alignment=_NUMBER,  # the key that ROME solves for over the one it is to be like, along the edit's direction
+    relative_norm=_NUMBER,  # delta_norm over the norm of the changed weights
+    suspect=_TEXT,  # why the edit is out of the ordinary
 )
 
 # One row per edit and prompt.
@@ -100,6 +103,8 @@ FILTER_SCHEMA = _schema(
     completes=_FLAG,  # whether they hold the answer
     argmax=_FLAG,  # whether the answer is the model's first choice
     p_true=_NUMBER,
+    joiner=_TEXT,  # what stands between prompt and answer: space or none
+    joined=_FLAG,  # whether the answer's tokens are those of the joined text, not those that it has alone
 )
 
 # One row per fact of a sweep; the columns of the filter are null where it has not been.

@@ -83,6 +83,15 @@ PLAINER: Mapping[str, str] = {
 }
 """Plain words for pydantic's kinds of errors."""
 
+
+def plainly(problem: Mapping[str, Any], words: Mapping[str, str] = PLAINER) -> str:
+    """What is wrong with a value, of pydantic's account of it."""
+    if problem["type"] == "value_error":  # of our own, which says it
+        return str(problem["ctx"]["error"])
+    plainer = words.get(problem["type"])
+    return plainer.format(**problem.get("ctx", {})) if plainer else str(problem["msg"])
+
+
 _ALTERNATIVE = re.compile(r"bool|int|float|str|constrained-.*|.*\[.*")
 """Pydantic adds such names to a key for each of the types that its value may be of."""
 
@@ -91,9 +100,7 @@ def complaints(error: ValidationError) -> Iterator[str]:
     """Complaints about a table, a line for each key."""
     lines: dict[str, list[str]] = {}
     for problem in error.errors(include_url=False):
-        plainer = PLAINER.get(problem["type"])
-        text = plainer.format(**problem.get("ctx", {})) if plainer else problem["msg"]
         keys = [str(key) for key in problem["loc"] if not _ALTERNATIVE.fullmatch(str(key))]
-        lines.setdefault(".".join(keys), []).append(text)
+        lines.setdefault(".".join(keys), []).append(plainly(problem))
     for key, texts in lines.items():
         yield f"{key} {', or '.join(dict.fromkeys(texts))}".strip()

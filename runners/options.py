@@ -27,6 +27,11 @@ class ComputeOptions(ModelOptions):
     memory: str | None = option(None, "Bytes that a pass may take, such as 4GiB; half of what is free by default.")
 
 
+COLUMN_HELP = (
+    "Of flat records: the column that a field is in, FIELD=COLUMN, such as subject=name; repeat for several fields."
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PromptFormOptions:
     """How prompts are put to the model."""
@@ -58,14 +63,15 @@ class EditedPromptOptions(SinglePromptOptions):
 
 
 _FACTS_HELP = (
-    "File of facts: CounterFact, zsRE, known-facts JSON, or causalcone's JSONL; 'demo': the demo world; -: what comes "
-    "in on standard input."
+    "File of facts, of any format that 'causalcone data' reads; 'demo': the demo world; -: what comes in on standard "
+    "input."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FactsOptions(PromptFormOptions, ModelOptions):
     facts: str | None = option(None, _FACTS_HELP, show_default=False)
+    column: list[str] | None = option(None, COLUMN_HELP, show_default=False)
     limit: int | None = option(None, "Only the first N facts.", min=1)
     skip_bad_facts: bool = option(False, "List unusable facts and go on.", "--skip-bad-facts")
 
@@ -216,8 +222,8 @@ class CollectingOptions:
 
 
 _METHOD_HELP = (
-    "METHOD or METHOD:WINDOW: rome, memit, memit_joint (all facts in one change of the weights) or finetune, and how "
-    "many layers it edits together; repeat for several."
+    "METHOD or METHOD:WINDOW: rome (r-rome, p-rome: with its keys 'mean' or 'prompt'), memit, memit_joint (all facts "
+    "in one change of the weights) or finetune, and how many layers it edits together; repeat for several."
 )
 
 
@@ -262,7 +268,11 @@ class EditingOptions(EditMethodOptions):
         f"{_METHOD_HELP} Of a --prompt by default rome where there are --moments or --texts, else finetune.",
         show_default=False,
     )
-    problem: str = option("error_injection", f"{_PROBLEM_HELP}.")
+    problem: str | None = option(
+        None,
+        f"{_PROBLEM_HELP}. By default error_injection; fact_amplification where the facts' new answer is the true one.",
+        show_default=False,
+    )
     layers: str | None = option(
         None,
         f"{_LAYERS_HELP}: the edited ones, or windows' centres. By default the preset's, without one all; of a "

@@ -119,7 +119,8 @@ def study(file, tmp_path_factory):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs ``causalcone`` with arguments; returns the exit code and what it printed."""
+    """Runs ``causalcone`` with arguments; returns the exit code and what it printed, but for the note on subjects at
+    the first position, where some of the small facts have theirs."""
     from causalcone.runners.commands.app import main
 
     def run(*arguments):
@@ -128,6 +129,7 @@ def run(monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             main()
         printed = capsys.readouterr()
-        return stop.value.code or 0, printed.out, printed.err
+        told = [line for line in printed.err.splitlines(True) if "are the first token that the model reads" not in line]
+        return stop.value.code or 0, printed.out, "".join(told)
 
     return run

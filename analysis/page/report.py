@@ -202,7 +202,7 @@ def _by_layer(rows: pl.DataFrame, key: str, parts: Sequence[str], value: str, st
 
 
 def _edits(study: Study, store: _Store) -> dict[str, Any] | None:
-    """Scores of single edits: (facts, groups, layers, scores)."""
+    """Scores of single edits: (facts, groups, layers, scores); by fact/group/layer, why some are suspect."""
     try:
         scores = study.scores
     except TableError:
@@ -216,7 +216,11 @@ def _edits(study: Study, store: _Store) -> dict[str, Any] | None:
     fact = store.numbers_of(scores["fact_id"])
     for number, name in enumerate(SCORES):
         values[fact, group, layer, number] = scores[name].cast(pl.Float64).fill_null(np.nan).to_numpy()
-    return {"at": store.add(values), "groups": _named_rows(groups), "layers": layers, "scores": list(SCORES)}
+    marked = study.suspect.join(groups.with_row_index("group"), on=GROUP)
+    places = zip(store.numbers_of(marked["fact_id"]), marked["group"], marked["layer"], marked["suspect"], strict=True)
+    suspect = {f"{fact}/{group}/{layer}": reason for fact, group, layer, reason in places}
+    about = {"groups": _named_rows(groups), "layers": layers, "scores": list(SCORES), "suspect": suspect}
+    return {"at": store.add(values), **about}
 
 
 def _named_rows(frame: pl.DataFrame) -> list[dict[str, Any]]:

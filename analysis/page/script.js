@@ -233,14 +233,24 @@
       edits.groups.forEach((group, index) => {
         if (group.problem !== at("edit-problem").value) return;
         const values = edits.layers.map((_, layer) => editValue(fact, index, layer, score));
-        if (values.some((value) => !Number.isNaN(value)))
-          traces.push(line(traces.length, { name: group.name, x: edits.layers, y: values.map((value) => Number.isNaN(value) ? null : value) }));
+        if (values.every(Number.isNaN)) return;
+        const reasons = edits.layers.map((layer) => edits.suspect[`${fact.index}/${index}/${layer}`]);
+        const trace = line(traces.length, { name: group.name, x: edits.layers, y: values.map((value) => Number.isNaN(value) ? null : value) });
+        trace.text = reasons.map((reason) => reason ? `suspect: ${plain(reason)}` : "");
+        trace.marker.symbol = reasons.map((reason) => reason ? "asterisk-open" : trace.marker.symbol);
+        traces.push(trace);
       });
     }
     draw("edits", traces, {
       title: { text: "This fact's edits" }, margin: { l: 50, r: 15, t: 60, b: 44 }, showlegend: true,
       yaxis: { range: [-0.03, 1.05], title: { text: "score" } }, xaxis: { title: { text: "edited layer" } },
     });
+  }
+
+  function suspectText() {
+    const reasons = Object.values(data.edits?.suspect ?? {});
+    const counted = unique(reasons).map((reason) => `${reasons.filter((other) => other === reason).length} because ${reason}`);
+    return counted.length ? `Suspect edits, which count all the same (stars in the explorer): ${counted.join("; ")}.` : "";
   }
 
   // --- all facts ---
@@ -326,6 +336,7 @@
   at("about").textContent = `${data.title} — sweep ${data.status}, ${facts.length} facts`;
   at("answer").textContent = data.answer;
   at("header").textContent = data.header ? "Computed with " + data.header + "." : "";
+  at("suspect").textContent = suspectText();
   at("missing-box").hidden = data.missing.length === 0;
   at("missing").replaceChildren(...data.missing.map((text) => { const item = document.createElement("li"); item.textContent = text; return item; }));
   options("r2-score", unique(data.r2.map((row) => row.score))).onchange = drawR2;

@@ -6,11 +6,18 @@ import polars as pl
 
 from causalcone.engine.schemas import PROBLEMS
 
-METHODS = {"rome": "ROME", "memit": "MEMIT", "memit_joint": "joint MEMIT", "finetune": "FT"}
+METHODS = {
+    "rome": "ROME",
+    "r-rome": "R-ROME",
+    "p-rome": "p-ROME",
+    "memit": "MEMIT",
+    "memit_joint": "joint MEMIT",
+    "finetune": "FT",
+}
 """Names of methods in the papers' order; other methods go by the name that tables have, after these."""
 
 _LONG = {**METHODS, "finetune": "fine-tuning"}
-_OF_ONE_LAYER = ("rome",)
+_OF_ONE_LAYER = ("rome", "r-rome", "p-rome")
 
 SEVERED = {"mlp": "MLP outputs", "attn": "attention outputs", "both": "both outputs"}
 """Modules that tracing severs: methods are called ``sever_`` and one of these."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Unpack
 
@@ -251,7 +252,8 @@ class Editor:
 
         Args:
             requests: Requests, as ``Editor.requests`` makes them.
-            method: ``"rome"``, ``"memit"``, ``"memit_joint"``, ``"finetune"`` or a registered method's name.
+            method: ``"rome"``, ``"r-rome"``, ``"p-rome"``, ``"memit"``, ``"memit_joint"``, ``"finetune"``, or another
+                registered name; the edits are called so.
             layers: The layers, or the windows' centres, from 0, or ``"all"``; or lists of layers.
             window: Layers in a window; the method's default if None.
             hparams: Hyperparameters of the method; the defaults if None.
@@ -261,8 +263,15 @@ class Editor:
         """
         definition = method_named(method)
         listed, windows, checked = self._prepare(definition, requests, layers, window, hparams)
-        batches = definition.build(self._model(definition), checked).batches(listed, windows) if listed else iter(())
-        return each_within(self.session.computing, batches)
+        if not listed:
+            return iter(())
+        model = self._model(definition)
+
+        def named(batch: list[Edit]) -> list[Edit]:
+            return [model.judged(replace(edit, method=definition.name)) for edit in batch]
+
+        batches = definition.build(model, checked).batches(listed, windows)
+        return map(named, each_within(self.session.computing, batches))
 
     def run(
         self,

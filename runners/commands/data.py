@@ -7,13 +7,15 @@ from typing import Annotated
 from rich.console import Console
 from typer import Argument, Option
 
+from causalcone.runners.options import COLUMN_HELP
+
 
 def data(
     source: Annotated[
         str,
         Argument(
-            help="File of facts (CounterFact, zsRE or known-facts JSON, or causalcone's JSONL), folder or hub id of a "
-            "data set (needs the package datasets), or 'demo', the demo world."
+            help="File of facts (JSON, JSON lines, CSV, TSV or Parquet, of any format in docs/data.md), folder or hub "
+            "id of a data set (needs the package datasets), or 'demo', the demo world."
         ),
     ],
     out: Annotated[
@@ -24,8 +26,13 @@ def data(
     limit: Annotated[int | None, Option(help="Only the first N facts.", min=1)] = None,
     seed: Annotated[int, Option(help="Seed of the false targets that are drawn for zsRE.", min=0, max=2**32 - 1)] = 0,
     zsre_form: Annotated[
-        str, Option(help="Prompts and targets of zsRE: hase (question and answer), or meng (raw questions).")
+        str,
+        Option(
+            help="Prompts and targets of zsRE: hase (question and answer, another record's answer as the target), meng "
+            "(raw questions, the true answer), or alt (raw questions, the record's false answer)."
+        ),
     ] = "hase",
+    column: Annotated[list[str] | None, Option(help=COLUMN_HELP, show_default=False)] = None,
     skip_bad_facts: Annotated[
         bool, Option("--skip-bad-facts", help="List facts that cannot be used and write the others.")
     ] = False,
@@ -49,13 +56,20 @@ def data(
     from causalcone.runners.demo.files import path_of, title_of
     from causalcone.runners.facts import data as fact_data
     from causalcone.runners.facts.files import listed
+    from causalcone.runners.facts.formats.flat import parse_columns
 
     if check and model is None:
         raise ExperimentError("--check runs the prompts in a model; name it with --model")
     if out is not None:
         fact_data.refuse_occupied_file(out, overwrite)
     opened = fact_data.open_records(
-        path_of(source, "facts"), split, dataset_config, seed, zsre_form, title_of(source, "facts")
+        path_of(source, "facts"),
+        split,
+        dataset_config,
+        seed,
+        zsre_form,
+        title_of(source, "facts"),
+        parse_columns(column or ()),
     )
     usable = None if model is None else fact_data.encoding_check(path_of(model, "model"))
     facts, problems = opened.facts(limit, usable)
@@ -66,7 +80,7 @@ def data(
         if not skip_bad_facts:
             raise FactError(f"{complaint}\nnothing was written; fix them, or leave them out with --skip-bad-facts")
         warnings.warn(f"{complaint}\nthey were left out", stacklevel=2)
-    lines = [] if quiet else [*fact_data.summary(opened.schema, facts)]
+    lines = [] if quiet else [*fact_data.summary(opened.recognised, facts)]
     if check:
         from causalcone.engine.compute import Compute
         from causalcone.runners.facts.joiner_check import joiner_lines
@@ -85,6 +99,7 @@ COMMANDS = {
 causalcone data counterfact.json --out facts.jsonl
 causalcone data azhx/counterfact --split train --limit 1000 --out facts.jsonl --model gpt2-xl
 causalcone data zsre_mend_eval.json --zsre-form meng --skip-bad-facts --out zsre.jsonl
+causalcone data mine.csv --column subject=person --column target_true=city --out facts.jsonl
 causalcone data demo --out facts.jsonl
 causalcone data facts.jsonl --model ./my-model --check
 """

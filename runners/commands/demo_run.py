@@ -39,7 +39,7 @@ def run_demo(out: Path, facts: int, edits: int, console: Console, overwrite: boo
         console.print(f"stopped; the same command goes on from what is in {out}", highlight=False)
         return finished
     if finished.computed or not (out / PAGE).exists():  # which is written last
-        known, _ = read_facts(sweep)
+        known = read_facts(sweep).facts
         draw_traces(out, _first(out / TRACES), out / TRACES)
         draw_table(out, "severed", out / "traces")
         draw_table(out, "zeroing", out / ZEROED)

@@ -57,7 +57,8 @@ def edit(
                 )
             metrics = metrics_of(place, scoring.accuracy, scoring.generation or scoring.references is not None)
             sentence = done.sentence() if output.out is not None else done.sentence().partition(" -> ")[0]
-            show([*tables, *metrics, *failed_lines(done.failed)], sentence, figures)
+            reasons = failed_lines(done.failed) + failed_lines(done.suspect, "are suspect")
+            show([*tables, *metrics, *reasons], sentence, figures)
 
 
 COMMANDS = {

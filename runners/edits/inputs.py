@@ -13,7 +13,7 @@ from causalcone.engine.edit.editor import Editor
 from causalcone.engine.edit.methods.registry import methods
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.problems import make_requests
-from causalcone.engine.edit.requests.requests import ERROR_INJECTION, NOISY, Request
+from causalcone.engine.edit.requests.requests import ERROR_INJECTION, FACT_AMPLIFICATION, NOISY, Request
 from causalcone.engine.edit.requests.windows import as_windows
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.encoding import prompt_record
@@ -61,16 +61,25 @@ def editing(
         raise ExperimentError("--keep-deltas writes files: give --out with a folder for them, or leave it out")
     choice = _completed(choice, prompt)
     layers = None if choice.layers is None else parse_layers(choice.layers)
-    plan = plan_of(choice, choice.problem, layers, scoring.aggregate)
+    plan = plan_of(choice, choice.problem or ERROR_INJECTION, layers, scoring.aggregate)
     texts = read_texts(choice, plan, scoring)
     inputs = open_inputs(source, prompt)
     if inputs.single:
         inputs = replace(inputs, every=[_answered(inputs, prompt)])
         plan = replace(plan, layers=layers or (inputs.session.sizes.depth // 4,))
+    elif choice.problem is None and all(fact.target_new == fact.target_true for fact in inputs.facts):
+        plan = plan_of(choice, FACT_AMPLIFICATION, layers, scoring.aggregate)
+        warnings.warn(_TOWARDS_TRUE.format(source.facts), stacklevel=2)
     editor = editor_of(inputs, choice, plan, texts.contexts)
     moments = moments_of(inputs, choice, plan, texts.running, output.quiet)
     study = prepared_edits(editor, moments, inputs, choice, plan, scoring, texts.references)
     return replace(study, collected=None if texts.running is None else moments)
+
+
+_TOWARDS_TRUE = (
+    "the new answer of all facts of {} is the true one: the problem is fact_amplification, which trains towards it. "
+    "Meng et al. edit so whether or not the model knows a fact; --no-filter does that"
+)
 
 
 def _completed(choice: EditingOptions, prompt: EditedPromptOptions) -> EditingOptions:
@@ -79,7 +88,7 @@ def _completed(choice: EditingOptions, prompt: EditedPromptOptions) -> EditingOp
         if not choice.method:
             raise ExperimentError(f"--method is missing: give one or more of {', '.join(methods())}")
         return choice
-    if choice.problem == ERROR_INJECTION and prompt.new is None:
+    if choice.problem in (None, ERROR_INJECTION) and prompt.new is None:
         raise ExperimentError("--new is missing: give what the edited model is to answer, such as --new Rome")
     usual = "finetune" if choice.moments is None and choice.texts is None else "rome"
     return replace(choice, method=choice.method or [usual], filtered=False)

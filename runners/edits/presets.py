@@ -62,7 +62,7 @@ _FIELDS: dict[Any, Any] = {
     float: _Amount,
     float | None: Annotated[_Amount | None, BeforeValidator(lambda value: None if value == NEVER else value)],
 }
-"""How a file's value is checked, by the type of the hyperparameter."""
+"""How a file's value is checked, by the type of the hyperparameter; words by themselves."""
 
 
 @cache
@@ -71,7 +71,8 @@ def _forms(known: tuple[Method, ...]) -> tuple[type[CheckedTable], type[CheckedT
     defaults: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     for method in known:
-        fields: dict[str, Any] = {name: (_FIELDS[kind], None) for name, kind in kinds_of(method.hparams).items()}
+        kinds = kinds_of(method.hparams).items()
+        fields: dict[str, Any] = {name: (_FIELDS.get(kind, kind), None) for name, kind in kinds}
         form: Any = create_model(method.preset_name, __base__=CheckedTable, **fields)
         defaults[method.preset_name] = (form, None)
         by_window = Annotated[dict[int, form], BeforeValidator(_by_window)]
@@ -143,7 +144,7 @@ def load_hparams(preset: str, method: str, problem: str, window: int = 1) -> Hpa
     settings = loaded.problems[problem].get(kind.preset_name, {})
     if kind.by_window and settings:
         settings = settings[min(settings, key=lambda size: (abs(size - window), size))]
-    return kind.hparams(**{**loaded.defaults.get(kind.preset_name, {}), **settings})
+    return kind.checked(kind.hparams(**{**loaded.defaults.get(kind.preset_name, {}), **settings}))
 
 
 # --- writing ---

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from causalcone.engine.edit.methods.hparams import Hparams, kinds_of
+from causalcone.engine.edit.methods.hparams import Hparams, is_word, kinds_of
 from causalcone.engine.edit.methods.method import Method
 from causalcone.engine.edit.methods.registry import method_named, methods
 from causalcone.engine.edit.requests.requests import check_problem
@@ -39,7 +39,16 @@ class Setting:
 
     @property
     def configuration(self) -> dict[str, Any]:
-        return {"method": self.method, "window": self.window, "hparams": asdict(self.hparams)}
+        return {"method": self.method, "window": self.window, "hparams": record(self.hparams)}
+
+
+def record(hparams: Hparams) -> dict[str, Any]:
+    """The hyperparameters by name, words only where they are not the default: folders of 0.1.0, which have none, go
+    on."""
+    usual = asdict(type(hparams)())
+    return {
+        name: value for name, value in asdict(hparams).items() if value != usual[name] or not isinstance(value, str)
+    }
 
 
 @dataclass(frozen=True)
@@ -143,7 +152,7 @@ def _settings(
     for method, size in pairs:
         if any((method.name, size) == (setting.method, setting.window) for setting in settings):
             raise ExperimentError(f"the method {method.name} with window {size} is given twice; give it once")
-        hparams = method.hparams() if preset is None else load_hparams(preset, method.name, problem, size)
+        hparams = method.checked(None) if preset is None else load_hparams(preset, method.name, problem, size)
         settings.append(Setting(method.name, size, changed(method.name, hparams, parsed)))
     for change in parsed:
         check_known(change, settings)
@@ -197,9 +206,9 @@ class Change:
     def is_of(self, method: str, hparams: Hparams) -> bool:
         return self.method in (None, method) and self.name in kinds_of(type(hparams))
 
-    def read(self, hparams: Hparams) -> int | float | None:
+    def read(self, hparams: Hparams) -> int | float | str | None:
         kind = kinds_of(type(hparams))[self.name]
-        if not isinstance(self.value, str):
+        if not isinstance(self.value, str) or is_word(kind):
             return self.value
         if self.value == "never" and type(None) in get_args(kind):
             return None
@@ -212,6 +221,9 @@ class Change:
 def changed(method: str, hparams: Hparams, changes: Sequence[Change]) -> Hparams:
     applying = [change for change in changes if change.is_of(method, hparams)]
     try:
-        return replace(hparams, **{change.name: change.read(hparams) for change in applying})
+        given = replace(hparams, **{change.name: change.read(hparams) for change in applying})
+        if given != (meant := method_named(method).checked(given)):
+            raise ExperimentError(f"the name stands for {meant}; leave it out, or choose another method")
+        return given
     except CausalconeError as error:
         raise ExperimentError(f"{' '.join(map(str, applying))} of {method}: {error}") from error

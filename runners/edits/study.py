@@ -31,18 +31,19 @@ DELTAS, MOMENTS = "deltas", "moments.safetensors"
 
 @dataclass(frozen=True)
 class EditsDone:
-    """The results of a study in ``path``: the number of edits, of ``facts`` facts, in ``seconds``; failed: how many for
-    which reason."""
+    """The results of a study in ``path``: the number of edits, of ``facts`` facts, in ``seconds``; failed, suspect: how
+    many for which reason."""
 
     path: Path
     facts: int
     edits: int
     failed: Mapping[str, int]
+    suspect: Mapping[str, int]
     seconds: float
 
     @property
     def results(self) -> dict[str, Any]:
-        counts = {"facts": self.facts, "edits": self.edits, "failed": dict(self.failed)}
+        counts = {"facts": self.facts, "edits": self.edits, "failed": {**self.failed}, "suspect": {**self.suspect}}
         return {**counts, "seconds": round(self.seconds, 3)}
 
     def sentence(self) -> str:
@@ -102,7 +103,7 @@ class EditStudy:
         if self.collected is not None:
             self.collected.save(folder.path / MOMENTS)
         started = time.monotonic()
-        failed: Counter[str] = Counter()
+        reasons: tuple[Counter[str], Counter[str]] = Counter(), Counter()
         count = 0
         with ExitStack() as stack:
             schemas = {"edits": EDIT_SCHEMA, "probes": PROBE_SCHEMA, "metrics": METRIC_SCHEMA}
@@ -113,13 +114,14 @@ class EditStudy:
                     progress(0, total)
                     for batch in self._batches(setting):
                         scored = self._written(batch, tables, folder.path / DELTAS)
-                        failed.update(edit.reason for edit in scored if edit.reason is not None)
+                        for counted, told in zip(reasons, _told(scored), strict=True):
+                            counted.update(told)
                         seen(scored)
                         done += len(batch)
                         progress(done, total)
                         del batch, scored  # its changes of weights, before those of the next one are made
                 count += done
-        return EditsDone(folder.path / "edits", len(self.requests), count, failed, time.monotonic() - started)
+        return EditsDone(folder.path / "edits", len(self.requests), count, *reasons, time.monotonic() - started)
 
     def _written(self, batch: Sequence[Edit], tables: Mapping[str, TableWriter], deltas: Path) -> list[Edit]:
         """Score edits and write their tables; the edits, of which some may have failed in that."""
@@ -138,6 +140,12 @@ class EditStudy:
 
     def _edits(self, requests: Sequence[Request], setting: Setting) -> Iterator[list[Edit]]:
         return self.editor.batches(requests, setting.method, self.plan.layers, setting.window, setting.hparams)
+
+
+def _told(edits: Sequence[Edit]) -> tuple[list[str], list[str]]:
+    """The reasons why some failed, and why others are suspect."""
+    failed = [edit.reason for edit in edits if edit.reason is not None]
+    return failed, [edit.suspect for edit in edits if edit.reason is None and edit.suspect is not None]
 
 
 def _save_deltas(edits: Sequence[Edit], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Reading facts from the published file formats, and reading and writing causalcone's JSON lines."""
+"""Reading facts from files of every format, and writing causalcone's JSON lines."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 from pydantic import ValidationError
 
 from causalcone.engine.errors import FactError
 from causalcone.engine.facts import Fact, OnError
-from causalcone.runners.checked_files import PLAINER, read_text
-from causalcone.runners.facts.schemas import SCHEMAS, Convert, ZsreForm, converter, detect_schema
+from causalcone.runners.checked_files import PLAINER, plainly
+from causalcone.runners.facts.records import is_table, read_records, without_nulls
+from causalcone.runners.facts.schemas import Recognised, ZsreForm, in_form, named_columns, recognise, supported
+
+Check = Callable[[Fact], object]
 
 
 class SkippedRecords(UserWarning):
@@ -27,6 +31,14 @@ class SkippedRecords(UserWarning):
         self.problems = tuple(problems)
 
 
+class FactsRead(NamedTuple):
+    """Facts of a file, what is wrong with records that are left out, and what the file was taken for."""
+
+    facts: list[Fact]
+    problems: list[str]
+    recognised: Recognised
+
+
 def load_facts(
     path: str | os.PathLike[str],
     limit: int | None = None,
@@ -34,28 +46,31 @@ def load_facts(
     *,
     zsre_form: ZsreForm = "hase",
     on_error: OnError = "raise",
+    columns: Mapping[str, str] | None = None,
 ) -> list[Fact]:
-    """Facts of a JSON or JSON-lines file, in the file's order (docs/data.md).
+    """Facts of a file: JSON, JSON lines, CSV, TSV or Parquet, in the file's order (docs/data.md).
 
-    The schema is recognised by content: CounterFact, MEND's zsRE evaluation file, ROME's known facts, or the lines that
-    ``save_facts`` writes. Ids are case_id, known_id or id where the file has one, else the record's index from 0.
+    The format is recognised by content: CounterFact, zsRE, ROME's known facts, KnowEdit, EasyEdit's files, MQuAKE,
+    RippleEdits, WikiBigEdit, UltraEditBench, or the lines that ``save_facts`` writes. Ids are case_id, known_id or id
+    where the file has one, else the record's index from 0; edits of one MQuAKE case are "case/0", "case/1", ...
 
     Args:
         path: The file.
         limit: Take the first N facts only.
         seed: Draws zsRE's ``target_new``.
         zsre_form: "hase" for question and answer prompts, with false targets from other records; "meng" for raw
-            questions, whose answer is both targets.
+            questions, whose answer is both targets; "alt" for raw questions with the record's own false target.
         on_error: "skip" leaves out bad records, and later ones of an id that was there before, and lists them in one
             warning, ``SkippedRecords``.
+        columns: For flat records of one's own, by field the column that it is in, such as ``{"subject": "name"}``.
 
     Raises:
         FactError: Names the file and the record at fault.
     """
-    facts, problems = read_facts(path, limit, seed, zsre_form=zsre_form, on_error=on_error)
-    if problems:
-        warnings.warn(SkippedRecords(Path(path), problems), stacklevel=2)
-    return facts
+    read = read_facts(path, limit, seed, zsre_form=zsre_form, on_error=on_error, columns=columns)
+    if read.problems:
+        warnings.warn(SkippedRecords(Path(path), read.problems), stacklevel=2)
+    return read.facts
 
 
 def read_facts(
@@ -65,26 +80,21 @@ def read_facts(
     *,
     zsre_form: ZsreForm = "hase",
     on_error: OnError = "raise",
-) -> tuple[list[Fact], list[str]]:
-    """As ``load_facts``: the facts, and what is wrong with the records that are left out."""
+    columns: Mapping[str, str] | None = None,
+) -> FactsRead:
+    """As ``load_facts``: the facts, what is wrong with the records that are left out, and what the file is."""
     path = Path(path)
     if limit is not None and limit < 1:
         raise FactError(f"limit is {limit}; it must be at least 1, or None for all facts")
     if on_error not in ("raise", "skip"):
         raise FactError(f"on_error is {on_error!r}; it must be 'raise' or 'skip'")
-    if zsre_form not in ("hase", "meng"):
-        raise FactError(f"zsre_form is {zsre_form!r}; it must be 'hase' or 'meng'")
-
-    records = read_records(path)
-    convert = converter(known_schema(path, records), records, seed, zsre_form)
+    opened = open_file(path, path, seed, checked_form(zsre_form), columns)
     if on_error == "raise":
-        facts = [_convert(path, index, record, convert) for index, record in enumerate(records[:limit])]
-        _refuse_duplicates(path, facts)
-        return facts, []
-    facts, problems = good_facts(path, records, convert, limit)
+        return FactsRead(opened.good_facts(limit), [], opened.recognised)
+    facts, problems = opened.facts(limit)
     if not facts:
         raise FactError(f"{path} holds no usable fact; the first problem: {problems[0]}")
-    return facts, problems
+    return FactsRead(facts, problems, opened.recognised)
 
 
 def save_facts(facts: Iterable[Fact], path: str | os.PathLike[str]) -> None:
@@ -108,26 +118,93 @@ def save_facts(facts: Iterable[Fact], path: str | os.PathLike[str]) -> None:
         raise FactError(f"cannot write {path}: {error.strerror}") from error
 
 
-def good_facts(
-    place: str | Path, records: Iterable[Any], convert: Convert, limit: int | None
-) -> tuple[list[Fact], list[str]]:
-    """The first ``limit`` records that are facts, and what is wrong with those between them, a line each. No further
-    record is taken. Of several with one id the first counts; ``place`` names the source in messages."""
-    facts: dict[str, Fact] = {}
-    problems: list[str] = []
-    for index, record in enumerate(records):
+@dataclass(frozen=True)
+class Records:
+    """Records of one format, read while they are taken; place: what they are of, in words."""
+
+    place: str | Path
+    recognised: Recognised
+    records: Iterable[Any]
+
+    def facts(self, limit: int | None, check: Check | None = None) -> tuple[list[Fact], list[str]]:
+        """The first ``limit`` facts that ``check`` raises no error of, and what is wrong with records before those, a
+        line each. No further record is taken. Of several facts with one id the first counts."""
+        facts: dict[str, Fact] = {}
+        problems: list[str] = []
+        for index, record in enumerate(self.records):
+            try:
+                found = self._facts_of(index, record, check)
+            except FactError as error:
+                problems.append(str(error))
+                continue
+            again = [fact.id for fact in found if fact.id in facts]
+            problems += [f"{_place(self.place, index, record)}: the id {name!r} was there before" for name in again]
+            facts |= {fact.id: fact for fact in found if fact.id not in again}
+            if limit is not None and len(facts) >= limit:
+                break
+        return list(facts.values())[:limit], problems
+
+    def good_facts(self, limit: int | None) -> list[Fact]:
+        """The first ``limit`` facts. Raises ``FactError`` for a record that is none, or ids that are there twice."""
+        facts: list[Fact] = []
+        for index, record in enumerate(self.records):
+            facts += self._facts_of(index, record)
+            if limit is not None and len(facts) >= limit:
+                break
+        _refuse_duplicates(self.place, facts[:limit])
+        return facts[:limit]
+
+    def _facts_of(self, index: int, record: Any, check: Check | None = None) -> list[Fact]:
+        place = _place(self.place, index, record)
+        if not isinstance(record, Mapping):
+            raise FactError(f"{place} is {_kind(record)}, not an object")
         try:
-            fact = _convert(place, index, record, convert)
-        except FactError as error:
-            problems.append(str(error))
-            continue
-        if fact.id in facts:
-            problems.append(f"{_place(place, index, record)}: the id {fact.id!r} was there before")
-            continue
-        facts[fact.id] = fact
-        if len(facts) == limit:
-            break
-    return list(facts.values()), problems
+            facts = self.recognised.schema.facts(index, record)
+            for fact in facts if check else ():
+                check(fact)  # type: ignore[misc]
+        except ValidationError as error:
+            complaints = (
+                f"{'.'.join(map(str, problem['loc']))} {plainly(problem, _PLAINER)}"
+                for problem in error.errors(include_url=False)
+            )
+            raise FactError(f"{place}: {'; '.join(complaints)}") from error
+        except ValueError as error:
+            raise FactError(f"{place}: {error}") from error
+        return facts
+
+
+_PLAINER = {
+    **PLAINER,
+    **dict.fromkeys(("model_type", "model_attributes_type", "dataclass_type", "dict_type"), "must be an object"),
+    "extra_forbidden": "is not a field of a fact",
+    "unexpected_keyword_argument": "is not a field of a probe",
+}
+
+
+def open_file(
+    path: Path, place: str | Path, seed: int, form: ZsreForm, columns: Mapping[str, str] | None = None
+) -> Records:
+    """The records of a file, which messages call ``place``; the others as of ``load_facts``."""
+    records, table = read_records(path), is_table(path)
+    if columns:
+        names = (key for record in records if isinstance(record, Mapping) for key in record)
+        recognised: Recognised | None = named_columns(columns, names)
+    else:
+        recognised = recognise(records, table)
+    if recognised is None:
+        raise FactError(f"{place} holds no facts: {_found(records)}. Supported are {supported()}")
+    schema = in_form(recognised.schema, form, seed, records)
+    if table:
+        records = [without_nulls(record) for record in records]
+    return Records(place, dataclasses.replace(recognised, schema=schema), records)
+
+
+def checked_form(zsre_form: str) -> ZsreForm:
+    """The form of that name. Raises ``FactError`` where there is none."""
+    for form in get_args(ZsreForm):
+        if form == zsre_form:
+            return form
+    raise FactError(f"zsre_form is {zsre_form!r}; choose from {', '.join(get_args(ZsreForm))}")
 
 
 def listed(problems: Sequence[str], most: int) -> str:
@@ -136,7 +213,7 @@ def listed(problems: Sequence[str], most: int) -> str:
     return "".join(f"\n  {problem}" for problem in problems[:most]) + more
 
 
-def _refuse_duplicates(path: Path, facts: Sequence[Fact]) -> None:
+def _refuse_duplicates(path: str | Path, facts: Sequence[Fact]) -> None:
     repeated = [name for name, count in Counter(fact.id for fact in facts).items() if count > 1]
     if repeated:
         more = f" and {len(repeated) - 10} more" if len(repeated) > 10 else ""
@@ -146,66 +223,12 @@ def _refuse_duplicates(path: Path, facts: Sequence[Fact]) -> None:
         )
 
 
-def _convert(place: str | Path, index: int, record: Any, convert: Convert) -> Fact:
-    if not isinstance(record, Mapping):
-        raise FactError(f"{_place(place, index, record)} is {_kind(record)}, not an object")
-    try:
-        return convert(index, record)
-    except ValidationError as error:
-        complaints = (
-            f"{'.'.join(map(str, problem['loc']))} {_PLAINER.get(problem['type'], problem['msg'])}"
-            for problem in error.errors(include_url=False)
-        )
-        raise FactError(f"{_place(place, index, record)}: {'; '.join(complaints)}") from error
-    except ValueError as error:
-        raise FactError(f"{_place(place, index, record)}: {error}") from error
-
-
-_PLAINER = {**PLAINER, "model_type": "must be an object", "extra_forbidden": "is not a field of a fact"}
-
-
 def _place(place: str | Path, index: int, record: Any) -> str:
     if isinstance(record, Mapping):
         for key in ("case_id", "known_id", "id"):
             if record.get(key) is not None:
                 return f"{place}: record {index} ({key} {record[key]})"
     return f"{place}: record {index}"
-
-
-def read_records(path: Path) -> list[Any]:
-    """The items of a JSON list, the one object of a file, or one object per line."""
-    text = read_text(path)
-    if not text.strip():
-        raise FactError(f"{path} is empty")
-    try:
-        content = json.loads(text)
-    except RecursionError:
-        raise FactError(f"{path} is nested too deeply to be a fact file") from None
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            return _read_lines(path, text)
-        raise FactError(f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
-    return content if isinstance(content, list) else [content]
-
-
-def _read_lines(path: Path, text: str) -> list[Any]:
-    records = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise FactError(
-                    f"{path} is not JSON lines: {error.msg} at line {number}, column {error.colno}"
-                ) from error
-    return records
-
-
-def known_schema(path: Path, records: Sequence[Any]) -> str:
-    schema = detect_schema(records)
-    if schema is None:
-        raise FactError(f"{path} is JSON, but holds no facts: {_found(records)}. Supported are {supported()}")
-    return schema
 
 
 def _found(records: Sequence[Any]) -> str:
@@ -220,7 +243,3 @@ def _found(records: Sequence[Any]) -> str:
 def _kind(value: Any) -> str:
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return kinds.get(type(value), "a number")
-
-
-def supported() -> str:
-    return "; ".join(description for _, description in SCHEMAS.values())

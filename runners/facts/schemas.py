@@ -1,210 +1,147 @@
-"""The published schemas of fact files, and how one record of each becomes a ``Fact`` (docs/data.md, "Sources")."""
+"""The formats of fact files, a registration each, and how records are recognised (docs/data.md, "Formats")."""
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, get_type_hints
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Literal
 
-import numpy as np
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictStr, create_model
-from pydantic_core import PydanticCustomError
+from pydantic import AliasChoices, BaseModel
 
+from causalcone.engine.errors import FactError
 from causalcone.engine.facts import Fact
+from causalcone.runners.facts.formats.benchmarks import MquakeRecord, RippleRecord, from_mquake, from_ripple
+from causalcone.runners.facts.formats.flat import FIELDS, EditRecord, flat_model, from_flat
+from causalcone.runners.facts.formats.published import (
+    CounterFactRecord,
+    FactLine,
+    KnownFact,
+    ZsreRecord,
+    draw_other_answers,
+    from_counterfact,
+    from_known_fact,
+    from_own_line,
+    from_zsre_as_hase,
+    from_zsre_as_meng,
+)
 
 Record = Mapping[str, Any]
-Convert = Callable[[int, Record], Fact]
-ZsreForm = Literal["hase", "meng"]
+ZsreForm = Literal["hase", "meng", "alt"]
 
 
-def _usable_text(text: str) -> str:
-    if not text.strip():
-        raise PydanticCustomError("blank", "is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise PydanticCustomError("surrogate", "holds half of a surrogate pair, which is not a character") from None
-    return text
+@dataclass(frozen=True)
+class Schema:
+    """A format. marks: keys, each enough to recognise it by, or several together; model: what a record must be;
+    convert: a record so checked, and its index, to facts; description: in a few words, with the keys."""
+
+    name: str
+    marks: tuple[str, ...]
+    model: type[BaseModel]
+    convert: Callable[[Any, int], list[Fact]]
+    description: str
+
+    def mark(self, keys: Iterable[str]) -> str | None:
+        """The mark that a record of these keys has."""
+        return next((mark for mark in self.marks if {*mark.split()} <= {*keys}), None)
+
+    def fits(self, columns: Iterable[str]) -> bool:
+        """Whether a table of these columns can be one of such records: its rows, unlike a file's, all have them."""
+        fields = {tuple(_names(name, field)): field for name, field in self.model.model_fields.items()}
+        columns = {*columns}
+        closed = self.model.model_config.get("extra") == "forbid" and columns - {
+            name for names in fields for name in names
+        }
+        return not closed and all(columns & {*names} for names, field in fields.items() if field.is_required())
+
+    def facts(self, index: int, record: Record) -> list[Fact]:
+        """The facts of a record. Raises pydantic's ``ValidationError``, or ``ValueError``."""
+        return self.convert(self.model.model_validate(record), index)
 
 
-def _identifier_text(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | str | None):
-        raise PydanticCustomError("identifier", "must be a whole number or a string")
-    return str(value) if isinstance(value, int) else value
+def _names(name: str, field: Any) -> Sequence[Any]:
+    alias = field.validation_alias
+    return alias.choices if isinstance(alias, AliasChoices) else [alias or name]
 
 
-Text = Annotated[StrictStr, AfterValidator(_usable_text)]
-Prompts = tuple[Text, ...]
-Identifier = Annotated[Text | None, BeforeValidator(_identifier_text)]
+# fmt: off
+SCHEMAS = (  # of a record the first whose marks it has
+    Schema("mquake", ("requested_rewrite questions",), MquakeRecord, from_mquake,
+           "MQuAKE (requested_rewrite, questions, new_answer)"),
+    Schema("counterfact", ("requested_rewrite",), CounterFactRecord, from_counterfact,
+           "CounterFact (requested_rewrite, case_id)"),
+    Schema("rippleedits", ("edit",), RippleRecord, from_ripple,
+           "RippleEdits (edit, Relation_Specificity, Forgetfulness, ...)"),
+    Schema("zsre", ("src answers",), ZsreRecord, from_zsre_as_meng,
+           "MEND's zsRE evaluation file (src, subject, answers, rephrase, loc)"),
+    Schema("known", ("attribute", "known_id"), KnownFact, from_known_fact,
+           "ROME's known facts (prompt, subject, attribute, known_id)"),
+    Schema("wikibigedit", ("update",), EditRecord, from_flat,
+           "WikiBigEdit (subject, update, ans, rephrase, personas, mhop, loc)"),
+    Schema("knowedit", ("prompt locality", "prompt portability", "concept labels"), EditRecord, from_flat,
+           "KnowEdit, EasyEdit's requests (subject, prompt, target_new, portability, locality)"),
+    Schema("fact", ("target_true",), FactLine, from_own_line,
+           "causalcone's own lines (id, prompt, subject, target_true, ...)"),
+    Schema("easyedit", ("prompt target_new", "src alt"), EditRecord, from_flat,
+           "EasyEdit's files (subject, prompt, target_new, ground_truth, rephrase_prompt, ...)"),
+    Schema("ultraedit", ("prompt ans", "src ans"), EditRecord, from_flat,
+           "UltraEditBench, zsRE for lifelong editing (subject, prompt or src, ans, rephrase, loc)"),
+)
+# fmt: on
 
 
-class CounterFactTarget(BaseModel):
-    text: Text = Field(alias="str")
-    id: str | None = None
+@dataclass(frozen=True)
+class Recognised:
+    """The format of records; why: the keys that it is known by, and how many records have them."""
+
+    schema: Schema
+    why: str
+
+    def lines(self) -> list[str]:
+        """What it is and why, for people."""
+        return [f"schema: {self.schema.description}", f"recognised by: {self.why}"]
 
 
-class CounterFactRewrite(BaseModel):
-    prompt: Text
-    subject: Text
-    target_true: CounterFactTarget
-    target_new: CounterFactTarget | None = None
-    relation_id: str | None = None
+def recognise(records: Iterable[Any], table: bool = False) -> Recognised | None:
+    """The format that most records have, so that a broken one does not hide what a file is. table: of a table's rows,
+    each of which has all columns."""
+    found: Counter[tuple[Schema, str]] = Counter()
+    shapes = Counter(tuple(record) for record in records if isinstance(record, Mapping))
+    for keys, count in shapes.items():
+        fitting = (schema for schema in SCHEMAS if not table or schema.fits(keys))
+        marked = ((schema, mark) for schema in fitting if (mark := schema.mark(keys)))
+        found.update(dict.fromkeys(islice(marked, 1), count))
+    if not found:
+        return None
+    (schema, mark), count = found.most_common(1)[0]
+    kind = "columns" if table else "keys"
+    often = "" if table else f" of {count:,} of {shapes.total():,} records"
+    return Recognised(schema, f"{kind} {', '.join(mark.split())}{often}")
 
 
-class CounterFactRecord(BaseModel):
-    case_id: Identifier = None
-    requested_rewrite: CounterFactRewrite
-    paraphrase_prompts: Prompts = ()
-    neighborhood_prompts: Prompts = ()
-    attribute_prompts: Prompts = ()
-    generation_prompts: Prompts = ()
+def named_columns(columns: Mapping[str, str], found: Iterable[str]) -> Recognised:
+    """A flat table whose columns are named. Raises ``FactError`` for a field or a column that is not there."""
+    found = [*dict.fromkeys(found)]
+    for field, column in columns.items():
+        if field not in FIELDS:
+            raise FactError(f"there is no field {field!r} for the column {column!r}; choose from {', '.join(FIELDS)}")
+        if column not in found:
+            raise FactError(f"there is no column {column!r} for {field}; there are {', '.join(found)}")
+    named = ", ".join(f"{field}={column}" for field, column in columns.items())
+    schema = Schema("columns", (), flat_model(columns), from_flat, "flat records (subject, prompt, target_true, ...)")
+    return Recognised(schema, f"named columns {named}")
 
 
-class ZsreRecord(BaseModel):
-    case_id: Identifier = None
-    src: Text
-    subject: Text
-    answers: Annotated[tuple[Text, ...], Field(min_length=1)]
-    rephrase: Text | None = None
-    loc: Text | None = None
-    loc_ans: Text | None = None
+def in_form(schema: Schema, form: ZsreForm, seed: int, records: Sequence[Any]) -> Schema:
+    """The schema as its records are to be read: zsRE's have three forms."""
+    if schema.name != "zsre" or form == "meng":
+        return schema
+    if form == "alt":
+        return replace(schema, model=EditRecord, convert=from_flat)
+    drawn = draw_other_answers(records, seed)
+    return replace(schema, convert=lambda item, index: from_zsre_as_hase(item, index, drawn[index]))
 
 
-class KnownFact(BaseModel):
-    known_id: Identifier = None
-    prompt: Text
-    subject: Text
-    attribute: Text
-    relation_id: str | None = None
-
-
-def _own_line_model() -> type[BaseModel]:
-    """Fact's fields as a model: unknown names and blank texts are refused, and the id may be missing."""
-    stricter: dict[Any, Any] = {str: Text, str | None: Text | None, tuple[str, ...]: Prompts}
-    hints = get_type_hints(Fact)
-    columns: dict[str, Any] = {
-        field.name: (
-            stricter.get(hints[field.name], hints[field.name]),
-            ... if field.default is dataclasses.MISSING else field.default,
-        )
-        for field in dataclasses.fields(Fact)
-    }
-    columns["id"] = (Identifier, None)
-    return create_model("FactLine", __config__=ConfigDict(extra="forbid"), **columns)
-
-
-FactLine = _own_line_model()
-
-
-# The keys by which a schema is known: no other schema's records have them. The project's comes last.
-SCHEMAS: dict[str, tuple[frozenset[str], str]] = {
-    "counterfact": (frozenset({"requested_rewrite"}), "CounterFact (requested_rewrite, case_id)"),
-    "zsre": (frozenset({"src", "answers"}), "MEND's zsRE evaluation file (src, subject, answers, rephrase, loc)"),
-    "known": (frozenset({"attribute", "known_id"}), "ROME's known facts (prompt, subject, attribute, known_id)"),
-    "fact": (frozenset({"target_true"}), "causalcone's own lines (id, prompt, subject, target_true, ...)"),
-}
-
-
-def detect_schema(records: Sequence[Any]) -> str | None:
-    """The schema of the first record that has one, so that one broken record does not hide what the file is."""
-    for record in records:
-        if isinstance(record, Mapping):
-            for name, (marks, _) in SCHEMAS.items():
-                if marks & record.keys():
-                    return name
-    return None
-
-
-def converter(schema: str, records: Sequence[Any], seed: int, zsre_form: ZsreForm) -> Convert:
-    if schema != "zsre":
-        return {"counterfact": _from_counterfact, "known": _from_known_fact, "fact": _from_own_line}[schema]
-    drawn = draw_other_answers(records, seed) if zsre_form == "hase" else ()
-    return lambda index, record: _from_zsre(index, record, zsre_form, drawn)
-
-
-def _from_counterfact(index: int, record: Record) -> Fact:
-    case = CounterFactRecord.model_validate(record)
-    rewrite = case.requested_rewrite
-    return Fact(
-        id=_identifier(case.case_id, index),
-        prompt=rewrite.prompt,
-        subject=rewrite.subject,
-        target_true=rewrite.target_true.text,
-        target_new=rewrite.target_new.text if rewrite.target_new else None,
-        paraphrase_prompts=case.paraphrase_prompts,
-        neighborhood_prompts=case.neighborhood_prompts,
-        attribute_prompts=case.attribute_prompts,
-        generation_prompts=case.generation_prompts,
-        relation_id=rewrite.relation_id,
-        target_true_id=rewrite.target_true.id,
-        target_new_id=rewrite.target_new.id if rewrite.target_new else None,
-    )
-
-
-def _from_known_fact(index: int, record: Record) -> Fact:
-    known = KnownFact.model_validate(record)
-    return Fact(
-        id=_identifier(known.known_id, index),
-        prompt=_template(known.prompt, known.subject, "prompt"),
-        subject=known.subject,
-        target_true=known.attribute,
-        relation_id=known.relation_id,
-    )
-
-
-def _from_zsre(index: int, record: Record, zsre_form: ZsreForm, drawn: Sequence[str | None]) -> Fact:
-    item = ZsreRecord.model_validate(record)
-    hase = zsre_form == "hase"
-
-    def posed(question: str) -> str:
-        return f"Question: {question} Answer:" if hase else question
-
-    neighbor = (item.loc or "").removeprefix("nq question: " if hase else "")
-    return Fact(
-        id=_identifier(item.case_id, index),
-        prompt=posed(_template(item.src, item.subject, "src")),
-        subject=item.subject,
-        target_true=item.answers[0],
-        target_new=drawn[index] if hase else item.answers[0],
-        paraphrase_prompts=(posed(item.rephrase),) if item.rephrase else (),
-        neighborhood_prompts=(posed(f"{neighbor}?"),) if item.loc else (),
-        neighborhood_target=item.loc_ans,
-    )
-
-
-def _from_own_line(index: int, record: Record) -> Fact:
-    line = dict(FactLine.model_validate(record))
-    return Fact(**{**line, "id": _identifier(line["id"], index)})
-
-
-def draw_other_answers(records: Sequence[Any], seed: int) -> list[str | None]:
-    """For each zsRE record a false target: another record's first answer. Drawn uniformly from the sorted distinct
-    first answers of the whole file, the record's own excepted, so that it depends on neither a limit nor skipped
-    records. None where the record has no answer or the file no other one."""
-    answers = [_first_answer(record) for record in records]
-    pool = sorted({answer for answer in answers if answer is not None})
-    place = {answer: position for position, answer in enumerate(pool)}
-    generator = np.random.RandomState(seed)  # numpy keeps its stream the same over versions
-    drawn: list[str | None] = []
-    for answer in answers:
-        if answer is None or len(pool) < 2:
-            drawn.append(None)
-            continue
-        pick = int(generator.randint(len(pool) - 1))
-        drawn.append(pool[pick + (pick >= place[answer])])
-    return drawn
-
-
-def _first_answer(record: Any) -> str | None:
-    answers = record.get("answers") if isinstance(record, Mapping) else None
-    if isinstance(answers, list) and answers and isinstance(answers[0], str) and answers[0].strip():
-        return answers[0]
-    return None
-
-
-def _template(text: str, subject: str, name: str) -> str:
-    if subject not in text:
-        raise ValueError(f"the subject {subject!r} is not in its {name} {text!r}")
-    return text.replace(subject, "{}", 1)
-
-
-def _identifier(name: str | None, index: int) -> str:
-    return str(index) if name is None else name
+def supported() -> str:
+    """All formats, for messages."""
+    formats = "; ".join(sorted(schema.description for schema in SCHEMAS))
+    return f"{formats}; any other flat records with --column FIELD=COLUMN"

@@ -20,6 +20,7 @@ from causalcone.engine.run import loading
 from causalcone.engine.run.session import Session
 from causalcone.runners.demo.files import path_of
 from causalcone.runners.facts.files import SkippedRecords, read_facts
+from causalcone.runners.facts.formats.flat import parse_columns
 from causalcone.runners.options import (
     ComputeOptions,
     PromptFormOptions,
@@ -85,6 +86,7 @@ class Inputs:
             "model": self.source.model,
             "facts": self.source.facts,
             **({"prompt": vars(self.prompt)} if self.single else {}),
+            **({"columns": list(self.source.column)} if self.source.column else {}),
             "dtype": str(self.session.dtype).removeprefix("torch."),
             "device": str(self.session.device),
             "kernels": {"attention": backends.attention, "rows": backends.rows},
@@ -110,7 +112,7 @@ def open_inputs(source: SourceOptions, prompt: SinglePromptOptions | None = None
         fact = Tracer.on(session).fact(prompt.prompt, str(prompt.subject), prompt.answer)
         return Inputs(source, session, [fact], on_error, prompt=prompt)
     path = path_of(str(source.facts), "facts")
-    facts, problems = read_facts(path, on_error=on_error)
+    facts, problems, _ = read_facts(path, on_error=on_error, columns=parse_columns(source.column or ()))
     if problems:
         warnings.warn(SkippedRecords(Path(path), problems), stacklevel=2)
     return Inputs(source, open_session(source), facts, on_error, problems)

@@ -90,12 +90,12 @@ def metric_tables(metrics: pl.DataFrame, names: Sequence[str]) -> list[Table]:
     return tables
 
 
-def failed_lines(failed: Mapping[str, int]) -> list[str]:
-    """How many edits failed, and why."""
+def failed_lines(failed: Mapping[str, int], verb: str = "failed") -> list[str]:
+    """How many edits failed, or "are suspect", and why."""
     often = sorted(failed.items(), key=lambda item: (-item[1], item[0]))
-    lines = [f"{count} edits failed: {reason}" for reason, count in often[:MOST_REASONS]]
+    lines = [f"{count} edits {verb}: {reason}" for reason, count in often[:MOST_REASONS]]
     if rest := often[MOST_REASONS:]:
-        lines.append(f"{sum(count for _, count in rest)} edits failed for {len(rest)} other reasons")
+        lines.append(f"{sum(count for _, count in rest)} edits {verb} for {len(rest)} other reasons")
     return lines
 
 

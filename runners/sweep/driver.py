@@ -122,7 +122,7 @@ class Driver:
 
     def _begin(self, before: Mapping[str, Any] | None) -> tuple[list[Fact], ModelInfo]:
         """Read and check facts and model; write run.json and the table of facts, or see that they are as before."""
-        facts, skipped = read_facts(self.sweep)
+        facts, skipped, recognised = read_facts(self.sweep)
         model = self.executor.model_info()
         later_units(self.stages.values(), Selection(), model.depth)  # refuses layers that the model does not have
         fingerprints = {"facts": facts_fingerprint(facts), "model": model.fingerprint}
@@ -150,6 +150,7 @@ class Driver:
             "begun": before["begun"] if before else time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         if before is None or not self.store.exists(FACTS):
+            self._tell(f"facts: {len(facts):,} of {self.sweep.facts}; {'; '.join(recognised.lines())}")
             facts = self._checked(facts, skipped)
             self.store.write_table(FACTS, fact_table(facts), {})
         else:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import Any
 
 from causalcone.engine.edit.requests.requests import ERROR_INJECTION
 from causalcone.engine.errors import ExperimentError
 from causalcone.runners.edits.presets import keys_of
-from causalcone.runners.edits.settings import Change, EditPlan, Setting, changed, check_known, plan_of
+from causalcone.runners.edits.settings import Change, EditPlan, Setting, changed, check_known, plan_of, record
 from causalcone.runners.options import TuningOptions
 
 _CAUTIOUS = dict.fromkeys(("kl_factor", "covariance_weight", "weight_decay", "stop_loss"), 1)
@@ -24,16 +24,18 @@ class GridPoint:
 
     number: int
     setting: Setting
-    values: Mapping[str, int | float | None]
+    values: Mapping[str, int | float | str | None]
 
     @property
     def caution(self) -> tuple[float, ...]:
         """Larger for a more cautious setting, name by name."""
         signs = {**_CAUTIOUS, **self.setting.definition.caution}
-        return tuple(signs.get(name, 0) * (value or 0.0) for name, value in self.values.items())
+        numbers = ((name, value or 0.0) for name, value in self.values.items() if not isinstance(value, str))
+        return tuple(signs.get(name, 0) * value for name, value in numbers)
 
     def __str__(self) -> str:
-        shown = {name: "never" if value is None else f"{value:g}" for name, value in self.values.items()}
+        texts = {name: "never" if value is None else value for name, value in self.values.items()}
+        shown = {name: text if isinstance(text, str) else f"{text:g}" for name, text in texts.items()}
         return ", ".join(f"{name}={value}" for name, value in shown.items()) or "the defaults"
 
 
@@ -60,7 +62,7 @@ class ProblemGrids:
     def configuration(self) -> dict[str, Any]:
         """Everything that decides the results, name by name."""
         points = {
-            str(grid.setting): {str(point.number): asdict(point.setting.hparams) for point in grid.points}
+            str(grid.setting): {str(point.number): record(point.setting.hparams) for point in grid.points}
             for grid in self.grids
         }
         return {"sigma": self.plan.sigma, "aggregate": self.plan.aggregate, "grid": points}

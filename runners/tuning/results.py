@@ -104,6 +104,7 @@ class TrialResult:
     facts: int
     edits: int
     failed: Mapping[str, int]
+    suspect: Mapping[str, int]
     means: Candidate
 
     @classmethod
@@ -112,7 +113,8 @@ class TrialResult:
         results = json.loads((folder / "run.json").read_text(encoding="utf-8"))["results"]
         scores = dict(mean_scores(scores_of(folder, aggregate, essence=False)).select("score", "mean").iter_rows())
         means = Candidate(scores["rewrite"], scores["paraphrase"], scores["neighborhood"], point.caution)
-        return cls(point, folder, results["facts"], results["edits"], results["failed"], means)
+        reasons = results["failed"], results.get("suspect", {})  # which results of 0.1.0 do not have
+        return cls(point, folder, results["facts"], results["edits"], *reasons, means)
 
     @property
     def scores(self) -> dict[str, float | None]:
@@ -186,27 +188,30 @@ def tuning_table(results: Sequence[TuningResult], layer: int, path: Path) -> pl.
             "facts": trial.facts,
             "edits": trial.edits,
             "failed": sum(trial.failed.values()),
+            "suspect": sum(trial.suspect.values()),
             **trial.scores,
             "chosen": trial is result.best,
         }
         for result in results
         for trial in result.trials
     ]
-    return pl.DataFrame(rows, schema_overrides=dict.fromkeys([*names, *SCORES], pl.Float64), infer_schema_length=None)
+    numbers = [name for name in names if not any(isinstance(row[name], str) for row in rows)]
+    return pl.DataFrame(rows, schema_overrides=dict.fromkeys([*numbers, *SCORES], pl.Float64), infer_schema_length=None)
 
 
 def score_tables(results: Sequence[TuningResult]) -> list[Table]:
-    """Mean scores of all settings, a table for each problem; the chosen ones are marked."""
+    """Mean scores of all settings, and how many edits are suspect; a table for each problem, the chosen ones marked."""
     tables: dict[str, Table] = {}
     for result in results:
         problem = result.grid.problem
         if problem not in tables:
             title = f"{heading(problem)}: mean scores of {result.best.facts} facts by setting"
-            columns = ("method", "setting", "rewrite", "paraphrase", "neighbourhood", "chosen")
+            columns = ("method", "setting", "rewrite", "paraphrase", "neighbourhood", "suspect", "chosen")
             tables[problem] = new_table(title, *columns)
         for trial in result.trials:
             style, mark = ("bold", "chosen") if trial is result.best else (None, "")
-            row = (str(result.grid.setting), str(trial.point), *trial.texts, mark)
+            suspect = str(sum(trial.suspect.values()) or "")
+            row = (str(result.grid.setting), str(trial.point), *trial.texts, suspect, mark)
             tables[problem].add_row(*row, style=style, end_section=trial is result.trials[-1])
     return list(tables.values())
 

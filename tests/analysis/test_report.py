@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 import zlib
 
 import numpy as np
@@ -53,6 +54,21 @@ def test_the_edits_are_the_scores(study, packed):
         found = values[places.index(row["fact_id"]), group, edits["layers"].index(row["layer"])]
         expected = np.array([np.nan if row[name] is None else row[name] for name in SCORES], dtype=np.float32)
         assert np.array_equal(found, expected, equal_nan=True)
+
+
+def test_suspect_edits_are_named(study, tmp_path):
+    shutil.copytree(study, tmp_path / "study")
+    file = min((tmp_path / "study" / "edits").rglob("*.parquet"))
+    rows = pl.read_parquet(file)
+    reasons = pl.Series("suspect", ["it is odd", *[None] * (rows.height - 1)], dtype=pl.String)
+    rows.with_columns(reasons).write_parquet(file)
+    odd = rows.row(0, named=True)
+    about = report_data(Study(tmp_path / "study"), CHOICE).about
+    ((key, reason),) = [item for item in about["edits"]["suspect"].items() if item[1] == "it is odd"]
+    fact, group, layer = map(int, key.split("/"))
+    assert (about["facts"][fact]["id"], layer, reason) == (odd["fact_id"], odd["layer"], "it is odd")
+    group = about["edits"]["groups"][group]
+    assert [group[name] for name in ("problem", "method", "window")] == [odd["problem"], odd["method"], odd["window"]]
 
 
 def test_severed_and_zeroed_states(study, packed):

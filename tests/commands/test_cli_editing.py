@@ -108,6 +108,35 @@ def test_texts_are_tokenized_when_requests_are_made_and_once_more(user, tmp_path
     assert {text: count for text, count in texts.items() if count > 2 + (text == fact.text)} == {}
 
 
+def test_names_for_the_keys_of_rome(user, editor, tmp_path, run):
+    """Their edits stand beside ROME's own; the summary says which are suspect, and that is in the table."""
+    out, start = tmp_path / "out", dataclasses.replace(FULL[0], id="short", subject="B")
+    cc.save_facts([start, FULL[1]], tmp_path / "facts.jsonl")
+    named = ["--method", "r-rome", "--method", "p-rome", "--set", "steps=2", "--set", "r-rome.clamp=2"]
+    options = {"facts": tmp_path / "facts.jsonl", "layers": "1"}
+    code, printed, error = run(*arguments(user, out, *named, "--plot", **options))
+    assert code == 0, error
+    requests = editor.requests([start, FULL[1]], filtered=False)
+    chosen = [("rome", 1, cc.RomeHparams(steps=2)), ("r-rome", 1, cc.RomeHparams(steps=2, clamp=2.0, keys="mean"))]
+    expected, _ = computed(editor, requests, [*chosen, ("p-rome", 1, cc.RomeHparams(steps=2))], (1,))
+    assert_same(read(out), expected)
+    edits = expected[0]
+    assert edits["method"].unique(maintain_order=True).to_list() == ["rome", "r-rome", "p-rome"]
+    assert edits.filter(fact_id="short")["suspect"].str.contains("first token").all()
+    for reason, count in Counter(edits["suspect"].drop_nulls()).items():
+        assert f"{count} edits are suspect: {reason}" in " ".join(printed.split())
+    assert run_json(out)["results"]["suspect"] == Counter(edits["suspect"].drop_nulls())
+    assert [each["hparams"].get("keys") for each in run_json(out)["methods"]] == [None, "mean", "prompt"]
+    for title in ("ROME: mean scores", "R-ROME: mean scores", "P-ROME: mean scores"):
+        assert title in printed
+    code, _, error = run(
+        *arguments(user, out, "--set", "keys=prompt", "--overwrite", **{**options, "method": "r-rome"})
+    )
+    assert (code, "the name stands for" in error) == (2, True)
+    code, _, error = run(*arguments(user, out, "--set", "keys=none", "--overwrite", **options))
+    assert (code, "choose from published, mean, prompt" in error) == (2, True)
+
+
 def test_all_facts_in_one_change_of_the_weights(user, editor, tmp_path, run):
     """Whatever number of edits goes together else; the change is kept once for each window."""
     out = tmp_path / "out"

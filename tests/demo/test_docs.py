@@ -32,7 +32,7 @@ OWN = {
 }  # fmt: skip
 """What stands for what a user has; what is left out."""
 
-MADE = ("counterfact.json", "zsre_mend_eval.json")
+MADE = ("counterfact.json", "zsre_mend_eval.json", "mine.csv")
 """Files that are there."""
 
 SMALL_SWEEP = (
@@ -65,6 +65,7 @@ def files(tmp_path, monkeypatch):
     )
     records = ", ".join(record % answer for answer in ("Oslo", "Lima"))
     (tmp_path / "zsre_mend_eval.json").write_text(f"[{records}]")
+    (tmp_path / "mine.csv").write_text("".join(blocks("docs/data.md", "csv")))
     hub = ModuleType("datasets")  # nothing is downloaded by tests
     hub.load_dataset = lambda name, config, **options: json.loads((tmp_path / "counterfact.json").read_text())
     monkeypatch.setitem(sys.modules, "datasets", hub)

@@ -36,6 +36,7 @@ from oracles.editing import at_lookup, training_prompts, value_site
 import causalcone as cc
 from causalcone.engine.edit.requests.requests import PROBLEMS, Request
 from causalcone.engine.encoding import target_ids
+from causalcone.engine.errors import ExperimentError
 
 FEW_STEPS = cc.RomeHparams(steps=4, stop_loss=None)
 SHORT = {"hparams": replace(FEW_STEPS, steps=3), "contexts": CONTEXTS[:2]}
@@ -184,6 +185,48 @@ def test_the_edited_model_has_the_value(model):
             value = at_lookup(model, task(edit.request), bare, value_site(model, 1))
         assert error(value, expected.v_star) < 1e-9
         assert error(value, expected.v) > 0.01
+
+
+@pytest.mark.parametrize("keys", ["mean", "prompt"])
+@pytest.mark.parametrize("contexts", [("Bo",), CONTEXTS], ids=["one context", "unequal contexts"])
+def test_keys_of_one_kind(model, keys, contexts):
+    """R-ROME and p-ROME: several facts together, at several layers."""
+    hparams = replace(FEW_STEPS, keys=keys)
+    edits = assert_exact(model, [*EVERY_PROBLEM, request(ONLY)], (0, 1, 3), hparams, contexts=contexts)
+    assert all(edit.key_alignment == pytest.approx(1, abs=1e-12) for edit in edits)
+
+
+@pytest.mark.parametrize("name", ["llama", "gptj", "gemma2"])
+@pytest.mark.parametrize("keys", ["mean", "prompt"])
+def test_keys_of_one_kind_in_other_architectures(name, keys):
+    model = FAMILIES[name](3, 32, 4, dtype=torch.float64)
+    assert_exact(model, [INJECTION, FORCING], (0, 2), replace(FEW_STEPS, steps=3, keys=keys), contexts=CONTEXTS[:2])
+
+
+def test_the_edited_model_has_the_value_on_average(model):
+    """With the change of R-ROME, the mean over the contexts of what the down-projection gives is v*."""
+    moments, hparams = random_moments(model), cc.RomeHparams(steps=2, keys="mean")
+    for edit in editor(model, moments).rome([INJECTION, FORCING], (1,), hparams):
+        expected = plain(model, moments, edit, hparams)
+        prompts = training_prompts(model, byte_level(), edit.request.fact, CONTEXTS)
+        with cc.applied(model, edit.delta):
+            values = [at_lookup(model, task(edit.request), each, value_site(model, 1)) for each in prompts]
+        assert error(torch.stack(values).mean(0), expected.v_star) < 1e-9
+        assert error(values[0], expected.v_star) > 1e-3
+
+
+def test_names_for_the_keys(model):
+    """The edits are called by them, so that those of several can be scored together."""
+    ed, requests = editor(model), [INJECTION, FORCING]
+    every = {name: next(ed.batches(requests, name, (1,), hparams=FEW_STEPS)) for name in ("rome", "r-rome", "p-rome")}
+    for (name, edits), keys in zip(every.items(), ("published", "mean", "prompt"), strict=True):
+        same = ed.rome(requests, (1,), replace(FEW_STEPS, keys=keys))
+        assert [edit.edit_id for edit in edits] == [f"{edit.fact_id}/{edit.problem}/{name}-1/1" for edit in same]
+        assert all(torch.equal(weight(a.delta, 1), weight(b.delta, 1)) for a, b in zip(edits, same, strict=True))
+    scored = ed.score([edit for edits in every.values() for edit in edits])
+    assert len(set(scored["edit_id"].to_pylist())) == 6
+    with pytest.raises(ExperimentError, match="keys is 'both'; choose from published, mean, prompt"):
+        cc.RomeHparams(keys="both")
 
 
 def test_a_target_of_many_tokens(model):

@@ -12,12 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.fact_records import COUNTERFACT
 from helpers.models import FACTS, ZERO_WIDTH_SPACE
+from helpers.page_commands import ROOT, blocks, commands
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import causalcone as cc
 from causalcone.runners.demo.model import demo_world
 from causalcone.runners.facts import data as fact_data
 from causalcone.runners.facts.files import SkippedRecords
+from causalcone.runners.facts.formats.flat import FIELDS
+from causalcone.runners.facts.schemas import SCHEMAS
 
 ZSRE = {
     "subject": "Bo",
@@ -103,15 +106,16 @@ def test_the_summary_counts(convert, tmp_path):
     ]
     code, printed, _, _ = convert(write(tmp_path / "in.json", records))
     assert code == 0
-    assert printed.splitlines()[:5] == [
+    assert printed.splitlines()[:6] == [
         "schema: CounterFact (requested_rewrite, case_id)",
+        "recognised by: keys requested_rewrite of 3 of 3 records",
         "facts: 3",
         "of them with target_new 2, paraphrase_prompts 2, neighborhood_prompts 3, attribute_prompts 3, "
         "generation_prompts 3",
         "distinct relations: 2",
         "duplicates of (prompt, subject): 1",
     ]
-    assert str(tmp_path / "out" / "facts.jsonl") in printed.splitlines()[5]
+    assert str(tmp_path / "out" / "facts.jsonl") in printed.splitlines()[6]
 
 
 def test_quiet_says_nothing(convert, tmp_path):
@@ -439,9 +443,31 @@ def test_help_has_examples(run):
     assert (code, "causalcone data counterfact.json --out" in printed) == (0, True)
 
 
-def test_the_line_in_the_documentation_is_a_fact(convert, tmp_path):
-    text = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
-    (line,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
-    (tmp_path / "in.jsonl").write_text(line, encoding="utf-8")
+def test_the_lines_in_the_documentation_are_facts(convert, tmp_path):
+    lines = "".join(blocks("docs/data.md", "json"))
+    assert lines.count("\n") == 2
+    (tmp_path / "in.jsonl").write_text(lines, encoding="utf-8")
     assert convert(tmp_path / "in.jsonl")[0] == 0
-    assert (tmp_path / "out" / "facts.jsonl").read_text(encoding="utf-8") == line
+    assert (tmp_path / "out" / "facts.jsonl").read_text(encoding="utf-8") == lines
+
+
+def test_the_table_in_the_documentation_is_reported_as_there(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (content,), (report,) = blocks("docs/data.md", "csv"), blocks("docs/data.md", "text")
+    Path("mine.csv").write_text(content)
+    (arguments,) = [arguments for arguments in commands("docs/data.md") if {"mine.csv", "--out"} <= {*arguments}]
+    assert run(*arguments) == (0, report, "")
+    first, second = cc.load_facts("mine.jsonl")
+    assert (first.prompt, first.target_new) == ("Where does {} live?", "Lima")
+    assert (second.text, second.target_true) == ("The home of Bo Ek is", "Rome")
+
+
+def test_the_documentation_names_the_columns_and_formats_that_are_read():
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    table = text.partition("## Columns")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`(\w+)`", table))
+    assert named >= {name for name, (_, _, usual) in FIELDS.items() for name in (name, *usual.split())}
+    formats = text.partition("## Formats")[2].partition("### zsRE")[0]
+    assert set(re.findall(r"`(\w+)`", formats)) >= {
+        key for each in SCHEMAS for mark in each.marks for key in mark.split()
+    }

@@ -228,7 +228,7 @@ BAD_RECORDS: dict[str, tuple[Any, str]] = {
     "subject no text": (counterfact(9, subject=4), r"requested_rewrite\.subject must be a string"),
     "empty target": (counterfact(9, target_true={"str": ""}), r"requested_rewrite\.target_true\.str is empty"),
     "empty new target": (counterfact(9, target_new={"str": ""}), r"requested_rewrite\.target_new\.str is empty"),
-    "no place for the subject": (counterfact(9, prompt="Bo is in"), r"'Bo is in' must hold exactly one '\{\}'"),
+    "no place for the subject": (counterfact(9, prompt="It is in"), r"subject 'Bo' is not in its prompt 'It is in'"),
     "two places": (counterfact(9, prompt="{} and {}"), r"must hold exactly one '\{\}'"),
     "half a character": (counterfact(9, subject="\ud83d"), r"surrogate"),
     "prompts no list": ({**counterfact(9), "paraphrase_prompts": "one"}, r"paraphrase_prompts must be a list"),
@@ -258,7 +258,8 @@ def test_bad_counterfact_record_is_named(tmp_path: Path, name: str) -> None:
         ({**ZSRE[0], "answers": [""]}, r"record 0: answers.0 is empty"),
         ({**OWN, "neighbourhood_prompts": []}, r"record 0 \(id a\): neighbourhood_prompts is not a field of a fact"),
         ({**OWN, "target_new": ""}, r"record 0 \(id a\): target_new is empty"),
-        ({**OWN, "prompt": "plays"}, r"record 0 \(id a\): .*exactly one '\{\}'"),
+        ({**OWN, "prompt": "plays"}, r"record 0 \(id a\): the subject 'Ann Lee' is not in its prompt 'plays'"),
+        ({**OWN, "prompt": "{} and {}"}, r"record 0 \(id a\): .*exactly one '\{\}'"),
         ({**OWN, "id": True}, r"record 0 \(id True\): id must be"),
     ],
 )

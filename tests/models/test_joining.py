@@ -1,6 +1,7 @@
 """How a prompt and its answer are joined, in every style of tokenizer: the probability is the text's own."""
 
 import importlib.util
+import json
 import math
 import warnings
 from pathlib import Path
@@ -11,6 +12,7 @@ from helpers.families import FAMILIES
 from helpers.tokenizers import TOKENIZERS, sentencepiece
 from hypothesis import given, settings, strategies as st
 from oracles.facts import answer_ids, encode_prompt, filled
+from transformers import GPT2Tokenizer
 
 import causalcone as cc
 from causalcone.engine.encoding import PromptEncoder, PromptForm, PromptWarning
@@ -295,3 +297,31 @@ def test_a_real_model_says_what_its_own_text_says():
     )["input_ids"]
     expected = own_probability(model, list(prompt), tokenizer("Paris")["input_ids"])
     assert traced(model, tokenizer, asked, chat=True) == pytest.approx(expected, rel=1e-4)
+
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the data is not beside this checkout")
+def test_published_facts_keep_their_published_tokens(tmp_path):
+    """The prompt by itself, and the target after one space by itself, as published code has them."""
+    tokenizer = GPT2Tokenizer(
+        vocab=str(SHARED / "gpt2-tokenizer" / "vocab.json"), merges=str(SHARED / "gpt2-tokenizer" / "merges.txt")
+    )
+    encoder = PromptEncoder(tokenizer, len(tokenizer), 1024)
+    real = [*cc.load_facts(SHARED / "counterfact_prompts.json"), *cc.load_facts(SHARED / "real_facts.jsonl")]
+    zsre = {
+        "subject": "Anna",
+        "src": "Where was Anna born?",
+        "answers": ["Aš"],
+        "rephrase": "Anna is from?",
+        "loc": "x",
+    }
+    (tmp_path / "zsre.json").write_text(json.dumps([zsre, {**zsre, "answers": ["Paris"]}]), encoding="utf-8")
+    asked = [*cc.load_facts(tmp_path / "zsre.json"), *cc.load_facts(tmp_path / "zsre.json", zsre_form="meng")]
+    assert len(real) > 150
+    for fact in (*real, *asked):
+        encoded = encoder.fact(fact)
+        assert encoded.prompt == tuple(tokenizer(fact.text)["input_ids"]), fact
+        assert encoded.target == tuple(tokenizer(" " + fact.target_true)["input_ids"]), fact
+        assert encoded.answer.joiner == "space"

@@ -278,6 +278,24 @@ def test_all_settings_are_tried_and_one_is_chosen(user, tmp_path, run):
     assert load_preset(str(out / "preset.toml")).edit_layers == (0, 1, 2, 3)
 
 
+def test_keys_are_tried_as_numbers_are(user, tmp_path, run):
+    """And a preset keeps the words; R-ROME stays what it is, whatever that says of ROME."""
+    out = tmp_path / "out"
+    tried = ["--grid", "rome.keys=published,prompt", "--set", "steps=2", "--give-up", "1", "--quiet"]
+    assert run("tune", *arguments(user, out, *tried, layer=1, limit=2)[1:])[0] == 0
+    table = pl.read_parquet(out / "tuning.parquet")
+    assert table["keys"].to_list() == ["published", "prompt"]
+    assert table["setting"].to_list() == ["keys=published", "keys=prompt"]
+    assert table["suspect"].dtype == pl.Int64
+    preset = out / "preset.toml"
+    chosen = table.filter("chosen")["keys"].item()
+    assert load_hparams(str(preset), "rome", "error_injection") == cc.RomeHparams(steps=2, keys=chosen)
+    assert load_hparams(str(preset), "r-rome", "error_injection") == cc.RomeHparams(steps=2, keys="mean")
+    preset.write_text(preset.read_text().replace(f'keys = "{chosen}"', 'keys = "all"'))
+    with pytest.raises(ExperimentError, match="'published', 'mean' or 'prompt'"):
+        load_hparams(str(preset), "rome", "error_injection")
+
+
 def test_edit_and_sweeps_take_the_preset(user, preset, tmp_path, run):
     out, edited = tmp_path / "out", tmp_path / "edited"
     assert run(*tuning(user, out, "--quiet", preset=preset, limit=2))[:2] == (0, "")

@@ -11,12 +11,18 @@ from causalcone.engine.edit.requests.windows import Window
 
 DONE, FAILED = "done", "failed"
 
+LEAST_ALIGNMENT, LARGEST_NORM = 0.5, 2.0
+"""Edits with a smaller key alignment, or a larger relative norm, are suspect (docs/editing.md, "Edits that break the
+model")."""
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Edit:
     """layer: the one that is edited, or the centre of ``window`` layers; steps: updates taken; loss: the last
     evaluated; delta: the change of weights, None where the edit failed or was dropped; reason: why it failed; listed:
-    the window's layers, where they were given one by one."""
+    the window's layers, where they were given one by one; key_alignment: the part along the edit's direction of the key
+    that ROME solves for, over that of the key that the direction is of; relative_norm: delta_norm over the norm of the
+    weights that it changes; suspect: why the edit is out of the ordinary, None where it is not."""
 
     request: Request
     method: str
@@ -28,6 +34,9 @@ class Edit:
     delta_norm: float | None
     reason: str | None = None
     listed: tuple[int, ...] = ()
+    key_alignment: float | None = None
+    relative_norm: float | None = None
+    suspect: str | None = None
 
     @property
     def edit_id(self) -> str:
@@ -49,6 +58,16 @@ class Edit:
     def dropped(self) -> Edit:
         """The edit without its change of weights, once it is scored."""
         return replace(self, delta=None)
+
+
+def suspicion(relative_norm: float, key_alignment: float | None, at_start: bool) -> str | None:
+    """Why an edit is out of the ordinary, None where it is not; at_start: its lookup is the text's first token."""
+    reasons = {
+        "the subject ends at the text's first token, where attention sinks are": at_start,
+        f"key_alignment below {LEAST_ALIGNMENT:g}": key_alignment is not None and key_alignment < LEAST_ALIGNMENT,
+        f"relative_norm above {LARGEST_NORM:g}": relative_norm > LARGEST_NORM,
+    }
+    return "; ".join(reason for reason, given in reasons.items() if given) or None
 
 
 def edit_of(

@@ -2,20 +2,23 @@
 "Hyperparameters")."""
 
 from dataclasses import dataclass, fields
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from causalcone.engine.errors import ExperimentError
 
 
 @dataclass(frozen=True)
 class Hparams:
-    """Base of a method's hyperparameters, a frozen dataclass of numbers with defaults: whole ones (``int``) are at
-    least 1, others (``float``, or ``float | None``) finite and not negative."""
+    """Base of a method's hyperparameters, a frozen dataclass with defaults. Whole numbers (``int``) are at least 1,
+    others (``float``, or ``float | None``) finite and not negative; a ``Literal`` of words is one of these."""
 
     def __post_init__(self) -> None:
         for name, kind in kinds_of(type(self)).items():
             value = getattr(self, name)
-            if kind is int:
+            if is_word(kind):
+                if value not in get_args(kind):
+                    raise ExperimentError(f"{name} is {value!r}; choose from {', '.join(get_args(kind))}")
+            elif kind is int:
                 if not isinstance(value, int) or value < 1:
                     raise ExperimentError(f"{name} is {value!r}; give a whole number, at least one")
             elif value is None and type(None) in get_args(kind):
@@ -25,9 +28,14 @@ class Hparams:
 
 
 def kinds_of(hparams: type[Hparams]) -> dict[str, Any]:
-    """The type of each hyperparameter: ``int``, ``float`` or ``float | None``."""
+    """The type of each hyperparameter: ``int``, ``float``, ``float | None`` or a ``Literal`` of words."""
     hints = get_type_hints(hparams)
     return {field.name: hints[field.name] for field in fields(hparams)}
+
+
+def is_word(kind: Any) -> bool:
+    """Whether a hyperparameter of this type is one of some words."""
+    return get_origin(kind) is Literal
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,12 @@ class RomeHparams(ValueHparams):
         kl_factor: Weight of the divergence of the essence prompt's distribution.
         weight_decay: Weight of the vector's norm, over the squared norm of the unedited value v.
         clamp: Largest norm of the vector, in norms of v.
+        keys: Which keys the edit solves for: ``"published"``, the direction from the mean key over all contexts and the
+            rest from the bare prompt's; ``"mean"``, the mean key and value in both (R-ROME); ``"prompt"``, the bare
+            prompt's in both (p-ROME).
     """
+
+    keys: Literal["published", "mean", "prompt"] = "published"
 
 
 @dataclass(frozen=True)

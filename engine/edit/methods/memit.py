@@ -30,17 +30,19 @@ Update = Callable[[Tensor, slice], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class JointEdit:
-    """One change for several requests: delta, None where no vector was found; found: of each request, with reasons."""
+    """One change for several requests: delta, None where no vector was found; found: of each request, with reasons;
+    judged: marks edits that are out of the ordinary."""
 
     requests: tuple[Request, ...]
     window: Window
     found: tuple[FoundValue, ...]
     delta: Delta | None
+    judged: Callable[[Edit], Edit] = lambda edit: edit
 
     def edits(self) -> list[Edit]:
         """For each request an edit that holds the common change: what is scored and written."""
         pairs = zip(self.requests, self.found, strict=True)
-        return [value.edit(request, MEMIT_JOINT.name, self.window, self.delta) for request, value in pairs]
+        return [self.judged(value.edit(request, MEMIT_JOINT.name, self.window, self.delta)) for request, value in pairs]
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class JointMemit(Memit):
         delta = self._solve_together(window, groups)
         self.model.layers.forget()
         requests = tuple(task.request for tasks in batches for task in tasks)
-        return JointEdit(requests, window, tuple(values), delta)
+        return JointEdit(requests, window, tuple(values), delta, self.model.judged)
 
     def _solve_together(self, window: Window, groups: Sequence[Prefixes]) -> Delta | None:
         """The change that takes all keys to their goals, layer by layer; None where no request found its vector."""

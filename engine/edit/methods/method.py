@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from causalcone.engine.edit.methods.batching import Batching
-from causalcone.engine.edit.methods.edits import Edit
+from causalcone.engine.edit.methods.edits import Edit, suspicion
 from causalcone.engine.edit.methods.hparams import Hparams, ValueHparams
 from causalcone.engine.edit.methods.value_search import EditObjective, FoundValue, Site, ValueOptimizer
 from causalcone.engine.edit.requests.prompts import EditTask, Encoder
@@ -35,6 +36,7 @@ class EditableModel:
     batching: Batching
     contexts: Sequence[str] = ()
     moments: Moments | None = None
+    _weights: dict[int, float] = field(default_factory=dict)
 
     def tasks(self, requests: Sequence[Request]) -> list[EditTask]:
         """The requests as token sequences, in the contexts."""
@@ -44,6 +46,20 @@ class EditableModel:
         """C^-1 right (inner, n) with the second moment C of the layer's keys."""
         assert self.moments is not None
         return self.moments.solve(layer, right)
+
+    def judged(self, edit: Edit) -> Edit:
+        """The edit with the norm of its change over that of the changed weights, and, where it is out of the ordinary,
+        why it is suspect."""
+        if edit.delta is None or edit.delta_norm is None:
+            return replace(edit, key_alignment=None)
+        for layer in edit.delta.layers:
+            if layer not in self._weights:
+                weight = self.layers.block(layer).down.weight
+                self._weights[layer] = torch.linalg.vector_norm(weight, dtype=torch.float64).item()
+        weights = math.hypot(*(self._weights[layer] for layer in edit.delta.layers))
+        relative = edit.delta_norm / weights if weights else math.inf
+        at_start = bool(self.contexts) and not self.encoder.bare(edit.request).lookup
+        return replace(edit, relative_norm=relative, suspect=suspicion(relative, edit.key_alignment, at_start))
 
 
 class EditMaker(Protocol):
@@ -108,6 +124,7 @@ class Method:
     preset_name: the method whose settings a preset has for it, itself by default; by_window: whether presets have
     settings for each size of window; grid: the values that tuning tries by default; caution: for each hyperparameter
     whether more of it makes an edit more cautious (1) or bolder (-1).
+    aliases: further names for it, each with the hyperparameters that it stands for; fixed: those of this name.
     """
 
     name: str
@@ -123,6 +140,8 @@ class Method:
     by_window: bool = False
     grid: Mapping[str, Sequence[float]] = field(default_factory=dict)
     caution: Mapping[str, Literal[1, -1]] = field(default_factory=dict)
+    aliases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.preset_name:
@@ -142,9 +161,10 @@ class Method:
         return as_windows(as_layers(layers, depth) if self.window is None else layers, size, depth)
 
     def checked(self, hparams: Hparams | None) -> Hparams:
-        """The hyperparameters, by default all at their defaults; refuses those of other methods."""
+        """The hyperparameters, by default all at their defaults, with what the name stands for; refuses those of other
+        methods."""
         if hparams is None:
-            return self.hparams()
+            return self.hparams(**self.fixed)
         if not isinstance(hparams, self.hparams):
             raise ExperimentError(f"the hyperparameters are {type(hparams).__name__}; give {self.hparams.__name__}")
-        return hparams
+        return replace(hparams, **self.fixed)

@@ -4,6 +4,7 @@ Another package names its ``Method`` as an entry point of the group ``causalcone
 """
 
 import logging
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import entry_points
 
@@ -41,12 +42,17 @@ def methods() -> dict[str, Method]:
 
 
 def method_named(name: str) -> Method:
-    """The method of this name; refuses another, naming what there is, or why it could not be loaded."""
+    """The method of this name, or that it is an alias of; refuses another, naming what there is, or why it could not be
+    loaded."""
     if name in _METHODS or name in methods():
         return _METHODS[name]
+    named = {alias: (method, fixed) for method in _METHODS.values() for alias, fixed in method.aliases.items()}
+    if name in named:
+        method, fixed = named[name]
+        return replace(method, name=name, aliases={}, fixed=fixed)
     failed = _failures().get(name)
     reason = "" if failed is None else f"; {failed}"
-    raise ExperimentError(f"unknown method {name!r}; choose from {', '.join(_METHODS)}{reason}")
+    raise ExperimentError(f"unknown method {name!r}; choose from {', '.join([*_METHODS, *named])}{reason}")
 
 
 @cache

@@ -123,7 +123,8 @@ class _Making:
             raise FactError(f"fact {fact.id!r} has no target_new; give the answer that the error injects")
         if self.problem == ERROR_INJECTION and new == encoded.target:
             raise FactError(
-                f"fact {fact.id!r}: target_new {fact.target_new!r} is the same answer as target_true; give another"
+                f"fact {fact.id!r}: target_new {fact.target_new!r} is the same answer as target_true; give another, or "
+                "the problem fact_amplification, which trains towards the true answer"
             )
         needed = len(encoded.prompt) + COMPLETION_TOKENS - 1
         if self.filtered and needed > sizes.positions:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache, wraps
-from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -21,7 +19,6 @@ NOISE_SEED = 1
 
 SubjectNoise = tuple[np.ndarray | None, int]
 """Noise (n, hidden) on the subject's tokens, if there is any, and the first of them."""
-Encoded = TypeVar("Encoded")
 
 
 @dataclass(frozen=True)
@@ -41,19 +38,6 @@ class EditTask:
     prompts: tuple[Prompted, ...]
 
 
-def _once(encode: Callable[[Encoder, Request, str], Encoded]) -> Callable[[Encoder, Request, str], Encoded]:
-    """Keeps what an encoder makes of a request's texts for as long as there is the request."""
-
-    @wraps(encode)
-    def encode_once(self: Encoder, request: Request, text: str) -> Encoded:
-        known, key = self.known.setdefault(request, {}), (encode.__name__, text)
-        if key not in known:
-            known[key] = encode(self, request, text)
-        return known[key]
-
-    return encode_once
-
-
 @lru_cache(maxsize=16)
 def _noise(sigma: float, samples: int, tokens: int, hidden: int) -> np.ndarray:
     """(samples, tokens, hidden) samples of noise of a level, which all texts share."""
@@ -62,14 +46,11 @@ def _noise(sigma: float, samples: int, tokens: int, hidden: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns prompts into token ids as a model of ``sizes`` needs them, each text of a request once. Making is the
-    check: whatever cannot be used raises ``FactError``."""
+    """Turns prompts into token ids as a model of ``sizes`` needs them. Making is the check: whatever cannot be used
+    raises ``FactError``."""
 
     prompts: PromptEncoder
     sizes: Sizes
-    known: WeakKeyDictionary[Request, dict[tuple[str, str], Any]] = field(
-        default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
-    )
 
     def task(self, request: Request, contexts: Sequence[str]) -> EditTask:
         """The request with contexts put before its prompt."""
@@ -97,12 +78,10 @@ class Encoder:
         """The beginning of a text about what the request's subject is."""
         return self._begun(request, ESSENCE)
 
-    @_once
     def prompted(self, request: Request, template: str) -> Prompted:
         """A template with the request's subject, which carries its noise."""
         return self._looked_up(request, self.prompts.fact(replace(request.fact, prompt=template), "argmax"))
 
-    @_once
     def _begun(self, request: Request, template: str) -> Prompted:
         """The same of a text, which is in no chat."""
         return self._looked_up(request, self.prompts.text.fact(replace(request.fact, prompt=template), "argmax"))
@@ -119,12 +98,10 @@ class Encoder:
         """A prompt as written; the subject's first occurrence, if there is one, carries the request's noise."""
         return self._checked(request, text, self._read(request, text))
 
-    @_once
     def free(self, request: Request, text: str) -> Text:
         """The same of a text, which is in no chat."""
         return self._checked(request, text, self.prompts.text.prompt(text, self._subject(request, text), "none"))
 
-    @_once
     def _read(self, request: Request, text: str) -> PromptTokens:
         fact = request.fact
         return self.prompts.prompt(text, self._subject(request, text), fact.joiner, f"fact {fact.id!r}")

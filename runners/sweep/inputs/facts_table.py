@@ -33,6 +33,8 @@ def fact_table(facts: Sequence[Fact], filtered: pa.Table | None = None) -> pa.Ta
     if filtered is None:
         return table
     for name in FILTER_SCHEMA.names[1:]:
+        if name not in filtered.column_names:  # of parts that are older than the column
+            continue
         table = table.set_column(table.schema.get_field_index(name), FACT_SCHEMA.field(name), filtered[name])
     return table
 
@@ -58,9 +60,9 @@ def select(sweep: Sweep, table: pa.Table) -> Selection:
     return Selection(tuple(known), tuple(erasable))
 
 
-def read_facts(sweep: Sweep) -> tuple[list[Fact], list[str]]:
-    """The facts of the sweep's file, within its limit, and why records were skipped."""
+def read_facts(sweep: Sweep) -> files.FactsRead:
+    """The facts of the sweep's file, within its limit, why records were skipped, and what the file is."""
     on_error: OnError = "skip" if sweep.skip_bad_facts else "raise"
-    return files.read_facts(
-        path_of(sweep.facts, "facts"), sweep.limit, sweep.seed, zsre_form=sweep.zsre_form, on_error=on_error
-    )
+    path = path_of(sweep.facts, "facts")
+    form, columns = sweep.zsre_form, sweep.columns
+    return files.read_facts(path, sweep.limit, sweep.seed, zsre_form=form, on_error=on_error, columns=columns)

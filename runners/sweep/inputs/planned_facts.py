@@ -161,7 +161,7 @@ def facts_of(sweep: Sweep, sizes: Sizes) -> PlannedFacts:
         count = sweep.limit or USUAL_FACTS
         source = "the sweep's limit" if sweep.limit else "a guess; set limit"
         return _typical(count, f"facts: {count:,} ({source}), since {sweep.facts} is not there")
-    facts, _ = read_facts(sweep)
+    facts = read_facts(sweep).facts
     line = f"facts: {len(facts):,} of {sweep.facts}"
     tokenizer = known_tokenizer(sweep)
     if tokenizer is None:

@@ -8,6 +8,7 @@ from pydantic import Field, PlainValidator, StrictBool, StrictFloat, StrictInt, 
 
 from causalcone.engine.encoding import Bos, PromptForm, PromptOptions
 from causalcone.runners.checked_files import CheckedTable, Count, noise_level
+from causalcone.runners.facts.schemas import ZsreForm
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Target = Literal["label", "argmax"]
@@ -16,7 +17,7 @@ Tokens = StrictStr | tuple[StrictInt, ...]
 Share = Annotated[StrictFloat, Field(ge=0, le=1)]
 
 
-_YOUNGER = frozenset(PromptOptions.__annotations__)
+_YOUNGER = frozenset(PromptOptions.__annotations__) | {"columns"}
 
 
 class FilterSettings(CheckedTable):
@@ -65,15 +66,16 @@ class UnitSettings(CheckedTable):
 class Sweep(CheckedTable):
     """A whole study; ``stages.as_sweep`` adds a table for each stage. seed: of everything that is drawn but noise;
     contexts: a file of texts put before prompts, drawn from the model by default; shape: the model's configuration,
-    where a plan is wanted of a model that is not at hand; zsre_form: how zsRE's records are read; published: the study
-    whose published tables are set beside; compat: "published" does as published code does, where
-    that differs; chat, system, bos and keep_space: as ``PromptForm``'s."""
+    where a plan is wanted of a model that is not at hand; zsre_form: how zsRE's records are read; columns: of flat
+    records, the columns of fields; published: the study whose published tables are set beside; compat: "published" does
+    as published code does, where that differs; chat, system, bos and keep_space: as ``PromptForm``'s."""
 
     model: StrictStr
     facts: StrictStr
     limit: Count | None = None
     skip_bad_facts: StrictBool = False
-    zsre_form: Literal["hase", "meng"] = "hase"
+    zsre_form: ZsreForm = "hase"
+    columns: dict[StrictStr, StrictStr] | None = None
     published: Literal["hase2023-gptj", "hase2023-zsre"] | None = None
     dtype: Dtype | None = None
     device: StrictStr | None = None

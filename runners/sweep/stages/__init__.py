@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import create_model
 
+from causalcone.engine.edit.requests.requests import FACT_AMPLIFICATION
 from causalcone.runners.sweep.inputs.settings import Sweep
 from causalcone.runners.sweep.inputs.units import Selection
 from causalcone.runners.sweep.stages.edit import EditStage
@@ -30,7 +31,10 @@ def stage_types() -> dict[str, type[Stage[Any]]]:
 
 
 def as_sweep(table: Mapping[str, Any]) -> Sweep:
-    """The sweep of a TOML file's table. Raises pydantic's ``ValidationError``."""
+    """The sweep of a TOML file's table; zsRE in Meng's form is by default edited towards the true answer. Raises
+    pydantic's ``ValidationError``."""
+    if table.get("zsre_form") == "meng" and isinstance(table.get("edit"), Mapping):
+        table = {**table, "edit": {"problems": [FACT_AMPLIFICATION], **table["edit"]}}
     known = stage_types()
     used = [stage for name, stage in known.items() if stage in TABLES or name in table]
     fields: dict[str, Any] = {stage.name: (stage.table | None, None) for stage in used}

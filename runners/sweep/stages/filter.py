@@ -46,7 +46,11 @@ class FilterStage(Stage[FilterSettings]):
         if self.options.argmax:
             likeliest = completions(session, encoded, 1)
             first = [text.strip() == fact.target_true.strip() for fact, text in zip(facts, likeliest, strict=True)]
-        columns = [[fact.id for fact in facts], texts, right, first, answer_probabilities(session, encoded)]
+        answers = [fact.answer for fact in encoded if fact.answer is not None]
+        columns = [
+            [fact.id for fact in facts], texts, right, first, answer_probabilities(session, encoded),
+            [answer.joiner for answer in answers], [answer.joined for answer in answers],
+        ]  # fmt: skip
         return {"filter": pa.table(columns, schema=FILTER_SCHEMA)}
 
     def cost(self, units: StageUnits, counts: Counts) -> StageCost:

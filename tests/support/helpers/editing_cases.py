@@ -160,11 +160,12 @@ def assert_rome(edit: Edit, expected: RomeEdit, bounds: Bounds = EXACT) -> None:
     assert edit.delta.layers == (edit.layer,)
     change = edit.delta.changes[edit.layer]
     left, right = (part[:, 0].double().cpu() for part in (change.left, change.right))
-    u, k, v = (part.double().cpu() for part in (expected.u, expected.k, expected.v))
-    value = bounds.nothing * float(v.norm())
-    reach = float(k @ u)
+    u, key, given = (part.double().cpu() for part in (expected.u, expected.solved, expected.given))
+    value = bounds.nothing * float(expected.v.norm())
+    reach = float(key @ u)
     assert error(right, u) < bounds.weights
-    assert error(left * reach, expected.v_star.cpu() - v, value) < bounds.weights
+    assert error(left * reach, expected.v_star.cpu() - given, value) < bounds.weights
+    assert edit.key_alignment == pytest.approx(expected.alignment, rel=bounds.weights)
     assert error(left, expected.Lambda, value / abs(reach)) < bounds.weights
     assert error(weight(edit.delta, edit.layer), expected.weight, value / abs(reach)) < bounds.weights
     assert edit.delta_norm == pytest.approx(float(expected.weight.norm()), rel=bounds.weights, abs=value / abs(reach))

@@ -41,7 +41,8 @@ class Optimum:
 @dataclass(frozen=True)
 class RomeEdit:
     """v (hidden,) and k (inner,) at the lookup of the bare prompt, the mean key, and the change of the weight
-    (hidden, inner), which is the outer product of Lambda and u."""
+    (hidden, inner), which is the outer product of Lambda and u; the key ``solved`` that Lambda takes from the value
+    ``given`` to v*, and what it has along u over what the key that u is of has."""
 
     v: Tensor
     v_star: Tensor
@@ -52,6 +53,9 @@ class RomeEdit:
     weight: Tensor
     updates: int
     loss: float
+    solved: Tensor
+    given: Tensor
+    alignment: float
 
 
 def rome(
@@ -71,12 +75,15 @@ def rome(
         keys = [at_lookup(model, task, prompt, key_site(model, layer)).double() for prompt in prompts]
     v_star = (optimum.start + optimum.delta).double()
     k, k_star = keys[0], torch.stack(keys).mean(dim=0)
-    direction = torch.linalg.solve(moment.double(), k_star)
+    of_u, solved = {"published": (k_star, k), "mean": (k_star, k_star), "prompt": (k, k)}[hparams.keys]
+    direction = torch.linalg.solve(moment.double(), of_u)
     u = direction / direction.norm()
     bias = 0 if down(model, layer).bias is None else down(model, layer).bias.detach().double()
-    Lambda = (v_star - down_weight(model, layer).double() @ k - bias) / (k @ u)
+    given = down_weight(model, layer).double() @ solved + bias  # which is linear: the mean value has the mean key
+    Lambda = (v_star - given) / (solved @ u)
     weight = torch.outer(Lambda, u)
-    return RomeEdit(optimum.start, v_star, k, k_star, u, Lambda, weight, optimum.updates, optimum.loss)
+    found = optimum.start, v_star, k, k_star, u, Lambda, weight, optimum.updates, optimum.loss
+    return RomeEdit(*found, solved, given, float(solved @ u / (of_u @ u)))
 
 
 def optimise(
