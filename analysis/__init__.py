@@ -20,14 +20,16 @@ from causalcone.analysis.layer_effects import (
     severed_effects,
     zeroing_curve,
 )
-from causalcone.analysis.scores import SCORES, counterfact_metrics, mean_scores, scores, zsre_metrics
+from causalcone.analysis.scores import SCORES, counterfact_metrics, mean_scores, probe_metrics, scores, zsre_metrics
 from causalcone.analysis.tables.edits import (
     EDIT_SCHEMA,
     METRIC_SCHEMA,
     PROBE_SCHEMA,
+    TEXT_SCHEMA,
     read_edits,
     read_metrics,
     read_probes,
+    read_texts,
 )
 from causalcone.analysis.tables.traces import (
     GRADIENT_SCHEMA,
@@ -49,6 +51,7 @@ __all__ = [
     "PROBE_SCHEMA",
     "ROLES",
     "SCORES",
+    "TEXT_SCHEMA",
     "TRACE_SCHEMA",
     "TableError",
     "average_indirect_effect",
@@ -61,10 +64,12 @@ __all__ = [
     "mean_scores",
     "peak_layers",
     "plot",
+    "probe_metrics",
     "read_edits",
     "read_gradients",
     "read_metrics",
     "read_probes",
+    "read_texts",
     "read_traces",
     "restore_effects",
     "scores",

@@ -12,14 +12,15 @@ from causalcone.analysis.means import means_over_facts
 from causalcone.analysis.tables.edits import (
     checked_metrics,
     checked_probes,
+    counted,
     finished,
     read_edits,
     read_metrics,
     read_probes,
 )
 from causalcone.analysis.tables.names import position
-from causalcone.analysis.tables.traces import TableError, TraceSource, one_of, refuse
-from causalcone.engine.schemas import ERROR_INJECTION, FACT_ERASURE, PROBLEMS, TRACING_REVERSAL
+from causalcone.analysis.tables.traces import AnswerScore, TableError, TraceSource, one_of, refuse, scaled
+from causalcone.engine.schemas import ERROR_INJECTION, FACT_ERASURE, PROBLEMS, PROMPT_KINDS, TRACING_REVERSAL
 
 Aggregate = Literal["first", "mean"]
 
@@ -40,7 +41,11 @@ _ZSRE = {"rewrite_accuracy": "efficacy", "paraphrase_accuracy": "paraphrase", "n
 
 
 def scores(
-    edits: TraceSource, probes: TraceSource, metrics: TraceSource | None = None, aggregate: Aggregate = "first"
+    edits: TraceSource,
+    probes: TraceSource,
+    metrics: TraceSource | None = None,
+    aggregate: Aggregate = "first",
+    answer_score: AnswerScore = "product",
 ) -> pl.DataFrame:
     """Scores of edits (Hase et al. 2023; docs/editing.md, "Scores").
 
@@ -60,6 +65,7 @@ def scores(
         probes: as ``read_probes`` takes them; those of other edits, and attribute prompts, are passed over.
         metrics: as ``read_metrics`` takes them; without them there is no essence.
         aggregate: of an edit's paraphrases and neighbours, the first (as published) or the mean of their scores.
+        answer_score: that of ``read_traces``.
 
     Returns:
         One row per edit, in the order of ``edits``: edit_id, fact_id, problem, method, layer, window, and the scores.
@@ -72,7 +78,7 @@ def scores(
     unknown = every.filter(pl.col("problem").is_in(PROBLEMS).not_().fill_null(True))
     refuse(unknown, f"edit {{edit_id!r}} is of the problem {{problem!r}}; known are {', '.join(PROBLEMS)}")
     done = finished(every).select("edit_id", "problem")
-    prompts = checked_probes(read_probes(probes).join(done, on="edit_id")).sort("prompt_index")
+    prompts = checked_probes(read_probes(probes, answer_score).join(done, on="edit_id")).sort("prompt_index")
     reversed_target = pl.col("problem").is_in([ERROR_INJECTION, TRACING_REVERSAL])
     difference = (pl.col("p_post") - pl.col("p_post_other")) * pl.when(reversed_target).then(1.0).otherwise(-1.0)
     rows = prompts.with_columns(score=_prompt_score(), magnitude=difference)
@@ -93,7 +99,9 @@ def _prompt_score() -> pl.Expr:
     """The score of one prompt. Differences come first: 1 - (1 - p_post) / (1 - p_pre) would lose small changes."""
     pre, post = pl.col("p_pre"), pl.col("p_post")
     recovered = pl.when(pre < 1).then((post - pre) / (1 - pre)).clip(lower_bound=0)
-    erased = pl.when(pre > 0).then((pre - post) / pre).clip(lower_bound=0)
+    top = pl.max_horizontal("logp_pre", "logp_post")
+    lost = (scaled("p_pre", top) - scaled("p_post", top)) / scaled("p_pre", top)
+    erased = pl.when(pl.col("logp_pre").is_finite()).then(lost).clip(lower_bound=0)
     unchanged = 1 - (post - pre).abs() / pl.max_horizontal(pre, 1 - pre)
     target = pl.when(pl.col("problem") == FACT_ERASURE).then(erased).otherwise(recovered)
     return pl.when(pl.col("prompt_kind") == "neighborhood").then(unchanged).otherwise(target)
@@ -212,6 +220,44 @@ def zsre_metrics(edits: TraceSource, metrics: TraceSource) -> pl.DataFrame:
         TableError: there are none of these metrics.
     """
     return _metric_means(edits, metrics, _ZSRE).sort(*_GROUP, position("metric", _ZSRE.values()))
+
+
+def probe_metrics(edits: TraceSource, probes: TraceSource, metrics: TraceSource | None = None) -> pl.DataFrame:
+    """What models answer by group of prompts: rewrite, paraphrase, neighborhood, attribute, and those of facts' own
+    probes (docs/editing.md, "Scores"). Failed edits, and probes whose condition does not hold, are left out.
+
+    ``metric`` is p (of the target, or of a probe's likeliest accepted answer), accuracy (teacher forcing: the share of
+    the answer's tokens that are the likeliest; in ``locality`` groups of likeliest tokens that stay) and exact_match
+    (the share of free answers that are accepted ones), as far as there are any.
+
+    Args:
+        edits: as ``read_edits`` takes them.
+        probes: as ``read_probes`` takes them.
+        metrics: as ``read_metrics`` takes them; without them there is p only.
+
+    Returns:
+        One row per problem, method, window, layer, group and metric; further columns as of ``counterfact_metrics``.
+
+    Raises:
+        TableError: there is no edit that was done, or a number is not a probability.
+    """
+    of_kind = counted(checked_probes(read_probes(probes))).group_by("edit_id", "prompt_kind", maintain_order=True)
+    p = of_kind.agg(pre=pl.mean("p_pre"), post=pl.mean("p_post"))
+    known = [p.select("edit_id", metric=pl.col("prompt_kind") + "_p", pre="pre", post="post")]
+    if metrics is not None:
+        other = read_metrics(metrics).filter(pl.col("metric").str.contains("_(accuracy|exact_match)$"))
+        known.append(other.select(known[0].columns))
+    table = pl.concat(known)
+    means = _metric_means(edits, table, {name: name for name in table["metric"].unique()})
+    names = pl.col("metric").str.extract_groups("^(?<group>.+)_(?<metric>p|accuracy|exact_match)$").struct
+    parts = means.with_columns(group=names.field("group"), metric=names.field("metric"))
+    order = position("group", PROMPT_KINDS), "group", position("metric", ("p", "accuracy", "exact_match"))
+    return parts.select(*_GROUP, "group", *means.columns[len(_GROUP) :]).sort(*_GROUP, *order)
+
+
+def own_groups(metrics: pl.DataFrame) -> pl.DataFrame:
+    """Rows of ``probe_metrics`` that no other function gives: of facts' own probes, and of free answers."""
+    return metrics.filter(~pl.col("group").is_in(PROMPT_KINDS) | (pl.col("metric") == "exact_match"))
 
 
 def _metric_means(edits: TraceSource, metrics: TraceSource, names: Mapping[str, str]) -> pl.DataFrame:

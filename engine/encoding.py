@@ -276,9 +276,13 @@ def joiner_of(prompt: PromptTokens, answer: str, joiner: Joiner) -> str:
         return " " if joiner == "space" else ""
     if prompt.opening is not None:
         return prompt.opening
-    letter = next(filter(str.isalpha, answer), "")
-    spaceless = bool(letter) and unicodedata.name(letter, "").startswith(_SPACELESS)
-    return "" if spaceless or _opens(prompt.text) else " "
+    return "" if spaceless(answer) or _opens(prompt.text) else " "
+
+
+def spaceless(text: str) -> bool:
+    """Whether a text's script is written without spaces between words."""
+    letter = next(filter(str.isalpha, text), "")
+    return bool(letter) and unicodedata.name(letter, "").startswith(_SPACELESS)
 
 
 def _opens(text: str) -> bool:

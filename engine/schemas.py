@@ -13,13 +13,22 @@ SCHEMA_VERSION = 2
 VERSION_KEY = b"causalcone_schema"
 """Its name in the metadata of Parquet files."""
 
-ADDED: frozenset[str] = frozenset({"joiner", "joined", "key_alignment", "relative_norm", "suspect"})
+ADDED = frozenset(
+    [
+        *("joiner", "joined", "key_alignment", "relative_norm", "suspect", "prompt_name", "condition"),
+        *("answer_tokens", "logp_clean", "logp_corrupted", "logp_patched"),
+        *("answer_tokens_other", "logp_pre", "logp_post", "logp_pre_other", "logp_post_other"),
+    ]
+)
 """Columns that tables of version 1 may lack. Reading makes them null there, log-probabilities those of the
 probabilities."""
 
 Problem = Literal["error_injection", "tracing_reversal", "fact_erasure", "fact_amplification", "fact_forcing"]
 PROBLEMS: tuple[Problem, ...] = get_args(Problem)
 ERROR_INJECTION, TRACING_REVERSAL, FACT_ERASURE, FACT_AMPLIFICATION, FACT_FORCING = PROBLEMS
+
+PROMPT_KINDS = ("rewrite", "paraphrase", "neighborhood", "attribute")
+"""Of the prompts that every fact may have; the fact's own probes are called by their group."""
 
 _TEXT, _COUNT, _NUMBER, _FLAG = pa.string(), pa.int32(), pa.float64(), pa.bool_()
 
@@ -51,6 +60,10 @@ TRACE_SCHEMA = _schema(
     p_corrupted=_NUMBER,  # null where there is no corrupted run
     p_patched=_NUMBER,  # restored or zeroed
     p_patched_sd=_NUMBER,  # over noise samples, unbiased; null for one sample
+    answer_tokens=_COUNT,  # of the target, whose probability p is
+    logp_clean=_NUMBER,  # log p_clean, also where p is too small for a number
+    logp_corrupted=_NUMBER,
+    logp_patched=_NUMBER,
 )
 
 # One row per state of a fact: its integrated gradients.
@@ -85,12 +98,30 @@ EDIT_SCHEMA = _schema(
 # One row per edit and prompt.
 PROBE_SCHEMA = _schema(
     edit_id=_TEXT,
-    prompt_kind=_TEXT,  # rewrite, paraphrase, neighborhood or attribute
+    prompt_kind=_TEXT,  # rewrite, paraphrase, neighborhood or attribute; of a fact's own probes their group
     prompt_index=_COUNT,
-    p_pre=_NUMBER,  # of the problem's target, before the edit
+    p_pre=_NUMBER,  # of the problem's target, before the edit; in probes of the likeliest accepted answer
     p_post=_NUMBER,  # and after it
     p_pre_other=_NUMBER,  # of the other target
     p_post_other=_NUMBER,
+    answer_tokens=_COUNT,  # of the problem's target; in probes of the answer that was the likeliest before the edit
+    answer_tokens_other=_COUNT,
+    logp_pre=_NUMBER,  # log p_pre, also where p is too small for a number
+    logp_post=_NUMBER,
+    logp_pre_other=_NUMBER,
+    logp_post_other=_NUMBER,
+    prompt_name=_TEXT,  # of a probe that has one
+    condition=_FLAG,  # whether what must hold before the edit did; null where nothing must
+)
+
+# One row per edit and prompt that models wrote a text after.
+TEXT_SCHEMA = _schema(
+    edit_id=_TEXT,
+    prompt_kind=_TEXT,  # generation, or as in probes
+    prompt_index=_COUNT,
+    prompt=_TEXT,
+    before=_TEXT,  # what the model wrote after the prompt, before the edit
+    after=_TEXT,  # and after it; null where it failed
 )
 
 # One row per edit and metric, with its values before and after the edit.

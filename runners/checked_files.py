@@ -6,9 +6,18 @@ import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StrictInt,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from causalcone.engine.errors import CausalconeError, ExperimentError, FactError
@@ -19,9 +28,11 @@ Count = Annotated[StrictInt, Field(ge=1)]
 
 
 class CheckedTable(BaseModel):
-    """A table of the file; a key that it cannot have is refused by name."""
+    """A table of the file; a key that it cannot have is refused by name. younger: keys that earlier versions did not
+    have, which are written where they are set only, so that what was begun without them goes on."""
 
     model_config = ConfigDict(frozen=True)
+    younger: ClassVar[frozenset[str]] = frozenset()
 
     @model_validator(mode="before")
     @classmethod
@@ -32,6 +43,12 @@ class CheckedTable(BaseModel):
             names = {"unknown": ", ".join(map(repr, unknown)), "known": ", ".join(known)}
             raise PydanticCustomError("unknown_key", "cannot have {unknown}, only {known}", names)
         return table
+
+    @model_serializer(mode="wrap")
+    def _without_silent(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        silent = {key for key in self.younger if getattr(self, key) == fields[key].default}
+        return {key: value for key, value in written(self).items() if key not in silent}
 
 
 def read_text(path: Path, error: type[CausalconeError] = FactError) -> str:

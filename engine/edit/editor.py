@@ -315,6 +315,7 @@ class Editor:
         accuracy: bool = False,
         generation: bool = False,
         references: References | None = None,
+        answers: bool = False,
     ) -> Scores:
         """Probes and metrics of edits (docs/editing.md, "Scores").
 
@@ -324,14 +325,15 @@ class Editor:
             accuracy: Measure the share of the targets' tokens that are most likely.
             generation: Measure the entropy of texts that the edited models write.
             references: Texts about the targets; measure how similar those that are written are to them.
+            answers: Let edited models answer freely, and measure the share of accepted answers.
 
         Returns:
-            The edits, and tables of their probes and metrics.
+            The edits, and tables of their probes and metrics, and of the texts that were written.
 
         Raises:
             ExperimentError: for an edit that does not fit the model, or is there twice.
         """
-        return self.evaluator.evaluate(edits, essence, accuracy, generation, references)
+        return self.evaluator.evaluate(edits, essence, accuracy, generation, references, answers)
 
     def _prepare(
         self, method: Method, requests: Any, layers: Any, window: int | None, hparams: Hparams | None

@@ -1,5 +1,6 @@
 """The command that edits facts: ``edit``."""
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -30,35 +31,45 @@ def edit(
     Facts are edited one by one; memit_joint edits all of them at once. Of a single --prompt it shows both answers'
     probabilities and what the model writes, before and after.
 
-    Writes OUT/edits, OUT/probes and OUT/metrics (Parquet; a row per edit, per prompt of it and per metric of it) and
-    OUT/run.json. No weight of the model is changed.
+    Writes OUT/edits, OUT/probes and OUT/metrics (Parquet; a row per edit, per prompt of it and per metric of it), where
+    models write OUT/texts, and OUT/run.json. No weight of the model is changed.
     """
+    from causalcone.analysis.tables.edits import unmet
     from causalcone.runners.edits import inputs
     from causalcone.runners.edits.prompt_edits import PromptEdits
-    from causalcone.runners.show.edit_tables import failed_lines, metrics_of, score_tables, scores_of
+    from causalcone.runners.show.edit_tables import (
+        answer_tables,
+        failed_lines,
+        metrics_of,
+        score_tables,
+        scores_of,
+        text_table,
+    )
     from causalcone.runners.show.figures import draw_scores
 
     check_place(prompt, output)
     study = inputs.editing(source, prompt, editing, scoring, output)
-    aggregate = study.plan.aggregate
+    wanted = (study.plan.aggregate, scoring.essence, scoring.answer_score)
     single = None if prompt.prompt is None else PromptEdits(study)
     with place_of(output) as place:
         with open_results(output, place, study.configuration, "edits") as folder:
             seen = {} if single is None else {"seen": single.add}
             done = study.carry_out(folder, Console(), output.quiet or single is not None, **seen)
-            scores = scores_of(place, aggregate, scoring.essence)
-            figures = draw_scores(output.out or Path(), scores) if plot else []
+            figures = draw_scores(output.out or Path(), scores_of(place, *wanted)) if plot else []
         folder.finish(**done.results, filtered=study.filtered)
         if not output.quiet:
-            tables = [*(score_tables(scores) if single is None else single.shown(place))]
+            tables = [*(score_tables(scores_of(place, *wanted)) if single is None else single.shown(place))]
             if not editing.method and study.plan.settings[0].method == "finetune":
                 tables.append(
                     "finetune needs no second moments; with --moments or --texts it would be rome, or --method"
                 )
-            metrics = metrics_of(place, scoring.accuracy, scoring.generation or scoring.references is not None)
+            tables += metrics_of(place, scoring.accuracy, scoring.generation or scoring.references is not None)
+            tables += [*answer_tables(place), *text_table(place)]
             sentence = done.sentence() if output.out is not None else done.sentence().partition(" -> ")[0]
             reasons = failed_lines(done.failed) + failed_lines(done.suspect, "are suspect")
-            show([*tables, *metrics, *reasons], sentence, figures)
+            show([*tables, *reasons], sentence, figures)
+        if presupposed := unmet(place / "edits", place / "probes"):
+            warnings.warn(presupposed, stacklevel=2)
 
 
 COMMANDS = {

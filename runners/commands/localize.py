@@ -12,6 +12,7 @@ from typer import Option
 
 from causalcone.runners.commands.shared import check_place, takes
 from causalcone.runners.options import (
+    AnswerOptions,
     IntegrationOptions,
     PromptOutputOptions,
     SamplingOptions,
@@ -23,13 +24,16 @@ from causalcone.runners.options import (
 )
 
 
-@takes(StreamableSourceOptions, SinglePromptOptions, PromptOutputOptions, TracingOptions, SamplingOptions)
+@takes(
+    StreamableSourceOptions, SinglePromptOptions, PromptOutputOptions, TracingOptions, SamplingOptions, AnswerOptions
+)
 def trace(
     source: StreamableSourceOptions,
     prompt: SinglePromptOptions,
     output: PromptOutputOptions,
     tracing: TracingOptions,
     sampling: SamplingOptions,
+    answers: AnswerOptions,
     plot: Annotated[int, Option(help="Draw heat maps of the first N facts, and averages.", min=0)] = 0,
 ) -> None:
     """Trace facts: restore one window of layers at a time in noise-corrupted runs, and see what brings the answer back.
@@ -44,16 +48,15 @@ def trace(
 
     def tables(path: Path) -> Iterable[Any]:
         if tracing.joint:
-            return layer_tables(joint_effects(path), "Effect of restoring tokens together")
-        return effect_tables(average_indirect_effect(path))
+            return layer_tables(joint_effects(path, **vars(answers)), "Effect of restoring tokens together")
+        return effect_tables(average_indirect_effect(path, **vars(answers)))
+
+    def draw(folder: Path, first: list[Any], table: Path) -> Iterable[Path]:
+        return draw_traces(folder, first, table, tracing.joint, **vars(answers)) if plot else []
 
     check_place(prompt, output)
-    prepare_tracing(source, prompt, tracing, sampling).carry_out(
-        output,
-        tables,
-        lambda folder, first, table: draw_traces(folder, first, table, tracing.joint) if plot else [],
-        keep=plot,
-    )
+    run = prepare_tracing(source, prompt, tracing, sampling)
+    run.carry_out(output, tables, draw, plot, **vars(answers))
 
 
 @takes(StreamableSourceOptions, SinglePromptOptions, TracingOptions, SamplingOptions)
@@ -68,12 +71,13 @@ def plan(
     Console().print(forecast_table(inputs.tracer, planned))
 
 
-@takes(StreamableSourceOptions, SinglePromptOptions, PromptOutputOptions, ZeroingOptions)
+@takes(StreamableSourceOptions, SinglePromptOptions, PromptOutputOptions, ZeroingOptions, AnswerOptions)
 def zero(
     source: StreamableSourceOptions,
     prompt: SinglePromptOptions,
     output: PromptOutputOptions,
     zeroing: ZeroingOptions,
+    answers: AnswerOptions,
     plot: Annotated[bool, Option("--plot", help="Draw the mean effect by layer.")] = False,
 ) -> None:
     """Zero representations: set one window of layers to zero at the subject, and see how much of the answer is lost.
@@ -88,8 +92,9 @@ def zero(
     check_place(prompt, output)
     prepare_zeroing(source, prompt, zeroing).carry_out(
         output,
-        lambda path: layer_tables(zeroing_curve(path), "Share of p(target) lost by zeroing", "z.3f"),
-        lambda folder, _, table: draw_table(folder, "zeroing", table) if plot else [],
+        lambda path: layer_tables(zeroing_curve(path, **vars(answers)), "Share of p(target) lost by zeroing", "z.3f"),
+        lambda folder, _, table: draw_table(folder, "zeroing", table, **vars(answers)) if plot else [],
+        **vars(answers),
     )
 
 

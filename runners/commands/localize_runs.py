@@ -12,6 +12,8 @@ from typing import Any
 import pyarrow as pa
 from rich.console import Console
 
+from causalcone.analysis.prompt_map import PromptMap
+from causalcone.analysis.tables.traces import AnswerScore, read_gradients, read_traces
 from causalcone.engine.encoding import prompt_record
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.localize.gradients import GradientRun
@@ -19,6 +21,7 @@ from causalcone.engine.localize.options import DEFAULT_STATES, GradientSpec, Tra
 from causalcone.engine.localize.states import KINDS, as_states
 from causalcone.engine.localize.trace_run import FactsRun, TracePlan, TraceRun
 from causalcone.engine.noise import SCALED_NOISES, Noise, TextNoise
+from causalcone.engine.schemas import GRADIENT_SCHEMA
 from causalcone.runners.checked_files import read_text
 from causalcone.runners.commands.shared import open_results, place_of, show
 from causalcone.runners.inputs.inputs import Inputs, open_inputs
@@ -57,6 +60,7 @@ class TableRun:
         tables: Callable[[Path], Iterable[Any]],
         draw: Callable[[Path, list[pa.RecordBatch], Path], Iterable[Path]],
         keep: int = 0,
+        answer_score: AnswerScore = "product",
     ) -> None:
         """Compute the run into its table, draw figures into a folder, of the table and of the batches of the first
         ``keep`` facts, and show tables, or a single prompt's map. Whatever ends it early, the facts finished by then
@@ -71,18 +75,24 @@ class TableRun:
                     progress(0, total)
                     for finished, batch in enumerate(self.batches, start=1):
                         table.write(batch)
-                        if finished <= max(keep, single):
+                        if finished <= keep:
                             first.append(batch)
                         progress(finished, total)
                 seconds, path = time.monotonic() - started, place / name
-                figures = draw(output.out or Path(), first[:keep], path)
+                figures = draw(output.out or Path(), first, path)
             folder.finish(facts=finished, rows=table.rows, seconds=round(seconds, 3))
             if not output.quiet:
-                shown = [self.run.drawn(self.run.table(first))] if single else tables(path)
+                shown = [self._map(path, answer_score)] if single else tables(path)
                 done = f"{table.rows} rows in {seconds:.1f} s"
                 if not single:
                     done = f"{finished} facts, {done} ({finished / seconds:.2f} facts/s)"
                 show(shown, done if output.out is None else f"{done} -> {path}", figures)
+
+    def _map(self, path: Path, answer_score: AnswerScore) -> PromptMap:
+        """A single prompt's map of its table."""
+        gradients = self.run.schema is GRADIENT_SCHEMA
+        table = read_gradients(path) if gradients else read_traces(path, answer_score)
+        return self.run.drawn(table.to_arrow())
 
 
 def prepare_tracing(

@@ -146,7 +146,7 @@ def prepared_edits(
     filtered = [fact.reason for fact in unposed]
     _warn(plan, inputs, requests, filtered, scoring)
     prompts = editor.session.prompts
-    evaluate = {name: getattr(scoring, name) for name in ("essence", "accuracy", "generation")}
+    evaluate = {name: getattr(scoring, name) for name in ("essence", "accuracy", "generation", "answers")}
     options = {
         **inputs.configuration,
         "prompts": vars(prompts.form) | prompt_record([prompts.fact(request.fact) for request in requests]),

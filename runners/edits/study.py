@@ -18,7 +18,7 @@ from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import as_windows
 from causalcone.engine.edit.scoring.tables import edit_batch
-from causalcone.engine.schemas import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA
+from causalcone.engine.schemas import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA, TEXT_SCHEMA
 from causalcone.runners.edits.settings import EditPlan, Setting
 from causalcone.runners.results.folder import ResultFolder, TableWriter
 from causalcone.runners.show.progress import shown_progress
@@ -86,6 +86,11 @@ class EditStudy:
     def layers(self) -> tuple[int, ...]:
         return tuple(window.layer for window in as_windows(self.plan.layers, 1, self.editor.session.sizes.depth))
 
+    @property
+    def writes(self) -> bool:
+        """Whether models write texts, which are kept."""
+        return any(self.evaluate.get(name) for name in ("generation", "references", "answers"))
+
     def check(self) -> None:
         """Refuse what the editor would refuse, such as memory that is too little for a single request."""
         for setting in self.plan.settings:
@@ -98,8 +103,8 @@ class EditStudy:
         quiet: bool = False,
         seen: Callable[[Sequence[Edit]], object] = lambda edits: None,
     ) -> EditsDone:
-        """Compute the study into the tables ``edits``, ``probes`` and ``metrics`` of the folder, and show ``seen`` each
-        batch. Whatever ends it early, the batches finished by then are in the tables."""
+        """Compute the study into the tables ``edits``, ``probes`` and ``metrics`` of the folder, and ``texts`` where
+        models write; batches are ``seen``. Whatever ends it early, the batches finished by then are in the tables."""
         if self.collected is not None:
             self.collected.save(folder.path / MOMENTS)
         started = time.monotonic()
@@ -107,6 +112,7 @@ class EditStudy:
         count = 0
         with ExitStack() as stack:
             schemas = {"edits": EDIT_SCHEMA, "probes": PROBE_SCHEMA, "metrics": METRIC_SCHEMA}
+            schemas |= {"texts": TEXT_SCHEMA} if self.writes else {}
             tables = {name: stack.enter_context(folder.table(name, schema)) for name, schema in schemas.items()}
             for setting in self.plan.settings:
                 total, done = len(self.requests) * len(self.layers), 0
@@ -130,6 +136,8 @@ class EditStudy:
             _save_deltas(scores.edits, deltas)
         tables["probes"].write(scores.probes)
         tables["metrics"].write(scores.metrics)
+        if self.writes:
+            tables["texts"].write(scores.texts)
         tables["edits"].write(edit_batch(scores.edits))  # the last, so that no edit stands there without its scores
         return scores.edits
 

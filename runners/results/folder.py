@@ -23,7 +23,7 @@ from causalcone.engine.schemas import SCHEMA_VERSION, VERSION_KEY
 PART_ROWS = 50_000
 PART_SECONDS = 5.0
 PART_SHARE = 0.05
-_TABLES = ("traces", "severed", "zeroed", "gradients", "edits", "probes", "metrics")
+_TABLES = ("traces", "severed", "zeroed", "gradients", "edits", "probes", "metrics", "texts")
 _NAMES = (*_TABLES, "deltas", "plots", "run.json")  # the last to go says that the rest is ours
 
 

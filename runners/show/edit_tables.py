@@ -6,21 +6,32 @@ from pathlib import Path
 
 import polars as pl
 from rich.table import Table
+from rich.text import Text
 
-from causalcone.analysis.scores import SCORES, counterfact_metrics, mean_scores, scores, zsre_metrics
+from causalcone.analysis.scores import (
+    SCORES,
+    counterfact_metrics,
+    mean_scores,
+    own_groups,
+    probe_metrics,
+    scores,
+    zsre_metrics,
+)
+from causalcone.analysis.tables.edits import read_edits, read_texts
 from causalcone.analysis.tables.names import heading, in_order, long_name, method_name, words
 from causalcone.analysis.tables.traces import TableError
 from causalcone.runners.show.tables import new_table
 
 MOST_REASONS = 3
+MOST_TEXTS, MOST_CHARACTERS = 8, 80
 
 _SHOWN = [name for name in SCORES if name != "rewrite_magnitude"]
 
 
-def scores_of(folder: Path, aggregate: str, essence: bool) -> pl.DataFrame:
+def scores_of(folder: Path, aggregate: str, essence: bool, answer_score: str = "product") -> pl.DataFrame:
     """The scores of the edits in a folder of results."""
     metrics = folder / "metrics" if essence else None
-    return scores(folder / "edits", folder / "probes", metrics, aggregate)  # type: ignore[arg-type]
+    return scores(folder / "edits", folder / "probes", metrics, aggregate, answer_score)  # type: ignore[arg-type]
 
 
 def metrics_of(folder: Path, accuracy: bool, generation: bool) -> list[Table]:
@@ -36,6 +47,42 @@ def metrics_of(folder: Path, accuracy: bool, generation: bool) -> list[Table]:
             except TableError as error:
                 warnings.warn(f"there is no table of {' and '.join(names)}: {error}", stacklevel=2)
     return tables
+
+
+def answer_tables(folder: Path) -> list[Table]:
+    """Means of ``probe_metrics`` by layer, of facts' own probes and of free answers: a table for each setting and
+    metric, with a column for each group."""
+    rows = own_groups(probe_metrics(*(folder / name for name in ("edits", "probes", "metrics"))))
+    names = {
+        "p": "p of accepted answers",
+        "accuracy": "accuracy (teacher forcing)",
+        "exact_match": "exact match (free)",
+    }
+    tables = []
+    for metric, title in names.items():
+        of_group = rows.filter(metric=metric).with_columns(metric="group")
+        tables += metric_tables(of_group, of_group["metric"].unique(maintain_order=True).to_list(), title)
+    return tables
+
+
+def text_table(folder: Path) -> list[Table]:
+    """The first text of each setting and kind of prompt, before and after an edit, a few of them."""
+    if not (folder / "texts").is_dir():
+        return []
+    edits = read_edits(folder / "edits").select("edit_id", "method", "window", "layer")
+    rows = read_texts(folder / "texts").join(edits, on="edit_id", maintain_order="left").drop_nulls("after")
+    few = rows.unique(["method", "window", "prompt_kind"], keep="first", maintain_order=True).head(MOST_TEXTS)
+    table = Table(*("edit", "prompt", "before", "after"), title="What models wrote, some of it", title_justify="left")
+    for row in few.iter_rows(named=True):
+        edit = f"{method_name(row['method'], row['window'])}, layer {row['layer']}, {row['prompt_kind']}"
+        table.add_row(*(Text(_shown(text)) for text in (edit, row["prompt"], row["before"], row["after"])))
+    return [table] if table.row_count else []
+
+
+def _shown(text: str) -> str:
+    """A text in one line, its beginning where it is long, without what a terminal would obey."""
+    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
+    return line if len(line) <= MOST_CHARACTERS else line[: MOST_CHARACTERS - 1] + "\u2026"
 
 
 def score_tables(table: pl.DataFrame) -> list[Table]:
@@ -73,13 +120,13 @@ def rewrite_tables(table: pl.DataFrame) -> list[Table]:
     return tables
 
 
-def metric_tables(metrics: pl.DataFrame, names: Sequence[str]) -> list[Table]:
+def metric_tables(metrics: pl.DataFrame, names: Sequence[str], title: str = "metrics") -> list[Table]:
     """Means of ``counterfact_metrics`` or ``zsre_metrics`` by layer, and before the edits; a table for each setting."""
     tables = []
     for method, window in _settings(metrics):
         rows = metrics.filter(pl.col("metric").is_in(names), method=method, window=window)
         present = [name for name in names if not rows.filter(metric=name).is_empty()]
-        table = new_table(f"{_heading(method, window)}: metrics by layer", "layer", *map(words, present))
+        table = new_table(f"{_heading(method, window)}: {title} by layer", "layer", *map(words, present))
         before = dict(rows.group_by("metric").agg(pl.mean("pre")).select("metric", "pre").rows())
         table.add_row("unedited", *(f"{before[name]:.3f}" for name in present))
         for layer in rows["layer"].unique().sort():

@@ -126,7 +126,7 @@ def test_names_for_the_keys_of_rome(user, editor, tmp_path, run):
     for reason, count in Counter(edits["suspect"].drop_nulls()).items():
         assert f"{count} edits are suspect: {reason}" in " ".join(printed.split())
     assert run_json(out)["results"]["suspect"] == Counter(edits["suspect"].drop_nulls())
-    assert [each["hparams"].get("keys") for each in run_json(out)["methods"]] == [None, "mean", "prompt"]
+    assert [each["hparams"]["keys"] for each in run_json(out)["methods"]] == ["published", "mean", "prompt"]
     for title in ("ROME: mean scores", "R-ROME: mean scores", "P-ROME: mean scores"):
         assert title in printed
     code, _, error = run(

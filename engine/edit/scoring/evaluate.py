@@ -1,7 +1,8 @@
 """Evaluation of edits: probes and metrics, and the texts and word weights that serve several evaluations."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from weakref import WeakKeyDictionary
 
 import pyarrow as pa
 
@@ -9,12 +10,19 @@ from causalcone.engine.edit.methods.batching import layers_and_batching
 from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.requests.prompts import Encoder
 from causalcone.engine.edit.requests.requests import Request
-from causalcone.engine.edit.scoring.generation_metrics import References, ReferenceScorer, generation_rows
+from causalcone.engine.edit.scoring.answers import answered, conditions_held, match_rows
+from causalcone.engine.edit.scoring.generation_metrics import (
+    References,
+    ReferenceScorer,
+    generation_rows,
+    generations,
+)
 from causalcone.engine.edit.scoring.metrics import Row, metrics_of
 from causalcone.engine.edit.scoring.probes import ProbeSet, probes_of
 from causalcone.engine.edit.scoring.sampled_texts import essence_texts, text_room
 from causalcone.engine.edit.scoring.scoring import EditScorer, Scored, check_edits
-from causalcone.engine.edit.scoring.tables import metric_batch, probe_batch
+from causalcone.engine.edit.scoring.tables import metric_batch, probe_batch, text_batch
+from causalcone.engine.edit.scoring.written import Written
 from causalcone.engine.facts import Fact
 from causalcone.engine.run.session import Session
 from causalcone.kernels.precision import each_within
@@ -28,11 +36,13 @@ class Scores:
         edits: The edits; those that give no finite probabilities count as failed.
         probes: The columns of ``PROBE_SCHEMA``.
         metrics: The columns of ``METRIC_SCHEMA``.
+        texts: The columns of ``TEXT_SCHEMA``; without rows where no texts were asked for.
     """
 
     edits: list[Edit]
     probes: pa.RecordBatch
     metrics: pa.RecordBatch
+    texts: pa.RecordBatch
 
 
 @dataclass
@@ -42,6 +52,7 @@ class Evaluator:
     seed: int
     _essence: dict[tuple[object, ...], list[str]] = field(default_factory=dict)
     _scoring: tuple[References, ReferenceScorer] | None = None
+    _held: WeakKeyDictionary[Request, tuple[object, list[bool | None]]] = field(default_factory=WeakKeyDictionary)
 
     def check(
         self,
@@ -53,6 +64,9 @@ class Evaluator:
     ) -> Request:
         """The request; raises ``FactError`` for one that cannot be edited in some contexts, or not be scored."""
         probes_of(request, self.encoder)
+        for probe in request.fact.probes:
+            for condition in probe.conditions:
+                self.encoder.followed(request, self.encoder.written(request, condition.prompt), (0,))
         for before in contexts:
             self.encoder.task(request, before)
         texts = [self.encoder.essence(request).text] if essence else []
@@ -65,18 +79,30 @@ class Evaluator:
         return request
 
     def evaluate(
-        self, edits: Sequence[Edit], essence: bool, accuracy: bool, generation: bool, references: References | None
+        self,
+        edits: Sequence[Edit],
+        essence: bool,
+        accuracy: bool,
+        generation: bool,
+        references: References | None,
+        answers: bool,
     ) -> Scores:
         """As ``Editor.evaluate``, which describes the arguments."""
         scored = list(self.score(edits, essence, accuracy))
         rows: list[Row] = [row for result in scored for row in metrics_of(result, accuracy)]
         final = [result.edit for result in scored]
+        written: list[Written] = []
         if generation or references is not None:
             if references is not None and (self._scoring is None or self._scoring[0] is not references):
                 self._scoring = references, ReferenceScorer(references.corpus)  # kept for further evaluations
             scoring = None if references is None else self._scoring
-            rows += generation_rows(self.session, final, self.seed, scoring, self.encoder)
-        return Scores(final, probe_batch(scored), metric_batch(rows))
+            written += generations(self.session, final, self.seed, self.encoder)
+            rows += generation_rows(written, scoring)
+        if answers:
+            said = [*answered(self.session, self.encoder, final, self._conditions([edit.request for edit in final]))]
+            rows += match_rows(said)
+            written += said
+        return Scores(final, probe_batch(scored), metric_batch(rows), text_batch(written))
 
     def score(self, edits: Sequence[Edit], essence: bool = False, accuracy: bool = False) -> Iterator[Scored]:
         if not edits:
@@ -84,12 +110,22 @@ class Evaluator:
         self.session.verify(self.encoder.bare(edits[0].request).text.tokens)
         check_edits(edits, self.session.sizes)
         texts = self._essence_of([edit.request.fact for edit in edits]) if essence else {}
+        held = self._conditions([edit.request for edit in edits])
 
         def edit_probes(edit: Edit) -> ProbeSet:
-            return probes_of(edit.request, self.encoder, texts.get(edit.fact_id, ()))
+            return probes_of(edit.request, self.encoder, texts.get(edit.fact_id, ()), held(edit.request))
 
         scored = EditScorer(*layers_and_batching(self.session), edit_probes, accuracy).score(edits)
         yield from each_within(self.session.computing, map(_checked, scored))
+
+    def _conditions(self, requests: Sequence[Request]) -> Callable[[Request], list[bool | None]]:
+        """Whether the conditions of each of a request's own probes hold: seen once, in the model with its present
+        weights."""
+        weights = self.session.architecture.versions()
+        new = [each for each in dict.fromkeys(requests) if self._held.get(each, (None, []))[0] != weights]
+        for request, held in zip(new, conditions_held(self.session, self.encoder, new), strict=True):
+            self._held[request] = weights, held
+        return {request: self._held[request][1] for request in requests}.__getitem__
 
     def _essence_of(self, facts: Iterable[Fact]) -> dict[str, list[str]]:
         """The essence texts of facts, by their ids: sampled once from the model with its present weights."""

@@ -4,15 +4,16 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
+from causalcone.engine.edit.deltas.delta import Delta
 from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.requests.prompts import Encoder
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.scoring.metrics import Row
 from causalcone.engine.edit.scoring.sampled_texts import generate_texts
+from causalcone.engine.edit.scoring.written import OpenPrompt, Written, before_and_after
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.facts import Fact
 from causalcone.engine.run.session import Session
@@ -76,27 +77,35 @@ class References(Protocol):
     def corpus(self) -> Sequence[str]: ...
 
 
-def generation_rows(
-    session: Session,
-    edits: Sequence[Edit],
-    seed: int,
-    scoring: tuple[References, ReferenceScorer] | None,
-    encoder: Encoder,
-) -> Iterator[Row]:
-    """The metrics of the texts that the model writes after the facts' generation prompts, before and after edits."""
-    edits = [edit for edit in edits if edit.request.fact.generation_prompts]
-    requests: dict[int, Request] = {id(edit.request): edit.request for edit in edits}
-    made = [edit for edit in edits if edit.delta is not None]
-    write = partial(generate_texts, session, seed=seed, encoder=encoder)
-    before = dict(zip(requests, write(list(requests.values())), strict=True))
-    written = write([edit.request for edit in made], deltas=[edit.delta for edit in made])
-    after = {id(edit): texts for edit, texts in zip(made, written, strict=True)}
-    for edit in edits:
-        pre, post = before[id(edit.request)], after.get(id(edit))
+def generations(session: Session, edits: Sequence[Edit], seed: int, encoder: Encoder) -> Iterator[Written]:
+    """What the model writes after the facts' generation prompts, before and after edits."""
+
+    def prompts(request: Request) -> list[OpenPrompt]:
+        return [OpenPrompt("generation", n, text) for n, text in enumerate(request.fact.generation_prompts)]
+
+    def write(requests: Sequence[Request], deltas: Sequence[Delta | None]) -> list[list[str]]:
+        whole = generate_texts(session, requests, seed, deltas, encoder)
+        return [
+            [text.removeprefix(prompt) for text, prompt in zip(texts, request.fact.generation_prompts, strict=True)]
+            for texts, request in zip(whole, requests, strict=True)
+        ]
+
+    return before_and_after(edits, prompts, write)
+
+
+def generation_rows(written: Iterable[Written], scoring: tuple[References, ReferenceScorer] | None) -> Iterator[Row]:
+    """The metrics of texts that ``generations`` gives."""
+    for each in written:
+        edit_id, pre = each.edit.edit_id, _whole(each.prompts, each.before)
+        post = None if each.after is None else _whole(each.prompts, each.after)
         entropy = None if post is None else generation_entropy(post)
-        yield edit.edit_id, "generation_entropy", generation_entropy(pre), entropy
+        yield edit_id, "generation_entropy", generation_entropy(pre), entropy
         if scoring is not None:
             references, scorer = scoring
-            texts = references.of(edit.request.fact)
+            texts = references.of(each.edit.request.fact)
             score = None if post is None else scorer.score(post, texts)
-            yield edit.edit_id, "reference_score", scorer.score(pre, texts), score
+            yield edit_id, "reference_score", scorer.score(pre, texts), score
+
+
+def _whole(prompts: Sequence[OpenPrompt], written: Sequence[str]) -> list[str]:
+    return [each.prompt + text for each, text in zip(prompts, written, strict=True)]

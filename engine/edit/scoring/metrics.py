@@ -1,12 +1,13 @@
 """Metrics of single edits: perplexity of essence texts, and Meng et al.'s scores and accuracies (docs/editing.md,
 "Scores")."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from causalcone.engine.edit.scoring.probes import (
     ESSENCE,
+    LOCALITY,
     NEIGHBORHOOD,
     OTHER,
     OWN,
@@ -28,18 +29,18 @@ def metrics_of(scored: Scored, accuracy: bool) -> Iterator[Row]:
     """All metrics that the probes give, none where unedited results are not finite; accuracy: as ``EditScorer``'s."""
     if not scored.pre.finite:
         return
-    pre = _metrics(scored.probes, scored.pre, accuracy)
-    post = {} if scored.post is None else _metrics(scored.probes, scored.post, accuracy)
+    pre = _metrics(scored.probes, scored.pre, scored.pre, accuracy)
+    post = {} if scored.post is None else _metrics(scored.probes, scored.post, scored.pre, accuracy)
     for name, value in pre.items():
         yield scored.edit.edit_id, name, value, post.get(name)
 
 
-def _metrics(probes: ProbeSet, results: ProbeResults, accuracy: bool) -> dict[str, float]:
+def _metrics(probes: ProbeSet, results: ProbeResults, before: ProbeResults, accuracy: bool) -> dict[str, float]:
     """Perplexity: the mean over texts of exp(-sum of the N - 1 log-probabilities / N).
 
     Score and magnitude: how often, and by how much, the new target is more likely than the true one (for neighbours
     the reverse); p is the geometric mean over the target's tokens. Accuracy: the share of the target's tokens (a
-    neighbour's own answer's, if any) that are the most likely ones.
+    neighbour's own answer's, if any) that are the most likely ones; by group of the fact's own probes, as ``_share``.
     """
     counts = np.array([len(probe.tokens) for probe in probes.probes])
     p = np.exp(results.log_p / counts)
@@ -58,4 +59,18 @@ def _metrics(probes: ProbeSet, results: ProbeResults, accuracy: bool) -> dict[st
         read = [numbers.get((index, OWN), number) for (index, answer), number in numbers.items() if answer == TARGET]
         if read and accuracy:
             accuracies[f"{kind}_accuracy"] = float(results.right[read].mean())
+    if accuracy:
+        for group, answers in probes.groups.items():
+            shares = [_share(group, numbers, results, before) for numbers in answers]
+            accuracies[f"{group}_accuracy"] = float(np.mean(shares))
     return metrics | accuracies
+
+
+def _share(group: str, numbers: Sequence[int], results: ProbeResults, before: ProbeResults) -> float:
+    """Of a probe with several accepted answers, the best one's share of tokens that are the most likely ones; of what
+    is to stay, the share of most likely tokens that are what they were, in the place of the answer that was likeliest
+    before the edit."""
+    if group.split("/")[0] != LOCALITY:
+        return float(results.right[numbers].max())
+    answer = numbers[int(before.log_p[numbers].argmax())]
+    return float((results.likeliest[answer] == before.likeliest[answer]).mean())

@@ -25,10 +25,12 @@ from causalcone.engine.models.base import Block, Sizes
 @dataclass(frozen=True)
 class ProbeResults:
     """log_p (Q,) float64: of each probe's answer, summed over its tokens; right (Q,): the share of its tokens that are
-    the most likely ones, NaN where that was not requested."""
+    the most likely ones, NaN where that was not requested; likeliest: the most likely tokens in the place of each
+    answer's, empty arrays where that was not requested."""
 
     log_p: np.ndarray
     right: np.ndarray
+    likeliest: Sequence[np.ndarray]
 
     @property
     def finite(self) -> bool:
@@ -214,16 +216,16 @@ class _ScoringPass:
         rows = np.concatenate([starts[run] + np.arange(len(answer)) for run, answer in probes])
         tokens = np.concatenate([np.array(answer) for _, answer in probes])
         probe_of_token = np.repeat(np.arange(len(probes)), width)
-        log_p, right = self._token_results(states, rows, tokens)
-        total = np.bincount(probe_of_token, log_p, len(probes))
-        shares = np.bincount(probe_of_token, right, len(probes)) / width
+        log_p, likeliest = self._token_results(states, rows, tokens)
+        right = likeliest == tokens if self.accuracy else np.full(len(rows), np.nan)
+        total, shares = (np.bincount(probe_of_token, values, len(probes)) for values in (log_p, right))
+        each = np.split(likeliest, np.cumsum(width)[:-1]) if self.accuracy else [likeliest] * len(probes)
         ends = np.cumsum(list(map(len, sets)))
-        return [
-            ProbeResults(*pair) for pair in zip(np.split(total, ends[:-1]), np.split(shares, ends[:-1]), strict=True)
-        ]
+        parts = [slice(end - len(probes), end) for end, probes in zip(ends, sets, strict=True)]
+        return [ProbeResults(total[part], (shares / width)[part], each[part]) for part in parts]
 
     def _token_results(self, states: Tensor, rows: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """log p and whether it is the most likely one, of tokens (n,) read at ``rows`` (n,) of the states."""
+        """log p of tokens (n,) read at ``rows`` (n,) of the states, and the most likely ones there, if requested."""
         readout, device = self.layers.readout(), states.device
         # several answers may be read at one row, whose logits are computed once
         by_row = np.argsort(rows, kind="stable")
@@ -235,7 +237,5 @@ class _ScoringPass:
         targets[index, slot] = tokens
         states = states.index_select(0, torch.from_numpy(distinct).to(device))
         log_p = readout.target_log_probabilities(states, torch.from_numpy(targets).to(device)).cpu().numpy()
-        right = np.full(len(rows), np.nan)
-        if self.accuracy:
-            right = (readout.most_likely(states).cpu().numpy()[index] == tokens).astype(np.float64)
-        return log_p[index, slot], right
+        likeliest = readout.most_likely(states).cpu().numpy()[index] if self.accuracy else np.zeros(0, dtype=np.int64)
+        return log_p[index, slot], likeliest

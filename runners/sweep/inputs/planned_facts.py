@@ -50,7 +50,8 @@ class FactLengths:
     prompt: its own; span: those of the subject in it; target, new: of both answers, ``new`` None where there is none;
     essence: of the essence prompt up to the subject's end; asked: of each further prompt that edits are scored on, and
     of the prompt's own answer (0: none); generation: of each generation prompt; contexts: by method, tokens and lookup
-    of the prompt, bare and after each context.
+    of the prompt, bare and after each context; paraphrases: of each paraphrase, which are asked as well; probes: of
+    each of the fact's own probes, and of its accepted answers; conditions: of each condition's prompt.
     """
 
     prompt: int
@@ -61,6 +62,14 @@ class FactLengths:
     asked: tuple[tuple[int, int], ...]
     generation: tuple[int, ...]
     contexts: Mapping[str, Sequence[tuple[int, int]]]
+    paraphrases: tuple[int, ...] = ()
+    probes: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    conditions: tuple[int, ...] = ()
+
+    @property
+    def open(self) -> tuple[int, ...]:
+        """Of each prompt that is answered freely."""
+        return (self.prompt, *self.paraphrases, *(tokens for tokens, _ in self.probes))
 
     @property
     def reversed(self) -> int:
@@ -84,7 +93,8 @@ class FactLengths:
         """The prompts that edits are scored on, but for essence texts."""
         both = [target] if other is None else [target, other]
         prompts = [(self.prompt, 0), *self.asked]
-        return Asked.total((Asked.after(tokens, [*both, answer] if answer else both), 1) for tokens, answer in prompts)
+        asked = [(tokens, [*both, answer] if answer else both) for tokens, answer in prompts]
+        return Asked.total((Asked.after(*each), 1) for each in (*asked, *self.probes))
 
     def encoded(self, target: str) -> EncodedFact:
         """A fact of these lengths."""
@@ -117,6 +127,17 @@ def measured_lengths(fact: Fact, encoder: Encoder, contexts: Contexts | None) ->
         asked=tuple((len(encoder.written(request, text)), tokens) for text, tokens in asked),
         generation=tuple(len(encoder.free(request, text)) for text in fact.generation_prompts),
         contexts=by_method,
+        paraphrases=tuple(len(encoder.written(request, text)) for text in fact.paraphrase_prompts),
+        probes=tuple(
+            (
+                len(encoder.written(request, probe.prompt)),
+                tuple(len(encoder.answer(request, probe.prompt, answer)) for answer in probe.answers),
+            )
+            for probe in fact.probes
+        ),
+        conditions=tuple(
+            len(encoder.written(request, condition.prompt)) for probe in fact.probes for condition in probe.conditions
+        ),
     )
 
 
@@ -130,7 +151,8 @@ def typical_facts() -> list[tuple[FactLengths, float]]:
     facts = []
     for (prompt, start, subject), share in SHAPES:
         contexts = drawn_contexts(prompt, start + subject - 1)
-        facts.append((FactLengths(prompt, (start, start + subject), 1, 1, subject, ASKED, GENERATION, contexts), share))
+        span, paraphrases = (start, start + subject), tuple(tokens for tokens, _ in ASKED[:2])
+        facts.append((FactLengths(prompt, span, 1, 1, subject, ASKED, GENERATION, contexts, paraphrases), share))
     return facts
 
 

@@ -17,9 +17,6 @@ Tokens = StrictStr | tuple[StrictInt, ...]
 Share = Annotated[StrictFloat, Field(ge=0, le=1)]
 
 
-_YOUNGER = frozenset(PromptOptions.__annotations__) | {"columns"}
-
-
 class FilterSettings(CheckedTable):
     """Which facts are traced and edited. completes: those whose answer is in the 36 tokens that the
     model writes greedily after the prompt; argmax: those whose answer is the likeliest next token; erasable: in Fact
@@ -67,9 +64,11 @@ class Sweep(CheckedTable):
     """A whole study; ``stages.as_sweep`` adds a table for each stage. seed: of everything that is drawn but noise;
     contexts: a file of texts put before prompts, drawn from the model by default; shape: the model's configuration,
     where a plan is wanted of a model that is not at hand; zsre_form: how zsRE's records are read; columns: of flat
-    records, the columns of fields; published: the study whose published tables are set beside; compat: "published" does
-    as published code does, where that differs; chat, system, bos and keep_space: as ``PromptForm``'s."""
+    records, the columns of fields; published: the study whose published tables are set beside; answer_score: what the
+    analysis takes p of several tokens for; compat: "published" does as published code does, where that differs; chat,
+    system, bos and keep_space: as ``PromptForm``'s."""
 
+    younger = frozenset(PromptOptions.__annotations__) | {"columns"}
     model: StrictStr
     facts: StrictStr
     limit: Count | None = None
@@ -77,6 +76,7 @@ class Sweep(CheckedTable):
     zsre_form: ZsreForm = "hase"
     columns: dict[StrictStr, StrictStr] | None = None
     published: Literal["hase2023-gptj", "hase2023-zsre"] | None = None
+    answer_score: Literal["product", "mean"] = "product"
     dtype: Dtype | None = None
     device: StrictStr | None = None
     memory: StrictStr | StrictInt | None = None
@@ -98,11 +98,8 @@ class Sweep(CheckedTable):
     @property
     def result_config(self) -> dict[str, Any]:
         """All that decides the results, as JSON; not where and in how much memory they are computed."""
-        kept = self.model_dump(mode="json", exclude={"device", "memory", "kernels", "shape", "published"})
-        # folders were begun before there were these: they count where they are set
-        return {
-            key: value for key, value in kept.items() if key not in _YOUNGER or value != Sweep.model_fields[key].default
-        }
+        shown = {"published", "answer_score"}
+        return self.model_dump(mode="json", exclude={"device", "memory", "kernels", "shape", *shown})
 
     @property
     def form(self) -> PromptForm:

@@ -6,6 +6,9 @@ from causalcone.runners.results.store import Store, StoredPart
 
 FAILURES, LEFT_OUT = "failures", "left_out"
 
+YOUNGER = ("texts",)
+"""Tables that units of earlier versions did not write: they are done without."""
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -49,10 +52,11 @@ class Unit:
         """The files that it wrote, if all of them are there, whole, and of this unit."""
         if self.prepared:
             return [StoredPart(0, {})] if store.exists(self.prepared) else None
-        parts = [store.part(file) for file in self.files]
-        if any(part is None or part.notes.get("unit") != self.name for part in parts):
+        parts = {table: store.part(self.file(table)) for table in self.tables}
+        found = {table: part for table, part in parts.items() if part is not None or table not in YOUNGER}
+        if any(part is None or part.notes.get("unit") != self.name for part in found.values()):
             return None
-        return [part for part in parts if part is not None]
+        return [part for part in found.values() if part is not None]
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ from causalcone.engine.edit.requests.problems import make_requests
 from causalcone.engine.edit.requests.requests import NOISY
 from causalcone.engine.edit.requests.windows import as_layers, as_windows
 from causalcone.engine.edit.runs.flops import Asked, EditWork, Grown
+from causalcone.engine.edit.scoring.answers import ANSWER_TOKENS
 from causalcone.engine.edit.scoring.sampled_texts import ESSENCE_TEXTS, TEXT_TOKENS
 from causalcone.engine.edit.scoring.tables import edit_batch
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.facts import Fact
-from causalcone.engine.schemas import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA, Problem
+from causalcone.engine.schemas import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA, TEXT_SCHEMA, Problem
 from causalcone.runners.checked_files import CheckedTable, Count
 from causalcone.runners.demo.files import path_of
 from causalcone.runners.edits.settings import EditPlan, Setting
@@ -42,10 +43,11 @@ class EditSettings(CheckedTable):
 
     methods: as of ``causalcone edit``, such as "memit:5"; layers: "preset", "all", or numbers from 0; preset: where
     hyperparameters are from; set: what differs from these, such as "rome.steps=5"; essence, accuracy, generation,
-    references: as of ``causalcone edit``, generation also of some problems only, whose names are given; aggregate:
-    which paraphrases and neighbours the scores shown are of.
+    references, answers: as of ``causalcone edit``, generation also of some problems only, whose names are given;
+    aggregate: which paraphrases and neighbours the scores shown are of.
     """
 
+    younger = frozenset({"answers"})
     problems: Annotated[tuple[Problem, ...], Field(min_length=1)] = ("error_injection",)
     methods: Names = ("rome", "memit:5", "finetune:1", "finetune:5")
     layers: Literal["preset", "all"] | tuple[StrictInt, ...] = "all"
@@ -56,6 +58,7 @@ class EditSettings(CheckedTable):
     accuracy: StrictBool = False
     generation: StrictBool | tuple[Problem, ...] = False
     references: StrictStr | None = None
+    answers: StrictBool = False
     aggregate: Literal["first", "mean"] | None = None
 
     def generates(self, problem: str) -> bool:
@@ -69,11 +72,12 @@ class EditStage(Stage[EditSettings]):
     """Edits and their scores. plans: by problem, the methods with their hyperparameters, and the layers."""
 
     name, title, table, item = "edit", "edits", EditSettings, "edits"
-    tables = (  # the last is of edits, so that none is there without its scores
+    tables: tuple[ResultTable, ...] = (  # the last is of edits, so that none is there without its scores
         ResultTable("probes", PROBE_SCHEMA, row_bytes=30),
         ResultTable("metrics", METRIC_SCHEMA, row_bytes=16),
         ResultTable("edits", EDIT_SCHEMA, row_bytes=160),
     )
+    texts = ResultTable("texts", TEXT_SCHEMA, row_bytes=100)
 
     def __init__(self, sweep: Sweep, options: EditSettings) -> None:
         super().__init__(sweep, options)
@@ -87,6 +91,8 @@ class EditStage(Stage[EditSettings]):
         uses = {NOISE: {*NOISY} & {*options.problems}, CONTEXTS: plan.of_contexts, MOMENTS: plan.of_moments}
         self.needs = [name for name, users in uses.items() if users]
         self.aggregate = plan.aggregate
+        if options.answers or any(map(options.generates, options.problems)):
+            self.tables = (self.texts, *self.tables)
         self._resources: tuple[Editor, ReferenceTexts | None] | None = None
 
     def layers(self, problem: Problem, depth: int) -> tuple[int, ...]:
@@ -134,7 +140,7 @@ class EditStage(Stage[EditSettings]):
         making: dict[str, Any] = {"filtered": False, "on_error": "skip", "compat": compat, "seed": editor.seed}
         requests, skipped, _ = make_requests(editor.session, facts, problem, editor.sigma, **making)
         resources.leave_out(unit, skipped)
-        scoring: dict[str, Any] = {"essence": self.options.essence, "accuracy": self.options.accuracy}
+        scoring: dict[str, Any] = {name: getattr(self.options, name) for name in ("essence", "accuracy", "answers")}
         if self.options.generates(problem):
             scoring |= {"generation": True, "references": references}
         batches: dict[str, list[pa.RecordBatch]] = {table.name: [] for table in self.tables}
@@ -143,6 +149,7 @@ class EditStage(Stage[EditSettings]):
             batches["edits"].append(edit_batch(scores.edits))
             batches["probes"].append(scores.probes)
             batches["metrics"].append(scores.metrics)
+            batches.get("texts", []).append(scores.texts)
             del batch, scores  # changes of weights, before the next are made
         return {table.name: pa.Table.from_batches(batches[table.name], table.schema) for table in self.tables}
 
@@ -193,6 +200,8 @@ class EditCounts:
         if self.options.essence and self.problem == self.options.problems[0]:
             starts = ((fact.essence + _ESSENCE_END, weight * ESSENCE_TEXTS) for fact, weight in self.facts)
             flops += self.flops.decoding(Grown.total((self._grown(tokens), times) for tokens, times in starts))
+        asked = ((self._answer(tokens), weight) for fact, weight in self.facts for tokens in fact.conditions)
+        flops += self.flops.decoding(Grown.total(asked))
         return flops
 
     def making(self, setting: Setting) -> float:
@@ -204,7 +213,7 @@ class EditCounts:
         return setting.definition.flops(work, setting.hparams)
 
     def scoring(self, setting: Setting) -> float:
-        """Answers, and texts where these are asked for, before and after every edit."""
+        """Answers, and texts where these are asked for, before and after every edit. Answers take all their tokens."""
         windows, last = self.windows(setting), self.sizes.depth - 1
         rank: float | None = setting.definition.rank
         if rank is not None and setting.definition.joint:
@@ -212,20 +221,27 @@ class EditCounts:
         asked = self._total(lambda fact, target, other: self._asked(fact, target, other))
         flops = self.flops.unedited(asked, whole=any(window[0] == last for window in windows))
         flops += sum(self.flops.edited(asked, window, rank) for window in windows)
-        if self.options.generates(self.problem):
-            texts = Grown.total((self._grown(n), weight) for fact, weight in self.facts for n in fact.generation)
-            flops += self.flops.decoding(texts)
-            flops += sum(self.flops.decoding(texts, len(window), rank) for window in windows)
-        return flops
+        texts = Grown.total((text, weight) for fact, weight in self.facts for text in self._written(fact))
+        flops += self.flops.decoding(texts)
+        return flops + sum(self.flops.decoding(texts, len(window), rank) for window in windows)
 
     def rows(self, edits: int) -> dict[str, float]:
         """Rows by table of this many edits: metrics are two of each kind of prompt, its accuracy, and the others."""
-        count = sum(weight for _, weight in self.facts)
-        prompts = sum((1 + len(fact.asked)) * weight for fact, weight in self.facts) / count
+        options, count = self.options, sum(weight for _, weight in self.facts)
+        prompts, probes, texts = (
+            sum(len(of(fact)) * weight for fact, weight in self.facts) / count
+            for of in (lambda fact: (fact.prompt, *fact.asked), lambda fact: fact.probes, self._written)
+        )
         kinds = 3 if prompts > 1 else 1
-        written = 1 + (self.options.references is not None) if self.options.generates(self.problem) else 0
-        metrics = self.options.essence + kinds * (2 + self.options.accuracy) + written
-        return {"edits": edits, "probes": edits * prompts, "metrics": edits * metrics}
+        written = 1 + (options.references is not None) if options.generates(self.problem) else 0
+        metrics: float = options.essence + kinds * (2 + options.accuracy) + written
+        metrics += options.accuracy * probes + options.answers * (min(kinds, 2) + probes)  # a group may have several
+        return {
+            "edits": edits,
+            "probes": edits * (prompts + probes),
+            "metrics": edits * metrics,
+            "texts": edits * texts,
+        }
 
     def windows(self, setting: Setting) -> list[tuple[int, ...]]:
         return [window.layers for window in as_windows(self.layers, setting.window, self.sizes.depth)]
@@ -239,6 +255,14 @@ class EditCounts:
 
     def _grown(self, tokens: int) -> Grown:
         return Grown(1, tokens, max(0, self.text_tokens - tokens))
+
+    def _answer(self, tokens: int) -> Grown:
+        return Grown(1, tokens, min(ANSWER_TOKENS, self.sizes.positions + 1 - tokens))
+
+    def _written(self, fact: FactLengths) -> list[Grown]:
+        """The texts that models write about a fact, before every edit and after it."""
+        texts = [self._grown(tokens) for tokens in fact.generation] if self.options.generates(self.problem) else []
+        return texts + ([self._answer(tokens) for tokens in fact.open] if self.options.answers else [])
 
     def _total(self, of: Callable[[FactLengths, int, int | None], Any]) -> Any:
         """The sum over all facts."""

@@ -62,10 +62,10 @@ class Stage(ABC, Generic[Options]):
     title: ClassVar[str]
     table: ClassVar[type[CheckedTable]]
     item: ClassVar[str] = "facts"
-    tables: ClassVar[tuple[ResultTable, ...]] = ()
     efficiency: ClassVar[float] = EFFICIENCY
     required: ClassVar[bool] = False
     expected: ClassVar[Mapping[str, str]] = {}
+    tables: tuple[ResultTable, ...] = ()
     needs: Sequence[str] = ()
     groups: Sequence[str] = ("",)
     aggregate: str | None = None

@@ -54,7 +54,9 @@ def edited(
                 (name, "paraphrase", 0, 0.0, 0.4, None, None),
                 (name, "neighborhood", 0, 0.5, 0.5, None, None),
             ]
-    return pl.DataFrame(edits, schema=EDIT_SCHEMA), pl.DataFrame(probes, schema=PROBE_SCHEMA, orient="row")
+    return pl.DataFrame(edits, schema=EDIT_SCHEMA), pl.DataFrame(
+        probes, schema=dict([*PROBE_SCHEMA.items()][:7]), orient="row"
+    )
 
 
 def write_study(
