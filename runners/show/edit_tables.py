@@ -52,7 +52,10 @@ def metrics_of(folder: Path, accuracy: bool, generation: bool) -> list[Table]:
 def answer_tables(folder: Path) -> list[Table]:
     """Means of ``probe_metrics`` by layer, of facts' own probes and of free answers: a table for each setting and
     metric, with a column for each group."""
-    rows = own_groups(probe_metrics(*(folder / name for name in ("edits", "probes", "metrics"))))
+    try:
+        rows = own_groups(probe_metrics(*(folder / name for name in ("edits", "probes", "metrics"))))
+    except TableError:  # no edit was done
+        return []
     names = {
         "p": "p of accepted answers",
         "accuracy": "accuracy (teacher forcing)",

@@ -326,8 +326,8 @@ def test_what_edited_models_write(user, editor, tmp_path, run):
 
 def test_edits_that_fail_are_counted(user, tmp_path, run):
     out = tmp_path / "out"
-    code, printed, _ = run(*arguments(user, out, "--set", "lr=1e38", "--set", "clamp=1e38", layers="0,1"))
-    assert code == 0
+    code, printed, error = run(*arguments(user, out, "--set", "lr=1e38", "--set", "clamp=1e38", layers="0,1"))
+    assert code == 0, error
     edits = read_edits(out / "edits")
     failed = edits.filter(status="failed")
     assert len(failed) > 0
