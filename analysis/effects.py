@@ -10,10 +10,12 @@ import polars as pl
 from causalcone.analysis.tables.traces import (
     IDENTITY,
     STATE,
+    AnswerScore,
     TraceSource,
     one_of,
     read_traces,
     refuse,
+    scaled,
     single_tokens,
     trace_parts,
     with_roles,
@@ -32,7 +34,9 @@ _CELL = [*STATE, "role", "layer"]
 _LEN = pl.len().cast(pl.Int64)  # polars counts in 32 bits, whose squares overflow
 
 
-def restore_effects(table: TraceSource, denominator: Denominator = "p_high") -> pl.DataFrame:
+def restore_effects(
+    table: TraceSource, denominator: Denominator = "p_high", answer_score: AnswerScore = "product"
+) -> pl.DataFrame:
     """How much of the answer's probability came back, per fact and restored state (Hase et al. 2023).
 
     - ``p_high``: max of p_clean and the largest p_patched of this fact, method, kind and window in the table (of tokens
@@ -43,9 +47,12 @@ def restore_effects(table: TraceSource, denominator: Denominator = "p_high") -> 
       ``p_high``
     - ``flagged``: whether p_clean <= p_corrupted, so that there was nothing to restore
 
+    Where a fact's probabilities are too small for a number, the last three are of their logarithms.
+
     Args:
         table: traces, as ``read_traces`` takes them; rows of method "zero" are left out.
         denominator: d in the relative effect, ``p_high`` (published) or ``p_clean``.
+        answer_score: that of ``read_traces``.
 
     Returns:
         The rows with these further columns.
@@ -54,22 +61,26 @@ def restore_effects(table: TraceSource, denominator: Denominator = "p_high") -> 
         TableError: the table cannot be read, or the denominator is unknown.
     """
     one_of("denominator", denominator, get_args(Denominator))
-    traces = read_traces(table).filter(pl.col("method") != "zero")
-    effect, size = pl.col("restore_effect"), (pl.col(denominator) - pl.col("p_corrupted")).abs()
+    traces = read_traces(table, answer_score).filter(pl.col("method") != "zero")
+    compared = ["fact_id", *STATE, pl.col("token").is_null()]
+    high = {f"{p}_high": pl.max_horizontal(f"{p}_clean", pl.max(f"{p}_patched").over(compared)) for p in ("p", "logp")}
+    top = pl.max_horizontal("logp_high", "logp_corrupted")
+    d, clean, corrupted, patched = (scaled(p, top) for p in (denominator, "p_clean", "p_corrupted", "p_patched"))
+    effect, size = patched - corrupted, (d - corrupted).abs()
     return (
-        traces.with_columns(
-            p_high=pl.max_horizontal("p_clean", pl.max("p_patched").over("fact_id", *STATE, pl.col("token").is_null())),
-            restore_effect=pl.col("p_patched") - pl.col("p_corrupted"),
-        )
+        traces.with_columns(**high, restore_effect=pl.col("p_patched") - pl.col("p_corrupted"))
         .with_columns(relative_effect=pl.when(size > 0).then(effect / size))
         .with_columns(
             fraction_restored=pl.when(effect <= 0).then(0.0).otherwise(pl.col("relative_effect")),
-            flagged=pl.col("p_clean") <= pl.col("p_corrupted"),
+            flagged=clean <= corrupted,
         )
+        .drop("logp_high")
     )
 
 
-def tracing_effects(table: TraceSource, at: At = "max", denominator: Denominator = "p_high") -> pl.DataFrame:
+def tracing_effects(
+    table: TraceSource, at: At = "max", denominator: Denominator = "p_high", answer_score: AnswerScore = "product"
+) -> pl.DataFrame:
     """Tracing effects of layers (Hase et al. 2023); see ``restore_effects``.
 
     ``at`` "max" takes the largest fraction_restored over the prompt tokens (the first of equals), "subject_last" the
@@ -79,6 +90,7 @@ def tracing_effects(table: TraceSource, at: At = "max", denominator: Denominator
         table: traces, as ``read_traces`` takes them; rows of several tokens restored together are left out.
         at: where effects are taken from.
         denominator: that of ``restore_effects``.
+        answer_score: that of ``read_traces``.
 
     Returns:
         One row per fact, method, kind, window and layer: these, token, p_clean, p_corrupted, effect, flagged.
@@ -87,7 +99,7 @@ def tracing_effects(table: TraceSource, at: At = "max", denominator: Denominator
         TableError: the table cannot be read, has only tokens restored together, or an option is unknown.
     """
     one_of("at", at, get_args(At))
-    effects = single_tokens(restore_effects(table, denominator))
+    effects = single_tokens(restore_effects(table, denominator, answer_score))
     if at == "max":
         order = effects.sort("fraction_restored", "token", descending=[True, False], nulls_last=True)
         return _by_layer(order.unique(_LAYER, keep="first"), "fraction_restored")
@@ -98,41 +110,48 @@ def _by_layer(rows: pl.DataFrame, column: str) -> pl.DataFrame:
     return rows.select(*IDENTITY, "p_clean", "p_corrupted", pl.col(column).alias("effect"), "flagged").sort(_LAYER)
 
 
-def zeroing_effects(table: TraceSource) -> pl.DataFrame:
+def zeroing_effects(table: TraceSource, answer_score: AnswerScore = "product") -> pl.DataFrame:
     """Effects of zeroing, clip((p_clean - p_zeroed) / p_clean, 0, 1) (docs/methods.md, "Zeroing").
 
     Args:
         table: traces, as ``read_traces`` takes them; only rows of method "zero" count.
+        answer_score: that of ``read_traces``.
 
     Returns:
         One row per fact, method, kind, window and layer: these, p_clean, p_zeroed, effect (null where p_clean is 0).
     """
-    p_clean, p_zeroed = pl.col("p_clean"), pl.col("p_zeroed")
-    zeroed = read_traces(table).filter(pl.col("method") == "zero").rename({"p_patched": "p_zeroed"})
-    effect = pl.when(p_clean > 0).then(((p_clean - p_zeroed) / p_clean).clip(0, 1))
+    names = {"p_patched": "p_zeroed", "logp_patched": "logp_zeroed"}
+    zeroed = read_traces(table, answer_score).filter(pl.col("method") == "zero").rename(names)
+    top = pl.max_horizontal("logp_clean", "logp_zeroed")
+    p_clean, p_zeroed = scaled("p_clean", top), scaled("p_zeroed", top)
+    effect = pl.when(pl.col("logp_clean").is_finite()).then(((p_clean - p_zeroed) / p_clean).clip(0, 1))
     return zeroed.select(*_LAYER, "p_clean", "p_zeroed", effect=effect).sort(_LAYER)
 
 
-def absolute_effects(table: TraceSource) -> pl.DataFrame:
+def absolute_effects(table: TraceSource, answer_score: AnswerScore = "product") -> pl.DataFrame:
     """The absolute effect of each layer at the last subject token, p_patched - p_corrupted (Hase et al. 2023, Fig. 14;
     Meng et al. 2022): one row per fact, method, kind, window and layer, with the columns of ``tracing_effects``."""
-    return _by_layer(single_tokens(restore_effects(table)).filter(_LOOKUP), "restore_effect")
+    return _by_layer(single_tokens(restore_effects(table, answer_score=answer_score)).filter(_LOOKUP), "restore_effect")
 
 
-def flagged_facts(table: TraceSource) -> pl.DataFrame:
+def flagged_facts(table: TraceSource, answer_score: AnswerScore = "product") -> pl.DataFrame:
     """Facts whose clean run is not more probable than the corrupted one.
 
     Args:
         table: traces, as ``read_traces`` takes them.
+        answer_score: that of ``read_traces``.
 
     Returns:
         One row per such fact: fact_id, p_clean, p_corrupted.
     """
-    facts = read_traces(table).select("fact_id", "p_clean", "p_corrupted").unique(maintain_order=True)
-    return facts.filter(pl.col("p_clean") <= pl.col("p_corrupted"))
+    top = pl.max_horizontal("logp_clean", "logp_corrupted")
+    flagged = read_traces(table, answer_score).filter(scaled("p_clean", top) <= scaled("p_corrupted", top))
+    return flagged.select("fact_id", "p_clean", "p_corrupted").unique(maintain_order=True)
 
 
-def average_indirect_effect(table: TraceSource, clip: bool = False) -> pl.DataFrame:
+def average_indirect_effect(
+    table: TraceSource, clip: bool = False, answer_score: AnswerScore = "product"
+) -> pl.DataFrame:
     """Average indirect effects by token role (Meng et al. 2022, Fig. 15): the mean p_patched of the role's tokens minus
     the mean p_corrupted of all facts, each fact counted once. Middle and further tokens are pooled over facts.
 
@@ -142,6 +161,7 @@ def average_indirect_effect(table: TraceSource, clip: bool = False) -> pl.DataFr
     Args:
         table: traces, as ``read_traces`` takes them; rows of several tokens restored together are left out.
         clip: whether negative effects are raised to 0, as the published heat maps do.
+        answer_score: that of ``read_traces``.
 
     Returns:
         One row per method, kind, window, role and layer: these, mean_patched, mean_corrupted, effect, standard_error,
@@ -150,7 +170,7 @@ def average_indirect_effect(table: TraceSource, clip: bool = False) -> pl.DataFr
     Raises:
         TableError: the table cannot be read, or a fact is in two files.
     """
-    roles, corrupted, facts_of, together = zip(*(_sums(rows) for rows in trace_parts(table)), strict=True)
+    roles, corrupted, facts_of, together = zip(*(_sums(rows) for rows in trace_parts(table, answer_score)), strict=True)
     every = pl.concat(facts_of)
     twice = "fact {fact_id!r} has {method} of {kind}:{window} in several files; give each fact once"
     refuse(every.filter(every.is_duplicated()), twice)

@@ -12,6 +12,7 @@ from causalcone.analysis.tables.traces import (
     IDENTITY,
     ROLES,
     STATE,
+    AnswerScore,
     TableError,
     TraceSource,
     once,
@@ -25,11 +26,12 @@ from causalcone.analysis.tables.traces import (
 _LAYER = [*STATE, "layer"]
 
 
-def zeroing_curve(table: TraceSource) -> pl.DataFrame:
+def zeroing_curve(table: TraceSource, answer_score: AnswerScore = "product") -> pl.DataFrame:
     """Mean ``zeroing_effects`` over facts, by state and centre layer (Hase et al. 2023; docs/methods.md, "Zeroing").
 
     Args:
         table: traces, as ``read_traces`` takes them. Facts whose p_clean is 0 have no effect and are left out.
+        answer_score: that of ``read_traces``.
 
     Returns:
         One row per state and layer: method, kind, window, layer, effect, standard_error (null for one fact), facts.
@@ -37,7 +39,7 @@ def zeroing_curve(table: TraceSource) -> pl.DataFrame:
     Raises:
         TableError: the table holds no zeroed state.
     """
-    effects = zeroing_effects(table).filter(pl.col("effect").is_not_null())
+    effects = zeroing_effects(table, answer_score).filter(pl.col("effect").is_not_null())
     if effects.is_empty():
         raise TableError(
             "the table holds no zeroed state of a fact with p_clean above 0; Tracer.zero makes such tables"
@@ -45,11 +47,12 @@ def zeroing_curve(table: TraceSource) -> pl.DataFrame:
     return _means(effects, "effect")
 
 
-def joint_effects(table: TraceSource) -> pl.DataFrame:
+def joint_effects(table: TraceSource, answer_score: AnswerScore = "product") -> pl.DataFrame:
     """Mean p_patched - p_corrupted of tokens restored together over facts, by state and centre layer.
 
     Args:
         table: traces, as ``read_traces`` takes them.
+        answer_score: that of ``read_traces``.
 
     Returns:
         Rows and columns as those of ``zeroing_curve``.
@@ -57,7 +60,7 @@ def joint_effects(table: TraceSource) -> pl.DataFrame:
     Raises:
         TableError: no row is of tokens restored together.
     """
-    traces = read_traces(table).filter(pl.col("method") != "zero", pl.col("token").is_null())
+    traces = read_traces(table, answer_score).filter(pl.col("method") != "zero", pl.col("token").is_null())
     if traces.is_empty():
         raise TableError("the table holds no tokens restored together; Tracer.trace(joint=True) makes such tables")
     return _means(traces.with_columns(effect=pl.col("p_patched") - pl.col("p_corrupted")), "effect")
@@ -69,6 +72,7 @@ def severed_effects(
     fact_id: str | None = None,
     token: int | None = None,
     common: bool = False,
+    answer_score: AnswerScore = "product",
 ) -> pl.DataFrame:
     """How much severing takes from the effect of restoring a state, by layer (docs/methods.md, "Severed tracing").
 
@@ -78,6 +82,7 @@ def severed_effects(
         fact_id: only this fact counts.
         token: the number of a token that counts in place of a role's.
         common: whether only facts and tokens that all severed methods have count.
+        answer_score: that of ``read_traces``.
 
     Returns:
         One row per severed method, kind, window and layer: these, the mean p_patched - p_corrupted of the facts and
@@ -89,7 +94,8 @@ def severed_effects(
     """
     one_of("role", role, ROLES)
     at = f"the {words(role)} token" if token is None else f"token {token}"
-    rows = once(pl.concat(_effects(rows, role, fact_id, token) for table in tables for rows in trace_parts(table)))
+    parts = (rows for table in tables for rows in trace_parts(table, answer_score))
+    rows = once(pl.concat(_effects(rows, role, fact_id, token) for rows in parts))
     same = [name for name in IDENTITY if name != "method"]
     severed = rows.filter(pl.col("method").str.starts_with("sever_")).rename({"effect": "severed"})
     plain = rows.filter(method="restore").drop("method").rename({"effect": "plain"})

@@ -19,7 +19,7 @@ from causalcone.analysis.tables.edits import (
     read_probes,
 )
 from causalcone.analysis.tables.names import position
-from causalcone.analysis.tables.traces import TableError, TraceSource, one_of, refuse
+from causalcone.analysis.tables.traces import AnswerScore, TableError, TraceSource, one_of, refuse, scaled
 from causalcone.engine.schemas import ERROR_INJECTION, FACT_ERASURE, PROBLEMS, PROMPT_KINDS, TRACING_REVERSAL
 
 Aggregate = Literal["first", "mean"]
@@ -41,7 +41,11 @@ _ZSRE = {"rewrite_accuracy": "efficacy", "paraphrase_accuracy": "paraphrase", "n
 
 
 def scores(
-    edits: TraceSource, probes: TraceSource, metrics: TraceSource | None = None, aggregate: Aggregate = "first"
+    edits: TraceSource,
+    probes: TraceSource,
+    metrics: TraceSource | None = None,
+    aggregate: Aggregate = "first",
+    answer_score: AnswerScore = "product",
 ) -> pl.DataFrame:
     """Scores of edits (Hase et al. 2023; docs/editing.md, "Scores").
 
@@ -61,6 +65,7 @@ def scores(
         probes: as ``read_probes`` takes them; those of other edits, and attribute prompts, are passed over.
         metrics: as ``read_metrics`` takes them; without them there is no essence.
         aggregate: of an edit's paraphrases and neighbours, the first (as published) or the mean of their scores.
+        answer_score: that of ``read_traces``.
 
     Returns:
         One row per edit, in the order of ``edits``: edit_id, fact_id, problem, method, layer, window, and the scores.
@@ -73,7 +78,7 @@ def scores(
     unknown = every.filter(pl.col("problem").is_in(PROBLEMS).not_().fill_null(True))
     refuse(unknown, f"edit {{edit_id!r}} is of the problem {{problem!r}}; known are {', '.join(PROBLEMS)}")
     done = finished(every).select("edit_id", "problem")
-    prompts = checked_probes(read_probes(probes).join(done, on="edit_id")).sort("prompt_index")
+    prompts = checked_probes(read_probes(probes, answer_score).join(done, on="edit_id")).sort("prompt_index")
     reversed_target = pl.col("problem").is_in([ERROR_INJECTION, TRACING_REVERSAL])
     difference = (pl.col("p_post") - pl.col("p_post_other")) * pl.when(reversed_target).then(1.0).otherwise(-1.0)
     rows = prompts.with_columns(score=_prompt_score(), magnitude=difference)
@@ -94,7 +99,9 @@ def _prompt_score() -> pl.Expr:
     """The score of one prompt. Differences come first: 1 - (1 - p_post) / (1 - p_pre) would lose small changes."""
     pre, post = pl.col("p_pre"), pl.col("p_post")
     recovered = pl.when(pre < 1).then((post - pre) / (1 - pre)).clip(lower_bound=0)
-    erased = pl.when(pre > 0).then((pre - post) / pre).clip(lower_bound=0)
+    top = pl.max_horizontal("logp_pre", "logp_post")
+    lost = (scaled("p_pre", top) - scaled("p_post", top)) / scaled("p_pre", top)
+    erased = pl.when(pl.col("logp_pre").is_finite()).then(lost).clip(lower_bound=0)
     unchanged = 1 - (post - pre).abs() / pl.max_horizontal(pre, 1 - pre)
     target = pl.when(pl.col("problem") == FACT_ERASURE).then(erased).otherwise(recovered)
     return pl.when(pl.col("prompt_kind") == "neighborhood").then(unchanged).otherwise(target)

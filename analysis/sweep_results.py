@@ -12,7 +12,7 @@ from causalcone.analysis.effects import At, Denominator, tracing_effects, zeroin
 from causalcone.analysis.scores import Aggregate, edits_with_effects, mean_scores, own_groups, probe_metrics, scores
 from causalcone.analysis.tables.edits import finished, read_edits, unmet
 from causalcone.analysis.tables.names import SEVERED, words
-from causalcone.analysis.tables.traces import TableError, scan_folder
+from causalcone.analysis.tables.traces import AnswerScore, TableError, scan_folder
 from causalcone.engine.schemas import refuse_newer
 
 State = tuple[str, int]
@@ -30,11 +30,13 @@ class Study:
     """A sweep's folder, which may be unfinished: every table is read when it is asked for first. Raises ``TableError``
     where the folder holds no sweep."""
 
-    def __init__(self, folder: str | Path, aggregate: Aggregate | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, aggregate: Aggregate | None = None, answer_score: AnswerScore | None = None
+    ) -> None:
         self.folder = Path(folder)
         self.run = _run(self.folder)
         self.configuration: dict[str, Any] = self.run["configuration"]
-        self._aggregate = aggregate
+        self._aggregate, self._answer_score = aggregate, answer_score
 
     @property
     def published(self) -> str | None:
@@ -46,6 +48,11 @@ class Study:
     def aggregate(self) -> Aggregate:
         """Which paraphrases and neighbours count: as asked for, else as the sweep's preset says, else as published."""
         return self._aggregate or self.run.get("analysis", {}).get("aggregate") or "first"
+
+    @property
+    def answer_score(self) -> AnswerScore:
+        """What p of an answer is: as asked for, else as the sweep says, else the product over its tokens."""
+        return self._answer_score or self.run.get("analysis", {}).get("answer_score") or "product"
 
     def has(self, table: str) -> bool:
         """Whether any part of a table is there."""
@@ -81,7 +88,7 @@ class Study:
         for table in ("edits", "probes"):
             self.needs(table, table)
         metrics = self.folder / "metrics" if self.has("metrics") else None
-        return scores(self.folder / "edits", self.folder / "probes", metrics, self.aggregate)
+        return scores(self.folder / "edits", self.folder / "probes", metrics, self.aggregate, self.answer_score)
 
     @cached_property
     def suspect(self) -> pl.DataFrame:
@@ -112,13 +119,13 @@ class Study:
         if traces.is_empty():
             known = ", ".join(f"{kind}:{window}" for kind, window in self.states())
             raise TableError(f"{kind}:{window} was not restored; there are {known}")
-        return tracing_effects(traces, at, denominator)
+        return tracing_effects(traces, at, denominator, self.answer_score)
 
     def zeroing(self, state: State) -> pl.DataFrame:
         """``zeroing_effects`` of one state."""
         self.needs(ZEROED, "zeroed states")
         kind, window = state
-        return zeroing_effects(self.scan(ZEROED).filter(kind=kind, window=window))
+        return zeroing_effects(self.scan(ZEROED).filter(kind=kind, window=window), self.answer_score)
 
     def joined(self, state: State, at: At = "max", denominator: Denominator = "p_high") -> pl.DataFrame:
         """Scores beside tracing effects."""

@@ -53,10 +53,13 @@ def measured(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each edit."""
     model = AutoModelForCausalLM.from_pretrained(options.model)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    if options.moments is None or not options.moments.exists():
+    kept: Path | None = options.moments
+    if kept is not None and kept.exists():
+        moments = Moments.load(kept)
+    else:
         moments = Moments.collect(model, tokenizer, options.texts.read_text().splitlines())
-        moments.save(options.moments)
-    moments = Moments.load(options.moments)
+        if kept is not None:
+            moments.save(kept)
     editor = Editor(model, tokenizer, moments)
     countries, capitals = list(CAPITALS), list(CAPITALS.values())
     for place, prompt in PROMPTS.items():

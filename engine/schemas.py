@@ -13,8 +13,12 @@ SCHEMA_VERSION = 2
 VERSION_KEY = b"causalcone_schema"
 """Its name in the metadata of Parquet files."""
 
-ADDED: frozenset[str] = frozenset(
-    {"joiner", "joined", "key_alignment", "relative_norm", "suspect", "prompt_name", "condition"}
+ADDED = frozenset(
+    [
+        *("joiner", "joined", "key_alignment", "relative_norm", "suspect", "prompt_name", "condition"),
+        *("answer_tokens", "logp_clean", "logp_corrupted", "logp_patched"),
+        *("answer_tokens_other", "logp_pre", "logp_post", "logp_pre_other", "logp_post_other"),
+    ]
 )
 """Columns that tables of version 1 may lack. Reading makes them null there, log-probabilities those of the
 probabilities."""
@@ -56,6 +60,10 @@ TRACE_SCHEMA = _schema(
     p_corrupted=_NUMBER,  # null where there is no corrupted run
     p_patched=_NUMBER,  # restored or zeroed
     p_patched_sd=_NUMBER,  # over noise samples, unbiased; null for one sample
+    answer_tokens=_COUNT,  # of the target, whose probability p is
+    logp_clean=_NUMBER,  # log p_clean, also where p is too small for a number
+    logp_corrupted=_NUMBER,
+    logp_patched=_NUMBER,
 )
 
 # One row per state of a fact: its integrated gradients.
@@ -96,6 +104,12 @@ PROBE_SCHEMA = _schema(
     p_post=_NUMBER,  # and after it
     p_pre_other=_NUMBER,  # of the other target
     p_post_other=_NUMBER,
+    answer_tokens=_COUNT,  # of the problem's target; in probes of the answer that was the likeliest before the edit
+    answer_tokens_other=_COUNT,
+    logp_pre=_NUMBER,  # log p_pre, also where p is too small for a number
+    logp_post=_NUMBER,
+    logp_pre_other=_NUMBER,
+    logp_post_other=_NUMBER,
     prompt_name=_TEXT,  # of a probe that has one
     condition=_FLAG,  # whether what must hold before the edit did; null where nothing must
 )

@@ -15,6 +15,26 @@ def option(default: Any, help: str, *names: str, made: Any = Option, **more: Any
     return field(default=MISSING if default is ... else default, metadata={"option": parameter})
 
 
+def _checked_answer_score(value: str | None) -> str | None:
+    """Refused before anything is computed."""
+    from causalcone.analysis.tables.traces import ANSWER_SCORES, one_of
+
+    if value is not None:
+        one_of("--answer-score", value, ANSWER_SCORES)
+    return value
+
+
+_ANSWER_HELP = "p of an answer of several tokens: product over them, or mean, their geometric mean."
+_answer_score: dict[str, Any] = {"callback": _checked_answer_score}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions:
+    """How what is computed is shown."""
+
+    answer_score: str = option("product", _ANSWER_HELP, **_answer_score)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     model: str = option(..., "Model folder or hub id; 'demo' is the embedded demo model.")
@@ -266,7 +286,7 @@ class TuningOptions(EditMethodOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoringOptions:
+class ScoringOptions(AnswerOptions):
     essence: bool = option(False, "Perplexity of five texts about each subject.", "--essence")
     accuracy: bool = option(False, "Share of the target's tokens that are the likeliest.", "--accuracy")
     generation: bool = option(False, "Let edited models write, and measure the entropy of that (slow).", "--generation")
@@ -293,6 +313,7 @@ class StudyOptions:
     aggregate: str | None = option(
         None, "Paraphrases and neighbours: first (published) or mean; as the sweep says by default."
     )
+    answer_score: str | None = option(None, f"{_ANSWER_HELP} As the sweep says by default.", **_answer_score)
     additive: bool = option(False, "Layer and effect without their interaction (published: with it).", "--additive")
     compat: str | None = option(
         None, "published: mean effects by layer are of positive effects only; as the sweep says by default."

@@ -23,7 +23,7 @@ from causalcone.analysis.stats.regressions import GROUP
 from causalcone.analysis.sweep_results import ZEROED, Study
 from causalcone.analysis.tables.edits import TEXT_SCHEMA
 from causalcone.analysis.tables.names import COLORS, SEVERED, in_order, method_name
-from causalcone.analysis.tables.traces import TableError
+from causalcone.analysis.tables.traces import TableError, read_traces
 
 SCORES = ("rewrite", "paraphrase", "neighborhood", "essence", "overall")
 MOST_CHARACTERS = 4_000_000
@@ -157,7 +157,11 @@ def _grids(study: Study, store: _Store) -> dict[str, Any] | None:
     states = study.states()
     if not states:
         return None
-    traces = study.traces.filter(pl.col("token").is_not_null()).sort("fact_id", maintain_order=True)
+    traces = (
+        read_traces(study.traces, study.answer_score)
+        .filter(pl.col("token").is_not_null())
+        .sort("fact_id", maintain_order=True)
+    )
     depth = int(traces["layer"].max()) + 1  # type: ignore[arg-type]
     order = {state: number for number, state in enumerate(states)}
     entries: list[dict[str, Any] | None] = [None] * len(store.number)
@@ -180,8 +184,8 @@ def _severed(study: Study, store: _Store) -> dict[str, Any] | None:
     parts = [name for name in map("sever_{}".format, SEVERED) if study.has(f"traces/{name}")]
     if not parts:
         return None
-    rows = pl.concat([study.scan(f"traces/{name}") for name in parts], how="diagonal").collect()
-    rows = rows.filter(pl.col("token") == pl.col("subject_end") - 1)
+    severed = pl.concat([study.scan(f"traces/{name}") for name in parts], how="diagonal")
+    rows = read_traces(severed, study.answer_score).filter(pl.col("token") == pl.col("subject_end") - 1)
     if rows.is_empty():
         return None
     return {"parts": parts, **_by_layer(rows, "method", parts, "p_patched", store)}

@@ -165,7 +165,7 @@
       const texts = grid.map((row, token) => row.map((value, layer) =>
         `${plain(shown(traced.tokens[token]))}, layer ${layer}<br>p(target) ${value == null ? "–" : value.toPrecision(5)}`));
       draw(maps.children[state], [{
-        type: "heatmap", z: grid, y: labels, zmin: traced.corrupted, zmax: Math.max(high, traced.corrupted + 1e-9),
+        type: "heatmap", z: grid, y: labels, zmin: traced.corrupted, zmax: Math.max(high, traced.corrupted * (1 + 1e-9)) || 1,
         colorscale: shades(scales[kind] || "Blues"), xgap: 1, ygap: 1, text: texts, hoverinfo: "text",
         colorbar: { thickness: 10, tickfont: { size: 10 } },
       }], {

@@ -62,12 +62,13 @@ def _figures(inputs: AnalysisInputs, every: bool) -> Iterator[tuple[str, _Draw]]
 
 
 def _of_traces(study: Study) -> Iterator[tuple[str, _Draw]]:
+    score = study.answer_score
     if study.has(RESTORED):
-        yield "average_indirect_effect", lambda: plot.indirect_effect(study.folder / RESTORED)
+        yield "average_indirect_effect", lambda: plot.indirect_effect(study.folder / RESTORED, answer_score=score)
     if any(study.has(f"traces/sever_{part}") for part in SEVERED):
-        yield "severed", lambda: plot.severed(study.folder / "traces")
+        yield "severed", lambda: plot.severed(study.folder / "traces", answer_score=score)
     if study.has(ZEROED):
-        yield "zeroing", lambda: plot.zeroing(study.folder / ZEROED)
+        yield "zeroing", lambda: plot.zeroing(study.folder / ZEROED, answer_score=score)
     if study.has("gradients"):
         yield from _gradients(study)
 

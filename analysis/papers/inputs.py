@@ -72,7 +72,7 @@ class AnalysisInputs:
         """Scores beside absolute effects at the last subject token."""
         kind, window = self.state
         traces = self.study.traces.filter(kind=kind, window=window)
-        return edits_with_effects(self.study.scores, absolute_effects(traces))
+        return edits_with_effects(self.study.scores, absolute_effects(traces, self.study.answer_score))
 
     @cached_property
     def zeroed(self) -> pl.DataFrame:
@@ -86,9 +86,9 @@ class AnalysisInputs:
     @property
     def published(self) -> str | None:
         """The study whose printed values are set beside: only where ours are computed as they were."""
-        options = self.options
-        protocol = (options.at, options.denominator, options.interaction, self.study.aggregate)
-        as_printed = protocol == ("max", "p_high", True, "first") and self.state == self.study.main_state()
+        options, study = self.options, self.study
+        protocol = (options.at, options.denominator, options.interaction, study.aggregate, study.answer_score)
+        as_printed = protocol == ("max", "p_high", True, "first", "product") and self.state == study.main_state()
         return self.study.published if as_printed else None
 
     @property
@@ -101,7 +101,8 @@ class AnalysisInputs:
         where = "largest over prompt tokens" if self.options.at == "max" else "at the last subject token"
         prompts = "the first paraphrase and neighbour" if self.study.aggregate == "first" else "means over prompts"
         kind, window = self.state
-        effects = f"effects of {kind}:{window}, {where}, over {self.options.denominator}"
+        per_token = ", p per token of the answer" if self.study.answer_score == "mean" else ""
+        effects = f"effects of {kind}:{window}, {where}, over {self.options.denominator}{per_token}"
         apart = self.study.published is not None and self.published is None
         notes = ["the paper's values are of other options, and not set beside"] * apart
         return [*notes, f"{effects}; {self.form}; scores of {prompts}, floored at 0"]

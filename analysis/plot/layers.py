@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from causalcone.analysis.layer_effects import joint_effects, severed_effects, zeroing_curve
 from causalcone.analysis.plot import draw
 from causalcone.analysis.tables.names import heading
-from causalcone.analysis.tables.traces import State, TraceSource, rows_of
+from causalcone.analysis.tables.traces import AnswerScore, State, TraceSource, rows_of
 
 MOST_LINES, MOST_BANDS = 10, 5
 # The hues of the published figure: hidden states restored in the plain model, then with its modules severed.
@@ -22,31 +22,37 @@ _SEVERED_STYLES = {
 }
 
 
-def zeroing(table: TraceSource, path: draw.PathLike | None = None) -> Figure:
+def zeroing(table: TraceSource, path: draw.PathLike | None = None, answer_score: AnswerScore = "product") -> Figure:
     """Mean effect of zeroing by centre layer, one line per state with a band of 1.96 standard errors (docs/methods.md,
     "Zeroing"). Of more than ten states, those with the largest effects are drawn; more than five have no bands.
 
     Args:
         table: traces, as ``read_traces`` takes them.
         path: where the figure is written.
+        answer_score: that of ``read_traces``.
 
     Raises:
         TableError: the table holds no zeroed state.
     """
-    return draw.finish(_curves(zeroing_curve(table), "Effect of zeroing", "share of p(target) lost"), path)
+    return draw.finish(
+        _curves(zeroing_curve(table, answer_score), "Effect of zeroing", "share of p(target) lost"), path
+    )
 
 
-def joint_effect(table: TraceSource, path: draw.PathLike | None = None) -> Figure:
+def joint_effect(
+    table: TraceSource, path: draw.PathLike | None = None, answer_score: AnswerScore = "product"
+) -> Figure:
     """Mean effect of restoring several tokens together by centre layer, drawn as ``zeroing`` is.
 
     Args:
         table: traces, as ``read_traces`` takes them.
         path: where the figure is written.
+        answer_score: that of ``read_traces``.
 
     Raises:
         TableError: no row is of tokens restored together.
     """
-    figure = _curves(joint_effects(table), "Effect of restoring tokens together", "effect on p(target)")
+    figure = _curves(joint_effects(table, answer_score), "Effect of restoring tokens together", "effect on p(target)")
     return draw.finish(figure, path)
 
 
@@ -56,6 +62,7 @@ def severed(
     fact_id: str | None = None,
     token: int | None = None,
     path: draw.PathLike | None = None,
+    answer_score: AnswerScore = "product",
 ) -> Figure:
     """Mean effect of restoring a state at the tokens of a role, by layer, in the plain model and with MLP outputs,
     attention outputs or both severed from it (docs/methods.md, "Severed tracing"): one column per kind and window. With
@@ -68,11 +75,12 @@ def severed(
         fact_id: only this fact counts.
         token: the number of a token that counts in place of a role's.
         path: where the figure is written.
+        answer_score: that of ``read_traces``.
 
     Raises:
         TableError: there are no such states.
     """
-    means = severed_effects(*tables, role=role, fact_id=fact_id, token=token, common=True)
+    means = severed_effects(*tables, role=role, fact_id=fact_id, token=token, common=True, answer_score=answer_score)
     states = means.select("kind", "window").unique().sort("kind", "window").rows()
     layers = draw.layer_count(means)
     figure = draw.new_figure(max(6.0, max(3.6, min(7.0, 0.2 * layers + 2.4)) * len(states)), 3.9)

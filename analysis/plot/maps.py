@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import textwrap
 from collections.abc import Sequence
@@ -16,11 +17,14 @@ from matplotlib.transforms import ScaledTranslation
 
 from causalcone.analysis.plot import draw
 from causalcone.analysis.tables.traces import (
+    SMALL,
+    AnswerScore,
     TableError,
     TraceSource,
     read_gradients,
     read_traces,
     rows_of,
+    scaled,
     single_tokens,
 )
 
@@ -36,6 +40,7 @@ def heatmap(
     *,
     method: str = "restore",
     path: draw.PathLike | None = None,
+    answer_score: AnswerScore = "product",
 ) -> Figure:
     """Token-by-layer heat map of p_patched for one fact and one restored state (Meng et al. 2022, Figs. 1 and 10).
 
@@ -49,29 +54,33 @@ def heatmap(
         window: how many layers are restored together.
         method: of tracing, "restore" or one with modules severed.
         path: where the figure is written.
+        answer_score: that of ``read_traces``.
 
     Raises:
         TableError: the table holds no such fact or state; the message names those that there are.
     """
-    fact = _traces_of(table, fact_id)
+    fact = _traces_of(table, fact_id, answer_score)
     state, present = (method, kind, window), draw.states_of(fact)
     if state not in present:
         raise TableError(f"fact {fact_id!r} has no {_name(state)}; it has {', '.join(map(_name, present))}")
     return draw.finish(_draw_traces(rows_of(fact, state)), path)
 
 
-def heatmaps(table: TraceSource, fact_id: str, path: draw.PathLike | None = None) -> Figure:
+def heatmaps(
+    table: TraceSource, fact_id: str, path: draw.PathLike | None = None, answer_score: AnswerScore = "product"
+) -> Figure:
     """``heatmap`` of every state of a fact, side by side, on one scale.
 
     Args:
         table: traces, as ``read_traces`` takes them.
         fact_id: the fact.
         path: where the figure is written.
+        answer_score: that of ``read_traces``.
 
     Raises:
         TableError: the table holds no such fact.
     """
-    return draw.finish(_draw_traces(_traces_of(table, fact_id)), path)
+    return draw.finish(_draw_traces(_traces_of(table, fact_id, answer_score)), path)
 
 
 def gradients(
@@ -116,8 +125,8 @@ def gradients(
     return draw.finish(figure, path)
 
 
-def _traces_of(table: TraceSource, fact_id: str) -> pl.DataFrame:
-    traces = read_traces(table).filter(pl.col("method") != "zero")
+def _traces_of(table: TraceSource, fact_id: str, answer_score: AnswerScore) -> pl.DataFrame:
+    traces = read_traces(table, answer_score).filter(pl.col("method") != "zero")
     fact = traces.filter(pl.col("fact_id") == str(fact_id))
     if fact.is_empty():
         raise TableError(f"no traces of fact {fact_id!r}; there are {_first(traces)}")
@@ -140,6 +149,7 @@ def _draw_traces(fact: pl.DataFrame) -> Figure:
     texts = tokens["token_text"].fill_null("").to_list()
     inside = ((tokens["token"] >= tokens["subject_start"]) & (tokens["token"] < tokens["subject_end"])).to_list()
     layers = draw.layer_count(fact)
+    fact, label = _drawable(fact)
     figure, grid = _map_grid(len(states), texts, layers)
     scale = Normalize(*_limits(fact))
     for number, (axes, state) in enumerate(zip(grid, states, strict=True)):
@@ -148,16 +158,25 @@ def _draw_traces(fact: pl.DataFrame) -> Figure:
         axes.set_title(draw.state_title(state), fontsize=10)
         draw.layer_axis(axes, state[2], layers)
         _label_tokens(figure, axes, texts, inside, labels=number % MAP_COLUMNS == 0)
-        _probability_bar(figure, axes, mesh, fact)
+        _probability_bar(figure, axes, mesh, fact, label)
     return figure
+
+
+def _drawable(fact: pl.DataFrame) -> tuple[pl.DataFrame, str]:
+    """Its probabilities, over the largest of them where all are too small for a number; and what they are."""
+    top = float(fact.select(pl.max_horizontal(pl.col("logp_clean", "logp_corrupted", "logp_patched").max())).item())
+    if top > math.log(SMALL) or top == -math.inf:
+        return fact, "p(target)"
+    each = [scaled(p, pl.lit(top)) for p in ("p_clean", "p_corrupted", "p_patched")]
+    return fact.with_columns(each), f"p(target) / e^{top:.0f}"
 
 
 def _limits(fact: pl.DataFrame) -> tuple[float, float]:
     low, clean = float(fact["p_corrupted"][0]), float(fact["p_clean"][0])
-    return low, max(clean, float(fact["p_patched"].to_numpy().max()), low + 1e-9)
+    return low, max(clean, float(fact["p_patched"].to_numpy().max()), low + 1e-9 * (low or 1))
 
 
-def _probability_bar(figure: Figure, axes: Axes, mesh: QuadMesh, fact: pl.DataFrame) -> None:
+def _probability_bar(figure: Figure, axes: Axes, mesh: QuadMesh, fact: pl.DataFrame, label: str) -> None:
     """A bar that names p_corrupted, its lower end, and p_clean where that lies on the scale."""
     low, high, clean = *_limits(fact), float(fact["p_clean"][0])
     labels = {low: f"{low:.3g} corrupted", clean: f"{clean:.3g} clean"}
@@ -166,10 +185,10 @@ def _probability_bar(figure: Figure, axes: Axes, mesh: QuadMesh, fact: pl.DataFr
     named = list(labels)
     for tick in MaxNLocator(nbins=4).tick_values(low, high):
         apart = all(abs(tick - other) > 0.12 * (high - low) for other in named)
-        if low < tick < high and apart and high - low > 1e-6:
+        if low < tick < high and apart and high - low > 1e-6 * high:
             labels[tick] = f"{tick:.3g}"
     below = bool((fact["p_patched"] < low - 0.01 * (high - low)).any())
-    bar = draw.color_bar(figure, axes, mesh, "p(target)", extend="min" if below else "neither")
+    bar = draw.color_bar(figure, axes, mesh, label, extend="min" if below else "neither")
     bar.set_ticks(list(labels), labels=list(labels.values()))
 
 

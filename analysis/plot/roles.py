@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from causalcone.analysis.effects import average_indirect_effect
 from causalcone.analysis.plot import draw
 from causalcone.analysis.tables.names import COLORS, words
-from causalcone.analysis.tables.traces import ROLES, TableError, TraceSource, rows_of
+from causalcone.analysis.tables.traces import ROLES, AnswerScore, TableError, TraceSource, rows_of
 
 ROLE_NAMES = {r: f"{words(r)} token" + "s" * (r in ("middle_subject", "further")) for r in ROLES}
 ROLE_STYLES = {  # a marker and a dash for print in grey
@@ -25,18 +25,21 @@ ROLE_STYLES = {  # a marker and a dash for print in grey
 }
 
 
-def indirect_effect(table: TraceSource, path: str | os.PathLike[str] | None = None) -> Figure:
+def indirect_effect(
+    table: TraceSource, path: str | os.PathLike[str] | None = None, answer_score: AnswerScore = "product"
+) -> Figure:
     """Average indirect effect by token role and layer (Meng et al. 2022, Figs. 7 and 15): a column per method, kind and
     window, with a line per role and bands of 1.96 standard errors above, and a heat map of the same means below.
 
     Args:
         table: traces, as ``read_traces`` takes them.
         path: where the figure is written.
+        answer_score: that of ``read_traces``.
 
     Raises:
         TableError: the table holds no restored state.
     """
-    averages = average_indirect_effect(table)
+    averages = average_indirect_effect(table, answer_score=answer_score)
     if averages.is_empty():
         raise TableError("the table holds no restored state of a token with a role")
     states = draw.states_of(averages)

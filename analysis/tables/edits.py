@@ -5,8 +5,10 @@ from __future__ import annotations
 import polars as pl
 
 from causalcone.analysis.tables.traces import (
+    AnswerScore,
     Schema,
     TraceSource,
+    by_answer_score,
     checked_probabilities,
     in_words,
     polars_schema,
@@ -23,7 +25,7 @@ TEXT_SCHEMA = polars_schema(schemas.TEXT_SCHEMA)
 _PROBE = ["edit_id", "prompt_kind", "prompt_index"]
 MOST_NAMED = 5
 _ADVICE = "; give such an edit the status 'failed'"
-_PROBABILITIES = ("p_pre", "p_post", "p_pre_other", "p_post_other")
+_TOKENS = {f"p_{name}{of}": f"answer_tokens{of}" for of in ("", "_other") for name in ("pre", "post")}
 
 
 def read_edits(source: TraceSource) -> pl.DataFrame:
@@ -43,7 +45,7 @@ def read_edits(source: TraceSource) -> pl.DataFrame:
     return refuse(others, "edit {edit_id!r} has the status {status!r}; it must be 'done' or 'failed'", edits)
 
 
-def read_probes(source: TraceSource) -> pl.DataFrame:
+def read_probes(source: TraceSource, answer_score: AnswerScore = "product") -> pl.DataFrame:
     """Read a table of probes, one row per prompt of an edit (docs/results.md, "probes").
 
     ``p_pre`` and ``p_post`` are the probabilities of the problem's target before and after the edit, ``p_pre_other``
@@ -52,6 +54,7 @@ def read_probes(source: TraceSource) -> pl.DataFrame:
 
     Args:
         source: any that ``read_traces`` takes.
+        answer_score: that of ``read_traces``.
 
     Returns:
         The columns of ``PROBE_SCHEMA``; further ones are kept.
@@ -59,7 +62,8 @@ def read_probes(source: TraceSource) -> pl.DataFrame:
     Raises:
         TableError: files cannot be read, columns are missing, or a row occurs twice.
     """
-    return _read(source, PROBE_SCHEMA, "table of probes", _PROBE)
+    probes = _read(source, PROBE_SCHEMA, "table of probes", _PROBE)
+    return by_answer_score(probes, answer_score, _TOKENS, _PROBE)
 
 
 def read_metrics(source: TraceSource) -> pl.DataFrame:
@@ -133,7 +137,7 @@ def checked_metrics(metrics: pl.DataFrame) -> pl.DataFrame:
 
 def checked_probes(probes: pl.DataFrame) -> pl.DataFrame:
     """``checked_probabilities`` of probes."""
-    return checked_probabilities(probes, _PROBABILITIES, _PROBE, _ADVICE)
+    return checked_probabilities(probes, list(_TOKENS), _PROBE, _ADVICE)
 
 
 def _read(source: TraceSource, schema: Schema, name: str, key: list[str]) -> pl.DataFrame:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import polars as pl
 import pyarrow as pa
@@ -50,29 +52,39 @@ _CONDITIONS: dict[str, pl.Expr] = {
 }
 ROLES = tuple(_CONDITIONS)
 
-_PROBABILITIES = ("p_clean", "p_corrupted", "p_patched")
+_TOKENS = dict.fromkeys(("p_clean", "p_corrupted", "p_patched"), "answer_tokens")
 _ROUNDING = 1e-6
+
+AnswerScore = Literal["product", "mean"]
+"""What p of an answer is: the product over its tokens, or their geometric mean."""
+ANSWER_SCORES: tuple[AnswerScore, ...] = get_args(AnswerScore)
+
+SMALL = 1e-280
+"""Probabilities below this lose digits, or are 0: their logarithms are taken."""
 
 
 class TableError(CausalconeError):
     """A table lacks columns or rows, or holds what it should not."""
 
 
-def read_traces(source: TraceSource) -> pl.DataFrame:
+def read_traces(source: TraceSource, answer_score: AnswerScore = "product") -> pl.DataFrame:
     """Read a traces table. One row is one restored or zeroed state of one fact (docs/results.md, "traces").
 
     Layers and tokens count from 0, the subject is the half-open token range ``subject_start`` to ``subject_end``.
 
     Args:
         source: an Arrow or polars table, a Parquet file, or a folder of such (in depth, in the order of their names).
+        answer_score: what p is of answers of several tokens: the ``product`` of their probabilities, or their geometric
+            ``mean``, with which ``answer_tokens`` becomes 1 (docs/methods.md, "Answers of several tokens").
 
     Returns:
         The columns of ``TRACE_SCHEMA``, with probabilities in [0, 1]; further ones are kept.
 
     Raises:
-        TableError: files cannot be read, columns are missing, a number is not a probability, or a state occurs twice.
+        TableError: files cannot be read, columns are missing, a number is not a probability, a state occurs twice, or
+            the mean is asked for of a table without ``answer_tokens``.
     """
-    return once(pl.concat(trace_parts(source), how="diagonal"))
+    return once(pl.concat(trace_parts(source, answer_score), how="diagonal"))
 
 
 def once(traces: pl.DataFrame) -> pl.DataFrame:
@@ -89,10 +101,46 @@ def refuse(rows: pl.DataFrame, complaint: str, table: pl.DataFrame | None = None
     return rows if table is None else table
 
 
-def trace_parts(source: TraceSource) -> Iterator[pl.DataFrame]:
+def trace_parts(source: TraceSource, answer_score: AnswerScore = "product") -> Iterator[pl.DataFrame]:
     """A traces table piece by piece: the files of a folder one by one, anything else whole."""
     for frame in table_parts(source, TRACE_SCHEMA, "traces table"):
-        yield checked_probabilities(frame, _PROBABILITIES, IDENTITY)
+        checked = checked_probabilities(frame, list(_TOKENS), IDENTITY)
+        yield by_answer_score(checked, answer_score, _TOKENS, IDENTITY)
+
+
+def by_answer_score(
+    frame: pl.DataFrame, answer_score: AnswerScore, tokens: Mapping[str, str], identity: Sequence[str]
+) -> pl.DataFrame:
+    """``frame`` as it is for "product". For "mean" p becomes exp(log p / tokens), and tokens, by the column of p, 1."""
+    one_of("answer_score", answer_score, ANSWER_SCORES)
+    if answer_score == "product":
+        small = (pl.col(f"log{p}").is_finite() & (pl.col(f"log{p}") < math.log(SMALL)) for p in tokens)
+        if frame.select(pl.any_horizontal(small).any()).item():
+            warnings.warn(_TOO_SMALL, stacklevel=2)
+        return frame
+    untold = pl.any_horizontal(pl.col(p).is_not_null() & pl.col(of).is_null() for p, of in tokens.items())
+    refuse(frame.filter(untold), f"{in_words(identity)}: {_UNTOLD}")
+    logs = {f"log{p}": (pl.col(f"log{p}") / pl.col(of)).clip(upper_bound=0) for p, of in tokens.items()}
+    ones = {of: pl.when(pl.col(of).is_not_null()).then(1).cast(pl.Int64) for of in tokens.values()}
+    spreads = {name: pl.lit(None, pl.Float64) for p in tokens if (name := f"{p}_sd") in frame.columns}
+    return frame.with_columns(**logs, **{p: logs[f"log{p}"].exp() for p in tokens}, **ones, **spreads)
+
+
+_TOO_SMALL = (
+    "some answers have probabilities below 1e-280: differences of these are 0, while shares of them are right; the "
+    "mean per token (--answer-score mean, answer_score='mean') is of ordinary size"
+)
+_UNTOLD = (
+    "the number of the answer's tokens is not known (answer_tokens), of which answer_score='mean' takes the mean; "
+    "compute the table again, or take answer_score='product'"
+)
+
+
+def scaled(p: str, top: pl.Expr) -> pl.Expr:
+    """A column of probabilities, or where those that it is compared with are all too small, what they are of the
+    largest of these, whose logarithm is ``top``: differences over differences stay."""
+    over_largest = (pl.col(f"log{p}") - top).exp().fill_nan(0)
+    return pl.when(top > math.log(SMALL)).then(pl.col(p)).otherwise(over_largest)
 
 
 def checked_probabilities(
@@ -148,7 +196,7 @@ def single_tokens(traces: pl.DataFrame) -> pl.DataFrame:
     return single
 
 
-def with_roles(table: TraceSource) -> pl.DataFrame:
+def with_roles(table: TraceSource, answer_score: AnswerScore = "product") -> pl.DataFrame:
     """The rows of a traces table by the role of their token (docs/methods.md, "What follows from the tables").
 
     A row occurs once for each role of its token: a subject of one token is both its first and its last, a single token
@@ -157,11 +205,12 @@ def with_roles(table: TraceSource) -> pl.DataFrame:
 
     Args:
         table: traces, as ``read_traces`` takes them.
+        answer_score: that of ``read_traces``.
 
     Returns:
         The rows with a column ``role``, an enum in the order of ``ROLES``.
     """
-    traces = read_traces(table)
+    traces = read_traces(table, answer_score)
     return pl.concat(
         traces.filter(condition).with_columns(role=pl.lit(role, dtype=pl.Enum(ROLES)))
         for role, condition in _CONDITIONS.items()

@@ -166,12 +166,12 @@ class TraceRun(FactsRun):
     def _table(self, number: int, log_p: np.ndarray) -> pa.RecordBatch:
         """The table of one fact, of the log-probability of its target in each sample of each run (J, R).
         ``p_patched_sd`` is the unbiased standard deviation over samples, null where there is one sample; null are
-        ``p_corrupted`` where there is no corrupted run, and ``token`` and its text where a row is about several
+        those of the corrupted run where there is none, and ``token`` and its text where a row is about several
         tokens."""
         fact, grid, states = self.facts[number], self.grids[number], self.spec.states
         texts = token_texts(fact.prompt, self.session.tokenizer)
         p = np.exp(log_p)
-        mean = p.mean(0)
+        mean, log_mean = p.mean(0), np.logaddexp.reduce(log_p) - np.log(len(log_p))
         rows = len(grid.run)
         several, corrupted = len(p) > 1, len(grid.experiment.bases) > 1
         deviation = p.std(0, ddof=1)[grid.run] if several else np.full(rows, np.nan)
@@ -195,5 +195,9 @@ class TraceRun(FactsRun):
             "p_corrupted": repeated(mean[CORRUPTED] if corrupted else None, pa.float64()),
             "p_patched": pa.array(mean[grid.run]),
             "p_patched_sd": pa.array(deviation, mask=None if several else np.ones(rows, dtype=bool)),
+            "answer_tokens": repeated(max(1, len(fact.target)), pa.int32()),
+            "logp_clean": repeated(log_mean[CLEAN], pa.float64()),
+            "logp_corrupted": repeated(log_mean[CORRUPTED] if corrupted else None, pa.float64()),
+            "logp_patched": pa.array(log_mean[grid.run]),
         }
         return pa.RecordBatch.from_arrays([columns[name] for name in TRACE_SCHEMA.names], schema=TRACE_SCHEMA)

@@ -81,7 +81,8 @@ def open_study(analysis: StudyOptions, mixed: bool = False) -> tuple[Study, Anal
         mixed=mixed,
         compat=analysis.compat,  # type: ignore[arg-type]
     )
-    return Study(analysis.folder, analysis.aggregate), options  # type: ignore[arg-type]
+    study = Study(analysis.folder, analysis.aggregate, analysis.answer_score)  # type: ignore[arg-type]
+    return study, options
 
 
 def _terminal_table(table: Table) -> TerminalTable:

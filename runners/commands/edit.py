@@ -38,13 +38,13 @@ def edit(
     from causalcone.runners.show.figures import draw_scores
 
     study = inputs.editing(source, editing, scoring, output)
-    aggregate = study.plan.aggregate
+    shown = (study.plan.aggregate, scoring.essence, scoring.answer_score)
     with open_results(output, study.configuration, "edits") as folder:
         done = study.carry_out(folder, Console(), output.quiet)
-        figures = draw_scores(output.out, scores_of(output.out, aggregate, scoring.essence)) if plot else []
+        figures = draw_scores(output.out, scores_of(output.out, *shown)) if plot else []
     folder.finish(**done.results, filtered=study.filtered)
     if not output.quiet:
-        tables = score_tables(scores_of(output.out, aggregate, scoring.essence))
+        tables = score_tables(scores_of(output.out, *shown))
         metrics = metrics_of(output.out, scoring.accuracy, scoring.generation or scoring.references is not None)
         tables += [*metrics, *answer_tables(output.out), *text_table(output.out)]
         reasons = failed_lines(done.failed) + failed_lines(done.suspect, "are suspect")

@@ -12,6 +12,7 @@ from typer import Option
 
 from causalcone.runners.commands.shared import takes
 from causalcone.runners.options import (
+    AnswerOptions,
     IntegrationOptions,
     OutputOptions,
     SamplingOptions,
@@ -22,12 +23,13 @@ from causalcone.runners.options import (
 )
 
 
-@takes(StreamableSourceOptions, OutputOptions, TracingOptions, SamplingOptions)
+@takes(StreamableSourceOptions, OutputOptions, TracingOptions, SamplingOptions, AnswerOptions)
 def trace(
     source: StreamableSourceOptions,
     output: OutputOptions,
     tracing: TracingOptions,
     sampling: SamplingOptions,
+    answers: AnswerOptions,
     plot: Annotated[int, Option(help="Draw heat maps of the first N facts, and averages.", min=0)] = 0,
 ) -> None:
     """Trace facts: restore one window of layers at a time in noise-corrupted runs, and see what brings the answer back.
@@ -42,12 +44,13 @@ def trace(
 
     def tables(path: Path) -> Iterable[Any]:
         if tracing.joint:
-            return layer_tables(joint_effects(path), "Effect of restoring tokens together")
-        return effect_tables(average_indirect_effect(path))
+            return layer_tables(joint_effects(path, **vars(answers)), "Effect of restoring tokens together")
+        return effect_tables(average_indirect_effect(path, **vars(answers)))
 
-    prepare_tracing(source, tracing, sampling).carry_out(
-        output, tables, lambda first: draw_traces(output.out, first, tracing.joint) if plot else [], keep=plot
-    )
+    def draw(first: list[Any]) -> Iterable[Path]:
+        return draw_traces(output.out, first, tracing.joint, **vars(answers)) if plot else []
+
+    prepare_tracing(source, tracing, sampling).carry_out(output, tables, draw, keep=plot)
 
 
 @takes(StreamableSourceOptions, TracingOptions, SamplingOptions)
@@ -60,11 +63,12 @@ def plan(source: StreamableSourceOptions, tracing: TracingOptions, sampling: Sam
     Console().print(forecast_table(inputs.tracer, planned))
 
 
-@takes(StreamableSourceOptions, OutputOptions, ZeroingOptions)
+@takes(StreamableSourceOptions, OutputOptions, ZeroingOptions, AnswerOptions)
 def zero(
     source: StreamableSourceOptions,
     output: OutputOptions,
     zeroing: ZeroingOptions,
+    answers: AnswerOptions,
     plot: Annotated[bool, Option("--plot", help="Draw the mean effect by layer.")] = False,
 ) -> None:
     """Zero representations: set one window of layers to zero at the subject, and see how much of the answer is lost.
@@ -78,8 +82,8 @@ def zero(
 
     prepare_zeroing(source, zeroing).carry_out(
         output,
-        lambda path: layer_tables(zeroing_curve(path), "Share of p(target) lost by zeroing", "z.3f"),
-        lambda _: draw_table(output.out, "zeroing") if plot else [],
+        lambda path: layer_tables(zeroing_curve(path, **vars(answers)), "Share of p(target) lost by zeroing", "z.3f"),
+        lambda _: draw_table(output.out, "zeroing", **vars(answers)) if plot else [],
     )
 
 

@@ -39,12 +39,12 @@ class Setting:
 
     @property
     def configuration(self) -> dict[str, Any]:
-        return {"method": self.method, "window": self.window, "hparams": record(self.hparams)}
+        return {"method": self.method, "window": self.window, "hparams": asdict(self.hparams)}
 
 
 def record(hparams: Hparams) -> dict[str, Any]:
-    """The hyperparameters by name, words only where they are not the default: folders of 0.1.0, which have none, go
-    on."""
+    """The hyperparameters that a tuning compares, by name: words only where they are not the default, so that one that
+    was begun when there were none goes on."""
     usual = asdict(type(hparams)())
     return {
         name: value for name, value in asdict(hparams).items() if value != usual[name] or not isinstance(value, str)

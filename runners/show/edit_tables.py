@@ -28,10 +28,10 @@ MOST_TEXTS, MOST_CHARACTERS = 8, 80
 _SHOWN = [name for name in SCORES if name != "rewrite_magnitude"]
 
 
-def scores_of(folder: Path, aggregate: str, essence: bool) -> pl.DataFrame:
+def scores_of(folder: Path, aggregate: str, essence: bool, answer_score: str = "product") -> pl.DataFrame:
     """The scores of the edits in a folder of results."""
     metrics = folder / "metrics" if essence else None
-    return scores(folder / "edits", folder / "probes", metrics, aggregate)  # type: ignore[arg-type]
+    return scores(folder / "edits", folder / "probes", metrics, aggregate, answer_score)  # type: ignore[arg-type]
 
 
 def metrics_of(folder: Path, accuracy: bool, generation: bool) -> list[Table]:
@@ -52,7 +52,10 @@ def metrics_of(folder: Path, accuracy: bool, generation: bool) -> list[Table]:
 def answer_tables(folder: Path) -> list[Table]:
     """Means of ``probe_metrics`` by layer, of facts' own probes and of free answers: a table for each setting and
     metric, with a column for each group."""
-    rows = own_groups(probe_metrics(*(folder / name for name in ("edits", "probes", "metrics"))))
+    try:
+        rows = own_groups(probe_metrics(*(folder / name for name in ("edits", "probes", "metrics"))))
+    except TableError:  # no edit was done
+        return []
     names = {
         "p": "p of accepted answers",
         "accuracy": "accuracy (teacher forcing)",

@@ -10,6 +10,7 @@ import polars as pl
 import pyarrow as pa
 
 from causalcone.analysis import TableError, plot
+from causalcone.analysis.tables.traces import AnswerScore
 from causalcone.engine.encoding import token_texts
 from causalcone.engine.facts import Fact
 from causalcone.engine.localize.tracer import Tracer
@@ -19,27 +20,36 @@ _SCORES = ("rewrite", "paraphrase", "neighborhood", "essence")
 
 
 def draw_traces(
-    folder: Path, first: Sequence[pa.RecordBatch], joint: bool = False, table: str = "traces"
+    folder: Path,
+    first: Sequence[pa.RecordBatch],
+    joint: bool = False,
+    table: str = "traces",
+    answer_score: AnswerScore = "product",
 ) -> list[Path]:
     """Heat maps of each batch's fact, and the average indirect effect of all of the table's facts; of tokens restored
     together, which have no map, their effect by layer."""
     if joint:
-        return draw_table(folder, "joint_effect", table)
+        return draw_table(folder, "joint_effect", table, answer_score)
     paths = []
     for number, batch in enumerate(first):
         fact_id = batch["fact_id"][0].as_py()
         paths.append(_path(folder, f"{number:03}", fact_id))
-        plot.heatmaps(pa.Table.from_batches([batch]), fact_id, paths[-1])
+        plot.heatmaps(pa.Table.from_batches([batch]), fact_id, paths[-1], answer_score)
     average = folder / PLOTS / "average_indirect_effect.png"
-    return paths + _if_possible("averages", average, lambda: plot.indirect_effect(folder / table, average))
+    return paths + _if_possible(
+        "averages", average, lambda: plot.indirect_effect(folder / table, average, answer_score)
+    )
 
 
 def draw_table(
-    folder: Path, figure: Literal["joint_effect", "severed", "zeroing"], table: str = "traces"
+    folder: Path,
+    figure: Literal["joint_effect", "severed", "zeroing"],
+    table: str = "traces",
+    answer_score: AnswerScore = "product",
 ) -> list[Path]:
     """A figure of ``plot`` that is made of a whole table."""
     path = folder / PLOTS / f"{figure}.png"
-    getattr(plot, figure)(folder / table, path=path)
+    getattr(plot, figure)(folder / table, path=path, answer_score=answer_score)
     return [path]
 
 

@@ -144,6 +144,7 @@ class Driver:
             "model": asdict(model),
             "analysis": {
                 "published": self.sweep.published,
+                "answer_score": self.sweep.answer_score,
                 "aggregate": next((stage.aggregate for stage in stages if stage.aggregate), None),
                 **({"expected": expected} if expected else {}),
             },

@@ -12,6 +12,7 @@ from rich.console import Console
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.windows import as_windows
 from causalcone.runners.edits.inputs import TextInputs, editor_of, moments_of, prepared_edits, read_texts
+from causalcone.runners.edits.settings import record
 from causalcone.runners.edits.study import MOMENTS, EditStudy
 from causalcone.runners.inputs.fingerprints import facts_fingerprint, model_fingerprint
 from causalcone.runners.inputs.inputs import Inputs, open_inputs
@@ -107,7 +108,8 @@ class _Trials:
         todo = []
         for grid, point in points:
             trial = replace(prepared, plan=replace(grids.plan, settings=(point.setting,)))
-            configuration = {**trial.configuration, "command": "tune", **fingerprints}
+            method = {**point.setting.configuration, "hparams": record(point.setting.hparams)}
+            configuration = {**trial.configuration, "command": "tune", "methods": [method], **fingerprints}
             path = self.folder.path_of(grid, point)
             if not self.folder.is_done(path, configuration):
                 todo.append((f"of {len(points)}: {point}", grid, trial, configuration, path))

@@ -20,7 +20,7 @@ from causalcone.analysis.papers.tables import (
     published_errors,
     published_regressions,
 )
-from causalcone.analysis.scores import edits_with_effects
+from causalcone.analysis.scores import edits_with_effects, scores
 from causalcone.analysis.stats.regressions import regressions
 from causalcone.analysis.sweep_results import Study
 from causalcone.analysis.tables.traces import TableError
@@ -67,6 +67,21 @@ def test_options_are_named_in_the_tables(study, tmp_path, run):
     page = (tmp_path / "tables" / "table3_rewrite.md").read_text()
     assert "hidden:1, at the last subject token, over p_clean; layer and effect additive; scores of the first" in page
     assert {"p_mixed", "fact_share"} <= set(pl.read_csv(tmp_path / "tables" / "uncertainty.csv").columns)
+
+
+def test_the_answer_score_is_that_of_all_effects_and_scores(study, copy, tmp_path, run):
+    assert run("analyze", study, "--out", tmp_path, "--no-figures", "--answer-score", "mean", *DRAWS)[0] == 0
+    found = pl.read_csv(tmp_path / "tables" / "table3_rewrite.csv")
+    effects = tracing_effects(study / "traces/restore", answer_score="mean").filter(kind="mlp", window=3)
+    rated = scores(study / "edits", study / "probes", answer_score="mean")
+    expected = regressions(edits_with_effects(rated, effects), ["rewrite"])
+    both = found.join(expected, on=["problem", "method", "window"], suffix="_expected")
+    assert both["r2_layer"].to_list() == pytest.approx(both["r2_layer_expected"].to_list())
+    assert both["r2_both"].to_list() == pytest.approx(both["r2_both_expected"].to_list())
+    assert "p per token of the answer" in (tmp_path / "tables.md").read_text()
+    run_json(copy, analysis={"answer_score": "mean"})
+    assert Study(copy).scores.equals(Study(study, answer_score="mean").scores)
+    assert not Study(copy).scores.equals(Study(study).scores)
 
 
 @pytest.mark.slow

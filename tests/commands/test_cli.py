@@ -41,6 +41,26 @@ def test_trace_writes_what_the_tracer_computes(folder, tmp_path, tokenizer, run)
     assert metadata["versions"]["torch"] == torch.__version__
 
 
+def test_effects_on_the_mean_per_token_are_shown(folder, tmp_path, run):
+    """Tables are the same; what is shown and drawn is of them."""
+    shown = {}
+    for score in ("product", "mean"):
+        for command in ("trace", "zero"):
+            without = {"samples": None, "sigma": None} if command == "zero" else {}
+            arguments = basic(folder, out=tmp_path / f"{command}-{score}", **without)
+            code, printed, _ = run(command, *arguments, "--answer-score", score)
+            assert code == 0
+            shown[command, score] = printed.split(" rows in ")[0]
+    for command in ("trace", "zero"):
+        one, other = (read_traces(tmp_path / f"{command}-{score}" / "traces") for score in ("product", "mean"))
+        assert_table_close(one, other)
+        assert one["answer_tokens"].max() > 1
+        assert shown[command, "product"] != shown[command, "mean"]
+    code, _, error = run("trace", *basic(folder, out=tmp_path / "none"), "--answer-score", "sum")
+    assert (code, "--answer-score is 'sum'; choose from product, mean" in error) == (2, True)
+    assert not (tmp_path / "none").exists()
+
+
 def test_limit_keeps_the_noise_level_of_all_facts(folder, tmp_path, run):
     out = tmp_path / "out"
     assert run("trace", *basic(folder, out=out, limit=2), "--quiet")[0] == 0

@@ -126,7 +126,7 @@ def test_names_for_the_keys_of_rome(user, editor, tmp_path, run):
     for reason, count in Counter(edits["suspect"].drop_nulls()).items():
         assert f"{count} edits are suspect: {reason}" in " ".join(printed.split())
     assert run_json(out)["results"]["suspect"] == Counter(edits["suspect"].drop_nulls())
-    assert [each["hparams"].get("keys") for each in run_json(out)["methods"]] == [None, "mean", "prompt"]
+    assert [each["hparams"]["keys"] for each in run_json(out)["methods"]] == ["published", "mean", "prompt"]
     for title in ("ROME: mean scores", "R-ROME: mean scores", "P-ROME: mean scores"):
         assert title in printed
     code, _, error = run(
@@ -326,8 +326,8 @@ def test_what_edited_models_write(user, editor, tmp_path, run):
 
 def test_edits_that_fail_are_counted(user, tmp_path, run):
     out = tmp_path / "out"
-    code, printed, _ = run(*arguments(user, out, "--set", "lr=1e38", "--set", "clamp=1e38", layers="0,1"))
-    assert code == 0
+    code, printed, error = run(*arguments(user, out, "--set", "lr=1e38", "--set", "clamp=1e38", layers="0,1"))
+    assert code == 0, error
     edits = read_edits(out / "edits")
     failed = edits.filter(status="failed")
     assert len(failed) > 0

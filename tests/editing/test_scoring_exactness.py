@@ -89,7 +89,7 @@ def assert_exact(model, edits, tokenizer=None, texts=None, bounds=None):
     probes, metrics = expected_rows(model, tokenizer, edits, texts)
     for found, expected in ((scores.probes.to_pylist(), probes), (scores.metrics.to_pylist(), metrics)):
         assert [named(row) for row in found] == [named(row) for row in expected]
-        for name in [name for name in found[0] if name.startswith(("p_", "pre", "post"))]:
+        for name in [name for name in found[0] if name.startswith(("p_", "logp_", "answer_", "pre", "post"))]:
             left, right = (np.array([row[name] for row in rows], dtype=float) for rows in (found, expected))
             np.testing.assert_allclose(left, right, rtol=relative, atol=absolute, err_msg=name)
     return scores
@@ -110,6 +110,9 @@ def expected_rows(model, tokenizer, edits, texts):
             for name in ("pre", "post", "pre_other", "post_other"):
                 reading = getattr(probe, name)
                 row[f"p_{name}"] = None if reading is None else reading.p
+                row[f"logp_{name}"] = None if reading is None else sum(reading.log_p)
+                tokens = "answer_tokens_other" if name.endswith("other") else "answer_tokens"
+                row[tokens] = None if reading is None else len(reading.log_p)
             probes.append(row)
         found = {}
         if texts is not None:

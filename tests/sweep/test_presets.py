@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -91,8 +92,8 @@ def test_a_window_between_takes_the_nearest_settings() -> None:
 )
 def test_every_hyperparameter_can_be_set(tmp_path: Path, method: str, table: str) -> None:
     names = [field.name for field in dataclasses.fields(load_hparams("gptj", method, "fact_erasure"))]
-    values = {name: 2 + number for number, name in enumerate(names)}
-    lines = [f"{table}.{name} = {value}" for name, value in values.items()]
+    values = {name: "mean" if name == "keys" else 2 + number for number, name in enumerate(names)}
+    lines = [f"{table}.{name} = {json.dumps(value)}" for name, value in values.items()]
     path = write(tmp_path, OWN.partition("rome.steps")[0] + "\n".join(lines))
     assert dataclasses.asdict(load_hparams(path, method, "fact_erasure")) == values
 

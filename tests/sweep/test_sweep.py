@@ -86,7 +86,8 @@ def test_the_facts_have_what_the_model_says_of_them(whole, folder):
     assert table["said"].null_count() == len(FULL)  # nobody asked
     clean = tables(whole)["traces"].filter(method="restore").unique("fact_id", maintain_order=True)
     assert table["p_true"].to_list() == pytest.approx(clean["p_clean"].to_list(), abs=1e-6)
-    assert json.loads(table["fact"][0]) == json.loads(json.dumps(dataclasses.asdict(FULL[0])))
+    assert json.loads(table["fact"][0]) == json.loads(json.dumps(FULL[0].record))
+    assert table["joiner"].to_list() == ["space"] * len(FULL)
 
 
 def test_run_json_has_all_that_decides_the_results(whole, file):

@@ -142,6 +142,16 @@ def test_grids_of_ones_own():
     assert first == load_hparams("gptj", "rome", "fact_forcing")
 
 
+def test_words_at_their_default_are_not_compared():
+    """With folders that were begun before there were any."""
+    configurations = [
+        problem_grids(options(name, grid=["kl_factor=1"]))[0].configuration for name in ("rome", "r-rome")
+    ]
+    usual, mean = (next(iter(each["grid"].values()))["0"] for each in configurations)
+    assert "keys" not in usual
+    assert mean == {**usual, "keys": "mean"}
+
+
 BAD_OPTIONS = {
     "unknown name": ({"grid": ["rome.norm_constraint=1,2"]}, "no chosen method has that hyperparameter; there are"),
     "method that is not chosen": ({"grid": ["memit.kl_factor=1"]}, "no chosen method has that hyperparameter"),
@@ -287,6 +297,8 @@ def test_keys_are_tried_as_numbers_are(user, tmp_path, run):
     assert table["keys"].to_list() == ["published", "prompt"]
     assert table["setting"].to_list() == ["keys=published", "keys=prompt"]
     assert table["suspect"].dtype == pl.Int64
+    kept = [run_json(out / folder)["methods"][0]["hparams"].get("keys") for folder in table["folder"]]
+    assert kept == [None, "prompt"], "a tuning that was begun without words goes on"
     preset = out / "preset.toml"
     chosen = table.filter("chosen")["keys"].item()
     assert load_hparams(str(preset), "rome", "error_injection") == cc.RomeHparams(steps=2, keys=chosen)

@@ -24,6 +24,10 @@ COLUMNS = {
     "p_corrupted": pa.types.is_float64,
     "p_patched": pa.types.is_float64,
     "p_patched_sd": pa.types.is_float64,
+    "answer_tokens": pa.types.is_integer,
+    "logp_clean": pa.types.is_float64,
+    "logp_corrupted": pa.types.is_float64,
+    "logp_patched": pa.types.is_float64,
 }
 
 

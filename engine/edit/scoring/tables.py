@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.scoring.probes import ESSENCE, OTHER, OWN, TARGET, Answer
-from causalcone.engine.edit.scoring.scoring import ProbeResults, Scored
+from causalcone.engine.edit.scoring.scoring import Scored
 from causalcone.engine.edit.scoring.written import Written
 from causalcone.engine.schemas import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA, PROMPT_KINDS, TEXT_SCHEMA
 
@@ -32,8 +32,8 @@ def edit_batch(edits: Iterable[Edit]) -> pa.RecordBatch:
 
 
 def probe_batch(scored: Iterable[Scored]) -> pa.RecordBatch:
-    """The table of probes: probabilities of the problem's target and of the other one, before and after each edit; null
-    where there is no other target, the edit failed, or they are not finite."""
+    """The table of probes: probabilities of the problem's target and of the other one, before and after each edit, and
+    their logarithms; null where there is no other target, the edit failed, or they are not finite."""
     rows = [row for result in scored for row in _probe_rows(result)]
     return pa.RecordBatch.from_pylist(rows, schema=PROBE_SCHEMA)
 
@@ -68,21 +68,27 @@ def _probe_rows(scored: Scored) -> list[dict[str, object]]:
     for number, probe in enumerate(probes):
         numbers.setdefault((probe.kind, probe.index, probe.answer), []).append(number)
 
-    def p(results: ProbeResults | None, kind: str, index: int, answer: Answer) -> float | None:
-        answers = numbers.get((kind, index, answer))
-        if results is None or answers is None or not np.isfinite(results.log_p[answers]).all():
-            return None
-        return float(np.exp(results.log_p[answers].max()))
+    def of(kind: str, index: int, answer: Answer, suffix: str = "") -> dict[str, float | None]:
+        """The columns of the likeliest of some answers; its tokens are those of the likeliest before the edit."""
+        answers = numbers.get((kind, index, answer), [])
+        first = max(answers, key=lambda number: scored.pre.log_p[number], default=None)
+        columns: dict[str, float | None] = {
+            f"answer_tokens{suffix}": None if first is None else len(probes[first].tokens)
+        }
+        for name, results in (("pre", scored.pre), ("post", scored.post)):
+            log_p = np.array([]) if results is None else results.log_p[answers]
+            finite = float(log_p.max()) if log_p.size and np.isfinite(log_p).all() else None
+            columns[f"logp_{name}{suffix}"] = finite
+            columns[f"p_{name}{suffix}"] = None if finite is None else float(np.exp(finite))
+        return columns
 
     return [
         {
             "edit_id": scored.edit.edit_id,
             "prompt_kind": kind,
             "prompt_index": index,
-            "p_pre": p(scored.pre, kind, index, answer),
-            "p_post": p(scored.post, kind, index, answer),
-            "p_pre_other": p(scored.pre, kind, index, OTHER),
-            "p_post_other": p(scored.post, kind, index, OTHER),
+            **of(kind, index, answer),
+            **of(kind, index, OTHER, "_other"),
             "prompt_name": probes[first].name or None,
             "condition": probes[first].held,
         }

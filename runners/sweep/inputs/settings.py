@@ -64,8 +64,9 @@ class Sweep(CheckedTable):
     """A whole study; ``stages.as_sweep`` adds a table for each stage. seed: of everything that is drawn but noise;
     contexts: a file of texts put before prompts, drawn from the model by default; shape: the model's configuration,
     where a plan is wanted of a model that is not at hand; zsre_form: how zsRE's records are read; columns: of flat
-    records, the columns of fields; published: the study whose published tables are set beside; compat: "published" does
-    as published code does, where that differs; chat, system, bos and keep_space: as ``PromptForm``'s."""
+    records, the columns of fields; published: the study whose published tables are set beside; answer_score: what the
+    analysis takes p of several tokens for; compat: "published" does as published code does, where that differs; chat,
+    system, bos and keep_space: as ``PromptForm``'s."""
 
     younger = frozenset(PromptOptions.__annotations__) | {"columns"}
     model: StrictStr
@@ -75,6 +76,7 @@ class Sweep(CheckedTable):
     zsre_form: ZsreForm = "hase"
     columns: dict[StrictStr, StrictStr] | None = None
     published: Literal["hase2023-gptj", "hase2023-zsre"] | None = None
+    answer_score: Literal["product", "mean"] = "product"
     dtype: Dtype | None = None
     device: StrictStr | None = None
     memory: StrictStr | StrictInt | None = None
@@ -96,7 +98,8 @@ class Sweep(CheckedTable):
     @property
     def result_config(self) -> dict[str, Any]:
         """All that decides the results, as JSON; not where and in how much memory they are computed."""
-        return self.model_dump(mode="json", exclude={"device", "memory", "kernels", "shape", "published"})
+        shown = {"published", "answer_score"}
+        return self.model_dump(mode="json", exclude={"device", "memory", "kernels", "shape", *shown})
 
     @property
     def form(self) -> PromptForm:

@@ -13,8 +13,9 @@ import torch
 Rows = Sequence[dict[str, Any]]
 
 KEY = ("fact_id", "method", "kind", "window", "layer", "token")
-COUNTS = ("subject_start", "subject_end", "prompt_tokens")
+COUNTS = ("subject_start", "subject_end", "prompt_tokens", "answer_tokens")
 NUMBERS = ("p_clean", "p_corrupted", "p_patched", "p_patched_sd")
+LOGS = ("logp_clean", "logp_corrupted", "logp_patched")
 GRADIENT_KEY = ("fact_id", "kind", "layer", "token")
 GRADIENT_NUMBERS = ("norm", "total", "gap")
 
@@ -30,7 +31,10 @@ def assert_same(table: pa.Table, expected: Rows, dtype: torch.dtype = torch.floa
     actual, wanted = matched(table, expected, KEY)
     for name in COUNTS:
         assert [row[name] for row in actual] == [row[name] for row in wanted], name
-    found, right = columns(actual, NUMBERS), columns(wanted, NUMBERS)
+    found, right = columns(actual, (*NUMBERS, *LOGS)), columns(wanted, (*NUMBERS, *LOGS))
+    for name in LOGS:  # relative differences of p
+        bound = {torch.float64: 1e-9, torch.float32: 1e-3}[dtype]
+        np.testing.assert_allclose(found[name], right[name], rtol=0, atol=bound, err_msg=name)
     for name in NUMBERS:
         # Targets of several tokens are so improbable that only their relative difference says something. A standard
         # deviation, being the difference of nearly equal numbers, is measured against the probability itself.
@@ -72,7 +76,8 @@ def assert_close(found: np.ndarray, right: np.ndarray, scale: np.ndarray, dtype:
     absolute, relative = TOLERANCE[dtype]
     np.testing.assert_allclose(found, right, rtol=0, atol=absolute, err_msg=name)
     there = ~np.isnan(right)
-    np.testing.assert_array_less(abs(found - right)[there], (relative * scale)[there], err_msg=name)
+    smallest = 1e-300  # below, numbers lose digits; their logarithms are compared
+    np.testing.assert_array_less(abs(found - right)[there], (relative * scale + smallest)[there], err_msg=name)
 
 
 def assert_table_close(found: Any, expected: Any, within: float = 1e-9) -> None:

@@ -119,11 +119,16 @@ def sites(model: nn.Module) -> list[Block]:
 
 def predict(model: nn.Module, case: Case, inputs: Sequence[list[int]], hooks: Iterable[Hook] = ()) -> Tensor:
     """The target's probability (B,) after each of several prompts with the target's tokens, under hooks."""
+    return log_predict(model, case, inputs, hooks).exp()
+
+
+def log_predict(model: nn.Module, case: Case, inputs: Sequence[list[int]], hooks: Iterable[Hook] = ()) -> Tensor:
+    """The logarithm of what ``predict`` gives."""
     with hooked(hooks, len(inputs)):
         logits = model(torch.tensor(inputs, device=model.device), use_cache=False).logits
     predicting = range(len(case.prompt) - 1, len(case.inputs))
     log_p = logits[:, predicting].double().log_softmax(dim=-1)[:, range(len(case.target)), case.target]
-    return log_p.sum(dim=1).exp()
+    return log_p.sum(dim=1)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from oracles.facts import Case, Corruption, corruption, draw, encode, noise_width
-from oracles.model import Hook, Site, precision, predict, sites
+from oracles.model import Hook, Site, log_predict, precision, sites
 
 __all__ = [
     "Case",
@@ -96,15 +96,11 @@ def trace(
             )
             if compat == "published":
                 first = dataclasses.replace(first, replaces=False)
-            p_clean, *corrupted = run(model, case, [first])
+            clean, *corrupted = log_run(model, case, [first])
             for restoration in restorations(model, case, states, tokens, joint):
-                _, *patched = run(model, case, [first, last] if sever else [last], restoration, SEVERED[sever])
-                numbers = {
-                    "p_clean": p_clean,
-                    "p_corrupted": float(np.mean(corrupted)),
-                    "p_patched": float(np.mean(patched)),
-                    "p_patched_sd": float(np.std(patched, ddof=1)) if len(patched) > 1 else None,
-                }
+                _, *patched = log_run(model, case, [first, last] if sever else [last], restoration, SEVERED[sever])
+                spread = float(np.std(np.exp(patched), ddof=1)) if len(patched) > 1 else None
+                numbers = columns([clean], corrupted, patched) | {"p_patched_sd": spread}
                 rows.append(labels(case, restoration, f"sever_{sever}" if sever else "restore") | numbers)
     return rows
 
@@ -123,21 +119,36 @@ def zero(
     with precision(model, lift), torch.no_grad():
         for fact in facts:
             case = encode(model, tokenizer, fact, target)
-            (p_clean,) = predict(model, case, [case.inputs]).tolist()
+            clean = log_predict(model, case, [case.inputs]).tolist()
             for restoration in restorations(model, case, states, tokens, joint=True):
-                p_zeroed = zeroed(model, case, restoration)
-                numbers = {"p_clean": p_clean, "p_corrupted": None, "p_patched": p_zeroed, "p_patched_sd": None}
+                numbers = columns(clean, None, [zeroed(model, case, restoration)]) | {"p_patched_sd": None}
                 rows.append(labels(case, restoration, "zero") | numbers)
     return rows
 
 
+def columns(
+    clean: Sequence[float], corrupted: Sequence[float] | None, patched: Sequence[float]
+) -> dict[str, float | None]:
+    """The means of probabilities whose logarithms are given, and the logarithms of these means."""
+    logs = {"clean": clean, "corrupted": corrupted, "patched": patched}
+    return {
+        **{f"p_{name}": None if log is None else float(np.mean(np.exp(log))) for name, log in logs.items()},
+        **{f"logp_{name}": None if log is None else log_mean(log) for name, log in logs.items()},
+    }
+
+
+def log_mean(logs: Sequence[float]) -> float:
+    """The logarithm of the mean of numbers that may be too small for one."""
+    return max(logs) + float(np.log(np.mean(np.exp(np.array(logs) - max(logs)))))
+
+
 def zeroed(model: nn.Module, case: Case, restoration: Restoration) -> float:
-    """The target's probability where zeros take the place of what would be restored."""
+    """The logarithm of the target's probability where zeros take the place of what would be restored."""
 
     def erase(values: Tensor) -> None:
         values[:, restoration.tokens] = 0
 
-    return predict(model, case, [case.inputs], [(site, erase) for site in restoration.sites(model)]).item()
+    return log_predict(model, case, [case.inputs], [(site, erase) for site in restoration.sites(model)]).item()
 
 
 def labels(case: Case, restoration: Restoration, method: str) -> dict[str, Any]:
@@ -152,6 +163,7 @@ def labels(case: Case, restoration: Restoration, method: str) -> dict[str, Any]:
         "subject_start": case.start,
         "subject_end": case.end,
         "prompt_tokens": len(case.prompt),
+        "answer_tokens": len(case.target),
     }
 
 
@@ -183,18 +195,18 @@ def choose(case: Case, tokens: str | Sequence[int]) -> list[int]:
 
 def probabilities(model: nn.Module, case: Case, noise: Tensor, restoration: Restoration | None = None) -> list[float]:
     """The target's probability in the clean run and in each run with this noise added, restored or not: 1 + J."""
-    return run(model, case, [Corruption(case.inputs, case.start, case.end, noise)], restoration)
+    return np.exp(log_run(model, case, [Corruption(case.inputs, case.start, case.end, noise)], restoration)).tolist()
 
 
 @torch.no_grad()
-def run(
+def log_run(
     model: nn.Module,
     case: Case,
     corruptions: Sequence[Corruption],
     restoration: Restoration | None = None,
     severed: Sequence[str] = (),
 ) -> list[float]:
-    """The target's probability in the clean run and in each run of the last corruption: 1 + J numbers.
+    """The logarithm of the target's probability in the clean run and in each run of the last corruption: 1 + J numbers.
 
     These runs get the restoration. The outputs of the severed kinds, of all layers at the restored tokens, are held at
     the values they have in the runs of the first corruption.
@@ -216,5 +228,5 @@ def run(
         hooks += [(site, restore) for site in restoration.sites(model)]
         hooks += [(layer[kind], hold) for layer in sites(model) for kind in severed]
     inputs = [case.inputs] + [each.inputs for each in corruptions for _ in range(samples)]
-    p_clean, *corrupted = predict(model, case, inputs, hooks).tolist()
-    return [p_clean, *corrupted[-samples:]]
+    clean, *corrupted = log_predict(model, case, inputs, hooks).tolist()
+    return [clean, *corrupted[-samples:]]
