@@ -160,6 +160,14 @@ class Fact:
         return start, start + len(self.subject)
 
 
+def prompt_fact(prompt: str, subject: str, answer: str) -> Fact:
+    """The fact of a prompt with its subject, or ``{}``, in it; ``Tracer.fact`` says more."""
+    if "{}" not in prompt and subject not in prompt:
+        raise FactError(f"the subject {subject!r} is not in the prompt {prompt!r}; give words that are in it")
+    template = prompt if "{}" in prompt or not subject else prompt.replace(subject, "{}", 1)
+    return Fact("prompt", template, subject, answer)
+
+
 def check_unique(facts: Iterable[Fact]) -> None:
     """Raise ``FactError`` naming the first id that two facts share."""
     seen = set()

@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from causalcone.engine.errors import CausalconeError, ExperimentError, FactError
+
+STANDARD_INPUT = "-"
 
 Count = Annotated[StrictInt, Field(ge=1)]
 
@@ -49,11 +52,13 @@ class CheckedTable(BaseModel):
 
 
 def read_text(path: Path, error: type[CausalconeError] = FactError) -> str:
-    """The text of a UTF-8 file; raises an ``error`` that says why there is none."""
+    """The text of a UTF-8 file, or of the standard input, which is called ``-``; raises an ``error`` that says why
+    there is none."""
     if path.is_dir():
         raise error(f"{path} is a folder; give a file in it")
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        content = sys.stdin.buffer.read() if str(path) == STANDARD_INPUT else path.read_bytes()
+        return content.decode("utf-8-sig")
     except FileNotFoundError:
         raise error(f"{path} does not exist") from None
     except OSError as reason:

@@ -63,8 +63,34 @@ class PromptFormOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SinglePromptOptions:
+    """One prompt in place of a file of facts."""
+
+    prompt: str | None = option(
+        None, "One prompt instead of --facts, with its subject in it; files are written with --out alone."
+    )
+    subject: str | None = option(None, "The words of the prompt that it is about.")
+    answer: str | None = option(None, "The prompt's answer; the model's likeliest token by default.")
+
+    def target(self, of_facts: str) -> str:
+        """The target whose probability is read: the prompt's, or where there is none, that of a file's facts."""
+        return of_facts if self.prompt is None else "argmax" if self.answer is None else "label"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditedPromptOptions(SinglePromptOptions):
+    new: str | None = option(None, "What the prompt is to be answered with, of --prompt.")
+
+
+_FACTS_HELP = (
+    "File of facts, of any format that 'causalcone data' reads; 'demo': the demo world; -: what comes in on standard "
+    "input."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
 class FactsOptions(PromptFormOptions, ModelOptions):
-    facts: str = option(..., "File of facts, of any format that 'causalcone data' reads; 'demo': the demo world.")
+    facts: str | None = option(None, _FACTS_HELP, show_default=False)
     column: list[str] | None = option(None, COLUMN_HELP, show_default=False)
     limit: int | None = option(None, "Only the first N facts.", min=1)
     skip_bad_facts: bool = option(False, "List unusable facts and go on.", "--skip-bad-facts")
@@ -93,14 +119,22 @@ class StreamableSourceOptions(SourceOptions):
 class TuningSourceOptions(SourceOptions):
     """The model, and the few facts that settings are tuned on."""
 
+    facts: str = option(..., _FACTS_HELP)
     limit: int | None = option(100, "Only the first N facts of the file.", min=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputOptions:
-    out: Path = option(..., "Folder for the results.")
+class PromptOutputOptions:
+    """Where results go; those of one prompt may be shown only."""
+
+    out: Path | None = option(None, "Folder for the results; not needed with --prompt.", show_default=False)
     overwrite: bool = option(False, "Replace the run that the folder holds.", "--overwrite")
     quiet: bool = option(False, "No progress and no summary.", "--quiet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions(PromptOutputOptions):
+    out: Path = option(..., "Folder for the results.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,15 +241,17 @@ class CollectingOptions:
     )
 
 
+_METHOD_HELP = (
+    "METHOD or METHOD:WINDOW: rome (r-rome, p-rome: with its keys 'mean' or 'prompt'), memit, memit_joint (all facts "
+    "in one change of the weights) or finetune, and how many layers it edits together; repeat for several."
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class EditMethodOptions:
     """How edits are made, whatever is asked of them and wherever they are made."""
 
-    method: list[str] = option(
-        ...,
-        "METHOD or METHOD:WINDOW: rome (r-rome, p-rome: with its keys 'mean' or 'prompt'), memit, memit_joint (all "
-        "facts in one change of the weights) or finetune, and how many layers it edits together; repeat for several.",
-    )
+    method: list[str] | None = option(None, _METHOD_HELP, show_default=False)
     window: int | None = option(
         None, "Layers edited together, for a METHOD without a WINDOW; by default 5 for MEMIT, 1 for fine-tuning.", min=1
     )
@@ -247,6 +283,11 @@ _AGGREGATE_HELP = "first, or mean. By default the preset's, or first."
 
 @dataclass(frozen=True, kw_only=True)
 class EditingOptions(EditMethodOptions):
+    method: list[str] | None = option(
+        None,
+        f"{_METHOD_HELP} Of a --prompt by default rome where there are --moments or --texts, else finetune.",
+        show_default=False,
+    )
     problem: str | None = option(
         None,
         f"{_PROBLEM_HELP}. By default error_injection; fact_amplification where the facts' new answer is the true one.",
@@ -254,7 +295,10 @@ class EditingOptions(EditMethodOptions):
     )
     layers: str | None = option(
         None,
-        f"{_LAYERS_HELP}: the edited ones, or windows' centres. By default the preset's, without one all.",
+        f"{_LAYERS_HELP}: the edited ones, or windows' centres. By default the preset's, without one all; of a "
+        "--prompt the one a quarter of the way up.",
+        "--layers",
+        "--layer",
         show_default=False,
     )
 
@@ -263,6 +307,7 @@ class EditingOptions(EditMethodOptions):
 class TuningOptions(EditMethodOptions):
     """Settings of editing that are tried, and how one is chosen."""
 
+    method: list[str] = option(..., _METHOD_HELP)
     problem: list[str] | None = option(
         None, f"{_PROBLEM_HELP}; repeat for several. By default error_injection.", show_default=False
     )

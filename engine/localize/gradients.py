@@ -43,7 +43,6 @@ class GradientRun(FactsRun):
 
     name, schema = "gradients", GRADIENT_SCHEMA
     spec: GradientSpec
-    noise: NoiseStream | None
 
     @classmethod
     def of(
@@ -67,6 +66,11 @@ class GradientRun(FactsRun):
             longest = max(self.facts, key=lambda fact: len(fact.tokens))
             self.session.run([self._reading(longest, self._states(longest)[:1])], self._samples, self.noise)
         return map(self._table, self.facts)
+
+    def probabilities(self, table: pa.Table) -> dict[str, float | None]:
+        reading = self._reading(self.facts[0], self._states(self.facts[0])[:1])
+        ((_, result),) = self.session.run([reading], self._samples, self.noise)
+        return dict(zip(("p_clean", "p_corrupted"), np.exp(result.log_p).mean(0).tolist(), strict=False))
 
     def _table(self, fact: EncodedFact) -> pa.RecordBatch:
         """The L2 norm of each state's attribution, its sum, and how far that is from the difference in p that it should

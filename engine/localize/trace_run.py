@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,9 @@ from causalcone.engine.plan.interventions import CLEAN, CORRUPTED
 from causalcone.engine.run.runner import Trial
 from causalcone.engine.run.session import Session
 from causalcone.engine.schemas import TRACE_SCHEMA
+
+if TYPE_CHECKING:
+    from causalcone.analysis.prompt_map import PromptMap
 
 pa.array([])  # loads pandas, where it is installed: better with the other imports than in the middle of a trace
 
@@ -45,7 +48,8 @@ class TracePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class FactsRun:
-    """Facts made ready for a method that makes a table. spec: with the noise level as a number; skipped: left out."""
+    """Facts made ready for a method that makes a table. spec: with the noise level as a number; skipped: left out;
+    noise: of the corrupted run, None where there is none."""
 
     name: ClassVar[str]
     schema: ClassVar[pa.Schema]
@@ -53,6 +57,7 @@ class FactsRun:
     spec: CheckedSpec
     facts: list[EncodedFact]
     skipped: list[Skipped]
+    noise: NoiseStream | None
 
     def tables(self) -> Iterator[pa.RecordBatch]:
         """One batch per fact, in order; the call itself refuses memory that is too little."""
@@ -60,6 +65,24 @@ class FactsRun:
 
     def batches(self, progress: Progress | None = None) -> Iterator[pa.RecordBatch]:
         return _reported(self.tables(), len(self.facts), progress or (lambda done, of: None))
+
+    def drawn(self, table: pa.Table) -> PromptMap:
+        """The map of the only fact of the run and its table."""
+        from causalcone.analysis.prompt_map import PromptMap  # drawing is not the engine's, and loaded when asked for
+
+        (fact,), clean_and_corrupted = self.facts, self.probabilities(table)
+        likeliest = " (the likeliest token)" if self.spec.target == "argmax" else ""
+        p = ", ".join(f"{name} {value:.3g}" for name, value in clean_and_corrupted.items() if value is not None)
+        noise = ""
+        if self.noise is not None:
+            level = f" of level {self.noise.sigma:.3g}" if self.noise.noise.kind in SCALED_NOISES else ""
+            noise = f" ({self.noise.noise.kind} noise{level} on the subject, {self.noise.samples} samples)"
+        head = f"{fact.fact.text} -> {fact.fact.target_true}{likeliest}", p + noise
+        return PromptMap.of(table, head, token_texts(fact.prompt, self.session.tokenizer), fact.span)
+
+    def probabilities(self, table: pa.Table) -> dict[str, float | None]:
+        """Of the first fact's target in the clean and, where there is one, the corrupted run."""
+        return {name: table[name][0].as_py() for name in ("p_clean", "p_corrupted")}
 
     @classmethod
     def table(cls, batches: Iterable[pa.RecordBatch]) -> pa.Table:
@@ -108,7 +131,6 @@ class TraceRun(FactsRun):
     trials: list[Trial]
     grids: list[TraceGrid]
     samples: int
-    noise: NoiseStream | None
 
     @classmethod
     def of(

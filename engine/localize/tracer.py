@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar, Unpack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 import pyarrow as pa
 import torch
 
 from causalcone.engine.compute import Compute, Kernels
-from causalcone.engine.encoding import PromptForm, PromptOptions
+from causalcone.engine.encoding import PromptForm, PromptOptions, token_texts
 from causalcone.engine.errors import ExperimentError
-from causalcone.engine.facts import Fact, OnError, Skipped, SkippedFacts
+from causalcone.engine.facts import Fact, OnError, Skipped, SkippedFacts, prompt_fact
 from causalcone.engine.localize.gradients import GradientRun
 from causalcone.engine.localize.options import (
     DEFAULT_SIGMA,
@@ -34,6 +35,9 @@ from causalcone.engine.localize.trace_run import FactsRun, TracePlan, TraceRun
 from causalcone.engine.noise import SCALED_NOISES, Noise, NoiseKind, NoiseStream, parse_sigma
 from causalcone.engine.run.loading import Weights, open_session
 from causalcone.engine.run.session import Session
+
+if TYPE_CHECKING:
+    from causalcone.analysis.prompt_map import PromptMap
 
 
 class Tracer:
@@ -307,6 +311,45 @@ class Tracer:
             stream = NoiseStream(spec.corruption, level, seed, samples, session.sizes.hidden)
         results = session.run(trials, samples if stream else 1, stream)
         return [patching.result(encoded[i], trials[i], result) for i, result in results]
+
+    def fact(self, prompt: str, subject: str, answer: str | None = None) -> Fact:
+        """A prompt as a fact, whose id is ``"prompt"``.
+
+        Args:
+            prompt: The prompt, with its subject (of several occurrences the first counts) or one ``{}`` in its place.
+            subject: The words that it is about.
+            answer: Its answer; the text of the model's most likely next token if None.
+
+        Raises:
+            FactError: The subject is empty or not in the prompt, or the answer is empty.
+        """
+        fact = prompt_fact(prompt, subject, "?" if answer is None else answer)
+        if answer is not None:
+            return fact
+        logits = self.run([fact.text], [], [Read("logits")])[0].clean.values[0]
+        (text,) = token_texts([int(logits.argmax())], self.session.tokenizer)
+        return replace(fact, target_true=text.strip() or repr(text)[1:-1])
+
+    def show(
+        self,
+        prompt: str,
+        subject: str,
+        answer: str | None = None,
+        states: States = DEFAULT_STATES,
+        **options: Unpack[TraceOptions],
+    ) -> PromptMap:
+        """``trace`` of one prompt, to look at: a heat map on the terminal (``print``) and in notebooks.
+
+        Args:
+            prompt: As for ``fact``, and so are subject and answer; the likeliest token counts, whatever its text.
+            states: As for ``trace``, and so are the options, but for the target.
+
+        Returns:
+            The map; its ``table`` is what ``trace`` returns.
+        """
+        options["target"] = "argmax" if answer is None else "label"
+        run = self._tracing([self.fact(prompt, subject, answer)], states, "raise", options)
+        return run.drawn(run.table(run.batches()))
 
     def noise_level(
         self, facts: Iterable[Fact], sigma: float | str = DEFAULT_SIGMA, on_error: OnError = "raise"

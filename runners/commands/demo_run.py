@@ -40,9 +40,9 @@ def run_demo(out: Path, facts: int, edits: int, console: Console, overwrite: boo
         return finished
     if finished.computed or not (out / PAGE).exists():  # which is written last
         known = read_facts(sweep).facts
-        draw_traces(out, _first(out / TRACES), table=TRACES)
-        draw_table(out, "severed")
-        draw_table(out, "zeroing", ZEROED)
+        draw_traces(out, _first(out / TRACES), out / TRACES)
+        draw_table(out, "severed", out / "traces")
+        draw_table(out, "zeroing", out / ZEROED)
         draw_gradients(out, _first(out / GRADIENTS), known, Tracer(model, tokenizer))
         draw_scores(out, scores_of(out, "mean", essence=True))
     show(out, console)

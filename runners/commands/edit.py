@@ -1,32 +1,42 @@
 """The command that edits facts: ``edit``."""
 
 import warnings
+from pathlib import Path
 from typing import Annotated
 
 from rich.console import Console
 from typer import Option
 
-from causalcone.runners.commands.shared import open_results, show, takes
-from causalcone.runners.options import EditingOptions, OutputOptions, ScoringOptions, SourceOptions
+from causalcone.runners.commands.shared import check_place, open_results, place_of, show, takes
+from causalcone.runners.options import (
+    EditedPromptOptions,
+    EditingOptions,
+    PromptOutputOptions,
+    ScoringOptions,
+    SourceOptions,
+)
 
 
-@takes(SourceOptions, EditingOptions, ScoringOptions, OutputOptions)
+@takes(SourceOptions, EditedPromptOptions, EditingOptions, ScoringOptions, PromptOutputOptions)
 def edit(
     source: SourceOptions,
+    prompt: EditedPromptOptions,
     editing: EditingOptions,
     scoring: ScoringOptions,
-    output: OutputOptions,
+    output: PromptOutputOptions,
     plot: Annotated[bool, Option("--plot", help="Draw the mean scores by layer.")] = False,
 ) -> None:
     """Edit facts at every chosen layer by ROME, MEMIT or constrained fine-tuning, and score every edited model.
 
-    Facts are edited one by one; memit_joint edits all of them at once.
+    Facts are edited one by one; memit_joint edits all of them at once. Of a single --prompt it shows both answers'
+    probabilities and what the model writes, before and after.
 
     Writes OUT/edits, OUT/probes and OUT/metrics (Parquet; a row per edit, per prompt of it and per metric of it), where
     models write OUT/texts, and OUT/run.json. No weight of the model is changed.
     """
     from causalcone.analysis.tables.edits import unmet
     from causalcone.runners.edits import inputs
+    from causalcone.runners.edits.prompt_edits import PromptEdits
     from causalcone.runners.show.edit_tables import (
         answer_tables,
         failed_lines,
@@ -37,20 +47,29 @@ def edit(
     )
     from causalcone.runners.show.figures import draw_scores
 
-    study = inputs.editing(source, editing, scoring, output)
-    shown = (study.plan.aggregate, scoring.essence, scoring.answer_score)
-    with open_results(output, study.configuration, "edits") as folder:
-        done = study.carry_out(folder, Console(), output.quiet)
-        figures = draw_scores(output.out, scores_of(output.out, *shown)) if plot else []
-    folder.finish(**done.results, filtered=study.filtered)
-    if not output.quiet:
-        tables = score_tables(scores_of(output.out, *shown))
-        metrics = metrics_of(output.out, scoring.accuracy, scoring.generation or scoring.references is not None)
-        tables += [*metrics, *answer_tables(output.out), *text_table(output.out)]
-        reasons = failed_lines(done.failed) + failed_lines(done.suspect, "are suspect")
-        show([*tables, *reasons], done.sentence(), figures)
-    if presupposed := unmet(output.out / "edits", output.out / "probes"):
-        warnings.warn(presupposed, stacklevel=2)
+    check_place(prompt, output)
+    study = inputs.editing(source, prompt, editing, scoring, output)
+    wanted = (study.plan.aggregate, scoring.essence, scoring.answer_score)
+    single = None if prompt.prompt is None else PromptEdits(study)
+    with place_of(output) as place:
+        with open_results(output, place, study.configuration, "edits") as folder:
+            seen = {} if single is None else {"seen": single.add}
+            done = study.carry_out(folder, Console(), output.quiet or single is not None, **seen)
+            figures = draw_scores(output.out or Path(), scores_of(place, *wanted)) if plot else []
+        folder.finish(**done.results, filtered=study.filtered)
+        if not output.quiet:
+            tables = [*(score_tables(scores_of(place, *wanted)) if single is None else single.shown(place))]
+            if not editing.method and study.plan.settings[0].method == "finetune":
+                tables.append(
+                    "finetune needs no second moments; with --moments or --texts it would be rome, or --method"
+                )
+            tables += metrics_of(place, scoring.accuracy, scoring.generation or scoring.references is not None)
+            tables += [*answer_tables(place), *text_table(place)]
+            sentence = done.sentence() if output.out is not None else done.sentence().partition(" -> ")[0]
+            reasons = failed_lines(done.failed) + failed_lines(done.suspect, "are suspect")
+            show([*tables, *reasons], sentence, figures)
+        if presupposed := unmet(place / "edits", place / "probes"):
+            warnings.warn(presupposed, stacklevel=2)
 
 
 COMMANDS = {

@@ -10,12 +10,13 @@ from typing import Annotated, Any
 from rich.console import Console
 from typer import Option
 
-from causalcone.runners.commands.shared import takes
+from causalcone.runners.commands.shared import check_place, takes
 from causalcone.runners.options import (
     AnswerOptions,
     IntegrationOptions,
-    OutputOptions,
+    PromptOutputOptions,
     SamplingOptions,
+    SinglePromptOptions,
     SourceOptions,
     StreamableSourceOptions,
     TracingOptions,
@@ -23,10 +24,13 @@ from causalcone.runners.options import (
 )
 
 
-@takes(StreamableSourceOptions, OutputOptions, TracingOptions, SamplingOptions, AnswerOptions)
+@takes(
+    StreamableSourceOptions, SinglePromptOptions, PromptOutputOptions, TracingOptions, SamplingOptions, AnswerOptions
+)
 def trace(
     source: StreamableSourceOptions,
-    output: OutputOptions,
+    prompt: SinglePromptOptions,
+    output: PromptOutputOptions,
     tracing: TracingOptions,
     sampling: SamplingOptions,
     answers: AnswerOptions,
@@ -47,26 +51,31 @@ def trace(
             return layer_tables(joint_effects(path, **vars(answers)), "Effect of restoring tokens together")
         return effect_tables(average_indirect_effect(path, **vars(answers)))
 
-    def draw(first: list[Any]) -> Iterable[Path]:
-        return draw_traces(output.out, first, tracing.joint, **vars(answers)) if plot else []
+    def draw(folder: Path, first: list[Any], table: Path) -> Iterable[Path]:
+        return draw_traces(folder, first, table, tracing.joint, **vars(answers)) if plot else []
 
-    prepare_tracing(source, tracing, sampling).carry_out(output, tables, draw, keep=plot)
+    check_place(prompt, output)
+    run = prepare_tracing(source, prompt, tracing, sampling)
+    run.carry_out(output, tables, draw, plot, **vars(answers))
 
 
-@takes(StreamableSourceOptions, TracingOptions, SamplingOptions)
-def plan(source: StreamableSourceOptions, tracing: TracingOptions, sampling: SamplingOptions) -> None:
+@takes(StreamableSourceOptions, SinglePromptOptions, TracingOptions, SamplingOptions)
+def plan(
+    source: StreamableSourceOptions, prompt: SinglePromptOptions, tracing: TracingOptions, sampling: SamplingOptions
+) -> None:
     """Show what tracing would take: passes, rows, operations, memory and time; no fact is computed."""
     from causalcone.runners.commands.localize_runs import tracing_plan
     from causalcone.runners.show.forecast import forecast_table
 
-    inputs, planned = tracing_plan(source, tracing, sampling)
+    inputs, planned = tracing_plan(source, prompt, tracing, sampling)
     Console().print(forecast_table(inputs.tracer, planned))
 
 
-@takes(StreamableSourceOptions, OutputOptions, ZeroingOptions, AnswerOptions)
+@takes(StreamableSourceOptions, SinglePromptOptions, PromptOutputOptions, ZeroingOptions, AnswerOptions)
 def zero(
     source: StreamableSourceOptions,
-    output: OutputOptions,
+    prompt: SinglePromptOptions,
+    output: PromptOutputOptions,
     zeroing: ZeroingOptions,
     answers: AnswerOptions,
     plot: Annotated[bool, Option("--plot", help="Draw the mean effect by layer.")] = False,
@@ -80,17 +89,20 @@ def zero(
     from causalcone.runners.show.figures import draw_table
     from causalcone.runners.show.tables import layer_tables
 
-    prepare_zeroing(source, zeroing).carry_out(
+    check_place(prompt, output)
+    prepare_zeroing(source, prompt, zeroing).carry_out(
         output,
         lambda path: layer_tables(zeroing_curve(path, **vars(answers)), "Share of p(target) lost by zeroing", "z.3f"),
-        lambda _: draw_table(output.out, "zeroing", **vars(answers)) if plot else [],
+        lambda folder, _, table: draw_table(folder, "zeroing", table, **vars(answers)) if plot else [],
+        **vars(answers),
     )
 
 
-@takes(SourceOptions, OutputOptions, IntegrationOptions, SamplingOptions)
+@takes(SourceOptions, SinglePromptOptions, PromptOutputOptions, IntegrationOptions, SamplingOptions)
 def gradients(
     source: SourceOptions,
-    output: OutputOptions,
+    prompt: SinglePromptOptions,
+    output: PromptOutputOptions,
     integration: IntegrationOptions,
     sampling: SamplingOptions,
     plot: Annotated[int, Option(help="Draw heat maps of the first N facts.", min=0)] = 0,
@@ -110,9 +122,10 @@ def gradients(
         note = [GAP_NOTE] if integration.baseline == "zero" and "hidden" in by_kind["kind"] else []
         return [gradient_table(by_kind), *note]
 
-    run = prepare_gradients(source, integration, sampling)
-    inputs = run.inputs
-    run.carry_out(output, tables, lambda first: draw_gradients(output.out, first, inputs.facts, inputs.tracer), plot)
+    check_place(prompt, output)
+    run = prepare_gradients(source, prompt, integration, sampling)
+    facts, tracer = run.inputs.facts, run.inputs.tracer
+    run.carry_out(output, tables, lambda folder, first, _: draw_gradients(folder, first, facts, tracer), plot)
 
 
 COMMANDS = {

@@ -12,6 +12,8 @@ from typing import Any
 import pyarrow as pa
 from rich.console import Console
 
+from causalcone.analysis.prompt_map import PromptMap
+from causalcone.analysis.tables.traces import AnswerScore, read_gradients, read_traces
 from causalcone.engine.encoding import prompt_record
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.localize.gradients import GradientRun
@@ -19,13 +21,15 @@ from causalcone.engine.localize.options import DEFAULT_STATES, GradientSpec, Tra
 from causalcone.engine.localize.states import KINDS, as_states
 from causalcone.engine.localize.trace_run import FactsRun, TracePlan, TraceRun
 from causalcone.engine.noise import SCALED_NOISES, Noise, TextNoise
+from causalcone.engine.schemas import GRADIENT_SCHEMA
 from causalcone.runners.checked_files import read_text
-from causalcone.runners.commands.shared import open_results, show
+from causalcone.runners.commands.shared import open_results, place_of, show
 from causalcone.runners.inputs.inputs import Inputs, open_inputs
 from causalcone.runners.options import (
     IntegrationOptions,
-    OutputOptions,
+    PromptOutputOptions,
     SamplingOptions,
+    SinglePromptOptions,
     SourceOptions,
     TracingOptions,
     ZeroingOptions,
@@ -52,36 +56,49 @@ class TableRun:
 
     def carry_out(
         self,
-        output: OutputOptions,
+        output: PromptOutputOptions,
         tables: Callable[[Path], Iterable[Any]],
-        draw: Callable[[list[pa.RecordBatch]], Iterable[Path]],
+        draw: Callable[[Path, list[pa.RecordBatch], Path], Iterable[Path]],
         keep: int = 0,
+        answer_score: AnswerScore = "product",
     ) -> None:
-        """Compute the run into its table, draw figures with the batches of the first ``keep`` facts, and show tables.
-        Whatever ends it early, the facts finished by then are in the table."""
-        name, total, finished = self.run.name, len(self.run.facts), 0
+        """Compute the run into its table, draw figures into a folder, of the table and of the batches of the first
+        ``keep`` facts, and show tables, or a single prompt's map. Whatever ends it early, the facts finished by then
+        are in the table."""
+        name, total, finished, single = self.run.name, len(self.run.facts), 0, self.inputs.single
         first: list[pa.RecordBatch] = []
         started = time.monotonic()
-        with open_results(output, self.configuration, name) as folder:
-            progressing = shown_progress(Console(), self.title, quiet=output.quiet)
-            with progressing as progress, folder.table(name, self.run.schema) as table:
-                progress(0, total)
-                for finished, batch in enumerate(self.batches, start=1):
-                    table.write(batch)
-                    if finished <= keep:
-                        first.append(batch)
-                    progress(finished, total)
-            seconds = time.monotonic() - started
-            figures = draw(first)
-        folder.finish(facts=finished, rows=table.rows, seconds=round(seconds, 3))
-        if not output.quiet:
-            rate = f"{seconds:.1f} s ({finished / seconds:.2f} facts/s)"
-            path = output.out / name
-            show(tables(path), f"{finished} facts, {table.rows} rows in {rate} -> {path}", figures)
+        with place_of(output) as place:
+            with open_results(output, place, self.configuration, name) as folder:
+                progressing = shown_progress(Console(), self.title, quiet=output.quiet or single)
+                with progressing as progress, folder.table(name, self.run.schema) as table:
+                    progress(0, total)
+                    for finished, batch in enumerate(self.batches, start=1):
+                        table.write(batch)
+                        if finished <= keep:
+                            first.append(batch)
+                        progress(finished, total)
+                seconds, path = time.monotonic() - started, place / name
+                figures = draw(output.out or Path(), first, path)
+            folder.finish(facts=finished, rows=table.rows, seconds=round(seconds, 3))
+            if not output.quiet:
+                shown = [self._map(path, answer_score)] if single else tables(path)
+                done = f"{table.rows} rows in {seconds:.1f} s"
+                if not single:
+                    done = f"{finished} facts, {done} ({finished / seconds:.2f} facts/s)"
+                show(shown, done if output.out is None else f"{done} -> {path}", figures)
+
+    def _map(self, path: Path, answer_score: AnswerScore) -> PromptMap:
+        """A single prompt's map of its table."""
+        gradients = self.run.schema is GRADIENT_SCHEMA
+        table = read_gradients(path) if gradients else read_traces(path, answer_score)
+        return self.run.drawn(table.to_arrow())
 
 
-def prepare_tracing(source: SourceOptions, choice: TracingOptions, sampling: SamplingOptions) -> TableRun:
-    inputs, spec, run = _tracing(source, choice, sampling)
+def prepare_tracing(
+    source: SourceOptions, prompt: SinglePromptOptions, choice: TracingOptions, sampling: SamplingOptions
+) -> TableRun:
+    inputs, spec, run = _tracing(source, prompt, choice, sampling)
     noise: dict[str, Any] = {"replace_noise": choice.replace_noise, "dof": choice.dof}
     noise |= {"sigma_given": sampling.sigma} if spec.noise.kind in SCALED_NOISES else {"sigma": None}
     if isinstance(spec.noise, TextNoise):
@@ -90,34 +107,38 @@ def prepare_tracing(source: SourceOptions, choice: TracingOptions, sampling: Sam
     return TableRun.of("trace", "tracing", inputs, run, {**run.spec.configuration, **noise})
 
 
-def tracing_plan(source: SourceOptions, choice: TracingOptions, sampling: SamplingOptions) -> tuple[Inputs, TracePlan]:
-    inputs, _, run = _tracing(source, choice, sampling)
+def tracing_plan(
+    source: SourceOptions, prompt: SinglePromptOptions, choice: TracingOptions, sampling: SamplingOptions
+) -> tuple[Inputs, TracePlan]:
+    inputs, _, run = _tracing(source, prompt, choice, sampling)
     return inputs, run.plan()
 
 
-def prepare_zeroing(source: SourceOptions, choice: ZeroingOptions) -> TableRun:
+def prepare_zeroing(source: SourceOptions, prompt: SinglePromptOptions, choice: ZeroingOptions) -> TableRun:
     spec = ZeroSpec(
         states=as_states(choice.state or ["mlp:5"]),
-        target=choice.target,  # type: ignore[arg-type]
+        target=prompt.target(choice.target),  # type: ignore[arg-type]
         tokens=parse_tokens(choice.tokens),
     )
-    inputs = open_inputs(source)
+    inputs = open_inputs(source, prompt)
     run = inputs.used(TraceRun.of(inputs.session, inputs.facts, spec, inputs.on_error))
     return TableRun.of("zero", "zeroing", inputs, run, run.spec.configuration)
 
 
-def prepare_gradients(source: SourceOptions, choice: IntegrationOptions, sampling: SamplingOptions) -> TableRun:
+def prepare_gradients(
+    source: SourceOptions, prompt: SinglePromptOptions, choice: IntegrationOptions, sampling: SamplingOptions
+) -> TableRun:
     spec = GradientSpec(
         kinds=tuple(choice.kind or KINDS),
         steps=choice.steps,
         baseline=choice.baseline,  # type: ignore[arg-type]
-        target=choice.target,  # type: ignore[arg-type]
+        target=prompt.target(choice.target),  # type: ignore[arg-type]
         tokens=parse_tokens(choice.tokens),
         **vars(sampling),
     )
     if choice.baseline == "zero" and sampling != SamplingOptions():
         raise ExperimentError("samples, sigma and seed are of the corrupted run; they go with --baseline corrupted")
-    inputs = open_inputs(source)
+    inputs = open_inputs(source, prompt)
     run = inputs.used(GradientRun.of(inputs.session, inputs.every, spec, inputs.on_error, source.limit))
     noise: dict[str, Any] = {"samples": None, "sigma": None, "seed": None}
     if spec.baseline == "corrupted":
@@ -134,7 +155,7 @@ def parse_tokens(tokens: str) -> str | tuple[int, ...]:
 
 
 def _tracing(
-    source: SourceOptions, choice: TracingOptions, sampling: SamplingOptions
+    source: SourceOptions, prompt: SinglePromptOptions, choice: TracingOptions, sampling: SamplingOptions
 ) -> tuple[Inputs, TraceSpec, TraceRun]:
     """Model and facts, the options, which make sense together, and the run."""
     names = choice.state or (["hidden:1"] if choice.sever else [f"{kind}:{window}" for kind, window in DEFAULT_STATES])
@@ -142,7 +163,7 @@ def _tracing(
     noise: dict[str, Any] = {"kind": choice.noise, "replace": choice.replace_noise, "dof": choice.dof}
     spec = TraceSpec(
         states=as_states(names),
-        target=choice.target,  # type: ignore[arg-type]
+        target=prompt.target(choice.target),  # type: ignore[arg-type]
         tokens=parse_tokens(choice.tokens),
         joint=choice.joint,
         noise=TextNoise(texts=tuple(texts), **noise) if texts else Noise(**noise),
@@ -151,7 +172,7 @@ def _tracing(
         compat=choice.compat,  # type: ignore[arg-type]
         **vars(sampling),
     )
-    inputs = open_inputs(source)
+    inputs = open_inputs(source, prompt)
     return inputs, spec, inputs.used(TraceRun.of(inputs.session, inputs.every, spec, inputs.on_error, source.limit))
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from rich.console import Console
 
-from causalcone.runners.options import OutputOptions
+from causalcone.engine.errors import ExperimentError
+from causalcone.runners.options import PromptOutputOptions, SinglePromptOptions
 
 if TYPE_CHECKING:
     from causalcone.runners.results.folder import ResultFolder
@@ -46,16 +48,34 @@ def _parameters(group: type) -> Iterator[inspect.Parameter]:
         yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
+def check_place(prompt: SinglePromptOptions, output: PromptOutputOptions) -> None:
+    """Refuse results of a file of facts that have no place."""
+    if prompt.prompt is None and output.out is None:
+        raise ExperimentError(
+            "--out is missing: give a folder for the results; only those of a single --prompt are shown without one"
+        )
+
+
 @contextmanager
-def open_results(output: OutputOptions, configuration: Mapping[str, Any], table: str) -> Iterator[ResultFolder]:
-    """The folder of ``--out``, ready for a run; says where the rows are that a run left which ended early."""
+def place_of(output: PromptOutputOptions) -> Iterator[Path]:
+    """The folder of ``--out``; without one a folder that is gone once its results are shown."""
+    with TemporaryDirectory(prefix="causalcone-") if output.out is None else nullcontext(output.out) as place:
+        yield Path(place)
+
+
+@contextmanager
+def open_results(
+    output: PromptOutputOptions, place: Path, configuration: Mapping[str, Any], table: str
+) -> Iterator[ResultFolder]:
+    """A place of results, ready for a run; says where the rows are that a run left which ended early."""
     from causalcone.runners.results.folder import ResultFolder
 
-    with ResultFolder(output.out, configuration, output.overwrite) as folder:
+    with ResultFolder(place, configuration, output.overwrite) as folder:
         try:
             yield folder
         except BaseException:
-            print_line(f"stopped; what was finished by now is in {output.out / table}")
+            if output.out is not None:
+                print_line(f"stopped; what was finished by now is in {place / table}")
             raise
 
 

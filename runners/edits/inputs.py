@@ -1,6 +1,7 @@
 """An editing study made from the command line's options: everything is checked, facts are filtered and texts sampled,
 but no edit is made yet."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from causalcone.engine.edit.editor import Editor
+from causalcone.engine.edit.methods.registry import methods
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.problems import make_requests
 from causalcone.engine.edit.requests.requests import ERROR_INJECTION, FACT_AMPLIFICATION, NOISY, Request
@@ -16,7 +18,8 @@ from causalcone.engine.edit.requests.windows import as_windows
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.encoding import prompt_record
 from causalcone.engine.errors import ExperimentError, FactError
-from causalcone.engine.facts import usable
+from causalcone.engine.facts import Fact, usable
+from causalcone.engine.localize.prompt_runs import Prompt
 from causalcone.runners.demo.files import path_of
 from causalcone.runners.edits.moments import collected
 from causalcone.runners.edits.settings import EditPlan, parse_layers, plan_of, read_contexts
@@ -24,7 +27,14 @@ from causalcone.runners.edits.study import EditStudy
 from causalcone.runners.inputs.inputs import Inputs, open_inputs
 from causalcone.runners.inputs.reference_texts import ReferenceTexts, load_reference_texts
 from causalcone.runners.inputs.running_text import RunningText, open_texts
-from causalcone.runners.options import EditingOptions, EditMethodOptions, OutputOptions, ScoringOptions, SourceOptions
+from causalcone.runners.options import (
+    EditedPromptOptions,
+    EditingOptions,
+    EditMethodOptions,
+    PromptOutputOptions,
+    ScoringOptions,
+    SourceOptions,
+)
 from causalcone.runners.results.folder import refuse_occupied
 
 
@@ -37,14 +47,27 @@ class TextInputs:
     running: RunningText | None
 
 
-def editing(source: SourceOptions, choice: EditingOptions, scoring: ScoringOptions, output: OutputOptions) -> EditStudy:
+def editing(
+    source: SourceOptions,
+    prompt: EditedPromptOptions,
+    choice: EditingOptions,
+    scoring: ScoringOptions,
+    output: PromptOutputOptions,
+) -> EditStudy:
     """The study of the options; moments are collected, if requested."""
-    refuse_occupied(output.out, output.overwrite)
+    if output.out is not None:
+        refuse_occupied(output.out, output.overwrite)
+    elif scoring.keep_deltas:
+        raise ExperimentError("--keep-deltas writes files: give --out with a folder for them, or leave it out")
+    choice = _completed(choice, prompt)
     layers = None if choice.layers is None else parse_layers(choice.layers)
     plan = plan_of(choice, choice.problem or ERROR_INJECTION, layers, scoring.aggregate)
     texts = read_texts(choice, plan, scoring)
-    inputs = open_inputs(source)
-    if choice.problem is None and all(fact.target_new == fact.target_true for fact in inputs.facts):
+    inputs = open_inputs(source, prompt)
+    if inputs.single:
+        inputs = replace(inputs, every=[_answered(inputs, prompt)])
+        plan = replace(plan, layers=layers or (inputs.session.sizes.depth // 4,))
+    elif choice.problem is None and all(fact.target_new == fact.target_true for fact in inputs.facts):
         plan = plan_of(choice, FACT_AMPLIFICATION, layers, scoring.aggregate)
         warnings.warn(_TOWARDS_TRUE.format(source.facts), stacklevel=2)
     editor = editor_of(inputs, choice, plan, texts.contexts)
@@ -57,6 +80,31 @@ _TOWARDS_TRUE = (
     "the new answer of all facts of {} is the true one: the problem is fact_amplification, which trains towards it. "
     "Meng et al. edit so whether or not the model knows a fact; --no-filter does that"
 )
+
+
+def _completed(choice: EditingOptions, prompt: EditedPromptOptions) -> EditingOptions:
+    """The options with the method that a single prompt is edited by, whether the model knows its answer or not."""
+    if prompt.prompt is None:
+        if not choice.method:
+            raise ExperimentError(f"--method is missing: give one or more of {', '.join(methods())}")
+        return choice
+    if choice.problem in (None, ERROR_INJECTION) and prompt.new is None:
+        raise ExperimentError("--new is missing: give what the edited model is to answer, such as --new Rome")
+    usual = "finetune" if choice.moments is None and choice.texts is None else "rome"
+    return replace(choice, method=choice.method or [usual], filtered=False)
+
+
+def _answered(inputs: Inputs, prompt: EditedPromptOptions) -> Fact:
+    """The fact of a prompt, with its new answer; the model's likeliest token must be what its text stands for."""
+    (fact,) = inputs.every
+    if prompt.answer is None:
+        asked: tuple[Fact | Prompt, ...] = fact, Prompt(fact.text)
+        of_text, of_token = (inputs.tracer.run([each], [])[0].clean.p.item() for each in asked)
+        if not math.isclose(of_text, of_token, rel_tol=1e-3):
+            raise ExperimentError(
+                f"--answer is missing: the model goes on with {fact.target_true!r}, which is no answer of its own"
+            )
+    return replace(fact, target_new=prompt.new)
 
 
 def read_texts(choice: EditMethodOptions, plan: EditPlan, scoring: ScoringOptions) -> TextInputs:
@@ -165,13 +213,13 @@ def _warn(
         )
     if not requests:
         more = "; --no-filter edits facts that the model does not know too" if filtered else ""
-        raise FactError(f"none of the facts of {inputs.source.facts} can be edited{more}")
+        raise FactError(f"none of the facts of {inputs.source.facts or '--prompt'} can be edited{more}")
     lacking = {
         kind: sum(not getattr(request.fact, f"{kind}_prompts") for request in requests)
         for kind in ("paraphrase", "neighborhood", *(["generation"] if scoring.generation else []))
     }
     notes = [f"{count} have no {kind} prompts" for kind, count in lacking.items() if count]
-    if notes:
+    if notes and not inputs.single:
         warnings.warn(
             f"of {len(requests)} facts, {' and '.join(notes)}: they are edited, but those scores are missing",
             stacklevel=2,

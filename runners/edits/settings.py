@@ -103,7 +103,7 @@ class EditPlan:
 def plan_of(options: EditMethodOptions, problem: str, layers: Layers | None, aggregate: str | None) -> EditPlan:
     """The plan of a command; layers that are not given are the preset's, or all."""
     return EditPlan.of(
-        options.method,
+        options.method or (),
         problem,
         layers=layers or ("all" if options.preset is None else "preset"),
         preset=options.preset,

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -96,9 +96,15 @@ class EditStudy:
         for setting in self.plan.settings:
             self._edits(self.requests, setting)
 
-    def carry_out(self, folder: ResultFolder, console: Console, quiet: bool = False) -> EditsDone:
+    def carry_out(
+        self,
+        folder: ResultFolder,
+        console: Console,
+        quiet: bool = False,
+        seen: Callable[[Sequence[Edit]], object] = lambda edits: None,
+    ) -> EditsDone:
         """Compute the study into the tables ``edits``, ``probes`` and ``metrics`` of the folder, and ``texts`` where
-        models write. Whatever ends it early, the batches finished by then are in the tables."""
+        models write; batches are ``seen``. Whatever ends it early, the batches finished by then are in the tables."""
         if self.collected is not None:
             self.collected.save(folder.path / MOMENTS)
         started = time.monotonic()
@@ -113,20 +119,18 @@ class EditStudy:
                 with shown_progress(console, f"editing, {setting}", "edits", quiet) as progress:
                     progress(0, total)
                     for batch in self._batches(setting):
-                        for counted, told in zip(
-                            reasons, self._written(batch, tables, folder.path / DELTAS), strict=True
-                        ):
+                        scored = self._written(batch, tables, folder.path / DELTAS)
+                        for counted, told in zip(reasons, _told(scored), strict=True):
                             counted.update(told)
+                        seen(scored)
                         done += len(batch)
                         progress(done, total)
-                        del batch  # its changes of weights, before those of the next one are made
+                        del batch, scored  # its changes of weights, before those of the next one are made
                 count += done
         return EditsDone(folder.path / "edits", len(self.requests), count, *reasons, time.monotonic() - started)
 
-    def _written(
-        self, batch: Sequence[Edit], tables: Mapping[str, TableWriter], deltas: Path
-    ) -> tuple[list[str], list[str]]:
-        """Score edits and write their tables; the reasons why some failed, and why others are suspect."""
+    def _written(self, batch: Sequence[Edit], tables: Mapping[str, TableWriter], deltas: Path) -> list[Edit]:
+        """Score edits and write their tables; the edits, of which some may have failed in that."""
         scores = self.editor.evaluate(batch, **self.evaluate)
         if self.keep_deltas:
             _save_deltas(scores.edits, deltas)
@@ -135,8 +139,7 @@ class EditStudy:
         if self.writes:
             tables["texts"].write(scores.texts)
         tables["edits"].write(edit_batch(scores.edits))  # the last, so that no edit stands there without its scores
-        failed = [edit.reason for edit in scores.edits if edit.reason is not None]
-        return failed, [edit.suspect for edit in scores.edits if edit.reason is None and edit.suspect is not None]
+        return scores.edits
 
     def _batches(self, setting: Setting) -> Iterator[list[Edit]]:
         step = len(self.requests) if setting.definition.joint else max(1, EDITS_AT_ONCE // len(self.layers))
@@ -145,6 +148,12 @@ class EditStudy:
 
     def _edits(self, requests: Sequence[Request], setting: Setting) -> Iterator[list[Edit]]:
         return self.editor.batches(requests, setting.method, self.plan.layers, setting.window, setting.hparams)
+
+
+def _told(edits: Sequence[Edit]) -> tuple[list[str], list[str]]:
+    """The reasons why some failed, and why others are suspect."""
+    failed = [edit.reason for edit in edits if edit.reason is not None]
+    return failed, [edit.suspect for edit in edits if edit.reason is None and edit.suspect is not None]
 
 
 def _save_deltas(edits: Sequence[Edit], folder: Path) -> None:

@@ -14,6 +14,7 @@ from causalcone.engine.encoding import PromptEncoder
 from causalcone.engine.errors import ExperimentError, FactError, ModelError
 from causalcone.engine.facts import Fact
 from causalcone.engine.models import family_of
+from causalcone.runners.checked_files import STANDARD_INPUT
 from causalcone.runners.facts.data_sets import DataSet
 from causalcone.runners.facts.files import Check, Records, checked_form, open_file, save_facts
 from causalcone.runners.facts.records import without_nulls
@@ -34,7 +35,7 @@ def open_records(
     ("train" by default) and ``config`` are a data set's, the others those of ``load_facts``. Raises ``FactError`` where
     there is nothing to read, or nothing of a known format."""
     form = checked_form(zsre_form)
-    if os.path.isdir(source) or not os.path.exists(source):
+    if source != STANDARD_INPUT and (os.path.isdir(source) or not os.path.exists(source)):
         return _of_data_set(source, split or "train", config, seed, form, columns)
     name = title or source
     if split is not None or config is not None:

@@ -11,7 +11,7 @@ import transformers
 
 from causalcone.engine.compute import Compute, as_dtype
 from causalcone.engine.encoding import PromptForm
-from causalcone.engine.errors import FactError
+from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.engine.facts import Fact, OnError, Skipped, SkippedFacts
 from causalcone.engine.localize.trace_run import FactsRun
 from causalcone.engine.localize.tracer import Tracer
@@ -21,7 +21,13 @@ from causalcone.engine.run.session import Session
 from causalcone.runners.demo.files import path_of
 from causalcone.runners.facts.files import SkippedRecords, read_facts
 from causalcone.runners.facts.formats.flat import parse_columns
-from causalcone.runners.options import ComputeOptions, PromptFormOptions, SourceOptions, StreamableSourceOptions
+from causalcone.runners.options import (
+    ComputeOptions,
+    PromptFormOptions,
+    SinglePromptOptions,
+    SourceOptions,
+    StreamableSourceOptions,
+)
 
 Run = TypeVar("Run", bound=FactsRun)
 
@@ -29,13 +35,20 @@ Run = TypeVar("Run", bound=FactsRun)
 @dataclass(frozen=True)
 class Inputs:
     """A session on a model, and facts. every: all facts of the file, which the noise level is that of; facts: those
-    within the limit. skipped: why records and facts were left out."""
+    within the limit; prompt: what the one fact is of, where it is of no file. skipped: why records and facts were left
+    out."""
 
     source: SourceOptions
     session: Session
     every: list[Fact]
     on_error: OnError
     skipped: list[str] = field(default_factory=list)
+    prompt: SinglePromptOptions = field(default_factory=SinglePromptOptions)
+
+    @property
+    def single(self) -> bool:
+        """Whether there is one prompt and no file."""
+        return self.prompt.prompt is not None
 
     @property
     def facts(self) -> list[Fact]:
@@ -49,7 +62,7 @@ class Inputs:
         """A run of facts, once it is said which it leaves out; an error where it leaves out all."""
         self.leave_out(run.skipped)
         if not run.facts:
-            raise FactError(f"none of the facts of {self.source.facts} can be traced")
+            raise FactError(f"none of the facts of {self.source.facts or '--prompt'} can be traced")
         return run
 
     def leave_out(self, skipped: Sequence[Skipped]) -> None:
@@ -72,6 +85,7 @@ class Inputs:
         return {
             "model": self.source.model,
             "facts": self.source.facts,
+            **({"prompt": vars(self.prompt)} if self.single else {}),
             **({"columns": list(self.source.column)} if self.source.column else {}),
             "dtype": str(self.session.dtype).removeprefix("torch."),
             "device": str(self.session.device),
@@ -84,18 +98,38 @@ class Inputs:
         }
 
 
-def open_inputs(source: SourceOptions) -> Inputs:
-    """Read the facts, then the model."""
+def open_inputs(source: SourceOptions, prompt: SinglePromptOptions | None = None) -> Inputs:
+    """Read the facts, or the prompt that is given in their place, and the model."""
+    prompt = prompt or SinglePromptOptions()
+    _check_given(source.facts, prompt)
     on_error: OnError = "skip" if source.skip_bad_facts else "raise"
     if source.dtype is not None:
         as_dtype(source.dtype)
     if isinstance(source, StreamableSourceOptions):
         loading.check_weights(source.weights)
-    path = path_of(source.facts, "facts")
+    if prompt.prompt is not None:
+        session = open_session(source)
+        fact = Tracer.on(session).fact(prompt.prompt, str(prompt.subject), prompt.answer)
+        return Inputs(source, session, [fact], on_error, prompt=prompt)
+    path = path_of(str(source.facts), "facts")
     facts, problems, _ = read_facts(path, on_error=on_error, columns=parse_columns(source.column or ()))
     if problems:
         warnings.warn(SkippedRecords(Path(path), problems), stacklevel=2)
     return Inputs(source, open_session(source), facts, on_error, problems)
+
+
+def _check_given(facts: str | None, prompt: SinglePromptOptions) -> None:
+    """Refuse a prompt without its subject, two sources of facts, and none."""
+    if prompt.prompt is None:
+        extra = next((f"--{name}" for name, value in vars(prompt).items() if value is not None), None)
+        if extra is not None:
+            raise ExperimentError(f"{extra} goes with --prompt, the prompt that it is of; give that, or leave it out")
+        if facts is None:
+            raise ExperimentError("there are no facts: give --facts with a file, or one --prompt and its --subject")
+    elif facts is not None:
+        raise ExperimentError("--prompt stands for a single fact, --facts for a file of them; give one of the two")
+    elif prompt.subject is None:
+        raise ExperimentError("--subject is missing: give the words of the prompt that it is about")
 
 
 def open_session(source: ComputeOptions) -> Session:

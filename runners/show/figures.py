@@ -22,8 +22,8 @@ _SCORES = ("rewrite", "paraphrase", "neighborhood", "essence")
 def draw_traces(
     folder: Path,
     first: Sequence[pa.RecordBatch],
+    table: Path,
     joint: bool = False,
-    table: str = "traces",
     answer_score: AnswerScore = "product",
 ) -> list[Path]:
     """Heat maps of each batch's fact, and the average indirect effect of all of the table's facts; of tokens restored
@@ -36,20 +36,18 @@ def draw_traces(
         paths.append(_path(folder, f"{number:03}", fact_id))
         plot.heatmaps(pa.Table.from_batches([batch]), fact_id, paths[-1], answer_score)
     average = folder / PLOTS / "average_indirect_effect.png"
-    return paths + _if_possible(
-        "averages", average, lambda: plot.indirect_effect(folder / table, average, answer_score)
-    )
+    return paths + _if_possible("averages", average, lambda: plot.indirect_effect(table, average, answer_score))
 
 
 def draw_table(
     folder: Path,
     figure: Literal["joint_effect", "severed", "zeroing"],
-    table: str = "traces",
+    table: Path,
     answer_score: AnswerScore = "product",
 ) -> list[Path]:
     """A figure of ``plot`` that is made of a whole table."""
     path = folder / PLOTS / f"{figure}.png"
-    getattr(plot, figure)(folder / table, path=path, answer_score=answer_score)
+    getattr(plot, figure)(table, path=path, answer_score=answer_score)
     return [path]
 
 

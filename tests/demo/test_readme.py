@@ -30,6 +30,17 @@ def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
     assert "Shaquille O'Neal plays the sport of" in printed
 
 
+@pytest.mark.demo
+def test_the_first_command_shows_what_the_page_shows():
+    """All but the numbers, which differ with the training: tokens, and the model's answer."""
+    first, (shown,) = commands("README.md")[0], blocks("README.md", "text")
+    result = CliRunner().invoke(app, first, env={"COLUMNS": "100"})
+    assert result.exit_code == 0
+    expected, found = ([line.split()[:1] for line in text.splitlines()][:-1] for text in (shown, result.output))
+    assert found == expected
+    assert result.output.splitlines()[0] == shown.splitlines()[0]
+
+
 OWN = {
     **dict.fromkeys(("gpt2-xl", "counterfact.json", "wikipedia.txt", "hase2023-gptj"), "demo"),
     "facts=counterfact.json": "facts=demo",
