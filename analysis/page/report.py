@@ -21,10 +21,13 @@ from causalcone.analysis.papers.inputs import AnalysisInputs, AnalysisOptions
 from causalcone.analysis.papers.tables import SCORE_TABLES, Table, answer, paper_tables
 from causalcone.analysis.stats.regressions import GROUP
 from causalcone.analysis.sweep_results import ZEROED, Study
+from causalcone.analysis.tables.edits import TEXT_SCHEMA
 from causalcone.analysis.tables.names import COLORS, SEVERED, in_order, method_name
 from causalcone.analysis.tables.traces import TableError, read_traces
 
 SCORES = ("rewrite", "paraphrase", "neighborhood", "essence", "overall")
+MOST_CHARACTERS = 4_000_000
+"""Of texts in the page: of the first facts, as many as fit."""
 _PERMUTATION = ("chance", "p_permutation", "permutation_facts", "permutation_diff")
 
 
@@ -64,6 +67,8 @@ def report_data(study: Study, options: AnalysisOptions) -> Packed:
         "severed": _severed(study, store),
         "zeroed": _zeroed(study, store),
         "edits": _edits(study, store),
+        "groups": _groups(study),
+        "texts": _texts(study, store),
     }
     if not about["facts"]:
         raise TableError(f"{study.folder} holds no facts to report on yet")
@@ -225,6 +230,28 @@ def _edits(study: Study, store: _Store) -> dict[str, Any] | None:
     suspect = {f"{fact}/{group}/{layer}": reason for fact, group, layer, reason in places}
     about = {"groups": _named_rows(groups), "layers": layers, "scores": list(SCORES), "suspect": suspect}
     return {"at": store.add(values), **about}
+
+
+def _groups(study: Study) -> list[dict[str, Any]]:
+    """Answers to facts' own probes, and free answers, by group of prompts."""
+    try:
+        return _named_rows(in_order(study.answers).select(*GROUP, "layer", "group", "metric", "pre", "post"))
+    except TableError:
+        return []
+
+
+def _texts(study: Study, store: _Store) -> dict[str, list[dict[str, Any]]]:
+    """By number of a fact, what models wrote about it, edited where a setting's mean rewrite score is the best."""
+    if not study.has("texts"):
+        return {}
+    means = study.mean_scores.filter(pl.col("n") > 0, score="rewrite").sort("mean", "layer", descending=[True, False])
+    best = means.unique(GROUP, keep="first", maintain_order=True).select(*GROUP, "layer")
+    edits = study.scan("edits").select("edit_id", "fact_id", *GROUP, "layer").collect().join(best, on=[*GROUP, "layer"])
+    rows = study.scan("texts").collect().join(edits, on="edit_id", maintain_order="left")
+    size = pl.sum_horizontal(pl.col("prompt", "before", "after").str.len_chars().fill_null(0))
+    shown = rows.filter(size.cum_sum() <= MOST_CHARACTERS).select("fact_id", *GROUP, "layer", *TEXT_SCHEMA)
+    by_fact = in_order(shown).group_by("fact_id", maintain_order=True)
+    return {str(store.number[str(fact_id)]): _named_rows(each) for (fact_id,), each in by_fact}
 
 
 def _named_rows(frame: pl.DataFrame) -> list[dict[str, Any]]:

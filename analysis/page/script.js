@@ -137,6 +137,7 @@
     drawSevered(fact);
     drawZeroed(fact);
     drawEdits(fact);
+    drawTexts(fact);
   }
 
   function drawMaps(fact) {
@@ -253,6 +254,29 @@
     return counted.length ? `Suspect edits, which count all the same (stars in the explorer): ${counted.join("; ")}.` : "";
   }
 
+  function fill(id, rows) {
+    at(id + "-box").hidden = rows.length === 0;
+    at(id).tBodies[0].replaceChildren(...rows.map((values) => {
+      const row = document.createElement("tr");
+      values.forEach((value) => {
+        const cell = row.insertCell();
+        if (typeof value === "number") cell.className = "number";
+        cell.textContent = typeof value === "number" && !Number.isInteger(value) ? number(value) : value ?? "–";
+      });
+      return row;
+    }));
+  }
+
+  function drawGroups() {
+    fill("groups", data.groups.filter((row) => row.problem === at("scores-problem").value).map((row) =>
+      [row.name, row.layer, row.group, row.metric.replace("_", " "), row.pre, row.post]));
+  }
+
+  function drawTexts(fact) {
+    fill("texts", (data.texts[fact.index] ?? []).filter((row) => row.problem === at("edit-problem").value).map((row) =>
+      [`${row.name}, layer ${row.layer}: ${row.prompt_kind}`, row.prompt, row.before, row.after]));
+  }
+
   // --- all facts ---
 
   const columns = tableColumns();
@@ -340,9 +364,9 @@
   at("missing-box").hidden = data.missing.length === 0;
   at("missing").replaceChildren(...data.missing.map((text) => { const item = document.createElement("li"); item.textContent = text; return item; }));
   options("r2-score", unique(data.r2.map((row) => row.score))).onchange = drawR2;
-  options("scores-problem", unique(data.scores.map((row) => row.problem))).onchange = drawScores;
+  options("scores-problem", unique(data.scores.map((row) => row.problem))).onchange = () => { drawScores(); drawGroups(); };
   options("scores-score", unique(data.scores.map((row) => row.score))).onchange = drawScores;
-  options("edit-problem", data.edits ? unique(data.edits.groups.map((group) => group.problem)) : []).onchange = () => drawEdits(current);
+  options("edit-problem", data.edits ? unique(data.edits.groups.map((group) => group.problem)) : []).onchange = () => { drawEdits(current); drawTexts(current); };
   options("edit-score", data.edits ? data.edits.scores : []).onchange = () => drawEdits(current);
   at("search").oninput = search;
   at("facts").onchange = () => { current = facts[Number(at("facts").value)]; drawFact(); };
@@ -363,6 +387,7 @@
   };
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
   drawAll();
+  drawGroups();
   drawTable();
   document.body.dataset.ready = "yes";
 })();
