@@ -219,10 +219,12 @@ def peak_layers(averages: pl.DataFrame) -> pl.DataFrame:
         averages: as ``average_indirect_effect`` returns them.
 
     Returns:
-        The row of the largest effect (the lowest layer of equals) for each method, kind, window and role.
+        The row of the largest effect for each method, kind, window and role; of effects that are equal to six digits,
+        as those of windows that are cut at the first layer to the same layers, the row of the lowest layer.
     """
     group = [*STATE, "role"]
-    return averages.sort("effect", "layer", descending=[True, False]).unique(group, keep="first").sort(group)
+    ranked = averages.sort(pl.col("effect").round_sig_figs(6), "layer", descending=[True, False])
+    return ranked.unique(group, keep="first").sort(group)
 
 
 def mean_effects(effects: pl.DataFrame, compat: Compat | None = None) -> pl.DataFrame:
@@ -250,8 +252,8 @@ def concentrated_facts(layer_effects: pl.DataFrame, others: int = OTHER_LAYERS, 
         share: of the largest effect.
 
     Returns:
-        One row per fact, method, kind and window: these, peak_layer (the lowest of equals), peak_effect, other_layers,
-        concentrated; all but the last are null where no effect is known.
+        One row per fact, method, kind and window: these, peak_layer (the lowest of those equal to six digits),
+        peak_effect, other_layers, concentrated; all but the last are null where no effect is known.
     """
     effect, by = pl.col("effect"), ["fact_id", *STATE]
     largest = effect.max()
@@ -260,7 +262,7 @@ def concentrated_facts(layer_effects: pl.DataFrame, others: int = OTHER_LAYERS, 
         layer_effects.sort("layer")
         .group_by(by, maintain_order=True)
         .agg(
-            peak_layer=pl.col("layer").get(effect.arg_max()),
+            peak_layer=pl.col("layer").get(effect.round_sig_figs(6).arg_max()),
             peak_effect=largest,
             other_layers=pl.when(largest.is_not_null()).then(high - 1),
         )

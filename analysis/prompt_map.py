@@ -206,9 +206,9 @@ def _scale(rows: Sequence[Row]) -> tuple[Callable[[Row], float], str]:
     clean, low = rows[0]["p_clean"], rows[0]["p_corrupted"]
     if rows[0]["method"] == "zero":
         return lambda row: (clean - row["p_patched"]) / max(clean, 1e-300), "p_clean that zeroing takes away"
-    high = max(clean, low + 1e-9, *(row["p_patched"] for row in rows))
+    high = max(clean, low, *(row["p_patched"] for row in rows))
     whole = "p_clean" if high == clean else f"the highest p ({high:.3g})"
-    return lambda row: (row["p_patched"] - low) / (high - low), f"the way back from p_corrupted to {whole}"
+    return lambda row: (row["p_patched"] - low) / ((high - low) or 1.0), f"the way back from p_corrupted to {whole}"
 
 
 def _fitted(text: str, room: int, cut: str = "") -> str:

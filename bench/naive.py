@@ -157,8 +157,8 @@ def timed(work: Work, fraction: float = 1.0, least: int = 1, seconds: float | No
 
 def restored(model: Any, case: Case, corrupted: Corruption, restoration: oracle.Restoration) -> float:
     """The target's mean probability in the corrupted runs with something restored."""
-    _, *patched = oracle.run(model, case, [corrupted], restoration)
-    return sum(patched) / len(patched)
+    _, *patched = oracle.log_run(model, case, [corrupted], restoration)
+    return float(np.mean(np.exp(patched)))
 
 
 @torch.no_grad()
@@ -191,7 +191,7 @@ def clean(model: Any, case: Case) -> float:
 
 @torch.no_grad()
 def zeroed(model: Any, case: Case, restoration: oracle.Restoration) -> float:
-    return oracle.zeroed(model, case, restoration)
+    return float(np.exp(oracle.zeroed(model, case, restoration)))
 
 
 @torch.no_grad()

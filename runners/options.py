@@ -285,7 +285,8 @@ _AGGREGATE_HELP = "first, or mean. By default the preset's, or first."
 class EditingOptions(EditMethodOptions):
     method: list[str] | None = option(
         None,
-        f"{_METHOD_HELP} Of a --prompt by default rome where there are --moments or --texts, else finetune.",
+        f"{_METHOD_HELP} Of a --prompt by default rome where there are --moments or --texts, as for "
+        "the demo model, else finetune.",
         show_default=False,
     )
     problem: str | None = option(

@@ -59,7 +59,7 @@ def editing(
         refuse_occupied(output.out, output.overwrite)
     elif scoring.keep_deltas:
         raise ExperimentError("--keep-deltas writes files: give --out with a folder for them, or leave it out")
-    choice = _completed(choice, prompt)
+    choice = _completed(choice, prompt, source.model)
     layers = None if choice.layers is None else parse_layers(choice.layers)
     plan = plan_of(choice, choice.problem or ERROR_INJECTION, layers, scoring.aggregate)
     texts = read_texts(choice, plan, scoring)
@@ -82,14 +82,17 @@ _TOWARDS_TRUE = (
 )
 
 
-def _completed(choice: EditingOptions, prompt: EditedPromptOptions) -> EditingOptions:
-    """The options with the method that a single prompt is edited by, whether the model knows its answer or not."""
+def _completed(choice: EditingOptions, prompt: EditedPromptOptions, model: str) -> EditingOptions:
+    """The options with the method that a single prompt is edited by, whether the model knows its answer or not: ROME
+    where there are moments for it, as the demo model's always are."""
     if prompt.prompt is None:
         if not choice.method:
             raise ExperimentError(f"--method is missing: give one or more of {', '.join(methods())}")
         return choice
     if choice.problem in (None, ERROR_INJECTION) and prompt.new is None:
         raise ExperimentError("--new is missing: give what the edited model is to answer, such as --new Rome")
+    if model == "demo" and not choice.method and choice.texts is None:
+        choice = replace(choice, moments=choice.moments or "demo")
     usual = "finetune" if choice.moments is None and choice.texts is None else "rome"
     return replace(choice, method=choice.method or [usual], filtered=False)
 

@@ -152,7 +152,7 @@ def test_losses_are_those_of_single_texts(editing, model, tokenizer, moments, ki
         edit = editing.rome(model, tokenizer, FACT, LAYER, hparams, CONTEXTS, moments[LAYER])
     else:
         module = model.transformer.h[LAYER + 1]
-        hparams = MemitHparams(**{**vars(hparams), "clamp": 10.0})
+        hparams = MemitHparams(steps=6, kl_factor=0.9, stop_loss=None, clamp=10.0)
         edit = editing.memit(model, tokenizer, FACT, (LAYER, LAYER + 1), hparams, CONTEXTS, moments)
     start = seen(model, module, tokenizer, FACT)[1]
     delta = edit.vector - start
