@@ -19,7 +19,11 @@ for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS"
 
 
 BENCH = Path(__file__).parents[1] / "bench"
-SLOW = frozenset(Path(__file__).with_name("slow_tests.txt").read_text().splitlines())
+SLOW, LONG = (
+    frozenset(Path(__file__).with_name(f"{mark}_tests.txt").read_text().splitlines()) for mark in ("slow", "long")
+)
+    frozenset(Path(__file__).with_name(f"{mark}_tests.txt").read_text().splitlines()) for mark in ("slow", "long")
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -27,7 +31,10 @@ def pytest_collection_modifyitems(items):
     slow ones, the others that need the demo model, and all else."""
     marks = defaultdict(set)
     for item in items:
-        if item.nodeid.partition("[")[0] in SLOW:
+        test = item.nodeid.partition("[")[0]
+        if LONG & {test, item.nodeid, f"{test} more cases" if item.get_closest_marker("slow") else ""}:
+            item.add_marker(pytest.mark.long)
+        if test in SLOW:
             item.add_marker(pytest.mark.slow)
         marks[item.path].update(mark.name for mark in item.iter_markers())
     demo = sorted((path for path in marks if "demo" in marks[path]), key=lambda path: path.parent.name != "demo")

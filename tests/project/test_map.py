@@ -57,9 +57,11 @@ def test_words_of_the_glossary_are_in_the_files_it_names():
         assert not file or file in classes()[name], (name, file)
 
 
-def test_tests_that_are_left_out_of_the_fast_ones_are_there():
-    listed = (ROOT / "tests" / "slow_tests.txt").read_text(encoding="utf-8").splitlines()
-    for file, _, name in (line.partition("::") for line in listed if not line.startswith("#")):
+@pytest.mark.parametrize("mark", ["slow", "long"])
+def test_tests_that_are_left_out_elsewhere_are_there(mark):
+    listed = (ROOT / "tests" / f"{mark}_tests.txt").read_text(encoding="utf-8").splitlines()
+    named = (line.removesuffix(" more cases").partition("[")[0] for line in listed if not line.startswith("#"))
+    for file, _, name in (each.partition("::") for each in named):
         assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file} has no {name}; take the line out"
 
 
