@@ -22,8 +22,6 @@ BENCH = Path(__file__).parents[1] / "bench"
 SLOW, LONG = (
     frozenset(Path(__file__).with_name(f"{mark}_tests.txt").read_text().splitlines()) for mark in ("slow", "long")
 )
-    frozenset(Path(__file__).with_name(f"{mark}_tests.txt").read_text().splitlines()) for mark in ("slow", "long")
-)
 
 
 def pytest_collection_modifyitems(items):
