@@ -15,7 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT
 
 from causalcone.engine.cache import kept_folder
-from causalcone.engine.errors import ModelError
+from causalcone.engine.errors import CausalconeError, ModelError
 from causalcone.engine.models import family_of
 
 
@@ -97,6 +97,10 @@ def _dequantize(path: Path, folder: Path) -> None:
         read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     except ImportError as error:
         raise ModelError(f"to read {path.name}, pip install 'causalcone[gguf]': {error}") from error
+    except CausalconeError:
+        raise
+    except Exception as error:  # the reader trusts the file
+        raise ModelError(f"{path} is not read as a GGUF file: {error}") from error
     config = read.config
     del config.quantization_config  # which would have the folder read as quantized, and refuses to be saved
     with torch.device("meta"):
