@@ -19,7 +19,8 @@ from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.errors import ExperimentError
 from causalcone.runners.demo.corpus import running_texts, texts
 from causalcone.runners.demo.training import Recipe, config_of, trained
-from causalcone.runners.demo.world import TITLES, World
+from causalcone.runners.demo.world import World
+from causalcone.runners.names import title_of
 from causalcone.runners.show.progress import shown_progress
 
 END_OF_TEXT = "<|endoftext|>"
@@ -69,7 +70,7 @@ def demo_moments(progress: bool = True, size: str = "demo") -> Moments:
 
 
 def demo_file(kind: str) -> Path:
-    """A file or folder of the demo in the cache folder, of a kind of ``demo/files.py``; made now if it is not there."""
+    """A file or folder of the demo in the cache folder, of a ``Kind`` of runners/names.py, made now if not there."""
     makers: dict[str, Callable[[], Path]] = {
         "model": demo_folder,
         "outline": _outline_folder,
@@ -99,7 +100,7 @@ def _moments_file(progress: bool = True, size: str = "demo") -> Path:
             Moments.load(path).check(model, range(model.config.n_layer))
         except ExperimentError:
             sentences = running_texts(demo_world(size))
-            Moments.collect(model, tokenizer, sentences, tokens="all", source=TITLES["texts"]).save(path)
+            Moments.collect(model, tokenizer, sentences, tokens="all", source=title_of("demo", "texts")).save(path)
     return path
 
 

@@ -8,7 +8,7 @@ from causalcone.engine.errors import CausalconeError, ExperimentError, ModelErro
 from causalcone.engine.models import outline
 from causalcone.engine.models.base import Architecture
 from causalcone.engine.run.model_files import check_hub, model_place
-from causalcone.runners.demo.files import path_of
+from causalcone.runners.names import path_of
 from causalcone.runners.sweep.inputs.settings import Sweep
 
 _EXAMPLE = "--set 'shape={model_type=\"gpt2\", n_layer=48, n_embd=1600, n_head=25, vocab_size=50257}'"
