@@ -21,7 +21,12 @@ def path_of(name: str, kind: Kind) -> str:
 
 def title_of(name: str, kind: Kind) -> str | None:
     """The title of such a file in results and messages; None for any other name."""
-    return None if Path(name).exists() else _TITLES.get((name, kind))
+    if Path(name).exists():
+        return None
+    from causalcone.runners.demo.world import TITLES
+    from causalcone.runners.real.relations import TITLE
+
+    return {("smollm2", "facts"): TITLE, **{("demo", own): title for own, title in TITLES.items()}}.get((name, kind))
 
 
 def _demo(kind: Kind) -> Path:
@@ -37,8 +42,3 @@ def _real(kind: Kind) -> Path | None:
 
 
 _MAKERS: dict[str, Callable[[Kind], Path | None]] = {"demo": _demo, "smollm2": _real}
-_TITLES = {
-    ("demo", "facts"): "the demo world",
-    ("demo", "texts"): "the demo world's sentences",
-    ("smollm2", "facts"): "causalcone's real facts",
-}

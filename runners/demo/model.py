@@ -19,8 +19,7 @@ from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.errors import ExperimentError
 from causalcone.runners.demo.corpus import running_texts, texts
 from causalcone.runners.demo.training import Recipe, config_of, trained
-from causalcone.runners.demo.world import World
-from causalcone.runners.names import title_of
+from causalcone.runners.demo.world import TITLES, World
 from causalcone.runners.show.progress import shown_progress
 
 END_OF_TEXT = "<|endoftext|>"
@@ -100,7 +99,7 @@ def _moments_file(progress: bool = True, size: str = "demo") -> Path:
             Moments.load(path).check(model, range(model.config.n_layer))
         except ExperimentError:
             sentences = running_texts(demo_world(size))
-            Moments.collect(model, tokenizer, sentences, tokens="all", source=title_of("demo", "texts")).save(path)
+            Moments.collect(model, tokenizer, sentences, tokens="all", source=TITLES["texts"]).save(path)
     return path
 
 

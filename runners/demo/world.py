@@ -21,6 +21,8 @@ from causalcone.runners.demo.words import FILLERS, RELATIONS, WORDS, Relation, n
 
 NEIGHBORS = 10
 HELD_OUT_SHARE = 0.25
+TITLES = {"facts": "the demo world", "texts": "the demo world's sentences"}
+"""The names of its facts and of its training sentences in messages and results."""
 
 
 @dataclass(frozen=True)

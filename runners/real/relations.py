@@ -21,6 +21,7 @@ from causalcone.engine.atomic import write_text
 from causalcone.engine.cache import cache_folder
 from causalcone.engine.facts import Fact, FactProbe
 
+TITLE = "causalcone's real facts"
 NEIGHBORS = 5
 WORDINGS = 2
 """Paraphrases of a fact, of those that a relation has."""
