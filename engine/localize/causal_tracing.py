@@ -1,6 +1,7 @@
 """Causal tracing and zeroing as experiments: what runs for each fact, and the table that comes of it
 (docs/methods.md, "Localization")."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from causalcone.engine.encoding import EncodedFact, PromptEncoder
 from causalcone.engine.errors import FactError
+from causalcone.engine.facts import Fact
 from causalcone.engine.localize.options import SEVERED, TraceSpec, ZeroSpec, choose_tokens
 from causalcone.engine.localize.states import State
 from causalcone.engine.plan.cone import Shape
@@ -39,7 +41,10 @@ def counterfactual_prompt(fact: EncodedFact, prompts: PromptEncoder) -> tuple[in
     """Token ids of the fact's prompt about its ``counterfactual_subject``, which must be as many."""
     name, subject = fact.fact.id, fact.fact.counterfactual_subject
     if subject is None:
-        raise FactError(f"fact {name!r} has no counterfactual_subject; give one, or corrupt by noise")
+        raise FactError(
+            f"fact {name!r} has no counterfactual_subject, and none was found of its relation; "
+            "give one of as many tokens, or corrupt by noise"
+        )
     other = prompts.fact(replace(fact.fact, subject=subject), "argmax").prompt
     if len(other) != len(fact.prompt):
         raise FactError(
@@ -49,6 +54,28 @@ def counterfactual_prompt(fact: EncodedFact, prompts: PromptEncoder) -> tuple[in
     if other == fact.prompt:
         raise FactError(f"fact {name!r}: the counterfactual subject {subject!r} gives the same prompt; choose another")
     return other
+
+
+def with_counterfactual_subjects(facts: Sequence[Fact], prompts: PromptEncoder) -> list[Fact]:
+    """The facts, with a ``counterfactual_subject`` where that was left open and the others have one: the subject of the
+    next fact with the same ``relation_id`` and another answer whose prompt has as many tokens."""
+    related = defaultdict(list)
+    for fact in facts:
+        related[fact.relation_id].append(fact)
+
+    def size(fact: Fact, subject: str) -> int:
+        return len(prompts.prompt(fact.prompt.replace("{}", subject), joiner=fact.joiner, name=fact.id).tokens)
+
+    def completed(fact: Fact) -> Fact:
+        if fact.counterfactual_subject is not None or fact.relation_id is None:
+            return fact
+        others, length = related[fact.relation_id], size(fact, fact.subject)
+        start = next(number for number, other in enumerate(others) if other is fact)
+        turned = (other for other in others[start + 1 :] + others[:start] if other.target_true != fact.target_true)
+        found = next((other.subject for other in turned if size(fact, other.subject) == length), None)
+        return replace(fact, counterfactual_subject=found)
+
+    return [completed(fact) for fact in facts]
 
 
 @dataclass

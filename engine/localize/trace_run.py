@@ -11,7 +11,14 @@ import pyarrow as pa
 
 from causalcone.engine.encoding import EncodedFact, token_texts
 from causalcone.engine.facts import Fact, OnError, Skipped
-from causalcone.engine.localize.causal_tracing import TOGETHER, CausalTracing, TraceGrid, Zeroing, counterfactual_prompt
+from causalcone.engine.localize.causal_tracing import (
+    TOGETHER,
+    CausalTracing,
+    TraceGrid,
+    Zeroing,
+    counterfactual_prompt,
+    with_counterfactual_subjects,
+)
 from causalcone.engine.localize.options import CheckedSpec, Progress, TraceSpec, ZeroSpec, choose_tokens
 from causalcone.engine.noise import SCALED_NOISES, NoiseStream, parse_sigma
 from causalcone.engine.plan.cost import forward_flops
@@ -107,6 +114,9 @@ def encode_facts(
     """The first ``limit`` facts, those that cannot be used, and the noise level, which is of all facts where ``sigma``
     counts standard deviations; 0 without ``sigma``."""
     counterfactual = isinstance(spec, TraceSpec) and spec.corruption.kind == "counterfactual"
+
+    if counterfactual:
+        facts = with_counterfactual_subjects(facts, session.prompts)
 
     def ready(fact: EncodedFact) -> EncodedFact:
         choose_tokens(spec.tokens, len(fact.prompt), fact.span, fact.fact.id)

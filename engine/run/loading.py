@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,6 +11,7 @@ from causalcone.engine.encoding import PromptForm
 from causalcone.engine.errors import CausalconeError, ExperimentError, ModelError
 from causalcone.engine.models import family_of
 from causalcone.engine.models.base import Architecture
+from causalcone.engine.run.model_files import model_place
 from causalcone.engine.run.session import Session
 
 Weights = Literal["resident", "stream"]
@@ -53,14 +53,11 @@ def _opening(path: str) -> Iterator[str]:
     """The path as transformers takes it; what goes wrong there is a ``ModelError``."""
     from safetensors import SafetensorError
 
-    folder = path
-    if path.startswith((".", "/", "~")):
-        folder = str(Path(path).expanduser())
-        if not Path(folder).is_dir():
-            raise ModelError(f"the model folder {folder} does not exist")
+    place = path
     try:
-        yield folder
+        place = model_place(path)
+        yield place
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if isinstance(error, CausalconeError):
             raise
-        raise ModelError(f"no model can be loaded from {folder!r}: {error}") from error
+        raise ModelError(f"no model can be loaded from {place!r}: {error}") from error

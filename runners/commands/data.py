@@ -53,10 +53,10 @@ def data(
     Bad records are listed, and nothing is written then; with --skip-bad-facts the others are.
     """
     from causalcone.engine.errors import ExperimentError, FactError
-    from causalcone.runners.demo.files import path_of, title_of
     from causalcone.runners.facts import data as fact_data
     from causalcone.runners.facts.files import listed
     from causalcone.runners.facts.formats.flat import parse_columns
+    from causalcone.runners.names import path_of, title_of
 
     if check and model is None:
         raise ExperimentError("--check runs the prompts in a model; name it with --model")

@@ -2,20 +2,19 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import platformdirs
 from filelock import FileLock
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from causalcone.engine.atomic import remove_partial, replacing_folder, write_text
+from causalcone.engine.atomic import write_text
+from causalcone.engine.cache import cache_folder, kept_folder
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.errors import ExperimentError
 from causalcone.runners.demo.corpus import running_texts, texts
@@ -27,12 +26,6 @@ END_OF_TEXT = "<|endoftext|>"
 VOCABULARY_LIMIT = 5000  # merging stops earlier, when every word of the world is one token
 
 RECIPES = {"demo": Recipe()}
-
-
-def cache_folder() -> Path:
-    """Where trained models are kept: ``$CAUSALCONE_CACHE``, or the platform's cache folder."""
-    folder = os.environ.get("CAUSALCONE_CACHE")
-    return Path(folder) if folder else Path(platformdirs.user_cache_dir("causalcone"))
 
 
 def demo_world(size: str = "demo") -> World:
@@ -66,16 +59,7 @@ def demo_folder(progress: bool = True, size: str = "demo") -> Path:
 def _folder(kind: str, size: str, fill: Callable[[Path, World, Recipe], None]) -> Path:
     """A folder of the cache, filled now if it is not there."""
     recipe, world = RECIPES[size], demo_world(size)
-    folder = cache_folder() / f"{size}-{kind}-{_fingerprint(recipe, world)}"
-    if folder.exists():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):  # a second process waits for what the first one makes
-        if not folder.exists():
-            remove_partial(folder.parent, folder.name)
-            with replacing_folder(folder) as partial:
-                fill(partial, world, recipe)
-    return folder
+    return kept_folder(f"{size}-{kind}-{_fingerprint(recipe, world)}", lambda folder: fill(folder, world, recipe))
 
 
 def demo_moments(progress: bool = True, size: str = "demo") -> Moments:
@@ -85,7 +69,7 @@ def demo_moments(progress: bool = True, size: str = "demo") -> Moments:
 
 
 def demo_file(kind: str) -> Path:
-    """A file or folder of the demo in the cache folder, of a kind of ``demo/files.py``; made now if it is not there."""
+    """A file or folder of the demo in the cache folder, of a ``Kind`` of runners/names.py, made now if not there."""
     makers: dict[str, Callable[[], Path]] = {
         "model": demo_folder,
         "outline": _outline_folder,

@@ -20,13 +20,13 @@ from causalcone.engine.encoding import prompt_record
 from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.engine.facts import Fact, usable
 from causalcone.engine.localize.prompt_runs import Prompt
-from causalcone.runners.demo.files import path_of
 from causalcone.runners.edits.moments import collected
 from causalcone.runners.edits.settings import EditPlan, parse_layers, plan_of, read_contexts
 from causalcone.runners.edits.study import EditStudy
 from causalcone.runners.inputs.inputs import Inputs, open_inputs
 from causalcone.runners.inputs.reference_texts import ReferenceTexts, load_reference_texts
 from causalcone.runners.inputs.running_text import RunningText, open_texts
+from causalcone.runners.names import path_of
 from causalcone.runners.options import (
     EditedPromptOptions,
     EditingOptions,

@@ -14,6 +14,7 @@ from causalcone.engine.encoding import PromptEncoder
 from causalcone.engine.errors import ExperimentError, FactError, ModelError
 from causalcone.engine.facts import Fact
 from causalcone.engine.models import family_of
+from causalcone.engine.run.model_files import model_place
 from causalcone.runners.checked_files import STANDARD_INPUT
 from causalcone.runners.facts.data_sets import DataSet
 from causalcone.runners.facts.files import Check, Records, checked_form, open_file, save_facts
@@ -81,22 +82,15 @@ def encoding_check(model: str) -> Check:
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        config = AutoConfig.from_pretrained(_model_place(model))
-        tokenizer = AutoTokenizer.from_pretrained(_model_place(model))
+        place = model_place(model)
+        config = AutoConfig.from_pretrained(place)
+        tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(f"no tokenizer and configuration can be loaded from {model!r}: {error}") from error
     family_of(config.model_type)
     if not tokenizer.is_fast:
         raise ModelError(f"the tokenizer of {model!r} gives no character offsets; save its fast form there")
     return PromptEncoder(tokenizer, config.vocab_size, config.max_position_embeddings).fact
-
-
-def _model_place(model: str) -> str:
-    if model.startswith((".", "/", "~")):
-        model = str(Path(model).expanduser())
-        if not Path(model).is_dir():
-            raise ModelError(f"the model folder {model} does not exist; check the path")
-    return model
 
 
 def refuse_occupied_file(out: Path, overwrite: bool) -> None:

@@ -18,9 +18,9 @@ from causalcone.engine.localize.tracer import Tracer
 from causalcone.engine.noise import parse_sigma
 from causalcone.engine.run import loading
 from causalcone.engine.run.session import Session
-from causalcone.runners.demo.files import path_of
 from causalcone.runners.facts.files import SkippedRecords, read_facts
 from causalcone.runners.facts.formats.flat import parse_columns
+from causalcone.runners.names import path_of
 from causalcone.runners.options import (
     ComputeOptions,
     PromptFormOptions,

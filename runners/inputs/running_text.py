@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from causalcone.engine.errors import ExperimentError
-from causalcone.runners.demo.files import path_of, title_of
 from causalcone.runners.facts.data_sets import DataSet
+from causalcone.runners.names import path_of, title_of
 
 _BATCH = 1000
 

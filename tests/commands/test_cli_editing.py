@@ -16,7 +16,7 @@ from helpers.models import FACTS
 from transformers import PreTrainedTokenizerFast
 
 import causalcone as cc
-from causalcone.analysis import mean_scores, read_edits, read_metrics, read_probes, scores
+from causalcone.analysis import mean_scores, read_edits, read_metrics, read_probes, read_texts, scores
 from causalcone.engine.edit.deltas.delta import load_delta
 from causalcone.engine.edit.scoring.tables import edit_batch
 from causalcone.runners.commands.app import main
@@ -306,15 +306,19 @@ def test_what_edited_models_write(user, editor, tmp_path, run):
     cc.save_facts([fact], facts)
     texts = [{"text": "Ann Lee plays golf in the city"}]
     snippets.write_text(json.dumps([{"relation_id": "P1", "target_id": "Q1", "samples": texts}]))
-    given = arguments(user, out, "--set", "steps=2", "--references", snippets, facts=facts, layers="1")
+    given = arguments(user, out, "--set", "steps=2", "--references", snippets, "--answers", facts=facts, layers="1")
     code, printed, _ = run(*given)
     assert code == 0
     from causalcone.runners.inputs.reference_texts import load_reference_texts
 
     chosen = [("rome", 1, cc.RomeHparams(steps=2))]
     references = load_reference_texts(snippets)
-    expected, _ = computed(editor, editor.requests([fact], filtered=False), chosen, (1,), references=references)
+    asked = {"references": references, "answers": True}
+    expected, edits = computed(editor, editor.requests([fact], filtered=False), chosen, (1,), **asked)
     assert_same(read(out), expected)
+    written = read_texts(out / "texts")
+    assert written.equals(read_texts(editor.evaluate(edits, **asked).texts))
+    assert {"rewrite", "paraphrase", "generation"} <= set(written["prompt_kind"])
     entropy = expected[2].filter(metric="generation_entropy").row(0, named=True)
     assert f"│ unedited │ {entropy['pre']:.3f}" in printed
     assert f"│ 1        │ {entropy['post']:.3f}" in printed

@@ -13,12 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2LM
 from causalcone.engine.localize.tracer import Tracer
 from causalcone.runners.demo import model as demo
 from causalcone.runners.demo.corpus import Packing, batches, running_texts, tokenized
-from causalcone.runners.demo.files import Kind, path_of
 from causalcone.runners.demo.training import Recipe, _hidden, config_of
 from causalcone.runners.demo.world import World
 from causalcone.runners.facts.files import load_facts
 from causalcone.runners.inputs.reference_texts import as_reference_texts, load_reference_texts
 from causalcone.runners.inputs.running_text import open_texts
+from causalcone.runners.names import Kind, path_of
 
 QUICK = Recipe(subjects=12, layers=3, width=16, heads=2, steps=3, packing=Packing(rows=4), first_open_layer=2)
 

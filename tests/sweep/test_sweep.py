@@ -29,6 +29,21 @@ from causalcone.runners.sweep.worker import Worker
 
 PROBLEMS = ("error_injection", "fact_forcing")
 UNITS = 35
+TEXTS = """
+model = "{user}/model"
+facts = "{user}/full.jsonl"
+contexts = "{user}/contexts.json"
+moments.file = "{user}/moments.safetensors"
+filter.completes = false
+units = {{ edits = 1 }}
+
+[edit]
+problems = ["error_injection"]
+methods = ["rome"]
+layers = [0]
+set = ["steps=2"]
+answers = true
+"""
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +212,23 @@ def test_what_was_interrupted_goes_on(file, whole, tmp_path, monkeypatch, count)
     assert finished.computed + len(done) == UNITS
     assert_same_tables(tables(out), tables(whole), 1e-9)
     assert swept(file, out).computed == 0
+
+
+@pytest.mark.slow
+def test_texts_go_on_with_the_edits_that_they_are_of(file, tmp_path, monkeypatch):
+    own = tmp_path / "texts.toml"
+    own.write_text(TEXTS.format(user=file.parent))
+    whole = tmp_path / "whole"
+    assert swept(own, whole).status == "complete"
+    stopped_after(monkeypatch, 4, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        swept(own, tmp_path / "out")
+    monkeypatch.undo()
+    assert swept(own, tmp_path / "out").status == "complete"
+    found, expected = tables(tmp_path / "out"), tables(whole)
+    assert found["texts"].equals(expected["texts"])
+    assert set(found["texts"]["edit_id"]) == set(found["edits"]["edit_id"])
+    assert_same_tables(found, expected, 1e-9)
 
 
 @pytest.mark.slow

@@ -1,16 +1,14 @@
 """The shape of a sweep's model, and its tokenizer: what there is of them without reading weights."""
 
-import socket
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
-from urllib.request import getproxies
 
-from causalcone.engine.errors import CausalconeError, ExperimentError
+from causalcone.engine.errors import CausalconeError, ExperimentError, ModelError
 from causalcone.engine.models import outline
 from causalcone.engine.models.base import Architecture
-from causalcone.runners.demo.files import path_of
+from causalcone.engine.run.model_files import check_hub, model_place
+from causalcone.runners.names import path_of
 from causalcone.runners.sweep.inputs.settings import Sweep
 
 _EXAMPLE = "--set 'shape={model_type=\"gpt2\", n_layer=48, n_embd=1600, n_head=25, vocab_size=50257}'"
@@ -32,24 +30,23 @@ def known_tokenizer(sweep: Sweep) -> Any:
     """The tokenizer of the model's folder, or of the hub where this machine keeps a copy; None where there is none."""
     from transformers import AutoTokenizer
 
-    folder = _folder(sweep)
     try:  # the hub itself is not asked: without a network that takes a minute
-        tokenizer = AutoTokenizer.from_pretrained(sweep.model if folder is None else folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError):
+        tokenizer = AutoTokenizer.from_pretrained(_place(sweep), local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError, ModelError):
         return None
     return tokenizer if tokenizer.is_fast else None
 
 
 def _config(sweep: Sweep) -> tuple[str, Any]:
     """Where the model's config is from, and the config."""
-    from transformers import AutoConfig
-
-    folder = _folder(sweep)
-    if folder is None and sweep.shape is not None:
-        return "shape", _shaped(sweep.shape)
     try:
-        return f"the model {sweep.model}", _saved(sweep.model) if folder is None else AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+        place = _place(sweep)
+        if sweep.shape is not None and not Path(place).is_dir():
+            return "shape", _shaped(sweep.shape)
+        return f"the model {sweep.model}", _saved(place)
+    except (OSError, ValueError, KeyError, ModelError) as error:
+        if sweep.shape is not None and isinstance(error, ModelError):
+            return "shape", _shaped(sweep.shape)
         raise ExperimentError(
             f"the config of the model {sweep.model!r} cannot be had: {error}. To plan without it, give its shape, such "
             f"as {_EXAMPLE}"
@@ -57,22 +54,18 @@ def _config(sweep: Sweep) -> tuple[str, Any]:
 
 
 def _saved(model: str) -> Any:
-    """The config of a model that is not a folder: this machine's copy, or the hub's."""
-    from huggingface_hub.constants import ENDPOINT
+    """The config of a model: of its folder, of this machine's copy, or of the hub's."""
     from transformers import AutoConfig
 
-    if model.startswith((".", "/", "~")):
-        raise OSError("there is no such folder")
     with suppress(OSError, ValueError):
         return AutoConfig.from_pretrained(model, local_files_only=True)
-    if not getproxies():  # asking a hub that is not there takes a minute
-        socket.getaddrinfo(urlparse(ENDPOINT).hostname, None)
+    if not Path(model).is_dir():
+        check_hub()
     return AutoConfig.from_pretrained(model)
 
 
-def _folder(sweep: Sweep) -> Path | None:
-    folder = Path(path_of(sweep.model, "outline")).expanduser()
-    return folder if folder.is_dir() else None
+def _place(sweep: Sweep) -> str:
+    return model_place(path_of(sweep.model, "outline"))
 
 
 def _shaped(shape: dict[str, Any]) -> Any:

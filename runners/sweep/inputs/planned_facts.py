@@ -14,8 +14,8 @@ from causalcone.engine.encoding import EncodedFact, PromptEncoder
 from causalcone.engine.errors import CausalconeError
 from causalcone.engine.facts import Fact
 from causalcone.engine.models.base import Sizes
-from causalcone.runners.demo.files import path_of
 from causalcone.runners.edits.settings import read_contexts
+from causalcone.runners.names import path_of
 from causalcone.runners.sweep.inputs.facts_table import read_facts
 from causalcone.runners.sweep.inputs.model_outline import known_tokenizer
 from causalcone.runners.sweep.inputs.settings import Sweep

@@ -10,8 +10,8 @@ from causalcone.engine.facts import Fact, Skipped
 from causalcone.engine.localize.tracer import Tracer
 from causalcone.engine.run.session import Session
 from causalcone.engine.schemas import LEFT_OUT_SCHEMA
-from causalcone.runners.demo.files import path_of
 from causalcone.runners.inputs.inputs import open_model
+from causalcone.runners.names import path_of
 from causalcone.runners.results.store import Store
 from causalcone.runners.sweep.inputs.facts_table import FACTS, facts_of
 from causalcone.runners.sweep.inputs.settings import Sweep

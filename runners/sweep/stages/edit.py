@@ -23,9 +23,9 @@ from causalcone.engine.errors import ExperimentError
 from causalcone.engine.facts import Fact
 from causalcone.engine.schemas import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA, TEXT_SCHEMA, Problem
 from causalcone.runners.checked_files import CheckedTable, Count
-from causalcone.runners.demo.files import path_of
 from causalcone.runners.edits.settings import EditPlan, Setting
 from causalcone.runners.inputs.reference_texts import ReferenceTexts, load_reference_texts
+from causalcone.runners.names import path_of
 from causalcone.runners.sweep.inputs.planned_facts import FactLengths
 from causalcone.runners.sweep.inputs.resources import Resources
 from causalcone.runners.sweep.inputs.settings import Names, Sweep

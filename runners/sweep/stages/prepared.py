@@ -13,9 +13,9 @@ from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.runs.flops import Grown
 from causalcone.engine.edit.texts.contexts import MEMIT_TOKENS, MEMIT_WORDS, ROME_TOKENS, sample_contexts
 from causalcone.engine.errors import ExperimentError
-from causalcone.runners.demo.files import path_of
 from causalcone.runners.edits.settings import read_contexts
 from causalcone.runners.inputs.running_text import open_texts
+from causalcone.runners.names import path_of
 from causalcone.runners.show.forecast import USUAL_EFFICIENCY
 from causalcone.runners.sweep.inputs.facts_table import FACTS, select
 from causalcone.runners.sweep.inputs.resources import NOISE_FILE, Resources

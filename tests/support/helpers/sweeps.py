@@ -15,7 +15,7 @@ from causalcone.runners.sweep.inputs.settings import Sweep
 from helpers.compare import assert_table_close
 from helpers.edit_command import write_inputs
 
-TABLES = ("traces", "gradients", "edits", "probes", "metrics")
+TABLES = ("traces", "gradients", "edits", "probes", "metrics", "texts")
 
 CONFIGURATION = """
 model = "{user}/model"

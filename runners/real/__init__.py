@@ -1,0 +1,1 @@
+"""Real facts that come with causalcone."""
