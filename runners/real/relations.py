@@ -43,7 +43,7 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Relation:
+class RealRelation:
     """Wordings with a place for the subject, and who is known. prompts: one with the subject inside, one that begins
     with it."""
 
@@ -54,7 +54,7 @@ class Relation:
     known: Sequence[Known]
 
     @classmethod
-    def read(cls, text: str) -> Relation:
+    def read(cls, text: str) -> RealRelation:
         first, *others = map(json.loads, text.splitlines())
         return cls(**first, known=[Known(**other) for other in others])
 
@@ -85,10 +85,10 @@ class Relation:
             )
 
 
-def relations() -> list[Relation]:
+def relations() -> list[RealRelation]:
     folder = files("causalcone.runners").joinpath("real/facts")
     names = sorted(path.name for path in folder.iterdir() if path.name.endswith(".jsonl"))
-    return [Relation.read(folder.joinpath(name).read_text(encoding="utf-8")) for name in names]
+    return [RealRelation.read(folder.joinpath(name).read_text(encoding="utf-8")) for name in names]
 
 
 def real_facts() -> list[Fact]:

@@ -34,7 +34,8 @@ def test_a_wheel_holds_every_file_of_the_folders(tmp_path):
 def test_the_lowest_versions_are_the_bounds():
     lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
     pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
-    needed = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["test"]]
+    extras = PROJECT["project"]["optional-dependencies"]
+    needed = [*PROJECT["project"]["dependencies"], *extras["test"], *extras["gguf"]]
     bounds = {each.name: min(each.specifier, key=str).version for each in map(Requirement, needed)}
     assert pinned.keys() == bounds.keys()
     assert {name: Version(pinned[name]) for name in pinned} == {name: Version(bounds[name]) for name in pinned}

@@ -5,13 +5,10 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from causalcone.engine.encoding import PromptEncoder
 from causalcone.engine.facts import Fact, OnError
-from causalcone.engine.localize.causal_tracing import with_counterfactual_subjects
 from causalcone.engine.schemas import FACT_SCHEMA, FILTER_SCHEMA
 from causalcone.runners.facts import files
 from causalcone.runners.names import path_of
-from causalcone.runners.sweep.inputs.model_outline import known_tokenizer
 from causalcone.runners.sweep.inputs.settings import Sweep
 from causalcone.runners.sweep.inputs.units import Selection
 
@@ -64,14 +61,8 @@ def select(sweep: Sweep, table: pa.Table) -> Selection:
 
 
 def read_facts(sweep: Sweep) -> files.FactsRead:
-    """The facts of the sweep's file, within its limit, with counterfactual subjects where they are to be corrupted by
-    those, why records were skipped, and what the file is."""
+    """The facts of the sweep's file, within its limit, why records were skipped, and what the file is."""
     on_error: OnError = "skip" if sweep.skip_bad_facts else "raise"
     path = path_of(sweep.facts, "facts")
     form, columns = sweep.zsre_form, sweep.columns
-    found = files.read_facts(path, sweep.limit, sweep.seed, zsre_form=form, on_error=on_error, columns=columns)
-    tokenizer = known_tokenizer(sweep) if sweep.noise.kind == "counterfactual" else None
-    if tokenizer is None:
-        return found
-    prompts = PromptEncoder(tokenizer, len(tokenizer), tokenizer.model_max_length, sweep.form)
-    return found._replace(facts=with_counterfactual_subjects(found.facts, prompts))
+    return files.read_facts(path, sweep.limit, sweep.seed, zsre_form=form, on_error=on_error, columns=columns)
