@@ -37,7 +37,9 @@ class AnswerOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    model: str = option(..., "Model folder or hub id; 'demo' is the embedded demo model.")
+    model: str = option(
+        ..., "Model folder, hub id or GGUF file; 'demo' is the embedded demo model, 'smollm2' a small real one."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

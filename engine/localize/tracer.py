@@ -101,7 +101,7 @@ class Tracer:
         """A tracer for a saved model.
 
         Args:
-            path: A model folder or hub id.
+            path: A model folder, a hub id, a GGUF file, or ``smollm2`` (docs/architectures.md).
             dtype: Dtype of the weights and to compute in; as saved if None.
             device: As for ``Tracer``, and so are memory, kernels and tf32.
             weights: ``"resident"`` keeps them on the device; ``"stream"`` reads them from the model's safetensors files
