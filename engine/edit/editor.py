@@ -101,7 +101,7 @@ class Editor:
         memory: int | str | None = None,
         **options: Any,
     ) -> Editor:
-        """An editor for a model as ``Tracer.from_pretrained`` takes it; weights are kept in ``dtype``, else as saved."""
+        """An editor for a model as ``Tracer.from_pretrained`` takes it; weights are kept in ``dtype``."""
         compute = Compute.of(dtype, device, memory, options.pop("kernels", None), options.pop("tf32", False))
         form = PromptForm(**{name: options.pop(name) for name in PromptOptions.__annotations__ if name in options})
         return cls.on(open_session(path, compute, form=form), moments, **options)

@@ -1,0 +1,96 @@
+"""A real pretrained model, where its package is installed: the numbers are those of plain hooks, and an edit changes what
+the model writes."""
+
+from importlib import metadata
+
+import pytest
+import torch
+from oracles import tracing as oracle
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import causalcone as cc
+from causalcone.analysis import read_traces
+from causalcone.engine.run.model_files import MODELS, model_place
+from causalcone.runners.real.relations import real_facts
+
+NAME = "smollm2"
+
+
+def installed():
+    try:
+        return bool(metadata.files(MODELS[NAME].package))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.slow,
+    pytest.mark.skipif(not installed(), reason="the model is not installed"),
+]
+
+FACTS = [
+    cc.Fact("inside", "The capital of {} is", "France", "Paris", "Rome"),
+    cc.Fact("first", "{} is located in the city of", "The Eiffel Tower", "Paris", "Rome"),
+    cc.Fact("longer", "The mother tongue of {} is", "Danielle Darrieux", "French", "Russian"),
+]
+
+
+@pytest.fixture(scope="module")
+def place():
+    """The folder of the weights that were read from the GGUF file."""
+    return model_place(NAME)
+
+
+@pytest.fixture(scope="module")
+def tracer():
+    return cc.Tracer.from_pretrained(NAME)
+
+
+@pytest.fixture(scope="module")
+def model(place):
+    return AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(place):
+    return AutoTokenizer.from_pretrained(place)
+
+
+def test_known_answers(tracer):
+    (known,) = tracer.trace(FACTS[:1], [("mlp", 1)], tokens="last", samples=1).slice(0, 1).to_pylist()
+    assert known["p_clean"] > 0.7
+
+
+@pytest.mark.parametrize(
+    ("facts", "tokens", "states"), [(FACTS, "last", [("mlp", 5)]), (FACTS[:1], "subject", [("hidden", 1)])]
+)
+def test_tracing_is_what_plain_hooks_give(tracer, model, tokenizer, facts, tokens, states):
+    options = {"states": states, "tokens": tokens, "samples": 2, "sigma": 0.3}
+    rows = oracle.trace(model, tokenizer, facts, **options)
+    found = read_traces(tracer.trace(facts, **options)).to_dicts()
+    assert len(found) == len(rows)
+    for ours, theirs in zip(found, rows, strict=True):
+        assert (ours["fact_id"], ours["layer"], ours["token"]) == (theirs["fact_id"], theirs["layer"], theirs["token"])
+        for column in ("p_clean", "p_corrupted", "p_patched"):
+            assert ours[column] == pytest.approx(theirs[column], abs=1e-5)
+    assert max(abs(row["p_patched"] - row["p_corrupted"]) for row in rows) > 0.01
+
+
+def test_an_edit_changes_what_the_model_writes(model, tokenizer):
+    def written():
+        ids = tokenizer(FACTS[0].text, return_tensors="pt")
+        with torch.no_grad():
+            said = model.generate(**ids, max_new_tokens=3, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        return tokenizer.decode(said[0, ids["input_ids"].shape[1] :])
+
+    texts = [f"{fact.text} {fact.target_true}." for fact in real_facts()]
+    moments = cc.Moments.collect(model, tokenizer, texts, layers=[5], tokens="all", source="facts")
+    editor = cc.Editor(model, tokenizer, moments)
+    (edit,) = editor.rome(editor.requests(FACTS[:1], filtered=False), [5])
+    before = written()
+    with cc.applied(model, edit.delta):
+        after = written()
+    assert "Paris" in before
+    assert "Rome" in after
+    assert written() == before
