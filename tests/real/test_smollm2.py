@@ -1,5 +1,5 @@
-"""A real pretrained model, where its package is installed: the numbers are those of plain hooks, and an edit changes what
-the model writes."""
+"""A real pretrained model, where its package is installed: numbers are those of plain hooks, and an edit changes what it
+writes."""
 
 from importlib import metadata
 
