@@ -1,4 +1,4 @@
-"""A real pretrained model, where its package is installed: numbers are those of plain hooks, and an edit changes what it
+"""A real pretrained model, where its package is installed: numbers are those of plain hooks, an edit changes what it
 writes."""
 
 from importlib import metadata
