@@ -44,7 +44,7 @@ def test_tables_can_be_read_at_any_moment(file, tmp_path, console):
                 yield outcome
 
     Driver(configured(file), str(out), console, make_executor=lambda sweep, place: Read(Worker(sweep, place))).run()
-    assert list(seen[-1]) == list(TABLES)
+    assert list(seen[-1]) == [name for name in TABLES if name != "texts"]  # of which there are none
     for before, after in pairwise(seen):
         assert all(before.get(name, 0) <= rows for name, rows in after.items())
     scored = duckdb.sql(
