@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs
 
 from causalcone.analysis.effects import mean_effects
 from causalcone.analysis.papers.inputs import AnalysisInputs, AnalysisOptions
-from causalcone.analysis.papers.records import ON_RECORD
+from causalcone.analysis.papers.records import APART, ON_RECORD
 from causalcone.analysis.papers.tables import AVERAGES, ENDS, SCORE_TABLES, Table, answer, paper_tables
 from causalcone.analysis.stats.regressions import GROUP
 from causalcone.analysis.sweep_results import ZEROED, Study
@@ -65,7 +65,7 @@ def report_data(study: Study, options: AnalysisOptions, progress: Sequence[Seque
         "colors": COLORS,
         "answer": answer(tables),
         "header": tables[0].notes[-1] if tables else "",
-        "missing": missing,
+        "missing": [*missing, *dict.fromkeys(note for note in notes if note.endswith(APART))],
         "r2": _r2(tables),
         "scores": _mean_scores(study),
         "windows": _windows(study, options),

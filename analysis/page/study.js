@@ -20,9 +20,9 @@ function drawR2() {
   });
   const { record } = data, recorded = rows.filter((row) => row.record_r2_layer != null);
   const size = (row) => [["record_edits", "edit"], ["record_facts", "fact"]].filter(([key]) => row[key] != null)
-    .map(([key, word]) => count(row[key], word)).join(" of ") || "n not printed";
+    .map(([key, word]) => count(row[key], word)).join(" of ") + (row.record_layers ? ` at ${count(row.record_layers, "layer")}` : "") || "n not printed";
   const marks = (name, key, symbol) => recorded.length ? [{
-    type: "scatter", mode: "markers", name: `${plain(record)}: ${name}`, y: rows.map((row) => row[key]), x: groups,
+    type: "scatter", mode: "markers", name: `on record: ${name}`, y: rows.map((row) => row[key]), x: groups,
     hovertext: rows.map((row) => `${plain(record)}, ${name}: R² ${number(row[key])}<br>n: ${size(row)}`), hoverinfo: "text",
     marker: { symbol, size: 11, color: colors().front, line: { width: 2 } },
   }] : [];

@@ -6,7 +6,7 @@ from functools import cached_property
 import polars as pl
 
 from causalcone.analysis.effects import At, Compat, Denominator, absolute_effects
-from causalcone.analysis.papers.records import ON_RECORD, Record
+from causalcone.analysis.papers.records import APART, ON_RECORD, Record
 from causalcone.analysis.scores import edits_with_effects
 from causalcone.analysis.stats.correlations import Correction
 from causalcone.analysis.stats.regressions import regressions
@@ -103,7 +103,7 @@ class AnalysisInputs:
         """Whose values stand beside, or why none do; and the options of tables in words."""
         notes = []
         if self.on_record is not None:
-            apart = f"the values of {self.on_record.label} are of other options, and not set beside"
+            apart = f"the values of {self.on_record.label} {APART}"
             notes = [f"{ON_RECORD}{self.on_record.label}" if self.record else apart]
         return [*notes, self.protocol]
 

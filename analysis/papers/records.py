@@ -14,7 +14,7 @@ import polars as pl
 from causalcone.analysis.stats.regressions import GROUP
 from causalcone.analysis.tables.traces import TableError
 
-ABOUT, ON_RECORD = "study.json", "on record: "
+ABOUT, ON_RECORD, APART = "study.json", "on record: ", "are of other options, and not set beside"
 RECORD = "record_"
 """What the names of its columns begin with, beside those of a study."""
 
@@ -56,6 +56,6 @@ def beside(frame: pl.DataFrame, name: str, record: Record | None, on: Sequence[s
     table = None if record is None else record.table(name)
     if table is None:
         return frame
-    values = [each for each in table.columns if each in frame.columns and each not in (*on, "layers", "note")]
+    values = [each for each in table.columns if each in frame.columns and each not in (*on, "note")]
     named = table.select(*on, *(pl.col(each).alias(f"{RECORD}{each}") for each in values))
     return frame.join(named, on=on, how="left", maintain_order="left")

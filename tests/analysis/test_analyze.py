@@ -20,6 +20,8 @@ from causalcone.analysis.scores import edits_with_effects, scores
 from causalcone.analysis.stats.regressions import regressions
 from causalcone.analysis.sweep_results import Study
 from causalcone.analysis.tables.traces import TableError
+from causalcone.engine.errors import ExperimentError
+from causalcone.runners.sweep.config import load_sweep
 
 DRAWS = ("--draws", "100")
 
@@ -230,6 +232,8 @@ def test_what_is_published_is_what_the_paper_prints():
     assert zsre.table("table3_rewrite") is None
     with pytest.raises(TableError, match="no tables on record of 'rome2022'"):
         Record.open("rome2022")
+    with pytest.raises(ExperimentError, match="no tables on record of 'rome2022'"):
+        load_sweep("demo", ["published=rome2022"])
 
 
 def test_rows_without_a_published_value_stay():
@@ -250,7 +254,7 @@ def test_what_analyze_wrote_is_a_study_on_record(tmp_path, run):
         pl.read_csv(folder / "analysis/tables/table3_rewrite.csv").row(0, named=True) for folder in (small, whole)
     )
     assert (ours["facts"], ours["record_facts"]) == (3, 4)
-    for name in ("r2_layer", "r2_trace", "r2_both", "diff", "p", "edits"):
+    for name in ("r2_layer", "r2_trace", "r2_both", "diff", "p", "edits", "facts"):
         assert ours[f"record_{name}"] == theirs[name] != ours[name]
     averages = pl.read_csv(small / "analysis/tables/average_effects.csv")
     assert averages["record_effect"].to_list() == averages["effect"].to_list()

@@ -159,7 +159,7 @@ def test_a_filter_that_asks_the_model(file, folder, tmp_path):
     assert table["completes"].to_list() == [False, True, False]
     assert table["said"][1].startswith(said)
     assert tables(tmp_path / "out")["traces"]["fact_id"].unique().to_list() == [known.id]
-    with pytest.raises(FactError, match="completes none of the 1 facts"):
+    with pytest.raises(FactError, match="completes none of 1 fact"):
         swept(file, tmp_path / "none", *changes[1:], "limit=1")
 
 
