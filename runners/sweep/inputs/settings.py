@@ -30,8 +30,8 @@ def _on_record(name: str) -> str:
 
 class FilterSettings(CheckedTable):
     """Which facts are traced and edited. completes: those whose answer is in the 36 tokens that the
-    model writes greedily after the prompt; argmax: those whose answer is the likeliest next token; erasable: in Fact
-    Erasure those whose answer is at least so likely."""
+    model writes greedily after the prompt; argmax: those whose answer is what it writes first, greedily; erasable: in
+    Fact Erasure those whose answer is at least so likely."""
 
     completes: StrictBool = True
     argmax: StrictBool = False

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pyarrow as pa
 
 from causalcone.engine.edit.runs.flops import Asked, Grown
-from causalcone.engine.edit.texts.recall import COMPLETION_TOKENS, completes, completions, known_answers
+from causalcone.engine.edit.texts.recall import COMPLETION_TOKENS, completes, completions, known, known_answers
 from causalcone.engine.facts import Fact
 from causalcone.engine.schemas import FILTER_SCHEMA
 from causalcone.runners.sweep.inputs.resources import Resources
@@ -42,10 +42,7 @@ class FilterStage(Stage[FilterSettings]):
         nothing = [None] * len(facts)
         texts: Sequence[str | None] = completions(session, encoded) if self.options.completes else nothing
         right = [None if text is None else completes(fact, text) for fact, text in zip(facts, texts, strict=True)]
-        first: Sequence[bool | None] = nothing
-        if self.options.argmax:
-            likeliest = completions(session, encoded, 1)
-            first = [text.strip() == fact.target_true.strip() for fact, text in zip(facts, likeliest, strict=True)]
+        first: Sequence[bool | None] = known(session, encoded) if self.options.argmax else nothing
         p_true, tokens = zip(*known_answers(session, encoded), strict=True)
         answers = [fact.answer for fact in encoded if fact.answer is not None]
         columns = [
