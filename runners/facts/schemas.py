@@ -10,19 +10,14 @@ from pydantic import AliasChoices, BaseModel
 
 from causalcone.engine.errors import FactError
 from causalcone.engine.facts import Fact
-from causalcone.runners.facts.formats.benchmarks import MquakeRecord, RippleRecord, from_mquake, from_ripple
-from causalcone.runners.facts.formats.flat import FIELDS, EditRecord, flat_model, from_flat
+from causalcone.runners.facts.formats.benchmarks import MquakeRecord, RippleRecord
+from causalcone.runners.facts.formats.flat import FIELDS, EditRecord, flat_model
 from causalcone.runners.facts.formats.published import (
     CounterFactRecord,
     FactLine,
     KnownFact,
     ZsreRecord,
     draw_other_answers,
-    from_counterfact,
-    from_known_fact,
-    from_own_line,
-    from_zsre_as_hase,
-    from_zsre_as_meng,
 )
 
 Record = Mapping[str, Any]
@@ -32,13 +27,13 @@ ZsreForm = Literal["hase", "meng", "alt"]
 @dataclass(frozen=True)
 class Schema:
     """A format. marks: keys, each enough to recognise it by, or several together; model: what a record must be;
-    convert: a record so checked, and its index, to facts; description: in a few words, with the keys."""
+    description: in a few words, with the keys; convert: a record so checked, and its index, to facts."""
 
     name: str
     marks: tuple[str, ...]
     model: type[BaseModel]
-    convert: Callable[[Any, int], list[Fact]]
     description: str
+    convert: Callable[[Any, int], list[Fact]] = lambda record, index: record.facts(index)
 
     def mark(self, keys: Iterable[str]) -> str | None:
         """The mark that a record of these keys has."""
@@ -65,25 +60,19 @@ def _names(name: str, field: Any) -> Sequence[Any]:
 
 # fmt: off
 SCHEMAS = (  # of a record the first whose marks it has
-    Schema("mquake", ("requested_rewrite questions",), MquakeRecord, from_mquake,
+    Schema("mquake", ("requested_rewrite questions",), MquakeRecord,
            "MQuAKE (requested_rewrite, questions, new_answer)"),
-    Schema("counterfact", ("requested_rewrite",), CounterFactRecord, from_counterfact,
-           "CounterFact (requested_rewrite, case_id)"),
-    Schema("rippleedits", ("edit",), RippleRecord, from_ripple,
-           "RippleEdits (edit, Relation_Specificity, Forgetfulness, ...)"),
-    Schema("zsre", ("src answers",), ZsreRecord, from_zsre_as_meng,
-           "MEND's zsRE evaluation file (src, subject, answers, rephrase, loc)"),
-    Schema("known", ("attribute", "known_id"), KnownFact, from_known_fact,
-           "ROME's known facts (prompt, subject, attribute, known_id)"),
-    Schema("wikibigedit", ("update",), EditRecord, from_flat,
-           "WikiBigEdit (subject, update, ans, rephrase, personas, mhop, loc)"),
-    Schema("knowedit", ("prompt locality", "prompt portability", "concept labels"), EditRecord, from_flat,
+    Schema("counterfact", ("requested_rewrite",), CounterFactRecord, "CounterFact (requested_rewrite, case_id)"),
+    Schema("rippleedits", ("edit",), RippleRecord, "RippleEdits (edit, Relation_Specificity, Forgetfulness, ...)"),
+    Schema("zsre", ("src answers",), ZsreRecord, "MEND's zsRE evaluation file (src, subject, answers, rephrase, loc)"),
+    Schema("known", ("attribute", "known_id"), KnownFact, "ROME's known facts (prompt, subject, attribute, known_id)"),
+    Schema("wikibigedit", ("update",), EditRecord, "WikiBigEdit (subject, update, ans, rephrase, personas, mhop, loc)"),
+    Schema("knowedit", ("prompt locality", "prompt portability", "concept labels"), EditRecord,
            "KnowEdit, EasyEdit's requests (subject, prompt, target_new, portability, locality)"),
-    Schema("fact", ("target_true",), FactLine, from_own_line,
-           "causalcone's own lines (id, prompt, subject, target_true, ...)"),
-    Schema("easyedit", ("prompt target_new", "src alt"), EditRecord, from_flat,
+    Schema("fact", ("target_true",), FactLine, "causalcone's own lines (id, prompt, subject, target_true, ...)"),
+    Schema("easyedit", ("prompt target_new", "src alt"), EditRecord,
            "EasyEdit's files (subject, prompt, target_new, ground_truth, rephrase_prompt, ...)"),
-    Schema("ultraedit", ("prompt ans", "src ans"), EditRecord, from_flat,
+    Schema("ultraedit", ("prompt ans", "src ans"), EditRecord,
            "UltraEditBench, zsRE for lifelong editing (subject, prompt or src, ans, rephrase, loc)"),
 )
 # fmt: on
@@ -127,7 +116,7 @@ def named_columns(columns: Mapping[str, str], found: Iterable[str]) -> Recognise
         if column not in found:
             raise FactError(f"there is no column {column!r} for {field}; there are {', '.join(found)}")
     named = ", ".join(f"{field}={column}" for field, column in columns.items())
-    schema = Schema("columns", (), flat_model(columns), from_flat, "flat records (subject, prompt, target_true, ...)")
+    schema = Schema("columns", (), flat_model(columns), "flat records (subject, prompt, target_true, ...)")
     return Recognised(schema, f"named columns {named}")
 
 
@@ -136,9 +125,9 @@ def in_form(schema: Schema, form: ZsreForm, seed: int, records: Sequence[Any]) -
     if schema.name != "zsre" or form == "meng":
         return schema
     if form == "alt":
-        return replace(schema, model=EditRecord, convert=from_flat)
+        return replace(schema, model=EditRecord)
     drawn = draw_other_answers(records, seed)
-    return replace(schema, convert=lambda item, index: from_zsre_as_hase(item, index, drawn[index]))
+    return replace(schema, convert=lambda record, index: record.towards(index, drawn[index]))
 
 
 def supported() -> str:
