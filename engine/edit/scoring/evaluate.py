@@ -19,7 +19,7 @@ from causalcone.engine.edit.scoring.generation_metrics import (
 )
 from causalcone.engine.edit.scoring.metrics import Row, metrics_of
 from causalcone.engine.edit.scoring.probes import ProbeSet, probes_of
-from causalcone.engine.edit.scoring.sampled_texts import essence_texts, text_room
+from causalcone.engine.edit.scoring.sampled_texts import essence_texts, generation_prompts, text_room
 from causalcone.engine.edit.scoring.scoring import EditScorer, Scored, check_edits
 from causalcone.engine.edit.scoring.tables import metric_batch, probe_batch, text_batch
 from causalcone.engine.edit.scoring.written import Written
@@ -69,11 +69,10 @@ class Evaluator:
                 self.encoder.followed(request, self.encoder.written(request, condition.prompt), (0,))
         for before in contexts:
             self.encoder.task(request, before)
-        texts = [self.encoder.essence(request).text] if essence else []
+        if essence:
+            text_room(self.session, request.fact, self.encoder.essence(request).text)
         if generation or references is not None:
-            texts += [self.encoder.free(request, prompt) for prompt in request.fact.generation_prompts]
-        for text in texts:
-            text_room(self.session, request.fact, text)
+            generation_prompts(self.session, self.encoder, request, self.seed)
         if references is not None and request.fact.generation_prompts:
             references.of(request.fact)
         return request
