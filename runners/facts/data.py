@@ -3,11 +3,8 @@
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from string import ascii_letters, digits
-from typing import Any
 
 from causalcone.engine.atomic import replacing
 from causalcone.engine.encoding import PromptEncoder
@@ -17,9 +14,8 @@ from causalcone.engine.models import family_of
 from causalcone.engine.run.model_files import model_place
 from causalcone.runners.checked_files import STANDARD_INPUT
 from causalcone.runners.facts.data_sets import DataSet
-from causalcone.runners.facts.files import Check, Records, checked_form, open_file, save_facts
-from causalcone.runners.facts.records import without_nulls
-from causalcone.runners.facts.schemas import Recognised, ZsreForm, in_form, named_columns, recognise, supported
+from causalcone.runners.facts.files import Check, Records, as_records, checked_form, open_file, save_facts
+from causalcone.runners.facts.schemas import Recognised, ZsreForm
 from causalcone.runners.results.folder import ResultError
 
 
@@ -53,16 +49,7 @@ def _of_data_set(
     first = next(rows, None)
     if first is None:
         raise FactError(f"the split {split!r} of the data set {name!r} is empty; choose another with --split")
-    recognised = named_columns(columns, first) if columns else recognise([first], table=True)
-    if recognised is None:
-        raise FactError(
-            f"the data set {name!r} holds no facts: its columns are {', '.join(first)}. Supported are {supported()}"
-        )
-    records: Iterable[Any] = map(without_nulls, chain([first], rows))
-    if recognised.schema.name == "zsre" and form == "hase":
-        records = list(records)  # false targets are drawn from all answers, whatever the limit
-    drawn_of = records if isinstance(records, list) else ()
-    return Records(str(data_set), replace(recognised, schema=in_form(recognised.schema, form, seed, drawn_of)), records)
+    return as_records(str(data_set), [first], rows, True, seed, form, columns)
 
 
 _HUB_CHARACTERS = frozenset(f"{ascii_letters}{digits}._-/")

@@ -120,7 +120,7 @@ def named_columns(columns: Mapping[str, str], found: Iterable[str]) -> Recognise
     return Recognised(schema, f"named columns {named}")
 
 
-def in_form(schema: Schema, form: ZsreForm, seed: int, records: Sequence[Any]) -> Schema:
+def in_form(schema: Schema, form: ZsreForm, seed: int, records: Iterable[Any]) -> Schema:
     """The schema as its records are to be read: zsRE's have three forms."""
     if schema.name != "zsre" or form == "meng":
         return schema

@@ -1,7 +1,7 @@
 """CounterFact, MEND's zsRE, ROME's known facts, and causalcone's own lines."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, get_type_hints
 
 import numpy as np
@@ -123,7 +123,7 @@ def _own_line_model() -> type[OwnLine]:
 FactLine = _own_line_model()
 
 
-def draw_other_answers(records: Sequence[Any], seed: int) -> list[str | None]:
+def draw_other_answers(records: Iterable[Any], seed: int) -> list[str | None]:
     """For each zsRE record a false target: another record's first answer. Drawn uniformly from the sorted distinct
     first answers of the whole file, the record's own excepted, so that it depends on neither a limit nor skipped
     records. None where the record has no answer or the file no other one."""
