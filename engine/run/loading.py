@@ -24,7 +24,7 @@ def open_session(path: str, compute: Compute, weights: str = "resident", form: P
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     check_weights(weights)
-    with _opening(path) as folder:
+    with opening(path) as folder:
         config = AutoConfig.from_pretrained(folder)
         family_of(config.model_type)  # refuses what is not supported before anything is loaded
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -49,7 +49,7 @@ def check_weights(weights: str) -> None:
 
 
 @contextmanager
-def _opening(path: str) -> Iterator[str]:
+def opening(path: str, what: str = "model") -> Iterator[str]:
     """The path as transformers takes it; what goes wrong there is a ``ModelError``."""
     from safetensors import SafetensorError
 
@@ -60,4 +60,4 @@ def _opening(path: str) -> Iterator[str]:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if isinstance(error, CausalconeError):
             raise
-        raise ModelError(f"no model can be loaded from {place!r}: {error}") from error
+        raise ModelError(f"no {what} can be loaded from {place!r}: {error}") from error

@@ -11,7 +11,7 @@ from causalcone.engine.encoding import PromptEncoder
 from causalcone.engine.errors import ExperimentError, FactError, ModelError
 from causalcone.engine.facts import Fact
 from causalcone.engine.models import family_of
-from causalcone.engine.run.model_files import model_place
+from causalcone.engine.run.loading import opening
 from causalcone.runners.checked_files import STANDARD_INPUT
 from causalcone.runners.facts.data_sets import DataSet
 from causalcone.runners.facts.files import Check, Records, as_records, checked_form, open_file, save_facts
@@ -68,12 +68,9 @@ def encoding_check(model: str) -> Check:
     ``ModelError`` where they cannot be, or the engine could not use them."""
     from transformers import AutoConfig, AutoTokenizer
 
-    try:
-        place = model_place(model)
+    with opening(model, "tokenizer and configuration") as place:
         config = AutoConfig.from_pretrained(place)
         tokenizer = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ModelError(f"no tokenizer and configuration can be loaded from {model!r}: {error}") from error
     family_of(config.model_type)
     if not tokenizer.is_fast:
         raise ModelError(f"the tokenizer of {model!r} gives no character offsets; save its fast form there")
