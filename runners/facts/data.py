@@ -14,42 +14,33 @@ from causalcone.engine.models import family_of
 from causalcone.engine.run.loading import opening
 from causalcone.runners.checked_files import STANDARD_INPUT
 from causalcone.runners.facts.data_sets import DataSet
-from causalcone.runners.facts.files import Check, Records, as_records, checked_form, open_file, save_facts
-from causalcone.runners.facts.schemas import Recognised, ZsreForm
+from causalcone.runners.facts.files import Check, Records, as_records, open_file, save_facts
+from causalcone.runners.facts.schemas import Reading, Recognised
 from causalcone.runners.results.folder import ResultError
 
 
 def open_records(
-    source: str,
-    split: str | None = None,
-    config: str | None = None,
-    seed: int = 0,
-    zsre_form: str = "hase",
-    title: str | None = None,
-    columns: Mapping[str, str] | None = None,
+    source: str, how: Reading, split: str | None = None, config: str | None = None, title: str | None = None
 ) -> Records:
-    """The records of a file, which messages call ``title``, or of a data set (a folder of one, or a hub id). ``split``
-    ("train" by default) and ``config`` are a data set's, the others those of ``load_facts``. Raises ``FactError`` where
-    there is nothing to read, or nothing of a known format."""
-    form = checked_form(zsre_form)
+    """The records of a file, which messages call ``title``, or of a data set (a folder of one, or a hub id), which
+    ``split`` ("train" by default) and ``config`` are of. Raises ``FactError`` where there is nothing to read, or
+    nothing of a known format."""
     if source != STANDARD_INPUT and (os.path.isdir(source) or not os.path.exists(source)):
-        return _of_data_set(source, split or "train", config, seed, form, columns)
+        return _of_data_set(source, how, split or "train", config)
     name = title or source
     if split is not None or config is not None:
         raise ExperimentError(f"--split and --dataset-config are for data sets, and {name} is a file; leave them out")
-    return open_file(Path(source), name, seed, form, columns)
+    return open_file(Path(source), name, how)
 
 
-def _of_data_set(
-    name: str, split: str, config: str | None, seed: int, form: ZsreForm, columns: Mapping[str, str] | None
-) -> Records:
+def _of_data_set(name: str, how: Reading, split: str, config: str | None) -> Records:
     _refuse_missing_file(name)
     data_set = DataSet.open(name, config, split)
     rows = iter(data_set)
     first = next(rows, None)
     if first is None:
         raise FactError(f"the split {split!r} of the data set {name!r} is empty; choose another with --split")
-    return as_records(str(data_set), [first], rows, True, seed, form, columns)
+    return as_records(str(data_set), [first], rows, True, how)
 
 
 _HUB_CHARACTERS = frozenset(f"{ascii_letters}{digits}._-/")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -18,7 +18,7 @@ from causalcone.engine.errors import FactError
 from causalcone.engine.facts import Fact, OnError
 from causalcone.runners.checked_files import PLAINER, plainly
 from causalcone.runners.facts.records import is_table, read_records, without_nulls
-from causalcone.runners.facts.schemas import Recognised, ZsreForm, in_form, named_columns, recognise, supported
+from causalcone.runners.facts.schemas import Reading, Recognised, ZsreForm, in_form, named_columns, recognise, supported
 
 Check = Callable[[Fact], object]
 
@@ -67,20 +67,14 @@ def load_facts(
     Raises:
         FactError: Names the file and the record at fault.
     """
-    read = read_facts(path, limit, seed, zsre_form=zsre_form, on_error=on_error, columns=columns)
+    read = read_facts(path, Reading(seed, zsre_form, columns), limit, on_error)
     if read.problems:
         warnings.warn(SkippedRecords(Path(path), read.problems), stacklevel=2)
     return read.facts
 
 
 def read_facts(
-    path: str | os.PathLike[str],
-    limit: int | None = None,
-    seed: int = 0,
-    *,
-    zsre_form: ZsreForm = "hase",
-    on_error: OnError = "raise",
-    columns: Mapping[str, str] | None = None,
+    path: str | os.PathLike[str], how: Reading, limit: int | None = None, on_error: OnError = "raise"
 ) -> FactsRead:
     """As ``load_facts``: the facts, what is wrong with the records that are left out, and what the file is."""
     path = Path(path)
@@ -88,7 +82,7 @@ def read_facts(
         raise FactError(f"limit is {limit}; it must be at least 1, or None for all facts")
     if on_error not in ("raise", "skip"):
         raise FactError(f"on_error is {on_error!r}; it must be 'raise' or 'skip'")
-    opened = open_file(path, path, seed, checked_form(zsre_form), columns)
+    opened = open_file(path, path, how)
     facts, problems = opened.facts(limit, on_error=on_error)
     if not facts:
         raise FactError(f"{path} holds no usable fact; the first problem: {problems[0]}")
@@ -182,27 +176,16 @@ _PLAINER = {
 }
 
 
-def open_file(
-    path: Path, place: str | Path, seed: int, form: ZsreForm, columns: Mapping[str, str] | None = None
-) -> Records:
-    """The records of a file, which messages call ``place``; the others as of ``load_facts``."""
-    return as_records(place, read_records(path), (), is_table(path), seed, form, columns)
+def open_file(path: Path, place: str | Path, how: Reading) -> Records:
+    """The records of a file, which messages call ``place``."""
+    return as_records(place, read_records(path), (), is_table(path), how)
 
 
-def as_records(
-    place: str | Path,
-    first: Sequence[Any],
-    others: Iterable[Any],
-    table: bool,
-    seed: int,
-    form: ZsreForm,
-    columns: Mapping[str, str] | None,
-) -> Records:
-    """Records of the format of the ``first`` ones. table: whether they are rows, which all have the same keys; the
-    others as of ``load_facts``."""
-    if columns:
+def as_records(place: str | Path, first: Sequence[Any], others: Iterable[Any], table: bool, how: Reading) -> Records:
+    """Records of the format of the ``first`` ones. table: whether they are rows, which all have the same keys."""
+    if how.columns:
         names = (key for record in first if isinstance(record, Mapping) for key in record)
-        recognised: Recognised | None = named_columns(columns, names)
+        recognised: Recognised | None = named_columns(how.columns, names)
     else:
         recognised = recognise(first, table)
     if recognised is None:
@@ -210,18 +193,10 @@ def as_records(
     records: Iterable[Any] = chain(first, others)
     if table:
         records = map(without_nulls, records)
-    if recognised.schema.name == "zsre" and form == "hase":
+    if recognised.schema.name == "zsre" and how.zsre_form == "hase":
         records = list(records)  # false targets are drawn from all answers, whatever the limit
-    schema = in_form(recognised.schema, form, seed, records)
+    schema = in_form(recognised.schema, how, records)
     return Records(place, dataclasses.replace(recognised, schema=schema), records)
-
-
-def checked_form(zsre_form: str) -> ZsreForm:
-    """The form of that name. Raises ``FactError`` where there is none."""
-    for form in get_args(ZsreForm):
-        if form == zsre_form:
-            return form
-    raise FactError(f"zsre_form is {zsre_form!r}; choose from {', '.join(get_args(ZsreForm))}")
 
 
 def listed(problems: Sequence[str], most: int) -> str:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import AliasChoices, BaseModel
 
@@ -22,6 +22,19 @@ from causalcone.runners.facts.formats.published import (
 
 Record = Mapping[str, Any]
 ZsreForm = Literal["hase", "meng", "alt"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How records are read, as ``load_facts`` says. Raises ``FactError`` for a form that there is none of."""
+
+    seed: int = 0
+    zsre_form: ZsreForm = "hase"
+    columns: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.zsre_form not in get_args(ZsreForm):
+            raise FactError(f"zsre_form is {self.zsre_form!r}; choose from {', '.join(get_args(ZsreForm))}")
 
 
 @dataclass(frozen=True)
@@ -120,13 +133,13 @@ def named_columns(columns: Mapping[str, str], found: Iterable[str]) -> Recognise
     return Recognised(schema, f"named columns {named}")
 
 
-def in_form(schema: Schema, form: ZsreForm, seed: int, records: Iterable[Any]) -> Schema:
+def in_form(schema: Schema, how: Reading, records: Iterable[Any]) -> Schema:
     """The schema as its records are to be read: zsRE's have three forms."""
-    if schema.name != "zsre" or form == "meng":
+    if schema.name != "zsre" or how.zsre_form == "meng":
         return schema
-    if form == "alt":
+    if how.zsre_form == "alt":
         return replace(schema, model=EditRecord)
-    drawn = draw_other_answers(records, seed)
+    drawn = draw_other_answers(records, how.seed)
     return replace(schema, convert=lambda record, index: record.towards(index, drawn[index]))
 
 

@@ -20,6 +20,7 @@ from causalcone.engine.run import loading
 from causalcone.engine.run.session import Session
 from causalcone.runners.facts.files import SkippedRecords, read_facts
 from causalcone.runners.facts.formats.flat import parse_columns
+from causalcone.runners.facts.schemas import Reading
 from causalcone.runners.names import path_of
 from causalcone.runners.options import (
     ComputeOptions,
@@ -112,7 +113,8 @@ def open_inputs(source: SourceOptions, prompt: SinglePromptOptions | None = None
         fact = Tracer.on(session).fact(prompt.prompt, str(prompt.subject), prompt.answer)
         return Inputs(source, session, [fact], on_error, prompt=prompt)
     path = path_of(str(source.facts), "facts")
-    facts, problems, _ = read_facts(path, on_error=on_error, columns=parse_columns(source.column or ()))
+    how = Reading(columns=parse_columns(source.column or ()))
+    facts, problems, _ = read_facts(path, how, on_error=on_error)
     if problems:
         warnings.warn(SkippedRecords(Path(path), problems), stacklevel=2)
     return Inputs(source, open_session(source), facts, on_error, problems)
