@@ -8,7 +8,7 @@ import torch
 
 from causalcone.engine.compute import Compute
 from causalcone.engine.encoding import PromptForm
-from causalcone.engine.errors import CausalconeError, ExperimentError, ModelError
+from causalcone.engine.errors import CausalconeError, ModelError, one_of
 from causalcone.engine.models import family_of
 from causalcone.engine.models.base import Architecture
 from causalcone.engine.run.model_files import model_place
@@ -23,7 +23,7 @@ def open_session(path: str, compute: Compute, weights: str = "resident", form: P
     default."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    check_weights(weights)
+    one_of("weights", weights, get_args(Weights))
     with opening(path) as folder:
         config = AutoConfig.from_pretrained(folder)
         family_of(config.model_type)  # refuses what is not supported before anything is loaded
@@ -40,12 +40,6 @@ def open_session(path: str, compute: Compute, weights: str = "resident", form: P
     if compute.device is not None and architecture is None:
         model = model.to(compute.device)
     return Session(model, tokenizer, compute, architecture, form)
-
-
-def check_weights(weights: str) -> None:
-    """Raise ``ExperimentError`` where weights are to be at no place that is known."""
-    if weights not in get_args(Weights):
-        raise ExperimentError(f"weights {weights!r} are unknown; choose from {', '.join(get_args(Weights))}")
 
 
 @contextmanager

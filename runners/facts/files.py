@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from pydantic import ValidationError
 
-from causalcone.engine.errors import FactError
+from causalcone.engine.errors import FactError, one_of
 from causalcone.engine.facts import Fact, OnError
 from causalcone.runners.checked_files import PLAINER, plainly
 from causalcone.runners.facts.records import is_table, read_records, without_nulls
@@ -80,8 +80,7 @@ def read_facts(
     path = Path(path)
     if limit is not None and limit < 1:
         raise FactError(f"limit is {limit}; it must be at least 1, or None for all facts")
-    if on_error not in ("raise", "skip"):
-        raise FactError(f"on_error is {on_error!r}; it must be 'raise' or 'skip'")
+    one_of("on_error", on_error, get_args(OnError), FactError)
     opened = open_file(path, path, how)
     facts, problems = opened.facts(limit, on_error=on_error)
     if not facts:

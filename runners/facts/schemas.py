@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import AliasChoices, BaseModel
 
-from causalcone.engine.errors import FactError
+from causalcone.engine.errors import FactError, one_of
 from causalcone.engine.facts import Fact
 from causalcone.runners.facts.formats.benchmarks import MquakeRecord, RippleRecord
 from causalcone.runners.facts.formats.flat import FIELDS, EditRecord, flat_model
@@ -33,8 +33,7 @@ class Reading:
     columns: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
-        if self.zsre_form not in get_args(ZsreForm):
-            raise FactError(f"zsre_form is {self.zsre_form!r}; choose from {', '.join(get_args(ZsreForm))}")
+        one_of("zsre_form", self.zsre_form, get_args(ZsreForm), FactError)
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import torch
 import transformers
 
 from causalcone.engine.compute import Compute, as_dtype
 from causalcone.engine.encoding import PromptForm
-from causalcone.engine.errors import ExperimentError, FactError
+from causalcone.engine.errors import ExperimentError, FactError, one_of
 from causalcone.engine.facts import Fact, OnError, Skipped, SkippedFacts
 from causalcone.engine.localize.trace_run import FactsRun
 from causalcone.engine.localize.tracer import Tracer
@@ -107,7 +107,7 @@ def open_inputs(source: SourceOptions, prompt: SinglePromptOptions | None = None
     if source.dtype is not None:
         as_dtype(source.dtype)
     if isinstance(source, StreamableSourceOptions):
-        loading.check_weights(source.weights)
+        one_of("weights", source.weights, get_args(loading.Weights))
     if prompt.prompt is not None:
         session = open_session(source)
         fact = Tracer.on(session).fact(prompt.prompt, str(prompt.subject), prompt.answer)
