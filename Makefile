@@ -10,7 +10,7 @@ FAST := -m "not slow and not demo and not long"
 
 .PHONY: demo test test-fast test-long test-lowest test-cluster test-browser docs lint format types bench clean help
 
-demo: $(READY)  ## set up, train the demo model once, trace and edit its facts
+demo: $(READY)  ## set up, trace and edit real facts in a real model, draw it all
 	$(BIN)/causalcone demo
 
 test: $(READY)  ## set up, run the tests but for the long ones

@@ -209,7 +209,7 @@ class TextOptions:
     texts: str | None = option(
         None,
         "Running text: a .txt file (a text a line), JSON lines or Parquet (with a column of texts), or a "
-        "folder of such files; 'demo' are the demo model's training sentences.",
+        "folder of such files; 'demo' are the demo model's training sentences. By default the model writes it itself.",
     )
     dataset: str | None = option(
         None, "Take a data set instead: a hub id, or a folder of one. Needs the package datasets."
@@ -221,7 +221,7 @@ class TextOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class MomentsFileOptions:
-    out: Path = option(..., "File for the moments, such as moments.safetensors.")
+    out: Path = option(Path("moments.safetensors"), "File for the moments.")
     resume: Path | None = option(
         None, "File that keeps a collection under way; OUT.partial by default.", show_default=False
     )
@@ -264,7 +264,7 @@ class EditMethodOptions:
     moments: str | None = option(
         None,
         "Second moments for ROME and MEMIT, of 'causalcone moments' or published with ROME; 'demo' are the "
-        "demo model's.",
+        "demo model's. By default they are collected now, over text that the model writes.",
     )
     texts: str | None = option(None, "Collect the moments now, from running text as 'causalcone moments' takes it.")
     ridge: float = option(0.0, "Share of the moments' mean diagonal added to their diagonals, where they are singular.")
@@ -287,8 +287,7 @@ _AGGREGATE_HELP = "first, or mean. By default the preset's, or first."
 class EditingOptions(EditMethodOptions):
     method: list[str] | None = option(
         None,
-        f"{_METHOD_HELP} Of a --prompt by default rome where there are --moments or --texts, as for "
-        "the demo model, else finetune.",
+        f"{_METHOD_HELP} Of a --prompt by default rome.",
         show_default=False,
     )
     problem: str | None = option(

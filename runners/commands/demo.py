@@ -1,4 +1,4 @@
-"""The command that shows what the program does on the demo model: ``demo``."""
+"""The command that shows what the program does: ``demo``."""
 
 import sys
 from pathlib import Path
@@ -10,18 +10,24 @@ from typer import Option
 
 def demo(
     out: Annotated[Path, Option(help="Folder for the results.")] = Path("demo-results"),
-    facts: Annotated[int, Option(help="How many facts of the demo world to trace.", min=1)] = 60,
-    edits: Annotated[int, Option(help="How many facts to edit, by every method at every layer.", min=1)] = 10,
+    world: Annotated[
+        bool, Option("--world", help="On a synthetic world and a small model that is trained on it (once, minutes).")
+    ] = False,
+    facts: Annotated[
+        int | None, Option(help="How many facts to trace; 6, of the world 60.", min=1, show_default=False)
+    ] = None,
+    edits: Annotated[
+        int | None, Option(help="How many facts to edit at every layer; 6, of the world 10.", min=1, show_default=False)
+    ] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the run that the folder holds.")] = False,
 ) -> None:
-    """Train the demo model (once, some minutes), carry the sweep "demo" out on it, and show the findings.
+    """Trace, zero and edit real facts in a real model, SmolLM2-135M-Instruct, and show the findings.
 
-    Traces facts of the demo model's world, edits some of them for every problem by every method, and goes on where it
-    was when it ends early.
+    Goes on where it was when it ends early. With --world there are more methods, problems and facts, made up ones.
     """
-    from causalcone.runners.commands.demo_run import run_demo
+    from causalcone.runners.commands.demo_run import REAL, WORLD, run_demo
 
-    finished = run_demo(out, facts, edits, Console(), overwrite)
+    finished = run_demo(WORLD if world else REAL, out, facts, edits, Console(), overwrite)
     if finished.code:
         sys.exit(finished.code)
 

@@ -1,5 +1,7 @@
-"""The sweep "demo" carried out on the demo model: where its facts are localised, and what editing them there does."""
+"""Shows what the program does: a sweep of the real model smollm2 or of the demo world's, where facts are localised, and
+what editing them there does."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +15,7 @@ from causalcone.analysis.papers.inputs import PUBLISHED
 from causalcone.analysis.sweep_results import Study
 from causalcone.engine.localize.tracer import Tracer
 from causalcone.runners.commands.analysis_run import write_page
-from causalcone.runners.demo.model import demo_model
+from causalcone.runners.names import path_of
 from causalcone.runners.show.edit_tables import best_sentences, rewrite_tables, scores_of
 from causalcone.runners.show.figures import draw_gradients, draw_scores, draw_table, draw_traces
 from causalcone.runners.show.tables import effect_tables, find_sites, severed_sentence, zeroing_sentence
@@ -21,48 +23,73 @@ from causalcone.runners.sweep.config import load_sweep
 from causalcone.runners.sweep.driver import Driver, SweepSummary
 from causalcone.runners.sweep.inputs.facts_table import read_facts
 
-PRESET, PAGE = "demo", "report.html"
+PAGE = "report.html"
 MAPS = 6
 """How many facts heat maps are drawn of."""
 
 TRACES, ZEROED, GRADIENTS = "traces/restore", "traces/zero", "gradients"
-TABLES = ("traces", "gradients", "edits", "probes", "metrics")
 
 
-def run_demo(out: Path, facts: int, edits: int, console: Console, overwrite: bool = False) -> SweepSummary:
-    """Carry the sweep "demo" out in ``out``, of ``facts`` facts of the demo world of which ``edits`` are edited, or go
-    on with it; draw and show what it found, unless it was stopped."""
-    model, tokenizer = demo_model()
-    sweep = load_sweep(PRESET, [f"limit={facts}", f"edit.facts={edits}"])
-    finished = Driver(sweep, str(out), console, overwrite=overwrite).run()
+@dataclass(frozen=True)
+class Demo:
+    """A sweep to show. facts, edits: how many facts are traced, and edited; read: how many are read for each that is
+    traced, since models know but some; prompt: a prompt and its subject, whose map is shown first."""
+
+    preset: str
+    facts: int
+    edits: int
+    read: int = 1
+    prompt: tuple[str, str] | None = None
+
+
+WORLD = Demo("demo", facts=60, edits=10)
+REAL = Demo("smollm2-demo", facts=6, edits=6, read=3, prompt=("The capital of France is", "France"))
+
+
+def run_demo(
+    demo: Demo, out: Path, facts: int | None, edits: int | None, console: Console, overwrite: bool = False
+) -> SweepSummary:
+    """Carry the sweep of a demo out in ``out``, of so many facts, or go on with it; draw and show what it found, unless
+    it was stopped."""
+    facts, edits = facts or demo.facts, edits or demo.edits
+    traced = [f"{stage}.facts={facts}" for stage in ("trace", "zero")]
+    sweep = load_sweep(demo.preset, [f"limit={demo.read * facts}", f"edit.facts={edits}", *traced])
+    if demo.prompt is not None and not (out / PAGE).exists():
+        console.print(Tracer.from_pretrained(path_of(sweep.model, "model")).show(*demo.prompt, states=["mlp:5"]))
+    driver = Driver(sweep, str(out), console, overwrite=overwrite)
+    finished = driver.run()
     if finished.signal is not None:
         console.print(f"stopped; the same command goes on from what is in {out}", highlight=False)
         return finished
+    stages = set(driver.stages)
     if finished.computed or not (out / PAGE).exists():  # which is written last
-        known = read_facts(sweep).facts
         draw_traces(out, _first(out / TRACES), out / TRACES)
-        draw_table(out, "severed", out / "traces")
+        if "sever" in stages:
+            draw_table(out, "severed", out / "traces")
         draw_table(out, "zeroing", out / ZEROED)
-        draw_gradients(out, _first(out / GRADIENTS), known, Tracer(model, tokenizer))
+        if "gradients" in stages:
+            tracer = Tracer.from_pretrained(path_of(sweep.model, "model"))
+            draw_gradients(out, _first(out / GRADIENTS), read_facts(sweep).facts, tracer)
         draw_scores(out, scores_of(out, "mean", essence=True))
-    show(out, console)
+    show(out, console, severed="sever" in stages)
     write_page(Study(out), PUBLISHED, out / PAGE, console)
     console.print(f"{finished.status} after {finished.seconds:.1f} s -> {out}", highlight=False)
     return finished
 
 
-def show(out: Path, console: Console) -> None:
+def show(out: Path, console: Console, severed: bool = True) -> None:
     """Print a summary of the folder's tables, and where its figures are."""
     averages = average_indirect_effect(out / TRACES)
     edits = scores_of(out, "mean", essence=True)
     for table in (*effect_tables(averages), *rewrite_tables(edits)):
         console.print(table)
+    tables = sorted(path.name for path in out.iterdir() if path.is_dir() and any(path.rglob("*.parquet")))
     lines = (
         find_sites(averages).sentence(),
-        severed_sentence(severed_effects(out / "traces")),
+        *([severed_sentence(severed_effects(out / "traces"))] if severed else []),
         zeroing_sentence(zeroing_curve(out / ZEROED)),
         *best_sentences(edits),
-        f"tables {', '.join(str(out / table) for table in TABLES)}; figures:",
+        f"tables {', '.join(str(out / table) for table in tables)}; figures:",
         *(f"  {path}" for path in sorted(out.rglob("*.png"))),
     )
     for line in lines:
@@ -71,6 +98,6 @@ def show(out: Path, console: Console) -> None:
 
 def _first(table: Path) -> list[pa.RecordBatch]:
     """The rows of a table's first facts, a batch of each."""
-    part = pq.read_table(min(table.glob("*.parquet")))
-    facts = (part.filter(pc.equal(part["fact_id"], fact_id)) for fact_id in pc.unique(part["fact_id"])[:MAPS])
+    parts = pa.concat_tables(pq.read_table(part) for part in sorted(table.glob("*.parquet"))[:MAPS])
+    facts = (parts.filter(pc.equal(parts["fact_id"], fact_id)) for fact_id in pc.unique(parts["fact_id"])[:MAPS])
     return [batch for fact in facts for batch in fact.combine_chunks().to_batches()]

@@ -12,6 +12,7 @@ from rich.console import Console
 from causalcone.engine.edit.editor import Editor
 from causalcone.engine.edit.methods.registry import methods
 from causalcone.engine.edit.moments.moments import Moments
+from causalcone.engine.edit.moments.sampled import SOURCE
 from causalcone.engine.edit.requests.problems import make_requests
 from causalcone.engine.edit.requests.requests import ERROR_INJECTION, FACT_AMPLIFICATION, NOISY, Request
 from causalcone.engine.edit.requests.windows import as_windows
@@ -83,8 +84,7 @@ _TOWARDS_TRUE = (
 
 
 def _completed(choice: EditingOptions, prompt: EditedPromptOptions, model: str) -> EditingOptions:
-    """The options with the method that a single prompt is edited by, whether the model knows its answer or not: ROME
-    where there are moments for it, as the demo model's always are."""
+    """The options with the method that a single prompt is edited by, whether the model knows its answer or not."""
     if prompt.prompt is None:
         if not choice.method:
             raise ExperimentError(f"--method is missing: give one or more of {', '.join(methods())}")
@@ -93,8 +93,7 @@ def _completed(choice: EditingOptions, prompt: EditedPromptOptions, model: str) 
         raise ExperimentError("--new is missing: give what the edited model is to answer, such as --new Rome")
     if model == "demo" and not choice.method and choice.texts is None:
         choice = replace(choice, moments=choice.moments or "demo")
-    usual = "finetune" if choice.moments is None and choice.texts is None else "rome"
-    return replace(choice, method=choice.method or [usual], filtered=False)
+    return replace(choice, method=choice.method or ["rome"], filtered=False)
 
 
 def _answered(inputs: Inputs, prompt: EditedPromptOptions) -> Fact:
@@ -111,15 +110,12 @@ def _answered(inputs: Inputs, prompt: EditedPromptOptions) -> Fact:
 
 
 def read_texts(choice: EditMethodOptions, plan: EditPlan, scoring: ScoringOptions) -> TextInputs:
-    """Read before the model is; refuses methods without moments."""
+    """Read before the model is."""
     contexts = None if choice.contexts is None else read_contexts(choice.contexts)
     references = None if scoring.references is None else load_reference_texts(scoring.references)
-    if plan.of_moments and (choice.moments is None) == (choice.texts is None):
-        raise ExperimentError(
-            f"{plan.of_moments[0].method} needs second moments: give --moments with a file of 'causalcone moments', or "
-            "--texts to collect them now, one of the two"
-        )
-    running = open_texts(choice.texts) if plan.of_moments and choice.texts is not None else None
+    if choice.moments is not None and choice.texts is not None:
+        raise ExperimentError("--moments and --texts are both given; give one of the two")
+    running = open_texts(choice.texts) if plan.of_moments and choice.moments is None else None
     return TextInputs(contexts, references, running)
 
 
@@ -155,7 +151,7 @@ def prepared_edits(
         "prompts": vars(prompts.form) | prompt_record([prompts.fact(request.fact) for request in requests]),
         "preset": choice.preset,
         "set": list(choice.changes or ()),
-        "moments_given": choice.moments or choice.texts,
+        "moments_given": choice.moments or choice.texts or (SOURCE if plan.of_moments else None),
         "contexts_given": None if choice.contexts is None else str(choice.contexts),
         "sigma": editor.sigma if plan.problem in NOISY else None,
         "filtered": choice.filtered,

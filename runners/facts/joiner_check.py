@@ -1,9 +1,9 @@
-"""Whether answers are joined to their prompts as the model expects: the clean prompts run with either joiner."""
+"""What a model makes of facts: how many it knows, and whether answers are joined to their prompts as it expects."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from causalcone.engine.edit.texts.recall import answer_probabilities
+from causalcone.engine.edit.texts.recall import answer_probabilities, known
 from causalcone.engine.facts import Fact, usable
 from causalcone.engine.run.session import Session
 
@@ -13,7 +13,7 @@ LIKELIER = 10
 
 def joiner_lines(session: Session, facts: Sequence[Fact]) -> Iterator[str]:
     """What the model makes of facts: a line for each whose answer is ``LIKELIER`` times likelier with the other joiner,
-    then how many of how many these are. Facts that cannot be encoded are left out."""
+    then how many of how many these are, and how many it knows. Facts that cannot be encoded are left out."""
     encoded, _ = usable(facts, session.prompts.fact, lambda fact: fact.id, "skip")
     others = [
         replace(fact.fact, joiner="none" if fact.answer and fact.answer.joiner == "space" else "space")
@@ -31,3 +31,12 @@ def joiner_lines(session: Session, facts: Sequence[Fact]) -> Iterator[str]:
                 f"{name!r}, and {p_other:.2g} with {other.joiner!r}; give the fact joiner {other.joiner!r}"
             )
     yield f"answers much likelier with the other joiner: {found:,} of {len(encoded):,} facts"
+    right = known(session, encoded)
+    counts = [
+        f"{sum(right[number] for number in at)} of {len(at)} whose subject {verb}"
+        for verb, at in (
+            ("begins the prompt", [number for number, fact in enumerate(encoded) if fact.span[0] == 0]),
+            ("stands inside it", [number for number, fact in enumerate(encoded) if fact.span[0] > 0]),
+        )
+    ]
+    yield f"answers that the model gives itself: {sum(right)} of {len(right)} ({', '.join(counts)})"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from causalcone.engine.edit.moments.sampled import SOURCE
 from causalcone.engine.errors import ExperimentError
 from causalcone.runners.facts.data_sets import DataSet
 from causalcone.runners.names import path_of, title_of
@@ -17,9 +18,9 @@ _BATCH = 1000
 
 @dataclass(frozen=True)
 class RunningText:
-    """Texts, read while they are used, and a name for them."""
+    """Texts, read while they are used, and a name for them; None are those that the model writes itself."""
 
-    texts: Iterable[str]
+    texts: Iterable[str] | None
     source: str
 
 
@@ -30,14 +31,17 @@ def open_texts(
     split: str = "train",
     column: str = "text",
 ) -> RunningText:
-    """The texts of a file or folder, or of a data set. Raises ``ExperimentError`` where neither or both are given."""
+    """The texts of a file or folder, or of a data set, by default the model's own. Raises ``ExperimentError`` where
+    both are given."""
     if dataset is not None and texts is None:
         data_set = DataSet.open(dataset, dataset_config, split)
         return RunningText(_ColumnOf(data_set, column), str(data_set))
-    if texts is None or dataset is not None:
+    if dataset is not None:
         raise ExperimentError("which texts? Give --texts with a file or folder, or --dataset, one of the two")
     if dataset_config is not None:
-        raise ExperimentError("--dataset-config goes with --dataset, not with --texts")
+        raise ExperimentError("--dataset-config goes with --dataset; name the data set")
+    if texts is None:
+        return RunningText(None, SOURCE)
     return _texts_at(Path(path_of(texts, "texts")), column, title_of(texts, "texts"))
 
 

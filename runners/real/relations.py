@@ -92,9 +92,14 @@ def relations() -> list[RealRelation]:
 
 
 def real_facts() -> list[Fact]:
-    """All facts, a fact of each relation in turn."""
+    """All facts, those of each relation in turn. Of every eight, five have the subject first: models know fewer of
+    these, and half of what SmolLM2 knows among them has it inside."""
     turns = zip_longest(*(relation.facts() for relation in relations()))
-    return [fact for fact in chain.from_iterable(turns) if fact is not None]
+    facts = [fact for fact in chain.from_iterable(turns) if fact is not None]
+    first = [fact for fact in facts if fact.prompt.startswith("{}")]
+    inside = [fact for fact in facts if not fact.prompt.startswith("{}")]
+    mixed = [(number / 5, fact) for number, fact in enumerate(first)] + [(n / 3, fact) for n, fact in enumerate(inside)]
+    return [fact for _, fact in sorted(mixed, key=lambda each: each[0])]
 
 
 def facts_file() -> Path:

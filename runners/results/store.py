@@ -166,13 +166,30 @@ class Store:
         with self._leased():
             yield
 
+    def held(self) -> bool:
+        """Whether a process holds the folder, as far as it can be seen."""
+        if self.local is None:
+            return self._lease() is not None
+        if not (self.local / LOCK).exists():
+            return False
+        try:
+            with FileLock(self.local / LOCK, timeout=0):
+                return False
+        except (Timeout, OSError):
+            return True
+
+    def _lease(self) -> dict[str, Any] | None:
+        """The process that renewed its lock a short time ago."""
+        lease = self.read_json(LOCK)
+        return None if lease is None or time.time() - lease["time"] >= 4 * LOCK_SECONDS else lease
+
     @contextmanager
     def _leased(self) -> Iterator[None]:
         """A lock by a file that is renewed, where a file system has no locks: it does not hold against a second process
         that begins in the same moment."""
         process = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "process": os.getpid()}
-        held = self.read_json(LOCK)
-        if held is not None and time.time() - held["time"] < 4 * LOCK_SECONDS:
+        held = self._lease()
+        if held is not None:
             raise ResultError(
                 f"process {held['process']} on {held['host']} is at work in {self.place} (or was "
                 f"{time.time() - held['time']:.0f} s ago); wait for it, or for {4 * LOCK_SECONDS:.0f} s after its end"

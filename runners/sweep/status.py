@@ -9,10 +9,13 @@ from rich.table import Table
 
 from causalcone.runners.results.folder import ResultError
 from causalcone.runners.results.store import Store
-from causalcone.runners.sweep.driver import RUN
+from causalcone.runners.sweep.driver import RUN, RUNNING
 from causalcone.runners.sweep.inputs.facts_table import FACTS, select
 from causalcone.runners.sweep.inputs.units import FAILURES, LEFT_OUT
 from causalcone.runners.sweep.stages import FilterStage, StageUnits, as_sweep, later_units, stages_of
+
+INTERRUPTED = "interrupted (the same command goes on)"
+"""What a sweep is whose process was killed: its record says that it runs, but nobody holds the folder."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ def status_of(place: str) -> Status:
             stages += later_units(stages_of(sweep).values(), selection, run["model"]["depth"])
     progress = [_progress(stage, store) for stage in stages]
     failures, left_out = _reasons(store, FAILURES), _reasons(store, LEFT_OUT)
-    return Status(place, run["status"], run["begun"], progress, failures, left_out, later)
+    status = INTERRUPTED if run["status"] == RUNNING and not store.held() else run["status"]
+    return Status(place, status, run["begun"], progress, failures, left_out, later)
 
 
 def _progress(work: StageUnits, store: Store) -> Progress:

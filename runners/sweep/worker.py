@@ -4,9 +4,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from causalcone.engine.edit.moments.identity import model_fingerprint
 from causalcone.engine.errors import CausalconeError
 from causalcone.engine.facts import Fact
-from causalcone.runners.inputs.fingerprints import model_fingerprint
 from causalcone.runners.sweep.inputs.resources import Resources
 from causalcone.runners.sweep.inputs.settings import Sweep
 from causalcone.runners.sweep.inputs.units import Unit

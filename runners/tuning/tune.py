@@ -9,12 +9,13 @@ from typing import Any
 
 from rich.console import Console
 
+from causalcone.engine.edit.moments.identity import model_fingerprint
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.windows import as_windows
 from causalcone.runners.edits.inputs import TextInputs, editor_of, moments_of, prepared_edits, read_texts
 from causalcone.runners.edits.settings import record
 from causalcone.runners.edits.study import MOMENTS, EditStudy
-from causalcone.runners.inputs.fingerprints import facts_fingerprint, model_fingerprint
+from causalcone.runners.inputs.fingerprints import facts_fingerprint
 from causalcone.runners.inputs.inputs import Inputs, open_inputs
 from causalcone.runners.options import OutputOptions, ScoringOptions, SourceOptions, TuningOptions
 from causalcone.runners.results.folder import ResultError, ResultFolder

@@ -290,6 +290,15 @@ def test_moments_can_be_collected_on_the_way(user, tmp_path, run):
     assert (kept.layers, kept.source) == ((1, 2), str(user / "texts.txt"))
 
 
+def test_without_moments_they_are_of_text_that_the_model_writes(user, tmp_path, run, monkeypatch):
+    monkeypatch.setenv("CAUSALCONE_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    assert run(*arguments(user, out, *FAST, moments=None, layers="1", limit=2))[0] == 0
+    assert run_json(out)["moments_given"] == "text sampled from the model"
+    kept = cc.Moments.load(out / "moments.safetensors")
+    assert (kept.layers, kept.source) == ((1,), "text sampled from the model")
+
+
 def test_contexts_of_another_run(user, tmp_path, run):
     first, second = tmp_path / "first", tmp_path / "second"
     one = {"layers": "1", "limit": 2}

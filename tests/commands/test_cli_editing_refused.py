@@ -36,7 +36,6 @@ BAD_OPTIONS = {
     "part of a step": ({}, ["--set", "steps=2.5"], "whole number"),
     "no step": ({}, ["--set", "steps=0"], "at least one"),
     "aggregate": ({}, ["--aggregate", "median"], "median"),
-    "no moments": ({"moments": None}, [], "'causalcone moments'"),
     "two kinds of moments": ({}, ["--texts", "demo"], "one of the two"),
     "no texts": ({"moments": None}, ["--texts", "nowhere.txt"], "nowhere.txt"),
     "no contexts": ({"contexts": "nowhere.json"}, [], "nowhere.json"),

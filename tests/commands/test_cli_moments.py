@@ -55,6 +55,19 @@ def test_moments_are_those_that_the_engine_collects(folder, texts, user, tmp_pat
     assert [path.name for path in tmp_path.iterdir() if "moments" in path.name] == ["moments.safetensors"]
 
 
+def test_with_the_model_alone_it_writes_the_texts_itself(folder, user, tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CAUSALCONE_CACHE", str(tmp_path / "cache"))
+    code, printed, error = run("moments", "--model", folder / "model")
+    assert (code, error) == (0, "")
+    assert "second moments of 4 layers over 1,280 tokens" in printed
+    found = cc.Moments.load(tmp_path / "moments.safetensors")
+    assert found.source == "text sampled from the model"
+    same(found, cc.Moments.collect(*user))
+    code, _, error = run("moments", "--model", folder / "model", "--tokens", "all", "--overwrite")
+    assert (code, "without end" in error) == (2, True)
+
+
 def test_layers_tokens_and_length(folder, texts, user, tmp_path, run):
     options = ["--layers", "1,3", "--tokens", "all", "--length", "7", "--dtype", "float64", "--quiet"]
     code, printed, _, found = collect(run, folder, tmp_path, "--texts", texts, *options)
@@ -150,7 +163,6 @@ def test_a_file_is_replaced_only_when_asked(folder, texts, tmp_path, run):
 
 
 REFUSED = {
-    "no texts": ([], "--texts"),
     "two kinds": (["--texts", "good.txt", "--dataset", "x"], "one of the two"),
     "configuration alone": (["--texts", "good.txt", "--dataset-config", "x"], "--dataset"),
     "nowhere": (["--texts", "nowhere.txt"], "nowhere.txt"),

@@ -31,7 +31,7 @@ EXAMPLE = (Path(__file__).resolve().parents[2] / "docs" / "editing.md").read_tex
 
 def said(out, facts, edits=1, **options):
     console = Console(file=io.StringIO(), width=400)
-    demo.run_demo(out, facts, edits, console, **options)
+    demo.run_demo(demo.WORLD, out, facts, edits, console, **options)
     return console.file.getvalue()
 
 

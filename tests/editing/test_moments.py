@@ -15,9 +15,10 @@ from oracles.editing import at_tokens, down_weight, key_site, second_moment
 from transformers import AutoModelForCausalLM
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
-from causalcone.engine.edit.moments import collect as collecting
+from causalcone.engine.edit.moments import collect as collecting, sampled
 from causalcone.engine.edit.moments.collect import FewTokens
 from causalcone.engine.edit.moments.moments import Moments
+from causalcone.engine.edit.runs.decoding import continuations
 from causalcone.engine.errors import ExperimentError, MemoryBudgetError, ModelError
 
 
@@ -46,6 +47,33 @@ def test_moments_are_those_of_the_unmodified_model(family, tokenizer):
     assert set(found.tokens.values()) == {sum(len(tokenizer(text)["input_ids"]) for text in TEXTS)}
     for layer in found.layers:
         assert deviation(found.matrix(layer), second_moment(model, tokenizer, TEXTS, layer)) < 1e-9
+
+
+def test_texts_that_a_model_writes(model, tokenizer, tmp_path, monkeypatch):
+    """Tokens among the 50 likeliest, by plain forwards; kept for the next time; those of another model are others."""
+    monkeypatch.setenv("CAUSALCONE_CACHE", str(tmp_path))
+    drawn = []
+
+    def kept(*arguments, **options):
+        drawn.extend(found := continuations(*arguments, **options))
+        return found
+
+    monkeypatch.setattr(sampled, "continuations", kept)
+    found = Moments.collect(model, tokenizer, tokens=40)
+    assert (found.source, found.tokens[0]) == ("text sampled from the model", 40)
+    for tokens in drawn[:3]:
+        ids = [tokenizer.bos_token_id, *tokens]
+        likeliest = model(torch.tensor([ids[:-1]])).logits[0].topk(50).indices
+        assert all(token in row for token, row in zip(tokens, likeliest.tolist(), strict=True))
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in drawn]
+    assert deviation(found.matrix(1), Moments.collect(model, tokenizer, texts, (1,), 40).matrix(1)) < 1e-9
+    count = len(drawn)
+    assert torch.equal(Moments.collect(model, tokenizer, tokens=40).matrix(0), found.matrix(0))
+    assert len(drawn) == count
+    other = copy.deepcopy(model)
+    other.transformer.wte.weight.data.mul_(2)
+    Moments.collect(other, tokenizer, tokens=40)
+    assert drawn[count:] != drawn[:count]
 
 
 @pytest.mark.parametrize("tokens", [1, 17, 200])

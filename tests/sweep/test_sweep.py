@@ -445,7 +445,6 @@ def test_the_command(file, whole, tmp_path, run):
         ("edit.layers=most", "edit.layers"),
         ('edit.set=["speed=3"]', "no chosen method has that hyperparameter"),
         ("dtype=float8", "dtype must be 'float64', 'float32'"),
-        ("moments=none", "need second moments"),
         ("moments.texts=texts.txt", "moments: file and texts are both given"),
         ("units.facts=many", "units.facts must be a whole number"),
         ("memory=lots", "memory: "),

@@ -66,6 +66,8 @@ def test_killed_at_random_moments(file, whole, tmp_path):
         process.communicate()
         if ended:
             break
+        if (out / "run.json").exists():
+            assert status_of(str(out)).status.startswith("interrupted")
         done = set(carried_out(out))
         stages[next(unit for unit in order if unit not in done).split("/")[0]] += 1
     print(f"killed {stages.total()} times, in the stages:", dict(stages))

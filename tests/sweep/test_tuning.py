@@ -471,7 +471,6 @@ def test_a_folder_of_another_origin_is_refused(name, user, tmp_path, run):
 BAD_FOR_THE_MODEL = {
     "layer": ({"layer": 4}, "0 to 3"),
     "moments": ({"method": "rome", "grid": "kl_factor=1", "moments": "nowhere.safetensors"}, "nowhere.safetensors"),
-    "no moments": ({"method": "rome", "grid": "kl_factor=1", "moments": None}, "'causalcone moments'"),
     "no preset": ({"preset": "nowhere.toml"}, "nowhere.toml"),
     "unknown name": ({"grid": "clamp=1"}, "no chosen method has that hyperparameter"),
 }

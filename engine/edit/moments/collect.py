@@ -17,6 +17,7 @@ from torch import Tensor
 
 from causalcone.engine.edit.moments.files import MomentValues, read_sums, write_sums
 from causalcone.engine.edit.moments.identity import Identity, key_width
+from causalcone.engine.edit.moments.sampled import SOURCE, sampled_texts
 from causalcone.engine.edit.runs.layers import Layers
 from causalcone.engine.edit.runs.packed_runs import Runs, Text
 from causalcone.engine.errors import ExperimentError, MemoryBudgetError
@@ -177,7 +178,7 @@ class Sums:
 
 def collect(
     session: Session,
-    texts: Iterable[str | Mapping[str, Any]],
+    texts: Iterable[str | Mapping[str, Any]] | None = None,
     layers: Sequence[int] | None = None,
     tokens: int | str | None = None,
     *,
@@ -190,6 +191,10 @@ def collect(
     if isinstance(texts, (str, Mapping)):
         raise ExperimentError(f"texts is a {type(texts).__name__}; give a list of texts, or another iterable of them")
     plan = _Plan.of(session, layers, tokens, length)
+    if texts is None:
+        if plan.tokens is None:
+            raise ExperimentError("a model writes texts without end; say how many tokens to take, or give texts")
+        texts, source = sampled_texts(session), source or SOURCE
     identity = Identity.of(session.architecture, plan.layers)
     described = {"choice of layers": plan.layers, "length": plan.length, "dtype": str(session.dtype)}
     sums = Sums(

@@ -67,6 +67,13 @@ class Identity:
         return None
 
 
+def model_fingerprint(architecture: Architecture) -> str:
+    """A short hash that changes with the weights of a model, but for those of the last down-projection."""
+    last = architecture.sizes.depth - 1
+    weights = Identity.of(architecture, [last]).fingerprints[last]
+    return hashlib.sha256(repr(sorted(weights.items())).encode()).hexdigest()[:16]
+
+
 def key_width(architecture: Architecture, layer: int) -> int:
     weight = architecture.model.get_submodule(architecture.down_projection.format(layer)).weight
     return int(weight.numel()) // architecture.sizes.hidden

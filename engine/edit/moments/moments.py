@@ -71,7 +71,7 @@ class Moments:
         cls,
         model: Any,
         tokenizer: Any,
-        texts: Iterable[str | Mapping[str, Any]],
+        texts: Iterable[str | Mapping[str, Any]] | None = None,
         layers: Sequence[int] | None = None,
         tokens: int | str | None = None,
         *,
@@ -91,7 +91,8 @@ class Moments:
         Args:
             model: A transformers model.
             tokenizer: Its tokenizer; each text is tokenized alone, with its default special tokens.
-            texts: Strings, or mappings with a ``"text"``; they are cut into pieces that each start at position 0.
+            texts: Strings, or mappings with a ``"text"``; they are cut into pieces that each start at position 0. By
+                default texts that the model writes itself.
             layers: Numbers from 0; all layers by default.
             tokens: How many to take, the last text cut; 10 x inner by default (Gupta et al. 2025); ``"all"`` for all.
             source: A description of the texts, kept with the moments.

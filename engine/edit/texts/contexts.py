@@ -46,7 +46,7 @@ def sample_contexts(session: Session, seed: int) -> Contexts:
     begun from a word. All tokens that run through the model count, special ones too, as in published code; the texts
     are without special tokens and braces. A text of nothing but white space is sampled again.
     """
-    start = _start_token(session)
+    start = start_token(session)
     begun: list[tuple[str, tuple[int, ...], int]] = [("", (start,), total) for total in ROME_TOKENS]
     begun += [(word, session.prompts.text.prompt(word).tokens, MEMIT_TOKENS) for word in MEMIT_WORDS]
     texts = [""] * len(begun)
@@ -75,7 +75,8 @@ def continued(session: Session, tokens: Sequence[int], new: Sequence[int]) -> st
     return text([*tokens, *new])[len(text(tokens)) :]
 
 
-def _start_token(session: Session) -> int:
+def start_token(session: Session) -> int:
+    """The token that begins texts: BOS, else EOS."""
     tokenizer, vocabulary = session.tokenizer, session.sizes.vocabulary
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:

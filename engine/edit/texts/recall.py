@@ -26,6 +26,13 @@ def completions(session: Session, facts: Sequence[EncodedFact], tokens: int = CO
     return [session.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False) for ids in continued]
 
 
+def known(session: Session, facts: Sequence[EncodedFact]) -> list[bool]:
+    """Whether the likeliest tokens after each prompt are those of the answer."""
+    texts, lengths = [Text(fact.prompt) for fact in facts], [len(fact.target) for fact in facts]
+    found = continuations(session, texts, lengths)
+    return [tokens == tuple(fact.target) for fact, tokens in zip(facts, found, strict=True)]
+
+
 def completes(fact: Fact, completion: str) -> bool:
     return fact.target_true.strip().lower() in completion.lower()
 

@@ -36,7 +36,7 @@ class NoiseSettings(CheckedTable):
 
 
 class MomentSettings(CheckedTable):
-    """Second moments for ROME and MEMIT: a file, or the texts that they are collected over."""
+    """Second moments for ROME and MEMIT: a file, or texts to collect them over, by default those the model writes."""
 
     file: StrictStr | None = None
     texts: StrictStr | None = None

@@ -1,5 +1,6 @@
 """The stages that prepare a file once for all others: "noise", "contexts" and "moments"."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,9 +11,9 @@ import pyarrow as pa
 
 from causalcone.engine.edit.moments.collect import TOKENS_PER_COMPONENT, collect
 from causalcone.engine.edit.moments.moments import Moments
+from causalcone.engine.edit.moments.sampled import TOKENS
 from causalcone.engine.edit.runs.flops import Grown
 from causalcone.engine.edit.texts.contexts import MEMIT_TOKENS, MEMIT_WORDS, ROME_TOKENS, sample_contexts
-from causalcone.engine.errors import ExperimentError
 from causalcone.runners.edits.settings import read_contexts
 from causalcone.runners.inputs.running_text import open_texts
 from causalcone.runners.names import path_of
@@ -81,9 +82,6 @@ class MomentsStage(PreparedStage):
     def __init__(self, sweep: Sweep, options: Sequence[Stage]) -> None:
         super().__init__(sweep, options)
         self.settings = sweep.moments
-        if not self.settings.sources:
-            methods = " and ".join(f"{stage.name}.methods" for stage in options)
-            raise ExperimentError(f"{methods} need second moments; give moments.file, moments.texts or moments.dataset")
 
     def layers(self, depth: int) -> list[int]:
         """The layers that any stage needs moments of."""
@@ -120,4 +118,8 @@ class MomentsStage(PreparedStage):
         if settings.file is not None:
             return StageCost(units, other_bytes=size)
         tokens = settings.tokens if isinstance(settings.tokens, int) else TOKENS_PER_COMPONENT * sizes.inner
-        return StageCost(units, counts.flops.moments(tokens, layers), other_bytes=size)
+        flops = counts.flops.moments(tokens, layers)
+        if not settings.sources:  # the model writes the texts
+            texts = math.ceil(tokens / TOKENS)
+            flops += counts.flops.decoding(Grown(texts, texts, texts * TOKENS))
+        return StageCost(units, flops, other_bytes=size)
