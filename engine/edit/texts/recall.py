@@ -10,10 +10,8 @@ from causalcone.engine.edit.runs.decoding import continuations
 from causalcone.engine.edit.runs.packed_runs import Text
 from causalcone.engine.encoding import EncodedFact
 from causalcone.engine.facts import Fact
-from causalcone.engine.localize.causal_tracing import target_tokens
-from causalcone.engine.plan.cone import Shape
+from causalcone.engine.localize.causal_tracing import own_trial
 from causalcone.engine.plan.interventions import Base, Experiment, Overwrites
-from causalcone.engine.run.runner import Trial
 from causalcone.engine.run.session import Session
 
 COMPLETION_TOKENS = 36
@@ -40,9 +38,5 @@ def completes(fact: Fact, completion: str) -> bool:
 def answer_probabilities(session: Session, facts: Sequence[EncodedFact]) -> list[float]:
     """p(target_true) after each prompt, all of its tokens."""
     clean = Experiment((Base(),), np.empty(0, dtype=np.int64), Overwrites.none())
-    shapes = [Shape(len(fact.tokens), (0, 0), (target_tokens(fact),)) for fact in facts]
-    trials = [
-        Trial(fact.fact.id, (fact.tokens,), fact.target, shape, clean)
-        for fact, shape in zip(facts, shapes, strict=True)
-    ]
+    trials = [own_trial(fact, clean) for fact in facts]
     return [math.exp(result.log_p[0, 0]) for _, result in session.run(trials)]
