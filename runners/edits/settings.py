@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.errors import CausalconeError, ExperimentError, one_of
 from causalcone.engine.localize.options import DEFAULT_SIGMA
 from causalcone.engine.schemas import PROBLEMS
-from causalcone.runners.checked_files import read_text
+from causalcone.runners.checked_files import parse_json, read_text
 from causalcone.runners.edits.presets import load_hparams, load_preset
 from causalcone.runners.options import EditMethodOptions
 
@@ -125,17 +124,16 @@ def parse_layers(layers: str) -> Layers:
 
 def read_contexts(path: Path) -> Contexts:
     """The contexts of a JSON file, or of the ``run.json`` of an editing study."""
+    text = read_text(path)
     try:
-        content = json.loads(read_text(path))
+        content = parse_json(text, path)
         if isinstance(content, dict) and "contexts" in content:
             content = content["contexts"]
         lists = isinstance(content, dict) and all(isinstance(texts, list) for texts in content.values())
         if not lists or set(content) != {"rome", "memit"}:
             raise ExperimentError('it is not {"rome": [texts], "memit": [texts]}, nor a run.json with contexts')
         return Contexts(**content)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ExperimentError(f"{path} holds no contexts: it is not JSON ({error})") from error
-    except ExperimentError as error:
+    except CausalconeError as error:
         raise ExperimentError(f"{path} holds no contexts: {error}") from error
 
 
