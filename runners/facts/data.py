@@ -15,7 +15,7 @@ from causalcone.engine.run.loading import opening
 from causalcone.runners.checked_files import STANDARD_INPUT
 from causalcone.runners.facts.data_sets import DataSet
 from causalcone.runners.facts.files import Check, Records, as_records, open_file, save_facts
-from causalcone.runners.facts.schemas import Reading, Recognised
+from causalcone.runners.facts.schemas import Reading, Schema
 from causalcone.runners.results.folder import ResultError
 
 
@@ -88,7 +88,7 @@ def write_facts(facts: Iterable[Fact], out: Path) -> None:
 _OPTIONAL = ("target_new", "paraphrase_prompts", "neighborhood_prompts", "attribute_prompts", "generation_prompts")
 
 
-def summary(recognised: Recognised, facts: Sequence[Fact]) -> list[str]:
+def summary(recognised: Schema, facts: Sequence[Fact]) -> list[str]:
     """Lines that say what format the facts are of, why it is taken for that, and what they hold."""
     having = [f"{name} {sum(bool(getattr(fact, name)) for fact in facts):,}" for name in _OPTIONAL]
     relations = {fact.relation_id for fact in facts} - {None}

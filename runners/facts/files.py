@@ -18,7 +18,7 @@ from causalcone.engine.errors import FactError, one_of
 from causalcone.engine.facts import Fact, OnError
 from causalcone.runners.checked_files import PLAINER, plainly
 from causalcone.runners.facts.records import is_table, read_records, without_nulls
-from causalcone.runners.facts.schemas import Reading, Recognised, ZsreForm, in_form, named_columns, recognise, supported
+from causalcone.runners.facts.schemas import Reading, Schema, ZsreForm, in_form, named_columns, recognise, supported
 
 Check = Callable[[Fact], object]
 
@@ -36,7 +36,7 @@ class FactsRead(NamedTuple):
 
     facts: list[Fact]
     problems: list[str]
-    recognised: Recognised
+    recognised: Schema
 
 
 def load_facts(
@@ -114,7 +114,7 @@ class Records:
     """Records of one format, read while they are taken; place: what they are of, in words."""
 
     place: str | Path
-    recognised: Recognised
+    recognised: Schema
     records: Iterable[Any]
 
     def facts(
@@ -153,7 +153,7 @@ class Records:
         if not isinstance(record, Mapping):
             raise FactError(f"{place} is {_kind(record)}, not an object")
         try:
-            facts = self.recognised.schema.facts(index, record)
+            facts = self.recognised.facts(index, record)
             for fact in facts if check else ():
                 check(fact)  # type: ignore[misc]
         except ValidationError as error:
@@ -184,7 +184,7 @@ def as_records(place: str | Path, first: Sequence[Any], others: Iterable[Any], t
     """Records of the format of the ``first`` ones. table: whether they are rows, which all have the same keys."""
     if how.columns:
         names = (key for record in first if isinstance(record, Mapping) for key in record)
-        recognised: Recognised | None = named_columns(how.columns, names)
+        recognised: Schema | None = named_columns(how.columns, names)
     else:
         recognised = recognise(first, table)
     if recognised is None:
@@ -192,10 +192,9 @@ def as_records(place: str | Path, first: Sequence[Any], others: Iterable[Any], t
     records: Iterable[Any] = chain(first, others)
     if table:
         records = map(without_nulls, records)
-    if recognised.schema.name == "zsre" and how.zsre_form == "hase":
+    if recognised.name == "zsre" and how.zsre_form == "hase":
         records = list(records)  # false targets are drawn from all answers, whatever the limit
-    schema = in_form(recognised.schema, how, records)
-    return Records(place, dataclasses.replace(recognised, schema=schema), records)
+    return Records(place, in_form(recognised, how, records), records)
 
 
 def listed(problems: Sequence[str], most: int) -> str:

@@ -39,13 +39,15 @@ class Reading:
 @dataclass(frozen=True)
 class Schema:
     """A format. marks: keys, each enough to recognise it by, or several together; model: what a record must be;
-    description: in a few words, with the keys; convert: a record so checked, and its index, to facts."""
+    description: in a few words, with the keys; convert: a record so checked, and its index, to facts; why: the keys
+    that records are recognised by, and how many have them."""
 
     name: str
     marks: tuple[str, ...]
     model: type[BaseModel]
     description: str
     convert: Callable[[Any, int], list[Fact]] = lambda record, index: record.facts(index)
+    why: str = ""
 
     def mark(self, keys: Iterable[str]) -> str | None:
         """The mark that a record of these keys has."""
@@ -63,6 +65,10 @@ class Schema:
     def facts(self, index: int, record: Record) -> list[Fact]:
         """The facts of a record. Raises pydantic's ``ValidationError``, or ``ValueError``."""
         return self.convert(self.model.model_validate(record), index)
+
+    def lines(self) -> list[str]:
+        """What records are taken for and why, for people."""
+        return [f"schema: {self.description}", f"recognised by: {self.why}"]
 
 
 def _names(name: str, field: Any) -> Sequence[Any]:
@@ -90,19 +96,7 @@ SCHEMAS = (  # of a record the first whose marks it has
 # fmt: on
 
 
-@dataclass(frozen=True)
-class Recognised:
-    """The format of records; why: the keys that it is known by, and how many records have them."""
-
-    schema: Schema
-    why: str
-
-    def lines(self) -> list[str]:
-        """What it is and why, for people."""
-        return [f"schema: {self.schema.description}", f"recognised by: {self.why}"]
-
-
-def recognise(records: Iterable[Any], table: bool = False) -> Recognised | None:
+def recognise(records: Iterable[Any], table: bool = False) -> Schema | None:
     """The format that most records have, so that a broken one does not hide what a file is. table: of a table's rows,
     each of which has all columns."""
     found: Counter[tuple[Schema, str]] = Counter()
@@ -116,10 +110,10 @@ def recognise(records: Iterable[Any], table: bool = False) -> Recognised | None:
     (schema, mark), count = found.most_common(1)[0]
     kind = "columns" if table else "keys"
     often = "" if table else f" of {count:,} of {shapes.total():,} records"
-    return Recognised(schema, f"{kind} {', '.join(mark.split())}{often}")
+    return replace(schema, why=f"{kind} {', '.join(mark.split())}{often}")
 
 
-def named_columns(columns: Mapping[str, str], found: Iterable[str]) -> Recognised:
+def named_columns(columns: Mapping[str, str], found: Iterable[str]) -> Schema:
     """A flat table whose columns are named. Raises ``FactError`` for a field or a column that is not there."""
     found = [*dict.fromkeys(found)]
     for field, column in columns.items():
@@ -128,8 +122,8 @@ def named_columns(columns: Mapping[str, str], found: Iterable[str]) -> Recognise
         if column not in found:
             raise FactError(f"there is no column {column!r} for {field}; there are {', '.join(found)}")
     named = ", ".join(f"{field}={column}" for field, column in columns.items())
-    schema = Schema("columns", (), flat_model(columns), "flat records (subject, prompt, target_true, ...)")
-    return Recognised(schema, f"named columns {named}")
+    description = "flat records (subject, prompt, target_true, ...)"
+    return Schema("columns", (), flat_model(columns), description, why=f"named columns {named}")
 
 
 def in_form(schema: Schema, how: Reading, records: Iterable[Any]) -> Schema:
