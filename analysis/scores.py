@@ -129,7 +129,8 @@ def mean_scores(scores: pl.DataFrame, by: Sequence[str] = ("problem", "method", 
 
     Returns:
         One row per group and score, in the order of ``SCORES``: the columns of ``by``, score, mean, standard_error
-        (facts taken as independent; null for one fact), and n, the edits that have the score (mean is null for 0).
+        (facts taken as independent; null for one fact), n, the edits that have the score (mean is null for 0), and
+        facts, which these are of.
 
     Raises:
         TableError: ``scores`` lack columns, or ``by`` is empty.
@@ -138,7 +139,7 @@ def mean_scores(scores: pl.DataFrame, by: Sequence[str] = ("problem", "method", 
     if missing or not by:
         raise TableError(f"scores have no columns {', '.join(missing)}" if missing else "by is empty; name a column")
     means = [means_over_facts(scores, by, score).with_columns(score=pl.lit(score)) for score in SCORES]
-    columns = [*by, "score", "mean", "standard_error", "n"]
+    columns = [*by, "score", "mean", "standard_error", "n", "facts"]
     return pl.concat(means).select(columns).sort(by, maintain_order=True)
 
 

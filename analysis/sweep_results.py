@@ -11,7 +11,7 @@ import polars as pl
 from causalcone.analysis.effects import At, Denominator, tracing_effects, zeroing_effects
 from causalcone.analysis.scores import Aggregate, edits_with_effects, mean_scores, own_groups, probe_metrics, scores
 from causalcone.analysis.tables.edits import finished, read_edits, unmet
-from causalcone.analysis.tables.names import SEVERED, words
+from causalcone.analysis.tables.names import SEVERED, counted, words
 from causalcone.analysis.tables.traces import AnswerScore, TableError, scan_folder
 from causalcone.engine.schemas import refuse_newer
 
@@ -39,8 +39,13 @@ class Study:
         self._aggregate, self._answer_score = aggregate, answer_score
 
     @property
+    def title(self) -> str:
+        """Model and facts, in words."""
+        return f"Model {self.configuration.get('model')}, facts {self.configuration.get('facts')}"
+
+    @property
     def published(self) -> str | None:
-        """The study of a paper that this one repeats, whose tables are to be set beside."""
+        """The study on record that this one repeats, whose tables are to be set beside."""
         name = self.run.get("analysis", {}).get("published")
         return None if name is None else str(name)
 
@@ -174,10 +179,8 @@ class Study:
             untraced = edits.lazy().join(traced, on="fact_id", how="anti").collect()
             if len(untraced):
                 facts, total = untraced["fact_id"].n_unique(), edits["fact_id"].n_unique()
-                without = (
-                    f"{len(untraced)} of {len(edits)} edits have no tracing effect, and are in no regression on it"
-                )
-                yield f"{facts} of {total} edited facts are not traced: {without}"
+                without = f"{len(untraced)} of {counted(len(edits), 'edit')} without a tracing effect, in no regression"
+                yield f"edited facts that are not traced: {facts} of {total} ({without})"
 
     def _left_out(self) -> Iterator[str]:
         """Facts that some stage could not use."""
@@ -186,7 +189,7 @@ class Study:
         rows = self.scan("left_out").with_columns(stage=pl.col("unit").str.split("/").list.first())
         stages = rows.group_by("stage").agg(pl.col("fact_id").n_unique(), pl.first("reason")).sort("stage")
         for stage, count, reason in stages.collect().rows():
-            yield f"{count} fact{'s' * (count > 1)} left out of {stage}, the first: {reason}"
+            yield f"{counted(count, 'fact')} left out of {stage}, the first: {reason}"
 
 
 def _run(folder: Path) -> dict[str, Any]:

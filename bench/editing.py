@@ -24,7 +24,7 @@ from editing_workload import NOWHERE, editable_model, editing_workload, second_m
 from measure import say
 from naive import Limits
 from report import RESULTS, Growing, editing, environment
-from workload import DATA, SHAPES, describe_prompts, gpt2
+from workload import DATA, SHAPES, describe_prompts, gpt2, smollm2
 
 from causalcone import Editor, Fact
 from causalcone.engine.compute import as_dtype
@@ -51,7 +51,7 @@ def main() -> None:
         "model": options.model,
         "shape": vars(setup.encoder.sizes),
         "prompts": describe_prompts(setup.facts, setup.tokenizer, source),
-        "given": given(setup, "trained weights" if options.model == "demo" else "random weights"),
+        "given": given(setup, "trained weights" if options.model in ("demo", "smollm2") else "random weights"),
         "layers": list(setup.layers),
         "memory": options.memory,
         "naive": NAIVE,
@@ -107,9 +107,17 @@ def demo(options: argparse.Namespace) -> tuple[Setup, str]:
     return ready(model, tokenizer, facts, contexts, options), f"the first {len(facts)} of the demo world"
 
 
+def real(options: argparse.Namespace) -> tuple[Setup, str]:
+    """SmolLM2-135M-Instruct and facts that it knows; contexts are its own."""
+    model, tokenizer, facts, source = smollm2(options.facts)
+    facts = [replace(fact, attribute_prompts=(), generation_prompts=(), probes=()) for fact in facts]
+    return ready(model, tokenizer, facts, Editor(model, tokenizer).contexts, options), source
+
+
 MODELS: dict[str, Callable[[argparse.Namespace], tuple[Setup, str]]] = {
     DEFAULT: lambda options: random_gpt2(SHAPES["GPT-2 small"], options.data, options),
     "demo": demo,
+    "smollm2": real,
     "tiny": lambda options: random_gpt2(TINY, NOWHERE, options),
 }
 

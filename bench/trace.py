@@ -1,7 +1,8 @@
 """Times causal tracing on the CPU beside the naive way that published code works: ``python bench/trace.py``.
 
 The first 20 CounterFact prompts (generated ones of the same lengths where the file is missing) in a GPT-2-small shape
-with random weights. The naive way takes most of the time; ``--naive-fraction 0.05`` times a part of it.
+with random weights, or with ``--model smollm2`` facts that this real model knows. The naive way takes most of the time;
+``--naive-fraction 0.05`` times a part of it.
 """
 
 from __future__ import annotations
@@ -15,20 +16,26 @@ from measure import EFFICIENCY, deviation, measure_both, say
 from naive import RESTORING
 from report import environment, markdown
 from studies import Tracing
-from workload import SHAPES, describe_prompts, gpt2, prompts, random_model
+from workload import SHAPES, describe_prompts, gpt2, prompts, random_model, smollm2
 
 from causalcone import Tracer
 from causalcone.engine.compute import as_dtype
+from causalcone.engine.models import read_architecture
 
 
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
     cpu = torch.device("cpu")
-    name = "toy" if options.toy else "GPT-2 small"
-    facts, tokenizer, source = prompts(options.data, options.prompts, SHAPES[name]["vocab_size"])
-    say(f"{name} shape, {source}")
-    model = random_model(gpt2(SHAPES[name]), torch.float32, cpu)
+    name = "toy" if options.toy else options.model
+    if name in SHAPES:
+        facts, tokenizer, source = prompts(options.data, options.prompts, SHAPES[name]["vocab_size"])
+        model = random_model(gpt2(SHAPES[name]), torch.float32, cpu)
+        shape, title, label = SHAPES[name], f"{name} shape", "trace"
+    else:
+        model, tokenizer, facts, source = smollm2(options.prompts)
+        shape, title, label = vars(read_architecture(model).sizes), name, f"trace-{name}"
+    say(f"{title}, {source}")
     study = Tracing(facts, Tracer(model, tokenizer).noise_level(facts), samples=options.samples)
 
     results: list[dict[str, Any]] = []
@@ -51,12 +58,12 @@ def main() -> None:
             result["deviation_from_float32"] = deviation(values, exact[1])
         if exact:
             result["ratio_to_naive_float32"] = exact[0]["naive"]["seconds"] / result["seconds"]
-        results.append({"model": f"{name} shape", **result})
+        results.append({"model": title, **result})
 
     report = {
-        "title": f"Causal tracing of {len(facts)} prompts, {name} shape",
+        "title": f"Causal tracing of {len(facts)} prompts, {title}",
         **environment(cpu),
-        "shape": SHAPES[name],
+        "shape": shape,
         "prompts": describe_prompts(facts, tokenizer, source),
         "states": study.states,
         "samples": study.samples,
@@ -65,11 +72,12 @@ def main() -> None:
         "efficiency": EFFICIENCY,
         "results": results,
     }
-    command.publish(report, markdown(report), "trace", options)
+    command.publish(report, markdown(report), label, options)
 
 
 def parse() -> argparse.Namespace:
     parser = command.parser(__doc__, naive_fraction=1.0, least=1)
+    parser.add_argument("--model", choices=["GPT-2 small", "smollm2"], default="GPT-2 small", help="(GPT-2 small)")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=3, help="timed traces, of which the median counts (3)")
     options = command.parse(parser)

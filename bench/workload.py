@@ -58,6 +58,20 @@ def prompts(folder: Path, count: int, vocabulary: int) -> tuple[list[Fact], Any,
     return facts, tokenizer, source
 
 
+def smollm2(count: int) -> tuple[Any, Any, list[Fact], str]:
+    """SmolLM2-135M-Instruct in float32 with frozen weights, its tokenizer, and the first real facts that it knows."""
+    from causalcone import Tracer  # as here below, needs what is not installed everywhere
+    from causalcone.engine.edit.texts.recall import known
+    from causalcone.runners.real.relations import real_facts
+
+    session = Tracer.from_pretrained("smollm2", dtype="float32").session
+    facts = real_facts()[: 4 * count]
+    right = known(session, [session.prompts.fact(fact) for fact in facts])
+    chosen = [fact for fact, knows in zip(facts, right, strict=True) if knows][:count]
+    model = session.model.requires_grad_(False)
+    return model, session.tokenizer, chosen, f"the first {len(chosen)} of causalcone's real facts that it knows"
+
+
 def counterfact(folder: Path, count: int) -> tuple[list[Fact], Any]:
     """The first CounterFact prompts and GPT-2's tokenizer."""
     from causalcone import load_facts  # needs what is not installed everywhere

@@ -15,7 +15,7 @@ VERSION_KEY = b"causalcone_schema"
 
 ADDED = frozenset(
     [
-        *("joiner", "joined", "key_alignment", "relative_norm", "suspect", "prompt_name", "condition"),
+        *("joiner", "joined", "likeliest", "key_alignment", "relative_norm", "suspect", "prompt_name", "condition"),
         *("answer_tokens", "logp_clean", "logp_corrupted", "logp_patched"),
         *("answer_tokens_other", "logp_pre", "logp_post", "logp_pre_other", "logp_post_other"),
     ]
@@ -136,6 +136,7 @@ FILTER_SCHEMA = _schema(
     p_true=_NUMBER,
     joiner=_TEXT,  # what stands between prompt and answer: space or none
     joined=_FLAG,  # whether the answer's tokens are those of the joined text, not those that it has alone
+    likeliest=pa.list_(pa.struct({"token": _TEXT, "p": _NUMBER})),  # the next tokens after the prompt, five of them
 )
 
 # One row per fact of a sweep; the columns of the filter are null where it has not been.

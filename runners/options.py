@@ -385,4 +385,10 @@ class StudyOptions:
     compat: str | None = option(
         None, "published: mean effects by layer are of positive effects only; as the sweep says by default."
     )
+    beside: str | None = option(
+        None,
+        "A study on record to set beside: a paper's, such as hase2023-gptj, or a folder of tables that analyze wrote; "
+        "as the sweep says by default.",
+        metavar="NAME|DIR",
+    )
     draws: int = option(1000, "Draws of the bootstrap and the permutation test.", min=100)

@@ -18,11 +18,12 @@ from plotly.offline import get_plotlyjs
 
 from causalcone.analysis.effects import mean_effects
 from causalcone.analysis.papers.inputs import AnalysisInputs, AnalysisOptions
-from causalcone.analysis.papers.tables import SCORE_TABLES, Table, answer, paper_tables
+from causalcone.analysis.papers.records import APART, ON_RECORD
+from causalcone.analysis.papers.tables import AVERAGES, ENDS, SCORE_TABLES, Table, answer, paper_tables
 from causalcone.analysis.stats.regressions import GROUP
 from causalcone.analysis.sweep_results import ZEROED, Study
 from causalcone.analysis.tables.edits import TEXT_SCHEMA
-from causalcone.analysis.tables.names import COLORS, SEVERED, in_order, method_name
+from causalcone.analysis.tables.names import COLORS, SEVERED, in_order, method_name, position
 from causalcone.analysis.tables.traces import TableError, read_traces
 
 SCORES = ("rewrite", "paraphrase", "neighborhood", "essence", "overall")
@@ -48,20 +49,27 @@ class Packed:
         return base64.b64encode(zlib.compress(self.numbers.astype("<f4").tobytes(), 6)).decode()
 
 
-def report_data(study: Study, options: AnalysisOptions) -> Packed:
-    """Contents of the page. Raises ``TableError`` where there is nothing to show."""
+def report_data(study: Study, options: AnalysisOptions, progress: Sequence[Sequence[Any]] = ()) -> Packed:
+    """Contents of the page; progress: of each stage of an unfinished sweep its name, and in words how many of its units
+    and of its items are done. Raises ``TableError`` where there is nothing to show."""
     tables, missing = paper_tables(study, options)
+    notes = [note for table in tables for note in table.notes]
     store = _Store(study)
     about = {
-        "title": f"Model {study.configuration.get('model')}, facts {study.configuration.get('facts')}",
+        "title": study.title,
         "status": study.run["status"],
+        "progress": progress,
+        "samples": study.configuration.get("noise", {}).get("samples"),
+        "draws": options.draws,
+        "record": next((note.removeprefix(ON_RECORD) for note in notes if note.startswith(ON_RECORD)), ""),
         "colors": COLORS,
         "answer": answer(tables),
         "header": tables[0].notes[-1] if tables else "",
-        "missing": missing,
+        "missing": [*missing, *dict.fromkeys(note for note in notes if note.endswith(APART))],
         "r2": _r2(tables),
         "scores": _mean_scores(study),
         "windows": _windows(study, options),
+        "averages": _averages(tables, [f"{kind}:{size}" for kind, size in study.states()]),
         "facts": store.rows(),
         "grids": _grids(study, store),
         "severed": _severed(study, store),
@@ -83,7 +91,7 @@ def report(data: Packed) -> str:
         "PLOTLY": get_plotlyjs(),
         "DATA": data.json(),
         "NUMBERS": data.base64(),
-        "SCRIPT": _read("script.js"),
+        "SCRIPT": "\n".join(map(_read, ("base.js", "study.js", "explorer.js", "table.js"))),
     }
     return re.sub("__(STYLE|PLOTLY|DATA|NUMBERS|SCRIPT)__", lambda match: parts[match[1]], _read("page.html"))
 
@@ -111,6 +119,7 @@ class _Store:
 
     def rows(self) -> list[dict[str, Any]]:
         names = {"id": "fact_id", "prompt": "prompt", "subject": "subject", "true": "target_true", "new": "target_new"}
+        names |= {"likeliest": "likeliest"} if "likeliest" in self.facts.columns else {}
         return self.facts.select(**names).to_dicts()
 
     def numbers_of(self, ids: pl.Series) -> np.ndarray:
@@ -126,20 +135,20 @@ def _r2(tables: Sequence[Table]) -> list[dict[str, Any]]:
             continue
         frame = frames[name].with_columns(score=pl.lit(score))
         if "uncertainty" in frames:
-            tests = frames["uncertainty"].select(*key, "diff_low", "diff_high", *_PERMUTATION)
+            tests = frames["uncertainty"].select(*key, *ENDS, *_PERMUTATION, tests="note")
             frame = frame.join(tests, on=key, how="left", maintain_order="left")
         rows += _named_rows(frame)
     return rows
 
 
 def _mean_scores(study: Study) -> list[dict[str, Any]]:
-    """Lines by layer: problem, method, score, layers, means, errors."""
+    """Lines by layer: problem, method, score, layers, means, errors, edits and facts."""
     try:
         means = in_order(study.mean_scores).filter(pl.col("n") > 0, pl.col("score").is_in(list(SCORES)))
     except TableError:
         return []
     lines = means.sort("layer", maintain_order=True).group_by(*GROUP, "score", maintain_order=True)
-    return _named_rows(in_order(lines.agg("layer", "mean", "standard_error")))
+    return _named_rows(in_order(lines.agg("layer", "mean", "standard_error", "n", "facts")))
 
 
 def _windows(study: Study, options: AnalysisOptions) -> list[dict[str, Any]]:
@@ -148,8 +157,17 @@ def _windows(study: Study, options: AnalysisOptions) -> list[dict[str, Any]]:
     for kind, size in study.states():
         effects = study.effects((kind, size), "max", options.denominator)
         means = mean_effects(effects, AnalysisInputs(study, options).compat)
-        lines.append({"kind": kind, "window": size, **means.select("layer", "mean").to_dict(as_series=False)})
+        lines.append({"name": f"{kind}:{size}", **means.to_dict(as_series=False)})
     return lines
+
+
+def _averages(tables: Sequence[Table], states: Sequence[str]) -> list[dict[str, Any]]:
+    """Average indirect effects by state and role: lines by layer, with those on record where there are any."""
+    frame = next((table.frame for table in tables if table.name == AVERAGES), None)
+    if frame is None:
+        return []
+    ordered = frame.sort(position("state", states), maintain_order=True)
+    return ordered.group_by("state", "role", maintain_order=True).agg(pl.all()).to_dicts()
 
 
 def _grids(study: Study, store: _Store) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ from functools import cached_property
 import polars as pl
 
 from causalcone.analysis.effects import At, Compat, Denominator, absolute_effects
+from causalcone.analysis.papers.records import APART, ON_RECORD, Record
 from causalcone.analysis.scores import edits_with_effects
 from causalcone.analysis.stats.correlations import Correction
 from causalcone.analysis.stats.regressions import regressions
@@ -18,7 +19,8 @@ from causalcone.analysis.tables.traces import TableError
 class AnalysisOptions:
     """How the tables are computed; as published by default. state: whose effects, the study's main state by default;
     draws: of the bootstrap and the permutation test; mixed: whether mixed-effects models are fitted, which takes long;
-    compat: "published" leaves effects that are not positive out of means by layer, by default as the sweep says."""
+    compat: "published" leaves effects that are not positive out of means by layer, by default as the sweep says;
+    beside: the study on record to set beside (``Record.open``), by default the one that the sweep names."""
 
     state: State | None = None
     at: At = "max"
@@ -30,6 +32,7 @@ class AnalysisOptions:
     level: float = 0.95
     seed: int = 0
     compat: Compat | None = None
+    beside: str | None = None
 
 
 PUBLISHED = AnalysisOptions()
@@ -37,10 +40,12 @@ PUBLISHED = AnalysisOptions()
 
 class AnalysisInputs:
     """Frames that several tables and figures of a study are made of, computed once. Where the study lacks one, asking
-    for it raises ``TableError``."""
+    for it raises ``TableError``, as does a study on record that is asked for and is none. on_record: that study."""
 
     def __init__(self, study: Study, options: AnalysisOptions) -> None:
         self.study, self.options = study, options
+        name = options.beside or study.published
+        self.on_record = None if name is None else Record.open(name)
 
     @property
     def state(self) -> State:
@@ -84,12 +89,10 @@ class AnalysisInputs:
         return self.options.compat or self.study.configuration.get("compat")
 
     @property
-    def published(self) -> str | None:
-        """The study whose printed values are set beside: only where ours are computed as they were."""
-        options, study = self.options, self.study
-        protocol = (options.at, options.denominator, options.interaction, study.aggregate, study.answer_score)
-        as_printed = protocol == ("max", "p_high", True, "first", "product") and self.state == study.main_state()
-        return self.study.published if as_printed else None
+    def record(self) -> Record | None:
+        """The study on record whose values are set beside: only where ours are computed as they were."""
+        record = self.on_record
+        return record if record is not None and record.protocol == self.protocol else None
 
     @property
     def form(self) -> str:
@@ -97,15 +100,22 @@ class AnalysisInputs:
 
     @property
     def notes(self) -> list[str]:
-        """The options of tables in words, at the end; and that the paper's values are missing, where they are."""
+        """Whose values stand beside, or why none do; and the options of tables in words."""
+        notes = []
+        if self.on_record is not None:
+            apart = f"the values of {self.on_record.label} {APART}"
+            notes = [f"{ON_RECORD}{self.on_record.label}" if self.record else apart]
+        return [*notes, self.protocol]
+
+    @property
+    def protocol(self) -> str:
+        """The options of tables in words."""
         where = "largest over prompt tokens" if self.options.at == "max" else "at the last subject token"
         prompts = "the first paraphrase and neighbour" if self.study.aggregate == "first" else "means over prompts"
         kind, window = self.state
         per_token = ", p per token of the answer" if self.study.answer_score == "mean" else ""
         effects = f"effects of {kind}:{window}, {where}, over {self.options.denominator}{per_token}"
-        apart = self.study.published is not None and self.published is None
-        notes = ["the paper's values are of other options, and not set beside"] * apart
-        return [*notes, f"{effects}; {self.form}; scores of {prompts}, floored at 0"]
+        return f"{effects}; {self.form}; scores of {prompts}, floored at 0"
 
 
 def _there(name: str, state: State | None) -> State:

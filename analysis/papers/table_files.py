@@ -6,11 +6,12 @@ from typing import Any
 
 import polars as pl
 
+from causalcone.analysis.papers.records import RECORD
 from causalcone.analysis.papers.tables import Table
 from causalcone.analysis.stats.regressions import PREDICTORS
 from causalcone.analysis.tables.names import method_name, words
 
-_HEADINGS = {f"{of}r2_{name}": f"{words(of)}{name}" for of in ("", "published_") for name in PREDICTORS}
+_HEADINGS = {f"{of}r2_{name}": f"{words(of)}{name}" for of in ("", RECORD) for name in PREDICTORS}
 
 
 def write_table(table: Table, folder: Path) -> list[Path]:
@@ -89,7 +90,7 @@ def cell(name: str, row: dict[str, Any]) -> str:
     if name == "problem":
         return words(str(value))
     if isinstance(value, float):
-        return p_value(value) if name == "p" or name.startswith("p_") else f"{value:z.3f}"
+        return p_value(value) if name.removeprefix(RECORD) == "p" or name.startswith("p_") else f"{value:z.3f}"
     return str(value)
 
 

@@ -1,40 +1,32 @@
-"""The tables of Hase et al. 2023 (2-8) from a sweep's folder, with printed values beside the user's numbers, tables of
-intervals and further tests, and the answer in a few sentences."""
+"""The tables of Hase et al. 2023 (2-8) from a sweep's folder, values on record beside them, tables of intervals
+and further tests, and the answer in a few sentences."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from importlib.resources import files
+from functools import partial
 from typing import Any
 
 import polars as pl
 
-from causalcone.analysis.effects import OTHER_LAYERS, concentrated_facts
+from causalcone.analysis.effects import OTHER_LAYERS, average_indirect_effect, concentrated_facts
 from causalcone.analysis.papers.inputs import PUBLISHED, AnalysisInputs, AnalysisOptions
+from causalcone.analysis.papers.records import beside
 from causalcone.analysis.stats.correlations import layer_correlations
 from causalcone.analysis.stats.dependence import cluster_robust_tests, mixed_effects
-from causalcone.analysis.stats.regressions import GROUP, KEY_SCHEMA, PREDICTORS
-from causalcone.analysis.stats.uncertainty import bootstrap, left_out_layers, permutation_test
-from causalcone.analysis.sweep_results import Study
-from causalcone.analysis.tables.names import in_order, method_name, words
+from causalcone.analysis.stats.regressions import GROUP, PREDICTORS
+from causalcone.analysis.stats.uncertainty import LEAST_EXCHANGED, bootstrap, left_out_layers, permutation_test
+from causalcone.analysis.sweep_results import RESTORED, Study
+from causalcone.analysis.tables.names import counted, in_order, method_name, words
 from causalcone.analysis.tables.traces import TableError
-from causalcone.engine.schemas import ERROR_INJECTION
 
 SCORE_TABLES = {3: "rewrite", 4: "paraphrase", 5: "neighborhood", 6: "overall"}
 
-MAIN = "table3_rewrite"
+ENDS = [f"{name}_{end}" for name in ("r2_layer", "r2_both", "diff") for end in ("low", "high")]
+MAIN, AVERAGES = "table3_rewrite", "average_effects"
 _NONE = "There is no answer yet"
 
-PUBLISHED_UNSCALED = (5, -0.006)
-"""The layer, counted from 0, and the correlation of Hase et al. 2023, Fig. 14: ROME on GPT-J in Error Injection."""
-
-STUDIES = ("hase2023-gptj", "hase2023-zsre")
-"""The studies that there are published tables of."""
-
 _KEY = [*GROUP, "score"]
-_R2 = [*(f"r2_{name}" for name in PREDICTORS), "diff", "p"]
-_SHOWN = [*_R2, "edits", "facts", "layers", "note"]
+_SHOWN = [*(f"r2_{name}" for name in PREDICTORS), "diff", "p", "edits", "facts", "layers", "note"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +51,7 @@ def paper_tables(study: Study, options: AnalysisOptions = PUBLISHED) -> tuple[li
         ("unscaled", _unscaled),
         ("left_out_layers", _left_out),
         ("zeroing", _zeroing),
+        (AVERAGES, _average_effects),
     ]
     tables: list[Table] = []
     lacking: dict[str, list[str]] = {}
@@ -74,17 +67,9 @@ def paper_tables(study: Study, options: AnalysisOptions = PUBLISHED) -> tuple[li
 def _score_table(inputs: AnalysisInputs, number: int) -> Table:
     score = SCORE_TABLES[number]
     fitted = inputs.regressions(inputs.joined, score)
-    printed = published_regressions(inputs.published, score)
-    title = f"R^2 of the {score} score by edit layer and tracing effect (Hase et al. 2023, Table {number})"
-    return Table(f"table{number}_{score}", title, beside(fitted.select(*GROUP, *_SHOWN), printed), inputs.notes)
-
-
-def beside(frame: pl.DataFrame, printed: pl.DataFrame | None) -> pl.DataFrame:
-    """A frame with printed values in further columns."""
-    if printed is None:
-        return frame
-    named = printed.rename({name: f"published_{name}" for name in printed.columns if name not in GROUP})
-    return frame.join(named, on=GROUP, how="left", maintain_order="left")
+    name, title = f"table{number}_{score}", f"R^2 of the {score} score by edit layer and tracing effect"
+    frame = beside(fitted.select(*GROUP, *_SHOWN), name, inputs.record)
+    return Table(name, f"{title} (Hase et al. 2023, Table {number})", frame, inputs.notes)
 
 
 def _concentrated(inputs: AnalysisInputs) -> Table:
@@ -92,34 +77,30 @@ def _concentrated(inputs: AnalysisInputs) -> Table:
     facts = concentrated_facts(inputs.largest)
     concentrated = facts.filter("concentrated")["fact_id"]
     joined = inputs.joined.filter(pl.col("fact_id").is_in(concentrated.implode()))
-    note = f"{len(concentrated)} of {facts['fact_id'].n_unique()} facts have concentrated effects"
+    note = f"facts with concentrated effects: {len(concentrated)} of {facts['fact_id'].n_unique()}"
     layers = inputs.largest["layer"].n_unique()
     if layers <= OTHER_LAYERS + 1:
-        note += f", as all positive effects are that over {layers} layers"
+        note += f", as all positive effects are that over {counted(layers, 'layer')}"
     if joined.is_empty():
         raise TableError(f"{note}, and none of them is edited")
     fitted = inputs.regressions(joined, "rewrite")
-    printed = published_concentrated(inputs.published)
+    name = "table2_concentrated"
     title = "R^2 of the rewrite score, facts with concentrated tracing effects (Hase et al. 2023, Table 2)"
-    return Table("table2_concentrated", title, beside(fitted.select(*GROUP, *_SHOWN), printed), [note, *inputs.notes])
+    frame = beside(fitted.select(*GROUP, *_SHOWN), name, inputs.record)
+    return Table(name, title, frame, [note, *inputs.notes])
 
 
 def _error_table(inputs: AnalysisInputs) -> Table:
     fitted = inputs.regressions(inputs.joined, "rewrite", "overall")
-    rows = []
-    for row in fitted.iter_rows(named=True):
-        of_rome = (row["problem"], row["method"]) == (ERROR_INJECTION, "rome")
-        printed = published_errors(inputs.published, row["score"]) if of_rome else None
-        for metric in ("r2", "rmse", "mae"):
-            errors = {name: row[name] for name in _KEY} | {"metric": metric}
-            errors |= {name: row[f"{metric}_{name}"] for name in PREDICTORS}
-            if printed is not None:
-                layer, trace = printed.filter(metric=metric).select("layer", "trace").row(0)
-                errors |= {"published_layer": layer, "published_trace": trace}
-            rows.append(errors)
+    rows = [
+        {**{name: row[name] for name in _KEY}, "metric": metric, **{of: row[f"{metric}_{of}"] for of in PREDICTORS}}
+        for row in fitted.iter_rows(named=True)
+        for metric in ("r2", "rmse", "mae")
+    ]
     number = 8 if inputs.study.published == "hase2023-zsre" else 7
-    title = f"Errors of the regressions, in sample (Hase et al. 2023, Table {number})"
-    return Table(f"table{number}_errors", title, pl.DataFrame(rows, infer_schema_length=None), inputs.notes)
+    name, title = f"table{number}_errors", f"Errors of the regressions, in sample (Hase et al. 2023, Table {number})"
+    frame = beside(pl.DataFrame(rows, infer_schema_length=None), name, inputs.record, [*_KEY, "metric"])
+    return Table(name, title, frame, inputs.notes)
 
 
 def _uncertainty(inputs: AnalysisInputs) -> Table:
@@ -129,7 +110,7 @@ def _uncertainty(inputs: AnalysisInputs) -> Table:
     draws = {**form, "draws": options.draws, "seed": options.seed}
     frame = inputs.regressions(joined, *scores).select(*_KEY, "facts", "diff", "p")
     tests = [
-        bootstrap(joined, scores, level=options.level, **draws).select(*_KEY, "diff_low", "diff_high"),
+        bootstrap(joined, scores, level=options.level, **draws).select(*_KEY, *ENDS),
         permutation_test(joined, scores, **draws).select(
             *_KEY, "chance", p_permutation="p", permutation_facts="facts", permutation_diff="diff", _permutation="note"
         ),
@@ -140,11 +121,14 @@ def _uncertainty(inputs: AnalysisInputs) -> Table:
         tests.append(mixed.select(*_KEY, "fact_share", p_mixed="p", _mixed="note"))
     for test in tests:
         frame = frame.join(test, on=_KEY, how="left", maintain_order="left")
+    few, lack = pl.col("permutation_facts") < LEAST_EXCHANGED, f"fewer than {LEAST_EXCHANGED} facts"
+    p, why = pl.when(~few).then("p_permutation"), pl.when(few).then(pl.coalesce("_permutation", pl.lit(lack)))
+    frame = frame.with_columns(p_permutation=p, _permutation=why.otherwise("_permutation"))
     reasons = [name for name in frame.columns if name.startswith("_")]
     note = pl.concat_str([pl.format(f"p{name}: {{}}", name) for name in reasons], separator="; ", ignore_nulls=True)
     frame = frame.with_columns(note=pl.when(note != "").then(note)).drop(reasons)
     notes = [
-        f"diff_low, diff_high: {options.level:.0%} interval, bootstrap over facts, {options.draws} draws; chance: what "
+        f"_low, _high: {options.level:.0%} interval, bootstrap over facts, {options.draws} draws; chance: what "
         "effects exchanged between facts add on average; p: F-test as published; p_permutation: share of exchanges "
         "that add as much as the effects themselves (permutation_diff), of the facts with edits and effects at all "
         "layers (permutation_facts); p_clustered: Wald test robust to what a fact's edits have in common (rejects too "
@@ -166,9 +150,7 @@ def _unscaled(inputs: AnalysisInputs) -> Table:
     kind, window = inputs.state
     correction = inputs.options.correction
     frame = in_order(layer_correlations(inputs.absolute, ["rewrite_magnitude"], correction=correction))
-    if inputs.study.published == "hase2023-gptj" and inputs.state == inputs.study.main_state():
-        printed = pl.when(problem=ERROR_INJECTION, method="rome", layer=PUBLISHED_UNSCALED[0])
-        frame = frame.with_columns(published_correlation=printed.then(pl.lit(PUBLISHED_UNSCALED[1])))
+    frame = beside(frame, "unscaled", inputs.record, [*_KEY, "layer"])
     notes = [
         "rewrite magnitude: p(new target) - p(true target) after the edit, in Tracing Reversal p(target) - p(other "
         f"target); effects are absolute, of {kind}:{window} at the last subject token; p_corrected: {correction}"
@@ -190,39 +172,18 @@ def _zeroing(inputs: AnalysisInputs) -> Table:
     return Table("zeroing", "R^2 by edit layer and zeroing effect (Hase et al. 2023, Figs. 21-22)", frame, notes)
 
 
-def published_regressions(study: str | None, score: str) -> pl.DataFrame | None:
-    """R^2 of a score as printed (Hase et al. 2023, Tables 3-6), where a study has it; ``p`` is a text like "<1e-4"."""
-    return _printed_r2(_study(study).get("r2", {}).get(score))
-
-
-def published_concentrated(study: str | None) -> pl.DataFrame | None:
-    """R^2 of the rewrite score on facts with concentrated effects (Hase et al. 2023, Table 2)."""
-    return _printed_r2(_study(study).get("concentrated"))
-
-
-def _printed_r2(rows: list[list[Any]] | None) -> pl.DataFrame | None:
-    schema = {name: KEY_SCHEMA[name] for name in GROUP} | dict.fromkeys(_R2, pl.Float64) | {"p": pl.String}
-    return None if rows is None else pl.DataFrame(rows, schema=schema, orient="row")
-
-
-def published_errors(study: str | None, score: str) -> pl.DataFrame | None:
-    """R^2, RMSE and MAE of ROME in Error Injection by predictor (Hase et al. 2023, Tables 7 and 8): columns metric,
-    layer, trace."""
-    errors = _study(study).get("errors", {}).get(score)
-    if errors is None:
-        return None
-    schema = {"metric": pl.String, "layer": pl.Float64, "trace": pl.Float64}
-    return pl.DataFrame([[metric, *values] for metric, values in errors.items()], schema=schema, orient="row")
-
-
-@cache
-def _study(name: str | None) -> dict[str, Any]:
-    if name is None:
-        return {}
-    if name not in STUDIES:
-        raise TableError(f"there are no published tables of {name!r}; there are of {', '.join(STUDIES)}")
-    text = files("causalcone.analysis").joinpath("papers/published/hase2023.json").read_text(encoding="utf-8")
-    return dict(json.loads(text)[name])
+def _average_effects(inputs: AnalysisInputs) -> Table:
+    """Average indirect effects by token role and layer of all states but heads."""
+    _ = inputs.state  # there is one
+    averages = average_indirect_effect(inputs.study.folder / RESTORED, answer_score=inputs.study.answer_score)
+    named = averages.filter(~pl.col("kind").str.starts_with("head.")).with_columns(
+        state=pl.format("{}:{}", "kind", "window"), role=pl.col("role").cast(pl.String)
+    )
+    on = ["state", "role", "layer"]
+    frame = beside(named.select(*on, "effect", "standard_error", "facts"), AVERAGES, inputs.record, on)
+    notes = ["effect: mean p(target) with a state of that token restored, less that of the corrupted run"]
+    title = "Average indirect effect by token role (Meng et al. 2022, Fig. 15)"
+    return Table(AVERAGES, title, frame, [*notes, *inputs.notes])
 
 
 def answer(tables: Sequence[Table]) -> str:
@@ -236,29 +197,50 @@ def answer(tables: Sequence[Table]) -> str:
     known = main.filter(pl.col("p").is_not_null() & (pl.col("layers") > 1))
     if known.is_empty():
         reasons = main["note"].drop_nulls().unique(maintain_order=True)
-        return f"{_NONE}: no regression of rewrite scores could be tested ({'; '.join(reasons)})."
-    layer, diff = known["r2_layer"].to_numpy(), known["diff"].to_numpy()
+        return f"{_NONE}: no regression of rewrite scores on the edit layer could be tested ({'; '.join(reasons)})."
     most = known.sort("diff", descending=True).row(0, named=True)
     where = f"{method_name(most['method'], most['window'])} in {words(most['problem'])}"
+    n = f"{_range(known['edits'], ',')} edits of {_range(known['facts'], ',')} facts"
+    if len(known) == 1:
+        n = f"{counted(most['edits'], 'edit')} of {counted(most['facts'], 'fact')} at {most['layers']} layers"
+        n, more = f" by {where} ({n})", ""
+    else:
+        problems, methods = known["problem"].n_unique(), known.select("method", "window").n_unique()
+        names = "methods" if problems == 1 else "problems" if methods == 1 else "problems and methods"
+        n = f" (mean {known['r2_layer'].to_numpy().mean():z.0%} over {len(known)} {names}, of {n} each)"
+        more = f" (mean {known['diff'].to_numpy().mean():z.1%}), the most for {where} ({most['diff']:z.1%})"
     return (
-        f"The choice of the edit layer explains {layer.min():z.0%} to {layer.max():z.0%} of the variance of rewrite "
-        f"scores (mean {layer.mean():z.0%} over {len(known)} problems and methods). Knowing the tracing effect at that "
-        f"layer adds {diff.min():z.1%} to {diff.max():z.1%} (mean {diff.mean():z.1%}), the most for {where} "
-        f"({most['diff']:z.1%}).{_chance(frames.get('uncertainty', pl.DataFrame()), most)}"
+        f"The choice of the edit layer explains {_range(known['r2_layer'], 'z.0%')} of the variance of rewrite scores"
+        f"{n}. Knowing the tracing effect at that layer adds {_range(known['diff'], 'z.1%')}{more}."
+        f"{_chance(frames.get('uncertainty', pl.DataFrame()), most, len(known) > 1)}"
     )
 
 
-def _chance(tests: pl.DataFrame, most: dict[str, object]) -> str:
+def _range(values: pl.Series, form: str) -> str:
+    """The smallest and the largest value; one where they look the same."""
+    numbers = values.to_numpy()
+    low, high = (f"{value:{form}}" for value in (numbers.min(), numbers.max()))
+    return low if low == high else f"{low} to {high}"
+
+
+def _chance(tests: pl.DataFrame, most: dict[str, object], several: bool) -> str:
     """R^2 that effects of other facts add where tracing adds the most, and in how many cases tracing adds more."""
-    rewrite = tests.filter(score="rewrite").drop_nulls("p_permutation") if len(tests) else tests
+    rewrite = tests.filter(score="rewrite").drop_nulls("chance") if len(tests) else tests
     if rewrite.is_empty():
         return ""
     chance = " "
     for row in rewrite.filter(**{name: most[name] for name in GROUP}).iter_rows(named=True):
-        chance += f"Effects taken from other facts add {row['chance']:z.1%} there by chance"
+        chance += f"Effects taken from other facts add {row['chance']:z.1%}{' there' * several} by chance"
         if row["permutation_facts"] < row["facts"]:
             share = f"{row['permutation_facts']} of {row['facts']} facts"
             chance += f", over the {share} that have all layers, whose own effects add {row['permutation_diff']:z.1%}"
         chance += "; "
-    clear = int((rewrite["p_permutation"].to_numpy() < 0.05).sum())
-    return f"{chance}in {clear} of {len(rewrite)} cases tracing adds more than that (permutation test, p < 0.05)."
+    p = rewrite["p_permutation"].drop_nulls()
+    if p.is_empty():
+        facts = _range(rewrite["permutation_facts"], ",")
+        return f"{chance}{facts} facts are too few to test whether tracing adds more than that."
+    if len(p) == 1:
+        tells = "tells" if p[0] < 0.05 else "does not tell"
+        return f"{chance}a permutation test {tells} tracing from that (p = {p[0]:.3f})."
+    clear = int((p < 0.05).sum())
+    return f"{chance}in {clear} of {len(p)} cases tracing adds more than that (permutation test, p < 0.05)."

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from causalcone.analysis.effects import Compat, concentrated_facts, mean_effects
 from causalcone.analysis.plot import draw
-from causalcone.analysis.tables.names import COLORS, window_name
+from causalcone.analysis.tables.names import COLORS, counted, window_name
 from causalcone.analysis.tables.traces import TableError
 
 _LOOKS = zip(("blue", "vermilion", "green", "black", "purple"), "os^Dv", ("-", "--", "-.", ":", "-"), strict=True)
@@ -35,7 +35,7 @@ def effects_by_window(
     draw.value_axis(axes, "fraction of p(target) restored")
     facts = max(frame["fact_id"].n_unique() for frame in effects.values())
     positive = ", positive effects only" if compat == "published" else ""
-    draw.title(figure, f"Tracing effect, largest over tokens, mean of {facts} facts{positive}")
+    draw.title(figure, f"Tracing effect, largest over tokens, {draw.mean_of(facts)}{positive}")
     draw.legend(figure, 5, handlelength=3)
     return draw.finish(figure, path)
 
@@ -59,7 +59,8 @@ def peak_layers_by_window(effects: Mapping[int, pl.DataFrame], path: draw.PathLi
         draw.layer_axis(axes, size, layers)
         draw.value_axis(axes)
     grid[0].set_ylabel("share of facts", fontsize=9)
-    draw.title(figure, "Layer of the largest tracing effect, by size of the window")
+    count = max(frame["fact_id"].n_unique() for frame in effects.values())
+    draw.title(figure, f"Layer of the largest tracing effect, by size of the window ({counted(count, 'fact')})")
     return draw.finish(figure, path)
 
 

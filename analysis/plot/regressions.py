@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 
 from causalcone.analysis.plot import draw
 from causalcone.analysis.stats.correlations import layer_correlations
-from causalcone.analysis.tables.names import COLORS, heading, method_name
+from causalcone.analysis.tables.names import COLORS, counted, heading, method_name
 from causalcone.analysis.tables.traces import TableError
 
 _COLUMNS = 4
@@ -43,7 +43,8 @@ def r2_bars(regressions: pl.DataFrame, score: str = "rewrite", path: draw.PathLi
         axes.set_ylim(0, 1.08)
         draw.value_axis(axes)
     grid[0].set_ylabel("$R^2$", fontsize=9)
-    draw.title(figure, f"What explains the {score} score")
+    facts = counted(int(known["facts"].to_numpy().max()), "fact")
+    draw.title(figure, f"What explains the {score} score (edits of {facts})")
     labels = {"layer": "edit layer", "both": "edit layer and tracing effect"}
     draw.legend(figure, 2, handles=[Patch(edgecolor="black", label=labels[key], **bar) for key, bar in _BARS.items()])
     return draw.finish(figure, path)
@@ -74,7 +75,7 @@ def scatter_by_layer(
     for axes, row in zip(grid.flat, correlations.iter_rows(named=True), strict=False):
         _panel(axes, edits.filter(layer=row["layer"]), score)
         rho = "no correlation" if row["correlation"] is None else f"$\\rho$ = {row['correlation']:z.2f}"
-        axes.set_title(f"layer {row['layer']}: {rho}", fontsize=8.5)
+        axes.set_title(f"layer {row['layer']}, n = {row['edits']}: {rho}", fontsize=8.5)
     for axes in list(grid.flat)[len(layers) :]:
         axes.set_visible(False)
     for column in range(columns):

@@ -12,6 +12,7 @@ from statsmodels.tools.sm_exceptions import ConvergenceWarning, SingularMatrixWa
 
 from causalcone.analysis.stats.least_squares import CONSTANT, EXPLAINED, centred
 from causalcone.analysis.stats.regressions import F_SCHEMA, RegressionData, by_sample, fits
+from causalcone.analysis.tables.names import counted
 
 LEAST_FACTS = 2
 """For each coefficient that is tested; a covariance of fewer clusters is far too small."""
@@ -86,11 +87,11 @@ def _few(sample: RegressionData, layer: np.ndarray, effect: np.ndarray, interact
     """Why clusters are too few for a covariance, where they are. A fact has one edit at a layer."""
     added = effect.shape[1]
     if len(sample.facts) < LEAST_FACTS * added:
-        return f"{len(sample.facts)} facts are too few to test {added} coefficients"
+        return f"only {counted(len(sample.facts), 'fact')} to test {counted(added, 'coefficient')}"
     of_layer = layer.T @ np.abs(effect) > 0  # (layers, slopes)
     fewest = int((layer.sum(axis=0) @ of_layer).min())
     if interaction and fewest < LEAST_AT_A_LAYER:
-        return f"{fewest} facts at a layer are too few; {LEAST_AT_A_LAYER} are needed"
+        return f"only {counted(fewest, 'fact')} at a layer; {LEAST_AT_A_LAYER} are needed"
     return "no degrees of freedom are left" if len(sample) <= layer.shape[1] + added else None
 
 

@@ -9,6 +9,9 @@ import polars as pl
 from causalcone.analysis.stats.least_squares import CONSTANT, EXACT, EXPLAINED, Floats, around_mean, same
 from causalcone.analysis.stats.regressions import KEY_SCHEMA, PREDICTORS, RegressionData, by_sample, samples
 
+LEAST_EXCHANGED = 4
+"""Facts: fewer can be exchanged in less than twenty ways, so that no share of them is below 5 %."""
+
 _STATISTICS = (*(f"r2_{name}" for name in PREDICTORS), "diff")
 _AT_ONCE = 200
 _MOST_NUMBERS = 2**22
@@ -25,12 +28,12 @@ def bootstrap(
 ) -> pl.DataFrame:
     """Intervals of ``regressions``' coefficients of determination by the bootstrap over facts: facts are drawn with
     replacement, each with all of its edits, and the percentiles of ``draws`` such samples are given, as columns _low,
-    _high; null where there is nothing to explain. Both ends of diff's interval are positive by construction: adding a
-    predictor never explains less (see ``permutation_test`` for what chance alone adds)."""
+    _high; null where there is nothing to explain, or one fact alone. Both ends of diff's interval are positive by
+    construction: adding a predictor never explains less (see ``permutation_test`` for what chance alone adds)."""
     ends = {"low": (1 - level) / 2, "high": (1 + level) / 2}
 
     def intervals(sample: RegressionData) -> dict[str, float]:
-        if sample.lack is not None:
+        if sample.lack is not None or len(sample.facts) < 2:
             return {}
         drawn = _resampled(sample, interaction, draws, np.random.default_rng(seed))
         quantiles = {name: np.nanquantile(values, [*ends.values()]).tolist() for name, values in drawn.items()}
@@ -73,7 +76,7 @@ def _no_exchange(sample: RegressionData, score: Floats) -> str | None:
     if sample.lack is not None:
         return sample.lack
     if len(score) < max(2, len(sample.facts) / 2):
-        return f"{len(score)} of {len(sample.facts)} facts have edits and effects at all layers"
+        return f"facts with edits and effects at all layers: {len(score)} of {len(sample.facts)}"
     if same(score.ravel()):
         return "the score is the same for all edits"
     around = score - score.mean(axis=0)

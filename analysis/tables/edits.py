@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import polars as pl
 
+from causalcone.analysis.tables.names import counted as in_number
 from causalcone.analysis.tables.traces import (
     AnswerScore,
     Schema,
@@ -117,7 +118,7 @@ def unmet(edits: TraceSource, probes: TraceSource) -> str | None:
     ]
     more = f", and {never.height - len(names)} more" if never.height > len(names) else ""
     return (
-        f"{never.height} probes do not count, since the unedited model does not say what they presuppose: "
+        f"{in_number(never.height, 'probe')} not counted, since the unedited model does not say what is presupposed: "
         f"{', '.join(names)}{more} (their rows have condition = false)"
     )
 

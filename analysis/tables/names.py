@@ -49,6 +49,11 @@ def words(name: str) -> str:
     return name.replace("_", " ")
 
 
+def counted(count: int, noun: str) -> str:
+    """ "1 fact", "2 facts"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def heading(name: str) -> str:
     """ "error_injection" as a heading."""
     return words(name).capitalize()

@@ -1,7 +1,8 @@
 """Carries out ``causalcone analyze`` and ``report``: tables, figures and a page, and the answer on the terminal."""
 
+import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import get_args
 
@@ -9,11 +10,14 @@ from rich.console import Console
 from rich.table import Table as TerminalTable
 
 from causalcone.analysis.effects import At, Compat, Denominator
-from causalcone.analysis.papers.inputs import AnalysisOptions
+from causalcone.analysis.papers.inputs import AnalysisInputs, AnalysisOptions
+from causalcone.analysis.papers.records import ABOUT
 from causalcone.analysis.papers.table_files import cells, index, write_table
 from causalcone.analysis.papers.tables import MAIN, Table, answer, paper_tables
 from causalcone.analysis.scores import Aggregate
 from causalcone.analysis.sweep_results import State, Study
+from causalcone.analysis.tables.names import counted
+from causalcone.analysis.tables.traces import TableError
 from causalcone.engine.atomic import write_text
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.localize.states import HEADS, as_states
@@ -41,11 +45,16 @@ def analyze_folder(
             drawn, undrawn = paper_figures(study, out / _FIGURES, options, every=scatter)
             missing += undrawn
         write_text(out / "tables.md", index(tables, missing))
+        with suppress(TableError):  # without traces there is no protocol
+            about = {"label": study.title, "protocol": AnalysisInputs(study, options).protocol}
+            write_text(out / _TABLES / ABOUT, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     for table in tables:
         if table.name == MAIN:
             console.print(_terminal_table(table))
-    sentences = [f"{len(tables)} tables -> {out / 'tables.md'} (and {out / _TABLES}, as CSV, Markdown and LaTeX)"]
-    sentences += [f"{len(drawn) // 2} figures -> {out / _FIGURES}"] if drawn else []
+    sentences = [
+        f"{counted(len(tables), 'table')} -> {out / 'tables.md'} (and {out / _TABLES}, as CSV, Markdown and LaTeX)"
+    ]
+    sentences += [f"{counted(len(drawn) // 2, 'figure')} -> {out / _FIGURES}"] if drawn else []
     _print(console, answer(tables), missing, *sentences)
 
 
@@ -53,11 +62,24 @@ def write_page(study: Study, options: AnalysisOptions, out: Path, console: Conso
     """Write the page of a study, and print its answer and what is missing."""
     from causalcone.analysis.page.report import report, report_data
 
-    data = report_data(study, options)
+    data = report_data(study, options, [] if study.run["status"] == "complete" else _progress(study.folder))
     with _writing(out):
         write_text(out, report(data))
     sentence = f"report -> {out} ({out.stat().st_size / 2**20:.1f} MiB; open it in a browser)"
     _print(console, str(data.about["answer"]), data.about["missing"], sentence)
+
+
+def _progress(folder: Path) -> list[tuple[str, str, str]]:
+    """How far the sweep of a folder is; nothing where its stages or settings are not known here."""
+    from pydantic import ValidationError
+
+    from causalcone.runners.sweep.status import status_of
+
+    try:
+        status = status_of(str(folder))
+    except (ValidationError, KeyError):
+        return []
+    return status.rows()
 
 
 def open_study(analysis: StudyOptions, mixed: bool = False) -> tuple[Study, AnalysisOptions]:
@@ -80,6 +102,7 @@ def open_study(analysis: StudyOptions, mixed: bool = False) -> tuple[Study, Anal
         draws=analysis.draws,
         mixed=mixed,
         compat=analysis.compat,  # type: ignore[arg-type]
+        beside=analysis.beside,
     )
     study = Study(analysis.folder, analysis.aggregate, analysis.answer_score)  # type: ignore[arg-type]
     return study, options

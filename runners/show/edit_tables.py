@@ -18,7 +18,7 @@ from causalcone.analysis.scores import (
     zsre_metrics,
 )
 from causalcone.analysis.tables.edits import read_edits, read_texts
-from causalcone.analysis.tables.names import heading, in_order, long_name, method_name, words
+from causalcone.analysis.tables.names import counted, heading, in_order, long_name, method_name, words
 from causalcone.analysis.tables.traces import TableError
 from causalcone.runners.show.tables import new_table
 
@@ -97,7 +97,7 @@ def score_tables(table: pl.DataFrame) -> list[Table]:
         facts = table.filter(method=method, window=window)["fact_id"].n_unique()
         names = [name for name in _SHOWN if not means_of.filter(score=name).is_empty()]
         rows = {name: _by_layer(means_of.filter(score=name), "mean") for name in names}
-        title = f"{_heading(method, window)}: mean scores of {facts} facts by layer"
+        title = f"{_heading(method, window)}: mean scores of {counted(facts, 'fact')} by layer"
         shown = new_table(title, "layer", *map(words, names))
         for layer in means_of["layer"].unique().sort():
             shown.add_row(str(layer), *(_cell(rows[name], layer) for name in names))
@@ -114,7 +114,7 @@ def rewrite_tables(table: pl.DataFrame) -> list[Table]:
         posed = in_order(means.filter(problem=problem))
         facts = table.filter(problem=problem)["fact_id"].n_unique()
         layers = posed["layer"].unique().sort().to_list()
-        title = f"{heading(problem)}: mean rewrite score of {facts} facts by layer"
+        title = f"{heading(problem)}: mean rewrite score of {counted(facts, 'fact')} by layer"
         shown = new_table(title, "method", *map(str, layers))
         for method, window in _settings(posed):
             row = _by_layer(posed.filter(method=method, window=window), "mean")
@@ -143,16 +143,18 @@ def metric_tables(metrics: pl.DataFrame, names: Sequence[str], title: str = "met
 def failed_lines(failed: Mapping[str, int], verb: str = "failed") -> list[str]:
     """How many edits failed, or "are suspect", and why."""
     often = sorted(failed.items(), key=lambda item: (-item[1], item[0]))
-    lines = [f"{count} edits {verb}: {reason}" for reason, count in often[:MOST_REASONS]]
+    verbs = {1: verb.replace("are", "is")}
+    lines = [f"{counted(count, 'edit')} {verbs.get(count, verb)}: {reason}" for reason, count in often[:MOST_REASONS]]
     if rest := often[MOST_REASONS:]:
-        lines.append(f"{sum(count for _, count in rest)} edits {verb} for {len(rest)} other reasons")
+        few = sum(count for _, count in rest)
+        lines.append(f"{counted(few, 'edit')} {verb} for {counted(len(rest), 'other reason')}")
     return lines
 
 
 def best_sentences(table: pl.DataFrame) -> list[str]:
-    """The layer with the best overall score, for each problem, method and window."""
+    """The layer with the best overall score, of several, for each problem, method and window."""
     means = mean_scores(table).filter(pl.col("n") > 0, score="overall").sort("mean", "layer", descending=[True, False])
-    sentences = []
+    sentences: list[str] = []
     for problem in in_order(table)["problem"].unique(maintain_order=True):
         parts = []
         for method, window in _settings(in_order(table.filter(problem=problem))):
@@ -160,7 +162,9 @@ def best_sentences(table: pl.DataFrame) -> list[str]:
             for layer, mean in _by_layer(best, "mean").items():
                 parts.append(f"{method_name(method, window)} at layer {layer} ({mean:.3f})")
         if parts:
-            sentences.append(f"{heading(problem)}: the best overall scores are those of {', '.join(parts)}.")
+            choice = "best " * (means.filter(problem=problem)["layer"].n_unique() > 1)
+            are = "scores are those" if len(parts) > 1 else "score is that"
+            sentences.append(f"{heading(problem)}: the {choice}overall {are} of {', '.join(parts)}.")
     return sentences
 
 
@@ -182,4 +186,4 @@ def _cell(values: Mapping[int, float], layer: int) -> str:
     if layer not in values:
         return "-"
     shown = f"{values[layer]:.3f}"
-    return f"[bold]{shown}[/bold]" if values[layer] == max(values.values()) else shown
+    return f"[bold]{shown}[/bold]" if len(values) > 1 and values[layer] == max(values.values()) else shown

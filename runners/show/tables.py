@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import polars as pl
 from rich.table import Table
 
-from causalcone.analysis.tables.names import words
+from causalcone.analysis.tables.names import counted, words
 from causalcone.analysis.tables.traces import ROLES, STATE, State, rows_of
 
 MOST_HEADS = 10
@@ -93,7 +93,7 @@ def _top_heads(frame: pl.DataFrame) -> tuple[list[tuple[State, int]], str]:
     effects = frame.filter(_of_heads).filter(pl.col("facts") == pl.max("facts"))
     heads = effects.group_by(by).agg(pl.max("effect")).sort(-pl.col("effect"), *by)
     top = [((method, kind, window), layer) for method, kind, window, layer, _ in heads.head(MOST_HEADS).rows()]
-    return top, f"the {len(top)} of {len(heads)} heads with the largest"
+    return top, f"the {len(top)} of {counted(len(heads), 'head')} with the largest"
 
 
 def _name(state: State) -> str:
@@ -156,9 +156,10 @@ def zeroing_sentence(curve: pl.DataFrame) -> str:
     layer, most = _peak(curve, "effect")
     kind, window = curve.select("kind", "window").row(0)
     last = curve.sort("layer")["effect"][-1]
+    within, at = (f"in {window} layers around", "around") if window > 1 else ("at", "at")
     return (
-        f"Zeroing: without the subject's {kind} outputs in {window} layers around layer {layer}, {most:.3f} of "
-        f"p(answer) is lost, around the last layer {last:.3f}."
+        f"Zeroing: without the subject's {kind} outputs {within} layer {layer}, {most:.3f} of p(answer) is lost, {at} "
+        f"the last layer {last:.3f}."
     )
 
 

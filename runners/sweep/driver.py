@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 from rich.console import Console
 
+from causalcone.analysis.tables.names import counted
 from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.engine.facts import Fact
 from causalcone.engine.schemas import FAILURE_SCHEMA, LEFT_OUT_SCHEMA, SCHEMA_VERSION, refuse_newer
@@ -166,14 +167,14 @@ class Driver:
         if bad and not self.sweep.skip_bad_facts:
             more = [f"and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else []
             reasons = "\n  ".join(
-                [f"{len(bad)} of {len(facts)} facts cannot be used:", *[*bad.values()][:_SHOWN], *more]
+                [f"{len(bad)} of {counted(len(facts), 'fact')} cannot be used:", *[*bad.values()][:_SHOWN], *more]
             )
             raise FactError(f"{reasons}\nmend them, or set skip_bad_facts = true to leave them out")
         rows = [{"fact_id": None, "unit": "reading", "reason": reason} for reason in skipped]
         rows += [{"fact_id": name, "unit": "checking", "reason": reason} for name, reason in bad.items()]
         if rows:
             self.store.write_table(_CHECKED, pa.Table.from_pylist(rows, schema=LEFT_OUT_SCHEMA), {})
-            self._tell(f"{len(rows)} facts cannot be used and are left out; {_CHECKED} says why")
+            self._tell(f"{counted(len(rows), 'fact')} left out, as unusable; {_CHECKED} says why")
             for row in rows[:_SHOWN]:
                 self._tell(f"  {row['reason']}")
         good = [fact for fact in facts if fact.id not in bad]
@@ -191,7 +192,7 @@ class Driver:
         selection = self._select(facts, first)
         if not selection.known:
             raise FactError(
-                f"the model completes none of the {len(facts)} facts ({FACTS} has what it says instead); set "
+                f"the model completes none of {counted(len(facts), 'fact')} ({FACTS} has what it says instead); set "
                 "filter.completes = false to go on with all of them"
             )
         for work in later_units(self.stages.values(), selection, depth):
@@ -208,7 +209,7 @@ class Driver:
         if stored is None or not stored.notes.get("filtered"):
             self.store.write_table(FACTS, fact_table(facts, results), {"filtered": True})
         known, erasable = len(selection.known), len(selection.erasable)
-        self._tell(f"{known} of {len(facts)} facts go on, {erasable} of them to be erased")
+        self._tell(f"facts that go on: {known} of {len(facts)}; likely enough to be erased: {erasable}")
         return selection
 
     def _compute_units(self, work: StageUnits, stop: Stop) -> None:

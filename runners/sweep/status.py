@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from causalcone.analysis.tables.names import counted
 from causalcone.runners.results.folder import ResultError
 from causalcone.runners.results.store import Store
 from causalcone.runners.sweep.driver import RUN, RUNNING
@@ -20,11 +21,13 @@ INTERRUPTED = "interrupted (the same command goes on)"
 
 @dataclass(frozen=True)
 class Progress:
-    """Items of a stage that are done, and that failed; the seconds that the done ones took together."""
+    """Items of a stage that are done, and that failed; how many of its units are done, and the seconds that these took
+    together."""
 
     work: StageUnits
     done: int
     failed: int
+    units: int
     seconds: float
 
 
@@ -54,15 +57,24 @@ class Status:
         for line in self.lines():
             console.print(line, highlight=False)
 
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Each stage for a report's page: its name, and in words how many of its units and of its items are done."""
+        rows = []
+        for each in self.stages:
+            work, failed = each.work, f", {each.failed:,} failed" if each.failed else ""
+            items = f"{each.done:,} of {counted(work.items, work.stage.item.removesuffix('s'))}{failed}"
+            rows.append((work.title, f"{each.units:,} of {len(work.units):,}", items))
+        return [*rows, ("further stages", "", "when the filter is done")] if self.later else rows
+
     def lines(self) -> list[str]:
         """Everything that the table does not say."""
-        lines = ["tracing and editing follow when the filter is done"] if self.later else []
-        for counted, what in ((self.failures, "units failed"), (self.left_out, "facts left out")):
-            lines += [f"{count} {what}: {reason}" for reason, count in counted.most_common(5)]
-            if len(counted) > 5:
-                lines.append(f"{sum(counted.values())} {what} in all; the folder has their list")
+        lines = ["further stages follow when the filter is done"] if self.later else []
+        for reasons, noun, what in ((self.failures, "unit", "failed"), (self.left_out, "fact", "left out")):
+            lines += [f"{counted(count, noun)} {what}: {reason}" for reason, count in reasons.most_common(5)]
+            if len(reasons) > 5:
+                lines.append(f"{counted(reasons.total(), noun)} {what} in all; the folder has their list")
         if self.failures:
-            lines.append("the same command with --retry-failed computes them again")
+            lines.append("the same command with --retry-failed computes again what failed")
         return lines
 
 
@@ -89,15 +101,16 @@ def status_of(place: str) -> Status:
 
 
 def _progress(work: StageUnits, store: Store) -> Progress:
-    done, failed, seconds = 0, 0, 0.0
+    done, failed, whole, seconds = 0, 0, 0, 0.0
     for unit in work.units:
         parts = unit.parts(store)
         if parts is not None:
             done += unit.items
+            whole += 1
             seconds += max(part.notes.get("seconds", 0.0) for part in parts)
         elif store.part(unit.failure) is not None:
             failed += unit.items
-    return Progress(work, done, failed, seconds)
+    return Progress(work, done, failed, whole, seconds)
 
 
 def _reasons(store: Store, table: str) -> Counter[str]:

@@ -8,22 +8,20 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from helpers.made_up_study import EFFECTS, SCORES, edited, traced, write_study
 from helpers.sweeps import swept
 
 from causalcone.analysis import tracing_effects
 from causalcone.analysis.papers.inputs import AnalysisOptions
+from causalcone.analysis.papers.records import Record, beside
 from causalcone.analysis.papers.table_files import cell, latex, markdown, p_value
-from causalcone.analysis.papers.tables import (
-    beside,
-    paper_tables,
-    published_concentrated,
-    published_errors,
-    published_regressions,
-)
+from causalcone.analysis.papers.tables import paper_tables
 from causalcone.analysis.scores import edits_with_effects, scores
 from causalcone.analysis.stats.regressions import regressions
 from causalcone.analysis.sweep_results import Study
 from causalcone.analysis.tables.traces import TableError
+from causalcone.engine.errors import ExperimentError
+from causalcone.runners.sweep.config import load_sweep
 
 DRAWS = ("--draws", "100")
 
@@ -57,7 +55,7 @@ def test_tables_are_those_of_the_functions(study, tmp_path, run):
         "effects of mlp:3, largest over prompt tokens, over p_high; layer and effect with interaction" in page.lower()
     )
     assert "The choice of the edit layer explains" in printed
-    assert len(list((tmp_path / "tables").glob("*.tex"))) == len(list((tmp_path / "tables").glob("*.csv"))) == 11
+    assert len(list((tmp_path / "tables").glob("*.tex"))) == len(list((tmp_path / "tables").glob("*.csv"))) == 12
 
 
 def test_options_are_named_in_the_tables(study, tmp_path, run):
@@ -209,37 +207,59 @@ def test_the_examples_of_the_page_run(study, tmp_path, monkeypatch, capsys, run)
 # --- published values ---
 
 
-def test_published_values_are_set_beside(copy):
-    run_json(copy, analysis={"published": "hase2023-gptj", "aggregate": "first"})
-    tables, _ = paper_tables(Study(copy), AnalysisOptions(draws=100))
+def test_published_values_are_set_beside(tmp_path):
+    folder = write_study(tmp_path, traced(EFFECTS), [edited(SCORES)], analysis={"published": "hase2023-gptj"})
+    tables, _ = paper_tables(Study(folder), AnalysisOptions(draws=100))
     by_name = {table.name: table.frame for table in tables}
     (row,) = by_name["table3_rewrite"].filter(problem="error_injection", method="rome").rows(named=True)
-    printed = [row[f"published_{name}"] for name in ("r2_layer", "r2_trace", "r2_both", "diff", "p")]
+    printed = [row[f"record_{name}"] for name in ("r2_layer", "r2_trace", "r2_both", "diff", "p")]
     assert printed == [0.947, 0.016, 0.948, 0.001, "<1e-4"]
     errors = by_name["table7_errors"].filter(problem="error_injection", method="rome", score="rewrite", metric="mae")
-    assert errors.select("published_layer", "published_trace").row(0) == (0.02, 0.206)
+    assert errors.select("record_layer", "record_trace").row(0) == (0.02, 0.206)
 
 
 def test_what_is_published_is_what_the_paper_prints():
     """Spot checks, and that R^2 and what tracing adds fit together as far as three digits do."""
-    for score in ("rewrite", "paraphrase", "neighborhood", "overall"):
-        table = published_regressions("hase2023-gptj", score)
+    gptj, zsre = Record.open("hase2023-gptj"), Record.open("hase2023-zsre")
+    for name in ("table3_rewrite", "table4_paraphrase", "table5_neighborhood", "table6_overall"):
+        table = gptj.table(name)
         assert table.height == 20
         assert (table["r2_both"] - table["r2_layer"] - table["diff"]).abs().max() < 0.0021
-    overall = published_regressions("hase2023-gptj", "overall").filter(
-        problem="fact_forcing", method="finetune", window=5
-    )
+    overall = gptj.table("table6_overall").filter(problem="fact_forcing", method="finetune", window=5)
     assert overall.row(0)[3:] == (0.459, 0.057, 0.475, 0.017, "<1e-4")
-    assert published_concentrated("hase2023-gptj")["r2_layer"].to_list() == [0.927]
-    assert published_errors("hase2023-zsre", "overall")["trace"].to_list() == [0.059, 0.223, 0.188]
-    assert published_regressions("hase2023-zsre", "rewrite") is None
-    with pytest.raises(TableError, match="no published tables of 'rome2022'"):
-        published_regressions("rome2022", "rewrite")
+    assert gptj.table("table2_concentrated")["r2_layer"].to_list() == [0.927]
+    assert zsre.table("table8_errors").filter(score="overall")["trace"].to_list() == [0.059, 0.223, 0.188]
+    assert zsre.table("table3_rewrite") is None
+    with pytest.raises(TableError, match="no tables on record of 'rome2022'"):
+        Record.open("rome2022")
+    with pytest.raises(ExperimentError, match="no tables on record of 'rome2022'"):
+        load_sweep("demo", ["published=rome2022"])
 
 
 def test_rows_without_a_published_value_stay():
     own = pl.DataFrame({"problem": ["error_injection"], "method": ["rome"], "window": [9], "r2_layer": [0.5]})
-    assert beside(own, published_regressions("hase2023-gptj", "rewrite"))["published_r2_layer"].to_list() == [None]
+    assert beside(own, "table3_rewrite", Record.open("hase2023-gptj"))["record_r2_layer"].to_list() == [None]
+
+
+def test_what_analyze_wrote_is_a_study_on_record(tmp_path, run):
+    """Of four facts one is edited anew: beside each value stands that of all four, with its own number of facts."""
+    scores = {**SCORES, "d": (0.3, 0.8)}
+    whole, small = (
+        write_study(tmp_path / name, traced({**EFFECTS, "d": (0.2, 0.1)}), [edited(part)])
+        for name, part in (("whole", scores), ("small", SCORES))
+    )
+    assert run("analyze", whole, "--no-figures", *DRAWS)[0] == 0
+    assert run("analyze", small, "--no-figures", "--beside", whole / "analysis/tables", *DRAWS)[0] == 0
+    ours, theirs = (
+        pl.read_csv(folder / "analysis/tables/table3_rewrite.csv").row(0, named=True) for folder in (small, whole)
+    )
+    assert (ours["facts"], ours["record_facts"]) == (3, 4)
+    for name in ("r2_layer", "r2_trace", "r2_both", "diff", "p", "edits", "facts"):
+        assert ours[f"record_{name}"] == theirs[name] != ours[name]
+    averages = pl.read_csv(small / "analysis/tables/average_effects.csv")
+    assert averages["record_effect"].to_list() == averages["effect"].to_list()
+    code, _, error = run("analyze", small, "--beside", tmp_path / "nowhere", *DRAWS)
+    assert (code, "there are no tables on record of" in error) == (2, True)
 
 
 # --- as they are shown ---

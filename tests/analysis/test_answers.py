@@ -67,7 +67,7 @@ def test_means_by_group():
 def test_a_probe_that_never_counts_is_named():
     edits, probes, _, _ = tables()
     assert unmet(edits, probes) == (
-        "1 probes do not count, since the unedited model does not say what they presuppose: "
+        "1 probe not counted, since the unedited model does not say what is presupposed: "
         f"1 of {GROUP} of fact 'b' (their rows have condition = false)"
     )
     assert unmet(edits, probes.with_columns(condition=pl.lit(None, pl.Boolean))) is None

@@ -42,7 +42,10 @@ def test_points_are_the_edits():
     low, high = figure.axes[:2]
     assert low.collections[0].get_offsets().tolist() == [[0.0, 0.0], [0.5, 0.1], [1.0, 0.5]]
     assert high.collections[0].get_offsets().tolist() == [[0.0, 0.9], [0.5, 0.6], [1.0, 0.6]]
-    assert (low.get_title(), high.get_title()) == ("layer 0: $\\rho$ = 0.94", "layer 1: $\\rho$ = -0.87")
+    assert (low.get_title(), high.get_title()) == (
+        "layer 0, n = 3: $\\rho$ = 0.94",
+        "layer 1, n = 3: $\\rho$ = -0.87",
+    )
     assert low.get_xlim() == (-0.04, 1.04)
 
 

@@ -182,7 +182,7 @@ def test_layers_of_few_facts_are_not_tested():
     kept = (layer < 4) | (fact < 10)
     frame = joined(fact[kept], layer[kept], rng.random(kept.sum()), rewrite=rng.random(kept.sum()))
     (row,) = cluster_robust_tests(frame).rows(named=True)
-    assert (row["p"], row["note"]) == (None, "10 facts at a layer are too few; 20 are needed")
+    assert (row["p"], row["note"]) == (None, "only 10 facts at a layer; 20 are needed")
     assert cluster_robust_tests(frame, interaction=False)["p"][0] is not None
     assert cluster_robust_tests(frame.filter(pl.col("layer") < 4))["p"][0] is not None
 
@@ -240,7 +240,7 @@ def test_a_remnant_of_the_facts_is_not_tested():
         permutation_test(joined(fact[kept], layer[kept], rng.random(kept.sum()), rewrite=rng.random(kept.sum())))
         for kept in ((layer < 7) | (fact < 3), (layer < 7) | (fact < 50))
     )
-    assert few.select("facts", "p", "note").row(0) == (3, None, "3 of 100 facts have edits and effects at all layers")
+    assert few.select("facts", "p", "note").row(0) == (3, None, "facts with edits and effects at all layers: 3 of 100")
     assert half["facts"][0] == 50
     assert half["p"][0] is not None
 

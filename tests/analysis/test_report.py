@@ -12,11 +12,18 @@ import pytest
 from helpers.odd_texts import ODD, with_odd_texts
 from helpers.sweeps import swept, write_sweep
 
+from causalcone.analysis import average_indirect_effect
 from causalcone.analysis.page.report import SCORES, report, report_data
 from causalcone.analysis.papers.inputs import AnalysisOptions
 from causalcone.analysis.sweep_results import Study
+from causalcone.runners.sweep.status import status_of
 
 CHOICE = AnalysisOptions(draws=100)
+
+
+def data_of(page):
+    (data,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
+    return json.loads(data)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +88,49 @@ def test_severed_and_zeroed_states(study, packed):
             start = own["at"] + place * own["layers"]
             expected = table.filter(fact_id=fact["id"])[value].cast(pl.Float32).to_list()
             assert packed.numbers[start : start + own["layers"]].tolist() == expected
+
+
+def test_average_effects_are_those_of_the_traces(study, packed):
+    expected = average_indirect_effect(study / "traces/restore")
+    lines = packed.about["averages"]
+    assert [line["state"] for line in lines[:1]] == ["hidden:1"]  # the first that the sweep asks for
+    for line in lines:
+        kind, window = line["state"].split(":")
+        rows = expected.filter(kind=kind, window=int(window)).filter(pl.col("role") == line["role"])
+        assert [line[name] for name in ("layer", "effect", "facts")] == [
+            rows[name].to_list() for name in ("layer", "effect", "facts")
+        ]
+
+
+def test_the_likeliest_answers_are_there_where_the_sweep_kept_them(study, packed, tmp_path):
+    table = pl.read_parquet(study / "facts.parquet")
+    kept = dict(table.select("fact_id", "likeliest").iter_rows())
+    assert [fact["likeliest"] for fact in packed.about["facts"]] == [kept[fact["id"]] for fact in packed.about["facts"]]
+    older = shutil.copytree(study, tmp_path / "older")
+    table.drop("likeliest").write_parquet(older / "facts.parquet")
+    facts = report_data(Study(older), CHOICE).about["facts"]
+    assert [fact["id"] for fact in facts] == [fact["id"] for fact in packed.about["facts"]]
+    assert "likeliest" not in facts[0]
+
+
+def test_an_unfinished_sweep_says_how_far_it_is(study, tmp_path, run):
+    """One unit of edits is gone."""
+    half = shutil.copytree(study, tmp_path / "half")
+    (half / "run.json").write_text((half / "run.json").read_text().replace('"complete"', '"stopped"'))
+    edits = sorted((half / "edits/fact_forcing/rome-1").glob("*.parquet"))
+    edits[-1].unlink()
+    assert run("report", half, "--draws", "100")[0] == 0
+    progress = {name: rest for name, *rest in data_of((half / "report.html").read_text())["progress"]}
+    whole = status_of(str(study))
+    assert list(progress) == [each.work.title for each in whole.stages]
+    units = {each.work.title: (each.units, each.done) for each in whole.stages}
+    count, done = units["fact forcing"]
+    gone = done - sum(len(pl.read_parquet(file)) for file in (half / "edits/fact_forcing").rglob("*.parquet"))
+    assert progress["fact forcing"] == [f"{count - 1} of {count}", f"{done - gone} of {done} edits"]
+    count, done = units["causal tracing"]
+    assert progress["causal tracing"] == [f"{count} of {count}", f"{done} of {done} facts"]
+    assert run("report", study, "--out", tmp_path / "whole.html", "--draws", "100")[0] == 0
+    assert data_of((tmp_path / "whole.html").read_text())["progress"] == []
 
 
 def test_the_page_needs_nothing_else(packed):

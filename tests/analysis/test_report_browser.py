@@ -1,10 +1,14 @@
 """The report's page in a real browser: Debian's chromium, driven by selenium (``make test-browser``)."""
 
 import csv
+import json
+import re
 import shutil
 import time
 
+import polars as pl
 import pytest
+from helpers.made_up_study import edited, traced, write_study
 from helpers.odd_texts import ODD, with_odd_texts
 
 from causalcone.analysis.page.report import report, report_data
@@ -14,6 +18,7 @@ from causalcone.analysis.sweep_results import Study
 selenium = pytest.importorskip("selenium")
 from selenium.webdriver import Chrome, ChromeOptions  # noqa: E402
 from selenium.webdriver.chrome.service import Service  # noqa: E402
+from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
@@ -83,10 +88,67 @@ def test_it_opens_without_errors_and_without_a_network(browser, at, page):
     assert len(find("maps").find_elements(By.CSS_SELECTOR, ".heatmaplayer image, .hm image")) == 2
 
 
+def test_buttons_of_charts_are_there_for_the_pointer_and_the_keyboard(browser, at, page):
+    find = at(page)
+    opacity = "return getComputedStyle(arguments[0]).opacity"
+    bars = browser.find_elements(By.CSS_SELECTOR, ".modebar")
+    assert len(bars) >= 8
+    assert {browser.execute_script(opacity, bar) for bar in bars} == {"0"}
+    for reach in (
+        lambda: ActionChains(browser).move_to_element(find("scores")).perform(),
+        lambda: browser.execute_script("document.querySelector('#scores .modebar-btn').focus({preventScroll: true})"),
+    ):
+        reach()
+        shown = [bar for bar in bars if browser.execute_script(opacity, bar) == "1"]
+        assert shown == [find("scores").find_element(By.CSS_SELECTOR, ".modebar")]
+        ActionChains(browser).move_to_element(find("answer-title")).perform()
+
+
+def test_every_chart_says_its_number_and_how_sure_it_is(at, page):
+    find = at(page)
+    for name in ("r2", "scores", "windows", "averages", "severed", "zeroed", "edits"):
+        note = find(name).find_element(By.XPATH, "following-sibling::*[1]").text
+        assert re.search(r"\b(\d+|[Oo]ne) (edits? of|facts?)\b", note), note
+        assert "intervals" in note
+    assert "One fact, so without intervals; p(target) is the mean over 2 draws" in find("maps-note").text
+    assert find("progress-box").is_displayed() is False
+
+
+def test_a_study_of_one_method_problem_and_layer(browser, at, study, tmp_path):
+    """And one fact; beside it, its own values as a study on record."""
+    from causalcone.analysis.papers.table_files import write_table
+    from causalcone.analysis.papers.tables import paper_tables
+
+    scores, effects = {"a": (0.4,)}, {"a": (0.1, 0.7)}
+    folder = write_study(tmp_path / "study", traced(effects), [edited(scores)])
+    tables, _ = paper_tables(Study(folder))
+    for table in tables:
+        write_table(table, tmp_path / "before")
+    about = {"label": "Before", "protocol": tables[0].notes[-1]}
+    (tmp_path / "before" / "study.json").write_text(json.dumps(about))
+    options = AnalysisOptions(draws=100, beside=str(tmp_path / "before"))
+    progress = [("causal tracing", "1 of 1", "1 of 1 fact"), ("error injection", "0 of 2", "0 of 2 edits")]
+    data = report_data(Study(folder), options, progress)
+    (tmp_path / "page.html").write_text(report(data), encoding="utf-8")
+    find = at(tmp_path / "page.html")
+    text = browser.find_element(By.TAG_NAME, "body").text
+    assert "This sweep is complete: 1 of 2 stages done" in text
+    assert "How well edits do, at layer 0" in text
+    assert "Means over 1 edit of 1 fact at a layer; no intervals, as there is one fact." in text
+    assert "Open marks: on record, Before, over 1 fact" in text
+    assert "There is no answer yet: no regression of rewrite scores on the edit layer could be tested" in text
+    assert not re.search(r"\b1 (facts|edits|layers|problems|stages)\b", text)
+    assert find("averages").is_displayed()
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
 def test_the_explorer_shows_the_chosen_fact_and_its_exact_values(browser, at, page, study):
     find = at(page)
     grid = "return document.querySelector('#maps > div').data[0].z"
     first, text = browser.execute_script(grid), find("fact-text").text
+    (answer, *_), likeliest = pl.read_parquet(study / "facts.parquet")["likeliest"][0].to_list(), find("likeliest").text
+    assert f"{answer['p']:.3f}" in likeliest
+    assert len(find("likeliest").find_elements(By.TAG_NAME, "span")) == 6
     Select(find("facts")).select_by_index(2)
     second = browser.execute_script(grid)
     assert find("fact-text").text != text
@@ -127,7 +189,7 @@ def test_scores_follow_the_choice(browser, at, page):
     Select(find("scores-problem")).select_by_value("fact_forcing")
     assert browser.execute_script(lines) != first
     Select(find("r2-score")).select_by_value("overall")
-    assert len(browser.execute_script("return document.getElementById('r2').data")) == 3
+    assert len(browser.execute_script("return document.getElementById('r2').data")) == 4
 
 
 def test_light_and_dark(browser, at, page):

@@ -239,7 +239,7 @@ def test_mean_scores() -> None:
         ]
     )
     means = mean_scores(table)
-    assert means.columns == ["problem", "method", "window", "layer", "score", "mean", "standard_error", "n"]
+    assert means.columns == ["problem", "method", "window", "layer", "score", "mean", "standard_error", "n", "facts"]
     assert means["score"].to_list() == list(SCORES) * 3
     rows = means.filter(score="essence").select("layer", "mean", "standard_error", "n").rows()
     assert rows == [(2, 0.5, None, 1), (4, pytest.approx(0.4), pytest.approx(0.4 / 2), 2), (6, None, None, 0)]

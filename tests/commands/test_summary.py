@@ -4,11 +4,13 @@ import io
 
 import polars as pl
 import pytest
+from helpers.made_up_study import edited, zeroed
 from helpers.trace_tables import made_up_traces
 from rich.console import Console
 
-from causalcone.analysis import average_indirect_effect, zeroing_curve
-from causalcone.runners.show.tables import effect_tables, gradient_table, layer_tables
+from causalcone.analysis import average_indirect_effect, scores, zeroing_curve
+from causalcone.runners.show.edit_tables import best_sentences, failed_lines, rewrite_tables
+from causalcone.runners.show.tables import effect_tables, gradient_table, layer_tables, zeroing_sentence
 
 TOKENS = ["The", " city", " of", " Big", " Old", " Rome", " is", " in"]
 HEADS = [(f"head.{head}", 1) for head in range(12)]
@@ -67,6 +69,21 @@ def test_effects_by_layer(layers, states):
     assert found.row_count == (layers if states != HEADS else 10)
     assert f"{curve['effect'].max():.3f}" in shown([found])
     assert "Effect of zeroing" in shown([found])
+
+
+def test_sentences_of_one_layer_and_one_fact():
+    edits, probes = edited({"a": (0.5,)})
+    (sentence,) = best_sentences(scores(edits, probes, aggregate="mean"))
+    assert sentence == "Error injection: the overall score is that of ROME at layer 0 (0.633)."
+    (title,) = (table.title for table in rewrite_tables(scores(edits, probes, aggregate="mean")))
+    assert title == "Error injection: mean rewrite score of 1 fact by layer"
+    several = scores(*edited({"a": (0.5, 0.2)}), aggregate="mean")
+    assert best_sentences(several)[0].startswith("Error injection: the best overall score is that of ROME at layer 0")
+    assert failed_lines({"odd": 1}, "are suspect") == ["1 edit is suspect: odd"]
+    curve = zeroing_curve(zeroed({"a": (0.2, 0.4)}).with_columns(window=pl.lit(1, pl.Int64)))
+    assert zeroing_sentence(curve) == (
+        "Zeroing: without the subject's mlp outputs at layer 1, 0.400 of p(answer) is lost, at the last layer 0.400."
+    )
 
 
 def test_gradients_by_kind():

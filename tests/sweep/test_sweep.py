@@ -9,6 +9,7 @@ from pathlib import Path
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+import torch
 from helpers.editing_cases import FULL
 from helpers.sweeps import assert_same_tables, configured, swept, tables
 
@@ -158,7 +159,7 @@ def test_a_filter_that_asks_the_model(file, folder, tmp_path):
     assert table["completes"].to_list() == [False, True, False]
     assert table["said"][1].startswith(said)
     assert tables(tmp_path / "out")["traces"]["fact_id"].unique().to_list() == [known.id]
-    with pytest.raises(FactError, match="completes none of the 1 facts"):
+    with pytest.raises(FactError, match="completes none of 1 fact"):
         swept(file, tmp_path / "none", *changes[1:], "limit=1")
 
 
@@ -172,6 +173,17 @@ def test_a_filter_of_the_likeliest_token(file, folder, tmp_path):
     assert swept(file, tmp_path / "out", *changes).status == "complete"
     assert pl.read_parquet(tmp_path / "out" / "facts.parquet")["argmax"].to_list() == [False, True, False]
     assert tables(tmp_path / "out")["traces"]["fact_id"].unique().to_list() == [right.id]
+
+
+def test_the_likeliest_answers_are_those_of_the_models_own_forward(folder, study):
+    session = cc.Tracer.from_pretrained(str(folder / "model")).session
+    table = pl.read_parquet(study / "facts.parquet")
+    for prompt, subject, answers in table.select("prompt", "subject", "likeliest").iter_rows():
+        ids = session.tokenizer(prompt.replace("{}", subject), return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            p, tokens = session.model(ids).logits[0, -1].double().softmax(-1).topk(5)
+        assert [answer["p"] for answer in answers] == pytest.approx(p.tolist(), abs=1e-6)
+        assert [answer["token"] for answer in answers] == [session.tokenizer.decode([token]) for token in tokens]
 
 
 def test_the_level_of_noise_is_that_of_the_facts_that_go_on(file, folder, tmp_path):

@@ -3,18 +3,20 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from causalcone.engine.edit.runs.decoding import continuations
 from causalcone.engine.edit.runs.packed_runs import Text
-from causalcone.engine.encoding import EncodedFact
+from causalcone.engine.encoding import EncodedFact, token_texts
 from causalcone.engine.facts import Fact
 from causalcone.engine.localize.causal_tracing import own_trial
 from causalcone.engine.plan.interventions import Base, Experiment, Overwrites
 from causalcone.engine.run.session import Session
 
 COMPLETION_TOKENS = 36
+LIKELIEST = 5
 
 
 def completions(session: Session, facts: Sequence[EncodedFact], tokens: int = COMPLETION_TOKENS) -> list[str]:
@@ -37,6 +39,23 @@ def completes(fact: Fact, completion: str) -> bool:
 
 def answer_probabilities(session: Session, facts: Sequence[EncodedFact]) -> list[float]:
     """p(target_true) after each prompt, all of its tokens."""
-    clean = Experiment((Base(),), np.empty(0, dtype=np.int64), Overwrites.none())
-    trials = [own_trial(fact, clean) for fact in facts]
-    return [math.exp(result.log_p[0, 0]) for _, result in session.run(trials)]
+    return [p for p, _ in known_answers(session, facts, 0)]
+
+
+def known_answers(
+    session: Session, facts: Sequence[EncodedFact], likeliest: int = LIKELIEST
+) -> list[tuple[float, list[dict[str, Any]]]]:
+    """p(target_true) after each prompt, all of its tokens; and as many of its likeliest next tokens, the likeliest
+    first: their text (``token``) and probability (``p``)."""
+    trials = []
+    for fact in facts:
+        last = np.array([(0, len(fact.prompt) - 1)][:likeliest], dtype=np.int64).reshape(-1, 2)
+        clean = Experiment((Base(),), np.empty(0, dtype=np.int64), Overwrites.none(), logits=last)
+        trials.append(own_trial(fact, clean))
+    answers = []
+    for _, result in session.run(trials):
+        p, ids = result.logits.double().softmax(-1).flatten().topk(likeliest)
+        texts = token_texts(ids.tolist(), session.tokenizer)
+        tokens = [{"token": text, "p": value} for text, value in zip(texts, p.tolist(), strict=True)]
+        answers.append((math.exp(result.log_p[0, 0]), tokens))
+    return answers

@@ -4,7 +4,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import AfterValidator, Field, PlainValidator, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from causalcone.engine.encoding import Bos, PromptForm, PromptOptions
 from causalcone.runners.checked_files import CheckedTable, Count, noise_level
@@ -15,6 +15,17 @@ Target = Literal["label", "argmax"]
 Names = Annotated[tuple[StrictStr, ...], Field(min_length=1)]
 Tokens = StrictStr | tuple[StrictInt, ...]
 Share = Annotated[StrictFloat, Field(ge=0, le=1)]
+
+
+def _on_record(name: str) -> str:
+    from causalcone.analysis.papers.records import Record
+    from causalcone.analysis.tables.traces import TableError
+
+    try:
+        Record.open(name)
+    except TableError as error:
+        raise ValueError(str(error)) from error
+    return name
 
 
 class FilterSettings(CheckedTable):
@@ -64,7 +75,7 @@ class Sweep(CheckedTable):
     """A whole study; ``stages.as_sweep`` adds a table for each stage. seed: of everything that is drawn but noise;
     contexts: a file of texts put before prompts, drawn from the model by default; shape: the model's configuration,
     where a plan is wanted of a model that is not at hand; zsre_form: how zsRE's records are read; columns: of flat
-    records, the columns of fields; published: the study whose published tables are set beside; answer_score: what the
+    records, the columns of fields; published: the study on record whose tables are set beside; answer_score: what the
     analysis takes p of several tokens for; compat: "published" does as published code does, where that differs; chat,
     system, bos and keep_space: as ``PromptForm``'s."""
 
@@ -75,7 +86,7 @@ class Sweep(CheckedTable):
     skip_bad_facts: StrictBool = False
     zsre_form: ZsreForm = "hase"
     columns: dict[StrictStr, StrictStr] | None = None
-    published: Literal["hase2023-gptj", "hase2023-zsre"] | None = None
+    published: Annotated[StrictStr, AfterValidator(_on_record)] | None = None
     answer_score: Literal["product", "mean"] = "product"
     dtype: Dtype | None = None
     device: StrictStr | None = None

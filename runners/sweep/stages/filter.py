@@ -6,7 +6,7 @@ from dataclasses import replace
 import pyarrow as pa
 
 from causalcone.engine.edit.runs.flops import Asked, Grown
-from causalcone.engine.edit.texts.recall import COMPLETION_TOKENS, answer_probabilities, completes, completions
+from causalcone.engine.edit.texts.recall import COMPLETION_TOKENS, completes, completions, known_answers
 from causalcone.engine.facts import Fact
 from causalcone.engine.schemas import FILTER_SCHEMA
 from causalcone.runners.sweep.inputs.resources import Resources
@@ -15,7 +15,7 @@ from causalcone.runners.sweep.inputs.units import Selection, Unit
 from causalcone.runners.sweep.stages.counts import Counts
 from causalcone.runners.sweep.stages.stage import ResultTable, Stage, StageCost, StageUnits
 
-FACT_BYTES = 1100
+FACT_BYTES = 1150
 """Of a row of the table of facts in zstd-compressed Parquet, measured on a sweep of the demo model."""
 
 
@@ -23,7 +23,7 @@ class FilterStage(Stage[FilterSettings]):
     """Completions and answer probabilities of all facts."""
 
     name, title, table = "filter", "what the model knows", FilterSettings
-    tables = (ResultTable("filter", FILTER_SCHEMA, row_bytes=140),)
+    tables = (ResultTable("filter", FILTER_SCHEMA, row_bytes=190),)
     required = True
 
     def all_units(self, facts: int) -> StageUnits:
@@ -46,10 +46,11 @@ class FilterStage(Stage[FilterSettings]):
         if self.options.argmax:
             likeliest = completions(session, encoded, 1)
             first = [text.strip() == fact.target_true.strip() for fact, text in zip(facts, likeliest, strict=True)]
+        p_true, tokens = zip(*known_answers(session, encoded), strict=True)
         answers = [fact.answer for fact in encoded if fact.answer is not None]
         columns = [
-            [fact.id for fact in facts], texts, right, first, answer_probabilities(session, encoded),
-            [answer.joiner for answer in answers], [answer.joined for answer in answers],
+            [fact.id for fact in facts], texts, right, first, p_true,
+            [answer.joiner for answer in answers], [answer.joined for answer in answers], tokens,
         ]  # fmt: skip
         return {"filter": pa.table(columns, schema=FILTER_SCHEMA)}
 
