@@ -1,20 +1,18 @@
-"""One prompt's table as a map of its tokens and the layers, drawn with characters: on the terminal, and as HTML.
-
-Neither polars nor matplotlib are needed; who prints in colour brings rich.
-"""
+"""One prompt's table as a map of its tokens and the layers, drawn with characters: on the terminal, and as HTML."""
 
 from __future__ import annotations
 
+import io
 import shutil
 import sys
-import textwrap
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from typing import Any
 
 import pyarrow as pa
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console
+from rich.text import Text
 
 SIGNS = {" ": "␣", "\n": "↵", "\r": "⇤", "\t": "⇥"}
 """Signs for white space in tokens."""
@@ -25,6 +23,8 @@ Piece = tuple[str, str]
 
 _GAP, _WIDE, _NARROW = 2, 4, 2
 """Columns between panels, of a cell that holds percent, and of one that holds tenths after a space."""
+_PAGE = 120
+"""Columns in notebooks."""
 _HUES = {"hidden": ("efedf5", "54278f"), "mlp": ("e5f5e0", "005a32"), "attn": ("fee0d2", "a50f15")}
 _OTHER = ("deebf7", "08306b")
 """Colours of nothing and of all: the hues of figures."""
@@ -112,41 +112,34 @@ class PromptMap:
     def __str__(self) -> str:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         lines = self.lines(shutil.get_terminal_size().columns, not encoding.lower().startswith("utf"))
-        return "\n".join("".join(text for text, _ in line).rstrip() for line in lines)
+        return "\n".join(line.plain.rstrip() for line in lines)
 
     __repr__ = __str__
 
-    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Text]:
         """What rich prints: in colour where the terminal has it."""
-        for line in self.lines(options.max_width, options.ascii_only):
-            shown = console.render_str("")
-            shown.no_wrap = True
-            for piece in line:
-                shown.append(*piece)
-            yield shown
+        return self.lines(options.max_width, options.ascii_only)
 
     def _repr_html_(self) -> str:
-        lines = (
-            "".join(f'<span style="{_css(style)}">{escape(text)}</span>' for text, style in line)
-            for line in self.lines(120)
-        )
-        return f'<pre style="line-height:1.3">{"<br>".join(lines)}</pre>'
+        console = Console(record=True, file=io.StringIO(), width=_PAGE, force_jupyter=False)
+        console.print(self)
+        return console.export_html(inline_styles=True, code_format='<pre style="line-height:1.3">{code}</pre>')
 
-    def lines(self, width: int = 80, ascii_only: bool = False) -> Iterator[list[Piece]]:
-        """Lines of at most ``width`` columns, in pieces. Cells hold percent where there is room, else tenths."""
+    def lines(self, width: int = 80, ascii_only: bool = False) -> Iterator[Text]:
+        """Lines of at most ``width`` columns. Cells hold percent where there is room, else tenths."""
         marked = [visible(text, ascii_only) + "*" * own for text, own in zip(self.labels, self.inside, strict=True)]
-        room = min(max(map(columns, (*marked, "layer"))), max(6, width // 4))
+        room = min(max(map(cell_len, (*marked, "layer"))), max(6, width // 4))
         cell, bands = self._layout(width - room)
         for text in self.head:
             yield from _wrapped(text, width, ascii_only)
         for band in bands:
-            yield []
-            yield [(" " * room, ""), *((_fitted("  " + panel.title, panel.width(cell)), "bold") for panel in band)]
+            yield Text()
+            yield _line((" " * room, ""), *((_fitted("  " + panel.title, panel.width(cell)), "bold") for panel in band))
             for row, label in enumerate(marked):
-                shown = _fitted(label, room, "~" if ascii_only else "…")
-                yield [(shown, "bold" * self.inside[row]), *(piece for p in band for piece in p.cells(row, cell))]
-            yield [("layer".ljust(room), "dim"), *((panel.axis(cell), "dim") for panel in band)]
-        yield []
+                shown = _fitted(label, room, "~" if ascii_only else "…"), "bold" * self.inside[row]
+                yield _line(shown, *(piece for panel in band for piece in panel.cells(row, cell)))
+            yield _line(("layer".ljust(room), "dim"), *((panel.axis(cell), "dim") for panel in band))
+        yield Text()
         unit = "percent" if cell == _WIDE else "0-9: tenths"
         yield from _wrapped(f"{unit} of {self.scale}; *: the subject", width, ascii_only)
 
@@ -178,18 +171,6 @@ def one_line(text: str, ascii_only: bool = False) -> str:
     return " ".join(visible(word, ascii_only) if word else "" for word in text.split(" "))
 
 
-def columns(text: str) -> int:
-    """Of the terminal: two for wide characters, none for marks that combine with the character before."""
-    wide = (unicodedata.east_asian_width(c) in "WF" for c in text)
-    return sum(0 if unicodedata.category(c) in ("Mn", "Me") else 1 + w for c, w in zip(text, wide, strict=True))
-
-
-def _css(style: str) -> str:
-    color, _, ground = style.partition(" on ")
-    plain = {"": "", "bold": "font-weight:bold", "dim": "opacity:0.6"}
-    return plain.get(color, f"color:{color};background:{ground}")
-
-
 def _title(row: Row) -> str:
     method = row.get("method", "")
     window = f":{row['window']}" if "window" in row else ""
@@ -211,16 +192,14 @@ def _scale(rows: Sequence[Row]) -> tuple[Callable[[Row], float], str]:
     return lambda row: (row["p_patched"] - low) / ((high - low) or 1.0), f"the way back from p_corrupted to {whole}"
 
 
+def _line(*pieces: Piece) -> Text:
+    return Text.assemble(*pieces, no_wrap=True)
+
+
 def _fitted(text: str, room: int, cut: str = "") -> str:
     """A text in exactly so many columns."""
-    if columns(text) > room:
-        while columns(text) > room - len(cut):
-            text = text[:-1]
-        text += cut
-    return text + " " * (room - columns(text))
+    return set_cell_size(text if cell_len(text) <= room else set_cell_size(text, room - len(cut)) + cut, room)
 
 
-def _wrapped(text: str, width: int, ascii_only: bool) -> Iterator[list[Piece]]:
-    shown = one_line(text, ascii_only)
-    for line in textwrap.wrap(shown, max(2, width // (1 + (columns(shown) > len(shown))))):
-        yield [(line, "")]
+def _wrapped(text: str, width: int, ascii_only: bool) -> Iterator[Text]:
+    yield from Text(one_line(text, ascii_only)).wrap(Console(), width)

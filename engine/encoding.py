@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal, TypedDict, get_args
 
-from causalcone.engine.errors import ExperimentError, FactError
+from causalcone.engine.errors import ExperimentError, FactError, one_of
 from causalcone.engine.facts import Fact, Joiner
 
 Bos = Literal["auto", "always", "never"]
@@ -47,8 +47,7 @@ class PromptForm:
     keep_space: bool = False
 
     def __post_init__(self) -> None:
-        if self.bos not in get_args(Bos):
-            raise ExperimentError(f"bos is {self.bos!r}; choose from {', '.join(get_args(Bos))}")
+        one_of("bos", self.bos, get_args(Bos))
         if self.system is not None and not self.chat:
             raise ExperimentError("a system message goes with a chat; give chat=True (--chat) too")
         if self.bos != "auto" and self.chat:

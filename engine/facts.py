@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar, get_args
 
-from causalcone.engine.errors import CausalconeError, ExperimentError, FactError
+from causalcone.engine.errors import CausalconeError, FactError, one_of
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -132,8 +132,7 @@ class Fact:
             raise FactError(f"fact {self.id!r}: the subject is empty; give the words that the prompt is about")
         if not self.target_true.strip():
             raise FactError(f"fact {self.id!r}: target_true is empty; give the answer that completes the prompt")
-        if self.joiner not in get_args(Joiner):
-            raise FactError(f"fact {self.id!r}: joiner is {self.joiner!r}; choose from {', '.join(get_args(Joiner))}")
+        one_of(f"fact {self.id!r}: joiner", self.joiner, get_args(Joiner), FactError)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -197,8 +196,7 @@ def usable(
     items: Iterable[Item], make: Callable[[Item], Result], fact_id: Callable[[Item], str], on_error: OnError
 ) -> tuple[list[Result], list[Skipped]]:
     """What ``make`` makes of items, and those that it refuses, where that is no error to end with."""
-    if on_error not in get_args(OnError):
-        raise ExperimentError(f"on_error is {on_error!r}; choose 'raise' or 'skip'")
+    one_of("on_error", on_error, get_args(OnError))
     results, skipped = [], []
     for item in items:
         try:

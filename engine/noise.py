@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from causalcone.engine.errors import ExperimentError
+from causalcone.engine.errors import ExperimentError, one_of
 
 NoiseKind = Literal["gaussian", "uniform", "multivariate", "t", "counterfactual"]
 SCALED_NOISES, SHAPED_NOISES = ("gaussian", "uniform"), ("multivariate", "t")
@@ -92,8 +92,7 @@ class TextNoise:
 
 
 def _check_kind(kind: str, replace: bool, dof: float | None) -> None:
-    if kind not in get_args(NoiseKind):
-        raise ExperimentError(f"unknown noise {kind!r}; choose from {', '.join(get_args(NoiseKind))}")
+    one_of("noise", kind, get_args(NoiseKind))
     if kind == "t" and dof is None:
         raise ExperimentError("the noise 't' needs dof, its degrees of freedom")
     if kind != "t" and dof is not None:

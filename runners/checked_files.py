@@ -1,5 +1,6 @@
 """Files that users write, read with plain complaints; tables of TOML files checked with pydantic."""
 
+import json
 import math
 import re
 import sys
@@ -65,6 +66,17 @@ def read_text(path: Path, error: type[CausalconeError] = FactError) -> str:
         raise error(f"cannot read {path}: {reason.strerror}") from reason
     except UnicodeDecodeError as reason:
         raise error(f"{path} is not UTF-8 text (byte {reason.start}); save it as UTF-8") from reason
+
+
+def parse_json(text: str, path: Path, kind: str = "JSON", line: int = 1) -> Any:
+    """The value of a JSON text, which begins at a line of a file. Raises ``FactError`` where it is none."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise FactError(f"{path} is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        place = f"line {line + error.lineno - 1}, column {error.colno}"
+        raise FactError(f"{path} is not {kind}: {error.msg} at {place}") from error
 
 
 def read_toml(path: Path) -> dict[str, Any]:

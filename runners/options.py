@@ -78,6 +78,11 @@ class SinglePromptOptions:
         """The target whose probability is read: the prompt's, or where there is none, that of a file's facts."""
         return of_facts if self.prompt is None else "argmax" if self.answer is None else "label"
 
+    @property
+    def asked(self) -> dict[str, str | None]:
+        """The prompt, and what goes with it."""
+        return {name: getattr(self, name) for name in ("prompt", "subject", "answer", "new") if hasattr(self, name)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class EditedPromptOptions(SinglePromptOptions):
@@ -115,6 +120,21 @@ class StreamableSourceOptions(SourceOptions):
         "resident: keep the weights on the device; stream: read them from the model's files in every pass, "
         "for models larger than the device.",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracedOptions(SinglePromptOptions, StreamableSourceOptions):
+    """The model, and the facts or one prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntegratedOptions(SinglePromptOptions, SourceOptions):
+    """The same, with the weights in memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditedOptions(EditedPromptOptions, SourceOptions):
+    """The same, with what one prompt is to be answered with."""
 
 
 @dataclass(frozen=True, kw_only=True)

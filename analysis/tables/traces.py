@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
@@ -14,7 +15,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from causalcone.engine import schemas
+from causalcone.engine import errors, schemas
 from causalcone.engine.errors import CausalconeError
 
 Schema: TypeAlias = dict[str, type[pl.DataType]]
@@ -65,6 +66,9 @@ SMALL = 1e-280
 
 class TableError(CausalconeError):
     """A table lacks columns or rows, or holds what it should not."""
+
+
+one_of = partial(errors.one_of, error=TableError)
 
 
 def read_traces(source: TraceSource, answer_score: AnswerScore = "product") -> pl.DataFrame:
@@ -153,12 +157,6 @@ def checked_probabilities(
         complaint = f"{in_words(identity)}: {column} is {{{column}}}, which is not a probability{advice}"
         refuse(frame.filter(wrong), complaint)
     return frame.with_columns(pl.col(columns).clip(upper_bound=1))
-
-
-def one_of(name: str, value: object, known: Sequence[str]) -> None:
-    """Refuse an option that is not known."""
-    if value not in known:
-        raise TableError(f"{name} is {value!r}; choose from {', '.join(known)}")
 
 
 def rows_of(frame: pl.DataFrame, state: State) -> pl.DataFrame:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from torch import Tensor
 
 from causalcone.engine.encoding import EncodedFact, PromptEncoder
 from causalcone.engine.errors import FactError
@@ -35,6 +36,14 @@ class TraceGrid:
 def target_tokens(fact: EncodedFact) -> tuple[int, ...]:
     """The tokens that predict the target's."""
     return tuple(range(len(fact.prompt) - 1, len(fact.tokens)))
+
+
+def own_trial(
+    fact: EncodedFact, experiment: Experiment, span: tuple[int, int] = (0, 0), vectors: tuple[Tensor, ...] = ()
+) -> Trial:
+    """An experiment on the fact's own prompt, after which its target is read; span: the corrupted tokens."""
+    shape = Shape(len(fact.tokens), span, (target_tokens(fact),))
+    return Trial(fact.fact.id, (fact.tokens,), fact.target, shape, experiment, vectors)
 
 
 def counterfactual_prompt(fact: EncodedFact, prompts: PromptEncoder) -> tuple[int, ...]:
@@ -140,9 +149,7 @@ class Zeroing:
             overwrites = _overwritten(windows, 1, tokens, ZERO)
             experiment = Experiment((Base(),), np.full(len(windows), CLEAN), overwrites)
             self._grids[tokens] = TraceGrid(experiment, *table)
-        grid = self._grids[tokens]
-        shape = Shape(len(fact.tokens), (0, 0), (target_tokens(fact),))
-        return Trial(fact.fact.id, (fact.tokens,), fact.target, shape, grid.experiment), grid
+        return own_trial(fact, self._grids[tokens].experiment), self._grids[tokens]
 
 
 def restoration_grid(

@@ -17,11 +17,10 @@ from torch import Tensor
 from causalcone.engine.encoding import EncodedFact
 from causalcone.engine.errors import ModelError
 from causalcone.engine.facts import Fact, OnError
-from causalcone.engine.localize.causal_tracing import target_tokens
+from causalcone.engine.localize.causal_tracing import own_trial
 from causalcone.engine.localize.options import GradientSpec, choose_tokens
 from causalcone.engine.localize.trace_run import FactsRun, encode_facts
 from causalcone.engine.noise import Noise, NoiseStream
-from causalcone.engine.plan.cone import Shape
 from causalcone.engine.plan.interventions import (
     CLEAN,
     CLEAN_AND_CORRUPTED,
@@ -115,8 +114,7 @@ class GradientRun(FactsRun):
         site, layer, token = np.tile(at, (len(bases), 1)).T
         captures = Captures(site, layer, np.repeat(np.arange(len(bases)), states), token)
         experiment = Experiment(bases, np.empty(0, dtype=np.int64), Overwrites.none(), captures=captures)
-        shape = Shape(len(fact.tokens), fact.span if self.noise else (0, 0), (target_tokens(fact),))
-        return Trial(fact.fact.id, (fact.tokens,), fact.target, shape, experiment)
+        return own_trial(fact, experiment, fact.span if self.noise else (0, 0))
 
     def _integrate(
         self, fact: EncodedFact, at: np.ndarray, clean: Tensor, baseline: Tensor
@@ -128,8 +126,7 @@ class GradientRun(FactsRun):
         along = torch.from_numpy(np.append((points + 1) / 2, 0.0))[:, None, None]
         lines = (baseline[:, state] + along * change[:, state] for state in range(states))
         vectors = tuple(line.flatten(0, 1).to(self.session.dtype) for line in lines)
-        shape = Shape(len(fact.tokens), (0, 0), (target_tokens(fact),))
-        trial = Trial(fact.fact.id, (fact.tokens,), fact.target, shape, runs_along(at), vectors)
+        trial = own_trial(fact, runs_along(at), vectors=vectors)
         ((_, result),) = self.session.run([trial], len(vectors[0]), gradient=True)
 
         none = torch.zeros(len(along) * J, hidden)  # of states that nothing read out depends on

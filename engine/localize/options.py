@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypedDict, get_args
 
-from causalcone.engine.errors import ExperimentError
+from causalcone.engine.errors import ExperimentError, one_of
 from causalcone.engine.localize.states import State, States, as_states, check_kinds, states_in
 from causalcone.engine.noise import SCALED_NOISES, Noise, NoiseKind, TextNoise, parse_sigma
 from causalcone.engine.run.session import Session
@@ -48,8 +48,7 @@ class CheckedSpec:
     tokens: Chosen
 
     def __post_init__(self) -> None:
-        if self.target not in get_args(Target):
-            raise ExperimentError(f"unknown target {self.target!r}; choose 'label' or 'argmax'")
+        one_of("target", self.target, get_args(Target))
         check_tokens(self.tokens)
 
     @property
@@ -99,13 +98,11 @@ class TraceSpec(CheckedSpec):
             raise ExperimentError(f"extra_tokens is {self.extra_tokens!r}; give a whole number of tokens from 0 up")
         if self.extra_tokens and kind == "counterfactual":
             raise ExperimentError("a counterfactual prompt has no noise for extra tokens; drop extra_tokens")
-        if self.sever not in SEVERED:
-            raise ExperimentError(f"cannot sever {self.sever!r}; choose mlp, attn or both")
+        one_of("sever", self.sever, SEVERED)
         other = next((state for state in self.states if state.kind != "hidden"), None)
         if self.sever and other:
             raise ExperimentError(f"severed tracing restores hidden states only, not {other}; leave that state out")
-        if self.compat not in (None, *get_args(Compat)):
-            raise ExperimentError(f"unknown compat {self.compat!r}; the only one is 'published'")
+        one_of("compat", self.compat, (None, *get_args(Compat)))
         if self.compat and self.sever and kind == "counterfactual":
             raise ExperimentError("the published code has no counterfactual prompts; drop compat or the noise")
 
@@ -184,8 +181,7 @@ class GradientSpec(CheckedSpec):
         _check_count("steps", self.steps, "quadrature points")
         super().__post_init__()
         _check_sampling(self)
-        if self.baseline not in get_args(Baseline):
-            raise ExperimentError(f"unknown baseline {self.baseline!r}; choose from {', '.join(get_args(Baseline))}")
+        one_of("baseline", self.baseline, get_args(Baseline))
 
 
 def choose_tokens(

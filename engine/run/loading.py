@@ -8,7 +8,7 @@ import torch
 
 from causalcone.engine.compute import Compute
 from causalcone.engine.encoding import PromptForm
-from causalcone.engine.errors import CausalconeError, ExperimentError, ModelError
+from causalcone.engine.errors import CausalconeError, ModelError, one_of
 from causalcone.engine.models import family_of
 from causalcone.engine.models.base import Architecture
 from causalcone.engine.run.model_files import model_place
@@ -23,8 +23,8 @@ def open_session(path: str, compute: Compute, weights: str = "resident", form: P
     default."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    check_weights(weights)
-    with _opening(path) as folder:
+    one_of("weights", weights, get_args(Weights))
+    with opening(path) as folder:
         config = AutoConfig.from_pretrained(folder)
         family_of(config.model_type)  # refuses what is not supported before anything is loaded
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -42,14 +42,8 @@ def open_session(path: str, compute: Compute, weights: str = "resident", form: P
     return Session(model, tokenizer, compute, architecture, form)
 
 
-def check_weights(weights: str) -> None:
-    """Raise ``ExperimentError`` where weights are to be at no place that is known."""
-    if weights not in get_args(Weights):
-        raise ExperimentError(f"weights {weights!r} are unknown; choose from {', '.join(get_args(Weights))}")
-
-
 @contextmanager
-def _opening(path: str) -> Iterator[str]:
+def opening(path: str, what: str = "model") -> Iterator[str]:
     """The path as transformers takes it; what goes wrong there is a ``ModelError``."""
     from safetensors import SafetensorError
 
@@ -60,4 +54,4 @@ def _opening(path: str) -> Iterator[str]:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if isinstance(error, CausalconeError):
             raise
-        raise ModelError(f"no model can be loaded from {place!r}: {error}") from error
+        raise ModelError(f"no {what} can be loaded from {place!r}: {error}") from error

@@ -56,21 +56,16 @@ def data(
     from causalcone.runners.facts import data as fact_data
     from causalcone.runners.facts.files import listed
     from causalcone.runners.facts.formats.flat import parse_columns
+    from causalcone.runners.facts.schemas import Reading
     from causalcone.runners.names import path_of, title_of
 
     if check and model is None:
         raise ExperimentError("--check runs the prompts in a model; name it with --model")
     if out is not None:
         fact_data.refuse_occupied_file(out, overwrite)
-    opened = fact_data.open_records(
-        path_of(source, "facts"),
-        split,
-        dataset_config,
-        seed,
-        zsre_form,
-        title_of(source, "facts"),
-        parse_columns(column or ()),
-    )
+    how = Reading(seed, zsre_form, parse_columns(column or ()))  # type: ignore[arg-type]
+    path, title = path_of(source, "facts"), title_of(source, "facts")
+    opened = fact_data.open_records(path, how, split, dataset_config, title)
     usable = None if model is None else fact_data.encoding_check(path_of(model, "model"))
     facts, problems = opened.facts(limit, usable)
     if problems:

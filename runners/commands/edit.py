@@ -9,18 +9,16 @@ from typer import Option
 
 from causalcone.runners.commands.shared import check_place, open_results, place_of, show, takes
 from causalcone.runners.options import (
-    EditedPromptOptions,
+    EditedOptions,
     EditingOptions,
     PromptOutputOptions,
     ScoringOptions,
-    SourceOptions,
 )
 
 
-@takes(SourceOptions, EditedPromptOptions, EditingOptions, ScoringOptions, PromptOutputOptions)
+@takes(EditedOptions, EditingOptions, ScoringOptions, PromptOutputOptions)
 def edit(
-    source: SourceOptions,
-    prompt: EditedPromptOptions,
+    source: EditedOptions,
     editing: EditingOptions,
     scoring: ScoringOptions,
     output: PromptOutputOptions,
@@ -47,10 +45,10 @@ def edit(
     )
     from causalcone.runners.show.figures import draw_scores
 
-    check_place(prompt, output)
-    study = inputs.editing(source, prompt, editing, scoring, output)
+    check_place(source, output)
+    study = inputs.editing(source, editing, scoring, output)
     wanted = (study.plan.aggregate, scoring.essence, scoring.answer_score)
-    single = None if prompt.prompt is None else PromptEdits(study)
+    single = None if source.prompt is None else PromptEdits(study)
     with place_of(output) as place:
         with open_results(output, place, study.configuration, "edits") as folder:
             seen = {} if single is None else {"seen": single.add}

@@ -13,23 +13,19 @@ from typer import Option
 from causalcone.runners.commands.shared import check_place, takes
 from causalcone.runners.options import (
     AnswerOptions,
+    IntegratedOptions,
     IntegrationOptions,
     PromptOutputOptions,
     SamplingOptions,
-    SinglePromptOptions,
-    SourceOptions,
-    StreamableSourceOptions,
+    TracedOptions,
     TracingOptions,
     ZeroingOptions,
 )
 
 
-@takes(
-    StreamableSourceOptions, SinglePromptOptions, PromptOutputOptions, TracingOptions, SamplingOptions, AnswerOptions
-)
+@takes(TracedOptions, PromptOutputOptions, TracingOptions, SamplingOptions, AnswerOptions)
 def trace(
-    source: StreamableSourceOptions,
-    prompt: SinglePromptOptions,
+    source: TracedOptions,
     output: PromptOutputOptions,
     tracing: TracingOptions,
     sampling: SamplingOptions,
@@ -54,27 +50,24 @@ def trace(
     def draw(folder: Path, first: list[Any], table: Path) -> Iterable[Path]:
         return draw_traces(folder, first, table, tracing.joint, **vars(answers)) if plot else []
 
-    check_place(prompt, output)
-    run = prepare_tracing(source, prompt, tracing, sampling)
+    check_place(source, output)
+    run = prepare_tracing(source, tracing, sampling)
     run.carry_out(output, tables, draw, plot, **vars(answers))
 
 
-@takes(StreamableSourceOptions, SinglePromptOptions, TracingOptions, SamplingOptions)
-def plan(
-    source: StreamableSourceOptions, prompt: SinglePromptOptions, tracing: TracingOptions, sampling: SamplingOptions
-) -> None:
+@takes(TracedOptions, TracingOptions, SamplingOptions)
+def plan(source: TracedOptions, tracing: TracingOptions, sampling: SamplingOptions) -> None:
     """Show what tracing would take: passes, rows, operations, memory and time; no fact is computed."""
     from causalcone.runners.commands.localize_runs import tracing_plan
     from causalcone.runners.show.forecast import forecast_table
 
-    inputs, planned = tracing_plan(source, prompt, tracing, sampling)
+    inputs, planned = tracing_plan(source, tracing, sampling)
     Console().print(forecast_table(inputs.tracer, planned))
 
 
-@takes(StreamableSourceOptions, SinglePromptOptions, PromptOutputOptions, ZeroingOptions, AnswerOptions)
+@takes(TracedOptions, PromptOutputOptions, ZeroingOptions, AnswerOptions)
 def zero(
-    source: StreamableSourceOptions,
-    prompt: SinglePromptOptions,
+    source: TracedOptions,
     output: PromptOutputOptions,
     zeroing: ZeroingOptions,
     answers: AnswerOptions,
@@ -89,8 +82,8 @@ def zero(
     from causalcone.runners.show.figures import draw_table
     from causalcone.runners.show.tables import layer_tables
 
-    check_place(prompt, output)
-    prepare_zeroing(source, prompt, zeroing).carry_out(
+    check_place(source, output)
+    prepare_zeroing(source, zeroing).carry_out(
         output,
         lambda path: layer_tables(zeroing_curve(path, **vars(answers)), "Share of p(target) lost by zeroing", "z.3f"),
         lambda folder, _, table: draw_table(folder, "zeroing", table, **vars(answers)) if plot else [],
@@ -98,10 +91,9 @@ def zero(
     )
 
 
-@takes(SourceOptions, SinglePromptOptions, PromptOutputOptions, IntegrationOptions, SamplingOptions)
+@takes(IntegratedOptions, PromptOutputOptions, IntegrationOptions, SamplingOptions)
 def gradients(
-    source: SourceOptions,
-    prompt: SinglePromptOptions,
+    source: IntegratedOptions,
     output: PromptOutputOptions,
     integration: IntegrationOptions,
     sampling: SamplingOptions,
@@ -122,8 +114,8 @@ def gradients(
         note = [GAP_NOTE] if integration.baseline == "zero" and "hidden" in by_kind["kind"] else []
         return [gradient_table(by_kind), *note]
 
-    check_place(prompt, output)
-    run = prepare_gradients(source, prompt, integration, sampling)
+    check_place(source, output)
+    run = prepare_gradients(source, integration, sampling)
     facts, tracer = run.inputs.facts, run.inputs.tracer
     run.carry_out(output, tables, lambda folder, first, _: draw_gradients(folder, first, facts, tracer), plot)
 

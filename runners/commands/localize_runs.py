@@ -26,11 +26,11 @@ from causalcone.runners.checked_files import read_text
 from causalcone.runners.commands.shared import open_results, place_of, show
 from causalcone.runners.inputs.inputs import Inputs, open_inputs
 from causalcone.runners.options import (
+    IntegratedOptions,
     IntegrationOptions,
     PromptOutputOptions,
     SamplingOptions,
-    SinglePromptOptions,
-    SourceOptions,
+    TracedOptions,
     TracingOptions,
     ZeroingOptions,
 )
@@ -95,10 +95,8 @@ class TableRun:
         return self.run.drawn(table.to_arrow())
 
 
-def prepare_tracing(
-    source: SourceOptions, prompt: SinglePromptOptions, choice: TracingOptions, sampling: SamplingOptions
-) -> TableRun:
-    inputs, spec, run = _tracing(source, prompt, choice, sampling)
+def prepare_tracing(source: TracedOptions, choice: TracingOptions, sampling: SamplingOptions) -> TableRun:
+    inputs, spec, run = _tracing(source, choice, sampling)
     noise: dict[str, Any] = {"replace_noise": choice.replace_noise, "dof": choice.dof}
     noise |= {"sigma_given": sampling.sigma} if spec.noise.kind in SCALED_NOISES else {"sigma": None}
     if isinstance(spec.noise, TextNoise):
@@ -107,38 +105,34 @@ def prepare_tracing(
     return TableRun.of("trace", "tracing", inputs, run, {**run.spec.configuration, **noise})
 
 
-def tracing_plan(
-    source: SourceOptions, prompt: SinglePromptOptions, choice: TracingOptions, sampling: SamplingOptions
-) -> tuple[Inputs, TracePlan]:
-    inputs, _, run = _tracing(source, prompt, choice, sampling)
+def tracing_plan(source: TracedOptions, choice: TracingOptions, sampling: SamplingOptions) -> tuple[Inputs, TracePlan]:
+    inputs, _, run = _tracing(source, choice, sampling)
     return inputs, run.plan()
 
 
-def prepare_zeroing(source: SourceOptions, prompt: SinglePromptOptions, choice: ZeroingOptions) -> TableRun:
+def prepare_zeroing(source: TracedOptions, choice: ZeroingOptions) -> TableRun:
     spec = ZeroSpec(
         states=as_states(choice.state or ["mlp:5"]),
-        target=prompt.target(choice.target),  # type: ignore[arg-type]
+        target=source.target(choice.target),  # type: ignore[arg-type]
         tokens=parse_tokens(choice.tokens),
     )
-    inputs = open_inputs(source, prompt)
+    inputs = open_inputs(source)
     run = inputs.used(TraceRun.of(inputs.session, inputs.facts, spec, inputs.on_error))
     return TableRun.of("zero", "zeroing", inputs, run, run.spec.configuration)
 
 
-def prepare_gradients(
-    source: SourceOptions, prompt: SinglePromptOptions, choice: IntegrationOptions, sampling: SamplingOptions
-) -> TableRun:
+def prepare_gradients(source: IntegratedOptions, choice: IntegrationOptions, sampling: SamplingOptions) -> TableRun:
     spec = GradientSpec(
         kinds=tuple(choice.kind or KINDS),
         steps=choice.steps,
         baseline=choice.baseline,  # type: ignore[arg-type]
-        target=prompt.target(choice.target),  # type: ignore[arg-type]
+        target=source.target(choice.target),  # type: ignore[arg-type]
         tokens=parse_tokens(choice.tokens),
         **vars(sampling),
     )
     if choice.baseline == "zero" and sampling != SamplingOptions():
         raise ExperimentError("samples, sigma and seed are of the corrupted run; they go with --baseline corrupted")
-    inputs = open_inputs(source, prompt)
+    inputs = open_inputs(source)
     run = inputs.used(GradientRun.of(inputs.session, inputs.every, spec, inputs.on_error, source.limit))
     noise: dict[str, Any] = {"samples": None, "sigma": None, "seed": None}
     if spec.baseline == "corrupted":
@@ -155,7 +149,7 @@ def parse_tokens(tokens: str) -> str | tuple[int, ...]:
 
 
 def _tracing(
-    source: SourceOptions, prompt: SinglePromptOptions, choice: TracingOptions, sampling: SamplingOptions
+    source: TracedOptions, choice: TracingOptions, sampling: SamplingOptions
 ) -> tuple[Inputs, TraceSpec, TraceRun]:
     """Model and facts, the options, which make sense together, and the run."""
     names = choice.state or (["hidden:1"] if choice.sever else [f"{kind}:{window}" for kind, window in DEFAULT_STATES])
@@ -163,7 +157,7 @@ def _tracing(
     noise: dict[str, Any] = {"kind": choice.noise, "replace": choice.replace_noise, "dof": choice.dof}
     spec = TraceSpec(
         states=as_states(names),
-        target=prompt.target(choice.target),  # type: ignore[arg-type]
+        target=source.target(choice.target),  # type: ignore[arg-type]
         tokens=parse_tokens(choice.tokens),
         joint=choice.joint,
         noise=TextNoise(texts=tuple(texts), **noise) if texts else Noise(**noise),
@@ -172,7 +166,7 @@ def _tracing(
         compat=choice.compat,  # type: ignore[arg-type]
         **vars(sampling),
     )
-    inputs = open_inputs(source, prompt)
+    inputs = open_inputs(source)
     return inputs, spec, inputs.used(TraceRun.of(inputs.session, inputs.every, spec, inputs.on_error, source.limit))
 
 

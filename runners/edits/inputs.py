@@ -29,12 +29,11 @@ from causalcone.runners.inputs.reference_texts import ReferenceTexts, load_refer
 from causalcone.runners.inputs.running_text import RunningText, open_texts
 from causalcone.runners.names import path_of
 from causalcone.runners.options import (
-    EditedPromptOptions,
+    EditedOptions,
     EditingOptions,
     EditMethodOptions,
     PromptOutputOptions,
     ScoringOptions,
-    SourceOptions,
 )
 from causalcone.runners.results.folder import refuse_occupied
 
@@ -49,24 +48,20 @@ class TextInputs:
 
 
 def editing(
-    source: SourceOptions,
-    prompt: EditedPromptOptions,
-    choice: EditingOptions,
-    scoring: ScoringOptions,
-    output: PromptOutputOptions,
+    source: EditedOptions, choice: EditingOptions, scoring: ScoringOptions, output: PromptOutputOptions
 ) -> EditStudy:
     """The study of the options; moments are collected, if requested."""
     if output.out is not None:
         refuse_occupied(output.out, output.overwrite)
     elif scoring.keep_deltas:
         raise ExperimentError("--keep-deltas writes files: give --out with a folder for them, or leave it out")
-    choice = _completed(choice, prompt, source.model)
+    choice = _completed(choice, source)
     layers = None if choice.layers is None else parse_layers(choice.layers)
     plan = plan_of(choice, choice.problem or ERROR_INJECTION, layers, scoring.aggregate)
     texts = read_texts(choice, plan, scoring)
-    inputs = open_inputs(source, prompt)
+    inputs = open_inputs(source)
     if inputs.single:
-        inputs = replace(inputs, every=[_answered(inputs, prompt)])
+        inputs = replace(inputs, every=[_answered(inputs, source)])
         plan = replace(plan, layers=layers or (inputs.session.sizes.depth // 4,))
     elif choice.problem is None and all(fact.target_new == fact.target_true for fact in inputs.facts):
         plan = plan_of(choice, FACT_AMPLIFICATION, layers, scoring.aggregate)
@@ -83,30 +78,30 @@ _TOWARDS_TRUE = (
 )
 
 
-def _completed(choice: EditingOptions, prompt: EditedPromptOptions, model: str) -> EditingOptions:
+def _completed(choice: EditingOptions, source: EditedOptions) -> EditingOptions:
     """The options with the method that a single prompt is edited by, whether the model knows its answer or not."""
-    if prompt.prompt is None:
+    if source.prompt is None:
         if not choice.method:
             raise ExperimentError(f"--method is missing: give one or more of {', '.join(methods())}")
         return choice
-    if choice.problem in (None, ERROR_INJECTION) and prompt.new is None:
+    if choice.problem in (None, ERROR_INJECTION) and source.new is None:
         raise ExperimentError("--new is missing: give what the edited model is to answer, such as --new Rome")
-    if model == "demo" and not choice.method and choice.texts is None:
+    if source.model == "demo" and not choice.method and choice.texts is None:
         choice = replace(choice, moments=choice.moments or "demo")
     return replace(choice, method=choice.method or ["rome"], filtered=False)
 
 
-def _answered(inputs: Inputs, prompt: EditedPromptOptions) -> Fact:
+def _answered(inputs: Inputs, source: EditedOptions) -> Fact:
     """The fact of a prompt, with its new answer; the model's likeliest token must be what its text stands for."""
     (fact,) = inputs.every
-    if prompt.answer is None:
+    if source.answer is None:
         asked: tuple[Fact | Prompt, ...] = fact, Prompt(fact.text)
         of_text, of_token = (inputs.tracer.run([each], [])[0].clean.p.item() for each in asked)
         if not math.isclose(of_text, of_token, rel_tol=1e-3):
             raise ExperimentError(
                 f"--answer is missing: the model goes on with {fact.target_true!r}, which is no answer of its own"
             )
-    return replace(fact, target_new=prompt.new)
+    return replace(fact, target_new=source.new)
 
 
 def read_texts(choice: EditMethodOptions, plan: EditPlan, scoring: ScoringOptions) -> TextInputs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any, Literal, get_args
 from causalcone.engine.edit.methods.hparams import Hparams, is_word, kinds_of
 from causalcone.engine.edit.methods.method import Method
 from causalcone.engine.edit.methods.registry import method_named, methods
-from causalcone.engine.edit.requests.requests import check_problem
 from causalcone.engine.edit.texts.contexts import Contexts
-from causalcone.engine.errors import CausalconeError, ExperimentError
+from causalcone.engine.errors import CausalconeError, ExperimentError, one_of
 from causalcone.engine.localize.options import DEFAULT_SIGMA
-from causalcone.runners.checked_files import read_text
+from causalcone.engine.schemas import PROBLEMS
+from causalcone.runners.checked_files import parse_json, read_text
 from causalcone.runners.edits.presets import load_hparams, load_preset
 from causalcone.runners.options import EditMethodOptions
 
@@ -79,15 +78,14 @@ class EditPlan:
         ``"preset"``; preset: where hyperparameters, noise and aggregate are from; changes: hyperparameters that differ,
         such as "rome.clamp=4"; sigma: a number, or such as "3sd"; window: of methods without their own; aggregate:
         "first" or "mean". Raises ``ExperimentError`` for an argument that cannot be used."""
-        check_problem(problem)
+        one_of("problem", problem, PROBLEMS)
         settings = _settings(methods, problem, window, preset, changes)
         loaded = None if preset is None else load_preset(preset)
         if layers == "preset":
             if loaded is None:
                 raise ExperimentError("layers are those of a preset, and none is given; give one, or the layers")
             layers = loaded.edit_layers
-        if aggregate not in (None, "first", "mean"):
-            raise ExperimentError(f"aggregate is {aggregate!r}; choose first or mean")
+        one_of("aggregate", aggregate, (None, "first", "mean"))
         noise, which = (DEFAULT_SIGMA, "first") if loaded is None else (loaded.sigma, loaded.aggregate)
         return cls(problem, settings, layers, str(noise if sigma is None else sigma), aggregate or which)
 
@@ -126,17 +124,16 @@ def parse_layers(layers: str) -> Layers:
 
 def read_contexts(path: Path) -> Contexts:
     """The contexts of a JSON file, or of the ``run.json`` of an editing study."""
+    text = read_text(path)
     try:
-        content = json.loads(read_text(path))
+        content = parse_json(text, path)
         if isinstance(content, dict) and "contexts" in content:
             content = content["contexts"]
         lists = isinstance(content, dict) and all(isinstance(texts, list) for texts in content.values())
         if not lists or set(content) != {"rome", "memit"}:
             raise ExperimentError('it is not {"rome": [texts], "memit": [texts]}, nor a run.json with contexts')
         return Contexts(**content)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ExperimentError(f"{path} holds no contexts: it is not JSON ({error})") from error
-    except ExperimentError as error:
+    except CausalconeError as error:
         raise ExperimentError(f"{path} holds no contexts: {error}") from error
 
 

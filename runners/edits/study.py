@@ -17,7 +17,6 @@ from causalcone.engine.edit.methods.registry import method_named
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import as_windows
-from causalcone.engine.edit.scoring.tables import edit_batch
 from causalcone.engine.schemas import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA, TEXT_SCHEMA
 from causalcone.runners.edits.settings import EditPlan, Setting
 from causalcone.runners.results.folder import ResultFolder, TableWriter
@@ -134,11 +133,9 @@ class EditStudy:
         scores = self.editor.evaluate(batch, **self.evaluate)
         if self.keep_deltas:
             _save_deltas(scores.edits, deltas)
-        tables["probes"].write(scores.probes)
-        tables["metrics"].write(scores.metrics)
-        if self.writes:
-            tables["texts"].write(scores.texts)
-        tables["edits"].write(edit_batch(scores.edits))  # the last, so that no edit stands there without its scores
+        for name, table in scores.tables.items():
+            if name in tables:
+                tables[name].write(table)
         return scores.edits
 
     def _batches(self, setting: Setting) -> Iterator[list[Edit]]:

@@ -3,66 +3,44 @@
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from string import ascii_letters, digits
-from typing import Any
 
 from causalcone.engine.atomic import replacing
 from causalcone.engine.encoding import PromptEncoder
 from causalcone.engine.errors import ExperimentError, FactError, ModelError
 from causalcone.engine.facts import Fact
 from causalcone.engine.models import family_of
-from causalcone.engine.run.model_files import model_place
+from causalcone.engine.run.loading import opening
 from causalcone.runners.checked_files import STANDARD_INPUT
 from causalcone.runners.facts.data_sets import DataSet
-from causalcone.runners.facts.files import Check, Records, checked_form, open_file, save_facts
-from causalcone.runners.facts.records import without_nulls
-from causalcone.runners.facts.schemas import Recognised, ZsreForm, in_form, named_columns, recognise, supported
+from causalcone.runners.facts.files import Check, Records, as_records, open_file, save_facts
+from causalcone.runners.facts.schemas import Reading, Schema
 from causalcone.runners.results.folder import ResultError
 
 
 def open_records(
-    source: str,
-    split: str | None = None,
-    config: str | None = None,
-    seed: int = 0,
-    zsre_form: str = "hase",
-    title: str | None = None,
-    columns: Mapping[str, str] | None = None,
+    source: str, how: Reading, split: str | None = None, config: str | None = None, title: str | None = None
 ) -> Records:
-    """The records of a file, which messages call ``title``, or of a data set (a folder of one, or a hub id). ``split``
-    ("train" by default) and ``config`` are a data set's, the others those of ``load_facts``. Raises ``FactError`` where
-    there is nothing to read, or nothing of a known format."""
-    form = checked_form(zsre_form)
+    """The records of a file, which messages call ``title``, or of a data set (a folder of one, or a hub id), which
+    ``split`` ("train" by default) and ``config`` are of. Raises ``FactError`` where there is nothing to read, or
+    nothing of a known format."""
     if source != STANDARD_INPUT and (os.path.isdir(source) or not os.path.exists(source)):
-        return _of_data_set(source, split or "train", config, seed, form, columns)
+        return _of_data_set(source, how, split or "train", config)
     name = title or source
     if split is not None or config is not None:
         raise ExperimentError(f"--split and --dataset-config are for data sets, and {name} is a file; leave them out")
-    return open_file(Path(source), name, seed, form, columns)
+    return open_file(Path(source), name, how)
 
 
-def _of_data_set(
-    name: str, split: str, config: str | None, seed: int, form: ZsreForm, columns: Mapping[str, str] | None
-) -> Records:
+def _of_data_set(name: str, how: Reading, split: str, config: str | None) -> Records:
     _refuse_missing_file(name)
     data_set = DataSet.open(name, config, split)
     rows = iter(data_set)
     first = next(rows, None)
     if first is None:
         raise FactError(f"the split {split!r} of the data set {name!r} is empty; choose another with --split")
-    recognised = named_columns(columns, first) if columns else recognise([first], table=True)
-    if recognised is None:
-        raise FactError(
-            f"the data set {name!r} holds no facts: its columns are {', '.join(first)}. Supported are {supported()}"
-        )
-    records: Iterable[Any] = map(without_nulls, chain([first], rows))
-    if recognised.schema.name == "zsre" and form == "hase":
-        records = list(records)  # false targets are drawn from all answers, whatever the limit
-    drawn_of = records if isinstance(records, list) else ()
-    return Records(str(data_set), replace(recognised, schema=in_form(recognised.schema, form, seed, drawn_of)), records)
+    return as_records(str(data_set), [first], rows, True, how)
 
 
 _HUB_CHARACTERS = frozenset(f"{ascii_letters}{digits}._-/")
@@ -81,12 +59,9 @@ def encoding_check(model: str) -> Check:
     ``ModelError`` where they cannot be, or the engine could not use them."""
     from transformers import AutoConfig, AutoTokenizer
 
-    try:
-        place = model_place(model)
+    with opening(model, "tokenizer and configuration") as place:
         config = AutoConfig.from_pretrained(place)
         tokenizer = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ModelError(f"no tokenizer and configuration can be loaded from {model!r}: {error}") from error
     family_of(config.model_type)
     if not tokenizer.is_fast:
         raise ModelError(f"the tokenizer of {model!r} gives no character offsets; save its fast form there")
@@ -113,7 +88,7 @@ def write_facts(facts: Iterable[Fact], out: Path) -> None:
 _OPTIONAL = ("target_new", "paraphrase_prompts", "neighborhood_prompts", "attribute_prompts", "generation_prompts")
 
 
-def summary(recognised: Recognised, facts: Sequence[Fact]) -> list[str]:
+def summary(recognised: Schema, facts: Sequence[Fact]) -> list[str]:
     """Lines that say what format the facts are of, why it is taken for that, and what they hold."""
     having = [f"{name} {sum(bool(getattr(fact, name)) for fact in facts):,}" for name in _OPTIONAL]
     relations = {fact.relation_id for fact in facts} - {None}

@@ -6,19 +6,19 @@ import dataclasses
 import json
 import os
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from pydantic import ValidationError
 
-from causalcone.engine.errors import FactError
+from causalcone.engine.errors import FactError, one_of
 from causalcone.engine.facts import Fact, OnError
 from causalcone.runners.checked_files import PLAINER, plainly
 from causalcone.runners.facts.records import is_table, read_records, without_nulls
-from causalcone.runners.facts.schemas import Recognised, ZsreForm, in_form, named_columns, recognise, supported
+from causalcone.runners.facts.schemas import Reading, Schema, ZsreForm, in_form, named_columns, recognise, supported
 
 Check = Callable[[Fact], object]
 
@@ -36,7 +36,7 @@ class FactsRead(NamedTuple):
 
     facts: list[Fact]
     problems: list[str]
-    recognised: Recognised
+    recognised: Schema
 
 
 def load_facts(
@@ -67,31 +67,22 @@ def load_facts(
     Raises:
         FactError: Names the file and the record at fault.
     """
-    read = read_facts(path, limit, seed, zsre_form=zsre_form, on_error=on_error, columns=columns)
+    read = read_facts(path, Reading(seed, zsre_form, columns), limit, on_error)
     if read.problems:
         warnings.warn(SkippedRecords(Path(path), read.problems), stacklevel=2)
     return read.facts
 
 
 def read_facts(
-    path: str | os.PathLike[str],
-    limit: int | None = None,
-    seed: int = 0,
-    *,
-    zsre_form: ZsreForm = "hase",
-    on_error: OnError = "raise",
-    columns: Mapping[str, str] | None = None,
+    path: str | os.PathLike[str], how: Reading, limit: int | None = None, on_error: OnError = "raise"
 ) -> FactsRead:
     """As ``load_facts``: the facts, what is wrong with the records that are left out, and what the file is."""
     path = Path(path)
     if limit is not None and limit < 1:
         raise FactError(f"limit is {limit}; it must be at least 1, or None for all facts")
-    if on_error not in ("raise", "skip"):
-        raise FactError(f"on_error is {on_error!r}; it must be 'raise' or 'skip'")
-    opened = open_file(path, path, seed, checked_form(zsre_form), columns)
-    if on_error == "raise":
-        return FactsRead(opened.good_facts(limit), [], opened.recognised)
-    facts, problems = opened.facts(limit)
+    one_of("on_error", on_error, get_args(OnError), FactError)
+    opened = open_file(path, path, how)
+    facts, problems = opened.facts(limit, on_error=on_error)
     if not facts:
         raise FactError(f"{path} holds no usable fact; the first problem: {problems[0]}")
     return FactsRead(facts, problems, opened.recognised)
@@ -123,43 +114,46 @@ class Records:
     """Records of one format, read while they are taken; place: what they are of, in words."""
 
     place: str | Path
-    recognised: Recognised
+    recognised: Schema
     records: Iterable[Any]
 
-    def facts(self, limit: int | None, check: Check | None = None) -> tuple[list[Fact], list[str]]:
+    def facts(
+        self, limit: int | None, check: Check | None = None, on_error: OnError = "skip"
+    ) -> tuple[list[Fact], list[str]]:
         """The first ``limit`` facts that ``check`` raises no error of, and what is wrong with records before those, a
-        line each. No further record is taken. Of several facts with one id the first counts."""
+        line each. No further record is taken. Of several facts with one id the first counts. Under "raise" a record
+        that is none raises ``FactError``, and so do ids that are there twice."""
         facts: dict[str, Fact] = {}
         problems: list[str] = []
+        again: dict[str, None] = {}
         for index, record in enumerate(self.records):
             try:
                 found = self._facts_of(index, record, check)
             except FactError as error:
+                if on_error == "raise":
+                    raise
                 problems.append(str(error))
                 continue
-            again = [fact.id for fact in found if fact.id in facts]
-            problems += [f"{_place(self.place, index, record)}: the id {name!r} was there before" for name in again]
-            facts |= {fact.id: fact for fact in found if fact.id not in again}
+            twice = [fact.id for fact in found if fact.id in facts]
+            problems += [f"{_place(self.place, index, record)}: the id {name!r} was there before" for name in twice]
+            again |= dict.fromkeys(twice)
+            facts |= {fact.id: fact for fact in found if fact.id not in facts}
             if limit is not None and len(facts) >= limit:
                 break
+        if again and on_error == "raise":
+            more = f" and {len(again) - 10} more" if len(again) > 10 else ""
+            raise FactError(
+                f"{self.place}: ids must be unique, but {', '.join(map(repr, [*again][:10]))}{more} occur more than "
+                "once; rename them, or load with on_error='skip' to keep the first of each"
+            )
         return list(facts.values())[:limit], problems
-
-    def good_facts(self, limit: int | None) -> list[Fact]:
-        """The first ``limit`` facts. Raises ``FactError`` for a record that is none, or ids that are there twice."""
-        facts: list[Fact] = []
-        for index, record in enumerate(self.records):
-            facts += self._facts_of(index, record)
-            if limit is not None and len(facts) >= limit:
-                break
-        _refuse_duplicates(self.place, facts[:limit])
-        return facts[:limit]
 
     def _facts_of(self, index: int, record: Any, check: Check | None = None) -> list[Fact]:
         place = _place(self.place, index, record)
         if not isinstance(record, Mapping):
             raise FactError(f"{place} is {_kind(record)}, not an object")
         try:
-            facts = self.recognised.schema.facts(index, record)
+            facts = self.recognised.facts(index, record)
             for fact in facts if check else ():
                 check(fact)  # type: ignore[misc]
         except ValidationError as error:
@@ -181,46 +175,32 @@ _PLAINER = {
 }
 
 
-def open_file(
-    path: Path, place: str | Path, seed: int, form: ZsreForm, columns: Mapping[str, str] | None = None
-) -> Records:
-    """The records of a file, which messages call ``place``; the others as of ``load_facts``."""
-    records, table = read_records(path), is_table(path)
-    if columns:
-        names = (key for record in records if isinstance(record, Mapping) for key in record)
-        recognised: Recognised | None = named_columns(columns, names)
+def open_file(path: Path, place: str | Path, how: Reading) -> Records:
+    """The records of a file, which messages call ``place``."""
+    return as_records(place, read_records(path), (), is_table(path), how)
+
+
+def as_records(place: str | Path, first: Sequence[Any], others: Iterable[Any], table: bool, how: Reading) -> Records:
+    """Records of the format of the ``first`` ones. table: whether they are rows, which all have the same keys."""
+    if how.columns:
+        names = (key for record in first if isinstance(record, Mapping) for key in record)
+        recognised: Schema | None = named_columns(how.columns, names)
     else:
-        recognised = recognise(records, table)
+        recognised = recognise(first, table)
     if recognised is None:
-        raise FactError(f"{place} holds no facts: {_found(records)}. Supported are {supported()}")
-    schema = in_form(recognised.schema, form, seed, records)
+        raise FactError(f"{place} holds no facts: {_found(first, table)}. Supported are {supported()}")
+    records: Iterable[Any] = chain(first, others)
     if table:
-        records = [without_nulls(record) for record in records]
-    return Records(place, dataclasses.replace(recognised, schema=schema), records)
-
-
-def checked_form(zsre_form: str) -> ZsreForm:
-    """The form of that name. Raises ``FactError`` where there is none."""
-    for form in get_args(ZsreForm):
-        if form == zsre_form:
-            return form
-    raise FactError(f"zsre_form is {zsre_form!r}; choose from {', '.join(get_args(ZsreForm))}")
+        records = map(without_nulls, records)
+    if recognised.name == "zsre" and how.zsre_form == "hase":
+        records = list(records)  # false targets are drawn from all answers, whatever the limit
+    return Records(place, in_form(recognised, how, records), records)
 
 
 def listed(problems: Sequence[str], most: int) -> str:
     """Problems on indented lines, each after a line break; then the number of those beyond the first ``most``."""
     more = f"\n  and {len(problems) - most} more" if len(problems) > most else ""
     return "".join(f"\n  {problem}" for problem in problems[:most]) + more
-
-
-def _refuse_duplicates(path: str | Path, facts: Sequence[Fact]) -> None:
-    repeated = [name for name, count in Counter(fact.id for fact in facts).items() if count > 1]
-    if repeated:
-        more = f" and {len(repeated) - 10} more" if len(repeated) > 10 else ""
-        raise FactError(
-            f"{path}: ids must be unique, but {', '.join(map(repr, repeated[:10]))}{more} occur more than once; "
-            "rename them, or load with on_error='skip' to keep the first of each"
-        )
 
 
 def _place(place: str | Path, index: int, record: Any) -> str:
@@ -231,7 +211,9 @@ def _place(place: str | Path, index: int, record: Any) -> str:
     return f"{place}: record {index}"
 
 
-def _found(records: Sequence[Any]) -> str:
+def _found(records: Sequence[Any], table: bool) -> str:
+    if table:
+        return f"its columns are {', '.join(records[0])}"
     if not records:
         return "it is an empty list"
     if isinstance(records[0], Mapping):

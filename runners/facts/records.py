@@ -1,12 +1,11 @@
 """Records of files as they lie there: JSON, JSON lines, tables."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from causalcone.engine.errors import FactError
-from causalcone.runners.checked_files import read_text
+from causalcone.runners.checked_files import parse_json, read_text
 from causalcone.runners.facts.formats.flat import records_of_call
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t", ".parquet": None}
@@ -26,32 +25,18 @@ def read_records(path: Path) -> list[Any]:
     if not text.strip():
         raise FactError(f"{path} is empty")
     try:
-        content = json.loads(text)
-    except RecursionError:
-        raise FactError(f"{path} is nested too deeply to be a fact file") from None
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            return _read_lines(path, text)
-        raise FactError(f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
+        content = parse_json(text, path)
+    except FactError as error:
+        if getattr(error.__cause__, "msg", "") != "Extra data" or not text.lstrip().startswith("{"):
+            raise
+        lines = enumerate(text.split("\n"), start=1)
+        return [parse_json(line, path, "JSON lines", number) for number, line in lines if line.strip()]
     if isinstance(content, Mapping) and isinstance(content.get("prompts"), list):
         try:
             return records_of_call(content)
         except FactError as error:
             raise FactError(f"{path}: {error}") from None
     return content if isinstance(content, list) else [content]
-
-
-def _read_lines(path: Path, text: str) -> list[Any]:
-    records = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise FactError(
-                    f"{path} is not JSON lines: {error.msg} at line {number}, column {error.colno}"
-                ) from error
-    return records
 
 
 def _read_table(path: Path, separator: str | None) -> list[Any]:

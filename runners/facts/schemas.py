@@ -4,25 +4,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import AliasChoices, BaseModel
 
-from causalcone.engine.errors import FactError
+from causalcone.engine.errors import FactError, one_of
 from causalcone.engine.facts import Fact
-from causalcone.runners.facts.formats.benchmarks import MquakeRecord, RippleRecord, from_mquake, from_ripple
-from causalcone.runners.facts.formats.flat import FIELDS, EditRecord, flat_model, from_flat
+from causalcone.runners.facts.formats.benchmarks import MquakeRecord, RippleRecord
+from causalcone.runners.facts.formats.flat import FIELDS, EditRecord, flat_model
 from causalcone.runners.facts.formats.published import (
     CounterFactRecord,
     FactLine,
     KnownFact,
     ZsreRecord,
     draw_other_answers,
-    from_counterfact,
-    from_known_fact,
-    from_own_line,
-    from_zsre_as_hase,
-    from_zsre_as_meng,
 )
 
 Record = Mapping[str, Any]
@@ -30,15 +25,29 @@ ZsreForm = Literal["hase", "meng", "alt"]
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How records are read, as ``load_facts`` says. Raises ``FactError`` for a form that there is none of."""
+
+    seed: int = 0
+    zsre_form: ZsreForm = "hase"
+    columns: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        one_of("zsre_form", self.zsre_form, get_args(ZsreForm), FactError)
+
+
+@dataclass(frozen=True)
 class Schema:
     """A format. marks: keys, each enough to recognise it by, or several together; model: what a record must be;
-    convert: a record so checked, and its index, to facts; description: in a few words, with the keys."""
+    description: in a few words, with the keys; convert: a record so checked, and its index, to facts; why: the keys
+    that records are recognised by, and how many have them."""
 
     name: str
     marks: tuple[str, ...]
     model: type[BaseModel]
-    convert: Callable[[Any, int], list[Fact]]
     description: str
+    convert: Callable[[Any, int], list[Fact]] = lambda record, index: record.facts(index)
+    why: str = ""
 
     def mark(self, keys: Iterable[str]) -> str | None:
         """The mark that a record of these keys has."""
@@ -57,6 +66,10 @@ class Schema:
         """The facts of a record. Raises pydantic's ``ValidationError``, or ``ValueError``."""
         return self.convert(self.model.model_validate(record), index)
 
+    def lines(self) -> list[str]:
+        """What records are taken for and why, for people."""
+        return [f"schema: {self.description}", f"recognised by: {self.why}"]
+
 
 def _names(name: str, field: Any) -> Sequence[Any]:
     alias = field.validation_alias
@@ -65,43 +78,25 @@ def _names(name: str, field: Any) -> Sequence[Any]:
 
 # fmt: off
 SCHEMAS = (  # of a record the first whose marks it has
-    Schema("mquake", ("requested_rewrite questions",), MquakeRecord, from_mquake,
+    Schema("mquake", ("requested_rewrite questions",), MquakeRecord,
            "MQuAKE (requested_rewrite, questions, new_answer)"),
-    Schema("counterfact", ("requested_rewrite",), CounterFactRecord, from_counterfact,
-           "CounterFact (requested_rewrite, case_id)"),
-    Schema("rippleedits", ("edit",), RippleRecord, from_ripple,
-           "RippleEdits (edit, Relation_Specificity, Forgetfulness, ...)"),
-    Schema("zsre", ("src answers",), ZsreRecord, from_zsre_as_meng,
-           "MEND's zsRE evaluation file (src, subject, answers, rephrase, loc)"),
-    Schema("known", ("attribute", "known_id"), KnownFact, from_known_fact,
-           "ROME's known facts (prompt, subject, attribute, known_id)"),
-    Schema("wikibigedit", ("update",), EditRecord, from_flat,
-           "WikiBigEdit (subject, update, ans, rephrase, personas, mhop, loc)"),
-    Schema("knowedit", ("prompt locality", "prompt portability", "concept labels"), EditRecord, from_flat,
+    Schema("counterfact", ("requested_rewrite",), CounterFactRecord, "CounterFact (requested_rewrite, case_id)"),
+    Schema("rippleedits", ("edit",), RippleRecord, "RippleEdits (edit, Relation_Specificity, Forgetfulness, ...)"),
+    Schema("zsre", ("src answers",), ZsreRecord, "MEND's zsRE evaluation file (src, subject, answers, rephrase, loc)"),
+    Schema("known", ("attribute", "known_id"), KnownFact, "ROME's known facts (prompt, subject, attribute, known_id)"),
+    Schema("wikibigedit", ("update",), EditRecord, "WikiBigEdit (subject, update, ans, rephrase, personas, mhop, loc)"),
+    Schema("knowedit", ("prompt locality", "prompt portability", "concept labels"), EditRecord,
            "KnowEdit, EasyEdit's requests (subject, prompt, target_new, portability, locality)"),
-    Schema("fact", ("target_true",), FactLine, from_own_line,
-           "causalcone's own lines (id, prompt, subject, target_true, ...)"),
-    Schema("easyedit", ("prompt target_new", "src alt"), EditRecord, from_flat,
+    Schema("fact", ("target_true",), FactLine, "causalcone's own lines (id, prompt, subject, target_true, ...)"),
+    Schema("easyedit", ("prompt target_new", "src alt"), EditRecord,
            "EasyEdit's files (subject, prompt, target_new, ground_truth, rephrase_prompt, ...)"),
-    Schema("ultraedit", ("prompt ans", "src ans"), EditRecord, from_flat,
+    Schema("ultraedit", ("prompt ans", "src ans"), EditRecord,
            "UltraEditBench, zsRE for lifelong editing (subject, prompt or src, ans, rephrase, loc)"),
 )
 # fmt: on
 
 
-@dataclass(frozen=True)
-class Recognised:
-    """The format of records; why: the keys that it is known by, and how many records have them."""
-
-    schema: Schema
-    why: str
-
-    def lines(self) -> list[str]:
-        """What it is and why, for people."""
-        return [f"schema: {self.schema.description}", f"recognised by: {self.why}"]
-
-
-def recognise(records: Iterable[Any], table: bool = False) -> Recognised | None:
+def recognise(records: Iterable[Any], table: bool = False) -> Schema | None:
     """The format that most records have, so that a broken one does not hide what a file is. table: of a table's rows,
     each of which has all columns."""
     found: Counter[tuple[Schema, str]] = Counter()
@@ -115,10 +110,10 @@ def recognise(records: Iterable[Any], table: bool = False) -> Recognised | None:
     (schema, mark), count = found.most_common(1)[0]
     kind = "columns" if table else "keys"
     often = "" if table else f" of {count:,} of {shapes.total():,} records"
-    return Recognised(schema, f"{kind} {', '.join(mark.split())}{often}")
+    return replace(schema, why=f"{kind} {', '.join(mark.split())}{often}")
 
 
-def named_columns(columns: Mapping[str, str], found: Iterable[str]) -> Recognised:
+def named_columns(columns: Mapping[str, str], found: Iterable[str]) -> Schema:
     """A flat table whose columns are named. Raises ``FactError`` for a field or a column that is not there."""
     found = [*dict.fromkeys(found)]
     for field, column in columns.items():
@@ -127,18 +122,18 @@ def named_columns(columns: Mapping[str, str], found: Iterable[str]) -> Recognise
         if column not in found:
             raise FactError(f"there is no column {column!r} for {field}; there are {', '.join(found)}")
     named = ", ".join(f"{field}={column}" for field, column in columns.items())
-    schema = Schema("columns", (), flat_model(columns), from_flat, "flat records (subject, prompt, target_true, ...)")
-    return Recognised(schema, f"named columns {named}")
+    description = "flat records (subject, prompt, target_true, ...)"
+    return Schema("columns", (), flat_model(columns), description, why=f"named columns {named}")
 
 
-def in_form(schema: Schema, form: ZsreForm, seed: int, records: Sequence[Any]) -> Schema:
+def in_form(schema: Schema, how: Reading, records: Iterable[Any]) -> Schema:
     """The schema as its records are to be read: zsRE's have three forms."""
-    if schema.name != "zsre" or form == "meng":
+    if schema.name != "zsre" or how.zsre_form == "meng":
         return schema
-    if form == "alt":
-        return replace(schema, model=EditRecord, convert=from_flat)
-    drawn = draw_other_answers(records, seed)
-    return replace(schema, convert=lambda item, index: from_zsre_as_hase(item, index, drawn[index]))
+    if how.zsre_form == "alt":
+        return replace(schema, model=EditRecord)
+    drawn = draw_other_answers(records, how.seed)
+    return replace(schema, convert=lambda record, index: record.towards(index, drawn[index]))
 
 
 def supported() -> str:

@@ -4,14 +4,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import torch
 import transformers
 
 from causalcone.engine.compute import Compute, as_dtype
 from causalcone.engine.encoding import PromptForm
-from causalcone.engine.errors import ExperimentError, FactError
+from causalcone.engine.errors import ExperimentError, FactError, one_of
 from causalcone.engine.facts import Fact, OnError, Skipped, SkippedFacts
 from causalcone.engine.localize.trace_run import FactsRun
 from causalcone.engine.localize.tracer import Tracer
@@ -20,6 +20,7 @@ from causalcone.engine.run import loading
 from causalcone.engine.run.session import Session
 from causalcone.runners.facts.files import SkippedRecords, read_facts
 from causalcone.runners.facts.formats.flat import parse_columns
+from causalcone.runners.facts.schemas import Reading
 from causalcone.runners.names import path_of
 from causalcone.runners.options import (
     ComputeOptions,
@@ -35,20 +36,18 @@ Run = TypeVar("Run", bound=FactsRun)
 @dataclass(frozen=True)
 class Inputs:
     """A session on a model, and facts. every: all facts of the file, which the noise level is that of; facts: those
-    within the limit; prompt: what the one fact is of, where it is of no file. skipped: why records and facts were left
-    out."""
+    within the limit; skipped: why records and facts were left out."""
 
     source: SourceOptions
     session: Session
     every: list[Fact]
     on_error: OnError
     skipped: list[str] = field(default_factory=list)
-    prompt: SinglePromptOptions = field(default_factory=SinglePromptOptions)
 
     @property
     def single(self) -> bool:
         """Whether there is one prompt and no file."""
-        return self.prompt.prompt is not None
+        return isinstance(self.source, SinglePromptOptions) and self.source.prompt is not None
 
     @property
     def facts(self) -> list[Fact]:
@@ -85,7 +84,7 @@ class Inputs:
         return {
             "model": self.source.model,
             "facts": self.source.facts,
-            **({"prompt": vars(self.prompt)} if self.single else {}),
+            **({"prompt": self.source.asked} if isinstance(self.source, SinglePromptOptions) and self.single else {}),
             **({"columns": list(self.source.column)} if self.source.column else {}),
             "dtype": str(self.session.dtype).removeprefix("torch."),
             "device": str(self.session.device),
@@ -98,21 +97,22 @@ class Inputs:
         }
 
 
-def open_inputs(source: SourceOptions, prompt: SinglePromptOptions | None = None) -> Inputs:
+def open_inputs(source: SourceOptions) -> Inputs:
     """Read the facts, or the prompt that is given in their place, and the model."""
-    prompt = prompt or SinglePromptOptions()
+    prompt = source if isinstance(source, SinglePromptOptions) else SinglePromptOptions()
     _check_given(source.facts, prompt)
     on_error: OnError = "skip" if source.skip_bad_facts else "raise"
     if source.dtype is not None:
         as_dtype(source.dtype)
     if isinstance(source, StreamableSourceOptions):
-        loading.check_weights(source.weights)
+        one_of("weights", source.weights, get_args(loading.Weights))
     if prompt.prompt is not None:
         session = open_session(source)
         fact = Tracer.on(session).fact(prompt.prompt, str(prompt.subject), prompt.answer)
-        return Inputs(source, session, [fact], on_error, prompt=prompt)
+        return Inputs(source, session, [fact], on_error)
     path = path_of(str(source.facts), "facts")
-    facts, problems, _ = read_facts(path, on_error=on_error, columns=parse_columns(source.column or ()))
+    how = Reading(columns=parse_columns(source.column or ()))
+    facts, problems, _ = read_facts(path, how, on_error=on_error)
     if problems:
         warnings.warn(SkippedRecords(Path(path), problems), stacklevel=2)
     return Inputs(source, open_session(source), facts, on_error, problems)
@@ -121,7 +121,7 @@ def open_inputs(source: SourceOptions, prompt: SinglePromptOptions | None = None
 def _check_given(facts: str | None, prompt: SinglePromptOptions) -> None:
     """Refuse a prompt without its subject, two sources of facts, and none."""
     if prompt.prompt is None:
-        extra = next((f"--{name}" for name, value in vars(prompt).items() if value is not None), None)
+        extra = next((f"--{name}" for name, value in prompt.asked.items() if value is not None), None)
         if extra is not None:
             raise ExperimentError(f"{extra} goes with --prompt, the prompt that it is of; give that, or leave it out")
         if facts is None:

@@ -1,6 +1,5 @@
 """Reading the texts that the reference score compares with: CounterFact's attribute snippets."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pydantic import BaseModel, StrictStr, ValidationError
 
 from causalcone.engine.errors import FactError
 from causalcone.engine.facts import Fact
-from causalcone.runners.checked_files import read_text
+from causalcone.runners.checked_files import parse_json, read_text
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,7 @@ def load_reference_texts(path: str | os.PathLike[str]) -> ReferenceTexts:
     which has a ``text``. Entries of the same relation and target are put together. Raises ``FactError`` naming the file
     and the entry at fault."""
     path = Path(path)
-    try:
-        content = json.loads(read_text(path))
-    except RecursionError:
-        raise FactError(f"{path} is nested too deeply to be a file of attribute snippets") from None
-    except json.JSONDecodeError as error:
-        raise FactError(f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
+    content = parse_json(read_text(path), path)
     if not isinstance(content, list):
         raise FactError(f"{path} is not a list of attribute snippets (relation_id, target_id, samples)")
     return as_reference_texts(content, str(path))

@@ -157,7 +157,7 @@ def test_gradients_from_zero_say_why_hidden_states_have_a_gap(folder, tmp_path, 
 
 REFUSED = {
     "severed MLPs": ("trace", ["--sever", "mlp", "--state", "mlp:5"], "hidden states only"),
-    "what to sever": ("trace", ["--sever", "heads"], "mlp, attn or both"),
+    "what to sever": ("trace", ["--sever", "heads"], "mlp, attn, both"),
     "noise": ("trace", ["--noise", "pink"], "pink"),
     "shapeless noise": ("trace", ["--noise", "multivariate"], "--noise-texts"),
     "texts alone": ("trace", ["--noise-texts", "TEXTS"], "multivariate or t"),

@@ -207,7 +207,7 @@ def test_python_shows_the_same_map(asked, tracer):
     assert shown.table["p_patched"].to_pylist() == pytest.approx(expected["p_patched"].to_pylist(), abs=1e-6)
     assert "p_corrupted" in shown._repr_html_()
     printed = asked("trace", "--answer", "French", "--samples", 3)[1]
-    lines = ["".join(text for text, _ in line).rstrip() for line in shown.lines(200)]
+    lines = [line.plain.rstrip() for line in shown.lines(200)]
     assert [line.rstrip() for line in printed.splitlines()[: len(lines)]] == lines
     likeliest = tracer.show(PROMPT, SUBJECT, states=["hidden:1"])
     assert "the likeliest token" in str(likeliest)

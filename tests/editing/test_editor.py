@@ -29,6 +29,7 @@ from helpers.editing_cases import (
     study,
     weight,
 )
+from helpers.generated import generate_texts
 from helpers.models import gpt2
 from oracles import requests as oracle_requests, scores as oracle_scores
 from oracles.editing import down_weight
@@ -38,7 +39,6 @@ from causalcone.engine.edit.deltas.delta import Delta
 from causalcone.engine.edit.requests.problems import FilteredFacts
 from causalcone.engine.edit.requests.requests import PROBLEMS
 from causalcone.engine.edit.scoring.generation_metrics import generation_entropy
-from causalcone.engine.edit.scoring.sampled_texts import generate_texts
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.encoding import PromptWarning
 from causalcone.engine.errors import ExperimentError, FactError

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from helpers.generated import generate_texts
 from helpers.models import FACTS, ZERO_WIDTH_SPACE, gpt2, tokenizer as byte_level
 from helpers.tokenizers import TOKENIZERS
 from oracles import requests as oracle_requests
@@ -21,7 +22,7 @@ from causalcone.engine.edit.requests import problems as request_making
 from causalcone.engine.edit.requests.problems import FilteredFacts
 from causalcone.engine.edit.requests.requests import PROBLEMS, Request
 from causalcone.engine.edit.scoring import sampled_texts
-from causalcone.engine.edit.scoring.sampled_texts import essence_texts, generate_texts
+from causalcone.engine.edit.scoring.sampled_texts import essence_texts
 from causalcone.engine.edit.texts import contexts
 from causalcone.engine.edit.texts.contexts import Contexts, sample_contexts
 from causalcone.engine.encoding import target_ids
@@ -403,5 +404,3 @@ def test_texts_that_cannot_be_drawn(tokenizer):
         essence_texts(session, [long], 0)
     with pytest.raises(FactError, match=r"'x': a prompt of .* no room for a text of 100"):
         generate_texts(session, [Request(long, "fact_erasure", (5,))], 0)
-    with pytest.raises(ExperimentError, match="3 requests and 1 deltas"):
-        generate_texts(session, GENERATING, 0, [None])

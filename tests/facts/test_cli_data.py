@@ -20,7 +20,7 @@ from causalcone.runners.demo.model import demo_world
 from causalcone.runners.facts import data as fact_data
 from causalcone.runners.facts.files import SkippedRecords
 from causalcone.runners.facts.formats.flat import FIELDS
-from causalcone.runners.facts.schemas import SCHEMAS
+from causalcone.runners.facts.schemas import SCHEMAS, Reading
 
 ZSRE = {
     "subject": "Bo",
@@ -198,7 +198,7 @@ LINES = st.one_of(
 @given(records=st.lists(LINES, min_size=1, max_size=12), limit=st.none() | st.integers(1, 6))
 def test_every_record_is_a_fact_or_a_problem(records, limit, tmp_path):
     path = write(tmp_path / "in.json", [OWN, *records])
-    opened = fact_data.open_records(str(path))
+    opened = fact_data.open_records(str(path), Reading())
     facts, problems = opened.facts(limit)
     taken = len(facts) + len(problems)
     assert taken == len(records) + 1 or len(facts) == limit

@@ -271,7 +271,7 @@ def test_flat_tables_with_named_columns(suffix: str, tmp_path: Path, run: Any) -
     code, printed, _ = run("data", path, *named, "--out", out)
     assert (code, cc.load_facts(out)) == (0, EXPECTED)
     assert "recognised by: named columns id=nr, subject=person" in printed
-    with pytest.raises(cc.CausalconeError, match=r"holds no facts: .*'nr', 'person'.*--column FIELD=COLUMN"):
+    with pytest.raises(cc.CausalconeError, match=r"holds no facts: .*\bnr'?, '?person\b.*--column FIELD=COLUMN"):
         cc.load_facts(path)
 
 
@@ -400,7 +400,7 @@ def test_facts_of_every_format_go_round(name: str, tmp_path: Path) -> None:
 
 def test_every_registration_is_tried() -> None:
     found = {recognise(content) for content in FORMATS.values()}
-    assert {schema.name for schema in SCHEMAS} == {each.schema.name for each in found if each}
+    assert {schema.name for schema in SCHEMAS} == {each.name for each in found if each}
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -412,7 +412,7 @@ def test_every_format_on_the_command_line(name: str, tmp_path: Path, run: Any) -
     assert cc.load_facts(out) == facts
     found = recognise(FORMATS[name])
     assert found
-    assert printed.splitlines()[:2] == [f"schema: {found.schema.description}", f"recognised by: {found.why}"]
+    assert printed.splitlines()[:2] == [f"schema: {found.description}", f"recognised by: {found.why}"]
     asked = [probe.group for fact in facts for probe in fact.probes]
     counted = ", ".join(f"{group} {asked.count(group)}" for group in sorted(set(asked)))
     assert (f"probes: {counted}" in printed.splitlines()) == bool(asked)

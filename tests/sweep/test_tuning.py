@@ -168,7 +168,7 @@ BAD_OPTIONS = {
     "joint": ({"method": ["memit:3", "memit_joint:3"]}, "a preset has one setting for memit:3 and memit_joint:3"),
     "set and varied": ({"changes": ["kl_factor=1"]}, "--set kl_factor=1: the grid of rome varies that"),
     "problem twice": ({"problem": ["fact_erasure"] * 2}, "a problem is given twice"),
-    "unknown problem": ({"problem": ["fact_lifting"]}, "unknown problem 'fact_lifting'"),
+    "unknown problem": ({"problem": ["fact_lifting"]}, "problem is 'fact_lifting'"),
     "aggregate": ({"aggregate": "median"}, "median"),
 }
 

@@ -4,7 +4,7 @@
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from causalcone.engine.errors import ExperimentError
+from causalcone.engine.errors import ExperimentError, one_of
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,7 @@ class Hparams:
         for name, kind in kinds_of(type(self)).items():
             value = getattr(self, name)
             if is_word(kind):
-                if value not in get_args(kind):
-                    raise ExperimentError(f"{name} is {value!r}; choose from {', '.join(get_args(kind))}")
+                one_of(name, value, get_args(kind))
             elif kind is int:
                 if not isinstance(value, int) or value < 1:
                     raise ExperimentError(f"{name} is {value!r}; give a whole number, at least one")

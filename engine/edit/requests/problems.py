@@ -11,17 +11,17 @@ from causalcone.engine.edit.requests.requests import (
     NOISY,
     TRACING_REVERSAL,
     Request,
-    check_problem,
 )
 from causalcone.engine.edit.runs.decoding import continuations, text_seed
 from causalcone.engine.edit.runs.packed_runs import Text
 from causalcone.engine.edit.texts.contexts import TOP_K, continued
 from causalcone.engine.edit.texts.recall import COMPLETION_TOKENS, answer_probabilities, completes, completions
 from causalcone.engine.encoding import EncodedFact, target_ids
-from causalcone.engine.errors import ExperimentError, FactError
+from causalcone.engine.errors import ExperimentError, FactError, one_of
 from causalcone.engine.facts import Fact, OnError, Skipped, check_unique, usable
 from causalcone.engine.localize.options import DEFAULT_SIGMA
 from causalcone.engine.run.session import Session
+from causalcone.engine.schemas import PROBLEMS
 
 REVERSAL_TOKENS = 12
 ERASABLE = 0.02
@@ -107,9 +107,8 @@ class _Making:
     seed: int
 
     def __post_init__(self) -> None:
-        check_problem(self.problem)
-        if self.compat not in (None, "published"):
-            raise ExperimentError(f"unknown compat {self.compat!r}; the only one is 'published'")
+        one_of("problem", self.problem, PROBLEMS)
+        one_of("compat", self.compat, (None, "published"))
         if self.problem in NOISY and self.level == 0:
             raise ExperimentError(
                 f"sigma is 0; {self.problem} needs the level of the subject's noise, a positive number"

@@ -10,7 +10,7 @@ import numpy as np
 
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.runs.packed_runs import Text
-from causalcone.engine.encoding import EncodedFact, PromptEncoder, PromptTokens
+from causalcone.engine.encoding import PromptEncoder, PromptTokens
 from causalcone.engine.errors import FactError
 from causalcone.engine.models.base import Sizes
 
@@ -76,17 +76,11 @@ class Encoder:
 
     def essence(self, request: Request) -> Prompted:
         """The beginning of a text about what the request's subject is."""
-        return self._begun(request, ESSENCE)
+        return self._plain.prompted(request, ESSENCE)
 
     def prompted(self, request: Request, template: str) -> Prompted:
         """A template with the request's subject, which carries its noise."""
-        return self._looked_up(request, self.prompts.fact(replace(request.fact, prompt=template), "argmax"))
-
-    def _begun(self, request: Request, template: str) -> Prompted:
-        """The same of a text, which is in no chat."""
-        return self._looked_up(request, self.prompts.text.fact(replace(request.fact, prompt=template), "argmax"))
-
-    def _looked_up(self, request: Request, encoded: EncodedFact) -> Prompted:
+        encoded = self.prompts.fact(replace(request.fact, prompt=template), "argmax")
         return Prompted(self._noised(request, encoded.prompt, encoded.span), encoded.span[1] - 1)
 
     def answer(self, request: Request, text: str, words: str) -> tuple[int, ...]:
@@ -96,21 +90,7 @@ class Encoder:
 
     def written(self, request: Request, text: str) -> Text:
         """A prompt as written; the subject's first occurrence, if there is one, carries the request's noise."""
-        return self._checked(request, text, self._read(request, text))
-
-    def free(self, request: Request, text: str) -> Text:
-        """The same of a text, which is in no chat."""
-        return self._checked(request, text, self.prompts.text.prompt(text, self._subject(request, text), "none"))
-
-    def _read(self, request: Request, text: str) -> PromptTokens:
-        fact = request.fact
-        return self.prompts.prompt(text, self._subject(request, text), fact.joiner, f"fact {fact.id!r}")
-
-    def _subject(self, request: Request, text: str) -> tuple[int, int]:
-        at = text.find(request.fact.subject)
-        return (at, at + len(request.fact.subject)) if at >= 0 else (0, 0)
-
-    def _checked(self, request: Request, text: str, prompt: PromptTokens) -> Text:
+        prompt = self._read(request, text)
         if not prompt.tokens:
             raise FactError(f"fact {request.fact.id!r}: the prompt {text!r} has no tokens")
         if max(prompt.tokens) >= self.sizes.vocabulary:
@@ -119,6 +99,19 @@ class Encoder:
                 f"model's vocabulary of {self.sizes.vocabulary}; use the model's own tokenizer"
             )
         return Text(prompt.tokens) if prompt.span is None else self._noised(request, prompt.tokens, prompt.span)
+
+    def free(self, request: Request, text: str) -> Text:
+        """The same of a text, which is in no chat."""
+        return self._plain.written(request, text)
+
+    @property
+    def _plain(self) -> Encoder:
+        return replace(self, prompts=self.prompts.text)
+
+    def _read(self, request: Request, text: str) -> PromptTokens:
+        fact, at = request.fact, text.find(request.fact.subject)
+        characters = (at, at + len(fact.subject)) if at >= 0 else (0, 0)
+        return self.prompts.prompt(text, characters, fact.joiner, f"fact {fact.id!r}")
 
     def followed(self, request: Request, text: Text, target: Sequence[int]) -> Text:
         """A text and all tokens of a target except the last."""
@@ -143,11 +136,8 @@ class Encoder:
 
     def _noised(self, request: Request, tokens: tuple[int, ...], span: tuple[int, int]) -> Text:
         """Tokens with the request's noise, if it has any, on a span."""
-        return (
-            Text(tokens)
-            if request.sigma is None
-            else Text(tokens, *subject_noise(request.sigma, span, self.sizes.hidden))
-        )
+        sigma = request.sigma
+        return Text(tokens, *(() if sigma is None else subject_noise(sigma, span, self.sizes.hidden)))
 
 
 def subject_noise(level: float, span: tuple[int, int], hidden: int) -> SubjectNoise:

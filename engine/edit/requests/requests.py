@@ -2,19 +2,13 @@
 
 from dataclasses import dataclass
 
-from causalcone.engine.errors import ExperimentError
+from causalcone.engine.errors import ExperimentError, one_of
 from causalcone.engine.facts import Fact
 from causalcone.engine.schemas import PROBLEMS
 
 ERROR_INJECTION, TRACING_REVERSAL, FACT_ERASURE, FACT_AMPLIFICATION, FACT_FORCING = PROBLEMS
 NOISY = (TRACING_REVERSAL, FACT_FORCING)
 """The problems whose subjects carry noise."""
-
-
-def check_problem(problem: str) -> None:
-    """Raise ``ExperimentError`` for an unknown problem."""
-    if problem not in PROBLEMS:
-        raise ExperimentError(f"unknown problem {problem!r}; choose from {', '.join(PROBLEMS)}")
 
 
 @dataclass(frozen=True)
@@ -32,7 +26,7 @@ class Request:
     answers: tuple[str | None, str | None] = (None, None)
 
     def __post_init__(self) -> None:
-        check_problem(self.problem)
+        one_of("problem", self.problem, PROBLEMS)
         if not self.target:
             raise ExperimentError(f"fact {self.fact.id!r}: the request's target has no tokens; give at least one")
         if (self.sigma is None) == (self.problem == FACT_FORCING):

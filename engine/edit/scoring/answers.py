@@ -116,30 +116,20 @@ def answered(
 ) -> Iterator[Written]:
     """What the model answers to prompts, paraphrases and the facts' own probes, before and after edits. held: of each
     probe of a request whether its conditions hold; if not, it does not count."""
-    prompts = {request: _prompts(request, held(request)) for request in dict.fromkeys(edit.request for edit in edits)}
-
-    def write(requests: Sequence[Request], deltas: Sequence[Delta | None]) -> list[list[str]]:
-        asked = [(request, prompt) for request in requests for prompt in prompts[request]]
-        texts = [
-            encoder.bare(request).text if prompt.kind == REWRITE else encoder.written(request, prompt.prompt)
-            for request, prompt in asked
-        ]
-        pairs = zip(requests, deltas, strict=True)
-        changes = [delta for request, delta in pairs for _ in prompts[request]]
-        said = iter(answers(session, texts, [prompt.accepted for _, prompt in asked], changes))
-        return [[next(said) for _ in prompts[request]] for request in requests]
-
-    return before_and_after(edits, prompts.__getitem__, write)
+    return before_and_after(
+        edits,
+        lambda request: _prompts(encoder, request, held(request)),
+        lambda asked, deltas: answers(session, [p.tokens for p in asked], [p.accepted for p in asked], deltas),
+    )
 
 
-def _prompts(request: Request, held: Sequence[bool | None]) -> list[OpenPrompt]:
+def _prompts(encoder: Encoder, request: Request, held: Sequence[bool | None]) -> list[OpenPrompt]:
     fact, accepted = request.fact, _accepted(request)
-    prompts = [OpenPrompt(REWRITE, 0, fact.text, accepted)]
-    prompts += [OpenPrompt(PARAPHRASE, n, text, accepted) for n, text in enumerate(fact.paraphrase_prompts)]
+    asked = [(PARAPHRASE, number, text, accepted) for number, text in enumerate(fact.paraphrase_prompts)]
     for (index, probe), holds in zip(numbered(fact), held, strict=True):
-        counted = () if holds is False else probe.answers
-        prompts.append(OpenPrompt(probe.group, index, probe.prompt, counted))
-    return prompts
+        asked.append((probe.group, index, probe.prompt, () if holds is False else probe.answers))
+    further = [OpenPrompt(kind, n, text, encoder.written(request, text), right) for kind, n, text, right in asked]
+    return [OpenPrompt(REWRITE, 0, fact.text, encoder.bare(request).text, accepted), *further]
 
 
 def _accepted(request: Request) -> tuple[str, ...]:

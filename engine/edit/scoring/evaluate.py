@@ -19,9 +19,9 @@ from causalcone.engine.edit.scoring.generation_metrics import (
 )
 from causalcone.engine.edit.scoring.metrics import Row, metrics_of
 from causalcone.engine.edit.scoring.probes import ProbeSet, probes_of
-from causalcone.engine.edit.scoring.sampled_texts import essence_texts, text_room
+from causalcone.engine.edit.scoring.sampled_texts import essence_texts, generation_prompts, text_room
 from causalcone.engine.edit.scoring.scoring import EditScorer, Scored, check_edits
-from causalcone.engine.edit.scoring.tables import metric_batch, probe_batch, text_batch
+from causalcone.engine.edit.scoring.tables import edit_batch, metric_batch, probe_batch, text_batch
 from causalcone.engine.edit.scoring.written import Written
 from causalcone.engine.facts import Fact
 from causalcone.engine.run.session import Session
@@ -43,6 +43,11 @@ class Scores:
     probes: pa.RecordBatch
     metrics: pa.RecordBatch
     texts: pa.RecordBatch
+
+    @property
+    def tables(self) -> dict[str, pa.RecordBatch]:
+        """All by name: that of edits comes last, so that none is written before its scores are."""
+        return {"texts": self.texts, "probes": self.probes, "metrics": self.metrics, "edits": edit_batch(self.edits)}
 
 
 @dataclass
@@ -69,11 +74,10 @@ class Evaluator:
                 self.encoder.followed(request, self.encoder.written(request, condition.prompt), (0,))
         for before in contexts:
             self.encoder.task(request, before)
-        texts = [self.encoder.essence(request).text] if essence else []
+        if essence:
+            text_room(self.session, request.fact, self.encoder.essence(request).text)
         if generation or references is not None:
-            texts += [self.encoder.free(request, prompt) for prompt in request.fact.generation_prompts]
-        for text in texts:
-            text_room(self.session, request.fact, text)
+            generation_prompts(self.session, self.encoder, request, self.seed)
         if references is not None and request.fact.generation_prompts:
             references.of(request.fact)
         return request

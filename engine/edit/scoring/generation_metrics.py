@@ -7,12 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
-from causalcone.engine.edit.deltas.delta import Delta
 from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.requests.prompts import Encoder
-from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.scoring.metrics import Row
-from causalcone.engine.edit.scoring.sampled_texts import generate_texts
+from causalcone.engine.edit.scoring.sampled_texts import generated, generation_prompts
 from causalcone.engine.edit.scoring.written import OpenPrompt, Written, before_and_after
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.facts import Fact
@@ -79,18 +77,11 @@ class References(Protocol):
 
 def generations(session: Session, edits: Sequence[Edit], seed: int, encoder: Encoder) -> Iterator[Written]:
     """What the model writes after the facts' generation prompts, before and after edits."""
-
-    def prompts(request: Request) -> list[OpenPrompt]:
-        return [OpenPrompt("generation", n, text) for n, text in enumerate(request.fact.generation_prompts)]
-
-    def write(requests: Sequence[Request], deltas: Sequence[Delta | None]) -> list[list[str]]:
-        whole = generate_texts(session, requests, seed, deltas, encoder)
-        return [
-            [text.removeprefix(prompt) for text, prompt in zip(texts, request.fact.generation_prompts, strict=True)]
-            for texts, request in zip(whole, requests, strict=True)
-        ]
-
-    return before_and_after(edits, prompts, write)
+    return before_and_after(
+        edits,
+        lambda request: generation_prompts(session, encoder, request, seed),
+        lambda prompts, deltas: generated(session, prompts, deltas),
+    )
 
 
 def generation_rows(written: Iterable[Written], scoring: tuple[References, ReferenceScorer] | None) -> Iterator[Row]:

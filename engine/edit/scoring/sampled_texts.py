@@ -8,8 +8,9 @@ from causalcone.engine.edit.requests.prompts import ESSENCE, Encoder
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.runs.decoding import continuations, text_seed
 from causalcone.engine.edit.runs.packed_runs import Text
+from causalcone.engine.edit.scoring.written import OpenPrompt
 from causalcone.engine.edit.texts.contexts import TOP_K, continued
-from causalcone.engine.errors import ExperimentError, FactError
+from causalcone.engine.errors import FactError
 from causalcone.engine.facts import Fact, check_unique
 from causalcone.engine.run.session import Session
 
@@ -26,7 +27,7 @@ def essence_texts(session: Session, facts: Iterable[Fact], seed: int) -> dict[st
     about = [replace(fact, prompt=ESSENCE) for fact in facts]
     prompts = [session.prompts.text.fact(fact, "argmax").prompt for fact in about]
     texts = [
-        (fact, Text(prompt), text_seed(seed, "essence", fact.id, number))
+        (Text(prompt), text_room(session, fact, Text(prompt)), text_seed(seed, "essence", fact.id, number))
         for fact, prompt in zip(about, prompts, strict=True)
         for number in range(ESSENCE_TEXTS)
     ]
@@ -47,37 +48,30 @@ def _whole(session: Session, text: str, prompt: Sequence[int], new: tuple[int, .
         new = new[:-1]
 
 
-def generate_texts(
-    session: Session,
-    requests: Sequence[Request],
-    seed: int,
-    deltas: Sequence[Delta | None] | None = None,
-    encoder: Encoder | None = None,
-) -> list[list[str]]:
-    """For each request the texts with which the model, changed by the request's delta where there is one, continues the
-    fact's generation prompts, in Fact Forcing with noise: lengths and tokens as in ``essence_texts``. Random numbers
-    depend on the seed, the fact's id and the prompt's number alone: before and after an edit they are the same."""
-    if deltas is not None and len(deltas) != len(requests):
-        raise ExperimentError(f"there are {len(requests)} requests and {len(deltas)} deltas; give one for each")
-    encoder = encoder or Encoder(session.prompts, session.sizes)
-    texts = [
-        (request.fact, encoder.free(request, prompt), text_seed(seed, "generation", request.fact.id, index))
-        for request in requests
-        for index, prompt in enumerate(request.fact.generation_prompts)
-    ]
-    pairs = zip(requests, deltas or [None] * len(requests), strict=True)
-    new = _sampled(session, texts, [delta for request, delta in pairs for _ in request.fact.generation_prompts])
-    written = (continued(session, text.tokens, tokens) for (_, text, _), tokens in zip(texts, new, strict=True))
-    return [[prompt + next(written) for prompt in request.fact.generation_prompts] for request in requests]
+def generation_prompts(session: Session, encoder: Encoder, request: Request, seed: int) -> list[OpenPrompt]:
+    """What a fact's texts are generated after, in Fact Forcing with noise. Random numbers depend on the seed, the
+    fact's id and the prompt's number alone: before and after an edit they are the same."""
+    prompts = []
+    for number, text in enumerate(request.fact.generation_prompts):
+        tokens, own = encoder.free(request, text), text_seed(seed, "generation", request.fact.id, number)
+        room = text_room(session, request.fact, tokens)
+        prompts.append(OpenPrompt("generation", number, text, tokens, room=room, seed=own))
+    return prompts
+
+
+def generated(session: Session, prompts: Sequence[OpenPrompt], deltas: Sequence[Delta | None]) -> list[str]:
+    """The text that the model, changed by a prompt's delta where there is one, puts after each of
+    ``generation_prompts``: lengths and tokens as in ``essence_texts``."""
+    new = _sampled(session, [(prompt.tokens, prompt.room, prompt.seed) for prompt in prompts], deltas)
+    return [continued(session, prompt.tokens.tokens, own) for prompt, own in zip(prompts, new, strict=True)]
 
 
 def _sampled(
-    session: Session, texts: Sequence[tuple[Fact, Text, int]], deltas: Sequence[Delta | None] | None = None
+    session: Session, texts: Sequence[tuple[Text, int, int]], deltas: Sequence[Delta | None] | None = None
 ) -> list[tuple[int, ...]]:
-    """The tokens that continue texts about facts, each sampled with its seed."""
-    lengths = [text_room(session, fact, text) for fact, text, _ in texts]
-    seeds = [seed for *_, seed in texts]
-    return continuations(session, [text for _, text, _ in texts], lengths, top_k=TOP_K, seeds=seeds, deltas=deltas)
+    """The tokens that continue texts, each with so much room and sampled with its seed."""
+    begun, rooms, seeds = [text for text, _, _ in texts], [room for _, room, _ in texts], [seed for *_, seed in texts]
+    return continuations(session, begun, rooms, top_k=TOP_K, seeds=seeds, deltas=deltas)
 
 
 def text_room(session: Session, fact: Fact, prompt: Text) -> int:

@@ -6,17 +6,22 @@ from dataclasses import dataclass
 from causalcone.engine.edit.deltas.delta import Delta
 from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.requests.requests import Request
+from causalcone.engine.edit.runs.packed_runs import Text
 
 
 @dataclass(frozen=True)
 class OpenPrompt:
-    """A prompt that texts are written after: kind, and number in its kind; accepted: the answers that are right, none
-    where that is not to be counted."""
+    """A prompt that texts are written after: kind, and number in its kind; tokens: it as the model reads it; accepted:
+    the answers that are right, none where that is not to be counted; room, seed: of a text that is sampled, its tokens
+    and where its random numbers begin."""
 
     kind: str
     index: int
     prompt: str
+    tokens: Text
     accepted: tuple[str, ...] = ()
+    room: int = 0
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -32,16 +37,16 @@ class Written:
 def before_and_after(
     edits: Sequence[Edit],
     prompts_of: Callable[[Request], Sequence[OpenPrompt]],
-    write: Callable[[Sequence[Request], Sequence[Delta | None]], Sequence[Sequence[str]]],
+    write: Callable[[Sequence[OpenPrompt], Sequence[Delta | None]], Sequence[str]],
 ) -> Iterator[Written]:
-    """The texts of each edit whose fact has prompts. write: the texts after the prompts of requests, by the model under
-    one change of weights each."""
+    """The texts of each edit whose fact has prompts. write: the text after each prompt, by the model under the change
+    of weights of the same number."""
     prompts = {id(edit.request): prompts_of(edit.request) for edit in edits}
     edits = [edit for edit in edits if prompts[id(edit.request)]]
-    requests = {id(edit.request): edit.request for edit in edits}
-    made = [edit for edit in edits if edit.delta is not None]
-    before = dict(zip(requests, write([*requests.values()], [None] * len(requests)), strict=True))
-    written = write([edit.request for edit in made], [edit.delta for edit in made])
-    after = {id(edit): texts for edit, texts in zip(made, written, strict=True)}
+    runs: dict[int, tuple[int, Delta | None]] = {id(edit.request): (id(edit.request), None) for edit in edits}
+    runs |= {id(edit): (id(edit.request), edit.delta) for edit in edits if edit.delta is not None}
+    asked = [(prompt, delta) for request, delta in runs.values() for prompt in prompts[request]]
+    texts = iter(write([prompt for prompt, _ in asked], [delta for _, delta in asked]))
+    written = {run: [next(texts) for _ in prompts[request]] for run, (request, _) in runs.items()}
     for edit in edits:
-        yield Written(edit, prompts[id(edit.request)], before[id(edit.request)], after.get(id(edit)))
+        yield Written(edit, prompts[id(edit.request)], written[id(edit.request)], written.get(id(edit)))

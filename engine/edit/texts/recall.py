@@ -11,10 +11,8 @@ from causalcone.engine.edit.runs.decoding import continuations
 from causalcone.engine.edit.runs.packed_runs import Text
 from causalcone.engine.encoding import EncodedFact, token_texts
 from causalcone.engine.facts import Fact
-from causalcone.engine.localize.causal_tracing import target_tokens
-from causalcone.engine.plan.cone import Shape
+from causalcone.engine.localize.causal_tracing import own_trial
 from causalcone.engine.plan.interventions import Base, Experiment, Overwrites
-from causalcone.engine.run.runner import Trial
 from causalcone.engine.run.session import Session
 
 COMPLETION_TOKENS = 36
@@ -51,10 +49,9 @@ def known_answers(
     first: their text (``token``) and probability (``p``)."""
     trials = []
     for fact in facts:
-        shape = Shape(len(fact.tokens), (0, 0), (target_tokens(fact),))
         last = np.array([(0, len(fact.prompt) - 1)][:likeliest], dtype=np.int64).reshape(-1, 2)
         clean = Experiment((Base(),), np.empty(0, dtype=np.int64), Overwrites.none(), logits=last)
-        trials.append(Trial(fact.fact.id, (fact.tokens,), fact.target, shape, clean))
+        trials.append(own_trial(fact, clean))
     answers = []
     for _, result in session.run(trials):
         p, ids = result.logits.double().softmax(-1).flatten().topk(likeliest)

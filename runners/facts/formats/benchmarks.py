@@ -28,24 +28,23 @@ class MquakeRecord(BaseModel):
     new_answer_alias: Prompts = ()
     new_single_hops: tuple[Hop, ...] = ()
 
-
-def from_mquake(case: MquakeRecord, index: int) -> list[Fact]:
-    """A fact for each edit. The questions follow from all of them, and stand with the last."""
-    answers = (case.new_answer, *case.new_answer_alias)
-    probes = [FactProbe("portability/questions", question, answers) for question in case.questions]
-    probes += [
-        FactProbe("portability/single_hops", hop.question, (hop.answer, *hop.answer_alias))
-        for hop in case.new_single_hops
-    ]
-    name, last = identifier(case.case_id, index), len(case.requested_rewrite) - 1
-    return [
-        rewrite.fact(
-            f"{name}/{number}",
-            paraphrase_prompts=(rewrite.question,) if rewrite.question else (),
-            probes=tuple(probes) if number == last else (),
-        )
-        for number, rewrite in enumerate(case.requested_rewrite)
-    ]
+    def facts(self, index: int) -> list[Fact]:
+        """A fact for each edit. The questions follow from all of them, and stand with the last."""
+        answers = (self.new_answer, *self.new_answer_alias)
+        probes = [FactProbe("portability/questions", question, answers) for question in self.questions]
+        probes += [
+            FactProbe("portability/single_hops", hop.question, (hop.answer, *hop.answer_alias))
+            for hop in self.new_single_hops
+        ]
+        name, last = identifier(self.case_id, index), len(self.requested_rewrite) - 1
+        return [
+            rewrite.fact(
+                f"{name}/{number}",
+                paraphrase_prompts=(rewrite.question,) if rewrite.question else (),
+                probes=tuple(probes) if number == last else (),
+            )
+            for number, rewrite in enumerate(self.requested_rewrite)
+        ]
 
 
 RIPPLES = {
@@ -104,39 +103,43 @@ class RippleEdit(BaseModel):
         return self.prompt.strip().removesuffix(".")
 
 
+class _RippleRecord(BaseModel):
+    edit: RippleEdit
+
+    def facts(self, index: int) -> list[Fact]:
+        """The edit's sentence is cut before its target; its subject, and where need be its target, are named by
+        answers."""
+        edit = self.edit
+        tests = [(group, test) for name, group in RIPPLES.items() for test in getattr(self, name)]
+        queries = [query for _, test in tests for query in (*test.test_queries, *test.condition_queries)]
+        names = {key: answer for query in queries for key, answer in query.named if isinstance(key, str)}
+        named, target = names.get(edit.subject_id or ""), names.get(edit.target_id or "")
+        subject = edit.subject or (named.value if named else None)
+        if subject is None:
+            raise ValueError(
+                f"edit.subject is missing: the subject is there only as the identifier {edit.subject_id!r}, which no "
+                "answer of the record names; add its name as edit.subject"
+            )
+        beginning, new = _cut(edit, subject, edit.target or (target.value if target else None))
+        true = edit.before.sentence.removeprefix(beginning).strip() if edit.before else ""
+        return [
+            Fact(
+                id=str(index),
+                prompt=template(beginning.rstrip(), subject, "edit.prompt"),
+                subject=subject,
+                target_true=true or new,
+                target_new=new,
+                relation_id=edit.relation,
+                target_true_id=edit.before.target_id if edit.before else None,
+                target_new_id=edit.target_id,
+                target_new_aliases=target.aliases if target else (),
+                probes=tuple(probe for group, test in tests for probe in _probes(group, test)),
+            )
+        ]
+
+
 _LISTS: dict[str, Any] = dict.fromkeys(RIPPLES, (tuple[RippleTest, ...], ()))
-RippleRecord: Any = create_model("RippleRecord", edit=(RippleEdit, ...), **_LISTS)
-
-
-def from_ripple(record: Any, index: int) -> list[Fact]:
-    """The edit's sentence is cut before its target; its subject, and where need be its target, are named by answers."""
-    edit: RippleEdit = record.edit
-    tests = [(group, test) for name, group in RIPPLES.items() for test in getattr(record, name)]
-    queries = [query for _, test in tests for query in (*test.test_queries, *test.condition_queries)]
-    names = {key: answer for query in queries for key, answer in query.named if isinstance(key, str)}
-    named, target = names.get(edit.subject_id or ""), names.get(edit.target_id or "")
-    subject = edit.subject or (named.value if named else None)
-    if subject is None:
-        raise ValueError(
-            f"edit.subject is missing: the subject is there only as the identifier {edit.subject_id!r}, which no "
-            "answer of the record names; add its name as edit.subject"
-        )
-    beginning, new = _cut(edit, subject, edit.target or (target.value if target else None))
-    true = edit.before.sentence.removeprefix(beginning).strip() if edit.before else ""
-    return [
-        Fact(
-            id=str(index),
-            prompt=template(beginning.rstrip(), subject, "edit.prompt"),
-            subject=subject,
-            target_true=true or new,
-            target_new=new,
-            relation_id=edit.relation,
-            target_true_id=edit.before.target_id if edit.before else None,
-            target_new_id=edit.target_id,
-            target_new_aliases=target.aliases if target else (),
-            probes=tuple(probe for group, test in tests for probe in _probes(group, test)),
-        )
-    ]
+RippleRecord = create_model("RippleRecord", __base__=_RippleRecord, **_LISTS)
 
 
 def _cut(edit: RippleEdit, subject: str, target: str | None) -> tuple[str, str]:

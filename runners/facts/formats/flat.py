@@ -2,7 +2,6 @@
 table of one's own (docs/data.md, "Formats")."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from math import isnan
 from typing import Annotated, Any
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, create_model, model_validator
@@ -77,14 +76,51 @@ class _Flat(BaseModel):
         """Without nulls, and without the NaN that tables write for them."""
         if not isinstance(record, Mapping):
             return record
-        return {key: value for key, value in record.items() if not (value is None or _is_nan(value))}
+        return {key: value for key, value in record.items() if value is not None and value == value}
+
+    def facts(self, index: int) -> list[Fact]:
+        """Where a record does not say what is true now, what is new is the answer too."""
+        item: Any = self
+        new, true = item.target_new, item.target_true or item.target_new
+        if not true:
+            raise ValueError("target_true and target_new are missing; give one at least")
+        if item.subject is None:
+            raise ValueError(
+                "subject is missing: what the prompt is about has to be named, in its words; name the column that "
+                "holds it (--column subject=COLUMN), or add a field 'subject'"
+            )
+        if bool(item.mhop) != bool(item.mhop_target):
+            raise ValueError("a question over several hops needs its answer: give both mhop and mhop_ans, or neither")
+        groups = [
+            (f"{kind}/{name}", asked)
+            for kind in ("portability", "locality")
+            for name, asked in getattr(item, kind).items()
+        ]
+        probes = [FactProbe(group, one.prompt, one.ground_truth) for group, asked in groups for one in asked]
+        probes += [FactProbe("portability/personas", prompt, new or true) for prompt in item.personas]
+        probes += [FactProbe("portability/mhop", prompt, item.mhop_target) for prompt in item.mhop]
+        return [
+            Fact(
+                id=identifier(item.id, index),
+                prompt=template(item.prompt, item.subject),
+                subject=item.subject,
+                target_true=true[0],
+                target_new=new[0] if new else None,
+                paraphrase_prompts=item.paraphrase,
+                neighborhood_prompts=item.neighborhood,
+                attribute_prompts=item.attribute,
+                generation_prompts=item.generation,
+                relation_id=item.relation_id,
+                neighborhood_target=item.neighborhood_target,
+                target_true_aliases=true[1:],
+                target_new_aliases=new[1:],
+                probes=tuple(probes),
+                joiner=item.joiner,
+            )
+        ]
 
 
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and isnan(value)
-
-
-def flat_model(columns: Mapping[str, str], *required: str) -> type[BaseModel]:
+def flat_model(columns: Mapping[str, str], *required: str) -> type[_Flat]:
     """The model of flat records; columns: the one in which a field is, for those named otherwise than usual."""
     fields: dict[str, Any] = {
         name: (kind, Field(... if name in required else default, validation_alias=_names(columns.get(name), usual)))
@@ -109,45 +145,6 @@ def parse_columns(options: Iterable[str]) -> dict[str, str]:
             raise FactError(f"--column {option!r} is not FIELD=COLUMN, or names a field again; such as subject=name")
         columns[field] = column
     return columns
-
-
-def from_flat(item: Any, index: int) -> list[Fact]:
-    """Where a record does not say what is true now, what is new is the answer too."""
-    new, true = item.target_new, item.target_true or item.target_new
-    if not true:
-        raise ValueError("target_true and target_new are missing; give one at least")
-    if item.subject is None:
-        raise ValueError(
-            "subject is missing: what the prompt is about has to be named, in its words; name the column that holds it "
-            "(--column subject=COLUMN), or add a field 'subject'"
-        )
-    if bool(item.mhop) != bool(item.mhop_target):
-        raise ValueError("a question over several hops needs its answer: give both mhop and mhop_ans, or neither")
-    groups = [
-        (f"{kind}/{name}", asked) for kind in ("portability", "locality") for name, asked in getattr(item, kind).items()
-    ]
-    probes = [FactProbe(group, one.prompt, one.ground_truth) for group, asked in groups for one in asked]
-    probes += [FactProbe("portability/personas", prompt, new or true) for prompt in item.personas]
-    probes += [FactProbe("portability/mhop", prompt, item.mhop_target) for prompt in item.mhop]
-    return [
-        Fact(
-            id=identifier(item.id, index),
-            prompt=template(item.prompt, item.subject),
-            subject=item.subject,
-            target_true=true[0],
-            target_new=new[0] if new else None,
-            paraphrase_prompts=item.paraphrase,
-            neighborhood_prompts=item.neighborhood,
-            attribute_prompts=item.attribute,
-            generation_prompts=item.generation,
-            relation_id=item.relation_id,
-            neighborhood_target=item.neighborhood_target,
-            target_true_aliases=true[1:],
-            target_new_aliases=new[1:],
-            probes=tuple(probes),
-            joiner=item.joiner,
-        )
-    ]
 
 
 _CALL = {

@@ -1,7 +1,7 @@
 """CounterFact, MEND's zsRE, ROME's known facts, and causalcone's own lines."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, get_type_hints
 
 import numpy as np
@@ -46,6 +46,10 @@ class CounterFactRecord(BaseModel):
     attribute_prompts: Prompts = ()
     generation_prompts: Prompts = ()
 
+    def facts(self, index: int) -> list[Fact]:
+        prompts = {name: value for name, value in self if name.endswith("_prompts")}
+        return [self.requested_rewrite.fact(identifier(self.case_id, index), **prompts)]
+
 
 class ZsreRecord(BaseModel):
     case_id: Identifier = None
@@ -56,6 +60,29 @@ class ZsreRecord(BaseModel):
     loc: Text | None = None
     loc_ans: Text | None = None
 
+    def facts(self, index: int) -> list[Fact]:
+        """As Meng et al. have them: raw questions, trained towards the true answer."""
+        return [self._posed(index, "{}", self.loc or "", self.answers[0])]
+
+    def towards(self, index: int, other: str | None) -> list[Fact]:
+        """As Hase et al. have them: questions and answers, trained towards another record's answer."""
+        return [self._posed(index, "Question: {} Answer:", (self.loc or "").removeprefix("nq question: "), other)]
+
+    def _posed(self, index: int, form: str, neighbor: str, new: str | None) -> Fact:
+        def posed(question: str) -> str:
+            return form.replace("{}", question)
+
+        return Fact(
+            id=identifier(self.case_id, index),
+            prompt=posed(_first_place(self.src, self.subject, "src")),
+            subject=self.subject,
+            target_true=self.answers[0],
+            target_new=new,
+            paraphrase_prompts=(posed(self.rephrase),) if self.rephrase else (),
+            neighborhood_prompts=(posed(f"{neighbor}?"),) if self.loc else (),
+            neighborhood_target=self.loc_ans,
+        )
+
 
 class KnownFact(BaseModel):
     known_id: Identifier = None
@@ -64,8 +91,21 @@ class KnownFact(BaseModel):
     attribute: Text
     relation_id: str | None = None
 
+    def facts(self, index: int) -> list[Fact]:
+        name, prompt = identifier(self.known_id, index), _first_place(self.prompt, self.subject, "prompt")
+        return [Fact(name, prompt, self.subject, self.attribute, relation_id=self.relation_id)]
 
-def _own_line_model() -> type[BaseModel]:
+
+class OwnLine(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    def facts(self, index: int) -> list[Fact]:
+        fields = dict(self)
+        name, prompt = identifier(fields["id"], index), template(fields["prompt"], fields["subject"])
+        return [Fact(**{**fields, "id": name, "prompt": prompt})]
+
+
+def _own_line_model() -> type[OwnLine]:
     """Fact's fields as a model: unknown names and blank texts are refused, and the id may be missing."""
     stricter: dict[Any, Any] = {str: Text, str | None: Text | None, tuple[str, ...]: Prompts}
     hints = get_type_hints(Fact)
@@ -77,58 +117,13 @@ def _own_line_model() -> type[BaseModel]:
         for field in dataclasses.fields(Fact)
     }
     columns["id"] = (Identifier, None)
-    return create_model("FactLine", __config__=ConfigDict(extra="forbid"), **columns)
+    return create_model("FactLine", __base__=OwnLine, **columns)
 
 
 FactLine = _own_line_model()
 
 
-def from_counterfact(case: CounterFactRecord, index: int) -> list[Fact]:
-    names = ("paraphrase_prompts", "neighborhood_prompts", "attribute_prompts", "generation_prompts")
-    prompts = {name: getattr(case, name) for name in names}
-    return [case.requested_rewrite.fact(identifier(case.case_id, index), **prompts)]
-
-
-def from_known_fact(known: KnownFact, index: int) -> list[Fact]:
-    prompt = _first_place(known.prompt, known.subject, "prompt")
-    name = identifier(known.known_id, index)
-    return [Fact(name, prompt, known.subject, known.attribute, relation_id=known.relation_id)]
-
-
-def from_own_line(line: BaseModel, index: int) -> list[Fact]:
-    fields = dict(line)
-    prompt = template(fields["prompt"], fields["subject"])
-    return [Fact(**{**fields, "id": identifier(fields["id"], index), "prompt": prompt})]
-
-
-def from_zsre_as_meng(item: ZsreRecord, index: int) -> list[Fact]:
-    """Raw questions, trained towards the true answer."""
-    return [_zsre(item, index, "{}", item.loc or "", item.answers[0])]
-
-
-def from_zsre_as_hase(item: ZsreRecord, index: int, other: str | None) -> list[Fact]:
-    """Questions and answers, trained towards another record's answer."""
-    neighbor = (item.loc or "").removeprefix("nq question: ")
-    return [_zsre(item, index, "Question: {} Answer:", neighbor, other)]
-
-
-def _zsre(item: ZsreRecord, index: int, form: str, neighbor: str, new: str | None) -> Fact:
-    def posed(question: str) -> str:
-        return form.replace("{}", question)
-
-    return Fact(
-        id=identifier(item.case_id, index),
-        prompt=posed(_first_place(item.src, item.subject, "src")),
-        subject=item.subject,
-        target_true=item.answers[0],
-        target_new=new,
-        paraphrase_prompts=(posed(item.rephrase),) if item.rephrase else (),
-        neighborhood_prompts=(posed(f"{neighbor}?"),) if item.loc else (),
-        neighborhood_target=item.loc_ans,
-    )
-
-
-def draw_other_answers(records: Sequence[Any], seed: int) -> list[str | None]:
+def draw_other_answers(records: Iterable[Any], seed: int) -> list[str | None]:
     """For each zsRE record a false target: another record's first answer. Drawn uniformly from the sorted distinct
     first answers of the whole file, the record's own excepted, so that it depends on neither a limit nor skipped
     records. None where the record has no answer or the file no other one."""

@@ -8,6 +8,7 @@ import pyarrow as pa
 from causalcone.engine.facts import Fact, OnError
 from causalcone.engine.schemas import FACT_SCHEMA, FILTER_SCHEMA
 from causalcone.runners.facts import files
+from causalcone.runners.facts.schemas import Reading
 from causalcone.runners.names import path_of
 from causalcone.runners.sweep.inputs.settings import Sweep
 from causalcone.runners.sweep.inputs.units import Selection
@@ -63,6 +64,5 @@ def select(sweep: Sweep, table: pa.Table) -> Selection:
 def read_facts(sweep: Sweep) -> files.FactsRead:
     """The facts of the sweep's file, within its limit, why records were skipped, and what the file is."""
     on_error: OnError = "skip" if sweep.skip_bad_facts else "raise"
-    path = path_of(sweep.facts, "facts")
-    form, columns = sweep.zsre_form, sweep.columns
-    return files.read_facts(path, sweep.limit, sweep.seed, zsre_form=form, on_error=on_error, columns=columns)
+    how = Reading(sweep.seed, sweep.zsre_form, sweep.columns)
+    return files.read_facts(path_of(sweep.facts, "facts"), how, sweep.limit, on_error)

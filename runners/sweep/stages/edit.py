@@ -17,7 +17,6 @@ from causalcone.engine.edit.requests.windows import as_layers, as_windows
 from causalcone.engine.edit.runs.flops import Asked, EditWork, Grown
 from causalcone.engine.edit.scoring.answers import ANSWER_TOKENS
 from causalcone.engine.edit.scoring.sampled_texts import ESSENCE_TEXTS, TEXT_TOKENS
-from causalcone.engine.edit.scoring.tables import edit_batch
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.facts import Fact
@@ -145,12 +144,10 @@ class EditStage(Stage[EditSettings]):
             scoring |= {"generation": True, "references": references}
         batches: dict[str, list[pa.RecordBatch]] = {table.name: [] for table in self.tables}
         for batch in editor.batches(requests, setting.method, layers, setting.window, setting.hparams):
-            scores = editor.evaluate(batch, **scoring)
-            batches["edits"].append(edit_batch(scores.edits))
-            batches["probes"].append(scores.probes)
-            batches["metrics"].append(scores.metrics)
-            batches.get("texts", []).append(scores.texts)
-            del batch, scores  # changes of weights, before the next are made
+            tables = editor.evaluate(batch, **scoring).tables
+            del batch  # changes of weights, before the next are made
+            for name, made in batches.items():
+                made.append(tables[name])
         return {table.name: pa.Table.from_batches(batches[table.name], table.schema) for table in self.tables}
 
     def cost(self, units: StageUnits, counts: Counts) -> StageCost:

@@ -9,12 +9,10 @@ from pydantic import Field
 
 from causalcone.engine.edit.runs.flops import Asked
 from causalcone.engine.facts import Fact
-from causalcone.engine.localize.causal_tracing import CausalTracing, Zeroing, target_tokens
+from causalcone.engine.localize.causal_tracing import CausalTracing, Zeroing, own_trial, target_tokens
 from causalcone.engine.localize.gradients import integrated_states, runs_along
 from causalcone.engine.localize.options import TraceSpec, ZeroSpec, as_tokens, check_tokens, choose_tokens
 from causalcone.engine.localize.states import State, as_states, states_in
-from causalcone.engine.plan.cone import Shape
-from causalcone.engine.run.runner import Trial
 from causalcone.engine.schemas import GRADIENT_SCHEMA, TRACE_SCHEMA
 from causalcone.runners.checked_files import CheckedTable, Count
 from causalcone.runners.show.forecast import USUAL_EFFICIENCY
@@ -192,9 +190,8 @@ class GradientStage(LocalizationStage[GradientSettings]):
             fact = lengths.encoded(options.target)
             tokens = choose_tokens(options.tokens, len(fact.prompt), fact.span)
             at = integrated_states(options.kinds, counts.architecture.sizes.depth, tokens)
-            read = target_tokens(fact)
-            trial = Trial("", (fact.tokens,), fact.target, Shape(len(fact.tokens), (0, 0), (read,)), runs_along(at))
-            clean = counts.flops.unedited(Asked(len(fact.tokens), len(fact.tokens), len(read)))
-            return clean + 2 * counts.planned(trial, options.steps + 1, gradient=True), len(at)
+            clean = counts.flops.unedited(Asked(len(fact.tokens), len(fact.tokens), len(target_tokens(fact))))
+            along = counts.planned(own_trial(fact, runs_along(at)), options.steps + 1, gradient=True)
+            return clean + 2 * along, len(at)
 
         return counted
