@@ -17,7 +17,7 @@ def demo(
         int | None, Option(help="How many facts to trace; 6, of the world 60.", min=1, show_default=False)
     ] = None,
     edits: Annotated[
-        int | None, Option(help="How many facts to edit at every layer; 6, of the world 10.", min=1, show_default=False)
+        int | None, Option(help="How many facts to edit at every layer; 3, of the world 10.", min=1, show_default=False)
     ] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the run that the folder holds.")] = False,
 ) -> None:

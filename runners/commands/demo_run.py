@@ -43,7 +43,7 @@ class Demo:
 
 
 WORLD = Demo("demo", facts=60, edits=10)
-REAL = Demo("smollm2-demo", facts=6, edits=6, read=3, prompt=("The capital of France is", "France"))
+REAL = Demo("smollm2-demo", facts=6, edits=3, read=3, prompt=("The capital of France is", "France"))
 
 
 def run_demo(

@@ -14,7 +14,7 @@ from causalcone.engine.run.session import Session
 
 SOURCE = "text sampled from the model"
 TOP_K = 50
-TOKENS, TOGETHER = 256, 32
+TOKENS, TOGETHER = 128, 64
 """Of a text; texts that are written at a time."""
 
 

@@ -118,7 +118,7 @@ class EditedRuns:
         self.keys_values = {} if unedited is None else unedited.keys_values
         self.stored = np.zeros(len(prompts.texts), dtype=np.int64) if unedited is None else unedited.start
         past, rows, read = prompts.lookup[texts], prompts.tail_rows[texts], prompts.read[texts]
-        self.order = in_order(past, rows, read)
+        self.order = in_order(rows, read, past)
         self.joins = dict(self._joins(layer, of[self.order], texts[self.order]))
 
     def _joins(self, layer: np.ndarray, of: np.ndarray, texts: np.ndarray) -> Iterator[tuple[int, Join]]:

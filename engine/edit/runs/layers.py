@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any, TypeVar
 
 import numpy as np
@@ -150,10 +151,13 @@ class Layers:
             query = query_rows.view(batch.count, -1, self.architecture.sizes.heads, block.head_dim)
             tokens = torch.arange(keys.shape[1] - query.shape[1], keys.shape[1], device=self.device)
             visible = visible_keys(tokens, keys.shape[1], block.window)
+            if batch.lacking is not None:
+                visible = visible & (torch.arange(keys.shape[1], device=self.device) >= batch.lacking)
             runs_at_once = max(1, self.tiles.keys // keys.shape[1])
-            for q, k in zip(query.split(runs_at_once), keys.split(runs_at_once), strict=True):
+            seen = visible.split(runs_at_once) if visible.ndim == 3 else repeat(visible)
+            for q, k, mask in zip(query.split(runs_at_once), keys.split(runs_at_once), seen, strict=False):
                 key, value = k.unbind(2)
-                attended = attend(q, key, value, visible, block.scale, block.softcap)
+                attended = attend(q, key, value, mask, block.scale, block.softcap)
                 outputs.append(attended.flatten(2).flatten(0, 1))
         return torch.cat(outputs) if outputs else queries
 

@@ -26,12 +26,14 @@ class Text:
 @dataclass(frozen=True)
 class RunBatch:
     """Runs of one form, whose rows are neighbours: ``count`` (B) runs of ``length`` (m) rows each, of which the last
-    ``read`` are read out, after stored rows: past (B, p)."""
+    ``read`` are read out, after stored rows: past (B, p), whose first ones ``lacking`` (B, 1, 1) are not the run's;
+    None where there are none of these."""
 
     count: int
     length: int
     read: int
     past: Tensor
+    lacking: Tensor | None
 
     def queries(self, read_only: bool) -> int:
         """Rows of all runs that attend."""
@@ -42,7 +44,7 @@ class RunBatch:
 class Runs:
     """Runs in the order of their rows, all (N,) int64: run i has ``past[i]`` tokens whose keys and values are stored,
     from row ``stored[i]`` on, then ``rows[i]`` tokens with rows of their own, of which the last ``read[i]`` are read
-    out. Runs of one form must be neighbours (``in_order``)."""
+    out. Runs of one form, as many rows and read ones, must be neighbours (``in_order``)."""
 
     past: np.ndarray
     rows: np.ndarray
@@ -81,12 +83,15 @@ class Runs:
     def _batches(self) -> Iterator[RunBatch]:
         if not len(self):
             return
-        forms = np.stack([self.past, self.rows, self.read])
+        forms = np.stack([self.rows, self.read])
         edges = np.flatnonzero((forms[:, 1:] != forms[:, :-1]).any(0)) + 1
         for first, end in zip([0, *edges], [*edges, len(self)], strict=True):
-            past, length, read = (int(column[first]) for column in (self.past, self.rows, self.read))
-            stored = self.stored[first:end, None] + np.arange(past)
-            yield RunBatch(int(end - first), length, read, torch.from_numpy(stored).to(self.device))
+            length, read = int(self.rows[first]), int(self.read[first])
+            lacking = self.past[first:end].max() - self.past[first:end, None]
+            stored = np.arange(self.past[first:end].max()) - lacking
+            past = np.where(stored < 0, 0, self.stored[first:end, None] + stored)
+            hidden = torch.from_numpy(lacking[..., None]).to(self.device) if lacking.any() else None
+            yield RunBatch(int(end - first), length, read, torch.from_numpy(past).to(self.device), hidden)
 
 
 def in_order(*columns: np.ndarray) -> np.ndarray:
