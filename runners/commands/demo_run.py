@@ -32,26 +32,29 @@ TRACES, ZEROED, GRADIENTS = "traces/restore", "traces/zero", "gradients"
 
 @dataclass(frozen=True)
 class Demo:
-    """A sweep to show. facts, edits: how many facts are traced, and edited; read: how many are read for each that is
-    traced, since models know but some; prompt: a prompt and its subject, whose map is shown first."""
+    """A sweep to show, and its folder. facts, edits: how many facts are traced, and how many of these are edited; read:
+    how many are read for each that is traced, since models know only some; prompt: a prompt and its subject, whose map
+    is shown first."""
 
     preset: str
+    folder: str
     facts: int
     edits: int
     read: int = 1
     prompt: tuple[str, str] | None = None
 
 
-WORLD = Demo("demo", facts=60, edits=10)
-REAL = Demo("smollm2-demo", facts=6, edits=3, read=3, prompt=("The capital of France is", "France"))
+WORLD = Demo("demo", "world-results", facts=60, edits=10)
+REAL = Demo("smollm2-demo", "demo-results", facts=6, edits=3, read=3, prompt=("The capital of France is", "France"))
 
 
 def run_demo(
-    demo: Demo, out: Path, facts: int | None, edits: int | None, console: Console, overwrite: bool = False
+    demo: Demo, out: Path | None, facts: int | None, edits: int | None, console: Console, overwrite: bool = False
 ) -> SweepSummary:
     """Carry the sweep of a demo out in ``out``, of so many facts, or go on with it; draw and show what it found, unless
     it was stopped."""
-    facts, edits = facts or demo.facts, edits or demo.edits
+    out, facts = out or Path(demo.folder), facts or demo.facts
+    edits = min(edits or demo.edits, facts)
     traced = [f"{stage}.facts={facts}" for stage in ("trace", "zero")]
     sweep = load_sweep(demo.preset, [f"limit={demo.read * facts}", f"edit.facts={edits}", *traced])
     if demo.prompt is not None and not (out / PAGE).exists():

@@ -148,7 +148,7 @@ class Store:
     def locked(self) -> Iterator[None]:
         """Holds the folder for this process; ``ResultError`` where another one holds it."""
         if self.local is not None:
-            lock = FileLock(self.local / LOCK, timeout=0)
+            lock = FileLock(self.local / LOCK, timeout=0.2)  # which ``held`` takes for a moment
             try:
                 self.local.mkdir(parents=True, exist_ok=True)
                 lock.acquire()

@@ -77,6 +77,10 @@ def _check(named: str, sweep: Sweep) -> None:
                 parse_bytes(sweep.memory)
         if len(sweep.moments.sources) > 1:
             raise ExperimentError(f"moments: {' and '.join(sweep.moments.sources)} are both given; give one of the two")
+        if not sweep.moments.sources and sweep.moments.tokens == "all":
+            raise ExperimentError("moments.tokens is all; a model writes texts without end, so give a number, or texts")
+        if sweep.moments.dataset_config is not None and sweep.moments.dataset is None:
+            raise ExperimentError("moments.dataset_config goes with moments.dataset; name the data set")
         if all(getattr(sweep, name, None) is None for name in stage_types()):
             raise ExperimentError(f"there is nothing to do; give one of {', '.join(stage_types())}")
         stages_of(sweep)

@@ -96,7 +96,9 @@ def status_of(place: str) -> Status:
             stages += later_units(stages_of(sweep).values(), selection, run["model"]["depth"])
     progress = [_progress(stage, store) for stage in stages]
     failures, left_out = _reasons(store, FAILURES), _reasons(store, LEFT_OUT)
-    status = INTERRUPTED if run["status"] == RUNNING and not store.held() else run["status"]
+    status = run["status"]
+    if status == RUNNING and not store.held():  # unless it has ended meanwhile
+        status = INTERRUPTED if store.read_json(RUN)["status"] == RUNNING else store.read_json(RUN)["status"]
     return Status(place, status, run["begun"], progress, failures, left_out, later)
 
 

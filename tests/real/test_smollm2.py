@@ -1,6 +1,7 @@
 """A real pretrained model, where its package is installed: numbers are those of plain hooks, an edit changes what it
 writes."""
 
+import polars as pl
 import pytest
 import torch
 from oracles import tracing as oracle
@@ -81,3 +82,42 @@ def test_an_edit_changes_what_the_model_writes(model, tokenizer):
     assert "Paris" in before
     assert "Rome" in after
     assert written() == before
+
+
+def test_the_check_counts_what_the_model_gives_itself(model, tokenizer, run):
+    """Facts whose answer plain greedy decoding gives, of those with the subject first and inside."""
+    code, printed, _ = run("data", NAME, "--limit", "12", "--model", NAME, "--check")
+    counts = {True: [], False: []}
+    for fact in real_facts()[:12]:
+        ids = tokenizer(fact.text, return_tensors="pt")
+        answer = tokenizer(f" {fact.target_true}")["input_ids"]
+        with torch.no_grad():
+            said = model.generate(
+                **ids, max_new_tokens=len(answer), do_sample=False, pad_token_id=tokenizer.eos_token_id
+            )
+        counts[fact.prompt.startswith("{}")].append(said[0, ids["input_ids"].shape[1] :].tolist() == answer)
+    first, inside = counts[True], counts[False]
+    assert code == 0
+    assert (
+        f"answers that the model gives itself: {sum(first) + sum(inside)} of 12 ({sum(first)} of {len(first)} whose "
+        f"subject begins the prompt, {sum(inside)} of {len(inside)} whose subject stands inside it)"
+    ) in printed
+    assert 0 < sum(inside) < len(inside)
+
+
+@pytest.mark.long
+def test_the_demo(tmp_path, run):
+    """A map first, then a sweep whose summary says what its tables have, and a page; a second run only shows."""
+    code, printed, _ = run("demo", "--out", tmp_path / "out", "--facts", "2", "--edits", "1")
+    assert code == 0
+    assert "The capital of France is -> Paris (the likeliest token)" in printed
+    traces = pl.read_parquet(tmp_path / "out" / "traces" / "restore" / "*.parquet")
+    assert traces["fact_id"].n_unique() == 2
+    assert traces["p_clean"].min() > 0.05
+    edits = pl.read_parquet(tmp_path / "out" / "edits" / "**" / "*.parquet")
+    assert edits["layer"].sort().to_list() == [2, 8, 14, 20, 27]
+    assert "Error injection: mean rewrite score of 1 fact by layer" in printed
+    assert (tmp_path / "out" / "report.html").stat().st_size > 100_000
+    again = run("demo", "--out", tmp_path / "out", "--facts", "2", "--edits", "1")
+    assert again[0] == 0
+    assert "complete after" in again[1]

@@ -10,6 +10,7 @@ from causalcone.engine.edit.moments.identity import model_fingerprint
 from causalcone.engine.edit.runs.decoding import continuations, text_seed
 from causalcone.engine.edit.runs.packed_runs import Text
 from causalcone.engine.edit.texts.contexts import continued, start_token
+from causalcone.engine.errors import ExperimentError
 from causalcone.engine.run.session import Session
 
 SOURCE = "text sampled from the model"
@@ -19,9 +20,11 @@ TOKENS, TOGETHER = 128, 64
 
 
 def sampled_texts(session: Session) -> Iterator[str]:
-    """Texts without end, the same for a model and dtype, which are kept in the cache folder: each begins from the token
-    that begins texts (BOS, else EOS) and goes on for ``TOKENS`` tokens, drawn from the ``TOP_K`` likeliest. They are
-    without special tokens."""
+    """Texts without end, which are kept in the cache folder for a model and dtype: each begins from the token that
+    begins texts (BOS, else EOS) and goes on for ``TOKENS`` tokens, drawn from the ``TOP_K`` likeliest. They are without
+    special tokens. A change of the last down-projection alone does not make another model here.
+
+    Raises ``ExperimentError`` where the model writes nothing."""
     dtype = str(session.dtype).removeprefix("torch.")
     folder = cache_folder() / f"sampled-text-{model_fingerprint(session.architecture)}-{dtype}"
     for first in count(step=TOGETHER):
@@ -29,7 +32,10 @@ def sampled_texts(session: Session) -> Iterator[str]:
         if not file.exists():
             folder.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps(_written(session, range(first, first + TOGETHER))))
-        yield from json.loads(file.read_text(encoding="utf-8"))
+        texts = json.loads(file.read_text(encoding="utf-8"))
+        if not any(text.strip() for text in texts):
+            raise ExperimentError("the model writes nothing but white space and special tokens; give texts of your own")
+        yield from texts
 
 
 def _written(session: Session, numbers: range) -> list[str]:

@@ -101,8 +101,8 @@ class Encoder:
         return Text(prompt.tokens) if prompt.span is None else self._noised(request, prompt.tokens, prompt.span)
 
     def free(self, request: Request, text: str) -> Text:
-        """The same of a text, which is in no chat."""
-        return self._plain.written(request, text)
+        """The same of a text, which is in no chat, and keeps the spaces at its end."""
+        return self._plain.written(replace(request, fact=replace(request.fact, joiner="none")), text)
 
     @property
     def _plain(self) -> Encoder:

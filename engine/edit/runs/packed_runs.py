@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
+
+_PADDED = 16
+"""Stored rows that runs are padded by, however few they have."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class Text:
 @dataclass(frozen=True)
 class RunBatch:
     """Runs of one form, whose rows are neighbours: ``count`` (B) runs of ``length`` (m) rows each, of which the last
-    ``read`` are read out, after stored rows: past (B, p), whose first ones ``lacking`` (B, 1, 1) are not the run's;
-    None where there are none of these."""
+    ``read`` are read out, after stored rows: past (B, p), of which the first ``lacking`` (B, 1, 1) are padding, and
+    masked; None where nothing is padded."""
 
     count: int
     length: int
@@ -85,13 +88,22 @@ class Runs:
             return
         forms = np.stack([self.rows, self.read])
         edges = np.flatnonzero((forms[:, 1:] != forms[:, :-1]).any(0)) + 1
-        for first, end in zip([0, *edges], [*edges, len(self)], strict=True):
+        for first, end in self._alike(zip([0, *edges], [*edges, len(self)], strict=True)):
             length, read = int(self.rows[first]), int(self.read[first])
-            lacking = self.past[first:end].max() - self.past[first:end, None]
-            stored = np.arange(self.past[first:end].max()) - lacking
-            past = np.where(stored < 0, 0, self.stored[first:end, None] + stored)
-            hidden = torch.from_numpy(lacking[..., None]).to(self.device) if lacking.any() else None
-            yield RunBatch(int(end - first), length, read, torch.from_numpy(past).to(self.device), hidden)
+            longest = self.past[first:end].max()
+            padding = longest - self.past[first:end, None]
+            past = self.stored[first:end, None] + np.maximum(0, np.arange(longest) - padding)
+            lacking = torch.from_numpy(padding[..., None]).to(self.device) if padding.any() else None
+            yield RunBatch(int(end - first), length, read, torch.from_numpy(past).to(self.device), lacking)
+
+    def _alike(self, parts: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        """Parts of the runs, cut where a past is more than twice the first one's."""
+        for first, end in parts:
+            while first < end:
+                within = self.past[first:end] <= 2 * self.past[first] + _PADDED
+                stop = end if within.all() else first + int(within.argmin())
+                yield first, stop
+                first = stop
 
 
 def in_order(*columns: np.ndarray) -> np.ndarray:
