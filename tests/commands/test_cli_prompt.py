@@ -99,7 +99,18 @@ def test_files_are_written_where_they_are_asked_for(asked, tracer, tmp_path):
 
 
 def test_edit_shows_both_answers_and_what_the_model_writes(asked, folder, tmp_path):
-    options = ["--answer", "French", "--new", "Latin", "--set", "norm_constraint=0.1", "--set", "lr=0.02"]
+    options = [
+        "--method",
+        "finetune",
+        "--answer",
+        "French",
+        "--new",
+        "Latin",
+        "--set",
+        "norm_constraint=0.1",
+        "--set",
+        "lr=0.02",
+    ]
     code, printed, error = asked("edit", *options, "--layer", "1,2")
     assert (code, "causalcone" in error) == (0, False)
     assert not list(tmp_path.iterdir())
@@ -124,17 +135,16 @@ def test_edit_shows_both_answers_and_what_the_model_writes(asked, folder, tmp_pa
         assert start + one_line(whole) in texts
 
 
-def test_rome_is_the_method_where_there_are_moments(asked, tmp_path):
+def test_rome_is_the_method_unless_another_is_given(asked, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("\n".join(running_text()))
     code, printed, _ = asked("edit", "--new", "Latin", "--answer", "French", "--texts", text, "--ridge", 0.01)
     assert code == 0
     assert "ROME" in printed
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
-    code, _, error = asked("edit", "--new", "Latin", "--answer", "French", "--method", "rome")
-    assert code == 2
-    assert "--moments" in error
-    assert "--texts" in error
+    monkeypatch.setenv("CAUSALCONE_CACHE", str(tmp_path / "cache"))
+    code, printed, _ = asked("edit", "--new", "Latin", "--answer", "French", "--ridge", 0.01)
+    assert (code, "ROME" in printed) == (0, True)  # its moments are of text that the model writes
 
 
 GIVEN = {"prompt": PROMPT, "subject": SUBJECT}

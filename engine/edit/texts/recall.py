@@ -27,10 +27,13 @@ def completions(session: Session, facts: Sequence[EncodedFact], tokens: int = CO
 
 
 def known(session: Session, facts: Sequence[EncodedFact]) -> list[bool]:
-    """Whether the likeliest tokens after each prompt are those of the answer."""
+    """Whether the answer is the text of the likeliest token after each prompt, or of as many as the answer has."""
     texts, lengths = [Text(fact.prompt) for fact in facts], [len(fact.target) for fact in facts]
     found = continuations(session, texts, lengths)
-    return [tokens == tuple(fact.target) for fact, tokens in zip(facts, found, strict=True)]
+    return [
+        any(session.tokenizer.decode(list(said)).strip() == fact.fact.target_true.strip() for said in (new[:1], new))
+        for fact, new in zip(facts, found, strict=True)
+    ]
 
 
 def completes(fact: Fact, completion: str) -> bool:
