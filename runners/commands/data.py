@@ -78,10 +78,10 @@ def data(
     lines = [] if quiet else [*fact_data.summary(opened.recognised, facts)]
     if check:
         from causalcone.engine.compute import Compute
-        from causalcone.runners.facts.joiner_check import joiner_lines
+        from causalcone.runners.facts.model_check import check_lines
         from causalcone.runners.inputs.inputs import open_model
 
-        lines += joiner_lines(open_model(path_of(str(model), "model"), Compute()), facts)
+        lines += check_lines(open_model(path_of(str(model), "model"), Compute()), facts)
     if out is not None:
         fact_data.write_facts(facts, out)
         lines += [] if quiet else [f"{opened.place} -> {out}"]

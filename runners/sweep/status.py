@@ -98,7 +98,8 @@ def status_of(place: str) -> Status:
     failures, left_out = _reasons(store, FAILURES), _reasons(store, LEFT_OUT)
     status = run["status"]
     if status == RUNNING and not store.held():  # unless it has ended meanwhile
-        status = INTERRUPTED if store.read_json(RUN)["status"] == RUNNING else store.read_json(RUN)["status"]
+        status = store.read_json(RUN)["status"]
+        status = INTERRUPTED if status == RUNNING else status
     return Status(place, status, run["begun"], progress, failures, left_out, later)
 
 

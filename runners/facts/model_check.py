@@ -11,7 +11,7 @@ LIKELIER = 10
 """How many times likelier an answer has to be with the other joiner for its fact to be named."""
 
 
-def joiner_lines(session: Session, facts: Sequence[Fact]) -> Iterator[str]:
+def check_lines(session: Session, facts: Sequence[Fact]) -> Iterator[str]:
     """What the model makes of facts: a line for each whose answer is ``LIKELIER`` times likelier with the other joiner,
     then how many of how many these are, and how many it knows. Facts that cannot be encoded are left out."""
     encoded, _ = usable(facts, session.prompts.fact, lambda fact: fact.id, "skip")
