@@ -90,7 +90,7 @@ def cell(name: str, row: dict[str, Any]) -> str:
     if name == "problem":
         return words(str(value))
     if isinstance(value, float):
-        return p_value(value) if name.removeprefix(RECORD) == "p" or name.startswith("p_") else f"{value:z.3f}"
+        return p_value(value) if f"{name.removeprefix(RECORD)}_".startswith("p_") else f"{value:z.3f}"
     return str(value)
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from dataclasses import replace
 
 import polars as pl
 import pytest
@@ -67,6 +68,17 @@ def test_the_answer_is_the_likeliest_token(asked, folder):
         assert code == 0
         assert f"-> {tokenizer.decode(p.argmax()).strip()} (the likeliest token)" in printed
         assert f"p_clean {p.max():.3g}" in printed
+
+
+def test_an_answer_of_several_tokens_counts_by_its_geometric_mean(asked, tracer):
+    """With --answer-score mean."""
+    answer = "French and Latin"
+    _, printed, _ = asked("trace", "--answer", answer, "--samples", 3, "--state", "mlp:1", "--answer-score", "mean")
+    table = read_traces(tracer.trace([replace(FACT, target_true=answer)], ["mlp:1"], samples=3), "mean")
+    assert table["answer_tokens"][0] == 3
+    low, clean = table["p_corrupted"][0], table["p_clean"][0]
+    assert clean > 1e3 * tracer.run([replace(FACT, target_true=answer)], [])[0].clean.p.item()
+    assert f"p_clean {clean:.3g}, p_corrupted {low:.3g}" in printed
 
 
 def test_zero_and_gradients_show_maps(asked, tracer):

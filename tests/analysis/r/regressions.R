@@ -1,4 +1,4 @@
-# Writes what R finds of made-up scores and effects, as JSON: Rscript tests/r/regressions.R > tests/r/regressions.json
+# Writes what R finds of made-up scores and effects, as JSON: Rscript tests/analysis/r/regressions.R > tests/analysis/r/regressions.json
 # The same data are made in tests/simulated_edits.py. Needs R with nlme.
 library(nlme)
 

@@ -1,0 +1,156 @@
+"""The study of smollm2.md, from the rows of its sweeps in docs/smollm2 to the numbers in its text. Run it as
+``python docs/draw_smollm2.py``.
+
+Sweeps ``study``, ``problems`` and ``keys`` (Parquet, as ``causalcone sweep`` writes them; ``pack`` makes one file of a
+table's parts) give the tables on record (``analysis/papers/published/smollm2``, ``smollm2-problems``), further CSV files
+beside them, and figures. Then every number of the text that names its table is set:
+
+    0.042<!-- table3_rewrite diff method=rome -->         the cell of that column in the row that is so, as many digits
+    4.2 %<!-- ... -->                                     the same in percent
+    <!-- rows table3_rewrite method,diff layer=2 -->      rows and columns, up to <!-- end -->
+"""
+
+import json
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import polars as pl
+
+from causalcone.analysis.effects import average_indirect_effect
+from causalcone.analysis.papers.figures import paper_figures
+from causalcone.analysis.papers.inputs import AnalysisInputs, AnalysisOptions
+from causalcone.analysis.papers.records import ABOUT
+from causalcone.analysis.papers.table_files import cells
+from causalcone.analysis.papers.tables import paper_tables
+from causalcone.analysis.scores import edits_with_effects, mean_scores
+from causalcone.analysis.stats.regressions import regressions
+from causalcone.analysis.stats.uncertainty import permutation_test
+from causalcone.analysis.sweep_results import Study
+
+DOCS = Path(__file__).parent
+RAW, TEXT = DOCS / "smollm2", DOCS / "smollm2.md"
+RECORDS = DOCS.parent / "analysis" / "papers" / "published"
+NAMES = {"study": "smollm2", "problems": "smollm2-problems"}
+"""Of sweeps, the names of their tables on record."""
+FIGURES = ("average_indirect_effect", "effects_by_window", "scores_error_injection", "r2_mlp_5", "severed")
+SCORES = ("rewrite", "paraphrase", "neighborhood", "overall")
+POSITIONS = ("first", "inside")
+KEY = ["problem", "method", "window"]
+NO_RECORD = AnalysisOptions()
+
+
+def main() -> None:
+    studies = {name: Study(RAW / name) for name in ("study", "problems", "keys") if (RAW / name).is_dir()}
+    for name, record in NAMES.items():
+        if name in studies:
+            write_record(studies[name], RECORDS / record)
+    study = studies["study"]
+    joined = {name: each.joined(("mlp", 5)) for name, each in studies.items() if name in NAMES}
+    write("edits", pl.concat(joined.values()).with_columns(pl.col(*SCORES, "effect")))
+    for name, table in by_position(study, joined["study"]).items():
+        write(name, table)
+    if "keys" in studies:
+        write("keys", keys(study, studies["keys"]))
+    draw(study)
+    if TEXT.exists():
+        TEXT.write_text(filled(TEXT.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def pack(sweep: Path, folder: Path) -> None:
+    """Copy the rows of a sweep, one file of each table's parts."""
+    for table in sorted({part.parent for part in sweep.rglob("*.parquet")}):
+        rows = pl.read_parquet(sorted(table.glob("*.parquet")), missing_columns="insert")
+        if table == sweep:
+            shutil.copy(sweep / "facts.parquet", folder)
+            continue
+        (folder / table.relative_to(sweep)).mkdir(parents=True, exist_ok=True)
+        rows.write_parquet(folder / table.relative_to(sweep) / "part-00000.parquet", compression_level=19)
+    for name in ("run.json", "noise.json", "contexts.json"):
+        shutil.copy(sweep / name, folder)
+
+
+def write(name: str, table: pl.DataFrame) -> None:
+    table.write_csv(RAW / f"{name}.csv")
+
+
+def write_record(study: Study, folder: Path) -> None:
+    """The tables that ``causalcone analyze`` writes, as CSV, with whose they are and how they were computed."""
+    folder.mkdir(exist_ok=True)
+    for table in paper_tables(study, NO_RECORD)[0]:
+        table.frame.write_csv(folder / f"{table.name}.csv")
+    about = {"label": study.title, "protocol": AnalysisInputs(study, NO_RECORD).protocol}
+    (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def by_position(study: Study, joined: pl.DataFrame) -> dict[str, pl.DataFrame]:
+    """Regressions, mean scores and average effects of the facts whose subject begins the prompt, and of the others."""
+    first = study.traces.filter(pl.col("subject_start") == 0)["fact_id"].unique()
+    tables: dict[str, list[pl.DataFrame]] = {"position_r2": [], "position_scores": [], "position_effects": []}
+    for position in POSITIONS:
+        own = pl.col("fact_id").is_in(first.implode())
+        own = own if position == "first" else ~own
+        edits = joined.filter(own)
+        tests = permutation_test(edits).select(*KEY, "chance", p_permutation="p")
+        tables["position_r2"].append(regressions(edits).join(tests, on=KEY, how="left", maintain_order="left"))
+        tables["position_scores"].append(mean_scores(study.scores.filter(own)))
+        tables["position_effects"].append(average_indirect_effect(study.traces.filter(own)))
+        for each in tables.values():
+            each[-1] = each[-1].with_columns(subject=pl.lit(position))
+    return {name: pl.concat(parts).with_columns(pl.col(pl.Categorical, pl.Enum).cast(pl.String)) for name, parts in tables.items()}
+
+
+def keys(study: Study, other: Study) -> pl.DataFrame:
+    """Mean scores by ROME and by R-ROME of the facts and layers that both edited."""
+    both = pl.concat([study.scores.filter(method="rome"), other.scores])
+    common = other.scores.select("fact_id", "layer").unique()
+    return mean_scores(both.join(common, on=["fact_id", "layer"], how="semi"))
+
+
+def draw(study: Study) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        paper_figures(study, Path(folder), NO_RECORD)
+        for name in FIGURES:
+            shutil.copy(Path(folder, f"{name}.png"), RAW / f"{name}.png")
+
+
+def rows_of(name: str, conditions: str) -> pl.DataFrame:
+    """The rows of a table, ``TABLE`` or ``RECORD/TABLE``, where columns are as ``COLUMN=VALUE COLUMN=VALUE`` says."""
+    places = (RECORDS / "smollm2" / f"{name}.csv", RAW / f"{name}.csv", RECORDS / f"{name}.csv")
+    table = pl.read_csv(next(place for place in places if place.is_file()), infer_schema_length=None)
+    for condition in conditions.split():
+        column, _, value = condition.partition("=")
+        table = table.filter(pl.col(column).cast(pl.String) == value)
+    return table
+
+
+def filled(text: str) -> str:
+    """The text with every number that names its table as the table has it."""
+
+    def number(match: re.Match[str]) -> str:
+        shown, unit, name, column, conditions = match.groups()
+        value = rows_of(name, conditions)[column].item()
+        if isinstance(value, str):
+            return f"{value}{unit}<!--{match[0].partition('<!--')[2]}"
+        digits = len(shown.partition(".")[2])
+        value = value * 100 if unit.endswith("%") else value
+        return f"{value:z,.{digits}f}{unit}<!--{match[0].partition('<!--')[2]}"
+
+    def rows(match: re.Match[str]) -> str:
+        head, name, columns, conditions = match.group("head", "name", "columns", "conditions")
+        header, found = cells(rows_of(name, conditions).select("window", *columns.split(",")))
+        lines = [header, ["---"] * len(header), *found]
+        return f"{head}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n<!-- end -->"
+
+    text = re.sub(r"([\d.,]*\d)((?: %)?)<!-- ([\w/-]+) (\w+)((?: \S+=\S+)*) -->", number, text)
+    block = r"(?P<head><!-- rows (?P<name>[\w/-]+) (?P<columns>\S+)(?P<conditions>(?: \S+=\S+)*) -->).*?<!-- end -->"
+    return re.sub(block, rows, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        for sweep in map(Path, sys.argv[1:]):
+            pack(sweep, RAW / sweep.name)
+    main()
