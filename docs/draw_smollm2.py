@@ -1,9 +1,10 @@
 """The study of smollm2.md, from the rows of its sweeps in docs/smollm2 to the numbers in its text. Run it as
 ``python docs/draw_smollm2.py``.
 
-Sweeps ``study``, ``problems`` and ``keys`` (Parquet, as ``causalcone sweep`` writes them; ``pack`` makes one file of a
-table's parts) give the tables on record (``analysis/papers/published/smollm2``, ``smollm2-problems``), further CSV files
-beside them, and figures. Then every number of the text that names its table is set:
+Sweeps ``study``, ``problems`` and ``keys`` are there as ``causalcone sweep`` writes them, but in one Parquet file of
+each table (``python docs/draw_smollm2.py FOLDER ...`` takes them in so). From them come the tables on record,
+``smollm2`` and ``smollm2-problems`` in ``analysis/papers/published``, further CSV files beside the rows, and figures.
+Then every number of the text that names its table is set:
 
     0.042<!-- table3_rewrite diff method=rome -->         the cell of that column in the row that is so, as many digits
     4.2 %<!-- ... -->                                     the same in percent
@@ -18,25 +19,31 @@ import tempfile
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from causalcone.analysis.effects import average_indirect_effect
+from causalcone.analysis.effects import average_indirect_effect, concentrated_facts
+from causalcone.analysis.layer_effects import severed_effects, zeroing_curve
 from causalcone.analysis.papers.figures import paper_figures
 from causalcone.analysis.papers.inputs import AnalysisInputs, AnalysisOptions
 from causalcone.analysis.papers.records import ABOUT
 from causalcone.analysis.papers.table_files import cells
 from causalcone.analysis.papers.tables import paper_tables
-from causalcone.analysis.scores import edits_with_effects, mean_scores
+from causalcone.analysis.plot import heatmaps
+from causalcone.analysis.scores import mean_scores
 from causalcone.analysis.stats.regressions import regressions
 from causalcone.analysis.stats.uncertainty import permutation_test
 from causalcone.analysis.sweep_results import Study
 
 DOCS = Path(__file__).parent
-RAW, TEXT = DOCS / "smollm2", DOCS / "smollm2.md"
+RAW, TEXTS = DOCS / "smollm2", (DOCS / "smollm2.md", DOCS.parent / "README.md")
 RECORDS = DOCS.parent / "analysis" / "papers" / "published"
 NAMES = {"study": "smollm2", "problems": "smollm2-problems"}
 """Of sweeps, the names of their tables on record."""
-FIGURES = ("average_indirect_effect", "effects_by_window", "scores_error_injection", "r2_mlp_5", "severed")
-SCORES = ("rewrite", "paraphrase", "neighborhood", "overall")
+FIGURES = ("average_indirect_effect", "effects_by_window", "scores_error_injection", "r2_mlp_5", "severed", "zeroing")
+FACT = "city_country/Bordeaux"
+"""That there is a heat map of."""
+MAIN = ("mlp", 5)
 POSITIONS = ("first", "inside")
 KEY = ["problem", "method", "window"]
 NO_RECORD = AnalysisOptions()
@@ -48,26 +55,32 @@ def main() -> None:
         if name in studies:
             write_record(studies[name], RECORDS / record)
     study = studies["study"]
-    joined = {name: each.joined(("mlp", 5)) for name, each in studies.items() if name in NAMES}
-    write("edits", pl.concat(joined.values()).with_columns(pl.col(*SCORES, "effect")))
+    joined = {name: each.joined(MAIN) for name, each in studies.items() if name in NAMES}
+    write("edits", pl.concat(joined.values()))
+    write("scores", pl.concat(each.mean_scores for each in studies.values()))
+    write("facts", pl.concat(known(study, position) for position in ("all", *POSITIONS)))
     for name, table in by_position(study, joined["study"]).items():
         write(name, table)
+    write("severed", severed_effects(study.folder / "traces", common=True))
+    write("zeroing_curve", zeroing_curve(study.folder / "traces" / "zero"))
     if "keys" in studies:
         write("keys", keys(study, studies["keys"]))
     draw(study)
-    if TEXT.exists():
-        TEXT.write_text(filled(TEXT.read_text(encoding="utf-8")), encoding="utf-8")
+    for text in TEXTS:
+        text.write_text(filled(text.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def pack(sweep: Path, folder: Path) -> None:
     """Copy the rows of a sweep, one file of each table's parts."""
+    folder.mkdir(parents=True, exist_ok=True)
     for table in sorted({part.parent for part in sweep.rglob("*.parquet")}):
-        rows = pl.read_parquet(sorted(table.glob("*.parquet")), missing_columns="insert")
         if table == sweep:
             shutil.copy(sweep / "facts.parquet", folder)
             continue
-        (folder / table.relative_to(sweep)).mkdir(parents=True, exist_ok=True)
-        rows.write_parquet(folder / table.relative_to(sweep) / "part-00000.parquet", compression_level=19)
+        rows = pa.concat_tables(pq.read_table(part) for part in sorted(table.glob("*.parquet")))
+        place = folder / table.relative_to(sweep) / "part-00000.parquet"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(rows, place, compression="zstd", compression_level=19)
     for name in ("run.json", "noise.json", "contexts.json"):
         shutil.copy(sweep / name, folder)
 
@@ -85,9 +98,26 @@ def write_record(study: Study, folder: Path) -> None:
     (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
+def of_position(traces: pl.DataFrame, position: str) -> pl.DataFrame:
+    first = pl.col("subject_start") == 0
+    return traces.filter({"all": True, "first": first, "inside": ~first}[position])
+
+
+def known(study: Study, position: str) -> pl.DataFrame:
+    """How many facts there are, what the model knows of them, and how many have their effects in few layers."""
+    facts = of_position(study.traces, position).unique("fact_id")
+    return facts.join(concentrated_facts(study.effects(MAIN)), on="fact_id", validate="1:1").select(
+        subject=pl.lit(position),
+        facts=pl.len(),
+        p_clean=pl.mean("p_clean"),
+        p_corrupted=pl.mean("p_corrupted"),
+        concentrated=pl.sum("concentrated"),
+    )
+
+
 def by_position(study: Study, joined: pl.DataFrame) -> dict[str, pl.DataFrame]:
     """Regressions, mean scores and average effects of the facts whose subject begins the prompt, and of the others."""
-    first = study.traces.filter(pl.col("subject_start") == 0)["fact_id"].unique()
+    first = of_position(study.traces, "first")["fact_id"].unique()
     tables: dict[str, list[pl.DataFrame]] = {"position_r2": [], "position_scores": [], "position_effects": []}
     for position in POSITIONS:
         own = pl.col("fact_id").is_in(first.implode())
@@ -99,7 +129,10 @@ def by_position(study: Study, joined: pl.DataFrame) -> dict[str, pl.DataFrame]:
         tables["position_effects"].append(average_indirect_effect(study.traces.filter(own)))
         for each in tables.values():
             each[-1] = each[-1].with_columns(subject=pl.lit(position))
-    return {name: pl.concat(parts).with_columns(pl.col(pl.Categorical, pl.Enum).cast(pl.String)) for name, parts in tables.items()}
+    return {
+        name: pl.concat(parts).with_columns(pl.col(pl.Categorical, pl.Enum).cast(pl.String))
+        for name, parts in tables.items()
+    }
 
 
 def keys(study: Study, other: Study) -> pl.DataFrame:
@@ -110,6 +143,8 @@ def keys(study: Study, other: Study) -> pl.DataFrame:
 
 
 def draw(study: Study) -> None:
+    """The figures of the text and the README, so large that they are sharp where they are shown."""
+    heatmaps(study.traces.filter(fact_id=FACT), FACT, RAW / "heatmap.png")
     with tempfile.TemporaryDirectory() as folder:
         paper_figures(study, Path(folder), NO_RECORD)
         for name in FIGURES:
@@ -144,13 +179,12 @@ def filled(text: str) -> str:
         lines = [header, ["---"] * len(header), *found]
         return f"{head}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n<!-- end -->"
 
-    text = re.sub(r"([\d.,]*\d)((?: %)?)<!-- ([\w/-]+) (\w+)((?: \S+=\S+)*) -->", number, text)
+    text = re.sub(r"(-?[\d.,]*\d)((?: %)?)<!--\s([\w/-]+)\s(\w+)((?:\s\S+=\S+)*)\s-->", number, text)
     block = r"(?P<head><!-- rows (?P<name>[\w/-]+) (?P<columns>\S+)(?P<conditions>(?: \S+=\S+)*) -->).*?<!-- end -->"
     return re.sub(block, rows, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        for sweep in map(Path, sys.argv[1:]):
-            pack(sweep, RAW / sweep.name)
+    for sweep in map(Path, sys.argv[1:]):
+        pack(sweep, RAW / sweep.name)
     main()

@@ -30,15 +30,15 @@ def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
     assert "Shaquille O'Neal plays the sport of" in printed
 
 
-@pytest.mark.demo
+@pytest.mark.real
 def test_the_first_command_shows_what_the_page_shows():
-    """All but the numbers, which differ with the training: tokens, and the model's answer."""
+    """Tokens, the model's answer and its probability; cells may differ in the last digit."""
     first, (shown,) = commands("README.md")[0], blocks("README.md", "text")
     result = CliRunner().invoke(app, first, env={"COLUMNS": "100"})
     assert result.exit_code == 0
     expected, found = ([line.split()[:1] for line in text.splitlines()][:-1] for text in (shown, result.output))
     assert found == expected
-    assert result.output.splitlines()[0] == shown.splitlines()[0]
+    assert result.output.splitlines()[:2] == shown.splitlines()[:2]
 
 
 OWN = {
@@ -59,7 +59,7 @@ def smaller(arguments):
 @pytest.mark.demo
 def test_the_command_lines_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = commands("README.md")
+    _, *found = commands("README.md")  # the first has a test of its own
     assert len(found) >= 2
     for arguments in found:
         swapped = [OWN.get(word, word) for word in arguments]
