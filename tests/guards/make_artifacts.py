@@ -1,4 +1,4 @@
-"""Writes ``artifacts/``, ``snapshots/`` and ``documented_names.json``, which ``test_guards.py`` compares code with.
+"""Writes ``artifacts/``, ``snapshots/`` and ``documented_names.json``, which the tests beside it compare code with.
 
     python tests/guards/make_artifacts.py          # all of it
     python tests/guards/make_artifacts.py --api    # names, signatures, commands and help alone
@@ -24,6 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow.parquet as pq
 import torch
 import typer
@@ -33,8 +34,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import causalcone as cc
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 sys.path.insert(0, str(Path(__file__).parent))
-import test_guards as guards
+import test_earlier_files as files
+import test_earlier_sweeps as sweeps
+import test_public_names as public
+from helpers import guards
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 BOS = "<|endoftext|>"
@@ -139,7 +144,7 @@ def make_files() -> None:
     cc.save_facts(FACTS, "facts.jsonl")
     Path("sweep.toml").write_text(SWEEP, encoding="utf-8")
 
-    model, tokenizer = guards.loaded(Path())
+    model, tokenizer = files.loaded(Path())
     moments = cc.Moments.collect(model, tokenizer, lines, source="lines of ten words", dtype="float64")
     moments.save("moments.safetensors")
     half_collected(model, tokenizer, lines)
@@ -153,7 +158,7 @@ def make_files() -> None:
         assert edit.delta is not None
         edit.delta.save(f"{name}.safetensors")
 
-    for name, command in guards.COMMANDS.items():
+    for name, command in files.COMMANDS.items():
         guards.carried_out(*command.split(), name)
     guards.carried_out(*TUNE.split())
     shutil.copy("tuned/preset.toml", "preset.toml")
@@ -168,7 +173,7 @@ def half_collected(model: Any, tokenizer: Any, lines: list[str]) -> None:
 
     try:
         cc.Moments.collect(
-            model, tokenizer, lines * 3, guards.MOMENT_LAYERS, "all", source="lines", dtype="float64",
+            model, tokenizer, lines * 3, files.MOMENT_LAYERS, "all", source="lines", dtype="float64",
             resume="half.safetensors.partial", progress=stop,
         )  # fmt: skip
     except KeyboardInterrupt:
@@ -178,12 +183,12 @@ def half_collected(model: Any, tokenizer: Any, lines: list[str]) -> None:
 
 def half_swept() -> dict[str, Any]:
     """A sweep that is interrupted, and what is expected of one that goes on; in the current folder."""
-    with guards.interrupted(2) as calls:
-        code, _, error = guards.run(*guards.SWEEP, "half_sweep", "--quiet")
+    with sweeps.interrupted(2) as calls:
+        code, _, error = guards.run(*sweeps.SWEEP, "half_sweep", "--quiet")
     assert code == 130, error
     done = len(calls)
-    with guards.interrupted(10**9) as calls:
-        guards.carried_out(*guards.SWEEP, "study", "--quiet")
+    with sweeps.interrupted(10**9) as calls:
+        guards.carried_out(*sweeps.SWEEP, "study", "--quiet")
     parts = {name: len(list(Path(name).rglob("part-*.parquet"))) for name in ("half_sweep", "study")}
     return {
         "parts done": parts["half_sweep"],
@@ -192,7 +197,7 @@ def half_swept() -> dict[str, Any]:
         "evaluations": len(calls),
         "tables": guards.digests(Path("study")),
         "run": guards.kept_run(Path("study")),
-        "facts": guards.digest(guards.pl.read_parquet("study/facts.parquet")),
+        "facts": guards.digest(pl.read_parquet("study/facts.parquet")),
         "files": sorted(path.relative_to("study").as_posix() for path in Path("study").rglob("*.parquet")),
     }
 
@@ -201,22 +206,22 @@ def numbers() -> dict[str, Any]:
     """What is expected of the artefacts, which lie in their place by now."""
     from causalcone.runners.presets import load_hparams
 
-    model, tokenizer = guards.loaded()
+    model, tokenizer = files.loaded()
     whole = cc.Moments.collect(
-        model, tokenizer, guards.texts() * 3, guards.MOMENT_LAYERS, "all", source="lines", dtype="float64"
+        model, tokenizer, files.texts() * 3, files.MOMENT_LAYERS, "all", source="lines", dtype="float64"
     )
     folder = guards.ARTIFACTS
-    guards.carried_out(*guards.WITH_PRESET.split(), "edited")
+    guards.carried_out(*files.WITH_PRESET.split(), "edited")
     return {
-        "moments": guards.numbers_of_moments(cc.Moments.load(folder / "moments.safetensors")),
-        "half-collected moments": guards.numbers_of_moments(whole),
-        **{kind: guards.numbers_of_delta(folder / f"{kind}.safetensors") for kind in ("low_rank", "dense")},
+        "moments": files.numbers_of_moments(cc.Moments.load(folder / "moments.safetensors")),
+        "half-collected moments": files.numbers_of_moments(whole),
+        **{kind: files.numbers_of_delta(folder / f"{kind}.safetensors") for kind in ("low_rank", "dense")},
         "preset": {
             "hparams": vars(load_hparams("preset.toml", "finetune", "error_injection", 1)),
             "edits": guards.digests(Path("edited")),
         },
-        **{name: guards.digests(folder / name) for name in guards.COMMANDS},
-        "analysed folders": guards.analysed_folders(folder),
+        **{name: guards.digests(folder / name) for name in files.COMMANDS},
+        "analysed folders": files.analysed_folders(folder),
     }
 
 
@@ -266,7 +271,7 @@ def documented_names() -> dict[str, list[str]]:
 def is_name(name: str) -> bool:
     """Whether it can be imported: pages also have names of files and of metadata. What is left out is said."""
     try:
-        guards.resolved(name)
+        public.resolved(name)
     except (ImportError, AttributeError):
         print("no name:", name)
         return False
@@ -304,18 +309,18 @@ def main() -> None:
         write_json(guards.ARTIFACTS / "expected.json", {**numbers(), "sweep": sweep})
 
         study = Path("study")
-        found = guards.analyses(study)
+        found = sweeps.analyses(study)
         guards.carried_out("analyze", study, "--no-figures", "--draws", "100", "--out", "analysed")
         analysed = {
             "schemas": {
                 name: [[key, str(kind)] for key, kind in frame.schema.items()] for name, frame in found.items()
             },
             "digests": rounded({name: guards.digest(frame) for name, frame in found.items()}),
-            "read": guards.polars_schemas(),
-            "analyze": guards.made_files(Path("analysed")),
+            "read": sweeps.polars_schemas(),
+            "analyze": sweeps.made_files(Path("analysed")),
         }
         write_json(guards.SNAPSHOTS / "analysis.json", analysed)
-        tables = {"sweep": guards.arrow_schemas(study), **guards.rare_schemas()}
+        tables = {"sweep": guards.arrow_schemas(study), **sweeps.rare_schemas()}
         write_json(guards.SNAPSHOTS / "tables.json", tables)
         os.chdir(ROOT)
     write_api()
@@ -323,9 +328,9 @@ def main() -> None:
 
 
 def write_api() -> None:
-    write_json(guards.SNAPSHOTS / "api.json", guards.api())
-    write_json(guards.SNAPSHOTS / "commands.json", guards.commands())
-    write_json(guards.SNAPSHOTS / "help.json", {"typer": typer.__version__, "texts": guards.help_texts()})
+    write_json(guards.SNAPSHOTS / "api.json", public.api())
+    write_json(guards.SNAPSHOTS / "commands.json", public.commands())
+    write_json(guards.SNAPSHOTS / "help.json", {"typer": typer.__version__, "texts": public.help_texts()})
 
 
 if __name__ == "__main__":

@@ -24,6 +24,20 @@ tracing_window = 3
 aggregate = "mean"
 """
 """What every preset needs, in TOML."""
+
+STARTING_PRESET = f"""
+[own]
+{PRESET_SETTINGS}defaults.rome.lr = 0.25
+defaults.finetune.stop_loss = "never"
+[own.problems.error_injection]
+rome.kl_factor = 0.9
+finetune.1.norm_constraint = 1e-3
+finetune.1.steps = 7
+[own.problems.fact_erasure]
+memit.steps = 3
+"""
+"""What a tuning starts from."""
+
 FAST = ("--set", "steps=2", "--quiet")
 
 

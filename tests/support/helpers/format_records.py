@@ -1,9 +1,13 @@
-"""Records of the formats of fact files, with the fields that these are documented to have."""
+"""Records of the formats of fact files, with the fields that these are documented to have, and files of them."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+from causalcone.engine.facts import Fact
+from causalcone.runners.facts.files import load_facts
 from helpers.fact_records import COUNTERFACT
 
 _MOTHER = {
@@ -213,3 +217,14 @@ FORMATS: dict[str, list[dict[str, Any]]] = {
     "fact": [OWN],
 }
 """By name, records of a file of the format."""
+
+
+def write(folder: Path, content: Any, name: str = "facts.json") -> Path:
+    path = folder / name
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def load(folder: Path, *content: Any, **options: Any) -> list[Fact]:
+    """The facts of a file that holds these records."""
+    return load_facts(write(folder, content), **options)

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pytest
 from rich.console import Console
 
 from causalcone.runners.sweep.config import load_sweep
 from causalcone.runners.sweep.driver import Driver, SweepSummary
 from causalcone.runners.sweep.inputs.settings import Sweep
+from causalcone.runners.sweep.inputs.units import Unit
+from causalcone.runners.sweep.worker import Worker
 from helpers.compare import assert_table_close
 from helpers.edit_command import write_inputs
 
@@ -66,6 +69,20 @@ def swept(file: Path, out: Path | str, *changes: str, **options: Any) -> SweepSu
 
 def configured(file: Path, *changes: str) -> Sweep:
     return load_sweep(str(file), changes)
+
+
+def stopped_after(monkeypatch: pytest.MonkeyPatch, count: int, error: Any) -> list[Unit]:
+    """Makes workers fail in the unit after so many; returns the list of those that they carry out."""
+    run, done = Worker.run, []
+
+    def running(self: Worker, unit: Unit) -> Any:
+        if len(done) == count:
+            raise error
+        done.append(unit)
+        return run(self, unit)
+
+    monkeypatch.setattr(Worker, "run", running)
+    return done
 
 
 def tables(out: Path) -> dict[str, pl.DataFrame]:

@@ -1,5 +1,4 @@
-"""``causalcone edit``: what it writes is what the editor computes; what it refuses, and what is left when it ends
-early."""
+"""``causalcone edit``: what it writes is what the editor computes, and what is left when it ends early."""
 
 import dataclasses
 import json
@@ -10,9 +9,8 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers.edit_command import CONTEXTS, FAST, PRESET_SETTINGS, arguments, assert_same, read, run_json, write_inputs
+from helpers.edit_command import CONTEXTS, FAST, arguments, assert_same, read, run_json, write_inputs
 from helpers.editing_cases import FULL
-from helpers.models import FACTS
 from transformers import PreTrainedTokenizerFast
 
 import causalcone as cc
@@ -21,10 +19,7 @@ from causalcone.engine.edit.deltas.delta import load_delta
 from causalcone.engine.edit.scoring.tables import edit_batch
 from causalcone.runners.commands.app import main
 from causalcone.runners.edits import study as edit_study
-from causalcone.runners.edits.presets import load_hparams
 from causalcone.runners.show.edit_tables import failed_lines
-
-DEPTH = 4
 
 
 @pytest.fixture(scope="module")
@@ -174,138 +169,10 @@ def test_everything_that_decides_the_results_is_kept_with_them(user, tmp_path, r
     assert read_edits(out / "edits")["layer"].to_list() == [3, 1] * 6
 
 
-# --- presets and overrides ---
-
-PRESET = f"""
-[own]
-{PRESET_SETTINGS}defaults.rome.steps = 2
-defaults.memit.covariance_weight = 7.0
-[own.problems.error_injection]
-rome.kl_factor = 0.9
-finetune.1.norm_constraint = 1e-3
-finetune.5.norm_constraint = 1e-5
-[own.problems.fact_forcing]
-finetune.1.steps = 2
-"""
-
-
-@pytest.fixture
-def preset(tmp_path):
-    (tmp_path / "mine.toml").write_text(PRESET)
-    return str(tmp_path / "mine.toml")
-
-
-def test_a_preset_fills_in_what_is_not_said(user, preset, tmp_path, run):
-    out, several = tmp_path / "out", ["--method", "memit:2", "--method", "finetune", "--window", "4"]
-    code, _, error = run(*arguments(user, out, *several, "--set", "memit.steps=1", "--quiet", preset=preset, limit=1))
-    assert (code, error) == (0, "")
-    kept = run_json(out)
-    assert (kept["layers"], kept["aggregate"], kept["sigma"]) == ([0, 2], "mean", None)
-    hparams = [each["hparams"] for each in kept["methods"]]
-    own = [load_hparams(preset, method, "error_injection", w) for method, w in (("rome", 1), ("finetune", 4))]
-    assert [hparams[0], hparams[2]] == [vars(each) for each in own]
-    assert (hparams[0]["steps"], hparams[0]["kl_factor"], hparams[2]["norm_constraint"]) == (2, 0.9, 1e-5)
-    assert (hparams[1]["steps"], hparams[1]["covariance_weight"]) == (1, 7.0)
-    assert [each["window"] for each in kept["methods"]] == [1, 2, 4]
-
-
-def test_what_is_said_wins_over_the_preset(user, preset, tmp_path, run):
-    out, own = tmp_path / "out", {"problem": "fact_forcing", "method": "finetune", "layers": "1", "sigma": "0.3"}
-    flags = ["--aggregate", "first", "--set", "norm_constraint=0.02", "--quiet"]
-    assert run(*arguments(user, out, *flags, preset=preset, limit=2, moments=None, **own))[0] == 0
-    kept = run_json(out)
-    assert (kept["layers"], kept["aggregate"], kept["sigma"], kept["moments"]) == ([1], "first", 0.3, None)
-    (method,) = kept["methods"]
-    assert method["hparams"] == vars(cc.FinetuneHparams(steps=2, norm_constraint=0.02))
-
-
-# --- problems, facts, moments and contexts ---
-
-
 def test_essence_texts_under_noise(user, editor, tmp_path, run):
     out, own = tmp_path / "out", {"problem": "fact_forcing", "method": "finetune", "layers": "1", "sigma": "0.3"}
     assert run(*arguments(user, out, *FAST, "--essence", limit=2, moments=None, **own))[0] == 0
     assert read_metrics(out / "metrics").filter(metric="perplexity").height == 2
-
-
-def test_the_noise_level_is_that_of_all_facts(user, tmp_path, run):
-    out, own = tmp_path / "out", {"problem": "fact_forcing", "method": "finetune", "layers": "1", "limit": 2}
-    assert run(*arguments(user, out, *FAST, **own))[0] == 0
-    level = cc.Tracer.from_pretrained(str(user / "model")).noise_level(FULL)
-    assert run_json(out)["sigma"] == pytest.approx(level)
-    assert read_edits(out / "edits")["fact_id"].n_unique() == 2
-
-
-def test_facts_that_the_model_does_not_know_are_left_out_and_listed(user, tmp_path, run):
-    editor = cc.Editor.from_pretrained(str(user / "model"))
-    said = editor.session.tokenizer.decode(
-        editor.session.model.generate(
-            **editor.session.tokenizer(FULL[0].text, return_tensors="pt"), max_new_tokens=1, do_sample=False
-        )[0, -1:]
-    )
-    facts = tmp_path / "facts.jsonl"
-    cc.save_facts([dataclasses.replace(FULL[0], target_true=said), *FULL[1:3]], facts)
-    given = arguments(user, tmp_path / "out", *FAST, facts=facts, layers="2")
-    given.remove("--no-filter")
-    code, _, error = run(*given)
-    assert code == 0
-    assert "not posed for 2 of 3 facts" in error
-    assert read_edits(tmp_path / "out" / "edits")["fact_id"].to_list() == ["start"]
-    kept = run_json(tmp_path / "out")
-    assert kept["facts_filtered"] == 2
-    assert [reason[:13] for reason in kept["results"]["filtered"]] == ["fact 'middle'", "fact 'end': t"]
-
-    cc.save_facts(FULL[1:3], facts)
-    given[given.index(tmp_path / "out")] = tmp_path / "none"
-    code, _, error = run(*given)
-    assert (code, "--no-filter" in error, (tmp_path / "none").exists()) == (2, True, False)
-
-
-@pytest.mark.slow
-def test_facts_without_prompts_are_edited_and_not_scored(user, tmp_path, run):
-    out, facts = tmp_path / "out", tmp_path / "facts.jsonl"
-    bare = dataclasses.replace(FACTS[1], target_new="Latin")
-    cc.save_facts([FULL[0], bare], facts)
-    code, printed, error = run(*arguments(user, out, "--set", "steps=2", facts=facts))
-    assert code == 0
-    assert "of 2 facts, 1 have no paraphrase prompts and 1 have no neighborhood prompts" in error
-    table = scores(*read(out)[:2]).filter(fact_id="middle")
-    assert table["rewrite"].null_count() == 0
-    assert table["paraphrase"].null_count() == table["neighborhood"].null_count() == DEPTH
-    assert "mean scores of 2 facts" in printed
-
-    cc.save_facts([bare], facts)
-    code, printed, _ = run(*arguments(user, out, "--set", "steps=2", "--plot", "--overwrite", facts=facts))
-    assert (code, "paraphrase" in printed) == (0, False)
-    assert (out / "plots" / "scores.png").exists()
-
-
-def test_moments_can_be_collected_on_the_way(user, tmp_path, run):
-    first, second = tmp_path / "first", tmp_path / "second"
-    method = {"method": "memit:2", "layers": "2"}
-    assert run(*arguments(user, first, *FAST, **method))[0] == 0
-    assert run(*arguments(user, second, *FAST, moments=None, texts=user / "texts.txt", **method))[0] == 0
-    assert_same(read(second), read(first))
-    kept = cc.Moments.load(second / "moments.safetensors")
-    assert (kept.layers, kept.source) == ((1, 2), str(user / "texts.txt"))
-
-
-def test_without_moments_they_are_of_text_that_the_model_writes(user, tmp_path, run, monkeypatch):
-    monkeypatch.setenv("CAUSALCONE_CACHE", str(tmp_path / "cache"))
-    out = tmp_path / "out"
-    assert run(*arguments(user, out, *FAST, moments=None, layers="1", limit=2))[0] == 0
-    assert run_json(out)["moments_given"] == "text sampled from the model"
-    kept = cc.Moments.load(out / "moments.safetensors")
-    assert (kept.layers, kept.source) == ((1,), "text sampled from the model")
-
-
-def test_contexts_of_another_run(user, tmp_path, run):
-    first, second = tmp_path / "first", tmp_path / "second"
-    one = {"layers": "1", "limit": 2}
-    assert run(*arguments(user, first, *FAST, contexts=None, seed=3, **one))[0] == 0
-    assert run(*arguments(user, second, *FAST, contexts=first / "run.json", **one))[0] == 0
-    assert_same(read(second), read(first))
-    assert len(run_json(first)["contexts"]["rome"]) == 20
 
 
 def test_what_edited_models_write(user, editor, tmp_path, run):
@@ -337,6 +204,9 @@ def test_what_edited_models_write(user, editor, tmp_path, run):
     assert (code, "Q2" in error) == (2, True)
 
 
+# --- failures and interruptions ---
+
+
 def test_edits_that_fail_are_counted(user, tmp_path, run):
     out = tmp_path / "out"
     code, printed, error = run(*arguments(user, out, "--set", "lr=1e38", "--set", "clamp=1e38", layers="0,1"))
@@ -348,18 +218,6 @@ def test_edits_that_fail_are_counted(user, tmp_path, run):
     assert f"{count} edits failed: {reason}" in printed.replace("\n", " ")
     assert f"{len(failed)} failed" in printed
     assert sum(run_json(out)["results"]["failed"].values()) == len(failed)
-
-
-def test_a_folder_is_not_overwritten_unasked(user, tmp_path, run):
-    out, one = tmp_path / "out", {"layers": "1", "limit": 1}
-    assert run(*arguments(user, out, *FAST, "--keep-deltas", **one))[0] == 0
-    before = read(out)
-    code, _, error = run(*arguments(user, out, *FAST, model="nowhere", **one))
-    assert (code, "--overwrite" in error) == (2, True)
-    assert_same(read(out), before)
-    assert run(*arguments(user, out, *FAST, "--overwrite", **{**one, "layers": "2"}))[0] == 0
-    assert read_edits(out / "edits")["layer"].to_list() == [2]
-    assert not (out / "deltas").exists()
 
 
 def test_the_commonest_reasons_are_told():
@@ -403,6 +261,18 @@ def test_what_was_finished_stays_readable(failure, user, tmp_path, monkeypatch, 
         expected = expected.join(edits, on="edit_id", how="semi", maintain_order="left")
         assert found["edit_id"].to_list() == expected["edit_id"].to_list()
     assert scores(*read(out)[:2])["rewrite"].null_count() == 0
+
+
+def test_a_folder_is_not_overwritten_unasked(user, tmp_path, run):
+    out, one = tmp_path / "out", {"layers": "1", "limit": 1}
+    assert run(*arguments(user, out, *FAST, "--keep-deltas", **one))[0] == 0
+    before = read(out)
+    code, _, error = run(*arguments(user, out, *FAST, model="nowhere", **one))
+    assert (code, "--overwrite" in error) == (2, True)
+    assert_same(read(out), before)
+    assert run(*arguments(user, out, *FAST, "--overwrite", **{**one, "layers": "2"}))[0] == 0
+    assert read_edits(out / "edits")["layer"].to_list() == [2]
+    assert not (out / "deltas").exists()
 
 
 def test_help_has_examples(run):
