@@ -90,8 +90,8 @@ class EditedPromptOptions(SinglePromptOptions):
 
 
 _FACTS_HELP = (
-    "File of facts, of any format that 'causalcone data' reads; 'demo': the demo world; -: what comes in on standard "
-    "input."
+    "File of facts, of any format that 'causalcone data' reads; 'smollm2': real facts; 'demo': the demo world; -: what "
+    "comes in on standard input."
 )
 
 
@@ -277,7 +277,7 @@ class EditMethodOptions:
     window: int | None = option(
         None, "Layers edited together, for a METHOD without a WINDOW; by default 5 for MEMIT, 1 for fine-tuning.", min=1
     )
-    preset: str | None = option(None, "Settings: gptj, gpt2-xl, meng, demo, or a file of your own, FILE.toml[:NAME].")
+    preset: str | None = option(None, "Settings: gptj, gpt2-xl, meng, smollm2, demo, or FILE.toml[:NAME].")
     changes: list[str] | None = option(
         None, "A hyperparameter of all methods that have it, NAME=VALUE, or of one, METHOD.NAME=VALUE; repeat.", "--set"
     )

@@ -72,8 +72,11 @@ def with_counterfactual_subjects(facts: Sequence[Fact], prompts: PromptEncoder) 
     for fact in facts:
         related[fact.relation_id].append(fact)
 
-    def size(fact: Fact, subject: str) -> int:
-        return len(prompts.prompt(fact.prompt.replace("{}", subject), joiner=fact.joiner, name=fact.id).tokens)
+    def size(fact: Fact, subject: str) -> int | None:
+        try:
+            return len(prompts.prompt(fact.prompt.replace("{}", subject), joiner=fact.joiner, name=fact.id).tokens)
+        except FactError:  # which encoding the fact gives, if it is of its own subject
+            return None
 
     def completed(fact: Fact) -> Fact:
         if fact.counterfactual_subject is not None or fact.relation_id is None:
@@ -81,7 +84,7 @@ def with_counterfactual_subjects(facts: Sequence[Fact], prompts: PromptEncoder) 
         others, length = related[fact.relation_id], size(fact, fact.subject)
         start = next(number for number, other in enumerate(others) if other is fact)
         turned = (other for other in others[start + 1 :] + others[:start] if other.target_true != fact.target_true)
-        found = next((other.subject for other in turned if size(fact, other.subject) == length), None)
+        found = next((other.subject for other in turned if length and size(fact, other.subject) == length), None)
         return replace(fact, counterfactual_subject=found)
 
     return [completed(fact) for fact in facts]

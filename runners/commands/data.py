@@ -15,7 +15,7 @@ def data(
         str,
         Argument(
             help="File of facts (JSON, JSON lines, CSV, TSV or Parquet, of any format in docs/data.md), folder or hub "
-            "id of a data set (needs the package datasets), or 'demo', the demo world."
+            "id of a data set (needs the package datasets); 'smollm2', real facts; or 'demo', the demo world."
         ),
     ],
     out: Annotated[

@@ -57,10 +57,6 @@ def edit(
         folder.finish(**done.results, filtered=study.filtered)
         if not output.quiet:
             tables = [*(score_tables(scores_of(place, *wanted)) if single is None else single.shown(place))]
-            if not editing.method and study.plan.settings[0].method == "finetune":
-                tables.append(
-                    "finetune needs no second moments; with --moments or --texts it would be rome, or --method"
-                )
             tables += metrics_of(place, scoring.accuracy, scoring.generation or scoring.references is not None)
             tables += [*answer_tables(place), *text_table(place)]
             sentence = done.sentence() if output.out is not None else done.sentence().partition(" -> ")[0]

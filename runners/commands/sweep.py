@@ -8,7 +8,7 @@ from rich.console import Console
 
 _EXAMPLES = """
 causalcone sweep demo --out study
-causalcone sweep hase2023-gptj --set facts=counterfact.json --set moments.texts=wikipedia.txt --out study
+causalcone sweep hase2023-gptj --set facts=counterfact.json --set moments=none --set moments.texts=wiki.txt --out study
 causalcone sweep hase2023-gptj --plan --rate 300e12 --known 652
 causalcone sweep mine.toml --out s3://bucket/study --cluster auto
 """

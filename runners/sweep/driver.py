@@ -21,9 +21,11 @@ from causalcone.runners.results.store import Store
 from causalcone.runners.show.progress import shown_progress
 from causalcone.runners.sweep.executor import Executor, LocalExecutor, Stop, UnitResult, stopping
 from causalcone.runners.sweep.inputs.facts_table import FACTS, fact_table, facts_of, read_facts, select
+from causalcone.runners.sweep.inputs.resources import NOISE_FILE
 from causalcone.runners.sweep.inputs.settings import Sweep
 from causalcone.runners.sweep.inputs.units import LEFT_OUT, Selection, Unit
 from causalcone.runners.sweep.stages import FilterStage, StageUnits, later_units, stages_of
+from causalcone.runners.sweep.stages.prepared import CONTEXTS_FILE, MOMENTS_FILE, PARTIAL
 from causalcone.runners.sweep.worker import ModelInfo, Worker
 
 logger = logging.getLogger(__name__)
@@ -106,12 +108,10 @@ class Driver:
         before = self.store.read_json(RUN)
         command = None if before is None else before.get("command")
         if before is None or self.overwrite:
-            others = [name for name in self.store.names() if not name.startswith(("sweep.", "moments.partial"))]
+            others = [name for name in self.store.names() if not name.startswith(("sweep.", PARTIAL))]
             if others and command != "sweep":
                 origin = f"files of another origin ({others[0]}, ...)"
                 raise ResultError(f"{self.place} holds {origin}; choose another folder")
-            for name in others:
-                self.store.delete(name)
             return None
         if command != "sweep":
             raise ResultError(f"{self.place} holds results of 'causalcone {command}'; choose another folder")
@@ -120,6 +120,13 @@ class Driver:
             changes = "\n  ".join(changed)
             raise ResultError(f"{self.place} holds a sweep of another configuration:\n  {changes}\n{_ANOTHER}")
         return dict(before)
+
+    def _drop(self) -> None:
+        """Delete what an earlier sweep wrote; run.json last, which says that the rest is a sweep's."""
+        written = (".parquet", NOISE_FILE, CONTEXTS_FILE, MOMENTS_FILE, RUN)
+        names = [name for name in self.store.names() if name.endswith(written) or name.startswith(PARTIAL)]
+        for name in sorted(names, key=lambda name: name == RUN):
+            self.store.delete(name)
 
     def _begin(self, before: Mapping[str, Any] | None) -> tuple[list[Fact], ModelInfo]:
         """Read and check facts and model; write run.json and the table of facts, or see that they are as before."""
@@ -133,6 +140,8 @@ class Driver:
                 raise ResultError(f"the {changed} of the sweep in {self.place} changed since it began; {_ANOTHER}")
             if changes := "; ".join(differences(before["versions"], versions())):
                 warnings.warn(f"{self.place} was begun with other versions: {changes}", stacklevel=2)
+        else:
+            self._drop()
         stages = self.stages.values()
         expected = {stage.name: dict(stage.expected) for stage in stages if stage.expected}
         self.run_json = {

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import sys
 from dataclasses import replace
 
@@ -74,10 +75,11 @@ def test_an_answer_of_several_tokens_counts_by_its_geometric_mean(asked, tracer)
     """With --answer-score mean."""
     answer = "French and Latin"
     _, printed, _ = asked("trace", "--answer", answer, "--samples", 3, "--state", "mlp:1", "--answer-score", "mean")
-    table = read_traces(tracer.trace([replace(FACT, target_true=answer)], ["mlp:1"], samples=3), "mean")
-    assert table["answer_tokens"][0] == 3
-    low, clean = table["p_corrupted"][0], table["p_clean"][0]
-    assert clean > 1e3 * tracer.run([replace(FACT, target_true=answer)], [])[0].clean.p.item()
+    rows = pl.DataFrame(tracer.trace([replace(FACT, target_true=answer)], ["mlp:1"], samples=3))
+    tokens = rows["answer_tokens"][0]
+    assert tokens > 2
+    clean, low = (math.exp(rows[name][0] / tokens) for name in ("logp_clean", "logp_corrupted"))
+    assert clean > 10 * rows["p_clean"][0]
     assert f"p_clean {clean:.3g}, p_corrupted {low:.3g}" in printed
 
 

@@ -179,6 +179,14 @@ def test_bad_facts(session, fact, problem, match):
     assert len(caught) == 1
 
 
+def test_the_level_of_noise_is_of_the_facts_that_can_be_used(session):
+    bad, good = dataclasses.replace(FACTS[1], target_true="golf " * 60), FACTS_WITH_NEW[0]
+    with pytest.warns(SkippedFacts, match="prompt and target need"):
+        (request,) = make_requests(session, [good, bad], "fact_forcing", "3sd", filtered=False, on_error="skip")
+    assert request.sigma == pytest.approx(session.noise_level("3sd", [good]))
+    assert request.sigma != pytest.approx(session.noise_level("3sd", [good, FACTS[1]]))
+
+
 def test_long_facts_need_not_be_asked(session):
     assert len(make_requests(session, [LONG], "error_injection", filtered=False)) == 1
 

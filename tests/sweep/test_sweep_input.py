@@ -9,7 +9,7 @@ from helpers.editing_cases import FULL
 from helpers.sweeps import configured, stopped_after, swept, tables
 
 import causalcone as cc
-from causalcone.engine.errors import ExperimentError, FactError
+from causalcone.engine.errors import CausalconeError, ExperimentError, FactError
 from causalcone.runners.results import store as stores
 from causalcone.runners.results.folder import ResultError
 from causalcone.runners.sweep import worker as work
@@ -103,6 +103,23 @@ def test_facts_that_a_problem_is_not_posed_for_are_listed(file, tmp_path):
     assert tables(out)["edits"].height == 0
 
 
+def test_a_prompt_that_is_too_long_after_a_context_is_left_out(file, folder, tmp_path):
+    """Alone it fits, and so does what is not edited in contexts; the other fact of its unit is edited."""
+    cc.save_facts([FULL[0], dataclasses.replace(FULL[1], prompt="so " * 12 + "{} is")], tmp_path / "facts.jsonl")
+    (tmp_path / "contexts.json").write_text(json.dumps({"rome": ["They say " * 12], "memit": ["They say " * 12]}))
+    changes = (f"facts={tmp_path / 'facts.jsonl'}", f"contexts={tmp_path / 'contexts.json'}", "edit.layers=[0]")
+    only = ('edit.problems=["error_injection"]', 'edit.methods=["rome", "finetune:1"]', "gradients=none", "sever=none")
+    assert swept(file, tmp_path / "out", *changes, *only).status == "complete"
+    edits = tables(tmp_path / "out")["edits"]
+    assert edits.select("method", "fact_id").rows() == [
+        ("finetune", "start"),
+        ("finetune", "middle"),
+        ("rome", "start"),
+    ]
+    (row,) = pl.concat(map(pl.read_parquet, (tmp_path / "out" / "left_out").glob("*.parquet"))).to_dicts()
+    assert (row["fact_id"], "positions" in row["reason"]) == ("middle", True)
+
+
 # --- what is refused ---
 
 
@@ -159,6 +176,21 @@ def test_other_facts_or_another_model_are_refused(file, folder, tmp_path, monkey
     with pytest.raises(ResultError, match="the model of the sweep"):
         swept(file, out, *changes)
     assert swept(file, out, *changes, overwrite=True).computed > 0
+
+
+def test_overwriting_drops_a_sweep_alone_and_only_for_one_that_can_begin(file, tmp_path):
+    out, changes = tmp_path / "out", ("edit=none", "gradients=none", "sever=none", "zero=none")
+    swept(file, out, *changes, "limit=2")
+    (out / "notes.md").write_text("mine")
+    before = {
+        path: path.read_bytes() for path in out.rglob("*") if path.is_file() and not path.name.startswith("sweep.")
+    }
+    with pytest.raises(CausalconeError, match="nowhere"):
+        swept(file, out, *changes, "facts=nowhere.jsonl", overwrite=True)
+    assert {path: path.read_bytes() for path in before} == before
+    swept(file, out, *changes, "limit=1", overwrite=True)
+    assert (out / "notes.md").read_text() == "mine"
+    assert tables(out)["traces"]["fact_id"].unique().to_list() == [FULL[0].id]
 
 
 def test_files_of_another_origin_are_left_alone(file, tmp_path):

@@ -1,5 +1,7 @@
 """Every localization method gives the numbers of the plain computation, on every architecture."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers.compare import assert_same, assert_same_gradients, assert_table_close, restored_share
@@ -8,6 +10,8 @@ from helpers.models import FACTS, gpt2
 from oracles import gradients as oracle_gradients, tracing as oracle
 
 import causalcone as cc
+from causalcone.engine.errors import FactError
+from causalcone.engine.localize.causal_tracing import with_counterfactual_subjects
 
 STATES = (("hidden", 1), ("mlp", 2), ("attn", 3))
 HIDDEN = (("hidden", 1), ("hidden", 2))
@@ -192,3 +196,18 @@ def test_gradients_of_improbable_targets_in_float16(tokenizer):
     )
     assert 0 < right.max() < 1e-7
     assert abs(rough / right - 1).max() < 0.2
+
+
+def test_a_subject_whose_prompt_cannot_be_encoded_is_no_counterfactual():
+    """Facts that cannot be used are refused, or left out, where they are encoded."""
+
+    class Prompts:
+        def prompt(self, text, **_):
+            if "Bo" in text:
+                raise FactError("not to be encoded")
+            return SimpleNamespace(tokens=text.split())
+
+    people = {"Ann Lee": "tennis", "Bo Lee": "golf", "Cy Lee": "chess"}
+    facts = [cc.Fact(name, "{} plays", name, sport, relation_id="sport") for name, sport in people.items()]
+    found = with_counterfactual_subjects(facts, Prompts())
+    assert [fact.counterfactual_subject for fact in found] == ["Cy Lee", None, "Ann Lee"]

@@ -55,7 +55,10 @@ def make_requests(
     Tracing Reversal towards the prompt followed by a continuation that is sampled (top-k 5), under ``seed``.
     """
     facts = list(facts)
-    level = session.noise_level(sigma, facts) if problem in NOISY else 0.0
+    level = 0.0
+    if problem in NOISY:
+        known, _ = usable(facts, session.prompts.fact, lambda fact: fact.id, on_error)
+        level = session.noise_level(sigma, [encoded.fact for encoded in known] or facts)
     making = _Making(session, problem, level, filtered, compat, seed)
     check_unique(facts)
     posed, skipped = usable(facts, making.checked, lambda fact: fact.id, on_error)

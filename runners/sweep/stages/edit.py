@@ -19,7 +19,7 @@ from causalcone.engine.edit.scoring.answers import ANSWER_TOKENS
 from causalcone.engine.edit.scoring.sampled_texts import ESSENCE_TEXTS, TEXT_TOKENS
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.errors import ExperimentError
-from causalcone.engine.facts import Fact
+from causalcone.engine.facts import Fact, usable
 from causalcone.engine.schemas import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA, TEXT_SCHEMA, Problem
 from causalcone.runners.checked_files import CheckedTable, Count
 from causalcone.runners.edits.settings import EditPlan, Setting
@@ -138,7 +138,11 @@ class EditStage(Stage[EditSettings]):
         facts, compat = resources.facts_of(unit), self.sweep.compat
         making: dict[str, Any] = {"filtered": False, "on_error": "skip", "compat": compat, "seed": editor.seed}
         requests, skipped, _ = make_requests(editor.session, facts, problem, editor.sigma, **making)
-        resources.leave_out(unit, skipped)
+        needed = setting.definition.contexts
+        texts = [] if needed is None else [getattr(editor.contexts, needed)]
+        in_contexts = partial(editor.evaluator.check, essence=False, generation=False, references=None, contexts=texts)
+        requests, long = usable(requests, in_contexts, lambda request: request.fact.id, "skip")
+        resources.leave_out(unit, [*skipped, *long])
         scoring: dict[str, Any] = {name: getattr(self.options, name) for name in ("essence", "accuracy", "answers")}
         if self.options.generates(problem):
             scoring |= {"generation": True, "references": references}

@@ -28,7 +28,7 @@ from causalcone.runners.sweep.stages.stage import Stage, StageCost, StageUnits
 NOISE, CONTEXTS, MOMENTS = "noise", "contexts", "moments"
 CONTEXTS_FILE, MOMENTS_FILE = "contexts.json", "moments.safetensors"
 
-_PARTIAL = "moments.partial"
+PARTIAL = "moments.partial"
 
 
 class PreparedStage(Stage[Sequence[Stage]]):
@@ -97,7 +97,7 @@ class MomentsStage(PreparedStage):
         else:
             dataset = (settings.dataset, settings.dataset_config, settings.split, settings.column)
             texts = open_texts(settings.texts, *dataset)
-            resume = None if store.local is None else str(store.local / _PARTIAL)
+            resume = None if store.local is None else str(store.local / PARTIAL)
             moments = Moments(
                 *collect(session, texts.texts, layers, settings.tokens, source=texts.source, resume=resume)
             )
@@ -107,7 +107,7 @@ class MomentsStage(PreparedStage):
             file = Path(folder) / self.file
             moments.save(file)
             store.put(self.file, file)
-        store.delete(_PARTIAL)
+        store.delete(PARTIAL)
         return {}
 
     def cost(self, units: StageUnits, counts: Counts) -> StageCost:
