@@ -58,6 +58,8 @@ def main() -> None:
     joined = {name: each.joined(MAIN) for name, each in studies.items() if name in NAMES}
     write("edits", pl.concat(joined.values()))
     write("scores", pl.concat(each.mean_scores for each in studies.values()))
+    for score in ("rewrite", "paraphrase", "neighborhood"):
+        write(f"{score}_by_layer", pl.concat([by_layer(each, score) for each in studies.values()], how="diagonal"))
     write("facts", pl.concat(known(study, position) for position in ("all", *POSITIONS)))
     for name, table in by_position(study, joined["study"]).items():
         write(name, table)
@@ -96,6 +98,12 @@ def write_record(study: Study, folder: Path) -> None:
         table.frame.write_csv(folder / f"{table.name}.csv")
     about = {"label": study.title, "protocol": AnalysisInputs(study, NO_RECORD).protocol}
     (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def by_layer(study: Study, score: str) -> pl.DataFrame:
+    """Mean scores, a column for each edited layer."""
+    means = study.mean_scores.filter(score=score).with_columns(layer=pl.format("layer_{}", "layer"))
+    return means.pivot("layer", index=KEY, values="mean")
 
 
 def of_position(traces: pl.DataFrame, position: str) -> pl.DataFrame:
