@@ -21,6 +21,7 @@ ELSEWHERE = {
     "cluster.md": "test_sweep_cluster.py",
     "performance.md": "test_bench.py",  # the script, at toy size
     "editors.md": "test_registry.py",
+    "smollm2.md": "test_smollm2_study.py",  # sweeps of hours; the last command's tables
 }
 """Pages whose blocks other tests run."""
 
