@@ -175,8 +175,6 @@ def filled(text: str) -> str:
     def number(match: re.Match[str]) -> str:
         shown, unit, name, column, conditions = match.groups()
         value = rows_of(name, conditions)[column].item()
-        if isinstance(value, str):
-            return f"{value}{unit}<!--{match[0].partition('<!--')[2]}"
         digits = len(shown.partition(".")[2])
         value = value * 100 if unit.endswith("%") else value
         return f"{value:z,.{digits}f}{unit}<!--{match[0].partition('<!--')[2]}"

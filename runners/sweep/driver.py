@@ -123,8 +123,8 @@ class Driver:
 
     def _drop(self) -> None:
         """Delete what an earlier sweep wrote; run.json last, which says that the rest is a sweep's."""
-        written = (".parquet", NOISE_FILE, CONTEXTS_FILE, MOMENTS_FILE, RUN)
-        names = [name for name in self.store.names() if name.endswith(written) or name.startswith(PARTIAL)]
+        written = {NOISE_FILE, CONTEXTS_FILE, MOMENTS_FILE, RUN}
+        names = [n for n in self.store.names() if n in written or n.endswith(".parquet") or n.startswith(PARTIAL)]
         for name in sorted(names, key=lambda name: name == RUN):
             self.store.delete(name)
 
