@@ -16,9 +16,10 @@ from torch import Tensor
 
 from causalcone.kernels.adam import AdamState
 from causalcone.kernels.backends import TORCH, Backends, backends_of
-from causalcone.kernels.gathering import RowSum
+from causalcone.kernels.gathering import NormedRows, RowSum
 from causalcone.kernels.norms import LayerNorm
-from causalcone.kernels.row_attention import RunRows, ScoreRule
+from causalcone.kernels.row_attention import RunRows, ScoreRule, run_rows
+from causalcone.kernels.transfer import Packet
 
 TRITON = backends_of("triton", "triton")
 LEAST_SECONDS, REPEATS = 0.2, 5
@@ -152,7 +153,7 @@ def operations(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterat
 
     def add_normed(own: Backends) -> tuple[Callable[[], None], Tensor]:
         out, normed = torch.empty_like(left), torch.empty_like(left)
-        return lambda: own.add_normed(terms, out, order, norm, normed, R), normed
+        return lambda: own.add_normed(terms, out, NormedRows(order, order, norm, normed), R), normed
 
     def gather(own: Backends) -> tuple[Callable[[], None], Tensor]:
         out = torch.empty_like(left)
@@ -192,6 +193,12 @@ def operations(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterat
         yield Operation("step of fine-tuning", step, 6 * 4 * width * shape.inner)
 
 
+def runs_together(query_rows: Tensor, key_rows: Tensor, tokens: tuple[int, ...]) -> RunRows[Tensor]:
+    """Runs that query for the same tokens, from their query rows (B, m) and key rows (B, K)."""
+    rows = run_rows([(query_rows.cpu().numpy(), key_rows.cpu().numpy(), tokens, True)])
+    return Packet.of(rows, query_rows.device).send(query_rows.device)
+
+
 def attention(shape: Shape, m: int, rows: Callable[..., Tensor], places: Callable[..., Tensor]) -> Operation:
     """Runs of which each has its last m tokens' rows for itself, and shares the others with nine runs more."""
     runs, K = shape.rows // shape.tokens, shape.tokens
@@ -199,13 +206,13 @@ def attention(shape: Shape, m: int, rows: Callable[..., Tensor], places: Callabl
     key_rows = places(runs, K)
     key_rows[:, : K - m] = key_rows[torch.arange(runs, device=key_rows.device) // 10 * 10, : K - m]
     query_rows = places(runs, m)
+    together = runs_together(query_rows, key_rows, tuple(range(K - m, K)))
     scoring = ScoreRule(shape.head_dim, shape.head_dim**-0.5)
     tile = 262_144 if queries.device.type == "cuda" else 4096
 
     def make(own: Backends) -> tuple[Callable[[], None], Tensor]:
         out = queries.new_empty(runs * m, shape.width)
-        arguments = (queries, keys_values, RunRows(query_rows, key_rows, tuple(range(K - m, K))), scoring, out, tile)
-        return lambda: own.attend_rows(*arguments), out
+        return lambda: own.attend_rows(queries, keys_values, together, scoring, out, tile), out
 
     moved = (2 * runs * m + 2 * runs * m + 2 * runs // 10 * (K - m)) * shape.width * queries.element_size()
     return Operation(f"attention of {m} queries over {K} keys", make, moved)

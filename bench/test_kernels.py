@@ -6,6 +6,7 @@ Those that have a Triton form are timed in both forms on a CUDA device, where th
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_times import runs_together
 
 from causalcone.engine.localize.causal_tracing import restoration_grid
 from causalcone.engine.localize.options import DEFAULT_STATES
@@ -16,11 +17,11 @@ from causalcone.engine.plan.interventions import CLEAN_AND_CORRUPTED
 from causalcone.kernels.adam import AdamState
 from causalcone.kernels.attention import attend
 from causalcone.kernels.backends import TORCH, backends_of
-from causalcone.kernels.gathering import RowSum
+from causalcone.kernels.gathering import NormedRows, RowSum
 from causalcone.kernels.linear import Linear
 from causalcone.kernels.norms import LayerNorm, RMSNorm
 from causalcone.kernels.readout import Readout
-from causalcone.kernels.row_attention import RunRows, ScoreRule
+from causalcone.kernels.row_attention import ScoreRule
 
 WIDTH, INNER, HEADS, VOCABULARY, DEPTH = 768, 3072, 12, 50257, 12
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -72,7 +73,7 @@ def test_row_attention(benchmark, backends, queries, keys, dtype):
     key_rows[:, : keys // 2] = key_rows[0, : keys // 2]
     query_rows = torch.randint(rows, (runs, queries), device=DEVICE)
     out = torch.empty(runs * queries, WIDTH, dtype=dtype, device=DEVICE)
-    runs_of = RunRows(query_rows, key_rows, tuple(range(keys - queries, keys)))
+    runs_of = runs_together(query_rows, key_rows, tuple(range(keys - queries, keys)))
     arguments = (runs_of, ScoreRule(WIDTH // HEADS, 0.125), out)
     benchmark(timed(backends.attend_rows), q, kv, *arguments, 262_144 if ON_CUDA else 4096)
 
@@ -95,7 +96,7 @@ def test_sums(benchmark, backends, normed, dtype):
     if normed:
         places = torch.arange(ROWS, device=DEVICE)
         norm = norm_of("layer", dtype)
-        benchmark(timed(backends.add_normed), terms, out, places, norm, into, ROWS)
+        benchmark(timed(backends.add_normed), terms, out, NormedRows(places, places, norm, into), ROWS)
     else:
         benchmark(timed(backends.add_rows), terms, out, ROWS)
 

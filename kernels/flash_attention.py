@@ -4,31 +4,35 @@ Runs that begin with the same key rows see those in one sequence: all their quer
 left of each run's keys is a sequence of its own, under the causal mask. The two are merged by their log-sum-exps.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from causalcone.kernels.row_attention import MAX_RUNS, RunRows, ScoreRule
+from causalcone.kernels.row_attention import MAX_RUNS, RunRows, ScoreRule, by_batch
 
 
 def attend_rows(
-    queries: Tensor, keys_values: Tensor, runs: RunRows, scoring: ScoreRule, out: Tensor, tile: int = 0
+    queries: Tensor, keys_values: Tensor, runs: RunRows[Tensor], scoring: ScoreRule, out: Tensor, tile: int = 0
 ) -> None:
     """``out`` (B * m, H * d) = the heads' outputs of query rows, run by run, as ``row_attention.py`` says.
 
     In bfloat16 or float16, on CUDA devices. The host waits for the device here: it has to know how long sequences are.
     """
-    if not runs.queries.numel():
-        return
     d = scoring.head_dim
     heads, packed = queries.unflatten(1, (-1, d)), keys_values.unflatten(1, (2, -1, d))
-    batches = zip(runs.queries.split(MAX_RUNS), runs.keys.split(MAX_RUNS), strict=True)
-    for (query_rows, key_rows), outputs in zip(batches, out.split(MAX_RUNS * len(runs.tokens)), strict=True):
-        results = outputs.view(*query_rows.shape, *heads.shape[1:])
-        for columns in _stretches(runs.tokens):  # flash-attn's mask is that of neighbours, the last keys their own
-            stretch = runs.tokens[columns]
+    portions = (
+        (*rows, tokens.tolist())
+        for _, query_rows, key_rows, tokens in by_batch(runs)
+        for rows in zip(query_rows.split(MAX_RUNS), key_rows.split(MAX_RUNS), strict=True)
+    )
+    first = 0
+    for query_rows, key_rows, tokens in portions:
+        results = out[first : first + query_rows.numel()].view(*query_rows.shape, *heads.shape[1:])
+        first += query_rows.numel()
+        for columns in _stretches(tokens) if len(query_rows) else ():
+            stretch = tokens[columns]  # flash-attn's mask is that of neighbours, the last keys their own
             seen = key_rows[:, : stretch[-1] + 1]
             if scoring.window is not None and scoring.window < seen.shape[1]:
                 order = torch.arange(len(seen), device=seen.device)
@@ -85,7 +89,7 @@ def _flash(
     return out, sums.T
 
 
-def _stretches(tokens: tuple[int, ...]) -> Iterator[slice]:
+def _stretches(tokens: Sequence[int]) -> Iterator[slice]:
     """Stretches of tokens that follow each other."""
     start = 0
     for i in range(1, len(tokens) + 1):

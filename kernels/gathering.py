@@ -35,8 +35,18 @@ def add_rows(terms: RowSum, out: Tensor, tile: int) -> None:
         torch.add(left.index_select(0, left_index[piece]), right.index_select(0, right_index[piece]), out=out[piece])
 
 
-def add_normed(terms: RowSum, out: Tensor, index: Tensor, norm: Norm, normed: Tensor, tile: int) -> None:
-    """``add_rows``, and ``normed`` (N, D) = ``norm`` of the sums at ``index`` (N,), no row of which comes twice."""
+class NormedRows(NamedTuple):
+    """Rows of a sum that are normed too: ``out`` (N, D) = ``norm`` of the rows ``read`` (N,), none of which comes
+    twice; ``place`` (R,) is the row of ``out`` that a row goes to, -1 where it goes to none."""
+
+    read: Tensor
+    place: Tensor
+    norm: Norm
+    out: Tensor
+
+
+def add_normed(terms: RowSum, out: Tensor, normed: NormedRows, tile: int) -> None:
+    """``add_rows``, and the rows of ``out`` normed."""
     add_rows(terms, out, tile)
-    for piece in pieces(len(normed), tile):
-        normed[piece] = gather_normed(out, index[piece], norm)
+    for piece in pieces(len(normed.out), tile):
+        normed.out[piece] = gather_normed(out, normed.read[piece], normed.norm)

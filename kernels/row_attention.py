@@ -4,14 +4,18 @@ Key k of a run is the row of its token k, whichever run that row was computed in
 for the same tokens.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from causalcone.kernels.attention import attend
-from causalcone.kernels.transfer import on_device
+from causalcone.kernels.transfer import Array
 
 MAX_RUNS = 16_384
 """Runs in one batch of attention; CUDA grids end at 65,535 blocks in some directions."""
@@ -28,35 +32,98 @@ class ScoreRule:
     window: int | None = None
 
 
-class RunRows(NamedTuple):
-    """Which packed rows belong to B runs: their queries' (B, m) and their keys' (B, K), and the tokens (m,) that query,
-    each below K."""
+class RunBatch(NamedTuple):
+    """``runs`` runs that query for the same tokens, and see ``keys`` keys, which is more than the last of these;
+    ``varying`` says that they differ from sample to sample."""
 
-    queries: Tensor
-    keys: Tensor
-    tokens: tuple[int, ...]
+    runs: int
+    queries: int
+    keys: int
+    varying: bool = True
+
+
+class AlikeRuns(NamedTuple):
+    """``runs`` runs of at most so many queries and keys each, which a fused kernel takes in one launch."""
+
+    runs: int
+    queries: int
+    keys: int
+
+
+class RunRows(NamedTuple, Generic[Array]):
+    """Which packed rows belong to runs, batch by batch.
+
+    queries (sum of B * m,), keys (sum of B * K,): rows of every run of a batch in turn; tokens (sum of m,): those that
+    query in each batch; table (runs, 4): of each run, where its queries, its keys and its tokens begin in these, and
+    how many query. Those of a size follow each other there, size by size as ``alike`` says.
+    """
+
+    queries: Array
+    keys: Array
+    tokens: Array
+    table: Array
+    batches: tuple[RunBatch, ...]
+    alike: tuple[AlikeRuns, ...]
+
+
+def run_rows(batches: Sequence[tuple[np.ndarray, np.ndarray, tuple[int, ...], bool]]) -> RunRows[np.ndarray]:
+    """From batches of query rows (B, m), key rows (B, K), the tokens (m,) that query, and whether the runs vary."""
+    shapes: list[RunBatch] = []
+    tables: dict[tuple[int, int], list[tuple[AlikeRuns, np.ndarray]]] = {}
+    first = np.zeros(3, dtype=np.int64)
+    batches = [batch for batch in batches if len(batch[0])]
+    for queries, keys, _, varying in batches:
+        (runs, m), K = queries.shape, keys.shape[1]
+        shapes.append(RunBatch(runs, m, K, varying))
+        starts = first + np.arange(runs)[:, None] * [m, K, 0]
+        size = ((m - 1).bit_length(), min(K - 1, 63) // 16)
+        tables.setdefault(size, []).append((AlikeRuns(runs, m, K), np.insert(starts, 3, m, axis=1)))
+        first += runs * np.array([m, K, 0]) + [0, 0, m]
+
+    def joined(parts: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate([np.empty(0, dtype=np.int32), *parts], dtype=np.int32, casting="same_kind")
+
+    alike = [zip(*(shape for shape, _ in tables[size]), strict=True) for size in sorted(tables)]
+    return RunRows(
+        queries=joined([queries.ravel() for queries, *_ in batches]),
+        keys=joined([keys.ravel() for _, keys, *_ in batches]),
+        tokens=joined([np.array(tokens) for *_, tokens, _ in batches]),
+        table=joined([table.ravel() for size in sorted(tables) for _, table in tables[size]]).reshape(-1, 4),
+        batches=tuple(shapes),
+        alike=tuple(AlikeRuns(sum(runs), max(m), max(K)) for runs, m, K in alike),
+    )
+
+
+def by_batch(runs: RunRows[Array]) -> Iterator[tuple[RunBatch, Array, Array, Array]]:
+    """Each batch with its query rows (B, m), key rows (B, K) and tokens (m,)."""
+    first = [0, 0, 0]
+    for batch in runs.batches:
+        sizes = (batch.runs * batch.queries, batch.runs * batch.keys, batch.queries)
+        query, key, token = (slice(start, start + size) for start, size in zip(first, sizes, strict=True))
+        query_rows = runs.queries[query].reshape(batch.runs, batch.queries)
+        yield batch, query_rows, runs.keys[key].reshape(batch.runs, batch.keys), runs.tokens[token]
+        first = [start + size for start, size in zip(first, sizes, strict=True)]
 
 
 def attend_rows(
-    queries: Tensor, keys_values: Tensor, runs: RunRows, scoring: ScoreRule, out: Tensor, tile: int
+    queries: Tensor, keys_values: Tensor, runs: RunRows[Tensor], scoring: ScoreRule, out: Tensor, tile: int
 ) -> None:
-    """``out`` (B * m, H * d) = the heads' outputs of query rows, run by run.
+    """``out`` (sum of B * m, H * d) = the heads' outputs of query rows, run by run.
 
-    queries (Q, H * d) and keys_values (S, 2 * G * d), keys and values side by side, are packed rows. Runs are walked in
-    batches of about ``tile`` keys, of which copies are made.
+    queries (Q, H * d) and keys_values (S, 2 * G * d), keys and values side by side, are packed rows. The runs of a
+    batch are walked in portions of about ``tile`` keys, of which copies are made.
     """
-    if not runs.queries.numel():
-        return
-    visible = visible_keys(on_device(torch.tensor(runs.tokens), queries.device), runs.keys.shape[1], scoring.window)
     d = scoring.head_dim
     first = 0
-    count = runs_at_once(runs.keys.shape[1], tile)
-    for q, k in zip(runs.queries.split(count), runs.keys.split(count), strict=True):
-        gathered = keys_values.index_select(0, k.flatten()).view(*k.shape, 2, keys_values.shape[1] // (2 * d), d)
-        query = queries.index_select(0, q.flatten()).view(*q.shape, queries.shape[1] // d, d)
-        attended = attend(query, gathered[:, :, 0], gathered[:, :, 1], visible, scoring.scale, scoring.softcap)
-        out[first : first + q.numel()] = attended.flatten(2).flatten(0, 1)
-        first += q.numel()
+    for batch, query_rows, key_rows, tokens in by_batch(runs):
+        visible = visible_keys(tokens, batch.keys, scoring.window)
+        count = runs_at_once(batch.keys, tile)
+        for q, k in zip(query_rows.split(count), key_rows.split(count), strict=True):
+            gathered = keys_values.index_select(0, k.flatten()).view(*k.shape, 2, keys_values.shape[1] // (2 * d), d)
+            query = queries.index_select(0, q.flatten()).view(*q.shape, queries.shape[1] // d, d)
+            attended = attend(query, gathered[:, :, 0], gathered[:, :, 1], visible, scoring.scale, scoring.softcap)
+            out[first : first + q.numel()] = attended.flatten(2).flatten(0, 1)
+            first += q.numel()
 
 
 def visible_keys(tokens: Tensor, keys: int, window: int | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,11 +10,13 @@ import torch
 
 from causalcone.engine.models.base import Sizes
 from causalcone.engine.plan.buffers import SLOTS, slot_uses
-from causalcone.engine.plan.plan import Plan, Rows
+from causalcone.engine.plan.plan import LayerPlan, Plan, Rows
+from causalcone.kernels.backends import TORCH, Backends
 from causalcone.kernels.linear import packs
 from causalcone.kernels.tiles import Tiles
 
-INDEX_BYTES = 8
+INDEX_BYTES = 2 * 4
+"""Of an element of index arrays: those of a layer are there, and those of the next are made ahead."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,7 @@ def bytes_by_use(plan: Plan, sizes: Sizes, itemsize: int) -> tuple[np.ndarray, n
     """
     slots = slot_uses(plan, sizes)
     kinds = [[[(rows, width * itemsize)] for rows, width in slots[slot]] for slot in SLOTS]
-    indices: list[list[tuple[Rows, int]]] = []
-    for layer in plan.layers:
-        widest = max((segment.queries.size + segment.keys.size for segment in layer.segments), default=0)
-        indices += [
-            [(Rows(0, widest), 2 * INDEX_BYTES), (layer.attn, 3 * INDEX_BYTES)],
-            [(layer.keys_values.rows, 3 * INDEX_BYTES), (layer.queries.rows, 3 * INDEX_BYTES)],
-            [(layer.mid_input.rows, 4 * INDEX_BYTES), (layer.out_mid.rows, 2 * INDEX_BYTES)],
-        ]
+    indices = [[(rows, count * INDEX_BYTES) for rows, count in _indices(layer)] for layer in plan.layers]
     read = [
         (plan.read_rows.rows, 2 * sizes.hidden * itemsize + 6 * INDEX_BYTES),
         (Rows(0, plan.read.size), 4 * INDEX_BYTES),
@@ -85,6 +81,16 @@ def bytes_by_use(plan: Plan, sizes: Sizes, itemsize: int) -> tuple[np.ndarray, n
     return shared, varying
 
 
+def _indices(layer: LayerPlan) -> Iterator[tuple[Rows, int]]:
+    """Rows of a layer, and how many index elements each has (``engine/run/pass_rows.py``)."""
+    yield layer.keys_values.rows + layer.queries.rows + layer.out_mid.rows, 2
+    yield layer.mid_input.rows, 3
+    yield layer.mlp.rows + layer.mix.base.rows + layer.attn_given.rows + layer.mlp_given.rows + layer.out_given.rows, 1
+    for segment in layer.segments:
+        runs, size = len(segment.queries), segment.queries.size + segment.keys.size
+        yield Rows(0, size + 4 * runs) if segment.varying else Rows(size + 4 * runs, 0), 1
+
+
 def weight_bytes(sizes: Sizes, dtype: torch.dtype) -> int:
     """Bytes of the weights of all layers' projections and of the unembedding."""
     return dtype.itemsize * (sizes.depth * sizes.layer_weights + sizes.vocabulary * sizes.hidden)
@@ -98,19 +104,24 @@ def fixed_bytes(
     shared: bool,
     gradient: bool = False,
     streamed: bool = False,
+    backends: Backends = TORCH,
 ) -> int:
     """Bytes a pass needs whatever it holds: tiles, and copies of one layer's weights. ``shared`` says that the model's
     own weights have the dtype and device of the pass; ``gradient`` that the pass goes back as well: then copies of all
     layers' weights are kept, and rows have their logits over the whole vocabulary; ``streamed`` that slices of the
-    unembedding are read from files: the last one, this one and the next are there at once."""
+    unembedding are read from files: the last one, this one and the next are there at once; ``backends`` compute it."""
     itemsize = dtype.itemsize
     heads, kv = sizes.query_width, sizes.key_value_width
-    copied = packs(torch.empty(0, dtype=dtype, device=device)) + (not shared)
+    packed = int(packs(torch.empty(0, dtype=dtype, device=device)))
+    copied = packed + (not shared)
     layer = copied * itemsize * sizes.layer_weights
     vocabulary = min(tiles.vocabulary, sizes.vocabulary)
     unembedding = (2 * copied + 3 if streamed else copied) * itemsize * vocabulary * sizes.hidden
-    product = itemsize * tiles.rows * (3 * sizes.hidden + max(2 * sizes.inner, kv, heads))
-    attention = (itemsize + max(4, itemsize)) * tiles.keys * (kv + 2 * heads)
+    gated = sizes.mlp_weights > 2 * sizes.hidden * sizes.inner
+    inner = (3 if gated and not packed else 2) * sizes.inner
+    product = itemsize * tiles.rows * (3 * sizes.hidden + max(inner, kv, heads))
+    gathered = backends.attention != "triton"  # which reads rows where they are
+    attention = gathered * (itemsize + max(4, itemsize)) * tiles.keys * (kv + 2 * heads)
     logits = tiles.readout_rows * vocabulary * (itemsize + 2 * max(4, itemsize))
     if gradient:
         # keys and values are one product, for which some architectures join two weights

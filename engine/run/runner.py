@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import chain, islice
 
 import numpy as np
@@ -18,7 +19,7 @@ from causalcone.engine.plan.cone import Shape
 from causalcone.engine.plan.cost import Footprint
 from causalcone.engine.plan.interventions import Experiment
 from causalcone.engine.plan.plan import Plan
-from causalcone.engine.run.forward import run_pass
+from causalcone.engine.run.forward import PassResult, run_pass
 from causalcone.engine.run.forward_autograd import run_gradient_pass
 from causalcone.engine.run.packing import Group
 from causalcone.engine.run.scheduler import Budget, PlanCache, TrialPart, assemble, split
@@ -170,17 +171,18 @@ class PassRunner:
             plan = self.plan(part)[0]
             key = (id(plan), part.samples, bool(self.trials[part.fact].targets))
             by_plan.setdefault(key, (plan, []))[1].append(part)
-        groups, members = [self._group(*group) for group in by_plan.values()], [group[1] for group in by_plan.values()]
+        noise = lru_cache(maxsize=None)(self.noise)  # the groups of a pass share it
+        groups = [self._group(plan, members, noise) for plan, members in by_plan.values()]
+        members = [members for _, members in by_plan.values()]
         if self.gradient:
             done = self._differentiate(members, groups, budget)
             return lambda: done
-        outcomes = run_pass(self.architecture, groups, budget.tiles, space, self.backends)
-        fetched = [fetch(outcome.log_p.sum(-1), outcome.states, outcome.logits) for outcome in outcomes]
+        fetched = fetch(*run_pass(self.architecture, groups, budget.tiles, space, self.backends))
 
         def finish() -> Iterator[tuple[TrialPart, Result]]:
-            for group, copies in zip(members, fetched, strict=True):
-                for part, log_p, states, logits in zip(group, *copies.wait(), strict=True):
-                    yield part, Result(log_p.numpy(), states, logits, {})
+            for parts_of, results in zip(members, PassResult(*fetched.wait()).by_group(groups), strict=True):
+                for part, log_p, states, logits in zip(parts_of, *results, strict=True):
+                    yield part, Result(log_p.sum(-1).numpy(), states, logits, {})
 
         return finish
 
@@ -206,16 +208,16 @@ class PassRunner:
                 results.append((part, Result(of_fact.detach().cpu().numpy(), nothing, nothing, used)))
         return results
 
-    def _group(self, plan: Plan, parts: list[TrialPart]) -> Group:
+    def _group(self, plan: Plan, parts: list[TrialPart], noise: Callable[[int, range], np.ndarray]) -> Group:
         trials = [self.trials[part.fact] for part in parts]
         samples, shape = parts[0].samples, trials[0].shape
         start, end = shape.noised
         padded = [[[*ids, *[0] * (shape.tokens - len(ids))] for ids in trial.prompts] for trial in trials]  # never read
         return Group(
             plan=plan,
-            tokens=torch.tensor(padded),
-            targets=torch.tensor([trial.targets for trial in trials]) if trials[0].targets else None,
-            noise=torch.from_numpy(self.noise(end - start, samples)),
+            tokens=np.array(padded),
+            targets=np.array([trial.targets for trial in trials]) if trials[0].targets else None,
+            noise=noise(end - start, samples),
             vectors=tuple(
                 tuple(vector[samples.start : samples.stop] if vector.dim() == 2 else vector for vector in trial.vectors)
                 for trial in trials
@@ -259,7 +261,7 @@ class _TrialResults:
         whole.states[samples, captures] = result.states
         whole.logits[samples, read] = result.logits
         for number, gradient in result.gradients.items():
-            whole.gradients.setdefault(number, gradient.new_empty(J, gradient.shape[1]))[samples] = gradient
+            whole.gradients.setdefault(number, gradient.new_zeros(J, gradient.shape[1]))[samples] += gradient
         self.missing[part.fact] -= len(part.samples) * max(1, len(part.branches))
 
     def complete(self) -> Iterator[tuple[int, Result]]:

@@ -13,6 +13,7 @@ from causalcone.engine.memory import RecentlyUsed
 from causalcone.engine.models.base import Sizes
 from causalcone.engine.plan.cost import Footprint, fixed_bytes, peak_bytes
 from causalcone.engine.plan.plan import Plan, array_bytes
+from causalcone.kernels.backends import TORCH, Backends
 from causalcone.kernels.tiles import Tiles
 
 MAX_ROWS_CPU = 131_072
@@ -64,6 +65,7 @@ def plan_budget(
     shared: bool,
     gradient: bool = False,
     held: int | None = None,
+    backends: Backends = TORCH,
 ) -> Budget:
     """Choose tiles that leave at least half of the budget to rows, down to the smallest. ``held`` are the bytes that
     streamed weights take of it."""
@@ -72,7 +74,9 @@ def plan_budget(
     cpu_tiles = Tiles(rows=2048) if dtype.itemsize == 2 else Tiles()
     tiles = cpu_tiles if on_cpu else Tiles(rows=65_536, keys=262_144, readout_rows=8192, vocabulary=8192)
     while True:
-        fixed = (held or 0) + fixed_bytes(sizes, tiles, dtype, device, shared, gradient, streamed=held is not None)
+        fixed = (held or 0) + fixed_bytes(
+            sizes, tiles, dtype, device, shared, gradient, streamed=held is not None, backends=backends
+        )
         if fixed <= total // 2 or tiles == _SMALLEST:
             return Budget(total=total, fixed=fixed, max_rows=MAX_ROWS_CPU if on_cpu else float("inf"), tiles=tiles)
         tiles = Tiles(*(max(low, size // 2) for low, size in zip(astuple(_SMALLEST), astuple(tiles), strict=True)))

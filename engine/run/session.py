@@ -147,8 +147,9 @@ class Session:
     def budget(self, gradient: bool = False) -> Budget:
         """What a pass may take, forwards or with the way back."""
         total, weight = self.memory or default_budget(self.device), self.architecture.unembedding()[0]
-        shared = weight.device.type == self.device.type and weight.dtype == self.dtype
-        return plan_budget(total, self.sizes, self.dtype, self.device, shared, gradient, self.architecture.held_bytes)
+        shared = weight.device == self.device and weight.dtype == self.dtype
+        held, backends = self.architecture.held_bytes, TORCH if gradient else self.backends
+        return plan_budget(total, self.sizes, self.dtype, self.device, shared, gradient, held, backends)
 
     def computing(self, full: bool = False) -> AbstractContextManager[None]:
         """Within it float32 products are as exact as asked for, or ``full``, and kernels start on the session's

@@ -27,12 +27,12 @@ def verify_model(architecture: Architecture, tokens: tuple[int, ...], tiles: Til
     shape = Shape(len(ids), (0, 0), (tuple(range(len(ids))),))
     clean_only = Experiment((Base(),), np.empty(0, dtype=np.int64), Overwrites.none())
     plan = compile_plan(shape, clean_only, architecture.sizes.depth, architecture.parallel)
-    targets, no_noise = ids.roll(-1), torch.zeros(1, 1, 0, architecture.sizes.hidden)
-    group = Group(plan=plan, tokens=ids[None, None], targets=targets[None], noise=no_noise)
+    targets, no_noise = ids.roll(-1), np.zeros((1, 1, 0, architecture.sizes.hidden))
+    group = Group(plan=plan, tokens=ids[None, None].numpy(), targets=targets[None].numpy(), noise=no_noise)
     space = Buffers(weight.dtype, weight.device)
-    ours = run_pass(architecture, [group], tiles, space, backends)[0].log_p[0, 0, CLEAN].cpu()
+    (ours,) = run_pass(architecture, [group], tiles, space, backends).by_group([group])
     theirs = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-    difference = (ours - theirs).abs().max().item()
+    difference = (ours.log_p[0, 0, CLEAN].cpu() - theirs).abs().max().item()
     rounding = 0.02 if weight.dtype.itemsize < 4 else 1e-5  # models take norms and softmax in float32
     allowed = rounding * max(1.0, logits.abs().max().item())
     if not difference <= allowed:

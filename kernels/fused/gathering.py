@@ -12,7 +12,7 @@ from torch import Tensor
 
 from causalcone.kernels import gathering
 from causalcone.kernels.fused.parts import normed, power_of_two, warps_for
-from causalcone.kernels.gathering import RowSum, fuses
+from causalcone.kernels.gathering import NormedRows, RowSum, fuses
 from causalcone.kernels.norms import LayerNorm, Norm, RMSNorm
 
 
@@ -53,7 +53,7 @@ def _gather(rows, index, out, stride, weight, bias, eps, WIDTH: tl.constexpr, BL
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
-    x = tl.load(rows + tl.load(index + row) * stride + columns, mask=inside, other=0).to(tl.float32)
+    x = tl.load(rows + tl.load(index + row).to(tl.int64) * stride + columns, mask=inside, other=0).to(tl.float32)
     y = normed(x, inside, columns, weight, bias, eps, WIDTH, CENTRED, WEIGHTED, BIASED)
     tl.store(out + row * WIDTH + columns, y.to(out.dtype.element_ty), mask=inside)
 
@@ -64,14 +64,13 @@ def add_rows(terms: RowSum, out: Tensor, tile: int = 0) -> None:
     _launch(terms, out, out, terms.left_index, (out, out, 0.0), flags)
 
 
-def add_normed(terms: RowSum, out: Tensor, index: Tensor, norm: Norm, into: Tensor, tile: int = 0) -> None:
-    """``add_rows``, and ``into`` (N, D) = ``norm`` of the sums at ``index`` (N,), no row of which comes twice."""
-    if not fuses(norm, out.shape[1]):
-        gathering.add_normed(terms, out, index, norm, into, tile)
+def add_normed(terms: RowSum, out: Tensor, normed: NormedRows, tile: int = 0) -> None:
+    """``add_rows``, and the rows of ``out`` normed."""
+    if not fuses(normed.norm, out.shape[1]):
+        gathering.add_normed(terms, out, normed, tile)
         return
-    place = torch.full((len(out),), -1, dtype=torch.int64, device=out.device)
-    place[index] = torch.arange(len(index), device=out.device)
-    _launch(terms, out, into, place, _norm_arguments(norm, out), {"NORMED": True, **_norm_flags(norm)})
+    flags = {"NORMED": True, **_norm_flags(normed.norm)}
+    _launch(terms, out, normed.out, normed.place, _norm_arguments(normed.norm, out), flags)
 
 
 def _launch(
@@ -97,12 +96,16 @@ def _add(left, left_index, left_stride, right, right_index, right_stride, out, i
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
-    a = tl.load(left + tl.load(left_index + row) * left_stride + columns, mask=inside, other=0).to(tl.float32)
-    b = tl.load(right + tl.load(right_index + row) * right_stride + columns, mask=inside, other=0).to(tl.float32)
+    a = tl.load(left + tl.load(left_index + row).to(tl.int64) * left_stride + columns, mask=inside, other=0).to(
+        tl.float32
+    )
+    b = tl.load(right + tl.load(right_index + row).to(tl.int64) * right_stride + columns, mask=inside, other=0).to(
+        tl.float32
+    )
     total = (a + b).to(out.dtype.element_ty)
     tl.store(out + row * WIDTH + columns, total, mask=inside)
     if NORMED:
-        target = tl.load(place + row)
+        target = tl.load(place + row).to(tl.int64)
         if target >= 0:
             y = normed(total.to(tl.float32), inside, columns, weight, bias, eps, WIDTH, CENTRED, WEIGHTED, BIASED)
             tl.store(into + target * WIDTH + columns, y.to(into.dtype.element_ty), mask=inside)

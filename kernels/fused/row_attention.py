@@ -22,35 +22,33 @@ from torch import Tensor
 
 from causalcone.kernels.fused.parts import INTERPRETED, power_of_two, tanh, warps_for
 from causalcone.kernels.row_attention import RunRows, ScoreRule
-from causalcone.kernels.transfer import on_device
 
 FEW = 4
 """Rows of a tile up to which they are multiplied elementwise."""
 
 
 def attend_rows(
-    queries: Tensor, keys_values: Tensor, runs: RunRows, scoring: ScoreRule, out: Tensor, tile: int = 0
+    queries: Tensor, keys_values: Tensor, runs: RunRows[Tensor], scoring: ScoreRule, out: Tensor, tile: int = 0
 ) -> None:
-    """``out`` (B * m, H * d) = the heads' outputs of query rows, run by run, as ``kernels/row_attention.py`` says."""
+    """``out`` (sum of B * m, H * d) = the heads' outputs of query rows, as ``kernels/row_attention.py`` says; runs of a
+    size in one launch."""
     assert queries.is_contiguous()
     assert keys_values.is_contiguous()
     assert out.is_contiguous()
-    (count, m), K = runs.queries.shape, runs.keys.shape[1]
-    if not count * m:
-        return
     d = scoring.head_dim
     groups = keys_values.shape[1] // (2 * d)
     sharing = queries.shape[1] // d // groups
-    dot, rows, keys, warps = _tile(m * sharing, K, power_of_two(d, 16), queries.dtype)
-    blocks = triton.cdiv(m * sharing, rows)
-    querying = on_device(torch.tensor(runs.tokens), out.device)
-    _attend[(count * groups * blocks,)](
-        queries, keys_values, runs.queries.contiguous(), runs.keys.contiguous(), querying, out,
-        m, K, scoring.scale, scoring.softcap or 0.0, scoring.window or 0, blocks,
-        HEAD_DIM=d, PADDED=power_of_two(d, 16), GROUPS=groups, SHARING=sharing, ROWS=rows, KEYS=keys,
-        CAPPED=scoring.softcap is not None, WINDOWED=scoring.window is not None, DOT=dot, INTERPRETED=INTERPRETED,
-        num_warps=warps, num_stages=1,
-    )  # fmt: skip
+    tables = runs.table.split([alike.runs for alike in runs.alike])
+    for (count, m, K), table in zip(runs.alike, tables, strict=True):
+        dot, rows, keys, warps = _tile(m * sharing, K, power_of_two(d, 16), queries.dtype)
+        blocks = triton.cdiv(m * sharing, rows)
+        _attend[(count * groups * blocks,)](
+            queries, keys_values, runs.queries, runs.keys, runs.tokens, table, out,
+            scoring.scale, scoring.softcap or 0.0, scoring.window or 0, blocks,
+            HEAD_DIM=d, PADDED=power_of_two(d, 16), GROUPS=groups, SHARING=sharing, ROWS=rows, KEYS=keys,
+            CAPPED=scoring.softcap is not None, WINDOWED=scoring.window is not None, DOT=dot, INTERPRETED=INTERPRETED,
+            num_warps=warps, num_stages=1,
+        )  # fmt: skip
 
 
 def _tile(rows: int, keys: int, width: int, dtype: torch.dtype) -> tuple[bool, int, int, int]:
@@ -69,15 +67,19 @@ def _tile(rows: int, keys: int, width: int, dtype: torch.dtype) -> tuple[bool, i
     return True, tall, min(power_of_two(keys, 16), most), warps
 
 
-@triton.jit(do_not_specialize=["m", "K", "window", "blocks"])
-def _attend(queries, keys_values, query_rows, key_rows, tokens, out, m, K, scale, softcap, window, blocks,
+@triton.jit(do_not_specialize=["window", "blocks"])
+def _attend(queries, keys_values, query_rows, key_rows, tokens, table, out, scale, softcap, window, blocks,
             HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr, SHARING: tl.constexpr,
             ROWS: tl.constexpr, KEYS: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, DOT: tl.constexpr,
             INTERPRETED: tl.constexpr):  # fmt: skip
     number = tl.program_id(0).to(tl.int64)
     group = number % GROUPS
     block = number // GROUPS % blocks
-    run = number // GROUPS // blocks
+    run = table + number // GROUPS // blocks * 4
+    first_query = tl.load(run).to(tl.int64)
+    first_key = tl.load(run + 1).to(tl.int64)
+    first_token = tl.load(run + 2)
+    m = tl.load(run + 3)
     width: tl.constexpr = GROUPS * SHARING * HEAD_DIM
 
     # row r of the tile is query r // SHARING, in the head r % SHARING of this key head
@@ -85,8 +87,8 @@ def _attend(queries, keys_values, query_rows, key_rows, tokens, out, m, K, scale
     query = row // SHARING
     head = group * SHARING + row % SHARING
     alive = query < m
-    token = tl.load(tokens + query, mask=alive, other=0)
-    query_row = tl.load(query_rows + run * m + query, mask=alive, other=0)
+    token = tl.load(tokens + first_token + query, mask=alive, other=0)
+    query_row = tl.load(query_rows + first_query + query, mask=alive, other=0).to(tl.int64)
     dims = tl.arange(0, PADDED)
     inside = dims < HEAD_DIM
     here = alive[:, None] & inside[None, :]
@@ -103,7 +105,7 @@ def _attend(queries, keys_values, query_rows, key_rows, tokens, out, m, K, scale
     for start in range(first, last, KEYS):
         key = start + tl.arange(0, KEYS)
         there = key < last
-        key_row = tl.load(key_rows + run * K + key, mask=there, other=0)
+        key_row = tl.load(key_rows + first_key + key, mask=there, other=0).to(tl.int64)
         source = keys_values + key_row[:, None] * (2 * GROUPS * HEAD_DIM) + group * HEAD_DIM + dims[None, :]
         there_inside = there[:, None] & inside[None, :]
         k = tl.load(source, mask=there_inside, other=0)
@@ -138,5 +140,5 @@ def _attend(queries, keys_values, query_rows, key_rows, tokens, out, m, K, scale
         top = higher
 
     mean = sums / tl.where(total == 0, 1.0, total)[:, None]
-    target = out + (run * m + query)[:, None] * width + columns
+    target = out + (first_query + query)[:, None] * width + columns
     tl.store(target, mean.to(out.dtype.element_ty), mask=here)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers.kernel_cases import assert_near, devices, dtypes, random
+from helpers.kernel_cases import assert_near, devices, dtypes, random, runs_together
 
 from causalcone.kernels import row_attention
 from causalcone.kernels.backends import backends_of
-from causalcone.kernels.row_attention import RunRows, ScoreRule, visible_keys
+from causalcone.kernels.row_attention import ScoreRule, visible_keys
 
 TRITON = backends_of("triton", "torch")
 
@@ -30,7 +30,7 @@ def assert_like_torch(device, dtype, heads, groups, head_dim, tokens, keys, coun
     queries = random(rows, heads * head_dim, device=device, dtype=dtype)
     keys_values = random(rows, 2 * groups * head_dim, device=device, dtype=dtype, seed=1)
     scoring = ScoreRule(head_dim, 1.7 * head_dim**-0.5, softcap, window)
-    index = (RunRows(query_rows, key_rows, tokens), scoring)
+    index = (runs_together((query_rows, key_rows, tokens)), scoring)
     width = (count * len(tokens), heads * head_dim)
     exact = torch.empty(width, device=device)
     found = torch.full(width, torch.nan, dtype=dtype, device=device)
@@ -78,11 +78,42 @@ def test_no_runs_and_runs_of_a_row(device, count, tokens, keys):
 
 
 @devices
+@dtypes
+@pytest.mark.parametrize(("softcap", "window"), [(None, None), (2.0, 3)])
+def test_batches_of_many_sizes(device, dtype, softcap, window):
+    """One call for all segments of a layer: sizes come mixed, and outputs lie in the batches' order."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(3, (4,), 5), (1, tuple(range(20)), 20), (2, (1, 3), 6), (5, (16,), 17), (2, (2, 69), 70), (4, (0,), 1)]
+    batches = [
+        (
+            torch.randint(50, (n, len(tokens)), generator=generator),
+            torch.randint(50, (n, K), generator=generator),
+            tokens,
+        )
+        for n, tokens, K in shapes
+    ]
+    batches = [(queries.to(device), keys.to(device), tokens) for queries, keys, tokens in batches]
+    queries, keys_values = random(50, 6 * 16, device=device, dtype=dtype), random(50, 64, device=device, dtype=dtype)
+    scoring, runs = ScoreRule(16, 0.4, softcap, window), runs_together(*batches)
+    exact, found = (torch.full((len(runs.queries), 96), torch.nan, device=device) for _ in range(2))
+    found = found.to(dtype)
+    row_attention.attend_rows(queries.float(), keys_values.float(), runs, scoring, exact, 16)
+    TRITON.attend_rows(queries, keys_values, runs, scoring, found, 16)
+    assert_near(found, exact, dtype)
+    first = 0
+    for batch in batches:  # and each batch gives what it gives alone
+        alone = torch.empty(batch[0].numel(), 96, device=device)
+        row_attention.attend_rows(queries.float(), keys_values.float(), runs_together(batch), scoring, alone, 16)
+        torch.testing.assert_close(exact[first : first + len(alone)], alone)
+        first += len(alone)
+
+
+@devices
 def test_it_writes_nothing_beside_its_slice(device):
     rows, query_rows, key_rows = runs_of(2, (3, 4), 5, device)
     queries, keys_values = random(rows, 2 * 20, device=device), random(rows, 4 * 20, device=device)
     whole = torch.full((8, 40), 7.0, device=device)
-    runs = RunRows(query_rows, key_rows, (3, 4))
+    runs = runs_together((query_rows, key_rows, (3, 4)))
     TRITON.attend_rows(queries, keys_values, runs, ScoreRule(20, 0.2), whole[2:6], 16)
     assert (whole[:2] == 7).all()
     assert (whole[6:] == 7).all()
@@ -98,10 +129,10 @@ def test_rows_beyond_two_to_the_31_elements():
     index = torch.arange(rows - 4, rows, device="cuda").repeat(100_000, 1)
     scoring = ScoreRule(64, 0.125)
     out = torch.empty(100_000, width, dtype=torch.bfloat16, device="cuda")
-    TRITON.attend_rows(queries, keys_values, RunRows(index[:, 3:], index, (3,)), scoring, out, 16)
+    TRITON.attend_rows(queries, keys_values, runs_together((index[:, 3:], index, (3,))), scoring, out, 16)
     exact = torch.empty(1, width, device="cuda")
     own = torch.arange(4, device="cuda")[None]
-    last = queries[-4:].float(), keys_values[-4:].float(), RunRows(own[:, 3:], own, (3,))
+    last = queries[-4:].float(), keys_values[-4:].float(), runs_together((own[:, 3:], own, (3,)))
     row_attention.attend_rows(*last, scoring, exact, 16)
     assert_near(out[-1:], exact, torch.bfloat16)
 

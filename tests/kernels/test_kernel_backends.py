@@ -9,14 +9,14 @@ import pytest
 import torch
 from helpers.editing_cases import INJECTION
 from helpers.families import FAMILIES
-from helpers.kernel_cases import devices, random
+from helpers.kernel_cases import devices, random, runs_together
 from helpers.models import FACTS, gpt2, tokenizer
 
 import causalcone as cc
 from causalcone.kernels import backends, flash_attention, row_attention
 from causalcone.kernels.backends import TORCH, BackendError, backends_of, choose
 from causalcone.kernels.gathering import RowSum
-from causalcone.kernels.row_attention import RunRows, ScoreRule
+from causalcone.kernels.row_attention import ScoreRule
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ALL_TRITON = backends_of("triton", "triton")
@@ -135,7 +135,12 @@ def test_flash_attention(monkeypatch, window, softcap, tokens, count):
     query_rows = torch.randint(100, (count, len(tokens)), generator=generator)
     queries, keys_values = random(100, 4 * 8), random(100, 2 * 2 * 8, seed=1)
     exact, found = torch.empty(2, count * len(tokens), 4 * 8)
-    arguments = (queries, keys_values, RunRows(query_rows, key_rows, tokens), ScoreRule(8, 0.7, softcap, window))
+    arguments = (
+        queries,
+        keys_values,
+        runs_together((query_rows, key_rows, tokens)),
+        ScoreRule(8, 0.7, softcap, window),
+    )
     row_attention.attend_rows(*arguments, exact, 1000)
     flash_attention.attend_rows(*arguments, found)
     torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)

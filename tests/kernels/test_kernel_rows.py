@@ -9,7 +9,7 @@ from helpers.kernel_cases import assert_near, assert_sums, devices, dtypes, rand
 from causalcone.kernels import adam, gathering, log_sums
 from causalcone.kernels.adam import AdamState
 from causalcone.kernels.backends import backends_of
-from causalcone.kernels.gathering import RowSum
+from causalcone.kernels.gathering import NormedRows, RowSum
 from causalcone.kernels.norms import LayerNorm, RMSNorm, unchanged
 from causalcone.kernels.readout import Readout
 
@@ -72,10 +72,11 @@ def test_sums_that_are_normed(device, dtype, name):
     left, right = random(9, width, device=device, dtype=dtype), random(4, width, device=device, dtype=dtype, seed=1)
     terms = RowSum(left, index_of(6, 9, device), right, index_of(6, 4, device, 1))
     norm, index = NORMS[name](width, device=device, dtype=dtype), torch.tensor([4, 0, 5], device=device)
+    place = torch.tensor([1, -1, -1, -1, 0, 2], device=device)
     sums, normed = (torch.empty(n, width, dtype=dtype, device=device) for n in (6, 3))
     exact_sums, exact = torch.empty_like(sums), torch.empty_like(normed)
-    TRITON.add_normed(terms, sums, index, norm, normed, 4)
-    gathering.add_normed(terms, exact_sums, index, norm, exact, 2)
+    TRITON.add_normed(terms, sums, NormedRows(index, place, norm, normed), 4)
+    gathering.add_normed(terms, exact_sums, NormedRows(index, place, norm, exact), 2)
     assert_sums(sums, exact_sums)
     assert_near(normed, wide(norm)(sums[index].float()), dtype)
     assert_near(normed, exact, dtype)
@@ -89,7 +90,7 @@ def test_no_rows(device):
     assert TRITON.gather_normed(rows, none, norm).shape == (0, 16)
     terms = RowSum(rows, none, rows, none)
     TRITON.add_rows(terms, out, 4)
-    TRITON.add_normed(terms, out, none, norm, normed, 4)
+    TRITON.add_normed(terms, out, NormedRows(none, none, norm, normed), 4)
 
 
 @devices

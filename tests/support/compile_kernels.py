@@ -6,15 +6,19 @@ Run as a script: ``compile_kernels.py COMPUTE_CAPABILITY``, such as 90. Prints t
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
 from causalcone.kernels.adam import AdamState
 from causalcone.kernels.backends import backends_of
-from causalcone.kernels.gathering import RowSum
+from causalcone.kernels.gathering import NormedRows, RowSum
 from causalcone.kernels.norms import LayerNorm, RMSNorm
-from causalcone.kernels.row_attention import RunRows, ScoreRule
+from causalcone.kernels.row_attention import ScoreRule, run_rows
+from causalcone.kernels.transfer import Packet
+
+CPU = torch.device("cpu")
 
 TRITON = backends_of("triton", "triton")
 
@@ -56,22 +60,22 @@ def only_compile(capability: int) -> set[str]:
 
 
 def launch_all(dtype: torch.dtype) -> None:
-    index = torch.arange(4)
+    index = torch.arange(4, dtype=torch.int32)
 
     def rows(width, count=4):
         return torch.empty(count, width, dtype=dtype)
 
     for heads, groups, head_dim, m, softcap, window in ATTENTIONS:
-        tokens = tuple(range(50 - m, 50))
-        query_rows, key_rows = torch.zeros(2, m, dtype=torch.int64), torch.zeros(2, 50, dtype=torch.int64)
+        batch = (np.zeros((2, m), dtype=np.int32), np.zeros((2, 50), dtype=np.int32), tuple(range(50 - m, 50)), True)
+        runs = Packet.of(run_rows([batch]), CPU).send(CPU)
         scoring, out = ScoreRule(head_dim, 0.125, softcap, window), rows(heads * head_dim, 2 * m)
         queries, keys_values = rows(heads * head_dim), rows(2 * groups * head_dim)
-        TRITON.attend_rows(queries, keys_values, RunRows(query_rows, key_rows, tokens), scoring, out, 1)
+        TRITON.attend_rows(queries, keys_values, runs, scoring, out, 1)
     for width in (96, 4096, 8192):
         for norm in (LayerNorm(rows(width)[0], rows(width)[0], 1e-5), RMSNorm(torch.empty(width), 1e-6)):
             TRITON.gather_normed(rows(width), index, norm)
             terms = RowSum(rows(width), index, rows(width), index)
-            TRITON.add_normed(terms, rows(width), index[:2], norm, rows(width, 2), 1)
+            TRITON.add_normed(terms, rows(width), NormedRows(index[:2], index, norm, rows(width, 2)), 1)
         TRITON.add_rows(terms, rows(width), 1)
     sums = torch.zeros(4, dtype=torch.float64)
     for softcap in (None, 30.0):

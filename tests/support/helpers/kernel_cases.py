@@ -5,6 +5,9 @@ import os
 import pytest
 import torch
 
+from causalcone.kernels.row_attention import run_rows
+from causalcone.kernels.transfer import Packet
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Allowed difference from the float32 result, relative to its largest value."""
@@ -37,3 +40,10 @@ def assert_near(found, exact, dtype):
     assert torch.isfinite(found).all()
     difference = (found.double() - exact.double()).abs().max().item()
     assert difference <= TOLERANCE[dtype] * exact.double().abs().max().item()
+
+
+def runs_together(*batches):
+    """``RunRows`` of batches of query rows, key rows and querying tokens."""
+    device = batches[0][0].device
+    rows = run_rows([(queries.cpu().numpy(), keys.cpu().numpy(), tokens, True) for queries, keys, tokens in batches])
+    return Packet.of(rows, device).send(device)
