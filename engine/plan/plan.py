@@ -13,6 +13,9 @@ import numpy as np
 
 from causalcone.engine.plan.cone import Entries, Shape
 
+INDEX = np.int32
+"""Of rows, local and packed. Kernels widen it before they multiply it by a row's width."""
+
 
 @dataclass(frozen=True)
 class Rows:

@@ -11,10 +11,7 @@ from functools import cached_property
 import numpy as np
 from torch import Tensor
 
-from causalcone.engine.plan.plan import Gather, Given, LayerPlan, Plan, Rows
-
-INDEX = np.int32
-"""Of packed rows. Kernels widen it before they multiply it by a row's width."""
+from causalcone.engine.plan.plan import INDEX, Gather, Given, LayerPlan, Plan, Rows
 
 
 @dataclass(frozen=True)

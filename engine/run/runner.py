@@ -22,9 +22,9 @@ from causalcone.engine.plan.plan import Plan
 from causalcone.engine.run.forward import PassResult, run_pass
 from causalcone.engine.run.forward_autograd import run_gradient_pass
 from causalcone.engine.run.packing import Group
-from causalcone.engine.run.scheduler import Budget, PlanCache, TrialPart, assemble, split
+from causalcone.engine.run.scheduler import Budget, PlanCache, PlannedPart, TrialPart, assemble, split
 from causalcone.kernels.backends import TORCH, Backends
-from causalcone.kernels.transfer import fetch
+from causalcone.kernels.transfer import ahead, fetch
 
 MAX_CELLS = 2**18
 """Runs x tokens of what is compiled at once; a fact with more is split before."""
@@ -108,20 +108,23 @@ class PassRunner:
             for first in range(0, max(1, branches), step):
                 yield TrialPart(index, range(self.samples), range(first, min(first + step, branches)))
 
-    def passes(self, budget: Budget, parts: Iterable[TrialPart] | None = None) -> Iterator[tuple[list[TrialPart], int]]:
+    def passes(
+        self, budget: Budget, parts: Iterable[TrialPart] | None = None
+    ) -> Iterator[tuple[list[PlannedPart], int]]:
         """Passes of consecutive facts, or of parts of large ones, each with its predicted peak of bytes."""
-        parts = self.parts() if parts is None else parts
-        return assemble(parts, lambda part: self.plan(part)[1], budget, lambda index: self.trials[index].name)
+        return assemble(
+            self.parts() if parts is None else parts, self.plan, budget, lambda index: self.trials[index].name
+        )
 
     def results(self, budget: Budget) -> Iterator[tuple[int, Result]]:
         """The number of each trial in order, with its result."""
-        collected, space, ahead = _TrialResults(self), Buffers(self.dtype, self.device), passes_ahead(self.device)
+        collected, space, most = _TrialResults(self), Buffers(self.dtype, self.device), passes_ahead(self.device)
         running: deque[Finish] = deque()
         try:
             for finish in self._begin_all(budget, space):
                 running.append(finish)
                 del finish  # what a pass gave hangs on it
-                if len(running) > ahead:
+                if len(running) > most:
                     yield from collected.add_all(running.popleft()())
         except CausalconeError:  # what is computed is handed out all the same
             yield from collected.add_all(chain.from_iterable(finish() for finish in running))
@@ -139,8 +142,8 @@ class PassRunner:
 
     def _begin_all(self, budget: Budget, space: Buffers) -> Iterator[Finish]:
         """Begin every pass; where memory runs out after all, two smaller ones in its place."""
-        for parts, _ in self.passes(budget):
-            pending = [parts]
+        for planned, _ in ahead(self.passes(budget), self.device, 1):
+            pending = [planned]
             while pending:
                 current, begun = pending.pop(), []
                 try:
@@ -148,14 +151,14 @@ class PassRunner:
                 except (RuntimeError, MemoryError) as error:
                     if not out_of_memory(error):
                         raise
-                    halves = split(current)
+                    halves = split([part for part, _ in current])
                     if halves is None:
-                        name = self.trials[current[0].fact].name
+                        name = self.trials[current[0].part.fact].name
                         raise MemoryBudgetError(
                             f"memory ran out on fact {name!r} even one restoration at a time; free some memory, or use "
                             "a smaller dtype"
                         ) from error
-                    pending += reversed(halves)
+                    pending += [[PlannedPart(part, self.plan(part)[0]) for part in half] for half in reversed(halves)]
                 if begun:
                     yield begun.pop()
                 else:  # the error and the tensors that it held are gone by now
@@ -163,12 +166,11 @@ class PassRunner:
                     if self.device.type == "cuda":
                         torch.cuda.empty_cache()
 
-    def _begin(self, parts: list[TrialPart], budget: Budget, space: Buffers) -> Finish:
+    def _begin(self, planned: list[PlannedPart], budget: Budget, space: Buffers) -> Finish:
         """Give the device a pass to compute. The results are fetched after it, and waited for when they are
         asked for."""
-        by_plan: dict[tuple[int, range, bool], tuple[Plan, list[TrialPart]]] = {}  # holds plans that the cache may drop
-        for part in parts:
-            plan = self.plan(part)[0]
+        by_plan: dict[tuple[int, range, bool], tuple[Plan, list[TrialPart]]] = {}
+        for part, plan in planned:
             key = (id(plan), part.samples, bool(self.trials[part.fact].targets))
             by_plan.setdefault(key, (plan, []))[1].append(part)
         noise = lru_cache(maxsize=None)(self.noise)  # the groups of a pass share it

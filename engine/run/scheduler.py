@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from causalcone.engine.errors import MemoryBudgetError
-from causalcone.engine.memory import RecentlyUsed
+from causalcone.engine.memory import RecentlyUsed, free_bytes
 from causalcone.engine.models.base import Sizes
 from causalcone.engine.plan.cost import Footprint, fixed_bytes, peak_bytes
 from causalcone.engine.plan.plan import Plan, array_bytes
@@ -20,7 +21,8 @@ MAX_ROWS_CPU = 131_072
 """Rows of a pass's widest layer beyond which a CPU gains nothing; smaller passes report and stop sooner."""
 
 _SMALLEST = Tiles(rows=64, keys=64, readout_rows=64, vocabulary=1024)
-_PLAN_CACHE_BYTES = 64 * 2**20
+_PLAN_CACHE_BYTES = 2 * 2**30
+_SHARE_FOR_PLANS = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -82,20 +84,28 @@ def plan_budget(
         tiles = Tiles(*(max(low, size // 2) for low, size in zip(astuple(_SMALLEST), astuple(tiles), strict=True)))
 
 
+class PlannedPart(NamedTuple):
+    part: TrialPart
+    plan: Plan
+
+
 def assemble(
-    parts: Iterable[TrialPart], footprint: Callable[[TrialPart], Footprint], budget: Budget, name: Callable[[int], str]
-) -> Iterator[tuple[list[TrialPart], int]]:
+    parts: Iterable[TrialPart],
+    plan_of: Callable[[TrialPart], tuple[Plan, Footprint]],
+    budget: Budget,
+    name: Callable[[int], str],
+) -> Iterator[tuple[list[PlannedPart], int]]:
     """Passes of consecutive parts that fit the budget, and the bytes each will need at its peak.
 
     Raises ``MemoryBudgetError`` where not even one sample of one branch of a fact fits; ``name`` names a fact.
     """
     queue = list(parts)[::-1]
-    current: list[TrialPart] = []
+    current: list[PlannedPart] = []
     held: np.ndarray | int = 0
     rows = 0
     while queue:
         part = queue.pop()
-        size, samples = footprint(part), len(part.samples)
+        (plan, size), samples = plan_of(part), len(part.samples)
         weight, part_rows = size.bytes(samples), size.rows.count(1, samples)
         fits_alone = peak_bytes(weight) <= budget.for_rows and part_rows <= budget.max_rows
         halves = None if fits_alone else part.halves()
@@ -111,7 +121,7 @@ def assemble(
         if current and (peak_bytes(held + weight) > budget.for_rows or rows + part_rows > budget.max_rows):
             yield current, peak_bytes(held) + budget.fixed
             current, held, rows = [], 0, 0
-        current.append(part)
+        current.append(PlannedPart(part, plan))
         held = held + weight
         rows += part_rows
     if current:
@@ -130,8 +140,9 @@ def split(parts: Sequence[TrialPart]) -> list[list[TrialPart]] | None:
 class PlanCache(RecentlyUsed[Hashable, tuple[Plan, Footprint]]):
     """Plans and footprints by what they depend on."""
 
-    def __init__(self, limit: int = _PLAN_CACHE_BYTES) -> None:
-        super().__init__(limit)
+    def __init__(self, limit: int | None = None) -> None:
+        free = int(_SHARE_FOR_PLANS * free_bytes(torch.device("cpu")))
+        super().__init__(min(free, _PLAN_CACHE_BYTES) if limit is None else limit)
 
     def size(self, value: tuple[Plan, Footprint]) -> int:
         return array_bytes(value[0])

@@ -18,7 +18,7 @@ from causalcone.engine.models.base import Architecture
 from causalcone.engine.noise import Noise, parse_sigma, subject_deviation
 from causalcone.engine.plan.cost import Cost, cost
 from causalcone.engine.run.runner import PassRunner, Result, Trial
-from causalcone.engine.run.scheduler import Budget, PlanCache, TrialPart, plan_budget
+from causalcone.engine.run.scheduler import Budget, PlanCache, plan_budget
 from causalcone.engine.run.verify import verify_model
 from causalcone.kernels.backends import TORCH
 from causalcone.kernels.precision import each_within, float32_products
@@ -125,11 +125,11 @@ class Session:
         computed."""
         runner = self._runner(trials, samples, noise, False)
 
-        def part_cost(part: TrialPart) -> Cost:
-            return cost(runner.plan(part)[0], self.sizes, 1, len(part.samples), not trials[part.fact].targets)
-
-        for parts, bytes_needed in runner.passes(self.budget()):
-            yield bytes_needed, [*map(part_cost, parts)]
+        for planned, bytes_needed in runner.passes(self.budget()):
+            yield (
+                bytes_needed,
+                [cost(plan, self.sizes, 1, len(part.samples), not trials[part.fact].targets) for part, plan in planned],
+            )
 
     def _runner(self, trials: Sequence[Trial], samples: int, noise: Noised | None, gradient: bool) -> PassRunner:
         return PassRunner(

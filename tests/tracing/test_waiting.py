@@ -67,10 +67,10 @@ def ahead(monkeypatch):
 
     def begin(self, parts, *rest):
         finish = began(self, parts, *rest)
-        order.append(("begun", parts[0].fact))
+        order.append(("begun", parts[0].part.fact))
 
         def finished():
-            order.append(("asked", parts[0].fact))
+            order.append(("asked", parts[0].part.fact))
             return finish()
 
         return finished
