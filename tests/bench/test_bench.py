@@ -225,7 +225,7 @@ def test_kernels_on_the_cpu(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.gpu
+@pytest.mark.gpu(real=True)
 def test_kernels(tmp_path):
     report, _ = run("gpu.py", tmp_path, "--parts", "kernels")
     for result in report["results"]:
@@ -234,7 +234,7 @@ def test_kernels(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.gpu
+@pytest.mark.gpu(real=True)
 def test_gpu_script(tmp_path):
     few = ("--parts", "tracing", "--facts", "20", "--seconds", "2", "--naive-seconds", "1")
     report, text = run("gpu.py", tmp_path, *few)

@@ -288,7 +288,7 @@ def test_gpu_script_on_the_cpu(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.gpu
+@pytest.mark.gpu(real=True)
 def test_gpu_script(tmp_path):
     few = ("--toy", "--parts", "editing", "--edit-facts", "2", "--naive-edits", "1")
     report, text, _ = run("gpu.py", tmp_path, *few)

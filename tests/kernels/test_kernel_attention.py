@@ -120,7 +120,7 @@ def test_it_writes_nothing_beside_its_slice(device):
     assert (whole[2:6] != 7).all()
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(real=True)
 def test_rows_beyond_two_to_the_31_elements():
     rows, width = 600_000, 4096
     queries = torch.zeros(rows, width, dtype=torch.bfloat16, device="cuda")

@@ -144,7 +144,7 @@ def test_items_are_computed_within_and_taken_without():
     assert list(each_within(context, items())) == [0, 1, 2]
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(real=True)
 def test_tf32_rounds_and_float32_does_not(tokenizer):
     model = gpt2(dtype=torch.float32).cuda()
     exact = cc.Tracer(model, tokenizer, dtype="float64").trace(FACTS, samples=2)["p_patched"].to_numpy()
