@@ -31,7 +31,7 @@ class RowSum(NamedTuple):
 def add_rows(terms: RowSum, out: Tensor, tile: int) -> None:
     """``out`` (R, D) = the sums, walked in tiles of ``tile`` rows."""
     left, left_index, right, right_index = terms
-    for piece in pieces(len(out), tile):
+    for piece in pieces(len(out), tile, out.device):
         torch.add(left.index_select(0, left_index[piece]), right.index_select(0, right_index[piece]), out=out[piece])
 
 
@@ -48,5 +48,5 @@ class NormedRows(NamedTuple):
 def add_normed(terms: RowSum, out: Tensor, normed: NormedRows, tile: int) -> None:
     """``add_rows``, and the rows of ``out`` normed."""
     add_rows(terms, out, tile)
-    for piece in pieces(len(normed.out), tile):
+    for piece in pieces(len(normed.out), tile, out.device):
         normed.out[piece] = gather_normed(out, normed.read[piece], normed.norm)

@@ -95,7 +95,7 @@ def _in_pieces(linear: Linear, rows: Tensor) -> Tensor:
     if linear.packed is None or len(rows) <= _PIECE:
         return linear.product(rows)
     out = rows.new_empty(len(rows), len(linear.weight))
-    for piece in pieces(len(rows), _PIECE):
+    for piece in pieces(len(rows), _PIECE, rows.device):
         out[piece] = linear.product(rows[piece])
     return out
 

@@ -43,7 +43,7 @@ class Readout:
         total = torch.full((len(states),), float("-inf"), dtype=torch.float64, device=states.device)
         logit = torch.zeros(targets.shape, dtype=torch.float64, device=states.device)
         for start, product in self._products(states):
-            for tile in pieces(len(states), self.rows):
+            for tile in pieces(len(states), self.rows, states.device):
                 logits = product(states[tile])
                 self.backends.add_tile(logits, start, self.softcap, targets[tile], total[tile], logit[tile])
         return logit - (total if targets.dim() == 1 else total[:, None])
@@ -85,7 +85,7 @@ class Readout:
         rows = min(len(states), self.rows)
         buffer = torch.empty(rows, len(self.weight), dtype=wide, device=states.device)
         products = list(self._products(states)) if len(states) else []
-        for tile in pieces(len(states), rows):
+        for tile in pieces(len(states), rows, states.device):
             logits = buffer[: len(states[tile])]
             for start, product in products:
                 logits[:, start : start + len(product.weight)] = product(states[tile])
@@ -113,7 +113,7 @@ class Readout:
         best = torch.full((len(states),), float("-inf"), dtype=states.dtype, device=states.device)
         token = torch.zeros(len(states), dtype=torch.int64, device=states.device)
         for start, product in self._products(states):
-            for tile in pieces(len(states), self.rows):
+            for tile in pieces(len(states), self.rows, states.device):
                 value, index = product(states[tile]).max(-1)
                 better = value > best[tile]
                 token[tile] = torch.where(better, index + start, token[tile])

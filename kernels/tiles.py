@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 SMALLEST = 64
 """CPU libraries compile and keep code for every distinct number of rows, so row counts are multiples of this."""
 
@@ -18,9 +20,13 @@ class Tiles:
     vocabulary: int = 4096
 
 
-def pieces(count: int, tile: int) -> Iterator[slice]:
-    """Full tiles, then quarters of quarters, then what is left."""
+def pieces(count: int, tile: int, device: torch.device) -> Iterator[slice]:
+    """On a CPU full tiles, then quarters of quarters, then what is left; elsewhere as few as there can be, all alike."""
     start = 0
+    if device.type != "cpu" and count:
+        tile = -(-count // -(-count // tile))
+        yield from (slice(first, min(first + tile, count)) for first in range(0, count, tile))
+        return
     while start < count:
         while tile > SMALLEST and tile > count - start:
             tile = max(SMALLEST, tile // 4)

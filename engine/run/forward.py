@@ -179,7 +179,7 @@ class _ForwardPass:
     ) -> None:
         """``out`` = ``function`` of the indexed rows, normed (of all rows as they are where there is no index), in
         tiles that stay in cache."""
-        for piece in pieces(len(out), self.tiles.rows):
+        for piece in pieces(len(out), self.tiles.rows, out.device):
             source = rows[piece] if index is None else self.backends.gather_normed(rows, index[piece], norm)
             out[piece] = function(source) if positions is None else function(source, positions[piece])
 

@@ -170,7 +170,7 @@ class _AutogradPass:
         with torch.no_grad():
             fixed = function(*(rows.of_shared(index[~varies]) for rows, index in indexed), *places[:1])
         inputs = [rows.of_any(index[varies]) for rows, index in indexed] + list(places[1:])
-        sizes = [piece.stop - piece.start for piece in pieces(int(varies.sum()), self.tiles.rows)]
+        sizes = [piece.stop - piece.start for piece in pieces(int(varies.sum()), self.tiles.rows, self.device)]
         tiles = zip(*(rows.split(sizes) for rows in inputs), strict=True)
         parts = [function(*tile) for tile in tiles] or [fixed[:0]]
         return self._with_given(stage, fixed, torch.cat(parts))

@@ -84,7 +84,7 @@ def read_values(entry: Entry, parts: Sequence[tuple[int, Tensor]]) -> None:
                     _fill(file, out, entry)
                     continue
                 as_saved = torch.empty(min(len(out), _CONVERTED), dtype=entry.dtype)
-                for piece in pieces(len(out), _CONVERTED):
+                for piece in pieces(len(out), _CONVERTED, out.device):
                     values = out[piece]
                     _fill(file, as_saved[: len(values)], entry)
                     values.copy_(as_saved[: len(values)])

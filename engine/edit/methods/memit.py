@@ -233,7 +233,7 @@ class Prefixes:
         block, passed = self.layers.block(self.at), self._pass()
         assert passed.keys is not None
         out = torch.empty_like(passed.out)
-        for rows in pieces(len(out), self.layers.tiles.rows):
+        for rows in pieces(len(out), self.layers.tiles.rows, out.device):
             values = passed.values[rows] + update(passed.keys[rows], rows)
             out[rows] = passed.mid[rows] + block.mlp_out(values)
         self.rows = out

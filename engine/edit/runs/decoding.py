@@ -176,8 +176,8 @@ class _Model:
         """The next tokens (n,) after rows (n, hidden) of the last layer, with numbers ``uniform`` (n,) from [0, 1), and
         whether their logits are finite (n,)."""
         states = self.layers.architecture.final_norm(rows)
-        tiles = [self._next_tokens(states[tile], top_k, uniform[tile]) for tile in pieces(len(states), self.tile)]
-        tokens, finite = zip(*tiles, strict=True)
+        tiles = pieces(len(states), self.tile, states.device)
+        tokens, finite = zip(*(self._next_tokens(states[tile], top_k, uniform[tile]) for tile in tiles), strict=True)
         return torch.cat(tokens), torch.cat(finite)
 
     def _next_tokens(self, states: Tensor, top_k: int | None, uniform: Tensor) -> tuple[Tensor, Tensor]:

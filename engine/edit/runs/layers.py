@@ -174,5 +174,5 @@ class Layers:
         """``function`` of rows; without gradient in tiles that stay in cache."""
         if (rows.requires_grad and torch.is_grad_enabled()) or len(rows) <= self.tiles.rows:
             return function(rows, *more)
-        tiles = pieces(len(rows), self.tiles.rows)
+        tiles = pieces(len(rows), self.tiles.rows, rows.device)
         return torch.cat([function(rows[tile], *(other[tile] for other in more)) for tile in tiles])

@@ -277,7 +277,11 @@ def set_data(tensor, data):
 
 def to(tensor, *args, **kwargs):
     """``Tensor.to``; a change of dtype between devices happens where the tensor comes from."""
-    device, dtype, non_blocking = kwargs.pop("device", None), kwargs.pop("dtype", None), kwargs.pop("non_blocking", False)
+    device, dtype, non_blocking = (
+        kwargs.pop("device", None),
+        kwargs.pop("dtype", None),
+        kwargs.pop("non_blocking", False),
+    )
     for value in args:
         if isinstance(value, Tensor):
             device, dtype = value.device, value.dtype
