@@ -97,7 +97,7 @@ def _largest_passes(session: Session, layers: int, length: int, width: int) -> t
     score = 4 * wide * at_once * length  # for a key: its scores, their mask and softmax
     heads, kv = sizes.heads * sizes.head_dim, 2 * sizes.kv_heads * sizes.head_dim
     row = itemsize * (8 * sizes.hidden + 2 * kv + 4 * heads + 3 * width) + 32
-    product = wide * width * (CHUNK + 2 * _strip(width))
+    product = width * (wide * (CHUNK + 2 * _strip(width)) + 8 * elsewhere * _strip(width))
     least = length * (row + score) + product + (0 if elsewhere else sums)
     left = budget.for_rows - least
     if left < 0:
@@ -128,13 +128,18 @@ class Sums:
     saved: int = 0
 
     def add(self, layer: int, keys: Tensor) -> None:
-        """Add the products of keys (R, inner), strip by strip: a symmetric sum needs little more than half of them."""
+        """Add the products of keys (R, inner), strip by strip: a symmetric sum needs little more than half of them. Where
+        the sum is on another device, a strip goes there once."""
         total, width = self.by_layer[layer], keys.shape[1]
-        for rows in keys.split(CHUNK):
-            wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-            for start in range(0, width, _strip(width)):
-                strip = slice(start, start + _strip(width))
-                total[strip, start:] += (wide[:, strip].T @ wide[:, start:]).to(total.device)
+        dtype = torch.promote_types(keys.dtype, torch.float32)
+        for start in range(0, width, _strip(width)):
+            strip = total[start : start + _strip(width), start:]
+            here = strip if strip.device == keys.device else torch.zeros_like(strip, device=keys.device)
+            for rows in keys.split(CHUNK):
+                right = rows[:, start:].to(dtype)
+                here += right[:, : len(strip)].T @ right
+            if here is not strip:
+                strip += here.to(strip.device)
 
     def count(self, pieces: Iterable[Piece]) -> None:
         for piece in pieces:

@@ -17,7 +17,7 @@ from causalcone.engine.edit.moments.collect import collect
 from causalcone.engine.edit.moments.files import read_moments, write_moments
 from causalcone.engine.edit.moments.identity import Identity, key_width
 from causalcone.engine.errors import ExperimentError
-from causalcone.engine.memory import RecentlyUsed
+from causalcone.engine.memory import RecentlyUsed, free_bytes
 from causalcone.engine.models import read_architecture
 from causalcone.engine.models.base import Architecture
 from causalcone.engine.run.session import Session
@@ -29,6 +29,7 @@ the inverse is then good to four digits. In float32 an element's error of 3e-8 i
 3e-8 x 2 / sqrt(d) of the largest eigenvalue: beyond the limit, rounding decides what the smallest directions are."""
 
 _FACTOR_BYTES = 4 * 2**30
+_SHARE_FOR_FACTORS = 0.25
 _ITERATIONS = 30
 
 
@@ -51,6 +52,7 @@ class Moments:
     identity: Identity | None = None
     ridge: float = 0.0
     _factors: _Factors = field(default_factory=lambda: _Factors(_FACTOR_BYTES), repr=False)
+    _conditions: dict[tuple[int, float], float] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         _checked_ridge(self.ridge)
@@ -134,7 +136,8 @@ class Moments:
 
     @torch.no_grad()
     def solve(self, layer: int, keys: Tensor, ridge: float | None = None) -> Tensor:
-        """Solve (C + ridge x mean(diag C) x I) X = keys; factors are kept, as many as 4 GiB hold.
+        """Solve (C + ridge x mean(diag C) x I) X = keys; factors are kept, as many as 4 GiB hold, or on a GPU a quarter
+        of its free memory where that is more.
 
         Args:
             layer: A layer with a moment.
@@ -153,6 +156,9 @@ class Moments:
                 f"keys {tuple(keys.shape)} for the moment of layer {layer}; give them as ({len(matrix)}, n)"
             )
         ridge = self.ridge if ridge is None else _checked_ridge(ridge)
+        if keys.device.type == "cuda":
+            free = free_bytes(keys.device) + self._factors.held
+            self._factors.limit = max(_FACTOR_BYTES, int(_SHARE_FOR_FACTORS * free))
         factor = self._factors.get((layer, ridge, keys.device), lambda: self._factorised(layer, ridge, keys.device))
         return factor.solve(keys)
 
@@ -228,7 +234,7 @@ class Moments:
         matrix = self.matrices[layer]
         width, tokens, limit = len(matrix), self.tokens[layer], CONDITION_LIMITS[matrix.dtype]
         condition, factor = math.inf, None
-        wide = matrix.to(device, torch.float64, copy=True)
+        wide = matrix.to(device).to(torch.float64, copy=True)  # in this order it is converted on the device
         wide.diagonal().add_(ridge * wide.diagonal().mean())
         zeros = int((wide.diagonal() <= 0).sum())
         if tokens < width and not ridge:
@@ -237,7 +243,9 @@ class Moments:
             reason = f"{zeros} of the {width} components of its keys are zero in all of them"
         else:
             factor, reason = _Factor.of(wide), "its keys hardly vary in some directions"
-            condition = math.inf if factor is None else factor.condition()
+            if factor is not None and (layer, ridge) not in self._conditions:
+                self._conditions[layer, ridge] = factor.condition()
+            condition = math.inf if factor is None else self._conditions[layer, ridge]
         if factor is None or not condition <= limit:
             number = "infinite" if math.isinf(condition) else f"{condition:.1e}"
             raise ExperimentError(
