@@ -21,7 +21,7 @@ class Tiles:
 
 
 def pieces(count: int, tile: int, device: torch.device) -> Iterator[slice]:
-    """On a CPU full tiles, then quarters of quarters, then what is left; elsewhere as few as there can be, all alike."""
+    """On a CPU full tiles, then quarters of quarters, then what is left; on other devices few and even ones."""
     start = 0
     if device.type != "cpu" and count:
         tile = -(-count // -(-count // tile))

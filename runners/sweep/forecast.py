@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from causalcone.analysis.tables.names import counted
 from causalcone.engine.compute import as_device, as_dtype
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.models.base import Architecture
@@ -45,7 +46,9 @@ class Forecast:
         for cost in self.stages:
             work = cost.work
             numbers = (f"{cost.flops:.3g}", _hours(cost.hours(self.rate)), _bytes(cost.disk))
-            table.add_row(work.title, f"{len(work.units):,}", f"{work.items:,} {work.stage.item}", *numbers)
+            table.add_row(
+                work.title, f"{len(work.units):,}", counted(work.items, work.stage.item.removesuffix("s")), *numbers
+            )
         console.print(table)
         for line in self.lines:
             console.print(line, highlight=False, markup=False)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import starmap
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from causalcone.engine.edit.deltas.delta import Dense, LowRank
 from causalcone.engine.edit.methods.batching import Batching
 from causalcone.engine.edit.methods.edits import Edit, suspicion
 from causalcone.engine.edit.methods.hparams import Hparams, ValueHparams
@@ -36,7 +38,7 @@ class EditableModel:
     batching: Batching
     contexts: Sequence[str] = ()
     moments: Moments | None = None
-    _weights: dict[int, float] = field(default_factory=dict)
+    _norms: dict[tuple[int, bool], float] = field(default_factory=dict)
 
     def tasks(self, requests: Sequence[Request]) -> list[EditTask]:
         """The requests as token sequences, in the contexts."""
@@ -52,14 +54,20 @@ class EditableModel:
         why it is suspect."""
         if edit.delta is None or edit.delta_norm is None:
             return replace(edit, key_alignment=None)
-        for layer in edit.delta.layers:
-            if layer not in self._weights:
-                weight = self.layers.block(layer).down.weight
-                self._weights[layer] = torch.linalg.vector_norm(weight, dtype=torch.float64).item()
-        weights = math.hypot(*(self._weights[layer] for layer in edit.delta.layers))
+        weights = math.hypot(*starmap(self._norm, edit.delta.changes.items()))
         relative = edit.delta_norm / weights if weights else math.inf
         at_start = bool(self.contexts) and not self.encoder.bare(edit.request).lookup
         return replace(edit, relative_norm=relative, suspect=suspicion(relative, edit.key_alignment, at_start))
+
+    def _norm(self, layer: int, change: LowRank | Dense) -> float:
+        """The norm of what a change adds to."""
+        with_bias = isinstance(change, Dense) and change.bias is not None
+        if (layer, with_bias) not in self._norms:
+            down = self.layers.block(layer).down
+            tensors = [down.weight, down.bias] if with_bias and down.bias is not None else [down.weight]
+            norms = (torch.linalg.vector_norm(tensor, dtype=torch.float64).item() for tensor in tensors)
+            self._norms[layer, with_bias] = math.hypot(*norms)
+        return self._norms[layer, with_bias]
 
 
 class EditMaker(Protocol):

@@ -128,8 +128,8 @@ class Sums:
     saved: int = 0
 
     def add(self, layer: int, keys: Tensor) -> None:
-        """Add the products of keys (R, inner), strip by strip: a symmetric sum needs little more than half of them. Where
-        the sum is on another device, a strip goes there once."""
+        """Add the products of keys (R, inner), strip by strip: a symmetric sum needs little more than half of them.
+        Where the sum is on another device, a strip goes there once."""
         total, width = self.by_layer[layer], keys.shape[1]
         dtype = torch.promote_types(keys.dtype, torch.float32)
         for start in range(0, width, _strip(width)):

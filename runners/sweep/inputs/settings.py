@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PlainValidator, StrictBool, StrictFloat, StrictInt, StrictStr
@@ -22,10 +23,10 @@ def _on_record(name: str) -> str:
     from causalcone.analysis.tables.traces import TableError
 
     try:
-        Record.open(name)
+        folder = Record.open(name).folder
     except TableError as error:
         raise ValueError(str(error)) from error
-    return name
+    return str(folder.resolve()) if folder == Path(name) else name  # tables are read from anywhere
 
 
 class FilterSettings(CheckedTable):
