@@ -384,7 +384,8 @@ def _nothing(*_, **__):
 
 CUDA_FUNCTIONS = {
     "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
-    "is_initialized": lambda: True, "init": _nothing, "_lazy_init": _nothing, "synchronize": _nothing, "empty_cache": _nothing, "set_device": _nothing,
+    "is_initialized": lambda: True, "init": _nothing, "_lazy_init": _nothing, "synchronize": _nothing,
+    "empty_cache": _nothing, "set_device": _nothing,
     "manual_seed": _nothing, "manual_seed_all": _nothing, "reset_peak_memory_stats": _nothing,
     "memory_allocated": lambda *_: 0, "memory_reserved": lambda *_: 0, "max_memory_allocated": lambda *_: 0,
     "mem_get_info": lambda *_: (MEMORY // 2, MEMORY), "get_device_name": lambda *_: "a pretended device",
