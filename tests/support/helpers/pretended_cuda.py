@@ -289,7 +289,7 @@ def to(tensor, *args, **kwargs):
             dtype = value
         elif isinstance(value, bool):
             non_blocking = value
-        else:
+        elif value is not None:
             device = value
     dtype = dtype or tensor.dtype
     if device is None or (is_cuda(device) == isinstance(tensor, DeviceTensor) and torch.device(device).type != "meta"):
