@@ -57,16 +57,21 @@ def main() -> None:
     study = studies["study"]
     joined = {name: each.joined(MAIN) for name, each in studies.items() if name in NAMES}
     write("edits", pl.concat(joined.values()))
-    write("scores", pl.concat(each.mean_scores for each in studies.values()))
+    for name, each in studies.items():
+        write("scores" if each is study else f"{name}_scores", each.mean_scores)
     for score in ("rewrite", "paraphrase", "neighborhood"):
-        write(f"{score}_by_layer", pl.concat([by_layer(each, score) for each in studies.values()], how="diagonal"))
+        write(f"{score}_by_layer", by_layer(study, score))
     write("facts", pl.concat(known(study, position) for position in ("all", *POSITIONS)))
     for name, table in by_position(study, joined["study"]).items():
         write(name, table)
     write("severed", severed_effects(study.folder / "traces", common=True))
     write("zeroing_curve", zeroing_curve(study.folder / "traces" / "zero"))
+    if "problems" in studies:
+        write("problems_by_layer", by_layer(studies["problems"], "rewrite"))
+    write("suspect", changes(study, study.scan("edits").collect(), ["method", "window"]))
     if "keys" in studies:
-        write("keys", keys(study, studies["keys"]))
+        for name, table in keys(study, studies["keys"]).items():
+            write(name, table)
     draw(study)
     for text in TEXTS:
         text.write_text(filled(text.read_text(encoding="utf-8")), encoding="utf-8")
@@ -84,7 +89,8 @@ def pack(sweep: Path, folder: Path) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(rows, place, compression="zstd", compression_level=19)
     for name in ("run.json", "noise.json", "contexts.json"):
-        shutil.copy(sweep / name, folder)
+        if (sweep / name).is_file():  # noise is only where facts are traced
+            shutil.copy(sweep / name, folder)
 
 
 def write(name: str, table: pl.DataFrame) -> None:
@@ -143,11 +149,38 @@ def by_position(study: Study, joined: pl.DataFrame) -> dict[str, pl.DataFrame]:
     }
 
 
-def keys(study: Study, other: Study) -> pl.DataFrame:
-    """Mean scores by ROME and by R-ROME of the facts and layers that both edited."""
-    both = pl.concat([study.scores.filter(method="rome"), other.scores])
+def keys(study: Study, other: Study) -> dict[str, pl.DataFrame]:
+    """ROME and R-ROME of the facts and layers that both edited: mean scores of each layer and of all, and how large the
+    changes are."""
     common = other.scores.select("fact_id", "layer").unique()
-    return mean_scores(both.join(common, on=["fact_id", "layer"], how="semi"))
+
+    def both(own: pl.DataFrame, others: pl.DataFrame) -> pl.DataFrame:
+        return pl.concat([own.filter(method="rome"), others]).join(common, on=["fact_id", "layer"], how="semi")
+
+    scores = both(study.scores, other.scores)
+    edits = both(*(each.scan("edits").collect() for each in (study, other)))
+    return {
+        "keys": mean_scores(scores),
+        "keys_overall": mean_scores(scores.with_columns(layer=pl.lit(0, pl.Int32))),
+        "keys_changes": changes(study, edits, ["method"]),
+    }
+
+
+def changes(study: Study, edits: pl.DataFrame, by: list[str]) -> pl.DataFrame:
+    """How large the changes of edits are, over the norm of the weights, and how many are suspect, by whether the
+    subject begins the prompt."""
+    first = of_position(study.traces, "first")["fact_id"].unique()
+    subject = pl.when(pl.col("fact_id").is_in(first.implode())).then(pl.lit("first")).otherwise(pl.lit("inside"))
+    return (
+        edits.group_by(*by, subject=subject, maintain_order=True)
+        .agg(
+            edits=pl.len(),
+            suspect=pl.col("suspect").is_not_null().sum(),
+            mean_norm=pl.mean("relative_norm"),
+            largest_norm=pl.max("relative_norm"),
+        )
+        .sort(*by, "subject")
+    )
 
 
 def draw(study: Study) -> None:
