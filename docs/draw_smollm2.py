@@ -34,6 +34,7 @@ from causalcone.analysis.scores import mean_scores
 from causalcone.analysis.stats.regressions import regressions
 from causalcone.analysis.stats.uncertainty import permutation_test
 from causalcone.analysis.sweep_results import Study
+from causalcone.runners.sweep.status import status_of
 
 DOCS = Path(__file__).parent
 RAW, TEXTS = DOCS / "smollm2", (DOCS / "smollm2.md", DOCS.parent / "README.md")
@@ -88,6 +89,9 @@ def pack(sweep: Path, folder: Path) -> None:
         place = folder / table.relative_to(sweep) / "part-00000.parquet"
         place.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(rows, place, compression="zstd", compression_level=19)
+    minutes = {each.work.title.replace(" ", "_"): each.seconds / 60 for each in status_of(str(sweep)).stages}
+    minutes["all"] = sum(minutes.values())
+    pl.DataFrame({"stage": minutes.keys(), "minutes": minutes.values()}).write_csv(folder / "minutes.csv")
     for name in ("run.json", "noise.json", "contexts.json"):
         if (sweep / name).is_file():  # noise is only where facts are traced
             shutil.copy(sweep / name, folder)

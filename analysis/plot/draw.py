@@ -1,6 +1,7 @@
 """Shared by all figures: fonts, tokens made visible, colours, lines, axes, legends, and the way to a file."""
 
 import os
+import textwrap
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -150,7 +151,8 @@ def mean_of(facts: int, bands: bool = True) -> str:
 
 
 def title(figure: Figure, text: str) -> None:
-    figure.suptitle(text, fontsize=11, fontweight="bold")
+    """A title of all panels, in as many lines as it needs at about ten letters an inch."""
+    figure.suptitle(textwrap.fill(text, int(10 * figure.get_figwidth())), fontsize=11, fontweight="bold")
 
 
 def legend(figure: Figure, columns: int, axes: Axes | None = None, **options: Any) -> None:
