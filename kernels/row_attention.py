@@ -32,7 +32,7 @@ class ScoreRule:
     window: int | None = None
 
 
-class RunBatch(NamedTuple):
+class BatchShape(NamedTuple):
     """``runs`` runs that query for the same tokens, and see ``keys`` keys, which is more than the last of these;
     ``varying`` says that they differ from sample to sample."""
 
@@ -42,7 +42,7 @@ class RunBatch(NamedTuple):
     varying: bool = True
 
 
-class AlikeRuns(NamedTuple):
+class LaunchShape(NamedTuple):
     """``runs`` runs of at most so many queries and keys each, which a fused kernel takes in one launch."""
 
     runs: int
@@ -62,22 +62,22 @@ class RunRows(NamedTuple, Generic[Array]):
     keys: Array
     tokens: Array
     table: Array
-    batches: tuple[RunBatch, ...]
-    alike: tuple[AlikeRuns, ...]
+    batches: tuple[BatchShape, ...]
+    alike: tuple[LaunchShape, ...]
 
 
 def run_rows(batches: Sequence[tuple[np.ndarray, np.ndarray, tuple[int, ...], bool]]) -> RunRows[np.ndarray]:
     """From batches of query rows (B, m), key rows (B, K), the tokens (m,) that query, and whether the runs vary."""
-    shapes: list[RunBatch] = []
-    tables: dict[tuple[int, int], list[tuple[AlikeRuns, np.ndarray]]] = {}
+    shapes: list[BatchShape] = []
+    tables: dict[tuple[int, int], list[tuple[LaunchShape, np.ndarray]]] = {}
     first = np.zeros(3, dtype=np.int64)
     batches = [batch for batch in batches if len(batch[0])]
     for queries, keys, _, varying in batches:
         (runs, m), K = queries.shape, keys.shape[1]
-        shapes.append(RunBatch(runs, m, K, varying))
+        shapes.append(BatchShape(runs, m, K, varying))
         starts = first + np.arange(runs)[:, None] * [m, K, 0]
         size = ((m - 1).bit_length(), min(K - 1, 63) // 16)
-        tables.setdefault(size, []).append((AlikeRuns(runs, m, K), np.insert(starts, 3, m, axis=1)))
+        tables.setdefault(size, []).append((LaunchShape(runs, m, K), np.insert(starts, 3, m, axis=1)))
         first += runs * np.array([m, K, 0]) + [0, 0, m]
 
     def joined(parts: list[np.ndarray]) -> np.ndarray:
@@ -90,11 +90,11 @@ def run_rows(batches: Sequence[tuple[np.ndarray, np.ndarray, tuple[int, ...], bo
         tokens=joined([np.array(tokens) for *_, tokens, _ in batches]),
         table=joined([table.ravel() for size in sorted(tables) for _, table in tables[size]]).reshape(-1, 4),
         batches=tuple(shapes),
-        alike=tuple(AlikeRuns(sum(runs), max(m), max(K)) for runs, m, K in alike),
+        alike=tuple(LaunchShape(sum(runs), max(m), max(K)) for runs, m, K in alike),
     )
 
 
-def by_batch(runs: RunRows[Array]) -> Iterator[tuple[RunBatch, Array, Array, Array]]:
+def by_batch(runs: RunRows[Array]) -> Iterator[tuple[BatchShape, Array, Array, Array]]:
     """Each batch with its query rows (B, m), key rows (B, K) and tokens (m,)."""
     first = [0, 0, 0]
     for batch in runs.batches:

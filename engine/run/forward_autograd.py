@@ -21,7 +21,7 @@ from causalcone.engine.run.packing import INDEX, Group, PackedStage, place
 from causalcone.engine.run.pass_rows import GivenValues, LayerRows, StageRows, layer_rows, read_rows
 from causalcone.kernels.attention import attend
 from causalcone.kernels.readout import Readout
-from causalcone.kernels.row_attention import RunBatch, RunRows, by_batch, runs_at_once, visible_keys
+from causalcone.kernels.row_attention import BatchShape, RunRows, by_batch, runs_at_once, visible_keys
 from causalcone.kernels.tiles import Tiles, pieces
 from causalcone.kernels.transfer import Packet, ahead
 
@@ -145,7 +145,7 @@ class _AutogradPass:
         return torch.cat(outputs)
 
     def _attend_batch(
-        self, batch: RunBatch, tokens: Tensor, queries: Tensor, keys_values: Tensor, block: Block
+        self, batch: BatchShape, tokens: Tensor, queries: Tensor, keys_values: Tensor, block: Block
     ) -> list[Tensor]:
         """The heads' outputs of a batch, in portions of about as many keys as a tile has."""
         visible, count = visible_keys(tokens, batch.keys, block.window), runs_at_once(batch.keys, self.tiles.keys)

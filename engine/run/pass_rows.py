@@ -196,7 +196,7 @@ def layer_rows(groups: Sequence[Group], givens: GivenValues) -> Iterator[LayerRo
     """The rows of every layer of a pass."""
     inputs = place(groups, [group.plan.layers[0].inputs for group in groups])
     for layer in range(len(groups[0].plan.layers)):
-        rows = _Layer(groups, givens, [group.plan.layers[layer] for group in groups], inputs).rows()
+        rows = _LayerIndex(groups, givens, [group.plan.layers[layer] for group in groups], inputs).rows()
         inputs = rows.out.packed
         yield rows
 
@@ -236,7 +236,7 @@ def read_rows(groups: Sequence[Group]) -> ReadRows[np.ndarray]:
     )
 
 
-class _Layer:
+class _LayerIndex:
     def __init__(
         self, groups: Sequence[Group], values: GivenValues, plans: Sequence[LayerPlan], inputs: PackedStage
     ) -> None:

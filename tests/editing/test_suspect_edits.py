@@ -36,6 +36,7 @@ def test_the_relative_norm_is_over_the_changed_weights(model, method):
         weights = [down_weight(model, layer).double().norm() for layer in edit.delta.layers]
         if method == "finetune":
             changes += [edit.delta.changes[layer].bias.norm() for layer in edit.delta.layers]
+            weights += [model.transformer.h[layer].mlp.c_proj.bias.double().norm() for layer in edit.delta.layers]
         assert edit.relative_norm == pytest.approx(math.hypot(*changes) / math.hypot(*weights), rel=1e-9)
         assert (edit.key_alignment is None) == (method != "rome")
 
@@ -67,7 +68,8 @@ def test_a_change_larger_than_the_weights_is_suspect():
     model = gpt2(3, 32, 4, dtype=torch.float64)
     (usual,) = editor(model, unit_moments(model)).rome([INJECTION], (1,), ROME)
     with torch.no_grad():
-        down_weight(model, 1).mul_(1e-3 * usual.relative_norm)
+        for parameter in model.transformer.h[1].mlp.c_proj.parameters():
+            parameter.mul_(1e-3 * usual.relative_norm)
     (large,) = editor(model, unit_moments(model)).finetune([INJECTION], (1,), hparams=FINETUNE)
     assert large.relative_norm > LARGEST_NORM
     assert large.suspect == f"relative_norm above {LARGEST_NORM:g}"
