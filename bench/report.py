@@ -193,7 +193,8 @@ def _edited_details(result: dict[str, Any]) -> str:
 
 def _introduction(report: dict[str, Any]) -> list[str]:
     states = ", ".join(f"{kind}:{window}" for kind, window in report.get("states", ()))
-    given = f"{f'States {states}, all prompt tokens, ' if states else ''}{report['samples']} samples; random weights"
+    given = f"{f'States {states}, all prompt tokens, ' if states else ''}{report['samples']} samples; "
+    given += report.get("weights", "random weights")
     return _heading(report, given)
 
 

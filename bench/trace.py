@@ -67,6 +67,7 @@ def main() -> None:
         "prompts": describe_prompts(facts, tokenizer, source),
         "states": study.states,
         "samples": study.samples,
+        "weights": "random weights" if name in SHAPES else "trained weights",
         "sigma": study.sigma,
         "naive": RESTORING,
         "efficiency": EFFICIENCY,
