@@ -123,6 +123,8 @@ class GivenValues:
         """(N, width) the values."""
         if width not in self._tables:
             values = [vector.to(self.dtype) for vector in self._vectors.get(width, [])]
+            if any(vector.device != values[0].device for vector in values):
+                values = [on_device(vector, self.device) for vector in values]
             zero = torch.zeros(1, width, dtype=self.dtype, device=values[0].device if values else self.device)
             self._tables[width] = on_device(torch.cat([zero, *values]), self.device)
         return self._tables[width]

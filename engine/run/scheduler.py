@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -138,11 +139,16 @@ def split(parts: Sequence[TrialPart]) -> list[list[TrialPart]] | None:
 
 
 class PlanCache(RecentlyUsed[Hashable, tuple[Plan, Footprint]]):
-    """Plans and footprints by what they depend on."""
+    """Plans and footprints by what they depend on, for the thread that plans ahead as well."""
 
     def __init__(self, limit: int | None = None) -> None:
         free = int(_SHARE_FOR_PLANS * free_bytes(torch.device("cpu")))
         super().__init__(min(free, _PLAN_CACHE_BYTES) if limit is None else limit)
+        self._lock = Lock()
+
+    def get(self, key: Hashable, make: Callable[[], tuple[Plan, Footprint]]) -> tuple[Plan, Footprint]:
+        with self._lock:
+            return super().get(key, make)
 
     def size(self, value: tuple[Plan, Footprint]) -> int:
         return array_bytes(value[0])

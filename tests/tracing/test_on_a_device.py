@@ -15,12 +15,13 @@ NOISED = {"samples": 2, "sigma": 0.3}
 
 
 def patched(tracer):
-    """A vector in place of a state, a head from another prompt, zeros; and what they do to states and logits."""
+    """Vectors of the host and of the device in place of states, and zeros; and what they do to states and logits."""
     prompts = [cc.Prompt(fact.text) for fact in FACTS[:3]]
     vector = torch.linspace(-1, 1, tracer.session.sizes.hidden)
     runs = [
         cc.Intervention("mlp", 1, "last", "zero"),
         cc.Intervention("hidden", 0, 0, vector),
+        cc.Intervention("mlp", 0, 0, -vector.to(tracer.device)),
         cc.Intervention("attn", 2, "last", "zero"),
     ]
     read = [cc.Read("logits"), cc.Read("hidden", layers=1, tokens=0)]
