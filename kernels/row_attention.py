@@ -76,7 +76,7 @@ def run_rows(batches: Sequence[tuple[np.ndarray, np.ndarray, tuple[int, ...], bo
         (runs, m), K = queries.shape, keys.shape[1]
         shapes.append(BatchShape(runs, m, K, varying))
         starts = first + np.arange(runs)[:, None] * [m, K, 0]
-        size = ((m - 1).bit_length(), min(K - 1, 63) // 16)
+        size = ((m - 1).bit_length(), (K - 1) // 16 if K <= 64 else (K - 1).bit_length())
         tables.setdefault(size, []).append((LaunchShape(runs, m, K), np.insert(starts, 3, m, axis=1)))
         first += runs * np.array([m, K, 0]) + [0, 0, m]
 
@@ -92,6 +92,58 @@ def run_rows(batches: Sequence[tuple[np.ndarray, np.ndarray, tuple[int, ...], bo
         batches=tuple(shapes),
         alike=tuple(LaunchShape(sum(runs), max(m), max(K)) for runs, m, K in alike),
     )
+
+
+class PaddedRuns(NamedTuple, Generic[Array]):
+    """Runs of similar sizes filled up to one, in few dense batches, as autograd needs them.
+
+    queries (sum of B * m,), keys (sum of B * K,): rows of every run of a batch in turn; tokens (sum of B * m,): those
+    that query; what fills up repeats a run's last query, or its last visible key. place (sum of runs' queries,): which
+    query of the batches each one of the runs is.
+    """
+
+    queries: Array
+    keys: Array
+    tokens: Array
+    place: Array
+    batches: tuple[LaunchShape, ...]
+
+
+def padded(runs: RunRows[np.ndarray]) -> PaddedRuns[np.ndarray]:
+    """Runs that are alike as one batch each."""
+    columns: list[list[np.ndarray]] = [[], [], []]
+    place = np.empty(len(runs.queries), dtype=np.int32)
+    first = 0
+    ends = np.cumsum([alike.runs for alike in runs.alike], dtype=np.int64)
+    for alike, table in zip(runs.alike, np.split(runs.table, ends)[:-1], strict=True):
+        number = np.minimum(np.arange(alike.queries), table[:, 3:] - 1)
+        query, token = table[:, :1] + number, runs.tokens[table[:, 2:3] + number]
+        key = table[:, 1:2] + np.minimum(np.arange(alike.keys), token[:, -1:])
+        place[query] = first + np.arange(0, query.size, alike.queries)[:, None] + number
+        first += query.size
+        for column, part in zip(columns, (runs.queries[query], runs.keys[key], token), strict=True):
+            column.append(part.ravel())
+    queries, keys, tokens = (np.concatenate([place[:0], *column]) for column in columns)
+    return PaddedRuns(queries, keys, tokens, place, runs.alike)
+
+
+def attend_padded(
+    queries: Tensor, keys_values: Tensor, runs: PaddedRuns[Tensor], scoring: ScoreRule, tile: int
+) -> Tensor:
+    """The heads' outputs (R, H * d) of the runs' queries, differentiable: queries (sum of B * m, H * d) and keys_values
+    (sum of B * K, 2 * G * d) are gathered already. Batches are walked in portions of about ``tile`` keys."""
+    d, width = scoring.head_dim, queries.shape[1]
+    asked, seen = ([batch.runs * getattr(batch, rows) for batch in runs.batches] for rows in ("queries", "keys"))
+    # split, not sliced: the gradient of a slice goes through all rows
+    by_batch = zip(queries.split(asked), keys_values.split(seen), runs.tokens.split(asked), strict=True)
+    outputs = [queries[:0]]
+    for (count, m, K), (query, key_value, token) in zip(runs.batches, by_batch, strict=bool(runs.batches)):
+        visible, at_once = visible_keys(token.view(count, m), K, scoring.window), runs_at_once(K, tile)
+        keys, values = key_value.view(count, K, 2, -1, d).unbind(2)
+        rows = (query.view(count, m, width // d, d), keys, values, visible)
+        for q, k, v, shown in zip(*(whole.split(at_once) for whole in rows), strict=True):
+            outputs.append(attend(q, k, v, shown, scoring.scale, scoring.softcap).reshape(-1, width))
+    return torch.cat(outputs).index_select(0, runs.place)
 
 
 def by_batch(runs: RunRows[Array]) -> Iterator[tuple[BatchShape, Array, Array, Array]]:
@@ -127,8 +179,8 @@ def attend_rows(
 
 
 def visible_keys(tokens: Tensor, keys: int, window: int | None) -> Tensor:
-    """(m, K) which of the keys 0..K-1 each querying token (m,) sees, of the last ``window`` or all before it."""
-    token, key = tokens[:, None], torch.arange(keys, device=tokens.device)
+    """(..., m, K) which of the keys 0..K-1 each querying token (..., m) sees: the last ``window``, or all before it."""
+    token, key = tokens[..., None], torch.arange(keys, device=tokens.device)
     return (key <= token) if window is None else (key <= token) & (key > token - window)
 
 

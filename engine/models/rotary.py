@@ -54,13 +54,33 @@ class RotaryFrequencies:
 
 def turn(heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """The first 2n dimensions of heads (R, H, d) turned by angles (R, n), in pairs as ``Rotary`` says; a new tensor."""
-    n = cos.shape[1]
-    cos, sin = cos[:, None], sin[:, None]
+    if heads.requires_grad and torch.is_grad_enabled():
+        return _Turned.apply(heads, cos[:, None], sin[:, None], interleaved)
+    return _turned(heads, cos[:, None], sin[:, None], interleaved)
+
+
+def _turned(heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    n = cos.shape[-1]
     turned = heads.clone()
     left, right = (slice(0, 2 * n, 2), slice(1, 2 * n, 2)) if interleaved else (slice(n), slice(n, 2 * n))
     turned[..., left].mul_(cos).addcmul_(heads[..., right], sin, value=-1)
     turned[..., right].mul_(cos).addcmul_(heads[..., left], sin)
     return turned
+
+
+class _Turned(torch.autograd.Function):
+    """The way back turns by the opposite angles; autograd would copy all heads for each half that is written."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return _turned(heads, cos, sin, interleaved)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grads[0], cos, -sin, ctx.interleaved), None, None, None
 
 
 def refuse_length_dependent(module: Any) -> None:

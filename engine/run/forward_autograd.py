@@ -5,11 +5,13 @@ are functional, since what they save for the way back must stay as it was: that 
 buffers that it uses again, is not used.
 """
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Generic, NamedTuple
 
 import numpy as np
 import torch
@@ -18,12 +20,21 @@ from torch import Tensor
 from causalcone.engine.models.base import Architecture, Block
 from causalcone.engine.run.forward import enter, read_targets
 from causalcone.engine.run.packing import INDEX, Group, PackedStage, place
-from causalcone.engine.run.pass_rows import GivenValues, LayerRows, StageRows, layer_rows, read_rows
-from causalcone.kernels.attention import attend
+from causalcone.engine.run.pass_rows import GivenValues, LayerRows, ReadRows, StageRows, layer_rows, read_rows
+from causalcone.kernels.gathering import TwoKinds, gather_two, two_kinds
 from causalcone.kernels.readout import Readout
-from causalcone.kernels.row_attention import BatchShape, RunRows, by_batch, runs_at_once, visible_keys
+from causalcone.kernels.row_attention import (
+    PaddedRuns,
+    RunRows,
+    ScoreRule,
+    attend_padded,
+    attend_rows,
+    by_batch,
+    padded,
+    run_rows,
+)
 from causalcone.kernels.tiles import Tiles, pieces
-from causalcone.kernels.transfer import Packet, ahead
+from causalcone.kernels.transfer import Array, Packet, ahead
 
 
 def run_gradient_pass(
@@ -33,57 +44,125 @@ def run_gradient_pass(
     return _AutogradPass(architecture, groups, tiles, dtype, device).run()
 
 
-class _GradientRows:
-    """A stage's rows, those without gradient and those with it; packed rows, on the host, are found among them."""
+class _StageKinds(NamedTuple, Generic[Array]):
+    """A stage's shared and varying rows. shared, varying: for each stage that it reads, the rows that they are made
+    from; positions: their tokens' positions, where they matter; given: the rows of ``GivenValues`` after them."""
 
-    def __init__(self, stage: PackedStage, shared: Tensor, varying: Tensor) -> None:
-        self.stage, self.shared, self.varying = stage, shared, varying
-
-    @cached_property
-    def place(self) -> np.ndarray:
-        """(R,) where each packed row lies among those of its kind."""
-        varies = self.stage.varying
-        return np.where(varies, varies.cumsum() - 1, (~varies).cumsum() - 1).astype(INDEX)
-
-    def of_shared(self, packed: np.ndarray) -> Tensor:
-        """Rows of which none varies, without gradient."""
-        (index,) = _sent(self.shared.device, self.place[packed])
-        return self.shared.index_select(0, index)
-
-    def of_any(self, packed: np.ndarray) -> Tensor:
-        """Rows with their gradient, where they have one."""
-        varies, place = self.stage.varying[packed], self.place[packed]
-        fixed, moving = np.flatnonzero(~varies), np.flatnonzero(varies)
-        index = (np.where(varies, place, 0), fixed, place[fixed], moving, place[moving])
-        return _RowGather.apply(self.varying, self.shared, *_sent(self.shared.device, *index))
+    shared: tuple[Array, ...]
+    varying: tuple[TwoKinds[Array], ...]
+    positions: tuple[Array, ...]
+    given: tuple[Array, ...]
 
 
-def _sent(device: torch.device, *index: np.ndarray) -> tuple[Tensor, ...]:
-    return Packet.of(tuple(array.astype(INDEX, copy=False) for array in index), device).send(device)
+class _LayerKinds(NamedTuple, Generic[Array]):
+    """A layer's stages; its runs that are shared, as they lie; and those that vary, with the queries and keys that fill
+    their batches."""
+
+    keys: _StageKinds[Array]
+    queries: _StageKinds[Array]
+    shared_runs: RunRows[Array]
+    runs: PaddedRuns[Array]
+    run_queries: TwoKinds[Array]
+    run_keys: TwoKinds[Array]
+    attn_given: tuple[Array, ...]
+    mid: _StageKinds[Array]
+    mlp: _StageKinds[Array]
+    out: _StageKinds[Array]
 
 
-class _RowGather(torch.autograd.Function):
-    """Varying rows at ``index``, but for those at ``fixed``, which are the shared ``fixed_rows``; gradient flows from
-    those at ``moving`` back to the varying ``moving_rows``."""
+class _ReadKinds(NamedTuple, Generic[Array]):
+    """What is read out: the rows that are normed, of which some are ``unknown`` targets' or either kind, and what of
+    their probabilities is wanted."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, varying: Tensor, shared: Tensor, index: Tensor, fixed: Tensor, fixed_rows: Tensor, *moving: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(*moving)
-        ctx.shape = varying.shape
-        if not len(varying):
-            return shared.index_select(0, fixed_rows)
-        rows = varying.index_select(0, index)
-        if len(fixed):
-            rows[fixed] = shared.index_select(0, fixed_rows)
-        return rows
+    rows: ReadRows[Array]
+    stage: _StageKinds[Array]
+    unknown: Array
+    kinds: tuple[Array, Array]
+    read: TwoKinds[Array]
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        moving, moving_rows = ctx.saved_tensors
-        rows = grads[0] if len(moving) == len(grads[0]) else grads[0].index_select(0, moving)
-        return grads[0].new_zeros(ctx.shape).index_add_(0, moving_rows, rows), *(None,) * 6
+
+class _Kinds:
+    """Where a stage's packed rows lie among its shared and its varying ones."""
+
+    def __init__(self, stage: PackedStage) -> None:
+        self.varies = varies = stage.varying
+        self.place = np.where(varies, varies.cumsum() - 1, (~varies).cumsum() - 1).astype(INDEX)
+
+    def any(self, packed: np.ndarray) -> TwoKinds[np.ndarray]:
+        place = self.place[packed]
+        return two_kinds(np.where(self.varies[packed], place, -1 - place))
+
+    def split(self, values: np.ndarray, last: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Values of the first packed rows, or of the last ones, of the shared rows and of the varying ones."""
+        varies = self.varies[len(self.varies) - len(values) :] if last else self.varies[: len(values)]
+        return values[~varies], values[varies]
+
+    def stage(
+        self, rows: StageRows[np.ndarray], sources: Sequence[_Kinds], positions: np.ndarray | None = None
+    ) -> _StageKinds[np.ndarray]:
+        split = [(source, *self.split(index)) for source, index in zip(sources, rows.sources, strict=True)]
+        return _StageKinds(
+            shared=tuple(source.place[shared] for source, shared, _ in split),
+            varying=tuple(source.any(varying) for source, _, varying in split),
+            positions=() if positions is None else self.split(positions),
+            given=self.given(rows),
+        )
+
+    def given(self, rows: StageRows[np.ndarray]) -> tuple[np.ndarray, ...]:
+        return self.split(rows.given, last=True) if len(rows.given) else ()
+
+
+def _layers(groups: Sequence[Group], givens: GivenValues, parallel: bool) -> Iterator[_LayerKinds[np.ndarray]]:
+    inputs = _Kinds(place(groups, [group.plan.layers[0].inputs for group in groups]))
+    for layer in layer_rows(groups, givens):
+        keys, queries, attn, mid, mlp, out = (
+            _Kinds(stage.packed) for stage in (layer.keys, layer.queries, layer.attn, layer.mid, layer.mlp, layer.out)
+        )
+        assert not layer.attn.packed.mixed, "heads are not overwritten in gradient passes"
+        runs = padded(_runs(layer, varying=True))
+        yield _LayerKinds(
+            keys=keys.stage(layer.keys, [inputs], layer.key_tokens),
+            queries=queries.stage(layer.queries, [inputs], layer.query_tokens),
+            shared_runs=_runs(layer, varying=False, queries=queries.place, keys=keys.place),
+            runs=runs._replace(queries=runs.queries[:0], keys=runs.keys[:0]),
+            run_queries=queries.any(runs.queries),
+            run_keys=keys.any(runs.keys),
+            attn_given=attn.given(layer.attn),
+            mid=mid.stage(layer.mid, [inputs, attn]),
+            mlp=mlp.stage(layer.mlp, [inputs if parallel else mid]),
+            out=out.stage(layer.out, [mid, mlp]),
+        )
+        inputs = out
+
+
+def _runs(layer: LayerRows[np.ndarray], varying: bool, **place: np.ndarray) -> RunRows[np.ndarray]:
+    """The runs that vary, or those that do not; ``place``: where their queries and keys are then to be found."""
+    batches = [batch for batch in by_batch(layer.runs) if batch[0].varying == varying]
+    runs = run_rows([(queries, keys, tuple(tokens), varying) for _, queries, keys, tokens in batches])
+    return runs._replace(**{name: places[getattr(runs, name)] for name, places in place.items()})
+
+
+def _read(groups: Sequence[Group], outputs: PackedStage) -> _ReadKinds[np.ndarray]:
+    rows = read_rows(groups)
+    kinds = _Kinds(rows.stage.packed)
+    return _ReadKinds(
+        rows=rows,
+        stage=kinds.stage(rows.stage, [_Kinds(outputs)]),
+        unknown=kinds.place[rows.unknown],
+        kinds=kinds.split(np.arange(rows.stage.packed.rows, dtype=INDEX)),
+        read=kinds.any(rows.read),
+    )
+
+
+class _Rows(NamedTuple):
+    """A stage's rows, those without gradient and those with it."""
+
+    shared: Tensor
+    varying: Tensor
+
+    def any(self, index: TwoKinds[Tensor]) -> Tensor:
+        """Rows of either kind, with their gradient where they have one."""
+        return gather_two(self.varying, self.shared, index)
 
 
 @dataclass(frozen=True)
@@ -98,108 +177,71 @@ class _AutogradPass:
         stage = place(self.groups, [group.plan.layers[0].inputs for group in self.groups])
         with torch.no_grad():
             entered = enter(self.architecture, self.groups, self.dtype, self.device)
-        split = _sent(self.device, np.flatnonzero(~stage.varying), np.flatnonzero(stage.varying))
-        rows = _GradientRows(stage, *(entered.index_select(0, kind) for kind in split))
-        for number, layer in enumerate(ahead(layer_rows(self.groups, self.givens), self.device)):
+        kinds = _Kinds(stage).split(np.arange(stage.rows, dtype=INDEX))
+        rows = _Rows(*(entered.index_select(0, kind) for kind in Packet.of(kinds, self.device).send(self.device)))
+        layers = _layers(self.groups, self.givens, self.architecture.parallel)
+        packets = (Packet.of(layer, self.device) for layer in layers)
+        for number, packet in enumerate(ahead(packets, self.device)):
             with torch.no_grad():
                 block = self.architecture.block(number, self.dtype, self.device)
-            rows = self._layer(rows, block, layer)
+            rows = self._layer(rows, block, packet.send(self.device))
         return self._read_out(rows)
 
     @cached_property
     def givens(self) -> GivenValues:
         return GivenValues(self.groups, self.dtype, self.device)
 
-    def _layer(self, rows: _GradientRows, block: Block, layer: LayerRows[np.ndarray]) -> _GradientRows:
+    def _layer(self, rows: _Rows, block: Block, layer: _LayerKinds[Tensor]) -> _Rows:
         attn = self._attention(rows, block, layer)
         mid = self._compute(layer.mid, torch.add, rows, attn)
         mlp = self._compute(layer.mlp, block.mlp, rows if self.architecture.parallel else mid)
         return self._compute(layer.out, torch.add, mid, mlp)
 
-    def _attention(self, rows: _GradientRows, block: Block, layer: LayerRows[np.ndarray]) -> _GradientRows:
-        keys = self._compute(layer.keys, block.keys_values, rows, positions=layer.key_tokens)
-        queries = self._compute(layer.queries, block.queries, rows, positions=layer.query_tokens)
-        assert not layer.attn.packed.mixed, "heads are not overwritten in gradient passes"
+    def _attention(self, rows: _Rows, block: Block, layer: _LayerKinds[Tensor]) -> _Rows:
+        keys = self._compute(layer.keys, block.keys_values, rows)
+        queries = self._compute(layer.queries, block.queries, rows)
+        scoring = ScoreRule(block.head_dim, block.scale, block.softcap, block.window)
         with torch.no_grad():
-            fixed = block.attention_output(self._attend(False, queries, keys, block, layer.runs))
-        varying = block.attention_output(self._attend(True, queries, keys, block, layer.runs))
-        return self._with_given(layer.attn, fixed, varying)
+            heads = queries.shared.new_empty(len(layer.shared_runs.queries), queries.shared.shape[1])
+            attend_rows(queries.shared, keys.shared, layer.shared_runs, scoring, heads, self.tiles.keys)
+            fixed = block.attention_output(heads)
+        asking, seen = queries.any(layer.run_queries), keys.any(layer.run_keys)
+        varying = block.attention_output(attend_padded(asking, seen, layer.runs, scoring, self.tiles.keys))
+        return self._with_given(layer.attn_given, fixed, varying)
 
-    def _attend(
-        self, varying: bool, queries: _GradientRows, keys: _GradientRows, block: Block, runs: RunRows[np.ndarray]
-    ) -> Tensor:
-        """The heads' outputs of runs without gradient, or with it, segment by segment."""
-        width = self.architecture.sizes.query_width
-        batches = [parts for parts in by_batch(runs) if parts[0].varying == varying]
-        outputs = [torch.empty(0, width, dtype=self.dtype, device=self.device)]
-        if batches:
-            # all batches' rows are gathered at once, since the way back goes through all rows for each gathering
-            asking, seen = [query.ravel() for _, query, *_ in batches], [key.ravel() for _, _, key, _ in batches]
-            gathered = (
-                (rows.of_any if varying else rows.of_shared)(np.concatenate(of_batches)).split([*map(len, of_batches)])
-                for rows, of_batches in ((queries, asking), (keys, seen))
-            )
-            tokens = _sent(self.device, *(parts[3] for parts in batches))
-            for (batch, *_), querying, query, key_value in zip(batches, tokens, *gathered, strict=True):
-                outputs += self._attend_batch(batch, querying, query, key_value, block)
-        return torch.cat(outputs)
-
-    def _attend_batch(
-        self, batch: BatchShape, tokens: Tensor, queries: Tensor, keys_values: Tensor, block: Block
-    ) -> list[Tensor]:
-        """The heads' outputs of a batch, in portions of about as many keys as a tile has."""
-        visible, count = visible_keys(tokens, batch.keys, block.window), runs_at_once(batch.keys, self.tiles.keys)
-        keys, values = keys_values.view(batch.runs, batch.keys, 2, -1, block.head_dim).unbind(2)
-        heads = queries.view(batch.runs, len(tokens), -1, block.head_dim)
-        return [
-            attend(query, key, value, visible, block.scale, block.softcap).reshape(-1, queries.shape[1])
-            for query, key, value in zip(*(rows.split(count) for rows in (heads, keys, values)), strict=True)
-        ]
-
-    def _compute(
-        self,
-        stage: StageRows[np.ndarray],
-        function: Callable[..., Tensor],
-        *sources: _GradientRows,
-        positions: np.ndarray | None = None,
-    ) -> _GradientRows:
+    def _compute(self, stage: _StageKinds[Tensor], function: Callable[..., Tensor], *sources: _Rows) -> _Rows:
         """A stage's rows as ``function`` of indexed rows of the sources."""
-        varies = stage.packed.varying[: stage.packed.computed]
-        indexed = list(zip(sources, stage.sources, strict=True))
-        places = () if positions is None else _sent(self.device, positions[~varies], positions[varies])
+        positions = stage.positions
         with torch.no_grad():
-            fixed = function(*(rows.of_shared(index[~varies]) for rows, index in indexed), *places[:1])
-        inputs = [rows.of_any(index[varies]) for rows, index in indexed] + list(places[1:])
-        sizes = [piece.stop - piece.start for piece in pieces(int(varies.sum()), self.tiles.rows, self.device)]
+            indexed = zip(sources, stage.shared, strict=True)
+            fixed = function(*(rows.shared.index_select(0, index) for rows, index in indexed), *positions[:1])
+        inputs = [rows.any(index) for rows, index in zip(sources, stage.varying, strict=True)] + [*positions[1:]]
+        sizes = [piece.stop - piece.start for piece in pieces(len(inputs[0]), self.tiles.rows, self.device)]
         tiles = zip(*(rows.split(sizes) for rows in inputs), strict=True)
         parts = [function(*tile) for tile in tiles] or [fixed[:0]]
-        return self._with_given(stage, fixed, torch.cat(parts))
+        return self._with_given(stage.given, fixed, torch.cat(parts))
 
-    def _with_given(self, stage: StageRows[np.ndarray], shared: Tensor, varying: Tensor) -> _GradientRows:
+    def _with_given(self, given: tuple[Tensor, ...], shared: Tensor, varying: Tensor) -> _Rows:
         """The computed rows of a stage and the given ones after them."""
-        if len(stage.given):
-            table, varies = self.givens.table(shared.shape[1]), stage.packed.varying[-len(stage.given) :]
-            given = _sent(self.device, stage.given[~varies], stage.given[varies])
+        if given:
+            table = self.givens.table(shared.shape[1])
             shared = torch.cat([shared, table.detach().index_select(0, given[0])])
             varying = torch.cat([varying, table.index_select(0, given[1])])
-        return _GradientRows(stage.packed, shared, varying)
+        return _Rows(shared, varying)
 
-    def _read_out(self, rows: _GradientRows) -> list[Tensor]:
-        read = read_rows(self.groups)
+    def _read_out(self, rows: _Rows) -> list[Tensor]:
+        plans = [group.plan.layers[-1] for group in self.groups]
+        outputs = place(self.groups, [plan.out_mid.rows for plan in plans], [plan.out_given for plan in plans])
+        read: _ReadKinds[Tensor] = Packet.of(_read(self.groups, outputs), self.device).send(self.device)
         states = self._compute(read.stage, self.architecture.final_norm, rows)
         readout = Readout(
             *self.architecture.unembedding(), self.tiles.readout_rows, self.tiles.vocabulary,
             self.architecture.logit_softcap,
         )  # fmt: skip
-        (sent,) = Packet.of((read,), self.device).send(self.device)
-        targets = read_targets(sent, readout, states.of_shared(read.unknown))
-        varies = read.stage.packed.varying
-        kinds = _sent(self.device, np.flatnonzero(~varies), np.flatnonzero(varies))
-        log_p = _GradientRows(
-            read.stage.packed,
-            readout.target_log_probabilities(states.shared, targets.index_select(0, kinds[0]))[:, None],
-            readout.log_probability(states.varying, targets.index_select(0, kinds[1]))[:, None],
-        )
+        targets = read_targets(read.rows, readout, states.shared.index_select(0, read.unknown))
+        shared = readout.target_log_probabilities(states.shared, targets.index_select(0, read.kinds[0]))
+        varying = readout.log_probability(states.varying, targets.index_select(0, read.kinds[1]))
         shapes = [(group.facts, group.samples, *group.plan.read.shape) for group in self.groups]
-        by_group = log_p.of_any(read.read).split([prod(shape) for shape in shapes])
+        log_p = _Rows(shared[:, None], varying[:, None]).any(read.read)
+        by_group = log_p.split([prod(shape) for shape in shapes])
         return [values.view(shape) for values, shape in zip(by_group, shapes, strict=True)]

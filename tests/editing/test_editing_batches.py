@@ -287,7 +287,7 @@ CPU_ERROR = RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocato
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("memory_error", "number"),
-    [(CUDA_ERROR, 1), (CPU_ERROR, 40), (MemoryError(), 150)],
+    [(CUDA_ERROR, 1), (CPU_ERROR, 40), (MemoryError(), 75)],
     ids=["cuda, at once", "cpu, in a step", "python, later"],
 )
 def test_running_out_of_memory_loses_nothing(model, moments, whole, monkeypatch, memory_error, number, method):

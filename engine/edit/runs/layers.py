@@ -2,19 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from causalcone.engine.edit.runs.packed_runs import RunBatch, Runs, Text
+from causalcone.engine.edit.runs.packed_runs import Runs, Text
 from causalcone.engine.models.base import Architecture, Block
-from causalcone.kernels.attention import attend
 from causalcone.kernels.backends import TORCH, Backends
+from causalcone.kernels.gathering import gather_two
 from causalcone.kernels.readout import Readout
-from causalcone.kernels.row_attention import visible_keys
+from causalcone.kernels.row_attention import ScoreRule, attend_padded
 from causalcone.kernels.tiles import Tiles, pieces
 
 Prepared = TypeVar("Prepared")
@@ -104,11 +103,11 @@ class Layers:
     ) -> Passed:
         """One layer. past: stored keys and values of attention (S, 2 * kv_heads * head_dim); read_only: only the rows
         that are read out go beyond attention's keys and values, as in the last layer."""
-        keys_values = self.by_tiles(block.keys_values, rows, runs.positions)
-        positions = runs.positions
+        normed, positions = self.by_tiles(block.attn_in, rows), runs.positions
+        keys_values = self.by_tiles(block.keys_values_of, normed, positions)
         if read_only:
-            rows, positions = rows.index_select(0, runs.read_rows), positions[runs.read_rows]
-        queries = self.by_tiles(block.queries, rows, positions)
+            rows, normed, positions = (tensor.index_select(0, runs.read_rows) for tensor in (rows, normed, positions))
+        queries = self.by_tiles(block.queries_of, normed, positions)
         heads = self._attend(block, queries, keys_values, runs, past, read_only)
         return self.after_attention(block, rows, heads, keys_values, change, keep_keys)
 
@@ -139,36 +138,11 @@ class Layers:
     def _attend(
         self, block: Block, queries: Tensor, keys_values: Tensor, runs: Runs, past: Tensor | None, read_only: bool
     ) -> Tensor:
-        """The heads' outputs (Q, heads * head_dim): one dense batch for all runs of one form."""
-        outputs = []
-        # split, not sliced: the gradient of a slice goes through all rows
-        by_batch = queries.split([batch.queries(read_only) for batch in runs.batches])
-        keys_by_batch = keys_values.split([batch.count * batch.length for batch in runs.batches])
-        for batch, query_rows, key_rows in zip(runs.batches, by_batch, keys_by_batch, strict=True):
-            if not len(query_rows):
-                continue
-            keys = self._keys(batch, key_rows, past, block.head_dim)
-            query = query_rows.view(batch.count, -1, self.architecture.sizes.heads, block.head_dim)
-            tokens = torch.arange(keys.shape[1] - query.shape[1], keys.shape[1], device=self.device)
-            visible = visible_keys(tokens, keys.shape[1], block.window)
-            if batch.lacking is not None:
-                visible = visible & (torch.arange(keys.shape[1], device=self.device) >= batch.lacking)
-            runs_at_once = max(1, self.tiles.keys // keys.shape[1])
-            seen = visible.split(runs_at_once) if visible.ndim == 3 else repeat(visible)
-            for q, k, mask in zip(query.split(runs_at_once), keys.split(runs_at_once), seen, strict=False):
-                key, value = k.unbind(2)
-                attended = attend(q, key, value, mask, block.scale, block.softcap)
-                outputs.append(attended.flatten(2).flatten(0, 1))
-        return torch.cat(outputs) if outputs else queries
-
-    @staticmethod
-    def _keys(batch: RunBatch, keys_values: Tensor, past: Tensor | None, head_dim: int) -> Tensor:
-        """(B, K, 2, kv_heads, head_dim): the keys and values that runs of one form see, the stored ones first."""
-        new = keys_values.view(batch.count, -1, 2, keys_values.shape[1] // 2 // head_dim, head_dim)
-        if past is None or not batch.past.shape[1]:
-            return new
-        stored = past.index_select(0, batch.past.flatten()).view(*batch.past.shape, *new.shape[2:])
-        return torch.cat([stored, new], dim=1)
+        """The heads' outputs (Q, heads * head_dim)."""
+        at = runs.read_attention if read_only else runs.attention
+        scoring = ScoreRule(block.head_dim, block.scale, block.softcap, block.window)
+        keys = gather_two(keys_values, past, at.keys)
+        return attend_padded(queries.index_select(0, at.queries), keys, at.runs, scoring, self.tiles.keys)
 
     def by_tiles(self, function: Callable[..., Tensor], rows: Tensor, *more: Tensor) -> Tensor:
         """``function`` of rows; without gradient in tiles that stay in cache."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Generic, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_PADDED = 16
-"""Stored rows that runs are padded by, however few they have."""
+from causalcone.kernels.gathering import TwoKinds, two_kinds
+from causalcone.kernels.row_attention import PaddedRuns, padded, run_rows
+from causalcone.kernels.transfer import Array, Packet
 
 
 @dataclass(frozen=True)
@@ -26,28 +27,20 @@ class Text:
         return len(self.tokens)
 
 
-@dataclass(frozen=True)
-class RunBatch:
-    """Runs of one form, whose rows are neighbours: ``count`` (B) runs of ``length`` (m) rows each, of which the last
-    ``read`` are read out, after stored rows: past (B, p), of which the first ``lacking`` (B, 1, 1) are padding, and
-    masked; None where nothing is padded."""
+class Attention(NamedTuple, Generic[Array]):
+    """What runs attend to: ``queries`` among the rows that query and ``keys`` among rows and stored ones, as they fill
+    the batches of ``runs``."""
 
-    count: int
-    length: int
-    read: int
-    past: Tensor
-    lacking: Tensor | None
-
-    def queries(self, read_only: bool) -> int:
-        """Rows of all runs that attend."""
-        return self.count * (self.read if read_only else self.length)
+    queries: Array
+    keys: TwoKinds[Array]
+    runs: PaddedRuns[Array]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Runs:
     """Runs in the order of their rows, all (N,) int64: run i has ``past[i]`` tokens whose keys and values are stored,
     from row ``stored[i]`` on, then ``rows[i]`` tokens with rows of their own, of which the last ``read[i]`` are read
-    out. Runs of one form, as many rows and read ones, must be neighbours (``in_order``)."""
+    out. Runs of one form, as many rows, read ones and past ones, should be neighbours (``in_order``)."""
 
     past: np.ndarray
     rows: np.ndarray
@@ -80,30 +73,30 @@ class Runs:
         return torch.from_numpy(spans(self.start + self.rows - self.read, self.read)).to(self.device)
 
     @cached_property
-    def batches(self) -> list[RunBatch]:
-        return list(self._batches())
+    def attention(self) -> Attention[Tensor]:
+        """Of all rows."""
+        return self._attention(self.rows)
 
-    def _batches(self) -> Iterator[RunBatch]:
-        if not len(self):
-            return
-        forms = np.stack([self.rows, self.read])
+    @cached_property
+    def read_attention(self) -> Attention[Tensor]:
+        """Of the rows that are read out, in their order."""
+        return self._attention(self.read)
+
+    def _attention(self, count: np.ndarray) -> Attention[Tensor]:
+        """Of the last ``count`` (N,) rows of each run."""
+        first = np.cumsum(count) - count
+        forms = np.stack([count, self.rows, self.past])
         edges = np.flatnonzero((forms[:, 1:] != forms[:, :-1]).any(0)) + 1
-        for first, end in self._alike(zip([0, *edges], [*edges, len(self)], strict=True)):
-            length, read = int(self.rows[first]), int(self.read[first])
-            longest = self.past[first:end].max()
-            padding = longest - self.past[first:end, None]
-            past = self.stored[first:end, None] + np.maximum(0, np.arange(longest) - padding)
-            lacking = torch.from_numpy(padding[..., None]).to(self.device) if padding.any() else None
-            yield RunBatch(int(end - first), length, read, torch.from_numpy(past).to(self.device), lacking)
-
-    def _alike(self, parts: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-        """Parts of the runs, cut where a past is more than twice the first one's."""
-        for first, end in parts:
-            while first < end:
-                within = self.past[first:end] <= 2 * self.past[first] + _PADDED
-                stop = end if within.all() else first + int(within.argmin())
-                yield first, stop
-                first = stop
+        batches = []
+        for runs in np.split(np.arange(len(self)), edges):
+            m, rows, past = forms[:, runs[0]] if len(runs) else (0, 0, 0)
+            stored, own = self.stored[runs, None] + np.arange(past), self.start[runs, None] + np.arange(rows)
+            tokens = tuple(range(past + rows - m, past + rows))
+            batches.append((first[runs, None] + np.arange(m), np.concatenate([-1 - stored, own], axis=1), tokens, True))
+        filled = padded(run_rows(batches))
+        rest = filled._replace(queries=filled.queries[:0], keys=filled.keys[:0])
+        attention = Attention(filled.queries, two_kinds(filled.keys), rest)
+        return Packet.of(attention, self.device).send(self.device)
 
 
 def in_order(*columns: np.ndarray) -> np.ndarray:
