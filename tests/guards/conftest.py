@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.guards import ARTIFACTS
+
+ARTIFACTS = Path(__file__).with_name("artifacts")
 
 
 @pytest.fixture(scope="module")
