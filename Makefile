@@ -54,7 +54,7 @@ types: $(READY)  ## mypy on the package
 	$(BIN)/mypy -p causalcone
 
 bench: $(READY)  ## measure again what bench/RESULTS.md says
-	$(BIN)/python bench/trace.py --naive-fraction 0.03 --repeats 1
+	$(BIN)/python bench/trace.py --repeats 1
 	$(BIN)/python bench/methods.py
 	$(BIN)/python bench/architectures.py --prompts 10
 	$(BIN)/python bench/editing.py

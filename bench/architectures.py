@@ -1,8 +1,8 @@
-"""Times causal tracing on every architecture beside the naive way, on the CPU: ``python bench/architectures.py``.
+"""Times causal tracing on every architecture beside the naive ways, on the CPU: ``python bench/architectures.py``.
 
 The first 20 CounterFact prompts (generated ones of the same lengths where the file is missing), models of one size with
-random weights: what differs is what the architecture lays down. The naive way is timed on a part that is spread evenly,
-and scaled. Results are written after each architecture.
+random weights: what differs is what the architecture lays down. The naive ways, batched and as
+published, are timed on a part that is spread evenly, and scaled. Results are written after each architecture.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import command
 import torch
 from measure import EFFICIENCY
-from naive import RESTORING
+from naive import BATCHED, PUBLISHED
 from report import Growing, environment
 from studies import Tracing
 from transformers import AutoConfig, PretrainedConfig
@@ -123,7 +123,8 @@ def main() -> None:
         "states": Tracing.states,
         "samples": options.samples,
         "memory": options.memory,
-        "naive": RESTORING,
+        "naive": BATCHED,
+        "published": PUBLISHED,
         "efficiency": EFFICIENCY,
         "note": NOTE,
     }
@@ -134,7 +135,7 @@ def main() -> None:
 
 def described(config: PretrainedConfig, sizes: Sizes) -> str:
     heads = f"{sizes.heads} heads of {sizes.head_dim}, {sizes.kv_heads} of keys and values"
-    weights = sizes.depth * (sizes.key_value_weights + 2 * sizes.query_weights + sizes.mlp_weights)
+    weights = sizes.depth * sizes.layer_weights
     return f"{heads}, {weights / 1e6:.1f}M weights in the layers, {config._attn_implementation} attention"
 
 

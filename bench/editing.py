@@ -45,8 +45,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     say(f"model: {options.model}")
     setup, source = MODELS[options.model](options)
+    layers = f"{len(setup.layers)} layer{'s' * (len(setup.layers) != 1)}"
     report = {
-        "title": f"Editing of {len(setup.facts)} facts at {len(setup.layers)} layers, {options.model}",
+        "title": f"Editing of {len(setup.facts)} facts at {layers}, {options.model}",
         **environment(torch.device("cpu")),
         "model": options.model,
         "shape": vars(setup.encoder.sizes),

@@ -27,8 +27,9 @@ from causalcone.engine.edit.deltas.delta import Delta, Dense
 from causalcone.engine.edit.methods.edits import Edit
 
 NAIVE = (
-    "as named, one edit at a time, with all layers, tokens and logits of sequences padded to one length; weights that "
-    "are not trained are frozen"
+    "as named, one edit at a time as published code does, with all of its contexts, or all of its prompts, in one "
+    "batch; with all layers, tokens and logits of sequences padded to one length; weights that are not trained are "
+    "frozen"
 )
 EFFICIENCY = (
     "FLOPs of all projections and the unembedding as executed, forwards and back / (seconds x matmul rate); the rate "
@@ -176,7 +177,7 @@ def measure_scoring(
     peak = PeakMemory(setup.device)
     with peak:
         in_order = sorted(edits, key=lambda edit: setup.layers.index(edit.layer))
-        work: Any = [(edit.edit_id, partial(_score_naively, setup, edit)) for edit in in_order]
+        work = [naive.Task([edit.edit_id], partial(_score_naively, setup, edit)) for edit in in_order]
         run = naive.timed(work, **limits)
     scored: Any = run.p_patched  # here whatever the work computes
     spent = sum(seconds for _, seconds in scored.values())
@@ -202,14 +203,14 @@ def measure_scoring(
     return {**about, **_result(setup, seconds, len(edits), flops, peak, theirs, rates, difference)}
 
 
-def _score_naively(setup: Setup, edit: Edit) -> tuple[list[Probe], float]:
-    """The probes of an edit, and the seconds that they took."""
+def _score_naively(setup: Setup, edit: Edit) -> list[tuple[list[Probe], float]]:
+    """The probes of one edit, and the seconds that they took."""
     changes = {layer: Change(change.rows(slice(None))) for layer, change in edit.delta.changes.items()}
     began = time.perf_counter()
     probes = naive_scoring.score(setup.model, setup.tokenizer, edit.request.fact, changes)
     seconds = time.perf_counter() - began
     say(f"    fact {edit.fact_id}, layer {edit.layer}: {seconds:.1f} s")
-    return probes, seconds
+    return [(probes, seconds)]
 
 
 def _naive_result(seconds: float, timed: int, edits: int, peak: PeakMemory) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from measure import say, synchronize
-from report import device_name, environment, where
+from report import device_name, environment, measured, not_measured, where
 from torch import Tensor
 
 from causalcone.kernels.adam import AdamState
@@ -55,22 +55,24 @@ class Operation:
     moved: int
 
 
-def kernel_report(device: torch.device, toy: bool) -> dict[str, Any]:
-    """Milliseconds of every operation in both forms; in torch alone where there is no CUDA device."""
+def kernels_about(device: torch.device, toy: bool) -> dict[str, Any]:
+    """A report without its results."""
     shape = TOY if toy else Shape()
-    backends = {"torch": TORCH} | ({"triton": TRITON} if device.type == "cuda" else {})
-    results = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for operation in operations(shape, dtype, device):
-            say(f"  {operation.name}, {dtype}")
-            results.append({"dtype": str(dtype).removeprefix("torch."), **compared(operation, backends, device)})
     return {
         "title": f"Kernels against their torch forms, {device_name(device)}{', toy' * toy}",
         **environment(device),
         "shape": {**vars(shape), "width": shape.width},
         "matmul_flops_per_second": matmul_rates(shape, device),
-        "results": results,
     }
+
+
+def kernel_results(device: torch.device, toy: bool) -> Iterator[dict[str, Any]]:
+    """Seconds of every operation in both forms; in torch alone where there is no CUDA device."""
+    backends = {"torch": TORCH} | ({"triton": TRITON} if device.type == "cuda" else {})
+    for dtype in (torch.float32, torch.bfloat16):
+        for operation in operations(TOY if toy else Shape(), dtype, device):
+            say(f"  {operation.name}, {dtype}")
+            yield {"dtype": str(dtype).removeprefix("torch."), **compared(operation, backends, device)}
 
 
 def matmul_rates(shape: Shape, device: torch.device) -> dict[str, float]:
@@ -230,7 +232,7 @@ def kernel_table(report: dict[str, Any]) -> str:
         "| operation | dtype | torch, ms | Triton, ms | Triton against torch | Triton, GB/s | largest difference |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
-    for result in report["results"]:
+    for result in measured(report):
         times, rates = result["seconds"], result["bytes_per_second"]
         cells = ["", "", "", ""]
         if "triton" in times:
@@ -240,6 +242,5 @@ def kernel_table(report: dict[str, Any]) -> str:
     note = "GB/s: bytes that have to be read and written, whatever a form moves besides. Differences: relative to the "
     rates = report["matmul_flops_per_second"].items()
     products = ", ".join(f"{rate / 1e12:,.3g} TFLOP/s in {name}" for name, rate in rates)
-    return "\n".join(
-        [*lines, "", f"Products of these rows with the MLP's weight: {products}. {note}largest value.", ""]
-    )
+    products = f"Products of these rows with the MLP's weight: {products}. {note}largest value."
+    return "\n".join([*lines, "", products, *not_measured(report), ""])

@@ -23,8 +23,8 @@ TOY_LLAMA = {
 }
 
 MODELS = {
-    "GPT2-XL": ("gpt2", SHAPES["GPT2-XL"], TOY_GPT2),
     "GPT-J-6B": ("gptj", GPTJ, TOY_GPTJ),
+    "GPT2-XL": ("gpt2", SHAPES["GPT2-XL"], TOY_GPT2),
     "Llama-3-8B": ("llama", LLAMA, TOY_LLAMA),
 }
 """By name: transformers' name of the architecture, what its configuration says, and what a toy's says."""

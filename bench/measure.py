@@ -1,4 +1,4 @@
-"""Times the engine and, beside it, the naive way, and measures the memory and the matrix-product rate they had."""
+"""Times the engine and, beside it, the naive ways, and measures the memory and the matrix-product rate they had."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import psutil
 import torch
 import torch.nn.functional as F
-from naive import Limits
+from naive import SEARCH_SECONDS, Limits, NaiveRun, fastest, timed
 from studies import Study, Values, key_of
 
 from causalcone import Tracer
@@ -38,29 +38,30 @@ def measure_both(
     limits: Limits,
     *,
     row_counts: Sequence[int],
-    warm_up: Study,
+    warm_up: Study | None,
     repeats: int = 1,
     memory: str | None = None,
 ) -> tuple[dict[str, Any], Values]:
     """One result in the model's dtype and on its device, as it goes into the JSON, and the engine's values. The engine
-    does ``warm_up`` first; of the naive way, which repeats itself, ``limits`` say how much is timed."""
+    does ``warm_up`` first, if it is not warm; of the naive ways, batched and as published, which repeat themselves,
+    ``limits`` say how much is timed."""
     sizes, dtype, device = read_architecture(model).sizes, model.dtype, model.device
     rates = [matmul_rate(sizes, dtype, device, row_counts)]
     result, values = measure_engine(model, tokenizer, study, warm_up, repeats, memory)
-    naive = measure_naive(model, tokenizer, study, limits, values)
+    ways = measure_naive(model, tokenizer, study, limits, values)
     rates.append(matmul_rate(sizes, dtype, device, row_counts))
 
     best = max(rates, key=lambda rate: rate["flops_per_second"])
     result["matmul"] = best
-    for way, flops in ((result, "flops"), (naive, "naive_flops")):
-        way["efficiency"] = result[flops] / (way["seconds"] * best["flops_per_second"]) if flops in result else None
-    result["ratio_to_naive_same_dtype"] = naive["seconds"] / result["seconds"]
-    result["naive"] = naive
-    return result, values
+    for way in (result, *ways.values()):
+        way["efficiency"] = way["flops"] / (way["seconds"] * best["flops_per_second"]) if "flops" in result else None
+    for name, way in ways.items():
+        result[f"ratio_to_{name}_same_dtype"] = way["seconds"] / result["seconds"]
+    return result | ways, values
 
 
 def measure_engine(
-    model: Any, tokenizer: Any, study: Study, warm_up: Study, repeats: int, memory: str | None
+    model: Any, tokenizer: Any, study: Study, warm_up: Study | None, repeats: int, memory: str | None
 ) -> tuple[dict[str, Any], Values]:
     """Each timed run has a tracer of its own, so that it compiles its plans and checks the model itself."""
     device = model.device
@@ -68,7 +69,8 @@ def measure_engine(
     peak = PeakMemory(device)
     seconds = []
     with peak:
-        warm_up.compute(Tracer(model, tokenizer, memory=memory))
+        if warm_up:
+            warm_up.compute(Tracer(model, tokenizer, memory=memory))
         for _ in range(repeats):
             tracer = Tracer(model, tokenizer, memory=memory)
             synchronize(device)
@@ -111,22 +113,40 @@ def planned(plan: TracePlan) -> dict[str, Any]:
     }
 
 
-def measure_naive(model: Any, tokenizer: Any, study: Study, limits: Limits, values: Values) -> dict[str, Any]:
-    say(f"  naive, {_name(model.dtype)}")
-    peak = PeakMemory(model.device)
-    with peak:
-        run = study.measure_naive(model, tokenizer, **limits)
+def measure_naive(
+    model: Any, tokenizer: Any, study: Study, limits: Limits, values: Values
+) -> dict[str, dict[str, Any]]:
+    """The naive way, batched as is fastest, and as published: a result of each."""
+    few = partial(study.typical().naive_work, model, tokenizer)
+    longest = (limits.get("seconds") or 4 * SEARCH_SECONDS) / 4
+    results = {}
+    for name, search in (("naive", partial(fastest, few, longest)), ("published", lambda: None)):
+        say(f"  {name}, {_name(model.dtype)}")
+        peak = PeakMemory(model.device)
+        with peak:
+            together = search()
+            run = timed(study.naive_work(model, tokenizer, together), **limits)
+        results[name] = {"dtype": _name(model.dtype), "together": together, **measured(run, model, study, values)}
+        results[name]["peak_bytes"] = peak.growth
+    return results
+
+
+def measured(run: NaiveRun, model: Any, study: Study, values: Values) -> dict[str, Any]:
+    """flops: of the projections and of the unembedding in forwards."""
+    sizes = read_architecture(model).sizes
+    layers, unembedding = sizes.depth * sizes.layer_weights, sizes.hidden * sizes.vocabulary
     theirs = {key_of(fact, restoration): value for (fact, restoration), value in run.p_patched.items()}
-    say(f"    {run.projected_seconds:.1f} s, from {len(theirs)} of {run.restorations} values")
+    sequences = max(task.sequences for task in run.work)
+    say(f"    {run.projected_seconds:.1f} s, from {len(theirs)} of {run.restorations} values, {sequences} sequences")
     return {
-        "dtype": _name(model.dtype),
+        "sequences": sequences,
         "restorations": run.restorations,
         "restorations_timed": len(theirs),
         "scaled": len(theirs) < run.restorations,
         "seconds_timed": run.seconds,
         "seconds": run.projected_seconds,
         "facts_per_second": len(study.facts) / run.projected_seconds,
-        "peak_bytes": peak.growth,
+        "flops": 2 * sum(task.tokens * layers + task.logits * unembedding for task in run.work),
         "engine_difference": deviation(values, theirs),
     }
 

@@ -1,8 +1,9 @@
-"""Times every method on the CPU beside the naive way that published code works: ``python bench/methods.py``.
+"""Times every method on the CPU beside the naive ways: ``python bench/methods.py``.
 
 The first 20 CounterFact prompts (generated ones of the same lengths where the file is missing) in a GPT-2-small shape
 with random weights; the methods that take longest get evenly spaced ones of them, or all with ``--whole``. The naive
-way is timed on a part that is spread evenly, and scaled. Results are written after each method.
+ways, batched and as published, are timed on a part that is spread evenly, and scaled. Results are written after each
+method.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import command
 import torch
 from measure import EFFICIENCY, say
+from naive import BATCHED
 from report import Growing, environment
 from studies import Gradients, Study, Tracing, Zeroing
 from workload import SHAPES, describe_prompts, gpt2, prompts, random_model
@@ -23,7 +25,7 @@ from workload import SHAPES, describe_prompts, gpt2, prompts, random_model
 from causalcone import Fact, Tracer
 from causalcone.engine.noise import Noise
 
-NAIVE = "as named, for every fact; every forward with hooks, all layers, all tokens and all logits"
+PUBLISHED = "as named, for every fact; every forward with hooks, all layers, all tokens and all logits"
 NOTE = "Of integrated gradients the norms are compared. Fewer facts are evenly spaced ones of all"
 
 
@@ -31,12 +33,12 @@ NOTE = "Of integrated gradients the norms are compared. Fewer facts are evenly s
 class Method:
     """A method in a form worth measuring.
 
-    study: makes the study from facts, noise level and options. goal: how many times faster than the naive way it is
-    to be. every: of the prompts only each so many-th is taken, since the method takes long.
+    study: makes the study from facts, noise level and options. goal: how many times faster than the published way it
+    is to be. every: of the prompts only each so many-th is taken, since the method takes long.
     """
 
     title: str
-    naive_way: str
+    published_way: str
     study: Callable[[Sequence[Fact], float, argparse.Namespace], Study]
     goal: float | None = None
     every: int = 1
@@ -103,19 +105,20 @@ def main() -> None:
         study = method.study(facts if options.whole else facts[:: method.every], sigma, options)
         result = command.measure(model, tokenizer, study, options)
         own = describe_prompts(study.facts, tokenizer, source)
-        return {"method": key, "prompts": own, "detail": method.naive_way, "goal": method.goal, **result}
+        return {"method": key, "prompts": own, "detail": method.published_way, "goal": method.goal, **result}
 
     report = {
         "title": f"Methods, {name} shape",
         **environment(cpu),
         "compared": "method",
-        "detail": "naive way",
+        "detail": "published way",
         "shape": options.shape,
         "prompts": describe_prompts(facts, tokenizer, source),
         "samples": options.samples,
         "memory": options.memory,
         "sigma": sigma,
-        "naive": NAIVE,
+        "naive": BATCHED,
+        "published": PUBLISHED,
         "efficiency": EFFICIENCY,
         "note": NOTE,
     }

@@ -159,7 +159,7 @@ def measure(
     """Every fact edited at every layer and scored, or as many of these edits as the limits allow. Edits at one layer
     follow each other, so that an even sample has some of each."""
 
-    def compute(fact: Any, layer: int) -> Timed:
+    def compute(fact: Any, layer: int) -> list[Timed]:
         began = time.perf_counter()
         made = edit(fact, layer)
         synchronize(model.device)
@@ -168,9 +168,9 @@ def measure(
         scored = time.perf_counter()
         if seeing:
             seeing((fact.id, layer), made, edited - began)
-        return Timed(made.losses[-1], norm(made.changes), probes, edited - began, scored - edited)
+        return [Timed(made.losses[-1], norm(made.changes), probes, edited - began, scored - edited)]
 
-    work: Any = [((fact.id, layer), partial(compute, fact, layer)) for layer in layers for fact in facts]
+    work = [naive.Task([(fact.id, layer)], partial(compute, fact, layer)) for layer in layers for fact in facts]
     run = naive.timed(work, **limits)
     values: Any = run.p_patched  # here whatever the work computes
     return NaiveEdits(run.restorations, values)

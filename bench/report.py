@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,19 @@ def environment(device: torch.device) -> dict[str, Any]:
         "machine": {"device": device_name(device), **_cpu(), "threads": torch.get_num_threads()},
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in packages},
+            **{name: _version(name) for name in packages},
             "commit": _commit(),
             "cuda": torch.version.cuda if device.type == "cuda" else None,
         },
         "tf32": torch.backends.cuda.matmul.allow_tf32,
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # causalcone beside bench/ is imported without being installed
+        return None
 
 
 def device_name(device: torch.device) -> str:
@@ -102,23 +109,24 @@ def markdown(report: dict[str, Any]) -> str:
     """The results as a table, with what every ratio means below it."""
     lines = [
         *_introduction(report),
-        "| model | way | facts | seconds | facts/s | efficiency | peak memory | against naive float32 "
-        "| against naive, same dtype |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| model | way | facts | seconds | facts/s | efficiency | peak memory | against naive, float32 "
+        "| against naive, same dtype | against published, float32 | against published, same dtype |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for result in measured(report):
-        naive = result["naive"]
-        ratios = [result.get("ratio_to_naive_float32"), result.get("ratio_to_naive_same_dtype")]
-        lines.append(_row(result, result, "engine", [_times(ratio) for ratio in ratios]))
-        lines.append(_row(result, naive, "naive, scaled" if naive["scaled"] else "naive", ["", ""]))
+        ratios = [f"ratio_to_{way}_{dtype}" for way in ("naive", "published") for dtype in ("float32", "same_dtype")]
+        lines.append(_row(result, result, "engine", [_times(result.get(ratio)) for ratio in ratios]))
+        for way, name in (("naive", "naive, batched"), ("published", "as published")):
+            scaled = ", scaled" * result[way]["scaled"]
+            lines.append(_row(result, result[way], f"{name}{scaled}", [""] * len(ratios)))
     lines += [
         "",
-        "| model | matmul rate | FLOPs, naive / engine | naive timed on | engine to naive way | bfloat16 to float32 "
-        "| effects |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| model | matmul rate | FLOPs, naive / engine | FLOPs, published / engine | sequences, naive / published "
+        "| naive / published timed on | engine to naive way | bfloat16 to float32 | effects |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
         *[_details(result) for result in measured(report)],
         "",
-        f"Naive: {report['naive']}. {_meanings(report)}",
+        _meanings(report),
     ]
     return "\n".join([*lines, *not_measured(report), ""])
 
@@ -128,16 +136,17 @@ def comparison(report: dict[str, Any]) -> str:
     kind = report["compared"]
     lines = [
         *_introduction(report),
-        f"| {kind} | facts | seconds | facts/s | efficiency | peak memory | naive, scaled | against naive | goal "
-        "| engine to naive way | effects |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        f"| {kind} | facts | seconds | facts/s | efficiency | peak memory | naive, scaled | against naive "
+        "| published, scaled | against published | goal | engine to naive way | effects |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
         *[_compared(result) for result in measured(report)],
         "",
-        f"| {kind} | {report['detail']} | naive timed on | naive efficiency |",
-        "|---|---|--:|--:|",
+        f"| {kind} | {report['detail']} | sequences, naive / published | naive / published timed on "
+        "| naive efficiency | published efficiency |",
+        "|---|---|--:|--:|--:|--:|",
         *[_compared_details(result) for result in measured(report)],
         "",
-        f"Naive: {report['naive']}. {_meanings(report)} {report['note']}.",
+        f"{_meanings(report)} Goals are against the published way. {report['note']}.",
     ]
     return "\n".join([*lines, *not_measured(report), ""])
 
@@ -214,8 +223,9 @@ def _heading(report: dict[str, Any], given: str) -> list[str]:
 
 def _meanings(report: dict[str, Any]) -> str:
     return (
-        f"Efficiency: {report['efficiency']}. Differences: the largest, in probability and relative to it. Effects: "
-        "the largest relative change of a probability by the method."
+        f"Naive: {report['naive']}. Published, with one state a forward: {report['published']}. Sequences: of a "
+        f"forward. Efficiency: {report['efficiency']}. Differences: the largest, in probability and relative to it. "
+        "Effects: the largest relative change of a probability by the method."
     )
 
 
@@ -252,22 +262,30 @@ def _speed(result: dict[str, Any], rate: str) -> list[str]:
 
 
 def _compared(result: dict[str, Any]) -> str:
-    naive, effect = result["naive"], result["largest_relative_effect"]
+    published, effect = result["published"], result["largest_relative_effect"]
     cells = [
         result["name"],
         str(result["facts"]),
         *_speed(result, "facts_per_second"),
+        f"{published['seconds']:.1f}",
+        _times(result["ratio_to_published_same_dtype"]),
         f"{result['goal']:g}x" if result["goal"] else "",
-        _differences(naive["engine_difference"]),
+        _differences(result["naive"]["engine_difference"]),
         "" if effect is None else f"{effect:.1e}",
     ]
     return f"| {' | '.join(cells)} |"
 
 
 def _compared_details(result: dict[str, Any]) -> str:
-    naive = result["naive"]
-    timed = f"{naive['restorations_timed']:,} of {naive['restorations']:,}"
-    return f"| {result['name']} | {result['detail']} | {timed} | {_share(naive['efficiency'])} |"
+    shares = [_share(result[way]["efficiency"]) for way in ("naive", "published")]
+    return f"| {' | '.join([result['name'], result['detail'], *_both_naive(result), *shares])} |"
+
+
+def _both_naive(result: dict[str, Any]) -> list[str]:
+    """Cells on both naive ways: sequences of a forward, and how many of all values were timed."""
+    ways = [result[way] for way in ("naive", "published")]
+    timed = " / ".join(f"{way['restorations_timed']:,}" for way in ways)
+    return [" / ".join(f"{way['sequences']:,}" for way in ways), f"{timed} of {ways[0]['restorations']:,}"]
 
 
 def _share(value: float | None) -> str:
@@ -279,13 +297,12 @@ def _times(ratio: float | None) -> str:
 
 
 def _details(result: dict[str, Any]) -> str:
-    naive = result["naive"]
     cells = [
         f"{result['model']}, {result['dtype']}",
         f"{result['matmul']['flops_per_second'] / 1e12:.3g} TFLOP/s",
-        f"{result['flops_ratio']:.2f}",
-        f"{naive['restorations_timed']:,} of {naive['restorations']:,}",
-        _differences(naive["engine_difference"]),
+        *(f"{result[way]['flops'] / result['flops']:.2f}" for way in ("naive", "published")),
+        *_both_naive(result),
+        _differences(result["naive"]["engine_difference"]),
         _differences(result.get("deviation_from_float32")),
         f"{result['largest_relative_effect']:.1e}",
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Unpack
+from typing import Any
 
 import naive
 import numpy as np
@@ -34,7 +34,8 @@ class Study(ABC):
     def values(self, table: pa.Table) -> Values: ...
 
     @abstractmethod
-    def measure_naive(self, model: Any, tokenizer: Any, **limits: Unpack[naive.Limits]) -> naive.NaiveRun: ...
+    def naive_work(self, model: Any, tokenizer: Any, together: int | None) -> list[naive.Task]:
+        """The naive way, so many values ``together``, or as published."""
 
     def plan(self, tracer: Tracer) -> TracePlan | None:
         """What the engine says it computes, of methods that have plans."""
@@ -46,7 +47,14 @@ class Study(ABC):
 
     def small(self) -> Study:
         """The same on the shortest prompt alone, to warm up."""
-        return replace(self, facts=[min(self.facts, key=lambda fact: len(fact.text))])
+        return replace(self, facts=self._by_length()[:1])
+
+    def typical(self) -> Study:
+        """The same on a prompt of middling length alone."""
+        return replace(self, facts=self._by_length()[len(self.facts) // 2 :][:1])
+
+    def _by_length(self) -> list[Fact]:
+        return sorted(self.facts, key=lambda fact: len(fact.text))
 
 
 @dataclass(frozen=True)
@@ -77,8 +85,8 @@ class Tracing(Study):
     def effect(self, table: pa.Table) -> float:
         return largest_change(table, "p_corrupted")
 
-    def measure_naive(self, model: Any, tokenizer: Any, **limits: Unpack[naive.Limits]) -> naive.NaiveRun:
-        return naive.measure(model, tokenizer, **self.arguments, **limits)
+    def naive_work(self, model: Any, tokenizer: Any, together: int | None) -> list[naive.Task]:
+        return naive.tracing(model, tokenizer, **self.arguments, together=together)
 
 
 @dataclass(frozen=True)
@@ -97,8 +105,8 @@ class Zeroing(Study):
     def effect(self, table: pa.Table) -> float:
         return largest_change(table, "p_clean")
 
-    def measure_naive(self, model: Any, tokenizer: Any, **limits: Unpack[naive.Limits]) -> naive.NaiveRun:
-        return naive.measure_zeroing(model, tokenizer, self.facts, self.states, **limits)
+    def naive_work(self, model: Any, tokenizer: Any, together: int | None) -> list[naive.Task]:
+        return naive.zeroing(model, tokenizer, self.facts, self.states, together=together)
 
 
 @dataclass(frozen=True)
@@ -117,8 +125,8 @@ class Gradients(Study):
     def small(self) -> Gradients:
         return replace(self, facts=super().small().facts, steps=2)
 
-    def measure_naive(self, model: Any, tokenizer: Any, **limits: Unpack[naive.Limits]) -> naive.NaiveRun:
-        return naive.measure_gradients(model, tokenizer, self.facts, self.kinds, self.steps, **limits)
+    def naive_work(self, model: Any, tokenizer: Any, together: int | None) -> list[naive.Task]:
+        return naive.gradients(model, tokenizer, self.facts, self.kinds, self.steps, together=together)
 
 
 def by_key(table: pa.Table, column: str) -> Values:

@@ -5,15 +5,20 @@ import json
 import math
 import subprocess
 import sys
+import time
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 import torch
 
 BENCH = Path(__file__).parents[2] / "bench"
+BARE = (BENCH.parent / "tests" / "support" / "bare.py",)
+"""Where only what the engine needs is installed, as it may be on a machine with a GPU."""
 RESULT = {
     *("dtype", "facts", "restorations", "seconds", "seconds_of_repeats", "facts_per_second", "peak_bytes"),
     *("weight_bytes", "largest_relative_effect", "matmul", "efficiency", "naive", "ratio_to_naive_same_dtype"),
+    *("published", "ratio_to_published_same_dtype"),
 }
 PLANNED = {
     *("planning_seconds", "passes", "rows", "flops", "attention_flops", "naive_flops", "flops_ratio"),
@@ -22,13 +27,25 @@ PLANNED = {
 PROMPTS = {"source": "none", "mean_tokens": 1.0, "mean_subject_tokens": 1.0}
 NAIVE = {
     *("dtype", "restorations", "restorations_timed", "scaled", "seconds_timed", "seconds", "facts_per_second"),
-    *("peak_bytes", "efficiency", "engine_difference"),
+    *("peak_bytes", "efficiency", "engine_difference", "flops", "sequences", "together"),
 }
 
 
-def run(script, out, *options):
+def run(script, out, *options, through=()):
     """What the script wrote and printed."""
-    command = [sys.executable, BENCH / script, "--toy", "--samples", "2", "--threads", "1", "--out", out, *options]
+    command = [
+        sys.executable,
+        *through,
+        BENCH / script,
+        "--toy",
+        "--samples",
+        "2",
+        "--threads",
+        "1",
+        "--out",
+        out,
+        *options,
+    ]
     done = subprocess.run(command, cwd=out, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     (path,) = out.glob("*.json")
@@ -42,15 +59,17 @@ def check_report(report, text):
     assert {"python", "torch", "transformers", "causalcone", "commit"} <= report["versions"].keys()
     assert report["title"] in text
     assert report["naive"] in text
+    assert report["published"] in text
+    assert "for many states of a fact together" in report["naive"]
     assert report["samples"] == 2
 
 
 def check(report, text):
     check_report(report, text)
-    assert "one forward of the clean and all corrupted sequences" in report["naive"]
+    assert "one forward of the clean and all corrupted sequences" in report["published"]
     assert report["states"] == [["hidden", 1], ["mlp", 10], ["attn", 10]]
     for result in report["results"]:
-        assert {"model", "ratio_to_naive_float32"} | PLANNED <= result.keys()
+        assert {"model", "ratio_to_naive_float32", "ratio_to_published_float32"} | PLANNED <= result.keys()
         check_result(result)
         assert f"| {result['model']} | engine, {result['dtype']} |" in text
     exact = {result["model"]: result for result in report["results"] if result["dtype"] == "float32"}
@@ -62,35 +81,49 @@ def check(report, text):
         assert deviation["restorations"] == min(result["restorations"], reference["restorations"])
         assert 0 < deviation["largest_relative"] < 0.1
         assert result["weight_bytes"] == reference["weight_bytes"] / 2
-        per_flop = reference["naive"]["seconds"] / reference["naive_flops"]
-        expected = per_flop * result["naive_flops"] / result["seconds"]
-        assert result["ratio_to_naive_float32"] == pytest.approx(expected)
+        for way in ("naive", "published"):
+            per_flop = reference[way]["seconds"] / reference[way]["flops"]
+            expected = per_flop * result[way]["flops"] / result["seconds"]
+            assert result[f"ratio_to_{way}_float32"] == pytest.approx(expected)
 
 
 def check_result(result):
     assert result.keys() >= RESULT
     planned = result.keys() >= PLANNED
     assert planned or not PLANNED & result.keys()
-    naive, matmul = result["naive"], result["matmul"]
-    assert naive.keys() >= NAIVE
     assert all(math.isfinite(value) for value in numbers(result))
-    rate = matmul["flops_per_second"]
+    rate = result["matmul"]["flops_per_second"]
     assert result["seconds"] > 0
     assert result["facts_per_second"] == pytest.approx(result["facts"] / result["seconds"])
     if planned:
         assert result["efficiency"] == pytest.approx(result["flops"] / result["seconds"] / rate)
-        assert naive["efficiency"] == pytest.approx(result["naive_flops"] / naive["seconds"] / rate)
         assert result["flops_ratio"] == pytest.approx(result["naive_flops"] / result["flops"])
+        more = result["naive_flops"] / result["published"]["flops"] - 1  # for the runs without any restoration
+        assert 0 < more < 2 * result["facts"] / result["restorations"]
+        assert result["naive"]["flops"] < result["naive_flops"]
     else:
-        assert result["efficiency"] is naive["efficiency"] is None
-    assert result["ratio_to_naive_same_dtype"] == pytest.approx(naive["seconds"] / result["seconds"])
-    assert naive["dtype"] == result["dtype"]
-    assert naive["restorations"] == result["restorations"]
-    assert naive["scaled"] == (naive["restorations_timed"] < naive["restorations"])
-    share = naive["restorations_timed"] / naive["restorations"]
-    assert naive["seconds"] * share == pytest.approx(naive["seconds_timed"])
-    difference = naive["engine_difference"]
-    assert difference["restorations"] == naive["restorations_timed"]
+        assert result["efficiency"] is None
+    assert result["published"]["together"] is None
+    assert result["naive"]["together"] >= 1
+    for way in ("naive", "published"):
+        check_way(result, way, planned)
+
+
+def check_way(result, name, planned):
+    way = result[name]
+    assert way.keys() >= NAIVE
+    if planned:
+        rate = result["matmul"]["flops_per_second"]
+        assert way["efficiency"] == pytest.approx(way["flops"] / way["seconds"] / rate)
+    else:
+        assert way["efficiency"] is None
+    assert result[f"ratio_to_{name}_same_dtype"] == pytest.approx(way["seconds"] / result["seconds"])
+    assert way["dtype"] == result["dtype"]
+    assert way["restorations"] == result["restorations"]
+    assert way["scaled"] == (way["restorations_timed"] < way["restorations"])
+    assert way["seconds"] >= way["seconds_timed"] > 0
+    difference = way["engine_difference"]
+    assert difference["restorations"] == way["restorations_timed"]
     assert difference["largest"] < (1e-5 if result["dtype"] == "float32" else 1e-3)
     assert difference["largest_relative"] < (1e-3 if result["dtype"] == "float32" else 0.1)
 
@@ -109,8 +142,8 @@ def test_trace(tmp_path):
     check(report, text)
     assert [result["facts"] for result in report["results"]] == [2, 2]
     assert all(len(result["seconds_of_repeats"]) == 2 for result in report["results"])
-    naive = report["results"][0]["naive"]
-    assert naive["restorations_timed"] == round(0.1 * naive["restorations"])
+    published = report["results"][0]["published"]
+    assert published["restorations_timed"] == round(0.1 * published["restorations"])
 
 
 METHODS = {
@@ -131,7 +164,7 @@ def check_comparison(report, text, names):
     for result in report["results"]:
         check_result(result)
         assert result["dtype"] == "float32"
-        assert result["naive"]["restorations_timed"] == max(4, round(0.01 * result["restorations"]))
+        assert result["published"]["restorations_timed"] == max(4, round(0.01 * result["restorations"]))
         assert {"goal", "detail"} <= result.keys()
         assert len([line for line in text.splitlines() if line.startswith(f"| {result['name']} |")]) == 2
         assert f" {result['detail']} |" in text
@@ -175,7 +208,15 @@ def test_architectures(tmp_path):
 
 def test_what_fails_is_named_and_the_rest_is_written(bench, tmp_path, capsys):
     report, command = bench("report"), bench("command")
-    about = {"title": "t", "date": "2026-01-01", "compared": "c", "detail": "d", "naive": "n", "efficiency": "e"}
+    about = {
+        "title": "t",
+        "date": "2026-01-01",
+        "compared": "c",
+        "detail": "d",
+        "naive": "n",
+        "efficiency": "e",
+        "published": "p",
+    }
     about |= {**report.environment(torch.device("cpu")), "note": "n", "samples": 1, "prompts": PROMPTS}
     growing = report.Growing(about, ["good", "bad"], tmp_path, "few", None)
     with pytest.raises(SystemExit, match="not measured: bad"):
@@ -204,7 +245,7 @@ def test_names_are_chosen_from_a_list(bench):
 @pytest.mark.slow
 def test_gpu_script_on_the_cpu(tmp_path):
     few = ("--parts", "tracing", "--facts", "3", "--seconds", "0.5", "--naive-seconds", "0.1")
-    report, text = run("gpu.py", tmp_path, "--device", "cpu", *few)
+    report, text = run("gpu.py", tmp_path, "--device", "cpu", *few, through=BARE)
     check(report, text)
     assert {result["model"] for result in report["results"]} == set(report["shapes"])
     assert set(report["shapes"]) == {"GPT2-XL", "GPT-J-6B", "Llama-3-8B"}
@@ -214,7 +255,7 @@ def test_gpu_script_on_the_cpu(tmp_path):
 @pytest.mark.slow
 def test_kernels_on_the_cpu(tmp_path):
     """There they have their torch forms alone."""
-    report, text = run("gpu.py", tmp_path, "--device", "cpu", "--parts", "kernels")
+    report, text = run("gpu.py", tmp_path, "--device", "cpu", "--parts", "kernels", through=BARE)
     names = [(result["name"], result["dtype"]) for result in report["results"]]
     assert len(names) == len(set(names)) == 13
     assert set(report["matmul_flops_per_second"]) == {"float32", "bfloat16"}
@@ -247,9 +288,36 @@ def test_what_is_measured_is_kept_where_the_rest_fails(bench, capsys):
         yield {"model": "a"}
         raise RuntimeError("the device is gone")
 
-    found = list(bench("gpu").measured(results(), {"model": "b"}))
+    within = bench("gpu").within
+    found = list(within(time.perf_counter() + 60, results(), {"model": "b"}))
     assert found == [{"model": "a"}, {"model": "b", "skipped": "RuntimeError: the device is gone"}]
     assert "the device is gone" in capsys.readouterr().err
+    assert list(within(time.perf_counter(), results(), {"model": "b"})) == [
+        {"model": "b", "skipped": "the time was up"}
+    ]
+    assert list(within(time.perf_counter() + 60, iter([]), {"model": "b"})) == []
+
+
+def test_what_matters_most_is_measured_on_a_gpu_first(bench, monkeypatch):
+    gpu = bench("gpu")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--toy"])
+    order = [(part, *named.values()) for part, named, _ in gpu.steps(torch.device("cpu"), gpu.parse())]
+    assert order[:3] == [
+        ("tracing", "GPT-J-6B", "bfloat16"),
+        ("tracing", "GPT2-XL", "bfloat16"),
+        ("editing", "editing, bfloat16"),
+    ]
+    assert next(iter(gpu.EDITED_LAYERS)) == "rome"
+    assert len(set(order)) == len(order) == 9
+
+
+def test_a_package_that_is_not_installed_has_no_version(bench, monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    report = bench("report")
+    monkeypatch.setattr(report, "version", missing)
+    assert report.environment(torch.device("cpu"))["versions"]["causalcone"] is None
 
 
 @pytest.mark.parametrize("count", [20, 40])
