@@ -4,6 +4,9 @@ What CUDA refuses is refused: tensors of two devices in one operation, reading t
 the host would wait for is counted, and refused after ``torch.cuda.set_sync_debug_mode("error")``, as CUDA itself does.
 Operations and uploads are counted by the function that asks for them. Values are right, so that results can be compared
 with the CPU's. Not pretended: streams, memory, TF32, and how cuBLAS rounds.
+
+A device without values (``pretended_cuda(META)``) has shapes alone, so that models of any size are on it at once. What
+is read from it are zeros, and true.
 """
 
 import sys
@@ -21,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from causalcone.kernels.backends import FusedOperation
 
-CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+CUDA, CPU, META = torch.device("cuda", 0), torch.device("cpu"), torch.device("meta")
 MEMORY = 80 * 2**30
 
 WAITING = {
@@ -46,11 +49,12 @@ INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_ind
 
 
 class Counts:
-    """What the device was asked for: operations, waits and uploads, by name and the function that asked."""
+    """What the device was asked for: operations, waits and uploads, by name and the function that asked. ``hear`` is
+    told of each as it comes: the name, what the operation was given, and what it gave. ``home``: where values lie."""
 
     def __init__(self):
         self.operations, self.waits, self.uploads, self.strict = Counter(), Counter(), Counter(), False
-        self.stopped = False
+        self.stopped, self.home, self.hear = False, CPU, None
 
     def reset(self):
         for counter in (self.operations, self.waits, self.uploads):
@@ -63,20 +67,27 @@ class Counts:
         yield
         self.stopped = before
 
-    def operation(self, name):
+    def operation(self, name, given=(), made=None):
         if not self.stopped:
             self.operations[name, asking()] += 1
+            self._tell(name, given, made)
 
     def wait(self, reason):
         if self.stopped:
             return
         self.waits[reason, asking()] += 1
+        self._tell("wait", (), None)
         if self.strict:
             raise RuntimeError(f"called a synchronizing CUDA operation: {reason}, in {asking()}")
 
     def upload(self, host):
         if not self.stopped:
             self.uploads["pinned" if pinned(host) else "pageable", asking()] += 1
+            self._tell("upload", (host,), None)
+
+    def _tell(self, name, given, made):
+        if self.hear:
+            self.hear(name, given, made)
 
 
 def asking():
@@ -105,7 +116,7 @@ class DeviceTensor(Tensor):
         with torch.inference_mode(values.is_inference()):
             made = Tensor._make_wrapper_subclass(
                 cls, values.shape, strides=values.stride(), storage_offset=values.storage_offset(), dtype=values.dtype,
-                layout=values.layout, device=values.device, requires_grad=requires_grad,
+                layout=values.layout, device=CPU, requires_grad=requires_grad,
             )  # fmt: skip
         made.values = values
         return made
@@ -143,6 +154,19 @@ def as_device_tensor(value):
     return DeviceTensor(value) if isinstance(value, Tensor) and not isinstance(value, DeviceTensor) else value
 
 
+def put(host):
+    """A copy on the device."""
+    return DeviceTensor(host.detach().clone() if COUNTS.home == CPU else host.detach().to(META))
+
+
+def read(tensor):
+    """A copy of its values on the host."""
+    values = tensor.values.detach()
+    if COUNTS.home == CPU:
+        return values.clone()
+    return torch.full(values.shape, values.dtype == torch.bool, dtype=values.dtype, device=CPU)
+
+
 def pinned(host):
     return getattr(host, "_pinned", False)
 
@@ -166,12 +190,14 @@ def dispatch(function, args, kwargs):
         COUNTS.wait(name)
     host_args, host_kwargs = tree_map(values_of, (args, kwargs))
     if host_kwargs.get("device") is not None:
-        host_kwargs["device"] = CPU
+        host_kwargs["device"] = COUNTS.home
+    if name == "_local_scalar_dense":
+        return read(args[0]).item()
+    if name == "copy_" and not isinstance(args[0], DeviceTensor):
+        host_args = args[0], read(args[1])
     result = function(*host_args, **host_kwargs)
     if name not in WITHOUT_WORK and not is_view(function):
-        COUNTS.operation(name)
-    if name == "_local_scalar_dense":
-        return result
+        COUNTS.operation(name, (args, kwargs), result)
     if function._schema.is_mutable:
         written = [
             args[place] if place < len(args) else kwargs.get(argument.name)
@@ -209,22 +235,22 @@ def check_devices(function, name, args, kwargs):
 class _ToDevice(torch.autograd.Function):
     @staticmethod
     def forward(ctx, host):
-        return DeviceTensor(host.detach().clone())
+        return put(host)
 
     @staticmethod
     def backward(ctx, gradient):
         COUNTS.wait("a gradient to the host")
-        return values_of(gradient).clone()
+        return read(gradient)
 
 
 class _ToHost(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor):
-        return tensor.values.detach().clone()
+        return read(tensor)
 
     @staticmethod
     def backward(ctx, gradient):
-        return DeviceTensor(gradient.clone())
+        return put(gradient)
 
 
 def to_device(host, non_blocking=False):
@@ -233,14 +259,14 @@ def to_device(host, non_blocking=False):
         COUNTS.wait("a copy from the host")
     if torch.is_grad_enabled() and host.requires_grad:
         return _ToDevice.apply(host)
-    return DeviceTensor(host.detach().clone())
+    return put(host)
 
 
 def to_host(tensor):
     COUNTS.wait("a copy to the host")
     if torch.is_grad_enabled() and tensor.requires_grad:
         return _ToHost.apply(tensor)
-    return tensor.values.detach().clone()
+    return read(tensor)
 
 
 def is_cuda(device):
@@ -264,7 +290,8 @@ def to_numpy(tensor, *args, **kwargs):
 def to_list(tensor):
     if isinstance(tensor, DeviceTensor):
         COUNTS.wait("tolist")
-    return values_of(tensor).tolist()
+        tensor = read(tensor)
+    return tensor.tolist()
 
 
 def set_data(tensor, data):
@@ -337,11 +364,11 @@ class OnDevice(TorchFunctionMode):
             made = function(*args, **kwargs)
             return made if isinstance(made, DeviceTensor) else to_device(made)
         else:
-            on_host = function(*tree_map(values_of, args), device=CPU, **kwargs)
+            values = function(*tree_map(values_of, args), device=COUNTS.home, **kwargs)
+            made = as_device_tensor(values)
             if function.__name__ not in WITHOUT_WORK:
-                COUNTS.operation(function.__name__)
-            made = as_device_tensor(on_host)
-            return made.requires_grad_() if on_host.requires_grad else made
+                COUNTS.operation(function.__name__, (), made)
+            return made.requires_grad_() if values.requires_grad else made
         if pinning:
             made._pinned = True
         return made
@@ -406,11 +433,14 @@ class _Launcher:
     """Stands for a Triton kernel, whose tensors have all to be of the device. It computes nothing: the interpreter
     takes seconds for what ``in_torch`` computes in the plain form."""
 
+    def __init__(self, name):
+        self.name = name
+
     def __getitem__(self, grid):
         def launch(*args, **kwargs):
             if any(not isinstance(tensor, DeviceTensor) for tensor in tensors_in(args)):
                 raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
-            COUNTS.operation("triton")
+            COUNTS.operation("triton" + self.name, (grid, args, kwargs))
 
         return launch
 
@@ -419,7 +449,9 @@ def in_torch(operation, *args):
     """A fused operation: its launches are checked, and its plain form computes."""
     fused, plain = (import_module(f"causalcone.kernels.{where}{operation.module}") for where in ("fused.", ""))
     steps = getattr(args[0], "steps", None)
-    getattr(fused, operation.name)(*args)
+    made = getattr(fused, operation.name)(*args)
+    if COUNTS.home == META:
+        return made
     if steps is not None:
         args[0].steps = steps  # the plain form counts its step itself
     with COUNTS.stop():
@@ -427,8 +459,8 @@ def in_torch(operation, *args):
 
 
 @contextmanager
-def pretended_cuda():
-    """Within it this process has a CUDA device; gives what is counted."""
+def pretended_cuda(home=CPU):
+    """Within it this process has a CUDA device, whose values lie on ``home``; gives what is counted."""
     submit, save, apply = ThreadPoolExecutor.submit, torch.save, torch.nn.Module._apply
 
     def submit_within(self, function, *args, **kwargs):
@@ -452,7 +484,7 @@ def pretended_cuda():
 
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     COUNTS.reset()
-    COUNTS.strict = False
+    COUNTS.strict, COUNTS.home, COUNTS.hear = False, home, None
     with ExitStack() as stack:
         for name, function in CUDA_FUNCTIONS.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, function))
@@ -463,7 +495,7 @@ def pretended_cuda():
         for module, names in KERNELS.items():
             fused = import_module(f"causalcone.kernels.fused.{module}")
             for name in names:
-                stack.enter_context(mock.patch.object(fused, name, _Launcher()))
+                stack.enter_context(mock.patch.object(fused, name, _Launcher(name)))
         stack.enter_context(mock.patch.object(FusedOperation, "__call__", in_torch))
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrite)
