@@ -55,3 +55,16 @@ def test_gradients_reach_the_host():
     leaf = torch.ones(2, requires_grad=True)
     (leaf.pin_memory().to("cuda", non_blocking=True) * 3).sum().backward()
     assert leaf.grad.tolist() == [3, 3]
+
+
+def test_a_device_without_values(device, monkeypatch):
+    """It holds what no machine does; what is read from it are zeros, and true."""
+    if device is None:
+        pytest.skip("a real device has values")
+    monkeypatch.setattr(device, "home", torch.device("meta"))
+    product = torch.zeros(2**24, 2**20, device="cuda") @ torch.ones(2**20, 3).cuda()
+    assert (product.shape, product.device.type) == ((2**24, 3), "cuda")
+    assert product[:2, 0].tolist() == product[:2, 0].cpu().tolist() == [0, 0]
+    assert product[0].sum().item() == 0
+    assert (product[0] > 1).all().item()
+    assert torch.empty(3, pin_memory=True).copy_(product[0], non_blocking=True).tolist() == [0, 0, 0]
