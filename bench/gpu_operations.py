@@ -39,7 +39,8 @@ from helpers.pretended_cuda import META, pretended_cuda, tensors_in
 
 ATTEND = row_attention._attend
 PRODUCTS = {"linear", "mm", "addmm"}
-ATTENTION = {"bmm", "_softmax", "_softmax_backward_data"}
+ATTENTION = ("bmm", "_softmax", "_scaled_dot_product")
+"""How the names of attention's operations begin, on the way back as well."""
 BY_INDEX = {"index_select", "index", "embedding", "gather"}
 """Operations that read as many elements as they give, wherever these lie."""
 
@@ -311,7 +312,7 @@ def part_of(name: str, asked: str) -> str:
         return "readout"
     if name in PRODUCTS:
         return "products"
-    return "attention" if name in ATTENTION or "attention." in asked.partition(" < ")[0] else "rows"
+    return "attention" if name.startswith(ATTENTION) or "attention." in asked.partition(" < ")[0] else "rows"
 
 
 @contextmanager
