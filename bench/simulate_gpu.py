@@ -43,7 +43,7 @@ WINDOWS = 1.0e17
 """FLOPs of tracing 652 facts in GPT-J with windows 1, 3, 5 and 10: ``causalcone sweep hase2023-gptj --plan``, with the
 lengths of 60 CounterFact prompts."""
 PARTS = ("products", "rows", "attention", "uploads", "readout")
-SHOWN, KEPT = 12, 40
+SHOWN, KEPT = 12, 20
 """Operations of a work, but products, that are printed; and operations that are written."""
 
 
