@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from causalcone.kernels import adam, flash_attention, gathering, log_sums, row_attention
+from causalcone.kernels import adam, flash_attention, gathering, gating, log_sums, rotary, row_attention
 from causalcone.kernels.norms import Norm
 
 KERNELS, ATTENTION = "CAUSALCONE_KERNELS", "CAUSALCONE_ATTENTION"
@@ -61,6 +61,8 @@ class Backends:
     gather_normed: Callable[..., Tensor] = gathering.gather_normed
     add_rows: Callable[..., None] = gathering.add_rows
     add_normed: Callable[..., None] = gathering.add_normed
+    turn: Callable[..., None] = rotary.turn
+    gate: Callable[..., None] = gating.gate
     add_tile: Callable[..., None] = log_sums.add_tile
     step_weight: Callable[..., None] = adam.step_weight
     fuses: Callable[[Norm, int], bool] = _never
@@ -80,6 +82,8 @@ _ROWS = {
         gather_normed=FusedOperation("gathering", "gather_normed"),
         add_rows=FusedOperation("gathering", "add_rows"),
         add_normed=FusedOperation("gathering", "add_normed"),
+        turn=FusedOperation("rotary", "turn"),
+        gate=FusedOperation("gating", "gate"),
         add_tile=FusedOperation("log_sums", "add_tile"),
         step_weight=FusedOperation("adam", "step_weight"),
         fuses=gathering.fuses,

@@ -34,38 +34,50 @@ class Linear:
     """``weight`` (out, in) and ``bias`` (out,) or None made ready for many products; ``activation`` is a name known
     here (``gelu_tanh``, ``gelu``, ``relu``, ``silu``), any elementwise function of a tensor, or None.
 
-    Calling it maps rows (R, in) to (R, out) in the weights' dtype.
+    Calling it maps rows (R, in) to (R, out) in the weights' dtype. ``out`` (R, out) is memory for the product, without
+    gradient; what is returned lies there but where oneDNN's product or an activation has made memory of its own.
     """
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, activation: str | Callable[[Tensor], Tensor] | None = None
     ) -> None:
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        self.name = activation if isinstance(activation, str) else ""
         self.activation = _PLAIN[activation] if isinstance(activation, str) else activation
-        self.fused = _FUSED[activation] if isinstance(activation, str) else _PLAIN_PRODUCT
+        self.fused = _FUSED.get(self.name, _PLAIN_PRODUCT)
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, 1024) if packs(weight) else None
+        narrow = weight.device.type == "cuda" and weight.dtype in (torch.bfloat16, torch.float16)
+        # the bias of a product that applies it and the activation itself, of unknown exactness in float32
+        self.epilogue_bias = self.bias if narrow and self.name in ("gelu_tanh", "relu") else None
 
-    def __call__(self, rows: Tensor) -> Tensor:
+    def __call__(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         if rows.requires_grad and torch.is_grad_enabled():
-            out = _Product.apply(rows, self)
-        elif self.packed is None:
-            out = F.linear(rows, self.weight, self.bias)
-        else:
-            out = self._packed_product(rows, *self.fused)
+            made = _Product.apply(rows, self)
+        elif self.epilogue_bias is not None:  # on CUDA its GELU is that of tanh
+            use_gelu = self.name == "gelu_tanh"
+            return torch._addmm_activation(self.epilogue_bias, rows, self.weight.t(), use_gelu=use_gelu)
+        elif self.packed is not None:
+            made = self._packed_product(rows, *self.fused)
             if self.fused != _PLAIN_PRODUCT:
-                return out
-        return self.activation(out) if self.activation else out
+                return made
+        else:
+            made = self.product(rows, out)
+        return self.activation(made) if self.activation else made
 
     @cached_property
     def transposed(self) -> Linear:
         """The product with the transposed weight: the way back."""
         return Linear(self.weight.t(), None)
 
-    def product(self, rows: Tensor) -> Tensor:
+    def product(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """The product alone, without the activation."""
-        if self.packed is None:
+        if self.packed is not None:
+            return self._packed_product(rows, *_PLAIN_PRODUCT)
+        if out is None:
             return F.linear(rows, self.weight, self.bias)
-        return self._packed_product(rows, *_PLAIN_PRODUCT)
+        if self.bias is None:
+            return torch.mm(rows, self.weight.t(), out=out)
+        return torch.addmm(self.bias, rows, self.weight.t(), out=out)
 
     def _packed_product(self, rows: Tensor, name: str, form: str) -> Tensor:
         count = len(rows)

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from causalcone.engine.models.reference import model_logits, refuse_unfinite, refuse_unreadable
+from causalcone.kernels.backends import TORCH, Backends
 from causalcone.kernels.linear import Linear
 from causalcone.kernels.norms import Norm, unchanged
+from causalcone.kernels.rotary import Rotary, RotaryFrequencies, Turned
 
 Rows = Callable[[Tensor], Tensor]
 """A function of rows (R, width) that treats each by itself."""
@@ -87,6 +89,9 @@ class Block:
     is a number; ``window`` is how many tokens a query sees, itself included, None for all before it. ``attn_in`` and
     ``mlp_in`` norm the rows that attention and the MLP read, ``attn_out`` and ``mlp_out`` what those put out;
     ``query_norm`` and ``key_norm`` the rows of all heads, before ``rotary`` turns each head by its position.
+    ``backends`` compute what is between products, where it needs no gradient.
+
+    ``out``, where a method takes it, is memory for its result, which may be used or not.
     """
 
     scale: float
@@ -96,34 +101,41 @@ class Block:
     """To keys and values side by side."""
     output: Linear
     inner: Rows
-    """The MLP up to its last projection."""
+    """The MLP up to its last projection, and to its gate."""
     down: Linear
     """The MLP's last projection, from its keys (R, inner) to its values (R, hidden): what editing changes."""
+    gate: Linear | None = None
+    """What multiplies ``inner``, from the same rows, where the MLP is gated; it ends in the activation."""
     attn_in: Norm = unchanged
     attn_out: Norm = unchanged
     mlp_in: Norm = unchanged
     mlp_out: Norm = unchanged
     query_norm: Norm = unchanged
     key_norm: Norm = unchanged
-    rotary: Callable[[Tensor, Tensor], Tensor] | None = None
+    rotary: Rotary | RotaryFrequencies | None = None
     softcap: float | None = None
     window: int | None = None
+    backends: Backends = TORCH
 
-    def keys_values_of(self, normed: Tensor, positions: Tensor) -> Tensor:
+    def keys_values_of(self, normed: Tensor, positions: Tensor, out: Tensor | None = None) -> Tensor:
         """``keys_values`` of rows that are normed already."""
-        keys_values = self.key_value(normed)
-        if self.rotary is None and self.key_norm is unchanged:
-            return keys_values
+        keys_values = self.key_value(normed, out)
         keys, values = keys_values.chunk(2, dim=1)
-        return torch.cat([self._turned(self.key_norm(keys), positions), values], dim=1)
+        turned = self._turned(self.key_norm(keys), positions)
+        if turned is keys:
+            return keys_values
+        if keys_values.requires_grad:
+            return torch.cat([turned, values], dim=1)
+        keys.copy_(turned)
+        return keys_values
 
-    def queries_of(self, normed: Tensor, positions: Tensor) -> Tensor:
+    def queries_of(self, normed: Tensor, positions: Tensor, out: Tensor | None = None) -> Tensor:
         """``queries`` of rows that are normed already."""
-        return self._turned(self.query_norm(self.query(normed)), positions)
+        return self._turned(self.query_norm(self.query(normed, out)), positions)
 
-    def attention_output(self, rows: Tensor) -> Tensor:
+    def attention_output(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """What attention adds to the residual stream (R, hidden), from the heads' outputs (R, heads * head_dim)."""
-        return self.attn_out(self.output(rows))
+        return self.attn_out(self.output(rows, out))
 
     def keys_values(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Keys and values side by side (R, 2 * kv_heads * head_dim) of input rows (R, hidden) at ``positions`` (R,)."""
@@ -136,21 +148,34 @@ class Block:
     def keys_of_mlp(self, rows: Tensor) -> Tensor:
         """What enters ``down`` (R, inner), from the residual after attention (R, hidden), or from the layer's input
         where attention and MLP are parallel."""
-        return self.inner(self.mlp_in(rows))
+        return self._gated(self.mlp_in(rows))
 
-    def mlp_of(self, normed: Tensor) -> Tensor:
+    def mlp_of(self, normed: Tensor, out: Tensor | None = None) -> Tensor:
         """``mlp`` of rows that are normed already."""
-        return self.mlp_out(self.down(self.inner(normed)))
+        return self.mlp_out(self.down(self._gated(normed), out))
 
     def mlp(self, rows: Tensor) -> Tensor:
         """What the MLP adds to the residual stream (R, hidden), from the rows that it reads (R, hidden)."""
         return self.mlp_of(self.mlp_in(rows))
 
+    def _gated(self, normed: Tensor) -> Tensor:
+        """The MLP up to its last projection, of rows that are normed already."""
+        inner = self.inner(normed)
+        if self.gate is None:
+            return inner
+        if inner.requires_grad:
+            return inner * self.gate(normed)
+        self.backends.gate(inner, self.gate, normed)
+        return inner
+
     def _turned(self, heads: Tensor, positions: Tensor) -> Tensor:
-        """Queries or keys (R, heads * head_dim), turned by their positions."""
+        """Queries or keys (R, heads * head_dim) turned by their positions, in place but under autograd."""
         if self.rotary is None:
             return heads
-        return self.rotary(heads.unflatten(1, (-1, self.head_dim)), positions).flatten(1)
+        if heads.requires_grad:
+            return Turned.apply(heads, positions, self.rotary, self.head_dim, self.backends.turn)
+        self.backends.turn(heads, positions, self.rotary, self.head_dim)
+        return heads
 
 
 class Architecture(ABC):

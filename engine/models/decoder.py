@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from causalcone.engine.errors import ModelError
 from causalcone.engine.models.base import Architecture, Block, Rows, Sizes
-from causalcone.engine.models.rotary import Rotary, RotaryFrequencies, refuse_length_dependent
 from causalcone.kernels.linear import Linear
 from causalcone.kernels.norms import LayerNorm, Norm, RMSNorm, unchanged
+from causalcone.kernels.rotary import Rotary, RotaryFrequencies
 from causalcone.kernels.transfer import on_device
 
 _FUSED_ACTIVATIONS = {
@@ -129,6 +130,7 @@ class Decoder(Architecture):
             key_value=key_value,
             output=read.linear(part_of(attention, self.projections[-1])),
             inner=self.inner(module, read),
+            gate=self.gate(module, read),
             down=read.linear(part_of(module, self.mlp[-1])),
             attn_in=attn_in,
             attn_out=norm(self.attn_out),
@@ -184,7 +186,7 @@ class Decoder(Architecture):
         biases = (None, None) if bias is None else (bias[:queries], bias[queries:])
         return read.product(weight[:queries], biases[0]), read.product(weight[queries:], biases[1])
 
-    def rotary(self, layer: int, read: Reader) -> Callable[[Tensor, Tensor], Tensor] | None:
+    def rotary(self, layer: int, read: Reader) -> Rotary | RotaryFrequencies | None:
         """What turns the heads of queries and keys by their positions; None in layers without."""
         if self.rotary_module is None:
             return None
@@ -195,23 +197,15 @@ class Decoder(Architecture):
         return RotaryFrequencies(wide(module.inv_freq, read), module.attention_scaling)
 
     def inner(self, layer: Any, read: Reader) -> Rows:
-        """The MLP up to its last projection."""
-        first = read.linear(part_of(layer, self.mlp[0]), activation=activation_of(part_of(layer, self.activation)))
-        return Gated(first, read.linear(part_of(layer, self.mlp[1]))) if self.gated else first
+        """The MLP up to its last projection, and to its gate."""
+        return self._activated(layer, read) if not self.gated else read.linear(part_of(layer, self.mlp[1]))
 
+    def gate(self, layer: Any, read: Reader) -> Linear | None:
+        """What multiplies it, from the same rows."""
+        return self._activated(layer, read) if self.gated else None
 
-@dataclass(frozen=True)
-class Gated:
-    """The inside of an MLP: rows (R, hidden) to (R, inner). ``gate`` ends in the activation."""
-
-    gate: Linear
-    up: Linear
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        up, gate = self.up(rows), self.gate(rows)
-        if up.requires_grad:
-            return up * gate
-        return up.mul_(gate)  # a third row of this width would cost 5 % of the time
+    def _activated(self, layer: Any, read: Reader) -> Linear:
+        return read.linear(part_of(layer, self.mlp[0]), activation=activation_of(part_of(layer, self.activation)))
 
 
 @dataclass(frozen=True)
@@ -255,6 +249,14 @@ def part_of(module: Any, name: str | None) -> Any:
         if not name.endswith("?"):
             raise
         return None
+
+
+def refuse_length_dependent(module: Any) -> None:
+    """Raise ``ModelError`` where a rotary module's angles depend on the length of the prompt."""
+    types = module.rope_type.values() if isinstance(module.rope_type, dict) else [module.rope_type]
+    for kind in types:
+        if kind == "longrope" or "dynamic" in kind:
+            raise ModelError(f"rotary positions of type {kind!r} depend on the prompt's length: not supported")
 
 
 def matrix(module: Any) -> Tensor:

@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from causalcone.engine.errors import ModelError
 from causalcone.engine.models.decoder import Decoder, Reader
 from causalcone.engine.models.registry import register
-from causalcone.engine.models.rotary import Rotary
 from causalcone.kernels.linear import Linear
+from causalcone.kernels.rotary import Rotary
 
 
 @register("gpt2")

@@ -25,10 +25,11 @@ from transformers.models.starcoder2 import modeling_starcoder2
 
 from causalcone.engine.errors import ModelError
 from causalcone.engine.models.base import Block, Rows
-from causalcone.engine.models.decoder import Decoder, Gated, Reader, activation_of, wide
+from causalcone.engine.models.decoder import Decoder, Reader, activation_of, wide
 from causalcone.engine.models.registry import register
-from causalcone.engine.models.rotary import RotaryFrequencies
+from causalcone.kernels.linear import Linear
 from causalcone.kernels.norms import Norm, RMSNorm
+from causalcone.kernels.rotary import RotaryFrequencies
 
 
 @register("llama")
@@ -117,8 +118,11 @@ class Phi3(Mistral, code=modeling_phi3, family="Phi3"):
     gated = True
 
     def inner(self, layer: Any, read: Reader) -> Rows:
-        gate, up = layer.mlp.gate_up_proj.weight.chunk(2)
-        return Gated(read.product(gate, None, activation_of(layer.mlp.activation_fn)), read.product(up, None))
+        return read.product(layer.mlp.gate_up_proj.weight.chunk(2)[1], None)
+
+    def gate(self, layer: Any, read: Reader) -> Linear:
+        weight = layer.mlp.gate_up_proj.weight.chunk(2)[0]
+        return read.product(weight, None, activation_of(layer.mlp.activation_fn))
 
 
 @register("starcoder2")

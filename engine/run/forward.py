@@ -7,7 +7,7 @@ beside it: they have no plan. What a block computes, all four ask of ``Block``; 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
@@ -106,7 +106,7 @@ class _ForwardPass:
         ):
             for block, packet in zip(blocks, packets, strict=True):
                 layer: LayerRows[Tensor] = packet.send(self.device)
-                rows = self._layer(rows, block, layer)
+                rows = self._layer(rows, replace(block, backends=self.backends), layer)
         return self._read_out(rows)
 
     def _layer(self, rows: Tensor, block: Block, layer: LayerRows[Tensor]) -> Tensor:
@@ -181,7 +181,10 @@ class _ForwardPass:
         tiles that stay in cache."""
         for piece in pieces(len(out), self.tiles.rows, out.device):
             source = rows[piece] if index is None else self.backends.gather_normed(rows, index[piece], norm)
-            out[piece] = function(source) if positions is None else function(source, positions[piece])
+            at, target = () if positions is None else (positions[piece],), out[piece]
+            made = function(source, *at, out=target)
+            if made is not target:
+                target.copy_(made)
 
     def _give(self, out: Tensor, stage: StageRows[Tensor]) -> None:
         """Fill the rows of a stage that are given, which lie after those that it computes."""
@@ -197,7 +200,7 @@ class _ForwardPass:
     def _read_out(self, rows: Tensor) -> PassResult:
         read: ReadRows[Tensor] = Packet.of(read_rows(self.groups), self.device).send(self.device)
         states = rows.new_empty(read.stage.packed.rows, rows.shape[1])
-        self._project(self.architecture.final_norm, rows, read.stage.sources[0], states)
+        self._project(lambda rows, out: self.architecture.final_norm(rows), rows, read.stage.sources[0], states)
         readout = Readout(
             *self.architecture.unembedding(),
             self.tiles.readout_rows,

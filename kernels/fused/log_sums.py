@@ -40,7 +40,7 @@ def _logits(pointer, mask, softcap, CAPPED: tl.constexpr):
     return x
 
 
-@triton.jit(do_not_specialize=["width", "start", "per_row"])
+@triton.jit(do_not_specialize=["start", "per_row"])
 def _add_tile(logits, stride, width, start, softcap, targets, per_row, total, target_logits, CAPPED: tl.constexpr,
               BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)

@@ -45,6 +45,15 @@ WITHOUT_WORK = {
 TAKE_HOST_NUMBERS = {"where", "masked_fill", "masked_fill_", "fill_", "index_put_", "index_put", "_index_put_impl_"}
 """Operations, besides elementwise ones, that take a tensor of the host where it is a single number."""
 
+
+def _addmm_activation(bias, rows, weight, use_gelu=False):
+    product = torch.addmm(bias, rows, weight)
+    return torch.nn.functional.gelu(product, approximate="tanh") if use_gelu else product.relu()
+
+
+OF_CUDA = {"_addmm_activation": _addmm_activation}
+"""Operations whose values are others on CPUs."""
+
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 
 
@@ -195,7 +204,7 @@ def dispatch(function, args, kwargs):
         return read(args[0]).item()
     if name == "copy_" and not isinstance(args[0], DeviceTensor):
         host_args = args[0], read(args[1])
-    result = function(*host_args, **host_kwargs)
+    result = OF_CUDA.get(name, function)(*host_args, **host_kwargs)
     if name not in WITHOUT_WORK and not is_view(function):
         COUNTS.operation(name, (args, kwargs), result)
     if function._schema.is_mutable:
@@ -426,6 +435,7 @@ CUDA_FUNCTIONS = {
 
 KERNELS = {
     "gathering": ("_add", "_gather"), "log_sums": ("_add_tile",), "row_attention": ("_attend",), "adam": ("_step",),
+    "rotary": ("_turn",), "gating": ("_gate",),
 }  # fmt: skip
 
 
