@@ -76,7 +76,7 @@ def run_rows(batches: Sequence[tuple[np.ndarray, np.ndarray, tuple[int, ...], bo
         (runs, m), K = queries.shape, keys.shape[1]
         shapes.append(BatchShape(runs, m, K, varying))
         starts = first + np.arange(runs)[:, None] * [m, K, 0]
-        size = ((m - 1).bit_length(), (K - 1) // 16 if K <= 64 else (K - 1).bit_length())
+        size = ((K - 1) // 16 if K <= 64 else (K - 1).bit_length(), (m - 1).bit_length())
         tables.setdefault(size, []).append((LaunchShape(runs, m, K), np.insert(starts, 3, m, axis=1)))
         first += runs * np.array([m, K, 0]) + [0, 0, m]
 

@@ -6,14 +6,17 @@ programs see one or two blocks, and what takes time is fetching them. Hence:
 
 - Nothing is gathered beforehand. Programs of the heads of a run, and of runs that share ancestors, follow each other,
   so the L2 cache serves most of what several of them read.
-- A tensor core's smallest tile has 16 rows. The one query of a run that is only read out would leave 15 of them empty;
-  and runs do not share their keys, so that packing several into a tile would compute all scores between strangers to
-  keep the diagonal. Few rows are therefore multiplied elementwise: at one row and 16 keys of width 64 a program does
-  2,000 multiply-adds for 8 KB that it fetches, far below the 10 per byte at which an H100's plain float32 units would
-  hold it up. One warp per such program, 32 of which an SM holds at a time, keeps enough fetches under way.
+- A tensor core's smallest tile has 16 rows, most of which few queries leave empty: runs do not share their keys, so
+  that packing several into a tile would compute all scores between strangers to keep the diagonal. That costs no time
+  while fetching does; what counts is that registers let an SM hold many programs. So rows and keys of a program are few
+  where heads are wide, and its warps have 1,024 numbers of the tile each (512 of float32). Only a single row, in which
+  tiles would take more registers, is multiplied elementwise: at 16 keys of width 64 a program does 2,000 multiply-adds
+  for the 4 KB that it fetches, far below the 10 per byte at which an H100's plain float32 units would hold it up.
 - Float32 is multiplied in full ("ieee"), which tensor cores do not do at all.
 - Offsets are 64-bit, since rows x width passes 2^31; the grid has one axis, since the others end at 65,535.
 """
+
+from itertools import groupby
 
 import torch
 import triton
@@ -21,50 +24,48 @@ import triton.language as tl
 from torch import Tensor
 
 from causalcone.kernels.fused.parts import INTERPRETED, power_of_two, tanh, warps_for
-from causalcone.kernels.row_attention import RunRows, ScoreRule
-
-FEW = 4
-"""Rows of a tile up to which they are multiplied elementwise."""
+from causalcone.kernels.row_attention import LaunchShape, RunRows, ScoreRule
 
 
 def attend_rows(
     queries: Tensor, keys_values: Tensor, runs: RunRows[Tensor], scoring: ScoreRule, out: Tensor, tile: int = 0
 ) -> None:
-    """``out`` (sum of B * m, H * d) = the heads' outputs of query rows, as ``kernels/row_attention.py`` says; runs of a
-    size in one launch."""
+    """``out`` (sum of B * m, H * d) = the heads' outputs of query rows, as ``kernels/row_attention.py`` says; runs of
+    a tile in one launch."""
     assert queries.is_contiguous()
     assert keys_values.is_contiguous()
     assert out.is_contiguous()
     d = scoring.head_dim
     groups = keys_values.shape[1] // (2 * d)
     sharing = queries.shape[1] // d // groups
-    tables = runs.table.split([alike.runs for alike in runs.alike])
-    for (count, m, K), table in zip(runs.alike, tables, strict=True):
-        dot, rows, keys, warps = _tile(m * sharing, K, power_of_two(d, 16), queries.dtype)
-        blocks = triton.cdiv(m * sharing, rows)
+    padded, first = power_of_two(d, 16), 0
+
+    def tile_of(alike: LaunchShape) -> tuple[bool, int, int, int, int]:
+        return _tile(alike.queries * sharing, alike.keys, padded, queries.dtype)
+
+    for (dot, rows, keys, warps, blocks), alike in groupby(runs.alike, tile_of):
+        count = sum(shape.runs for shape in alike)
         _attend[(count * groups * blocks,)](
-            queries, keys_values, runs.queries, runs.keys, runs.tokens, table, out,
+            queries, keys_values, runs.queries, runs.keys, runs.tokens, runs.table[first:], out,
             scoring.scale, scoring.softcap or 0.0, scoring.window or 0, blocks,
-            HEAD_DIM=d, PADDED=power_of_two(d, 16), GROUPS=groups, SHARING=sharing, ROWS=rows, KEYS=keys,
+            HEAD_DIM=d, PADDED=padded, GROUPS=groups, SHARING=sharing, ROWS=rows, KEYS=keys,
             CAPPED=scoring.softcap is not None, WINDOWED=scoring.window is not None, DOT=dot, INTERPRETED=INTERPRETED,
             num_warps=warps, num_stages=1,
         )  # fmt: skip
+        first += count
 
 
-def _tile(rows: int, keys: int, width: int, dtype: torch.dtype) -> tuple[bool, int, int, int]:
-    """Whether products are those of tiles, rows and keys of a program, and its warps.
+def _tile(rows: int, keys: int, width: int, dtype: torch.dtype) -> tuple[bool, int, int, int, int]:
+    """Whether products are those of tiles, rows and keys of a program, its warps, and the programs of a key head.
 
     What a program holds of keys, values and outputs has to stay in registers and in the SM's shared memory.
     """
-    if rows <= FEW:
-        few = power_of_two(rows)
-        return False, few, 16, min(8, warps_for(few * 16 * width))
+    if rows == 1:
+        return False, 1, 16, warps_for(16 * width), 1
     full = dtype == torch.float32
-    most = 32 if full or width > 128 else 64
-    tall = min(power_of_two(rows, 16), most)
-    # four warps spill registers where they multiply such tiles in full float32
-    warps = 8 if tall * width >= 8192 or (full and width >= 128) else 4
-    return True, tall, min(power_of_two(keys, 16), most), warps
+    most = max(16, min(32 if full else 64, 4096 // width))
+    tall, seen = (min(power_of_two(size, 16), most) for size in (rows, keys))
+    return True, tall, seen, max(2, tall * width // (512 if full else 1024)), triton.cdiv(rows, tall)
 
 
 @triton.jit(do_not_specialize=["window", "blocks"])
@@ -95,7 +96,7 @@ def _attend(queries, keys_values, query_rows, key_rows, tokens, table, out, scal
     columns = head[:, None] * HEAD_DIM + dims[None, :]
     q = tl.load(queries + query_row[:, None] * width + columns, mask=here, other=0)
 
-    last = tl.max(token, 0) + 1
+    last = tl.max(tl.where(alive, token, -1), 0) + 1  # 0 where a run has fewer queries than its launch allows for
     first = last * 0
     if WINDOWED:
         first = tl.maximum(tl.min(tl.where(alive, token, last), 0) - window + 1, 0)

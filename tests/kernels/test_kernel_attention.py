@@ -81,9 +81,11 @@ def test_no_runs_and_runs_of_a_row(device, count, tokens, keys):
 @dtypes
 @pytest.mark.parametrize(("softcap", "window"), [(None, None), (2.0, 3)])
 def test_batches_of_many_sizes(device, dtype, softcap, window):
-    """One call for all segments of a layer: sizes come mixed, and outputs lie in the batches' order."""
+    """One call for all segments of a layer: sizes come mixed, and outputs lie in the batches' order. One launch is for
+    all runs of about a size, of which some leave programs without queries."""
     generator = torch.Generator().manual_seed(2)
     shapes = [(3, (4,), 5), (1, tuple(range(20)), 20), (2, (1, 3), 6), (5, (16,), 17), (2, (2, 69), 70), (4, (0,), 1)]
+    shapes += [(1, tuple(range(45)), 45), (1, tuple(range(20, 38)), 40)]
     batches = [
         (
             torch.randint(50, (n, len(tokens)), generator=generator),
@@ -95,6 +97,7 @@ def test_batches_of_many_sizes(device, dtype, softcap, window):
     batches = [(queries.to(device), keys.to(device), tokens) for queries, keys, tokens in batches]
     queries, keys_values = random(50, 6 * 16, device=device, dtype=dtype), random(50, 64, device=device, dtype=dtype)
     scoring, runs = ScoreRule(16, 0.4, softcap, window), runs_together(*batches)
+    assert len(runs.alike) < len(runs.batches)
     exact, found = (torch.full((len(runs.queries), 96), torch.nan, device=device) for _ in range(2))
     found = found.to(dtype)
     row_attention.attend_rows(queries.float(), keys_values.float(), runs, scoring, exact, 16)

@@ -86,7 +86,7 @@ def facts_of(shapes):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("kind", "most"), [("gpt2", 23), ("gptj", 27), ("llama", 27)])
+@pytest.mark.parametrize(("kind", "most"), [("gpt2", 18), ("gptj", 22), ("llama", 22)])
 def test_operations_do_not_grow_with_the_shapes_of_facts(kind, most, device, tokenizer, monkeypatch):
     """Counts of one pass: so many operations and 2 copies a layer, whatever the facts, and rows are never copied."""
     if device is None:
@@ -107,6 +107,6 @@ def test_operations_do_not_grow_with_the_shapes_of_facts(kind, most, device, tok
     (one, of_one, _), (many, operations, uploads) = counted
     assert (one, many) == (1, 20)
     assert operations.total() <= most * layers
-    assert operations.total() <= of_one.total() + 8 * layers, "launches of attention"
+    assert operations.total() <= of_one.total() + 4 * layers, "launches of attention"
     assert not [asked for asked in operations if asked[0] in ("copy_", "clone") and operations[asked] >= layers]
     assert uploads <= 2 * layers
