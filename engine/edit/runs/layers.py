@@ -1,7 +1,7 @@
 """A model's layers over packed runs, forwards or under autograd; ``engine/run/forward.py`` names the other passes."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -37,7 +37,7 @@ class Passed:
 @dataclass(frozen=True)
 class Layers:
     """A model's layers, in the dtype and on the device of the pass. caches: whether prepared weights are kept for later
-    passes, until ``forget``. backends: of the readout, and of steps of fine-tuning."""
+    passes, until ``forget``. backends: of blocks, the readout, and steps of fine-tuning."""
 
     architecture: Architecture
     tiles: Tiles
@@ -52,7 +52,10 @@ class Layers:
         return self.architecture.sizes.depth
 
     def block(self, layer: int) -> Block:
-        return self._prepared(layer, lambda: self.architecture.block(layer, self.dtype, self.device))
+        def read() -> Block:
+            return replace(self.architecture.block(layer, self.dtype, self.device), backends=self.backends)
+
+        return self._prepared(layer, read)
 
     def readout(self) -> Readout:
         return self._prepared("readout", self._readout)
