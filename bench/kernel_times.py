@@ -17,7 +17,9 @@ from torch import Tensor
 from causalcone.kernels.adam import AdamState
 from causalcone.kernels.backends import TORCH, Backends, backends_of
 from causalcone.kernels.gathering import NormedRows, RowSum
+from causalcone.kernels.linear import Linear
 from causalcone.kernels.norms import LayerNorm
+from causalcone.kernels.rotary import RotaryFrequencies
 from causalcone.kernels.row_attention import RunRows, ScoreRule, run_rows
 from causalcone.kernels.transfer import Packet
 
@@ -168,6 +170,32 @@ def operations(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterat
     yield Operation("residual sum of gathered rows", add, 3 * R * width * size)
     yield Operation("the same and its norm", add_normed, 4 * R * width * size)
     yield Operation("gathered and normed rows, and a copy", gather, 4 * R * width * size)
+
+    rotary = RotaryFrequencies(torch.rand(shape.head_dim // 2, device=device, generator=generator), 1.0)
+    tokens = order % shape.tokens
+    fewer = left[: R // 4]
+    gating, inner = Linear(rows(shape.inner, width) / width**0.5, None, "silu"), rows(len(fewer), shape.inner)
+
+    def turn(own: Backends) -> tuple[Callable[[], None], Tensor]:
+        out = torch.empty_like(left)
+
+        def run() -> None:
+            out.copy_(left)
+            own.turn(out, tokens, rotary, shape.head_dim)
+
+        return run, out
+
+    def gate(own: Backends) -> tuple[Callable[[], None], Tensor]:
+        out = torch.empty_like(inner)
+
+        def run() -> None:
+            out.copy_(inner)
+            own.gate(out, gating, fewer)
+
+        return run, out
+
+    yield Operation("a copy, and its heads turned by their positions", turn, 4 * R * width * size)
+    yield Operation("a copy, and its gate with the product", gate, 6 * inner.nbytes)
 
     logits = rows(shape.logit_rows, shape.vocabulary)
     targets = torch.randint(shape.vocabulary, (shape.logit_rows,), device=device, generator=generator)
