@@ -31,14 +31,14 @@ from triton.runtime import driver
 from causalcone.engine.run import forward, session
 from causalcone.engine.run.runner import PassRunner
 from causalcone.kernels.fused import row_attention
-from causalcone.kernels.row_attention import RunRows
+from causalcone.kernels.row_attention import BatchShape, RunRows
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 from helpers.pretended_cuda import META, pretended_cuda, tensors_in
 
 ATTEND = row_attention._attend
-PRODUCTS = {"linear", "mm", "addmm"}
+PRODUCTS = {"linear", "mm", "addmm", "_addmm_activation"}
 ATTENTION = ("bmm", "_softmax", "_scaled_dot_product")
 """How the names of attention's operations begin, on the way back as well."""
 BY_INDEX = {"index_select", "index", "embedding", "gather"}
@@ -208,6 +208,8 @@ KERNEL_BYTES: dict[str, Callable[[Any, dict[str, Any]], int]] = {
     "triton_gather": lambda args, options: 2 * held(args[2]) + held(args[1]),
     "triton_add": lambda args, options: 3 * held(args[6]) + held(args[1], args[4]) + options["NORMED"] * held(args[7]),
     "triton_add_tile": lambda args, options: held(args[0]),
+    "triton_turn": lambda args, options: 4 * held(args[0][:, : options["HEADS"] * options["PAIRS"]]) + held(args[2]),
+    "triton_gate": lambda args, options: 2 * held(args[0]) + held(args[1]),
     "triton_step": lambda args, options: 2 * held(*args[:3]) + held(*args[3:5]),
 }
 """By kernel: bytes of what it reads and writes, from its arguments. Others read or write every argument once."""
@@ -241,7 +243,7 @@ class Recording:
             if tensors := tensors_in(made):
                 itemsize = tensors[0].element_size()
             if name in PRODUCTS and "LowRank.norm" not in asked:
-                left = args[1] if name == "addmm" else args[0]
+                left = args[1] if "addmm" in name else args[0]
                 product = left.numel() // left.shape[-1], left.shape[-1], made.shape[-1]
             self._add(Operation(name, asked, part, "operation", size, product, itemsize))
 
@@ -259,14 +261,17 @@ class Recording:
         return attend
 
     def _launched(self, grid: Any, args: Any, options: dict[str, Any]) -> tuple[Runs, ...]:
-        """The runs of a launch: those no larger than its largest that no launch before took."""
-        alike = next(self._alike)
-        own = [batch for batch in self._left if batch.queries <= alike.queries and batch.keys <= alike.keys]
-        assert sum(batch.runs for batch in own) == alike.runs
-        self._left = [batch for batch in self._left if batch not in own]
+        """The runs of a launch, of one size after the other: those no larger than it that no launch before took."""
+        programs, sharing = options["GROUPS"] * args[10], options["SHARING"]
+        own: list[BatchShape] = []
+        while sum(batch.runs for batch in own) < grid[0] // programs:
+            alike = next(self._alike)
+            fit = [batch for batch in self._left if batch.queries <= alike.queries and batch.keys <= alike.keys]
+            assert sum(batch.runs for batch in fit) == alike.runs
+            self._left = [batch for batch in self._left if batch not in fit]
+            own += fit
         compiled_for = tuple(arg.dtype if isinstance(arg, Tensor) else arg for arg in args)
         kernel = compiled_for, tuple(sorted(options.items()))
-        programs, sharing = grid[0] // alike.runs, options["SHARING"]
         width, itemsize = options["HEAD_DIM"], args[0].element_size()
         return tuple(
             Runs(batch.runs * programs, batch.keys, batch.queries * sharing, width, itemsize, kernel) for batch in own
