@@ -15,7 +15,6 @@ from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.moments.sampled import SOURCE
 from causalcone.engine.edit.requests.problems import make_requests
 from causalcone.engine.edit.requests.requests import ERROR_INJECTION, FACT_AMPLIFICATION, NOISY, Request
-from causalcone.engine.edit.requests.windows import as_windows
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.encoding import prompt_record
 from causalcone.engine.errors import ExperimentError, FactError
@@ -186,8 +185,7 @@ def moments_of(
     """The moments of the layers that are edited, where a method needs them. resume: a file that keeps a collection
     under way."""
     depth = inputs.session.sizes.depth
-    windows = [window for setting in plan.of_moments for window in as_windows(plan.layers, setting.window, depth)]
-    layers = sorted({layer for window in windows for layer in window.layers})
+    layers = sorted({layer for setting in plan.of_moments for layer in setting.edited(plan.layers, depth)})
     if not layers:
         return None
     if texts is not None:

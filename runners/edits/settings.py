@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from causalcone.engine.edit.methods.hparams import Hparams, is_word, kinds_of
 from causalcone.engine.edit.methods.method import Method
 from causalcone.engine.edit.methods.registry import method_named, methods
+from causalcone.engine.edit.requests.windows import as_windows
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.errors import CausalconeError, ExperimentError, one_of
 from causalcone.engine.localize.options import DEFAULT_SIGMA
@@ -39,6 +40,10 @@ class Setting:
     @property
     def configuration(self) -> dict[str, Any]:
         return {"method": self.method, "window": self.window, "hparams": asdict(self.hparams)}
+
+    def edited(self, layers: Layers, depth: int) -> set[int]:
+        """The layers of its windows around ``layers``."""
+        return {layer for window in as_windows(layers, self.window, depth) for layer in window.layers}
 
 
 def record(hparams: Hparams) -> dict[str, Any]:

@@ -14,18 +14,18 @@ from rich.console import Console
 from causalcone.engine.edit.editor import Editor
 from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.methods.registry import method_named
-from causalcone.engine.edit.moments.moments import Moments
+from causalcone.engine.edit.moments.moments import Moments, factors_fit
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import as_windows
 from causalcone.engine.schemas import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA, TEXT_SCHEMA
 from causalcone.runners.edits.settings import EditPlan, Setting
-from causalcone.runners.results.folder import ResultFolder, TableWriter
+from causalcone.runners.results.folder import MOMENTS, ResultFolder, TableWriter
 from causalcone.runners.show.progress import shown_progress
 
 EDITS_AT_ONCE = 256
 """More edits together would gain nothing; fewer are finished, and written, sooner."""
 
-DELTAS, MOMENTS = "deltas", "moments.safetensors"
+DELTAS = "deltas"
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,19 @@ class EditStudy:
         return scores.edits
 
     def _batches(self, setting: Setting) -> Iterator[list[Edit]]:
-        step = len(self.requests) if setting.definition.joint else max(1, EDITS_AT_ONCE // len(self.layers))
+        step = max(1, EDITS_AT_ONCE // len(self.layers))
+        if setting.definition.joint or not self._factors_fit(setting):
+            step = max(1, len(self.requests))
         for start in range(0, len(self.requests), step):
             yield from self._edits(self.requests[start : start + step], setting)
+
+    def _factors_fit(self, setting: Setting) -> bool:
+        """Whether no second moment is factorised anew for each of several batches."""
+        if self.editor.moments is None or not setting.definition.needs_moments:
+            return True
+        session = self.editor.session
+        edited = setting.edited(self.plan.layers, session.sizes.depth)
+        return factors_fit(self.editor.moments, edited, session.device)
 
     def _edits(self, requests: Sequence[Request], setting: Setting) -> Iterator[list[Edit]]:
         return self.editor.batches(requests, setting.method, self.plan.layers, setting.window, setting.hparams)

@@ -25,6 +25,7 @@ PART_SECONDS = 5.0
 PART_SHARE = 0.05
 _TABLES = ("traces", "severed", "zeroed", "gradients", "edits", "probes", "metrics", "texts")
 _NAMES = (*_TABLES, "deltas", "plots", "run.json")  # the last to go says that the rest is ours
+MOMENTS = "moments.safetensors"
 
 
 class ResultError(CausalconeError):
@@ -51,7 +52,9 @@ class ResultFolder:
         self.configuration = {**configuration, "schema": SCHEMA_VERSION, "versions": versions()}
         with writing(f"to {self.path}"):
             refuse_occupied(self.path, overwrite)
-            clear(self.path, _NAMES)
+            left = self.path / MOMENTS  # by the run before, unless it is where this one has its moments from
+            given = Path(str(configuration.get("moments_given"))).resolve() == left.resolve()
+            clear(self.path, _NAMES if given or not (self.path / "run.json").exists() else (MOMENTS, *_NAMES))
             self.path.mkdir(parents=True, exist_ok=True)
             self._write_run("running")
 

@@ -128,6 +128,11 @@ def test_moments_can_be_collected_on_the_way(user, tmp_path, run):
     assert_same(read(second), read(first))
     kept = cc.Moments.load(second / "moments.safetensors")
     assert (kept.layers, kept.source) == ((1, 2), str(user / "texts.txt"))
+    again = arguments(user, second, *FAST, "--overwrite", moments=second / "moments.safetensors", **method)
+    assert run(*again)[0] == 0
+    assert cc.Moments.load(second / "moments.safetensors").layers == (1, 2), "it was given"
+    assert run(*arguments(user, second, *FAST, "--overwrite", **method))[0] == 0
+    assert not (second / "moments.safetensors").exists(), "of the run before"
 
 
 def test_without_moments_they_are_of_text_that_the_model_writes(user, tmp_path, run, monkeypatch):

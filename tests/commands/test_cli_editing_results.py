@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 import causalcone as cc
 from causalcone.analysis import mean_scores, read_edits, read_metrics, read_probes, read_texts, scores
 from causalcone.engine.edit.deltas.delta import load_delta
+from causalcone.engine.edit.moments import moments as moments_module
 from causalcone.engine.edit.scoring.tables import edit_batch
 from causalcone.runners.commands.app import main
 from causalcone.runners.edits import study as edit_study
@@ -273,6 +274,24 @@ def test_a_folder_is_not_overwritten_unasked(user, tmp_path, run):
     assert run(*arguments(user, out, *FAST, "--overwrite", **{**one, "layers": "2"}))[0] == 0
     assert read_edits(out / "edits")["layer"].to_list() == [2]
     assert not (out / "deltas").exists()
+
+
+def test_a_study_factorises_each_moment_once_however_few_are_kept(user, tmp_path, run, monkeypatch):
+    """Where all are kept, edits come in batches of few."""
+    factorised, factorise = [], torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda matrix: factorised.append(1) or factorise(matrix))
+    monkeypatch.setattr(edit_study, "EDITS_AT_ONCE", 8)
+    batches, jobs = edit_study.EditStudy._edits, []
+    monkeypatch.setattr(
+        edit_study.EditStudy, "_edits", lambda self, *more: jobs.append(len(more[0])) or batches(self, *more)
+    )
+    methods = {"method": "rome", "layers": "0,1,2"}
+    for room, sizes in ((2**32, [2, 2, 2]), (1, [6])):
+        monkeypatch.setattr(moments_module, "_FACTOR_BYTES", room)
+        factorised.clear()
+        jobs.clear()
+        assert run(*arguments(user, tmp_path / "out", *FAST, "--overwrite", **methods))[0] == 0
+        assert (len(factorised), jobs[1:]) == (3, sizes), "the first job is the check of all"
 
 
 def test_help_has_examples(run):

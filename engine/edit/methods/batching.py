@@ -19,6 +19,7 @@ from causalcone.engine.run.scheduler import Budget
 from causalcone.engine.run.session import Session
 
 _SHARE_OF_WEIGHTS = 0.25
+_WAITING = 0.125
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -53,10 +54,14 @@ class Batching:
         return list(fitting(items, weight, share * self.budget.for_rows))
 
     def of_tasks(self, tasks: Iterable[EditTask], at: Collection[int]) -> list[list[EditTask]]:
-        """Requests whose contexts, passed through the unedited model, take half of the budget."""
+        """Requests whose contexts, passed through the unedited model, take less than half of the budget."""
         return self.of_items(
-            tasks, lambda task: self._unedited_bytes(task, at), lambda task: edit_name(task.request), 0.5
+            tasks, lambda task: self._unedited_bytes(task, at), lambda task: edit_name(task.request), 0.5 - _WAITING
         )
+
+    def waiting(self, items: Iterable[Item], weigh: Callable[[Item], int]) -> list[list[Item]]:
+        """Consecutive items that wait together, beside one that is worked on."""
+        return list(fitting(items, weigh, _WAITING * self.budget.for_rows))
 
     def of_vectors(
         self, edits: Sequence[tuple[int, int]], search: ValueOptimizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import starmap
+from itertools import chain
 
 import numpy as np
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 from causalcone.engine.edit.deltas.delta import Delta, LowRank
 from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.methods.hparams import MemitHparams
-from causalcone.engine.edit.methods.method import Method, VectorMethod
-from causalcone.engine.edit.methods.value_search import EditObjective, FoundValue, ValueOptimizer
+from causalcone.engine.edit.methods.method import Found, Method, Turns, VectorMethod, layers_outermost
+from causalcone.engine.edit.methods.value_search import EditObjective, FoundValue
 from causalcone.engine.edit.requests.prompts import EditTask
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
@@ -60,20 +60,28 @@ class Memit(VectorMethod):
         prefixes = np.repeat(texts, count), spans(np.zeros_like(count), count)
         return {("inputs", window.layers[0]): prefixes for window in windows}
 
-    def prefixes(self, window: Window, search: ValueOptimizer, values: Sequence[FoundValue]) -> list[Prefixes]:
+    def held(self, task: EditTask, windows: Sequence[Window]) -> int:
+        """The rows of its contexts on their way through every window, and the changes that are made there."""
+        sizes, rows = self.model.batching.sizes, sum(prompted.lookup + 1 for prompted in task.prompts[:-1])
+        changed = sum(len(window.layers) for window in windows) * self._wide.itemsize * (sizes.hidden + sizes.inner)
+        return len(windows) * rows * sizes.hidden * self.model.layers.dtype.itemsize + changed
+
+    def prefixes(self, window: Window, found: Found) -> list[Prefixes]:
         """The contexts of the requests that found their vector, if there are any."""
+        values = found.at(window)
         numbers = [number for number, value in enumerate(values) if value.reason is None]
         if not numbers:
             return []
         goal = torch.stack([values[number].base + values[number].delta for number in numbers])
-        return [Prefixes(self.model.layers, window, search, numbers, goal)]
+        return [Prefixes(self.model.layers, window, found, numbers, goal)]
 
-    def edits(
-        self, requests: Sequence[Request], window: Window, search: ValueOptimizer, values: Sequence[FoundValue]
-    ) -> list[Edit]:
+    def edits(self, window: Window, found: Found) -> Turns[list[Edit]]:
+        requests, values, groups = found.requests, found.at(window), self.prefixes(window, found)
+        del found  # all windows' rows
         changes: list[dict[int, LowRank]] = [{} for value in values if value.reason is None]
-        for prefixes in self.prefixes(window, search, values):
-            for number, layer in enumerate(window.layers):
+        for number, layer in enumerate(window.layers):
+            yield layer
+            for prefixes in groups:
                 keys, missing = prefixes.look(layer)
                 rest = missing / (len(window.layers) - number)
                 right = self.model.solve(layer, keys.T).T.to(keys.device)
@@ -107,27 +115,36 @@ class JointMemit(Memit):
     def joint(self, requests: Sequence[Request], windows: Sequence[Window]) -> Iterator[JointEdit]:
         """For each window, one change of the model for all requests together."""
         tasks = self.model.tasks(requests)
-        groups = [(window, self.model.batching.of_tasks(tasks, window.layers[-1:])) for window in windows]
-        return starmap(self._together, groups)
+        rounds = self.rounds(windows, lambda window: sum(self.held(task, [window]) for task in tasks), windows)
+        groups = [self.groups(tasks, together) for together in rounds]
+        return chain.from_iterable(map(self._together, rounds, groups))
 
     @torch.inference_mode(False)
-    def _together(self, window: Window, batches: Sequence[Sequence[EditTask]]) -> JointEdit:
+    def _together(self, windows: Sequence[Window], batches: Sequence[Sequence[EditTask]]) -> list[JointEdit]:
         self.model.layers.forget()
-        groups: list[Prefixes] = []
-        values: list[FoundValue] = []
+        groups: list[list[Prefixes]] = [[] for _ in windows]
+        values: list[list[FoundValue]] = [[] for _ in windows]
         for tasks in batches:
-            search, found = self.find(tasks, [window])
-            groups += self.prefixes(window, search, list(found.values()))
-            values += found.values()
-        delta = self._solve_together(window, groups)
+            found = self.find(tasks, windows)
+            for number, window in enumerate(windows):
+                groups[number] += self.prefixes(window, found)
+                values[number] += found.at(window)
+            del found  # all windows' rows
+        deltas = layers_outermost(map(self._solve_together, windows, groups))
         self.model.layers.forget()
         requests = tuple(task.request for tasks in batches for task in tasks)
-        return JointEdit(requests, window, tuple(values), delta, self.model.judged)
+        return [
+            JointEdit(requests, window, tuple(of_window), delta, self.model.judged)
+            for window, of_window, delta in zip(windows, values, deltas, strict=True)
+        ]
 
-    def _solve_together(self, window: Window, groups: Sequence[Prefixes]) -> Delta | None:
+    def _solve_together(self, window: Window, groups: Sequence[Prefixes]) -> Turns[Delta | None]:
         """The change that takes all keys to their goals, layer by layer; None where no request found its vector."""
         changes: dict[int, LowRank] = {}
-        for number, layer in enumerate(window.layers if groups else ()):
+        for number, layer in enumerate(window.layers):
+            yield layer
+            if not groups:
+                continue
             seen = []
             for prefixes in groups:
                 seen.append(prefixes.look(layer))
@@ -175,12 +192,10 @@ class Prefixes:
     """The contexts up to the lookups of n requests, each bare prompt first, on their way through the window, whose last
     layer's outputs at the bare prompts' ends are to become the goal (n, hidden)."""
 
-    def __init__(
-        self, layers: Layers, window: Window, search: ValueOptimizer, numbers: Sequence[int], goal: Tensor
-    ) -> None:
-        """numbers: of the requests, among those of the search."""
+    def __init__(self, layers: Layers, window: Window, found: Found, numbers: Sequence[int], goal: Tensor) -> None:
+        """numbers: of the requests, among those found."""
         self.layers, self.window, self.goal = layers, window, goal.double()
-        lengths = search.objective.prompts.lookup[search.objective.contexts] + 1
+        lengths = found.objective.prompts.lookup[found.objective.contexts] + 1
         starts = (np.cumsum(lengths) - lengths.ravel()).reshape(lengths.shape)
         n, contexts = len(numbers), lengths.shape[1]
         order = in_order(lengths[list(numbers)].ravel())
@@ -204,7 +219,7 @@ class Prefixes:
         )
         self.lookup = lookup.view(n, contexts)
         self.at = window.layers[0]
-        self.rows = search.unedited.rows["inputs", self.at].index_select(0, picked)
+        self.rows = found.rows["inputs", self.at].index_select(0, picked)
         self._passed: Passed | None = None
 
     @torch.no_grad()

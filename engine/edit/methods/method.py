@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
 from itertools import starmap
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from causalcone.engine.edit.deltas.delta import Dense, LowRank
 from causalcone.engine.edit.methods.batching import Batching
 from causalcone.engine.edit.methods.edits import Edit, suspicion
 from causalcone.engine.edit.methods.hparams import Hparams, ValueHparams
-from causalcone.engine.edit.methods.value_search import EditObjective, FoundValue, Site, ValueOptimizer
+from causalcone.engine.edit.methods.value_search import EditObjective, FoundValue, Site
+from causalcone.engine.edit.moments.moments import Moments, factors_fit
 from causalcone.engine.edit.requests.prompts import EditTask, Encoder
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window, as_layers, as_windows
@@ -24,8 +26,8 @@ from causalcone.engine.edit.runs.frozen_prefix import Wanted
 from causalcone.engine.edit.runs.layers import Layers
 from causalcone.engine.errors import ExperimentError
 
-if TYPE_CHECKING:
-    from causalcone.engine.edit.moments.moments import Moments
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,20 @@ class EditMaker(Protocol):
 
 
 @dataclass(frozen=True)
+class Found:
+    """Vectors of requests: values by request, a number, and layer; rows: what a method keeps of the unedited model."""
+
+    requests: Sequence[Request]
+    objective: EditObjective
+    rows: Mapping[tuple[str, int], Tensor]
+    values: Mapping[tuple[int, int], FoundValue]
+
+    def at(self, window: Window) -> list[FoundValue]:
+        """The vector of each request at the end of a window."""
+        return [self.values[number, window.layers[-1]] for number in range(len(self.requests))]
+
+
+@dataclass(frozen=True)
 class VectorMethod:
     """Base of the methods that find a vector at the end of each window first, and then the change of its layers."""
 
@@ -85,39 +101,79 @@ class VectorMethod:
     hparams: ValueHparams
 
     def batches(self, requests: Sequence[Request], windows: Sequence[Window]) -> Iterator[list[Edit]]:
-        batching, ends = self.model.batching, sorted({window.layers[-1] for window in windows})
-        groups = batching.of_tasks(self.model.tasks(requests), ends)
-        return (batching.run(group, lambda tasks: self._batch(tasks, windows)) for group in groups)
+        groups = self.groups(self.model.tasks(requests), windows)
+        rounds = self.rounds(groups, lambda group: sum(self.held(task, windows) for task in group), windows)
+        tasks_of = ([task for group in groups for task in group] for groups in rounds)
+        return (self.model.batching.run(tasks, lambda tasks: self._batch(tasks, windows)) for tasks in tasks_of)
 
-    def find(
-        self, tasks: Sequence[EditTask], windows: Sequence[Window]
-    ) -> tuple[ValueOptimizer, dict[tuple[int, int], FoundValue]]:
-        """The search, and by request and last layer the vectors of requests in windows."""
+    def groups(self, tasks: Sequence[EditTask], windows: Sequence[Window]) -> list[list[EditTask]]:
+        """The requests whose vectors are searched together."""
+        return self.model.batching.of_tasks(tasks, {window.layers[-1] for window in windows})
+
+    def rounds(self, items: Sequence[Item], held: Callable[[Item], int], windows: Sequence[Window]) -> list[list[Item]]:
+        """The items of work that go through the layers together, so that a factor serves them all: where the factors of
+        all layers are kept each goes alone, and comes sooner. held: bytes of an item that waits for its layers."""
+        assert self.model.moments is not None
+        edited = {layer for window in windows for layer in window.layers}
+        if factors_fit(self.model.moments, edited, self.model.layers.device):
+            return [[item] for item in items]
+        return self.model.batching.waiting(items, held)
+
+    def find(self, tasks: Sequence[EditTask], windows: Sequence[Window]) -> Found:
         objective, ends = EditObjective.of(tasks), sorted({window.layers[-1] for window in windows})
-        search = objective.search(self.model.layers, ends, self.site, self.hparams, self.more(objective, windows))
+        more = self.more(objective, windows)
+        search = objective.search(self.model.layers, ends, self.site, self.hparams, more)
         wanted = [(number, end) for number in range(len(tasks)) for end in ends]
-        return search, dict(self.model.batching.of_vectors(wanted, search))
+        values = dict(self.model.batching.of_vectors(wanted, search))
+        return Found(
+            [task.request for task in tasks], objective, {key: search.unedited.rows[key] for key in more}, values
+        )
 
     @torch.inference_mode(False)
     def _batch(self, tasks: Sequence[EditTask], windows: Sequence[Window]) -> list[Edit]:
         self.model.layers.forget()
-        search, found = self.find(tasks, windows)
-        requests, by_window = [task.request for task in tasks], []
-        for window in windows:
-            values = [found[number, window.layers[-1]] for number in range(len(tasks))]
-            by_window.append(self.edits(requests, window, search, values))
+        made = layers_outermost(edits for group in self.groups(tasks, windows) for edits in self._begun(group, windows))
         self.model.layers.forget()
-        return [edit for edits in zip(*by_window, strict=True) for edit in edits]
+        by_group = zip(*[iter(made)] * len(windows), strict=True)
+        return [edit for by_window in by_group for edits in zip(*by_window, strict=True) for edit in edits]
+
+    def _begun(self, tasks: Sequence[EditTask], windows: Sequence[Window]) -> list[Turns[list[Edit]]]:
+        found = self.find(tasks, windows)
+        return [self.edits(window, found) for window in windows]
 
     def more(self, objective: EditObjective, windows: Sequence[Window]) -> Wanted:
-        """What is kept of the unedited model beside what the search needs."""
+        """What is kept of the unedited model for ``edits``."""
         raise NotImplementedError
 
-    def edits(
-        self, requests: Sequence[Request], window: Window, search: ValueOptimizer, values: Sequence[FoundValue]
-    ) -> list[Edit]:
+    def held(self, task: EditTask, windows: Sequence[Window]) -> int:
+        """Bytes that ``edits`` of a request keep while they wait for their layers."""
+        raise NotImplementedError
+
+    def edits(self, window: Window, found: Found) -> Turns[list[Edit]]:
         """The edit of each request in a window, from its vector."""
         raise NotImplementedError
+
+
+Turns = Generator[int, None, Result]
+"""A computation that names each layer whose second moment it is to use, in rising order, before it uses it."""
+
+
+def layers_outermost(parts: Iterable[Turns[Result]]) -> list[Result]:
+    """The results of computations that take turns: all that use a layer's moment do so one after the other. Each begins
+    before the next is made."""
+    begun: list[Turns[Result]] = []
+    turns: list[tuple[int, int]] = []
+    results: dict[int, Result] = {}
+    for number, part in enumerate(parts):
+        begun.append(part)
+        heappush(turns, (next(part), number))
+    while turns:
+        _, number = heappop(turns)
+        try:
+            heappush(turns, (next(begun[number]), number))
+        except StopIteration as end:
+            results[number] = end.value
+    return [results[number] for number in range(len(begun))]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

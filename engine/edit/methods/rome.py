@@ -10,9 +10,9 @@ from torch import Tensor
 from causalcone.engine.edit.deltas.delta import Delta, LowRank
 from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.methods.hparams import RomeHparams
-from causalcone.engine.edit.methods.method import Method, VectorMethod
-from causalcone.engine.edit.methods.value_search import EditObjective, FoundValue, Goal, ValueOptimizer
-from causalcone.engine.edit.requests.requests import Request
+from causalcone.engine.edit.methods.method import Found, Method, Turns, VectorMethod
+from causalcone.engine.edit.methods.value_search import EditObjective, Goal
+from causalcone.engine.edit.requests.prompts import EditTask
 from causalcone.engine.edit.requests.windows import Window
 from causalcone.engine.edit.runs.frozen_prefix import Wanted
 
@@ -24,32 +24,38 @@ class Rome(VectorMethod):
     hparams: RomeHparams
 
     def more(self, objective: EditObjective, windows: Sequence[Window]) -> Wanted:
-        return {("keys", window.layer): objective.prompts.lookups for window in windows}
+        lookups = objective.prompts.lookups
+        return {(name, window.layer): lookups for window in windows for name in ("keys", "values")}
 
-    def edits(
-        self, requests: Sequence[Request], window: Window, search: ValueOptimizer, values: Sequence[FoundValue]
-    ) -> list[Edit]:
-        seen, goals = search.unedited.rows, search.objective.goals
-        bare, mean = _bare_and_mean(seen["keys", window.layer], goals)
-        own, usual = _bare_and_mean(seen["values", window.layer], goals)
+    def held(self, task: EditTask, windows: Sequence[Window]) -> int:
+        """Two keys and two values, in float64, of each layer."""
+        sizes = self.model.batching.sizes
+        return len(windows) * 16 * (sizes.inner + sizes.hidden)
+
+    def edits(self, window: Window, found: Found) -> Turns[list[Edit]]:
+        goals, requests, values = found.objective.goals, found.requests, found.at(window)
+        bare, mean = _bare_and_mean(found.rows["keys", window.layer], goals)
+        own, usual = _bare_and_mean(found.rows["values", window.layer], goals)
+        del found  # all contexts' rows
         choices = {"published": (mean, bare, own), "mean": (mean, mean, usual), "prompt": (bare, bare, own)}
         along, key, given = choices[self.hparams.keys]
+        yield window.layer
         solved = self.model.solve(window.layer, along.T).T.to(key.device)
         u = solved / solved.norm(dim=1, keepdim=True)
         reached, normal = (key * u).sum(1), (along * u).sum(1)
-        edits = []
+        edits, alignments = [], (reached / normal).tolist()
         for n, (request, value) in enumerate(zip(requests, values, strict=True)):
             missing = value.delta.double() + (own[n] - given[n])
             change = LowRank((missing / reached[n])[:, None], u[n, :, None]).to(value.delta.device, value.delta.dtype)
             edit = value.edit(request, ROME.name, window, None if value.reason else Delta({window.layer: change}))
-            edits.append(replace(edit, key_alignment=(reached[n] / normal[n]).item()))
+            edits.append(replace(edit, key_alignment=alignments[n]))
         return edits
 
 
 def _bare_and_mean(rows: Tensor, goals: Sequence[Goal]) -> tuple[Tensor, Tensor]:
     """Of each goal's rows in float64 (goals, width): that of the bare prompt, and the mean over all contexts."""
     bare = torch.stack([rows[goal.contexts[0]] for goal in goals]).double()
-    return bare, torch.stack([rows[list(goal.contexts)].double().mean(0) for goal in goals])
+    return bare, torch.stack([rows[goal.contexts[0] : goal.essence].double().mean(0) for goal in goals])
 
 
 ROME = Method(

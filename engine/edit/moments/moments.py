@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -156,9 +156,7 @@ class Moments:
                 f"keys {tuple(keys.shape)} for the moment of layer {layer}; give them as ({len(matrix)}, n)"
             )
         ridge = self.ridge if ridge is None else _checked_ridge(ridge)
-        if keys.device.type == "cuda":
-            free = free_bytes(keys.device) + self._factors.held
-            self._factors.limit = max(_FACTOR_BYTES, int(_SHARE_FOR_FACTORS * free))
+        self._room(keys.device)
         factor = self._factors.get((layer, ridge, keys.device), lambda: self._factorised(layer, ridge, keys.device))
         return factor.solve(keys)
 
@@ -225,6 +223,13 @@ class Moments:
         """
         return cls(*read_moments(path, layers))
 
+    def _room(self, device: torch.device) -> int:
+        """Bytes of factors that are kept."""
+        if device.type == "cuda":
+            free = free_bytes(device) + self._factors.held
+            self._factors.limit = max(_FACTOR_BYTES, int(_SHARE_FOR_FACTORS * free))
+        return self._factors.limit
+
     def _matrix(self, layer: int) -> Tensor:
         if layer not in self.matrices:
             raise ExperimentError(f"there is no moment of layer {layer}, only of {_listed(self.matrices)}; collect it")
@@ -254,6 +259,11 @@ class Moments:
                 f"or use moments.with_ridge({0.01 if not ridge else 10 * ridge:g})"
             )
         return factor
+
+
+def factors_fit(moments: Moments, layers: Collection[int], device: torch.device) -> bool:
+    """Whether the factors of all these layers are kept from one ``solve`` on a device to the next."""
+    return len(layers) == 1 or sum(8 * moments.width(layer) ** 2 for layer in layers) <= moments._room(device)
 
 
 @dataclass(frozen=True)

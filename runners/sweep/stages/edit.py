@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
@@ -101,8 +100,7 @@ class EditStage(Stage[EditSettings]):
 
     def moment_layers(self, depth: int) -> Sequence[int]:
         chosen = [(self.layers(problem, depth), plan.of_moments) for problem, plan in self.plans.items()]
-        windows = (as_windows(layers, setting.window, depth) for layers, settings in chosen for setting in settings)
-        return [layer for window in chain.from_iterable(windows) for layer in window.layers]
+        return [layer for layers, settings in chosen for setting in settings for layer in setting.edited(layers, depth)]
 
     def units(self, selection: Selection, depth: int) -> list[StageUnits]:
         works = []
