@@ -19,7 +19,7 @@ from causalcone.engine.edit.methods.hparams import FinetuneHparams
 from causalcone.engine.edit.methods.method import EditableModel, Method
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
-from causalcone.engine.edit.runs.edited_runs import EditedRuns, Join, Prompts, changed, changing, slices
+from causalcone.engine.edit.runs.edited_runs import EditedRuns, Join, Prompts, changed, changing, stretches
 from causalcone.engine.edit.runs.flops import EditWork
 from causalcone.engine.edit.runs.frozen_prefix import FrozenPrefix, run_unedited
 from causalcone.engine.edit.runs.packed_runs import Text
@@ -61,16 +61,18 @@ class Finetune:
         """Weights and what Adam keeps of them; rows at all layers after the first that is edited."""
         _, texts, window = item
         sizes, dtype = self.model.batching.sizes, self.model.layers.dtype
-        wide = torch.promote_types(dtype, torch.float32).itemsize
+        wide = torch.promote_types(dtype, torch.float32)
         rows = sum(map(len, texts))
-        trained = 3 * len(window.layers) * sizes.hidden * sizes.inner * wide
+        each = 3 * wide.itemsize + (dtype.itemsize if dtype != wide else 0)
+        trained = len(window.layers) * sizes.hidden * sizes.inner * each
         saved = rows * (sizes.depth - window.layers[0]) * self.model.batching.saved_row_bytes
         kept = rows * dtype.itemsize * (2 * sizes.hidden + sizes.inner)
         return trained + saved + kept
 
 
 class _Trained:
-    """The change of one weight: (hidden, inner), and (hidden,) of its bias, zero at first, under Adam."""
+    """The change of one weight: (hidden, inner), and (hidden,) of its bias, zero at first, under Adam. narrow: the same
+    in the dtype of the pass, as of the last step."""
 
     def __init__(self, block: Block, dtype: torch.dtype, hparams: FinetuneHparams, backends: Backends) -> None:
         weight, bias = block.down.weight, block.down.bias
@@ -79,6 +81,7 @@ class _Trained:
         self.moving_bias = None if bias is None else AdamState.zeros_like(bias, dtype)
         self.leaf = torch.zeros((), dtype=dtype, device=weight.device, requires_grad=True)
         self.products: list[tuple[Tensor, Tensor]] = []
+        self.narrow = self.change.to(weight.device, weight.dtype)
 
     def add(self, keys: Tensor) -> Tensor:
         """The addition to values (R, hidden), from keys (R, inner), to which gradient flows; ``step`` uses it."""
@@ -93,6 +96,7 @@ class _Trained:
         if self.moving_bias is not None:
             self.moving_bias.step(slopes.sum(0).to(self.moving_bias.change.dtype), lr)
             self.moving_bias.change.clamp_(-bound, bound)
+        self.narrow = self.change.to(keys.device, keys.dtype)
         self.products.clear()
 
     @property
@@ -104,13 +108,13 @@ class _WeightProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keys: Tensor, leaf: Tensor, trained: _Trained) -> Tensor:
         ctx.keys, ctx.trained = keys, trained
-        return trained.change.to(keys.device, keys.dtype).product(keys)
+        return trained.narrow.product(keys)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         trained: _Trained = ctx.trained
         trained.products.append((ctx.keys, grads[0]))
-        return grads[0] @ trained.moving.change.to(grads[0].dtype) if ctx.needs_input_grad[0] else None, None, None
+        return grads[0] @ trained.narrow.weight if ctx.needs_input_grad[0] else None, None, None
 
 
 class _EditBatch:
@@ -206,7 +210,7 @@ class _Pass:
 
     def _joining(self, block: Block, layer: int, join: Join) -> Tensor:
         mid, keys, values = (self.batch.unedited.rows[name, layer].index_select(0, join.tails) for name in _KEPT)
-        parts = [(rows, self.additions[edit][layer]) for edit, rows in slices(join.edits, join.rows)]
+        parts = [(count, self.additions[edit][layer]) for edit, count in stretches(join.edits, join.rows)]
         return mid + block.mlp_out(changed(keys, values, parts))
 
 

@@ -74,30 +74,30 @@ def changing(additions: Sequence[Mapping[int, Addition]]) -> Changing:
     """The change of runs by the additions of their edits, by layer."""
 
     def change(layer: int, live: Join, read_only: bool) -> Change | None:
-        if not any(layer in by_layer for by_layer in additions):
+        here = np.array([layer in by_layer for by_layer in additions])[live.of]
+        if not here.any():
             return None
-        rows = live.runs.read if read_only else live.runs.rows
-        parts = [(at, additions[edit].get(layer)) for edit, at in slices(live.of, rows)]
-        return lambda keys, values: changed(keys, values, parts)
+        owners = np.where(here, live.of, -1)  # neighbours without a change stay together
+        parts = stretches(owners, live.runs.read if read_only else live.runs.rows)
+        adding = [(count, None if edit < 0 else additions[edit][layer]) for edit, count in parts]
+        return lambda keys, values: changed(keys, values, adding)
 
     return change
 
 
-def slices(of: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, slice]]:
-    """The rows of each edit, from the edit (N,) and the number of rows (N,) of each run: neighbours are one slice."""
-    if not len(of):
-        return
-    ends = np.cumsum(rows)
-    last = np.flatnonzero(np.append(of[1:] != of[:-1], True))
-    start = 0
-    for run in last:
-        yield int(of[run]), slice(start, int(ends[run]))
-        start = int(ends[run])
+def stretches(of: np.ndarray, rows: np.ndarray) -> list[tuple[int, int]]:
+    """Runs of one edit that are neighbours: the edit, and how many rows they have, from the edit (N,) and the number of
+    rows (N,) of each run."""
+    first = np.flatnonzero(np.append(True, of[1:] != of[:-1])[: len(of)])
+    return list(zip(of[first].tolist(), np.add.reduceat(rows, first).tolist() if len(of) else [], strict=True))
 
 
-def changed(keys: Tensor, values: Tensor, additions: Sequence[tuple[slice, Addition | None]]) -> Tensor:
-    """New values: all rows, slice by slice in order and without gaps, with their additions. Gradient flows."""
-    return torch.cat([values[at] if add is None else values[at] + add(keys[at]) for at, add in additions])
+def changed(keys: Tensor, values: Tensor, additions: Sequence[tuple[int, Addition | None]]) -> Tensor:
+    """New values: all rows, stretch by stretch in order, with their additions. Gradient flows."""
+    counts = [count for count, _ in additions]
+    # split, not sliced: the gradient of a slice goes through all rows
+    parts = zip(keys.split(counts), values.split(counts), additions, strict=True)
+    return torch.cat([own if add is None else own + add(key) for key, own, (_, add) in parts])
 
 
 class EditedRuns:

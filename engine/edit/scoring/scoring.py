@@ -14,7 +14,7 @@ from causalcone.engine.edit.deltas.delta import Dense, LowRank
 from causalcone.engine.edit.methods.batching import Batching, edit_name
 from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.requests.windows import check_layer
-from causalcone.engine.edit.runs.edited_runs import Addition, EditedPass, EditedRuns, Join, Prompts, changing, slices
+from causalcone.engine.edit.runs.edited_runs import Addition, EditedPass, EditedRuns, Join, Prompts, changing, stretches
 from causalcone.engine.edit.runs.layers import Layers, Passed
 from causalcone.engine.edit.runs.packed_runs import Runs
 from causalcone.engine.edit.scoring.probes import ProbeSet
@@ -198,8 +198,10 @@ class _ScoringPass:
         assert base is not None
         assert base.keys is not None
         values = base.values.index_select(0, join.tails)
-        for edit, rows in slices(join.edits, join.rows):
-            values[rows] += self.additions[edit][layer](base.keys.index_select(0, join.tails[rows]))
+        parts = stretches(join.edits, join.rows)
+        counts = [count for _, count in parts]
+        for (edit, _), own, tails in zip(parts, values.split(counts), join.tails.split(counts), strict=True):
+            own.add_(self.additions[edit][layer](base.keys.index_select(0, tails)))
         return base.mid.index_select(0, join.tails) + self.layers.by_tiles(block.mlp_out, values)
 
     def _read(
