@@ -53,6 +53,11 @@ class Packet:
         return _with(self.values, iter(tensors))
 
 
+def send(values: Any, device: torch.device) -> Any:
+    """The arrays of tuples on a device, after one copy."""
+    return Packet.of(values, device).send(device)
+
+
 def _space(array: np.ndarray) -> int:
     """Elements that an array takes in a packet: the next begins where kernels can read 16 bytes at once."""
     return -(-array.size // 4) * 4

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from causalcone.engine.errors import ModelError
+from causalcone.kernels.transfer import fetch
 
 
 @torch.no_grad()
@@ -49,14 +50,22 @@ def refuse_changed(model: Any, modules: dict[str, type]) -> None:
 
 def refuse_unfinite(model: Any) -> None:
     """Raise ``ModelError`` naming the first parameter in memory that holds NaN or infinity."""
-    for name, parameter in model.named_parameters():
-        if not parameter.is_meta and not is_finite(parameter.detach()):
+    there = {name: parameter.detach() for name, parameter in model.named_parameters() if not parameter.is_meta}
+    finite = {name: fetch(_finite(values)) for name, values in there.items()}  # all before the first is waited for
+    for name, fetched in finite.items():
+        if not fetched.wait()[0]:
             raise ModelError(f"the parameter {name} holds NaN or infinity; the weights are damaged, load them again")
 
 
 def is_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite."""
-    return not values.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+    return bool(_finite(values))
+
+
+def _finite(values: Tensor) -> Tensor:
+    if not values.numel():
+        return torch.ones((), dtype=torch.bool)
+    return torch.isfinite(torch.stack(torch.aminmax(values))).all()
 
 
 def _hooks(module: torch.nn.Module) -> bool:

@@ -19,13 +19,14 @@ from causalcone.engine.edit.methods.hparams import FinetuneHparams
 from causalcone.engine.edit.methods.method import EditableModel, Method
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
-from causalcone.engine.edit.runs.edited_runs import EditedRuns, Join, Prompts, changed, changing, stretches
+from causalcone.engine.edit.runs.edited_runs import EditedRuns, Join, Prompts, changed, changing
 from causalcone.engine.edit.runs.flops import EditWork
 from causalcone.engine.edit.runs.frozen_prefix import FrozenPrefix, run_unedited
 from causalcone.engine.edit.runs.packed_runs import Text
 from causalcone.engine.models.base import Block
 from causalcone.kernels.adam import AdamState
 from causalcone.kernels.backends import Backends
+from causalcone.kernels.transfer import fetch, send
 
 
 class Item(NamedTuple):
@@ -190,27 +191,30 @@ class _Pass:
         texts = np.concatenate([batch.texts[item] for item in live])
         self.cone = EditedRuns(batch.layers, batch.prompts, batch.first[live], of, texts)
         self.additions = [{layer: trained.add for layer, trained in batch.trained[item].items()} for item in live]
+        self.changing = changing(self.additions)
         self.leaves = [trained.leaf for item in live for trained in batch.trained[item].values()]
         requests = [batch.items[item].request for item in live]
-        owners, device = of[self.cone.order], batch.layers.device
-        self.targets = torch.tensor([token for owner in owners for token in requests[owner].target], device=device)
-        self.owner = torch.from_numpy(np.repeat(owners, [len(requests[owner].target) for owner in owners])).to(device)
-        self.erases = torch.tensor([request.erases for request in requests], device=device)
+        owners = of[self.cone.order]
+        targets = np.array([token for owner in owners for token in requests[owner].target])
+        of_token = np.repeat(owners, [len(requests[owner].target) for owner in owners])
+        erases = np.array([request.erases for request in requests])
+        sent, self.owner, erases = send((targets, of_token, erases), batch.layers.device)
+        self.targets, self.erases = sent.long(), erases.bool()
 
     def evaluate(self) -> np.ndarray:
         """The loss of each item; the gradients of its weights are left with them."""
         with torch.enable_grad():
-            states = self.cone.read_out(self._joining, changing(self.additions))
+            states = self.cone.read_out(self._joining, self.changing)
             log_p = self.batch.layers.readout().log_probability(states, self.targets)
             none = torch.zeros(self.count, dtype=torch.float64, device=log_p.device)
             nll = none.index_add(0, self.owner, -log_p)
             loss = torch.where(self.erases, torch.exp(-nll), nll)
             torch.autograd.grad(loss.sum(), self.leaves, allow_unused=True)  # the products keep what they need
-        return loss.detach().cpu().numpy()
+        return fetch(loss.detach()).wait()[0].numpy()
 
     def _joining(self, block: Block, layer: int, join: Join) -> Tensor:
         mid, keys, values = (self.batch.unedited.rows[name, layer].index_select(0, join.tails) for name in _KEPT)
-        parts = [(count, self.additions[edit][layer]) for edit, count in stretches(join.edits, join.rows)]
+        parts = [(count, self.additions[edit][layer]) for edit, count in join.stretches]
         return mid + block.mlp_out(changed(keys, values, parts))
 
 

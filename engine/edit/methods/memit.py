@@ -23,6 +23,7 @@ from causalcone.engine.edit.runs.layers import Layers, Passed
 from causalcone.engine.edit.runs.packed_runs import Runs, in_order, spans
 from causalcone.engine.errors import ExperimentError
 from causalcone.kernels.tiles import pieces
+from causalcone.kernels.transfer import send
 
 Update = Callable[[Tensor, slice], Tensor]
 """What a change adds to the values (R, hidden) of rows with keys (R, inner): a slice of all rows."""
@@ -206,18 +207,17 @@ class Prefixes:
         bare_end = np.empty(n, dtype=np.int64)
         bare_end[order[bare] // contexts] = np.cumsum(bare_count) - 1
 
-        self.runs, self.bare_runs = (Runs.whole(counts, layers.device) for counts in (count, bare_count))
-        picked, lookup, self.bare, self.bare_lookup, self.request = (
-            torch.from_numpy(index).to(layers.device)
-            for index in (
-                spans(starts[list(numbers)].ravel()[order], count),
-                (first + count - 1)[np.argsort(order)],
-                spans(first[bare], bare_count),
-                bare_end,
-                np.repeat(order // contexts, count),
-            )
+        indices = (
+            Runs.whole(count),
+            Runs.whole(bare_count),
+            spans(starts[list(numbers)].ravel()[order], count),
+            (first + count - 1)[np.argsort(order)].reshape(n, contexts),
+            spans(first[bare], bare_count),
+            bare_end,
+            np.repeat(order // contexts, count),
         )
-        self.lookup = lookup.view(n, contexts)
+        sent = send(indices, layers.device)
+        self.runs, self.bare_runs, picked, self.lookup, self.bare, self.bare_lookup, self.request = sent
         self.at = window.layers[0]
         self.rows = found.rows["inputs", self.at].index_select(0, picked)
         self._passed: Passed | None = None

@@ -25,6 +25,7 @@ from causalcone.engine.edit.runs.frozen_prefix import FrozenPrefix, Places, Want
 from causalcone.engine.edit.runs.layers import Layers
 from causalcone.engine.models.base import Block
 from causalcone.kernels.adam import AdamState
+from causalcone.kernels.transfer import fetch, on_device, send
 
 Site = Literal["values", "out"]
 """What a vector is added to: the output of a layer's down-projection, or the layer's output."""
@@ -127,14 +128,14 @@ class ValueOptimizer:
             for row in np.flatnonzero(done).tolist():
                 values[live[row]] = _value(state.change[row], base[live[row]], step, loss[row])
             if done.any():
-                rest = torch.from_numpy(np.flatnonzero(~done)).to(base.device)
+                rest = on_device(np.flatnonzero(~done), base.device)
                 live = [edit for edit, is_done in zip(live, done, strict=True) if not is_done]
-                gradient, loss = gradient[rest], loss[~done]
+                gradient, loss, size = gradient[rest], loss[~done], size[rest]
                 state.keep(rest)
-                readings = _Readings(self, [edits[i] for i in live], size[live])
+                readings = _Readings(self, [edits[i] for i in live], size)
             if live:
                 state.step(gradient, self.hparams.lr)
-                state.change = _clamped(state.change, self.hparams.clamp * size[live])
+                state.change = _clamped(state.change, self.hparams.clamp * size)
                 if step == self.hparams.steps - 1:
                     for row, edit in enumerate(live):
                         values[edit] = _value(state.change[row], base[edit], step + 1, loss[row])
@@ -143,13 +144,13 @@ class ValueOptimizer:
     def joining(self, block: Block, layer: int, join: Join, vectors: Tensor) -> Tensor:
         """The rows of runs after the layer where their vectors, among (E, hidden), are added."""
         kept = self.unedited.rows
-        added = vectors[torch.from_numpy(join.edits).to(vectors.device)]
+        added = vectors[join.edits]
         rows = kept["out", layer].index_select(0, join.tails)
         if self.site == "out":
             return rows.index_add(0, join.lookups, added.to(rows.dtype))
         values = (kept["values", layer].index_select(0, join.texts) + added).to(rows.dtype)
         edited = kept["mid", layer].index_select(0, join.texts) + block.mlp_out(values)
-        return rows.index_copy(0, join.lookups, edited)
+        return rows.index_copy(0, join.lookups.long(), edited)
 
     def _done(self, step: int, edits: Sequence[tuple[int, int]], loss: np.ndarray) -> np.ndarray:
         """(E,) which edits take no more step: the last one only evaluates, except where ROME erases a fact."""
@@ -186,10 +187,9 @@ class _Readings:
         # by run, then in the order of what is read: the edit, its target's tokens and their weight, or its divergence
         essence = np.concatenate([np.arange(len(members)) == len(members) - 1 for members in texts])
         order = self.cone.order
-        device = search.layers.device
         run_goal = np.array([goal for goal, _ in edits])[of]
         targets: list[int] = []
-        weights: list[float] = []
+        shares: list[int] = []
         owner: list[int] = []
         divergent: list[tuple[int, int, int]] = []
         reference: list[int] = []
@@ -202,16 +202,15 @@ class _Readings:
                 continue
             tokens = len(goal.target)
             targets += goal.target
-            weights += [1 / (tokens * len(goal.contexts))] * tokens
+            shares += [tokens * len(goal.contexts)] * tokens
             owner += [of[run]] * tokens
             reference += range(row, row + tokens)
             row += tokens
-        self.targets, self.read = (torch.tensor(column, device=device) for column in (targets, reference))
-        self.owner = torch.tensor(np.array(owner), device=device)
-        self.weights = torch.tensor(weights, dtype=torch.float64, device=device)
-        columns = torch.tensor(np.array(divergent), device=device).unbind(1)
-        self.divergent, self.divergent_owner, self.reference = columns
-        self.erases = torch.tensor([goals[goal].erases for goal, _ in edits], device=device)
+        erases = [goals[goal].erases for goal, _ in edits]
+        columns = (targets, reference, owner, shares, erases, *zip(*divergent, strict=True))
+        sent, self.read, self.owner, parts, erasing, *last = send(tuple(map(np.array, columns)), search.layers.device)
+        self.divergent, self.divergent_owner, self.reference = last
+        self.targets, self.weights, self.erases = sent.long(), parts.double().reciprocal(), erasing.bool()
 
     def evaluate(self, delta: Tensor) -> tuple[np.ndarray, Tensor]:
         """The loss (E,) of each edit, and its gradient with respect to the vectors delta (E, hidden)."""
@@ -230,4 +229,4 @@ class _Readings:
             kl = kl * (delta != 0).any(1)[self.divergent_owner]
             loss = loss + hparams.kl_factor * none.index_add(0, self.divergent_owner, kl)
             (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-        return loss.detach().cpu().numpy(), gradient
+        return fetch(loss.detach()).wait()[0].numpy(), gradient

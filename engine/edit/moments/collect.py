@@ -24,6 +24,7 @@ from causalcone.engine.errors import ExperimentError, MemoryBudgetError
 from causalcone.engine.memory import fitting
 from causalcone.engine.run.session import Session
 from causalcone.kernels.tiles import Tiles
+from causalcone.kernels.transfer import send
 
 Progress = Callable[[int, int | None], None]
 Piece = tuple[int, ...]
@@ -244,7 +245,7 @@ def _count(session: Session, plan: _Plan, pieces: Iterator[Piece], sums: Sums, p
 def _run(layers: Layers, packed: Sequence[Piece], sums: Sums) -> None:
     """One pass, up to the last layer with a sum."""
     texts = sorted(map(Text, packed), key=len)
-    runs = Runs.whole(np.array([len(text) for text in texts]), layers.device)
+    runs = send(Runs.whole(np.array([len(text) for text in texts])), layers.device)
     rows = layers.enter(texts)
     for layer in range(max(sums.by_layer) + 1):
         passed = layers.advance(layers.block(layer), rows, runs, keep_keys=layer in sums.by_layer)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from causalcone.engine.models.base import Architecture
+from causalcone.kernels.transfer import fetch
 
 _SAMPLED = 4096
 _ROUNDED = {
@@ -88,20 +89,24 @@ def _fingerprints(architecture: Architecture, layers: Collection[int]) -> dict[i
     ]
     hashes = {dtype: hashlib.sha256() for dtype in dtypes}
 
+    in_layers, top = architecture.down_projection.split("{}")[0], max(layers, default=-1)
+
+    def needed(name: str) -> bool:
+        return not name.startswith(in_layers) or int(name.removeprefix(in_layers).partition(".")[0]) <= top
+
+    # all are asked for before the first is waited for
+    samples = {name: fetch(_sample(values)) for name, values in parameters.items() if needed(name)}
+
     def add(names: Iterable[str]) -> None:
         for name in names:
-            flat = parameters[name].detach().reshape(-1)
-            count = min(len(flat), _SAMPLED)
-            sampled = torch.arange(count, device=flat.device) * (len(flat) - 1) // max(1, count - 1)
-            values = flat[sampled].cpu()
+            (values,) = samples[name].wait()
             for dtype, digest in hashes.items():
                 digest.update(repr(tuple(parameters[name].shape)).encode())
-                digest.update(values.to(dtype).view(torch.uint8).numpy())
+                digest.update(values.to(dtype).view(torch.uint8).numpy().tobytes())
 
-    in_layers = architecture.down_projection.split("{}")[0]
     add(sorted(name for name in parameters if not name.startswith(in_layers)))
     fingerprints: dict[int, dict[str, str]] = {}
-    for layer in range(max(layers, default=-1) + 1):
+    for layer in range(top + 1):
         names = sorted(name for name in parameters if name.startswith(f"{in_layers}{layer}."))
         down = architecture.down_projection.format(layer) + "."
         add(name for name in names if not name.startswith(down))
@@ -109,3 +114,10 @@ def _fingerprints(architecture: Architecture, layers: Collection[int]) -> dict[i
             fingerprints[layer] = {str(d).removeprefix("torch."): digest.hexdigest() for d, digest in hashes.items()}
         add(name for name in names if name.startswith(down))
     return fingerprints
+
+
+def _sample(parameter: torch.Tensor) -> torch.Tensor:
+    """Up to 4,096 values, evenly spaced."""
+    flat = parameter.detach().reshape(-1)
+    count = min(len(flat), _SAMPLED)
+    return flat[torch.arange(count, device=flat.device) * (len(flat) - 1) // max(1, count - 1)]

@@ -295,11 +295,9 @@ def _growth(apply: Callable[[Tensor], Tensor], like: Tensor) -> float:
     """The largest eigenvalue of a linear map, by power iteration from the same random vector each time."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(len(like), 1, generator=generator, dtype=torch.float64).to(like.device)
-    norm = 1.0
     for _ in range(_ITERATIONS):
         rows = apply(rows / torch.linalg.vector_norm(rows))
-        norm = torch.linalg.vector_norm(rows).item()
-    return norm
+    return torch.linalg.vector_norm(rows).item()
 
 
 class _Factors(RecentlyUsed[tuple[int, float, torch.device], _Factor]):

@@ -27,6 +27,7 @@ from causalcone.kernels.linear import Linear
 from causalcone.kernels.log_sums import capped
 from causalcone.kernels.row_attention import visible_keys
 from causalcone.kernels.tiles import pieces
+from causalcone.kernels.transfer import on_device, send
 
 
 def continuations(
@@ -221,10 +222,10 @@ class _TextGroup:
             for column, task in enumerate(self.tasks):
                 generator = torch.Generator().manual_seed(task.seed)
                 uniform[: task.length, column] = torch.rand(task.length, dtype=torch.float64, generator=generator)
-        uniform = uniform.to(self.device)
+        uniform = on_device(uniform, self.device)
         new = torch.zeros(len(self.tasks), steps, dtype=torch.int64, device=self.device)
         finite = torch.ones(len(self.tasks), dtype=torch.bool, device=self.device)
-        length = torch.from_numpy(self.tokens).to(self.device)
+        length = on_device(self.tokens, self.device)
         rows = self._begin()
         for step in range(steps):
             tokens, are_finite = self.model.next_tokens(rows, top_k, uniform[step, : len(rows)])
@@ -243,9 +244,8 @@ class _TextGroup:
     def _begin(self) -> Tensor:
         """Rows (texts, hidden) of the last layer at the last token of each text; its keys and values are stored."""
         texts = [task.text for task in self.tasks]
-        runs = Runs.whole(self.tokens, self.device, read=np.ones_like(self.tokens))
-        room = self.past[0].shape[1]
-        slots = torch.from_numpy(spans(np.arange(len(texts)) * room, self.tokens)).to(self.device)
+        slots = spans(np.arange(len(texts)) * self.past[0].shape[1], self.tokens)
+        runs, slots = send((Runs.whole(self.tokens, np.ones_like(self.tokens)), slots), self.device)
         rows = self.layers.enter(texts)
         for layer, (block, past) in enumerate(zip(self.model.blocks, self.past, strict=True)):
             last = layer == self.layers.depth - 1
@@ -258,7 +258,7 @@ class _TextGroup:
     def _all_rows(self, target: _ChangedTexts) -> Tensor:
         """The rows of all tokens of the texts with a change."""
         rows = spans(self.start[target.texts], self.tokens[target.texts])
-        return torch.from_numpy(rows).to(self.device)
+        return on_device(rows, self.device)
 
     def _step(self, tokens: Tensor, positions: Tensor, seen: int) -> Tensor:
         """Rows (live, hidden) of the last layer of one more token of each of the first texts, at ``positions`` (live,),

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Generic, NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ from causalcone.engine.edit.runs.frozen_prefix import FrozenPrefix, Places
 from causalcone.engine.edit.runs.layers import Change, Layers
 from causalcone.engine.edit.runs.packed_runs import Runs, Text, in_order, spans
 from causalcone.engine.models.base import Block
+from causalcone.kernels.transfer import Array, send
 
 
 @dataclass(frozen=True)
@@ -43,21 +46,20 @@ class Prompts:
         return np.cumsum(self.tail_rows) - self.tail_rows
 
 
-@dataclass(frozen=True, kw_only=True)
-class Join:
-    """Runs that join the pass after a layer: texts (n,) and edits (n,) by number, with their rows (n,); tails: the
-    texts' rows from the lookup on, among those of all texts; lookups (n,): which of these are lookups; merged: for each
-    row of the pass from here on, its index in the rows before, followed by the joining rows; ``runs`` are all from here
-    on, ``of`` (N,) their edits."""
+class Join(NamedTuple, Generic[Array]):
+    """Runs that join the pass after a layer: texts (n,) and edits (n,) by number, in ``stretches``; tails: the texts'
+    rows from the lookup on, among those of all texts; lookups (n,): which of these are lookups; merged: for each row of
+    the pass from here on, its index in the rows before, followed by the joining rows; ``runs`` are all from here on,
+    ``of`` (N,) their edits."""
 
-    texts: Tensor
-    edits: np.ndarray
-    rows: np.ndarray
-    tails: Tensor
-    lookups: Tensor
-    merged: Tensor
-    runs: Runs
-    of: np.ndarray
+    texts: Array
+    edits: Array
+    stretches: list[tuple[int, int]]
+    tails: Array
+    lookups: Array
+    merged: Array
+    runs: Runs[Array]
+    of: list[int]
 
 
 Joining = Callable[[Block, int, Join], Tensor]
@@ -71,16 +73,17 @@ Addition = Callable[[Tensor], Tensor]
 
 
 def changing(additions: Sequence[Mapping[int, Addition]]) -> Changing:
-    """The change of runs by the additions of their edits, by layer."""
+    """The change of runs by the additions of their edits, by layer; for all passes of the same runs."""
+    known: dict[int, list[tuple[int, Addition | None]]] = {}
 
     def change(layer: int, live: Join, read_only: bool) -> Change | None:
-        here = np.array([layer in by_layer for by_layer in additions])[live.of]
-        if not here.any():
-            return None
-        owners = np.where(here, live.of, -1)  # neighbours without a change stay together
-        parts = stretches(owners, live.runs.read if read_only else live.runs.rows)
-        adding = [(count, None if edit < 0 else additions[edit][layer]) for edit, count in parts]
-        return lambda keys, values: changed(keys, values, adding)
+        if layer not in known:
+            here = np.array([layer in by_layer for by_layer in additions])[live.of]
+            owners = np.where(here, live.of, -1)  # neighbours without a change stay together
+            parts = stretches(owners, np.array(live.runs.read if read_only else live.runs.rows))
+            adding = [(count, None if edit < 0 else additions[edit][layer]) for edit, count in parts]
+            known[layer] = adding if here.any() else []
+        return partial(changed, additions=known[layer]) if known[layer] else None
 
     return change
 
@@ -119,12 +122,15 @@ class EditedRuns:
         self.stored = np.zeros(len(prompts.texts), dtype=np.int64) if unedited is None else unedited.start
         past, rows, read = prompts.lookup[texts], prompts.tail_rows[texts], prompts.read[texts]
         self.order = in_order(rows, read, past)
-        self.joins = dict(self._joins(layer, of[self.order], texts[self.order]))
+        joins = tuple(self._joins(layer, of[self.order], texts[self.order]))
+        self.joins: dict[int, Join] = dict(send(joins, layers.device))
 
-    def _joins(self, layer: np.ndarray, of: np.ndarray, texts: np.ndarray) -> Iterator[tuple[int, Join]]:
-        device, last = self.layers.device, self.layers.depth - 1
+    def _joins(self, layer: np.ndarray, of: np.ndarray, texts: np.ndarray) -> Iterator[tuple[int, Join[np.ndarray]]]:
+        last = self.layers.depth - 1
+        read_out = max(layer[layer < last], default=last)  # those that are in the pass there leave it at the last layer
         live, first_layer = np.empty(0, dtype=np.int64), layer[of]
         count, read = self.prompts.tail_rows[texts], self.prompts.read[texts]
+        columns = (self.prompts.lookup[texts], count, read, self.stored[texts])
         for at in np.unique(layer):
             new = np.flatnonzero(first_layer == at)
             rows = count if at < last else read  # after the last layer only read-out rows remain
@@ -135,25 +141,18 @@ class EditedRuns:
             order = np.argsort(np.concatenate([live, new]), kind="stable")
             live = np.sort(np.concatenate([live, new]))
             join = Join(
-                texts=torch.from_numpy(texts[new]).to(device),
+                texts=texts[new],
                 edits=of[new],
-                rows=count[new],
-                tails=torch.from_numpy(spans(self.prompts.tail_start[texts[new]], count[new])).to(device),
-                lookups=torch.from_numpy(np.cumsum(count[new]) - count[new]).to(device),
-                merged=torch.from_numpy(spans(first[order], rows[live])).to(device),
-                runs=self._runs(texts[live]),
-                of=of[live],
+                stretches=stretches(of[new], count[new]),
+                tails=spans(self.prompts.tail_start[texts[new]], count[new]),
+                lookups=np.cumsum(count[new]) - count[new],
+                merged=spans(first[order], rows[live]),
+                runs=Runs.of(
+                    *(column[live] for column in columns), attend=at < last - 1, read_out=at == read_out < last
+                ),
+                of=of[live].tolist(),
             )
             yield int(at), join
-
-    def _runs(self, texts: np.ndarray) -> Runs:
-        return Runs(
-            past=self.prompts.lookup[texts],
-            rows=self.prompts.tail_rows[texts],
-            read=self.prompts.read[texts],
-            stored=self.stored[texts],
-            device=self.layers.device,
-        )
 
     def read_out(self, joining: Joining, changing: Changing | None = None) -> Tensor:
         """Final, normed rows (n, hidden) that are read out."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from causalcone.engine.edit.runs.layers import Layers
 from causalcone.engine.edit.runs.packed_runs import Runs, Text, in_order
+from causalcone.kernels.transfer import send
 
 Places = tuple[np.ndarray, np.ndarray]
 """Texts (n,) by number, and one token (n,) of each."""
@@ -44,14 +45,12 @@ def run_unedited(
     """
     lengths = np.array([len(text) for text in texts], dtype=np.int64)
     order = in_order(lengths)
-    runs = Runs.whole(lengths[order], layers.device)
     start = np.empty(len(texts), dtype=np.int64)
-    start[order] = runs.start
-
-    def rows_of(where: Places) -> Tensor:
-        return torch.from_numpy(start[where[0]] + where[1]).to(layers.device)
-
-    index = {key: rows_of(where) for key, where in wanted.items()}
+    start[order] = np.cumsum(lengths[order]) - lengths[order]
+    places = [*wanted.values(), *([] if distributions is None else [distributions])]
+    where = tuple(start[numbers] + tokens for numbers, tokens in places)
+    runs, sent = send((Runs.whole(lengths[order]), where), layers.device)
+    index = dict(zip(wanted, sent, strict=False))
     whole = past_from is not None or distributions is not None
     last = layers.depth - 1 if whole else max((layer for _, layer in wanted), default=-1)
     rows = layers.enter([texts[i] for i in order])
@@ -62,13 +61,13 @@ def run_unedited(
         if past_from is not None and layer >= past_from:
             keys_values[layer] = passed.keys_values
         of_layer = {"inputs": rows, **vars(passed)}
-        for (name, at), where in index.items():
+        for (name, at), kept in index.items():
             if at == layer:
-                wanted_rows[name, at] = of_layer[name].index_select(0, where)
+                wanted_rows[name, at] = of_layer[name].index_select(0, kept)
         rows = passed.out
     log_p = rows.new_empty(0, 0)
     if distributions is not None:
-        states = layers.architecture.final_norm(rows.index_select(0, rows_of(distributions)))
+        states = layers.architecture.final_norm(rows.index_select(0, sent[-1]))
         logits = layers.readout().logits(states)
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     return FrozenPrefix(start, keys_values, wanted_rows, log_p)

@@ -15,6 +15,7 @@ from causalcone.kernels.gathering import gather_two
 from causalcone.kernels.readout import Readout
 from causalcone.kernels.row_attention import ScoreRule, attend_padded
 from causalcone.kernels.tiles import Tiles, pieces
+from causalcone.kernels.transfer import on_device
 
 Prepared = TypeVar("Prepared")
 
@@ -84,13 +85,18 @@ class Layers:
     def enter(self, texts: Sequence[Text]) -> Tensor:
         """Input rows of the first layer, of all tokens of all texts."""
         tokens = torch.tensor([token for text in texts for token in text.tokens])
-        positions = torch.cat([torch.arange(len(text)) for text in texts]).to(self.device)
+        positions = on_device(torch.cat([torch.arange(len(text)) for text in texts]), self.device)
         rows = self.architecture.embed(tokens).to(self.device, self.dtype)
         starts = np.cumsum([0, *map(len, texts)])
-        for text, start in zip(texts, starts, strict=False):
-            if text.noise is not None:
-                noised = slice(start + text.noised, start + text.noised + len(text.noise))
-                rows[noised] = (rows[noised] + torch.from_numpy(text.noise).to(self.device)).to(self.dtype)
+        noisy = [
+            (start + text.noised, text.noise)
+            for text, start in zip(texts, starts, strict=False)
+            if text.noise is not None
+        ]
+        noises = on_device(np.concatenate([noise for _, noise in noisy]), self.device) if noisy else rows[:0]
+        for (start, _), noise in zip(noisy, noises.split([len(noise) for _, noise in noisy]), strict=True):
+            noised = slice(start, start + len(noise))
+            rows[noised] = (rows[noised] + noise).to(self.dtype)
         return self.architecture.enter(rows, positions)
 
     def advance(

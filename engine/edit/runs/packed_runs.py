@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Generic, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from causalcone.kernels.gathering import TwoKinds, two_kinds
 from causalcone.kernels.row_attention import PaddedRuns, padded, run_rows
-from causalcone.kernels.transfer import Array, Packet
+from causalcone.kernels.transfer import Array
 
 
 @dataclass(frozen=True)
@@ -36,67 +33,64 @@ class Attention(NamedTuple, Generic[Array]):
     runs: PaddedRuns[Array]
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Runs:
-    """Runs in the order of their rows, all (N,) int64: run i has ``past[i]`` tokens whose keys and values are stored,
-    from row ``stored[i]`` on, then ``rows[i]`` tokens with rows of their own, of which the last ``read[i]`` are read
-    out. Runs of one form, as many rows, read ones and past ones, should be neighbours (``in_order``)."""
+class Runs(NamedTuple, Generic[Array]):
+    """Runs in the order of their rows: each has so many ``rows``, of which the last ``read`` are read out. positions
+    (R,): of each row's token; read_rows: the rows that are read out, in the runs' order; attention: of all rows, and of
+    those that are read out, where it is asked for."""
 
-    past: np.ndarray
-    rows: np.ndarray
-    read: np.ndarray
-    stored: np.ndarray
-    device: torch.device
+    rows: list[int]
+    read: list[int]
+    positions: Array
+    read_rows: Array
+    attention: Attention[Array]
+    read_attention: Attention[Array]
 
     @classmethod
-    def whole(cls, rows: np.ndarray, device: torch.device, read: np.ndarray | None = None) -> Runs:
+    def of(
+        cls,
+        past: np.ndarray,
+        rows: np.ndarray,
+        read: np.ndarray,
+        stored: np.ndarray,
+        *,
+        attend: bool = True,
+        read_out: bool = True,
+    ) -> Runs[np.ndarray]:
+        """Runs, all (N,) int64: run i has ``past[i]`` tokens whose keys and values are stored, from row ``stored[i]``
+        on, then ``rows[i]`` tokens with rows of their own, of which the last ``read[i]`` are read out. Runs of one
+        form, as many rows, read ones and past ones, should be neighbours (``in_order``). attend, read_out: which
+        attention is asked for."""
+        columns = np.stack([past, rows, stored, np.cumsum(rows) - rows])
+        attention, read_attention = (
+            _attention(count[: len(count) * asked], *columns[:, : len(count) * asked])
+            for count, asked in ((rows, attend), (read, read_out))
+        )
+        read_rows = spans(np.cumsum(rows) - read, read)
+        return Runs(rows.tolist(), read.tolist(), spans(past, rows), read_rows, attention, read_attention)
+
+    @classmethod
+    def whole(cls, rows: np.ndarray, read: np.ndarray | None = None) -> Runs[np.ndarray]:
         """Runs of whole texts of ``rows`` (N,) tokens, in order of their lengths and of how many rows are read."""
         none = np.zeros_like(rows)
-        return cls(past=none, rows=rows, read=none if read is None else read, stored=none, device=device)
+        return cls.of(none, rows, none if read is None else read, none, read_out=read is not None)
 
-    def __len__(self) -> int:
-        return len(self.rows)
 
-    @cached_property
-    def start(self) -> np.ndarray:
-        """(N,) each run's first row."""
-        return np.cumsum(self.rows) - self.rows
-
-    @cached_property
-    def positions(self) -> Tensor:
-        """(R,) the position of each row's token."""
-        return torch.from_numpy(spans(self.past, self.rows)).to(self.device)
-
-    @cached_property
-    def read_rows(self) -> Tensor:
-        """The rows that are read out, in the runs' order."""
-        return torch.from_numpy(spans(self.start + self.rows - self.read, self.read)).to(self.device)
-
-    @cached_property
-    def attention(self) -> Attention[Tensor]:
-        """Of all rows."""
-        return self._attention(self.rows)
-
-    @cached_property
-    def read_attention(self) -> Attention[Tensor]:
-        """Of the rows that are read out, in their order."""
-        return self._attention(self.read)
-
-    def _attention(self, count: np.ndarray) -> Attention[Tensor]:
-        """Of the last ``count`` (N,) rows of each run."""
-        first = np.cumsum(count) - count
-        forms = np.stack([count, self.rows, self.past])
-        edges = np.flatnonzero((forms[:, 1:] != forms[:, :-1]).any(0)) + 1
-        batches = []
-        for runs in np.split(np.arange(len(self)), edges):
-            m, rows, past = forms[:, runs[0]] if len(runs) else (0, 0, 0)
-            stored, own = self.stored[runs, None] + np.arange(past), self.start[runs, None] + np.arange(rows)
-            tokens = tuple(range(past + rows - m, past + rows))
-            batches.append((first[runs, None] + np.arange(m), np.concatenate([-1 - stored, own], axis=1), tokens, True))
-        filled = padded(run_rows(batches))
-        rest = filled._replace(queries=filled.queries[:0], keys=filled.keys[:0])
-        attention = Attention(filled.queries, two_kinds(filled.keys), rest)
-        return Packet.of(attention, self.device).send(self.device)
+def _attention(
+    count: np.ndarray, past: np.ndarray, rows: np.ndarray, stored: np.ndarray, start: np.ndarray
+) -> Attention[np.ndarray]:
+    """Of the last ``count`` (N,) rows of each run."""
+    first = np.cumsum(count) - count
+    forms = np.stack([count, rows, past])
+    edges = np.flatnonzero((forms[:, 1:] != forms[:, :-1]).any(0)) + 1
+    batches = []
+    for runs in np.split(np.arange(len(count)), edges):
+        m, own, before = forms[:, runs[0]] if len(runs) else (0, 0, 0)
+        frozen, moving = stored[runs, None] + np.arange(before), start[runs, None] + np.arange(own)
+        tokens = tuple(range(before + own - m, before + own))
+        batches.append((first[runs, None] + np.arange(m), np.concatenate([-1 - frozen, moving], axis=1), tokens, True))
+    filled = padded(run_rows(batches))
+    rest = filled._replace(queries=filled.queries[:0], keys=filled.keys[:0])
+    return Attention(filled.queries, two_kinds(filled.keys), rest)
 
 
 def in_order(*columns: np.ndarray) -> np.ndarray:

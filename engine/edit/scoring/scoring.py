@@ -14,12 +14,13 @@ from causalcone.engine.edit.deltas.delta import Dense, LowRank
 from causalcone.engine.edit.methods.batching import Batching, edit_name
 from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.requests.windows import check_layer
-from causalcone.engine.edit.runs.edited_runs import Addition, EditedPass, EditedRuns, Join, Prompts, changing, stretches
+from causalcone.engine.edit.runs.edited_runs import Addition, EditedPass, EditedRuns, Join, Prompts, changing
 from causalcone.engine.edit.runs.layers import Layers, Passed
 from causalcone.engine.edit.runs.packed_runs import Runs
 from causalcone.engine.edit.scoring.probes import ProbeSet
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.models.base import Block, Sizes
+from causalcone.kernels.transfer import fetch, send
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class _ScoringPass:
         order = np.lexsort((read, lengths))
         rank = np.argsort(order)
         self.prompts = Prompts([texts[i] for i in order], np.zeros_like(lengths), read[order])
-        self.runs = Runs.whole(lengths[order], self.layers.device, read[order])
+        self.runs: Runs = send(Runs.whole(lengths[order], read[order]), self.layers.device)
         starts = np.cumsum([0, *(len(probes.runs) for probes, _ in groups)])
         self.of_group = [rank[starts[i] : starts[i + 1]] for i in range(len(groups))]
         self.edits = [(number, edit.delta) for number, (_, edits) in enumerate(groups) for edit in edits if edit.delta]
@@ -198,9 +199,8 @@ class _ScoringPass:
         assert base is not None
         assert base.keys is not None
         values = base.values.index_select(0, join.tails)
-        parts = stretches(join.edits, join.rows)
-        counts = [count for _, count in parts]
-        for (edit, _), own, tails in zip(parts, values.split(counts), join.tails.split(counts), strict=True):
+        counts = [count for _, count in join.stretches]
+        for (edit, _), own, tails in zip(join.stretches, values.split(counts), join.tails.split(counts), strict=True):
             own.add_(self.additions[edit][layer](base.keys.index_select(0, tails)))
         return base.mid.index_select(0, join.tails) + self.layers.by_tiles(block.mlp_out, values)
 
@@ -228,7 +228,7 @@ class _ScoringPass:
 
     def _token_results(self, states: Tensor, rows: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """log p of tokens (n,) read at ``rows`` (n,) of the states, and the most likely ones there, if requested."""
-        readout, device = self.layers.readout(), states.device
+        readout = self.layers.readout()
         # several answers may be read at one row, whose logits are computed once
         by_row = np.argsort(rows, kind="stable")
         distinct, first, count = np.unique(rows[by_row], return_index=True, return_counts=True)
@@ -237,7 +237,9 @@ class _ScoringPass:
         index = np.searchsorted(distinct, rows)
         targets = np.zeros((len(distinct), count.max()), dtype=np.int64)
         targets[index, slot] = tokens
-        states = states.index_select(0, torch.from_numpy(distinct).to(device))
-        log_p = readout.target_log_probabilities(states, torch.from_numpy(targets).to(device)).cpu().numpy()
-        likeliest = readout.most_likely(states).cpu().numpy()[index] if self.accuracy else np.zeros(0, dtype=np.int64)
-        return log_p[index, slot], likeliest
+        read, sent = send((distinct, targets), states.device)
+        states = states.index_select(0, read)
+        results = [readout.target_log_probabilities(states, sent.long())]
+        results += [readout.most_likely(states)] if self.accuracy else []
+        log_p, *likeliest = (tensor.numpy() for tensor in fetch(*results).wait())
+        return log_p[index, slot], likeliest[0][index] if self.accuracy else np.zeros(0, dtype=np.int64)

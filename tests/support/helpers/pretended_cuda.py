@@ -437,7 +437,8 @@ CUDA_FUNCTIONS = {
     "mem_get_info": lambda *_: (MEMORY // 2, MEMORY), "get_device_name": lambda *_: "a pretended device",
     "get_device_capability": lambda *_: (9, 0), "current_stream": lambda *_: _Stream(), "Event": _Event,
     "Stream": _Stream, "device": lambda *_: nullcontext(), "stream": lambda *_: nullcontext(),
-    "set_sync_debug_mode": _strictly, "_is_in_bad_fork": lambda: False,
+    "set_sync_debug_mode": _strictly, "get_sync_debug_mode": lambda: 2 if COUNTS.strict else 0,
+    "_is_in_bad_fork": lambda: False,
     "get_device_properties": lambda *_: SimpleNamespace(
         name="a pretended device", total_memory=MEMORY, multi_processor_count=132, major=9, minor=0, warp_size=32
     ),
