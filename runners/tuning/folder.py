@@ -10,15 +10,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from causalcone.engine.atomic import replacing
-from causalcone.runners.results.folder import (
-    MOMENTS,
-    ResultError,
-    clear,
-    differences,
-    refuse_occupied,
-    versions,
-    writing,
-)
+from causalcone.runners.edits.study import MOMENTS
+from causalcone.runners.results.folder import ResultError, clear, differences, refuse_occupied, versions, writing
 from causalcone.runners.tuning.grid import Grid, GridPoint, ProblemGrids
 
 RECORD, TABLE, PRESET, GRID = "tuning.json", "tuning.parquet", "preset.toml", "grid"

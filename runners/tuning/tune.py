@@ -14,11 +14,11 @@ from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.windows import as_windows
 from causalcone.runners.edits.inputs import TextInputs, editor_of, moments_of, prepared_edits, read_texts
 from causalcone.runners.edits.settings import record
-from causalcone.runners.edits.study import EditStudy
+from causalcone.runners.edits.study import MOMENTS, EditStudy
 from causalcone.runners.inputs.fingerprints import facts_fingerprint
 from causalcone.runners.inputs.inputs import Inputs, open_inputs
 from causalcone.runners.options import OutputOptions, ScoringOptions, SourceOptions, TuningOptions
-from causalcone.runners.results.folder import MOMENTS, ResultError, ResultFolder
+from causalcone.runners.results.folder import ResultError, ResultFolder
 from causalcone.runners.tuning.folder import COMPLETE, PARTIAL, PRESET, TABLE, TuningFolder
 from causalcone.runners.tuning.grid import ProblemGrids, problem_grids
 from causalcone.runners.tuning.results import TrialResult, TuningResult, chosen_preset, tuning_table

@@ -125,9 +125,8 @@ class VectorMethod:
         search = objective.search(self.model.layers, ends, self.site, self.hparams, more)
         wanted = [(number, end) for number in range(len(tasks)) for end in ends]
         values = dict(self.model.batching.of_vectors(wanted, search))
-        return Found(
-            [task.request for task in tasks], objective, {key: search.unedited.rows[key] for key in more}, values
-        )
+        rows = {key: search.unedited.rows[key] for key in more}
+        return Found([task.request for task in tasks], objective, rows, values)
 
     @torch.inference_mode(False)
     def _batch(self, tasks: Sequence[EditTask], windows: Sequence[Window]) -> list[Edit]:
@@ -161,19 +160,17 @@ Turns = Generator[int, None, Result]
 def layers_outermost(parts: Iterable[Turns[Result]]) -> list[Result]:
     """The results of computations that take turns: all that use a layer's moment do so one after the other. Each begins
     before the next is made."""
-    begun: list[Turns[Result]] = []
-    turns: list[tuple[int, int]] = []
+    turns: list[tuple[int, int, Turns[Result]]] = []
     results: dict[int, Result] = {}
     for number, part in enumerate(parts):
-        begun.append(part)
-        heappush(turns, (next(part), number))
+        heappush(turns, (next(part), number, part))
     while turns:
-        _, number = heappop(turns)
+        _, number, part = heappop(turns)
         try:
-            heappush(turns, (next(begun[number]), number))
+            heappush(turns, (next(part), number, part))
         except StopIteration as end:
             results[number] = end.value
-    return [results[number] for number in range(len(begun))]
+    return [results[number] for number in sorted(results)]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
