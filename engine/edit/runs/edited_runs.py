@@ -130,7 +130,7 @@ class EditedRuns:
         read_out = max(layer[layer < last], default=last)  # those that are in the pass there leave it at the last layer
         live, first_layer = np.empty(0, dtype=np.int64), layer[of]
         count, read = self.prompts.tail_rows[texts], self.prompts.read[texts]
-        columns = (self.prompts.lookup[texts], count, read, self.stored[texts])
+        runs = np.stack([self.prompts.lookup[texts], count, read, self.stored[texts]])
         for at in np.unique(layer):
             new = np.flatnonzero(first_layer == at)
             rows = count if at < last else read  # after the last layer only read-out rows remain
@@ -147,9 +147,7 @@ class EditedRuns:
                 tails=spans(self.prompts.tail_start[texts[new]], count[new]),
                 lookups=np.cumsum(count[new]) - count[new],
                 merged=spans(first[order], rows[live]),
-                runs=Runs.of(
-                    *(column[live] for column in columns), attend=at < last - 1, read_out=at == read_out < last
-                ),
+                runs=Runs.of(runs[:, live], attend=at < last - 1, read_out=at == read_out < last),
                 of=of[live].tolist(),
             )
             yield int(at), join

@@ -88,11 +88,7 @@ class Layers:
         positions = on_device(torch.cat([torch.arange(len(text)) for text in texts]), self.device)
         rows = self.architecture.embed(tokens).to(self.device, self.dtype)
         starts = np.cumsum([0, *map(len, texts)])
-        noisy = [
-            (start + text.noised, text.noise)
-            for text, start in zip(texts, starts, strict=False)
-            if text.noise is not None
-        ]
+        noisy = [(start + t.noised, t.noise) for t, start in zip(texts, starts, strict=False) if t.noise is not None]
         noises = on_device(np.concatenate([noise for _, noise in noisy]), self.device) if noisy else rows[:0]
         for (start, _), noise in zip(noisy, noises.split([len(noise) for _, noise in noisy]), strict=True):
             noised = slice(start, start + len(noise))

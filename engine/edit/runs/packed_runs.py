@@ -46,20 +46,12 @@ class Runs(NamedTuple, Generic[Array]):
     read_attention: Attention[Array]
 
     @classmethod
-    def of(
-        cls,
-        past: np.ndarray,
-        rows: np.ndarray,
-        read: np.ndarray,
-        stored: np.ndarray,
-        *,
-        attend: bool = True,
-        read_out: bool = True,
-    ) -> Runs[np.ndarray]:
-        """Runs, all (N,) int64: run i has ``past[i]`` tokens whose keys and values are stored, from row ``stored[i]``
-        on, then ``rows[i]`` tokens with rows of their own, of which the last ``read[i]`` are read out. Runs of one
-        form, as many rows, read ones and past ones, should be neighbours (``in_order``). attend, read_out: which
-        attention is asked for."""
+    def of(cls, runs: np.ndarray, attend: bool = True, read_out: bool = True) -> Runs[np.ndarray]:
+        """From runs (4, N): the tokens of each whose keys and values are stored (past), and those after them that have
+        rows of their own (rows), of which the last are read out (read); and from which row on the former are stored.
+        Those of one form, as many rows, read ones and past ones, should be neighbours (``in_order``). attend, read_out:
+        which attention is asked for."""
+        past, rows, read, stored = runs
         columns = np.stack([past, rows, stored, np.cumsum(rows) - rows])
         attention, read_attention = (
             _attention(count[: len(count) * asked], *columns[:, : len(count) * asked])
@@ -72,7 +64,7 @@ class Runs(NamedTuple, Generic[Array]):
     def whole(cls, rows: np.ndarray, read: np.ndarray | None = None) -> Runs[np.ndarray]:
         """Runs of whole texts of ``rows`` (N,) tokens, in order of their lengths and of how many rows are read."""
         none = np.zeros_like(rows)
-        return cls.of(none, rows, none if read is None else read, none, read_out=read is not None)
+        return cls.of(np.stack([none, rows, none if read is None else read, none]), read_out=read is not None)
 
 
 def _attention(
