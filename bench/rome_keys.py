@@ -18,6 +18,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from causalcone import Editor, Fact, Moments, RomeHparams
+from causalcone.engine.edit.methods.method import layers_outermost
 from causalcone.engine.edit.methods.rome import ROME, Rome
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
@@ -76,13 +77,13 @@ def edited(editor: Editor, request: Request, place: str, layers: list[int]) -> I
     model = editor._model(ROME)
     windows = [Window.around(layer, 1, model.layers.depth) for layer in layers]
     with editor.session.computing():
-        search, found = Rome(model, RomeHparams()).find(model.tasks([request]), windows)
+        found = Rome(model, RomeHparams()).find(model.tasks([request]), windows)
     if place == "first":
         place = "first, one token" if model.encoder.bare(request).lookup == 0 else "first, several tokens"
     for keys in KEYS:
         maker = Rome(model, RomeHparams(keys=keys))
-        edits = [maker.edits([request], window, search, [found[0, window.layer]])[0] for window in windows]
-        edits = [replace(model.judged(edit), method=keys) for edit in edits]
+        made = layers_outermost(maker.edits(window, found) for window in windows)
+        edits = [replace(model.judged(edit), method=keys) for (edit,) in made]
         scores = editor.evaluate(edits, essence=True)
         p = {row["edit_id"]: row["p_post"] for row in scores.probes.to_pylist() if row["prompt_kind"] == "rewrite"}
         perplexity = {row["edit_id"]: row for row in scores.metrics.to_pylist() if row["metric"] == "perplexity"}

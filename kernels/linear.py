@@ -81,8 +81,11 @@ class Linear:
 
     def _packed_product(self, rows: Tensor, name: str, form: str) -> Tensor:
         count = len(rows)
-        if count % SMALLEST:
-            rows = F.pad(rows, (0, 0, 0, -count % SMALLEST))
+        missing = -count % (SMALLEST if count <= 4 * SMALLEST else SMALLEST // 4)
+        if missing:
+            filled = rows.new_empty(count + missing, rows.shape[1])
+            filled[:count], filled[count:] = rows, 0
+            rows = filled
         return torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, name, [], form)[:count]
 
 
