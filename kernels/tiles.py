@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 
 SMALLEST = 64
-"""CPU libraries compile and keep code for every distinct number of rows, so row counts are multiples of this, or, from
-four times as many on, of a quarter."""
+"""CPU libraries compile and keep code for every distinct number of rows, so row counts are multiples of this."""
 
 
 @dataclass(frozen=True)

@@ -257,7 +257,7 @@ def test_kernels_on_the_cpu(tmp_path):
     """There they have their torch forms alone."""
     report, text = run("gpu.py", tmp_path, "--device", "cpu", "--parts", "kernels", through=BARE)
     names = [(result["name"], result["dtype"]) for result in report["results"]]
-    assert len(names) == len(set(names)) == 13
+    assert len(names) == len(set(names)) == 17
     assert set(report["matmul_flops_per_second"]) == {"float32", "bfloat16"}
     for result in report["results"]:
         (rate,) = result["bytes_per_second"].values()
