@@ -81,7 +81,7 @@ class Linear:
 
     def _packed_product(self, rows: Tensor, name: str, form: str) -> Tensor:
         count = len(rows)
-        missing = -count % (SMALLEST)
+        missing = -count % SMALLEST
         if missing:
             filled = rows.new_empty(count + missing, rows.shape[1])
             filled[:count], filled[count:] = rows, 0
