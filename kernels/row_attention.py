@@ -95,22 +95,18 @@ def run_rows(batches: Sequence[tuple[np.ndarray, np.ndarray, tuple[int, ...], bo
 
 
 class PaddedRuns(NamedTuple, Generic[Array]):
-    """Runs of similar sizes filled up to one, in few dense batches, as autograd needs them.
+    """Runs of similar sizes filled up to one, in few dense batches, as autograd needs them: of every run of a batch in
+    turn, tokens (sum of B * m,) are those that query; place (sum of runs' queries,): which query of the batches each
+    one of the runs is."""
 
-    queries (sum of B * m,), keys (sum of B * K,): rows of every run of a batch in turn; tokens (sum of B * m,): those
-    that query; what fills up repeats a run's last query, or its last visible key. place (sum of runs' queries,): which
-    query of the batches each one of the runs is.
-    """
-
-    queries: Array
-    keys: Array
     tokens: Array
     place: Array
     batches: tuple[LaunchShape, ...]
 
 
-def padded(runs: RunRows[np.ndarray]) -> PaddedRuns[np.ndarray]:
-    """Runs that are alike as one batch each."""
+def padded(runs: RunRows[np.ndarray]) -> tuple[np.ndarray, np.ndarray, PaddedRuns[np.ndarray]]:
+    """Runs that are alike as one batch each: the rows that query (sum of B * m,) and their keys (sum of B * K,), where
+    what fills up repeats a run's last query, or its last visible key; and the batches."""
     columns: list[list[np.ndarray]] = [[], [], []]
     place = np.empty(len(runs.queries), dtype=np.int32)
     first = 0
@@ -124,7 +120,7 @@ def padded(runs: RunRows[np.ndarray]) -> PaddedRuns[np.ndarray]:
         for column, part in zip(columns, (runs.queries[query], runs.keys[key], token), strict=True):
             column.append(part.ravel())
     queries, keys, tokens = (np.concatenate([place[:0], *column]) for column in columns)
-    return PaddedRuns(queries, keys, tokens, place, runs.alike)
+    return queries, keys, PaddedRuns(tokens, place, runs.alike)
 
 
 def attend_padded(

@@ -71,8 +71,8 @@ class _LayerKinds(NamedTuple, Generic[Array]):
 
 
 class _ReadKinds(NamedTuple, Generic[Array]):
-    """What is read out: the rows that are normed, of which some are ``unknown`` targets' or either kind, and what of
-    their probabilities is wanted."""
+    """What is read out: the normed rows, by kind; ``unknown``: those shared ones whose likeliest tokens are targets;
+    read: the row of every log-probability that is handed out."""
 
     rows: ReadRows[Array]
     stage: _StageKinds[Array]
@@ -119,14 +119,14 @@ def _layers(groups: Sequence[Group], givens: GivenValues, parallel: bool) -> Ite
             _Kinds(stage.packed) for stage in (layer.keys, layer.queries, layer.attn, layer.mid, layer.mlp, layer.out)
         )
         assert not layer.attn.packed.mixed, "heads are not overwritten in gradient passes"
-        runs = padded(_runs(layer, varying=True))
+        run_queries, run_keys, runs = padded(_runs(layer, varying=True))
         yield _LayerKinds(
             keys=keys.stage(layer.keys, [inputs], layer.key_tokens),
             queries=queries.stage(layer.queries, [inputs], layer.query_tokens),
             shared_runs=_runs(layer, varying=False, queries=queries.place, keys=keys.place),
-            runs=runs._replace(queries=runs.queries[:0], keys=runs.keys[:0]),
-            run_queries=queries.any(runs.queries),
-            run_keys=keys.any(runs.keys),
+            runs=runs,
+            run_queries=queries.any(run_queries),
+            run_keys=keys.any(run_keys),
             attn_given=attn.given(layer.attn),
             mid=mid.stage(layer.mid, [inputs, attn]),
             mlp=mlp.stage(layer.mlp, [inputs if parallel else mid]),

@@ -80,9 +80,8 @@ def _attention(
         frozen, moving = stored[runs, None] + np.arange(before), start[runs, None] + np.arange(own)
         tokens = tuple(range(before + own - m, before + own))
         batches.append((first[runs, None] + np.arange(m), np.concatenate([-1 - frozen, moving], axis=1), tokens, True))
-    filled = padded(run_rows(batches))
-    rest = filled._replace(queries=filled.queries[:0], keys=filled.keys[:0])
-    return Attention(filled.queries, two_kinds(filled.keys), rest)
+    queries, keys, filled = padded(run_rows(batches))
+    return Attention(queries, two_kinds(keys), filled)
 
 
 def in_order(*columns: np.ndarray) -> np.ndarray:
