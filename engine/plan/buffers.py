@@ -27,20 +27,22 @@ class Buffers:
         self.dtype, self.device = dtype, device
         self._slots: dict[str, Tensor] = {}
 
-    def reserve(self, uses: dict[str, int]) -> None:
-        """Make slots as large as ``uses`` says, in elements, where they are smaller."""
+    def reserve(self, uses: dict[str, int], room: float = 1.0) -> None:
+        """Make room for ``uses``, in elements by slot. Where slots turn out too small, all are made anew, ``room`` times
+        as large as needed, so that the largest of the passes to come fits as well."""
+        if all(slot in self._slots and self._slots[slot].numel() >= elements for slot, elements in uses.items()):
+            return
+        more = room if self._slots else 1.0
+        self.clear()
         for slot, elements in uses.items():
-            if slot not in self._slots or self._slots[slot].numel() < elements:
-                self._slots.pop(slot, None)
-                self._slots[slot] = torch.empty(elements, dtype=self.dtype, device=self.device)
+            self._slots[slot] = torch.empty(int(more * elements), dtype=self.dtype, device=self.device)
 
     def clear(self) -> None:
         """Give all memory back."""
         self._slots.clear()
 
     def take(self, slot: str, rows: int, width: int) -> Tensor:
-        """The slot as an uninitialised tensor (rows, width)."""
-        self.reserve({slot: rows * width})
+        """A reserved slot as an uninitialised tensor (rows, width)."""
         return self._slots[slot][: rows * width].view(rows, width)
 
 

@@ -118,7 +118,8 @@ def fixed_bytes(
     vocabulary = min(tiles.vocabulary, sizes.vocabulary)
     unembedding = (2 * copied + 3 if streamed else copied) * itemsize * vocabulary * sizes.hidden
     gated = sizes.mlp_weights > 2 * sizes.hidden * sizes.inner
-    inner = (3 if gated and not packed else 2) * sizes.inner
+    joined = backends.rows == "triton" or packed  # the gate and what it multiplies in place
+    inner = (2 if joined or not gated else 3) * sizes.inner
     product = itemsize * tiles.rows * (3 * sizes.hidden + max(inner, kv, heads))
     gathered = backends.attention != "triton"  # which reads rows where they are
     attention = gathered * (itemsize + max(4, itemsize)) * tiles.keys * (kv + 2 * heads)

@@ -73,10 +73,16 @@ class PassResult(NamedTuple):
 
 @torch.inference_mode()
 def run_pass(
-    architecture: Architecture, groups: Sequence[Group], tiles: Tiles, space: Buffers, backends: Backends = TORCH
+    architecture: Architecture,
+    groups: Sequence[Group],
+    tiles: Tiles,
+    space: Buffers,
+    backends: Backends = TORCH,
+    room: float = 1.0,
 ) -> PassResult:
-    """What the plans of all groups read out, computed in the space's dtype."""
-    return _ForwardPass(architecture, groups, tiles, space, backends).run()
+    """What the plans of all groups read out, computed in the space's dtype. room: how many times what this pass needs
+    of memory there is for it."""
+    return _ForwardPass(architecture, groups, tiles, space, backends, room).run()
 
 
 @dataclass
@@ -88,6 +94,7 @@ class _ForwardPass:
     tiles: Tiles
     space: Buffers
     backends: Backends
+    room: float
 
     def __post_init__(self) -> None:
         self.dtype, self.device, hidden = self.space.dtype, self.space.device, self.architecture.sizes.hidden
@@ -97,7 +104,8 @@ class _ForwardPass:
 
     def run(self) -> PassResult:
         uses = [slot_uses(group.plan, self.architecture.sizes) for group in self.groups]
-        self.space.reserve(slot_elements(uses, [(group.facts, group.samples) for group in self.groups]))
+        counts = [(group.facts, group.samples) for group in self.groups]
+        self.space.reserve(slot_elements(uses, counts), self.room)
         layers = (Packet.of(rows, self.device) for rows in layer_rows(self.groups, self.givens))
         rows = enter(self.architecture, self.groups, self.dtype, self.device)
         with (

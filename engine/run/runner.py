@@ -142,12 +142,12 @@ class PassRunner:
 
     def _begin_all(self, budget: Budget, space: Buffers) -> Iterator[Finish]:
         """Begin every pass; where memory runs out after all, two smaller ones in its place."""
-        for planned, _ in ahead(self.passes(budget), self.device, 1):
-            pending = [planned]
+        for planned, peak in ahead(self.passes(budget), self.device, 1):
+            pending, room = [planned], max(1.0, budget.for_rows / max(1, peak - budget.fixed))
             while pending:
                 current, begun = pending.pop(), []
                 try:
-                    begun.append(self._begin(current, budget, space))
+                    begun.append(self._begin(current, budget, space, room))
                 except (RuntimeError, MemoryError) as error:
                     if not out_of_memory(error):
                         raise
@@ -162,13 +162,14 @@ class PassRunner:
                 if begun:
                     yield begun.pop()
                 else:  # the error and the tensors that it held are gone by now
+                    room = 1.0
                     space.clear()
                     if self.device.type == "cuda":
                         torch.cuda.empty_cache()
 
-    def _begin(self, planned: list[PlannedPart], budget: Budget, space: Buffers) -> Finish:
-        """Give the device a pass to compute. The results are fetched after it, and waited for when they are
-        asked for."""
+    def _begin(self, planned: list[PlannedPart], budget: Budget, space: Buffers, room: float) -> Finish:
+        """Give the device a pass to compute, for which there is ``room`` times the memory that it needs. The results are
+        fetched after it, and waited for when they are asked for."""
         by_plan: dict[tuple[int, range, bool], tuple[Plan, list[TrialPart]]] = {}
         for part, plan in planned:
             key = (id(plan), part.samples, bool(self.trials[part.fact].targets))
@@ -179,7 +180,7 @@ class PassRunner:
         if self.gradient:
             done = self._differentiate(members, groups, budget)
             return lambda: done
-        fetched = fetch(*run_pass(self.architecture, groups, budget.tiles, space, self.backends))
+        fetched = fetch(*run_pass(self.architecture, groups, budget.tiles, space, self.backends, room))
 
         def finish() -> Iterator[tuple[TrialPart, Result]]:
             for parts_of, results in zip(members, PassResult(*fetched.wait()).by_group(groups), strict=True):

@@ -11,6 +11,7 @@ import torch
 
 from causalcone.engine import memory
 from causalcone.engine.memory import default_budget, free_bytes, parse_bytes
+from causalcone.engine.plan.buffers import Buffers
 
 SCRIPT = Path(__file__).parents[1] / "support" / "memory_growth.py"
 MIB = 2**20
@@ -41,6 +42,17 @@ def test_growth_does_not_follow_the_number_of_facts():
     # freed blocks go back to the system at once, so that what is seen is what is held; plans of new shapes are kept
     few, many = (growth(facts, 32, MALLOC_MMAP_THRESHOLD_=str(MIB // 8)) for facts in (100, 1000))
     assert many - few <= 24
+
+
+def test_slots_that_grow_once_hold_the_largest_pass_from_then_on():
+    space = Buffers(torch.float32, torch.device("cpu"))
+    space.reserve({"stream": 100, "keys": 10}, room=4.0)
+    with pytest.raises(RuntimeError):  # the first pass, which may be the only one, takes what it needs
+        space.take("stream", 101, 1)
+    space.reserve({"stream": 150, "keys": 5}, room=4.0)
+    held = space.take("stream", 150, 1).data_ptr(), space.take("keys", 20, 1).data_ptr()
+    space.reserve({"stream": 600, "keys": 20}, room=1.0)
+    assert (space.take("stream", 600, 1).data_ptr(), space.take("keys", 20, 1).data_ptr()) == held
 
 
 @pytest.mark.parametrize(
