@@ -28,7 +28,7 @@ class Buffers:
         self._slots: dict[str, Tensor] = {}
 
     def reserve(self, uses: dict[str, int], room: float = 1.0) -> None:
-        """Make room for ``uses``, in elements by slot. Where slots turn out too small, all are made anew, ``room`` times
+        """Make room for ``uses``, in elements by slot. Where slots turn out too small all are made anew, ``room`` times
         as large as needed, so that the largest of the passes to come fits as well."""
         if all(slot in self._slots and self._slots[slot].numel() >= elements for slot, elements in uses.items()):
             return

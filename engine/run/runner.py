@@ -168,8 +168,8 @@ class PassRunner:
                         torch.cuda.empty_cache()
 
     def _begin(self, planned: list[PlannedPart], budget: Budget, space: Buffers, room: float) -> Finish:
-        """Give the device a pass to compute, for which there is ``room`` times the memory that it needs. The results are
-        fetched after it, and waited for when they are asked for."""
+        """Give the device a pass to compute, for which there is ``room`` times the memory that it needs. The results
+        are fetched after it, and waited for when they are asked for."""
         by_plan: dict[tuple[int, range, bool], tuple[Plan, list[TrialPart]]] = {}
         for part, plan in planned:
             key = (id(plan), part.samples, bool(self.trials[part.fact].targets))
