@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, Unpack
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -15,10 +16,12 @@ from causalcone.engine.compute import Compute, Kernels
 from causalcone.engine.edit.methods.batching import layers_and_batching
 from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.methods.finetune import FINETUNE
-from causalcone.engine.edit.methods.hparams import FinetuneHparams, Hparams, MemitHparams, RomeHparams
-from causalcone.engine.edit.methods.memit import MEMIT, MEMIT_JOINT, JointEdit, JointMemit
-from causalcone.engine.edit.methods.method import EditableModel, Method
+from causalcone.engine.edit.methods.hparams import FinetuneHparams, Hparams, MemitHparams, RomeHparams, ValueHparams
+from causalcone.engine.edit.methods.least_squares import History
+from causalcone.engine.edit.methods.memit import MEMIT, MEMIT_JOINT, Memit
+from causalcone.engine.edit.methods.method import EditableModel, Method, VectorMethod
 from causalcone.engine.edit.methods.registry import method_named
+from causalcone.engine.edit.methods.spread import JointEdit
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.problems import FilteredFacts, make_requests
 from causalcone.engine.edit.requests.prompts import Encoder
@@ -27,6 +30,7 @@ from causalcone.engine.edit.requests.windows import Window
 from causalcone.engine.edit.scoring.evaluate import Evaluator, Scores
 from causalcone.engine.edit.scoring.generation_metrics import References
 from causalcone.engine.edit.scoring.tables import probe_batch
+from causalcone.engine.edit.sequences.sequence import EditSequence
 from causalcone.engine.edit.texts.contexts import Contexts, check_contexts, sample_contexts
 from causalcone.engine.encoding import PromptForm, PromptOptions
 from causalcone.engine.errors import ExperimentError
@@ -218,7 +222,7 @@ class Editor:
         if not listed:
             raise ExperimentError("there are no requests; give at least one")
         with self.session.computing():
-            return next(JointMemit(self._model(MEMIT_JOINT), checked).joint(listed, [window]))
+            return next(Memit(self._model(MEMIT_JOINT), checked, together=True).joint(listed, [window]))
 
     def finetune(
         self,
@@ -272,6 +276,96 @@ class Editor:
 
         batches = definition.build(model, checked).batches(listed, windows)
         return map(named, each_within(self.session.computing, batches))
+
+    def sequence(
+        self,
+        requests: Sequence[Request],
+        method: str,
+        layers: LayerChoice,
+        window: int | None = None,
+        hparams: Hparams | None = None,
+        *,
+        batch: int = 1,
+        history: bool | None = None,
+    ) -> EditSequence:
+        """Edits in sequence, batch after batch, each on the model that the ones before left (docs/editing.md,
+        "Sequences").
+
+        Args:
+            requests: Requests, as ``Editor.requests`` makes them, in the order in which they are edited.
+            method: As for ``batches``; methods that can edit the requests of a batch in one change do.
+            layers: One layer, or a window's centre, or its layers as one list; such as ``[5]`` or ``[(3, 4, 5)]``.
+            window: Layers in a window; the method's default if None.
+            hparams: Hyperparameters of the method; the defaults if None.
+            batch: Requests that are edited together.
+            history: Whether later edits preserve the keys of earlier ones; if None, as the method does by default.
+
+        Returns:
+            An iterator, which makes a batch for every ``next``; ``delta`` is the change so far, which
+            ``causalcone.apply`` writes.
+
+        Raises:
+            ExperimentError: An argument, or the editor's moments, cannot be used; this is checked at once.
+        """
+        definition = method_named(method)
+        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+            raise ExperimentError(f"the batch is {batch!r}; give a whole number of edits, at least one")
+        if history and definition.history is None:
+            raise ExperimentError(
+                f"{definition.name} cannot preserve the keys of earlier edits; leave history out, or choose a method "
+                "that solves for keys, such as memit-seq"
+            )
+        listed, windows, checked = self._prepare(definition, requests, layers, window, hparams)
+        if not listed or len(windows) != 1:
+            raise ExperimentError(
+                f"a sequence of {len(listed)} requests in {len(windows)} windows of layers; give at least one request, "
+                "and one window, such as layers=[(3, 4, 5)]"
+            )
+        kept = bool(definition.history) if history is None else history
+        sequence = EditSequence(
+            model=self._model(definition),
+            method=definition,
+            hparams=checked,
+            requests=listed,
+            window=windows[0],
+            size=batch,
+            history=History() if kept else None,
+            within=self.session.computing,
+        )
+        sequence.notes  # refuses a problem that has no solution  # noqa: B018
+        return sequence
+
+    def norm_anchor(
+        self, requests: Sequence[Request], method: str, layer: int, hparams: ValueHparams | None = None
+    ) -> float:
+        """The usual norm of the MLP's output once a search has found its vector (NAS, arXiv 2602.02543): what
+        ``norm_anchor`` of the hyperparameters is to be.
+
+        Args:
+            requests: Requests to search for, such as 1,000 that are not edited later.
+            method: A method that searches for vectors, such as ``"memit"``.
+            layer: The layer, or the last one of a window.
+            hparams: Hyperparameters of the method; the defaults if None.
+
+        Returns:
+            The mean norm over the requests without the largest twentieth, of searches with the bare prompts.
+
+        Raises:
+            ExperimentError: for a method that searches for no vectors, or where no search succeeds.
+        """
+        definition = method_named(method)
+        listed, (window,), checked = self._prepare(definition, requests, [layer], 1, hparams)
+        model = replace(self._model(definition), contexts=())
+        maker = definition.build(model, checked)
+        if not isinstance(maker, VectorMethod):
+            raise ExperimentError(f"{method} searches for no vectors; choose one that does, such as memit")
+        norms: list[float] = []
+        with self.session.computing():
+            for tasks in maker.groups(model.tasks(listed), [window]):
+                norms += maker.reached_norms(tasks, layer)
+        if not norms:
+            raise ExperimentError("no search found a vector; give other requests, or other hyperparameters")
+        return float(np.mean(sorted(norms)[: max(1, int(0.95 * len(norms)))]))
 
     def run(
         self,

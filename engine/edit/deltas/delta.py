@@ -119,6 +119,14 @@ class Delta:
             changes[_layer_number(layer)] = change
         object.__setattr__(self, "changes", dict(sorted(changes.items())))
 
+    def __add__(self, other: Delta) -> Delta:
+        """Both changes. Where two low-rank ones of a layer take more memory side by side than the whole matrix, they
+        become a dense one."""
+        changes = dict(self.changes)
+        for layer, change in other.changes.items():
+            changes[layer] = _sum(changes[layer], change) if layer in changes else change
+        return Delta(changes)
+
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers that it changes, in order."""
@@ -146,6 +154,10 @@ class Delta:
                 )
             if name == LAYOUT.key:
                 raise ExperimentError(f"the metadata {name!r} is the layout's own; give it another name")
+        LAYOUT.write(Path(path), *self.parts(), metadata)
+
+    def parts(self) -> tuple[dict[str, Tensor], dict[str, dict[str, str]]]:
+        """The tensors by name, and what describes them, of a file that holds the changes; ``of_parts`` takes them."""
         kinds = {cls: kind for kind, cls in _KINDS.items()}
         tensors = {
             f"layers.{layer}.{field}": tensor.detach().to("cpu", copy=True)  # safetensors refuses shared memory
@@ -153,8 +165,15 @@ class Delta:
             for field, tensor in vars(change).items()
             if tensor is not None
         }
-        layers = {str(layer): kinds[type(change)] for layer, change in self.changes.items()}
-        LAYOUT.write(Path(path), tensors, {"layers": layers}, metadata)
+        return tensors, {"layers": {str(layer): kinds[type(change)] for layer, change in self.changes.items()}}
+
+    @classmethod
+    def of_parts(cls, tensors: Mapping[str, Tensor], layers: Mapping[str, str]) -> Delta:
+        fields: dict[str, dict[str, Tensor]] = {layer: {} for layer in layers}
+        for name, tensor in tensors.items():
+            _, layer, field = name.split(".")
+            fields[layer][field] = tensor
+        return cls({int(layer): _KINDS[kind](**fields[layer]) for layer, kind in layers.items()})
 
     @classmethod
     def load(cls, path: str | Path) -> Delta:
@@ -172,7 +191,20 @@ class Delta:
         return load_delta(path)[0]
 
 
+def _sum(first: LowRank | Dense, second: LowRank | Dense) -> LowRank | Dense:
+    if isinstance(first, LowRank) and isinstance(second, LowRank):
+        left, right = (torch.cat(pair, dim=1) for pair in ((first.left, second.left), (first.right, second.right)))
+        if left.shape[1] * (len(left) + len(right)) <= len(left) * len(right):
+            return LowRank(left, right)
+        return Dense(left @ right.T)
+    biases = [change.bias for change in (first, second) if isinstance(change, Dense) and change.bias is not None]
+    bias = sum(biases[1:], biases[0]) if biases else None
+    return Dense(first.rows(slice(None)) + second.rows(slice(None)), bias)
+
+
 _KINDS = {"low_rank": LowRank, "dense": Dense}
+
+NOTHING = Delta({})
 
 
 def load_delta(path: str | Path) -> tuple[Delta, dict[str, str]]:
@@ -180,11 +212,7 @@ def load_delta(path: str | Path) -> tuple[Delta, dict[str, str]]:
     path = Path(path)
     tensors, description, metadata = LAYOUT.read(path)
     with LAYOUT.reading(path):
-        fields: dict[str, dict[str, Tensor]] = {layer: {} for layer in description["layers"]}
-        for name, tensor in tensors.items():
-            _, layer, field = name.split(".")
-            fields[layer][field] = tensor
-        return Delta({int(n): _KINDS[kind](**fields[n]) for n, kind in description["layers"].items()}), metadata
+        return Delta.of_parts(tensors, description["layers"]), metadata
 
 
 def _layer_number(layer: object) -> int:

@@ -47,6 +47,13 @@ class ValueHparams(Hparams):
     kl_factor: float = 0.0625
     weight_decay: float = 0.5
     clamp: float = 4.0
+    norm_anchor: float | None = None
+
+    @property
+    def stops_after(self) -> int | None:
+        """Further steps once the target is the likeliest in all contexts, after which a search ends; None: it goes
+        on."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class RomeHparams(ValueHparams):
         kl_factor: Weight of the divergence of the essence prompt's distribution.
         weight_decay: Weight of the vector's norm, over the squared norm of the unedited value v.
         clamp: Largest norm of the vector, in norms of v.
+        norm_anchor: The norm that v* is brought to, once found (``Editor.norm_anchor``); None: v* stays as it is.
         keys: Which keys the edit solves for: ``"published"``, the direction from the mean key over all contexts and the
             rest from the bare prompt's; ``"mean"``, the mean key and value in both (R-ROME); ``"prompt"``, the bare
             prompt's in both (p-ROME).
@@ -73,7 +81,8 @@ class MemitHparams(ValueHparams):
     """How MEMIT searches z* and spreads it over the layers of a window (Meng et al. 2023).
 
     Args:
-        steps: As for ``RomeHparams``, like lr, stop_loss and kl_factor; the last step only evaluates the loss.
+        steps: As for ``RomeHparams``, like lr, stop_loss, kl_factor and norm_anchor (of the MLP's output at the
+            lookup); the last step only evaluates the loss.
         weight_decay: Weight of the vector's norm, over the squared norm of the unedited output of the layer.
         clamp: Largest norm of the vector, in norms of that output.
         covariance_weight: Weight of the second moment of a layer's keys against the edited keys.

@@ -16,7 +16,8 @@ from causalcone.engine.edit.deltas.delta import Dense, LowRank
 from causalcone.engine.edit.methods.batching import Batching
 from causalcone.engine.edit.methods.edits import Edit, suspicion
 from causalcone.engine.edit.methods.hparams import Hparams, ValueHparams
-from causalcone.engine.edit.methods.value_search import EditObjective, FoundValue, Site
+from causalcone.engine.edit.methods.least_squares import History
+from causalcone.engine.edit.methods.value_search import EditObjective, FoundValue, Site, ValueOptimizer
 from causalcone.engine.edit.moments.moments import Moments, factors_fit
 from causalcone.engine.edit.requests.prompts import EditTask, Encoder
 from causalcone.engine.edit.requests.requests import Request
@@ -33,23 +34,26 @@ Result = TypeVar("Result")
 @dataclass(frozen=True, kw_only=True)
 class EditableModel:
     """What a method works with. layers: the model's, which edited runs pass through; batching: how many edits fit into
-    memory; contexts: texts put before prompts, for methods that need them."""
+    memory; contexts: texts put before prompts, for methods that need them; history: keys of earlier edits, which closed
+    forms preserve."""
 
     layers: Layers
     encoder: Encoder
     batching: Batching
     contexts: Sequence[str] = ()
     moments: Moments | None = None
+    history: History | None = None
     _norms: dict[tuple[int, bool], float] = field(default_factory=dict)
 
     def tasks(self, requests: Sequence[Request]) -> list[EditTask]:
         """The requests as token sequences, in the contexts."""
         return [self.encoder.task(request, self.contexts) for request in requests]
 
-    def solve(self, layer: int, right: Tensor) -> Tensor:
-        """C^-1 right (inner, n) with the second moment C of the layer's keys."""
+    @property
+    def second_moments(self) -> Moments:
+        """Of a method that needs moments."""
         assert self.moments is not None
-        return self.moments.solve(layer, right)
+        return self.moments
 
     def judged(self, edit: Edit) -> Edit:
         """The edit with the norm of its change over that of the changed weights, and, where it is out of the ordinary,
@@ -113,20 +117,31 @@ class VectorMethod:
     def rounds(self, items: Sequence[Item], held: Callable[[Item], int], windows: Sequence[Window]) -> list[list[Item]]:
         """The items of work that go through the layers together, so that a factor serves them all: where the factors of
         all layers are kept each goes alone, and comes sooner. held: bytes of an item that waits for its layers."""
-        assert self.model.moments is not None
         edited = {layer for window in windows for layer in window.layers}
-        if factors_fit(self.model.moments, edited, self.model.layers.device):
+        if factors_fit(self.model.second_moments, edited, self.model.layers.device):
             return [[item] for item in items]
         return self.model.batching.waiting(items, held)
 
     def find(self, tasks: Sequence[EditTask], windows: Sequence[Window]) -> Found:
-        objective, ends = EditObjective.of(tasks), sorted({window.layers[-1] for window in windows})
+        ends = sorted({window.layers[-1] for window in windows})
+        search, values = self._search(tasks, ends, windows)
+        rows = {key: search.unedited.rows[key] for key in self.more(search.objective, windows)}
+        return Found([task.request for task in tasks], search.objective, rows, values)
+
+    def reached_norms(self, tasks: Sequence[EditTask], layer: int) -> list[float]:
+        """The norm of the MLP's output with the vector of each request that finds one."""
+        search, values = self._search(tasks, [layer], ())
+        outputs = (search.output(goal, layer) + value.delta for (goal, _), value in values.items() if not value.reason)
+        return [output.norm().item() for output in outputs]
+
+    def _search(
+        self, tasks: Sequence[EditTask], ends: Sequence[int], windows: Sequence[Window]
+    ) -> tuple[ValueOptimizer, dict[tuple[int, int], FoundValue]]:
+        objective = EditObjective.of(tasks)
         more = self.more(objective, windows)
         search = objective.search(self.model.layers, ends, self.site, self.hparams, more)
         wanted = [(number, end) for number in range(len(tasks)) for end in ends]
-        values = dict(self.model.batching.of_vectors(wanted, search))
-        rows = {key: search.unedited.rows[key] for key in more}
-        return Found([task.request for task in tasks], objective, rows, values)
+        return search, dict(self.model.batching.of_vectors(wanted, search))
 
     @torch.inference_mode(False)
     def _batch(self, tasks: Sequence[EditTask], windows: Sequence[Window]) -> list[Edit]:
@@ -177,23 +192,26 @@ def layers_outermost(parts: Iterable[Turns[Result]]) -> list[Result]:
 class Method:
     """A method of editing.
 
-    name: what options and tables call it; hparams: the class of its hyperparameters; build: makes it on a model; flops:
-    what it takes to edit, in multiply-adds x 2.
-    window: how many layers it edits together by default; None for a method of one layer; joint: whether all requests
-    share one change of the weights; rank: of the change of a weight per request, None for a dense one.
-    needs_moments: whether it needs second moments of the edited layers; contexts: whose contexts it needs.
-    preset_name: the method whose settings a preset has for it, itself by default; by_window: whether presets have
-    settings for each size of window; grid: the values that tuning tries by default; caution: for each hyperparameter
-    whether more of it makes an edit more cautious (1) or bolder (-1).
-    aliases: further names for it, each with the hyperparameters that it stands for; fixed: those of this name.
+    name: what options and tables call it; hparams: the class of its hyperparameters; build: makes it on a model;
+    together: makes it on a model so that all requests of a window share one change, where that differs; flops: what it
+    takes to edit, in multiply-adds x 2. window: how many layers it edits together by default; None for a method of one
+    layer; joint: whether all requests share one change of the weights; rank: of the change of a weight per request,
+    None for a dense one; history: whether a sequence of edits preserves the keys of earlier ones by default, None where
+    the method cannot. needs_moments: whether it needs second moments of the edited layers; contexts: whose contexts it
+    needs. preset_name: the method whose settings a preset has for it, itself by default; by_window: whether presets
+    have settings for each size of window; grid: the values that tuning tries by default; caution: for each
+    hyperparameter whether more of it makes an edit more cautious (1) or bolder (-1). aliases: further names for it,
+    each with the hyperparameters that it stands for; fixed: those of this name.
     """
 
     name: str
     hparams: type[Hparams]
     build: Callable[[EditableModel, Any], EditMaker]
     flops: Callable[[EditWork, Any], float]
+    together: Callable[[EditableModel, Any], EditMaker] | None = None
     window: int | None = None
     joint: bool = False
+    history: bool | None = None
     rank: int | None = 1
     needs_moments: bool = False
     contexts: Literal["rome", "memit"] | None = None

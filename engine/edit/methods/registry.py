@@ -8,8 +8,12 @@ from dataclasses import replace
 from functools import cache
 from importlib.metadata import entry_points
 
+from causalcone.engine.edit.methods.alphaedit import ALPHAEDIT
+from causalcone.engine.edit.methods.emmet import EMMET
+from causalcone.engine.edit.methods.encore import ENCORE
 from causalcone.engine.edit.methods.finetune import FINETUNE
-from causalcone.engine.edit.methods.memit import MEMIT, MEMIT_JOINT
+from causalcone.engine.edit.methods.memit import MEMIT, MEMIT_JOINT, MEMIT_SEQUENCE
+from causalcone.engine.edit.methods.memit_merge import MEMIT_MERGE
 from causalcone.engine.edit.methods.method import Method
 from causalcone.engine.edit.methods.rome import ROME
 from causalcone.engine.errors import ExperimentError
@@ -28,7 +32,7 @@ def register(method: Method) -> Method:
     return method
 
 
-for _method in (ROME, MEMIT, MEMIT_JOINT, FINETUNE):
+for _method in (ROME, MEMIT, MEMIT_JOINT, FINETUNE, MEMIT_SEQUENCE, MEMIT_MERGE, EMMET, ALPHAEDIT, ENCORE):
     register(_method)
 
 

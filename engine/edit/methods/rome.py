@@ -10,6 +10,7 @@ from torch import Tensor
 from causalcone.engine.edit.deltas.delta import Delta, LowRank
 from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.methods.hparams import RomeHparams
+from causalcone.engine.edit.methods.least_squares import LeastSquares, MomentMetric
 from causalcone.engine.edit.methods.method import Found, Method, Turns, VectorMethod
 from causalcone.engine.edit.methods.value_search import EditObjective, Goal
 from causalcone.engine.edit.requests.prompts import EditTask
@@ -40,13 +41,12 @@ class Rome(VectorMethod):
         choices = {"published": (mean, bare, own), "mean": (mean, mean, usual), "prompt": (bare, bare, own)}
         along, key, given = choices[self.hparams.keys]
         yield window.layer
-        solved = self.model.solve(window.layer, along.T).T.to(key.device)
-        u = solved / solved.norm(dim=1, keepdim=True)
-        reached, normal = (key * u).sum(1), (along * u).sum(1)
-        edits, alignments = [], (reached / normal).tolist()
+        missing = torch.stack([value.delta for value in values]).double() + (own - given)
+        problem = LeastSquares(MomentMetric(self.model.second_moments), slack=0.0)
+        left, right = problem.each(window.layer, along, missing, reaching=key)
+        edits, alignments = [], ((key * right).sum(1) / (along * right).sum(1)).tolist()
         for n, (request, value) in enumerate(zip(requests, values, strict=True)):
-            missing = value.delta.double() + (own[n] - given[n])
-            change = LowRank((missing / reached[n])[:, None], u[n, :, None]).to(value.delta.device, value.delta.dtype)
+            change = LowRank(left[n, :, None], right[n, :, None]).to(value.delta.device, value.delta.dtype)
             edit = value.edit(request, ROME.name, window, None if value.reason else Delta({window.layer: change}))
             edits.append(replace(edit, key_alignment=alignments[n]))
         return edits

@@ -7,7 +7,7 @@ All edits of a batch, at any layers, take their steps together; an edit that is 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -33,12 +33,14 @@ Site = Literal["values", "out"]
 
 @dataclass(frozen=True)
 class Goal:
-    """The goal of a request: contexts and essence are texts of the prompts, by number; the target's token ids are read
-    after each context, the divergence at the essence's end. erases: the target is to become unlikely."""
+    """The goal of a vector: contexts and essence are texts of the prompts, by number; a target's token ids are read
+    after each context, the divergence at the essence's end. keyed: how many contexts keys are of, the first ones;
+    erases: the target is to become unlikely."""
 
     contexts: tuple[int, ...]
     essence: int
-    target: tuple[int, ...]
+    targets: tuple[tuple[int, ...], ...]
+    keyed: int
     erases: bool
 
 
@@ -70,16 +72,16 @@ class EditObjective:
         read: list[int] = []
         goals: list[Goal] = []
         for task in tasks:
-            target, first, essence = task.request.target, len(read), len(read) + len(task.prompts) - 1
-            read += [*[len(target)] * (essence - first), 1]
-            goals.append(Goal(tuple(range(first, essence)), essence, target, task.request.erases))
+            targets, first, essence = tuple(task.targets), len(read), len(read) + len(task.prompts) - 1
+            read += [*map(len, targets), 1]
+            goals.append(Goal(tuple(range(first, essence)), essence, targets, task.keyed, task.request.erases))
         lookup = np.array([prompted.lookup for prompted in prompts])
         return cls(Prompts([prompted.text for prompted in prompts], lookup, np.array(read)), goals)
 
     @property
-    def contexts(self) -> np.ndarray:
-        """(requests, contexts) texts by number, the bare prompt first."""
-        return np.array([goal.contexts for goal in self.goals])
+    def keyed(self) -> np.ndarray:
+        """(goals, contexts) texts by number that keys are of, the bare prompt first."""
+        return np.array([goal.contexts[: goal.keyed] for goal in self.goals])
 
     def search(
         self, layers: Layers, at: Collection[int], site: Site, hparams: ValueHparams, more: Wanted
@@ -88,8 +90,8 @@ class EditObjective:
         ``more`` is kept than the search needs."""
         essence = np.array([goal.essence for goal in self.goals])
         wanted: dict[tuple[str, int], Places] = {("out", layer): self.prompts.tails for layer in at}
-        if site == "values":
-            wanted.update({(name, layer): self.prompts.lookups for layer in at for name in ("values", "mid")})
+        names = ("values", "mid") if site == "values" else ("values",)
+        wanted.update({(name, layer): self.prompts.lookups for layer in at for name in names})
         distributions = essence, self.prompts.lookup[essence]
         unedited = run_unedited(layers, self.prompts.texts, {**wanted, **more}, min(at) + 1, distributions)
         return ValueOptimizer(layers, self, unedited, site, hparams)
@@ -111,6 +113,30 @@ class ValueOptimizer:
         row = bare if self.site == "values" else self.objective.prompts.tail_start[bare]
         return self.unedited.rows[self.site, layer][row]
 
+    @torch.no_grad()
+    def output(self, goal: int, layer: int) -> Tensor:
+        """(hidden,) the MLP's output at the lookup of the bare prompt, as the vector is added to it; float32 or
+        better."""
+        row = self.unedited.rows["values", layer][[self.objective.goals[goal].contexts[0]]]
+        added_to = row if self.site == "values" else self.layers.block(layer).mlp_out(row)
+        return added_to[0].to(torch.promote_types(self.layers.dtype, torch.float32))
+
+    @torch.no_grad()
+    def _anchored(self, edits: Sequence[tuple[int, int]], found: Sequence[FoundValue]) -> list[FoundValue]:
+        """Vectors that take the MLP's output at the lookup to the norm of ``norm_anchor``; none where it is more than
+        twice that long (NAS, arXiv 2602.02543)."""
+        anchor = self.hparams.norm_anchor
+        if anchor is None:
+            return list(found)
+        anchored = []
+        for (goal, layer), value in zip(edits, found, strict=True):
+            output = self.output(goal, layer)
+            wanted = output + value.delta
+            norm = wanted.norm()
+            delta = torch.where(norm > 2 * anchor, torch.zeros_like(wanted), wanted * (anchor / norm) - output)
+            anchored.append(replace(value, delta=delta))
+        return anchored
+
     @torch.inference_mode(False)
     def find(self, edits: Sequence[tuple[int, int]]) -> list[FoundValue]:
         """The vector of each edit: a goal, by number, and a layer."""
@@ -120,11 +146,13 @@ class ValueOptimizer:
         values: list[FoundValue | None] = [None] * len(edits)
         live = list(range(len(edits)))
         readings = _Readings(self, edits, size)
+        more = np.full(len(edits), np.inf if self.hparams.stops_after is None else self.hparams.stops_after)
         for step in range(self.hparams.steps):
             if not live:
                 break
             loss, gradient = readings.evaluate(state.change)
-            done = self._done(step, [edits[i] for i in live], loss)
+            done = self._done(step, [edits[i] for i in live], loss) | (more[live] <= 0)
+            more[live] -= readings.reached | (more[live] < (self.hparams.stops_after or 0))
             for row in np.flatnonzero(done).tolist():
                 values[live[row]] = _value(state.change[row], base[live[row]], step, loss[row])
             if done.any():
@@ -139,7 +167,7 @@ class ValueOptimizer:
                 if step == self.hparams.steps - 1:
                     for row, edit in enumerate(live):
                         values[edit] = _value(state.change[row], base[edit], step + 1, loss[row])
-        return [value for value in values if value is not None]
+        return self._anchored(edits, [value for value in values if value is not None])
 
     def joining(self, block: Block, layer: int, join: Join, vectors: Tensor) -> Tensor:
         """The rows of runs after the layer where their vectors, among (E, hidden), are added."""
@@ -176,6 +204,8 @@ class _Readings:
 
     def __init__(self, search: ValueOptimizer, edits: Sequence[tuple[int, int]], size: Tensor) -> None:
         self.search, self.size, self.count = search, size, len(edits)
+        self.reached = np.zeros(len(edits), dtype=bool)
+        """Which edits' targets were the likeliest in all contexts when last evaluated, where that ends a search."""
         if not edits:
             return
         goals = search.objective.goals
@@ -200,8 +230,9 @@ class _Readings:
                 divergent.append((row, of[run], run_goal[run]))
                 row += 1
                 continue
-            tokens = len(goal.target)
-            targets += goal.target
+            target = goal.targets[members[run] - goal.contexts[0]]
+            tokens = len(target)
+            targets += target
             shares += [tokens * len(goal.contexts)] * tokens
             owner += [of[run]] * tokens
             reference += range(row, row + tokens)
@@ -229,4 +260,10 @@ class _Readings:
             kl = kl * (delta != 0).any(1)[self.divergent_owner]
             loss = loss + hparams.kl_factor * none.index_add(0, self.divergent_owner, kl)
             (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-        return fetch(loss.detach()).wait()[0].numpy(), gradient
+        missed = torch.zeros_like(none)
+        if hparams.stops_after is not None:
+            likeliest = readout.most_likely(states.detach().index_select(0, self.read))
+            missed = missed.index_add(0, self.owner, (likeliest != self.targets).to(missed.dtype))
+        losses, misses = (tensor.numpy() for tensor in fetch(loss.detach(), missed).wait())
+        self.reached = misses == 0
+        return losses, gradient

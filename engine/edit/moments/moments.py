@@ -53,6 +53,7 @@ class Moments:
     ridge: float = 0.0
     _factors: _Factors = field(default_factory=lambda: _Factors(_FACTOR_BYTES), repr=False)
     _conditions: dict[tuple[int, float], float] = field(default_factory=dict, repr=False)
+    _spectra: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         _checked_ridge(self.ridge)
@@ -159,6 +160,13 @@ class Moments:
         self._room(keys.device)
         factor = self._factors.get((layer, ridge, keys.device), lambda: self._factorised(layer, ridge, keys.device))
         return factor.solve(keys)
+
+    @torch.no_grad()
+    def spectrum(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (inner,) of a layer's C, rising, and eigenvectors (inner, inner) as columns, in float64; kept."""
+        if layer not in self._spectra:
+            self._spectra[layer] = tuple(torch.linalg.eigh(self.matrix(layer)))
+        return self._spectra[layer]
 
     def check(self, model: Any, layers: Iterable[int]) -> None:
         """Check that these are moments of a model; where it is not known of which, only the width of the keys.

@@ -32,10 +32,29 @@ class Prompted:
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EditTask:
     """A request as the token sequences that its vector is searched on: the prompt, bare and after each context, with
-    the target's tokens except the last; then the prompt of its essence up to the lookup."""
+    the target's tokens except the last; then the prompt of its essence up to the lookup. members: the requests that
+    share the vector, whose prompts, equally many of each, follow one another; keys are those of the first."""
 
     request: Request
     prompts: tuple[Prompted, ...]
+    members: tuple[Request, ...]
+
+    @classmethod
+    def merged(cls, tasks: Sequence[EditTask]) -> EditTask:
+        """One of several requests; the essence is the first one's."""
+        prompts = [prompted for task in tasks for prompted in task.prompts[:-1]]
+        members = tuple(member for task in tasks for member in task.members)
+        return cls(request=tasks[0].request, prompts=(*prompts, tasks[0].prompts[-1]), members=members)
+
+    @property
+    def keyed(self) -> int:
+        """How many prompts keys are taken of: the first."""
+        return (len(self.prompts) - 1) // len(self.members)
+
+    @property
+    def targets(self) -> list[tuple[int, ...]]:
+        """What is read after each prompt but the essence's: its request's target."""
+        return [member.target for member in self.members for _ in range(self.keyed)]
 
 
 @lru_cache(maxsize=16)
@@ -60,7 +79,7 @@ class Encoder:
         ]
         essence = self.essence(request)
         start = replace(essence.text, tokens=essence.text.tokens[: essence.lookup + 1])
-        return EditTask(request=request, prompts=(*prompts, Prompted(start, essence.lookup)))
+        return EditTask(request=request, prompts=(*prompts, Prompted(start, essence.lookup)), members=(request,))
 
     def trained(self, request: Request, samples: int) -> list[Text]:
         """The bare prompt with the target: once, or once for each of ``samples`` of noise on the subject."""

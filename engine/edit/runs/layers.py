@@ -1,5 +1,7 @@
 """A model's layers over packed runs, forwards or under autograd; ``engine/run/forward.py`` names the other passes."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -8,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from causalcone.engine.edit.deltas.delta import NOTHING, Delta, Dense
 from causalcone.engine.edit.runs.packed_runs import Runs, Text
 from causalcone.engine.models.base import Architecture, Block
 from causalcone.kernels.backends import TORCH, Backends
 from causalcone.kernels.gathering import gather_two
+from causalcone.kernels.linear import Linear
 from causalcone.kernels.readout import Readout
 from causalcone.kernels.row_attention import ScoreRule, attend_padded
 from causalcone.kernels.tiles import Tiles, pieces
@@ -38,7 +42,8 @@ class Passed:
 @dataclass(frozen=True)
 class Layers:
     """A model's layers, in the dtype and on the device of the pass. caches: whether prepared weights are kept for later
-    passes, until ``forget``. backends: of blocks, the readout, and steps of fine-tuning."""
+    passes, until ``forget``. backends: of blocks, the readout, and steps of fine-tuning. delta: a change that the model
+    is seen with, without being written."""
 
     architecture: Architecture
     tiles: Tiles
@@ -46,6 +51,7 @@ class Layers:
     device: torch.device
     caches: bool = False
     backends: Backends = TORCH
+    delta: Delta = NOTHING
     _cache: dict[int | str, Any] = field(default_factory=dict)
 
     @property
@@ -54,9 +60,25 @@ class Layers:
 
     def block(self, layer: int) -> Block:
         def read() -> Block:
-            return replace(self.architecture.block(layer, self.dtype, self.device), backends=self.backends)
+            block = replace(self.architecture.block(layer, self.dtype, self.device), backends=self.backends)
+            return replace(block, down=self._changed(block.down, layer)) if layer in self.delta.changes else block
 
-        return self._prepared(layer, read)
+        return self._prepared(layer, read, keep=layer in self.delta.changes)
+
+    def _changed(self, down: Linear, layer: int) -> Linear:
+        """A down-projection with its change, summed as where it is written."""
+        change = self.delta.changes[layer]
+        wide = torch.promote_types(self.dtype, torch.float32)
+        change = change.to(self.device, wide)
+        weight = (down.weight.to(wide) + change.rows(slice(None))).to(self.dtype)
+        bias = change.bias if isinstance(change, Dense) else None
+        if bias is None or down.bias is None:
+            return Linear(weight, down.bias)
+        return Linear(weight, (down.bias.to(wide) + bias).to(self.dtype))
+
+    def changed_by(self, delta: Delta) -> Layers:
+        """The layers of the model with a change of its weights."""
+        return replace(self, delta=delta, _cache={})
 
     def readout(self) -> Readout:
         return self._prepared("readout", self._readout)
@@ -66,8 +88,8 @@ class Layers:
         self._cache.clear()
 
     @torch.no_grad()
-    def _prepared(self, name: int | str, make: Callable[[], Prepared]) -> Prepared:
-        if not self.caches:
+    def _prepared(self, name: int | str, make: Callable[[], Prepared], keep: bool = False) -> Prepared:
+        if not self.caches and not keep:
             return make()
         if name not in self._cache:
             self._cache[name] = make()

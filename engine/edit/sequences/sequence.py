@@ -1,0 +1,157 @@
+"""Edits in sequence: batch after batch, each on the model that the ones before left (docs/editing.md, "Sequences")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from causalcone.engine.edit.deltas.delta import NOTHING, Delta
+from causalcone.engine.edit.methods.edits import Edit
+from causalcone.engine.edit.methods.least_squares import History
+from causalcone.engine.edit.methods.method import EditableModel, Method
+from causalcone.engine.edit.methods.spread import Spread
+from causalcone.engine.edit.requests.requests import Request
+from causalcone.engine.edit.requests.windows import Window
+from causalcone.engine.errors import ExperimentError
+from causalcone.engine.tensor_file import Layout
+
+LAYOUT = Layout(
+    key="causalcone.batch", noun="batch of edits", remedy="remove it and all later ones, and go on from there"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceBatch:
+    """Edits that were made together.
+
+    Attributes:
+        number: Of the batch, from 0.
+        edits: One of each request, with the reason where it failed, without its change.
+        delta: What the batch adds to the changes before it.
+        keys: (n, inner) by layer, in float64: what later batches preserve; empty without history.
+    """
+
+    number: int
+    edits: Sequence[Edit]
+    delta: Delta
+    keys: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> None:
+        """Write changes and keys to a safetensors file, whole or not at all."""
+        tensors, description = self.delta.parts()
+        keys = {f"keys.{layer}": of_layer.cpu() for layer, of_layer in self.keys.items()}
+        facts = [edit.fact_id for edit in self.edits]
+        LAYOUT.write(Path(path), tensors | keys, {**description, "number": self.number, "facts": facts})
+
+
+@dataclass(kw_only=True)
+class EditSequence:
+    """A sequence of edits, an iterator over its batches. No weight of the model is written: moments and contexts of the
+    unedited model serve all batches.
+
+    Attributes:
+        requests: Of all batches, in order.
+        window: The layers that are edited.
+        size: Requests in a batch.
+        history: Keys of earlier batches that later ones preserve, or None.
+        delta: The sum of all changes so far, low-rank until a dense one takes less memory.
+        done: How many batches are made.
+    """
+
+    model: EditableModel
+    method: Method
+    hparams: Any
+    requests: Sequence[Request]
+    window: Window
+    size: int
+    history: History | None
+    within: Callable[[], AbstractContextManager[object]]
+    delta: Delta = NOTHING
+    done: int = 0
+
+    def __iter__(self) -> Iterator[SequenceBatch]:
+        return self
+
+    def __next__(self) -> SequenceBatch:
+        """Make the edits of the next batch, and add their change."""
+        if not (requests := self.of_batch(self.done)):
+            raise StopIteration
+        keys: Mapping[int, Tensor] = {}
+        made: list[Edit] = []
+        added = NOTHING
+        with self.within():
+            for group in [requests] if self._joint else [[request] for request in requests]:
+                maker = self._maker()
+                if self.history is not None and isinstance(maker, Spread):
+                    (joint,) = maker.joint(group, [self.window])
+                    edits, keys = joint.edits(), joint.keys
+                    maker.remember(self.history, keys)
+                else:
+                    edits = [edit for batch in maker.batches(group, [self.window]) for edit in batch]
+                changes = {id(edit.delta): edit.delta for edit in edits if edit.delta is not None}
+                added = reduce(add, changes.values(), added)
+                self.delta = reduce(add, changes.values(), self.delta)
+                made += edits
+        judged = [self.model.judged(replace(edit, method=self.method.name)).dropped() for edit in made]
+        self.done += 1
+        return SequenceBatch(self.done - 1, judged, added, keys)
+
+    def of_batch(self, number: int) -> list[Request]:
+        return list(self.requests[number * self.size : (number + 1) * self.size])
+
+    def restore(self, path: str | Path) -> SequenceBatch:
+        """Take the next batch over from a file that ``SequenceBatch.save`` wrote, instead of making it.
+
+        Returns:
+            The batch, without edits.
+
+        Raises:
+            ExperimentError: for a file of another batch, or of other facts.
+        """
+        path = Path(path)
+        tensors, description, _ = LAYOUT.read(path)
+        facts = [request.fact.id for request in self.of_batch(self.done)]
+        if description.get("number") != self.done or description.get("facts") != facts:
+            raise ExperimentError(
+                f"{path} is batch {description.get('number')}, of {_few(description.get('facts', []))}; "
+                f"batch {self.done} of this sequence is of {_few(facts)}; go on with the same facts and batch size, "
+                "or choose another folder"
+            )
+        device = self.model.layers.device
+        with LAYOUT.reading(path), self.within():
+            keys = {int(name.removeprefix("keys.")): of for name, of in tensors.items() if name.startswith("keys.")}
+            changes = {name: of.to(device) for name, of in tensors.items() if not name.startswith("keys.")}
+            delta = Delta.of_parts(changes, description["layers"])
+            if self.history is not None and isinstance(maker := self._maker(), Spread):
+                maker.remember(self.history, keys)
+        self.delta, self.done = self.delta + delta, self.done + 1
+        return SequenceBatch(self.done - 1, (), delta, keys)
+
+    def standing(self, edits: Sequence[Edit]) -> list[Edit]:
+        """Edits as they stand now: with the change of all batches so far, to be scored on the model of now."""
+        return [replace(edit, delta=self.delta, reason=None) for edit in edits]
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What results should say of the method on this model, such as ranks of projectors."""
+        return maker.notes(self.window.layers) if isinstance(maker := self._maker(), Spread) else {}
+
+    @property
+    def _joint(self) -> bool:
+        return self.method.joint or self.method.together is not None
+
+    def _maker(self) -> Any:
+        layers = self.model.layers.changed_by(self.delta) if self.delta.changes else self.model.layers
+        model = replace(self.model, layers=layers, history=self.history)
+        return (self.method.together or self.method.build)(model, self.hparams)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "") or "none"
