@@ -127,6 +127,25 @@ TEXT_SCHEMA = _schema(
 # One row per edit and metric, with its values before and after the edit.
 METRIC_SCHEMA = _schema(edit_id=_TEXT, metric=_TEXT, pre=_NUMBER, post=_NUMBER)
 
+# One row per edit of a sequence: the columns of edits, and when it was made.
+SEQUENCE_SCHEMA = pa.schema([*EDIT_SCHEMA, *_schema(batch=_COUNT, position=_COUNT, seconds=_NUMBER)])
+"""batch: from 0; position: among all edits, from 0; seconds: that its batch took."""
+
+# One row per checkpoint of a sequence, edit that is scored there (or the model), and metric.
+CHECKPOINT_SCHEMA = _schema(
+    method=_TEXT,
+    window=_COUNT,
+    layer=_COUNT,
+    edits=_COUNT,  # made so far
+    group=_TEXT,  # newest: an edit of the last batch; earlier: one before it; model: the model as a whole
+    fact_id=_TEXT,  # null of the model
+    # as of edits, and rewrite_p, ...: the target's mean p on that kind of prompt; of the model perplexity of held-out
+    # text, and relative_norm.LAYER: the norm of the change over that of the weights
+    metric=_TEXT,
+    pre=_NUMBER,  # in the unedited model
+    post=_NUMBER,  # now
+)
+
 # One row per fact that a sweep's filter has seen.
 FILTER_SCHEMA = _schema(
     fact_id=_TEXT,

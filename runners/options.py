@@ -326,6 +326,27 @@ class EditingOptions(EditMethodOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SequenceOptions:
+    """Edits one after another, each on the model that the ones before left."""
+
+    sequential: bool = option(
+        False,
+        "Edit in sequence, each batch on the model that the ones before left, in the window around one --layer; the "
+        "same command goes on with a sequence that ended early.",
+        "--sequential",
+    )
+    batch: int = option(100, "Facts that are edited together, of --sequential.", min=1)
+    checkpoint: int = option(500, "Edits after which, and at the end, --sequential measures the model.", min=1)
+    sample: int = option(100, "Of all edits before the last batch, how many are scored at a checkpoint.", min=0)
+    held_out: str | None = option(
+        None, "Running text whose perplexity is measured at checkpoints; by default text that the model writes first."
+    )
+    history: bool | None = option(
+        None, "Preserve the keys of earlier edits; by default as the method does.", "--history/--no-history"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TuningOptions(EditMethodOptions):
     """Settings of editing that are tried, and how one is chosen."""
 

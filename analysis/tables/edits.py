@@ -22,6 +22,7 @@ EDIT_SCHEMA = polars_schema(schemas.EDIT_SCHEMA)
 PROBE_SCHEMA = polars_schema(schemas.PROBE_SCHEMA)
 METRIC_SCHEMA = polars_schema(schemas.METRIC_SCHEMA)
 TEXT_SCHEMA = polars_schema(schemas.TEXT_SCHEMA)
+CHECKPOINT_SCHEMA = polars_schema(schemas.CHECKPOINT_SCHEMA)
 
 _PROBE = ["edit_id", "prompt_kind", "prompt_index"]
 MOST_NAMED = 5
@@ -95,6 +96,23 @@ def read_texts(source: TraceSource) -> pl.DataFrame:
         TableError: files cannot be read, columns are missing, or a row occurs twice.
     """
     return _read(source, TEXT_SCHEMA, "table of texts", _PROBE)
+
+
+def read_checkpoints(source: TraceSource) -> pl.DataFrame:
+    """Read a table of checkpoints of sequences, one row per edit (or model) and metric (docs/results.md,
+    "checkpoints").
+
+    Args:
+        source: any that ``read_traces`` takes.
+
+    Returns:
+        The columns of ``CHECKPOINT_SCHEMA``; further ones are kept. ``fact_id`` is null of the model.
+
+    Raises:
+        TableError: files cannot be read, columns are missing, or a row occurs twice.
+    """
+    key = ["method", "window", "layer", "edits", "group", "fact_id", "metric"]
+    return _read(source, CHECKPOINT_SCHEMA, "table of checkpoints", key)
 
 
 def counted(probes: pl.DataFrame) -> pl.DataFrame:

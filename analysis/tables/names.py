@@ -12,12 +12,20 @@ METHODS = {
     "p-rome": "p-ROME",
     "memit": "MEMIT",
     "memit_joint": "joint MEMIT",
+    "memit-seq": "MEMIT-seq",
+    "memit-merge": "MEMIT-Merge",
+    "emmet": "EMMET",
+    "alphaedit": "AlphaEdit",
+    "encore": "ENCORE",
+    "ultraedit": "UltraEdit",
     "finetune": "FT",
+    "ft-m": "FT-M",
+    "locft": "LocFT",
 }
 """Names of methods in the papers' order; other methods go by the name that tables have, after these."""
 
 _LONG = {**METHODS, "finetune": "fine-tuning"}
-_OF_ONE_LAYER = ("rome", "r-rome", "p-rome")
+_OF_ONE_LAYER = ("rome", "r-rome", "p-rome", "emmet")
 
 SEVERED = {"mlp": "MLP outputs", "attn": "attention outputs", "both": "both outputs"}
 """Modules that tracing severs: methods are called ``sever_`` and one of these."""

@@ -13,20 +13,23 @@ from causalcone.runners.options import (
     EditingOptions,
     PromptOutputOptions,
     ScoringOptions,
+    SequenceOptions,
 )
 
 
-@takes(EditedOptions, EditingOptions, ScoringOptions, PromptOutputOptions)
+@takes(EditedOptions, EditingOptions, ScoringOptions, SequenceOptions, PromptOutputOptions)
 def edit(
     source: EditedOptions,
     editing: EditingOptions,
     scoring: ScoringOptions,
+    sequence: SequenceOptions,
     output: PromptOutputOptions,
     plot: Annotated[bool, Option("--plot", help="Draw the mean scores by layer.")] = False,
 ) -> None:
     """Edit facts at every chosen layer by ROME, MEMIT or constrained fine-tuning, and score every edited model.
 
-    Facts are edited one by one; memit_joint edits all of them at once. Of a single --prompt it shows both answers'
+    Facts are edited one by one; memit_joint edits all of them at once, --sequential one batch after another, into
+    OUT/sequence, OUT/checkpoints and OUT/batches. Of a single --prompt it shows both answers'
     probabilities and what the model writes, before and after.
 
     Writes OUT/edits, OUT/probes and OUT/metrics (Parquet; a row per edit, per prompt of it and per metric of it), where
@@ -35,6 +38,8 @@ def edit(
     from causalcone.analysis.tables.edits import unmet
     from causalcone.runners.edits import inputs
     from causalcone.runners.edits.prompt_edits import PromptEdits
+    from causalcone.runners.edits.sequences import carry_out
+    from causalcone.runners.results.folder import ResultFolder
     from causalcone.runners.show.edit_tables import (
         answer_tables,
         failed_lines,
@@ -46,7 +51,17 @@ def edit(
     from causalcone.runners.show.figures import draw_scores
 
     check_place(source, output)
-    study = inputs.editing(source, editing, scoring, output)
+    study = inputs.editing(source, editing, scoring, output, sequence)
+    if sequence.sequential:
+        from causalcone.runners.show.sequence_tables import checkpoint_tables
+
+        out = Path(str(output.out))
+        with ResultFolder(out, study.configuration, output.overwrite, resume=True) as folder:
+            made = carry_out(study, sequence, out, Console(), output.quiet)
+            folder.finish(**made.results, filtered=study.filtered)
+        if not output.quiet:
+            show(checkpoint_tables(out), made.sentence(), [])
+        return
     wanted = (study.plan.aggregate, scoring.essence, scoring.answer_score)
     single = None if source.prompt is None else PromptEdits(study)
     with place_of(output) as place:
@@ -72,6 +87,7 @@ causalcone edit --model gpt2-xl --facts counterfact.json --method rome --preset 
 causalcone edit --model ./my-model --facts facts.jsonl --method finetune:1 --method finetune:5 --layers 0,8 --out edits
 causalcone edit --model demo --facts demo --method memit:3 --preset demo --moments demo --essence --out edits --plot
 causalcone edit --model demo --facts demo --method rome --set clamp=2 --texts demo --keep-deltas --out edits
+causalcone edit --model gpt2-xl --facts counterfact.json --method alphaedit:5 --layer 15 --sequential --out sequence
 causalcone edit --model demo --facts demo --method memit_joint:3 --layers 1 --preset demo --moments demo --out mass
 """
 }

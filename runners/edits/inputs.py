@@ -33,6 +33,7 @@ from causalcone.runners.options import (
     EditMethodOptions,
     PromptOutputOptions,
     ScoringOptions,
+    SequenceOptions,
 )
 from causalcone.runners.results.folder import refuse_occupied
 
@@ -47,10 +48,20 @@ class TextInputs:
 
 
 def editing(
-    source: EditedOptions, choice: EditingOptions, scoring: ScoringOptions, output: PromptOutputOptions
+    source: EditedOptions,
+    choice: EditingOptions,
+    scoring: ScoringOptions,
+    output: PromptOutputOptions,
+    sequence: SequenceOptions,
 ) -> EditStudy:
     """The study of the options; moments are collected, if requested."""
-    if output.out is not None:
+    if sequence.sequential:
+        if source.prompt is not None or output.out is None or scoring.keep_deltas:
+            raise ExperimentError(
+                "--sequential edits --facts into the folder --out, and keeps its changes there: leave out --prompt and "
+                "--keep-deltas"
+            )
+    elif output.out is not None:
         refuse_occupied(output.out, output.overwrite)
     elif scoring.keep_deltas:
         raise ExperimentError("--keep-deltas writes files: give --out with a folder for them, or leave it out")
@@ -68,6 +79,9 @@ def editing(
     editor = editor_of(inputs, choice, plan, texts.contexts)
     moments = moments_of(inputs, choice, plan, texts.running, output.quiet)
     study = prepared_edits(editor, moments, inputs, choice, plan, scoring, texts.references)
+    if sequence.sequential:
+        kept = {name: value for name, value in vars(sequence).items() if name != "sequential"}
+        study = replace(study, options={**study.options, "sequence": kept})
     return replace(study, collected=None if texts.running is None else moments)
 
 

@@ -23,8 +23,8 @@ from causalcone.engine.schemas import SCHEMA_VERSION, VERSION_KEY
 PART_ROWS = 50_000
 PART_SECONDS = 5.0
 PART_SHARE = 0.05
-_TABLES = ("traces", "severed", "zeroed", "gradients", "edits", "probes", "metrics", "texts")
-_NAMES = (*_TABLES, "deltas", "plots", "run.json")  # the last to go says that the rest is ours
+_TABLES = ("traces", "severed", "zeroed", "gradients", "edits", "probes", "metrics", "texts", "sequence", "checkpoints")
+_NAMES = (*_TABLES, "batches", "deltas", "plots", "run.json")  # the last to go says that the rest is ours
 MOMENTS = "moments.safetensors"
 
 
@@ -45,18 +45,43 @@ def refuse_occupied(path: str | os.PathLike[str], overwrite: bool) -> None:
 
 
 class ResultFolder:
-    """``path`` made ready for a run described by ``configuration``; refuses a folder that holds one already."""
+    """``path`` made ready for a run described by ``configuration``; refuses a folder that holds one already, or, where
+    a run can ``resume``, one of another configuration."""
 
-    def __init__(self, path: str | os.PathLike[str], configuration: Mapping[str, Any], overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        configuration: Mapping[str, Any],
+        overwrite: bool = False,
+        resume: bool = False,
+    ) -> None:
         self.path = Path(path)
         self.configuration = {**configuration, "schema": SCHEMA_VERSION, "versions": versions()}
         with writing(f"to {self.path}"):
+            if resume and not overwrite and self._goes_on():
+                self._write_run("running")
+                return
             refuse_occupied(self.path, overwrite)
             left = self.path / MOMENTS  # by the run before, unless it is where this one has its moments from
             given = Path(str(configuration.get("moments_given"))).resolve() == left.resolve()
             clear(self.path, _NAMES if given or not (self.path / "run.json").exists() else (MOMENTS, *_NAMES))
             self.path.mkdir(parents=True, exist_ok=True)
             self._write_run("running")
+
+    def _goes_on(self) -> bool:
+        """Whether a run of this configuration is there; refuses one of another."""
+        try:
+            before = json.loads((self.path / "run.json").read_text())
+        except (FileNotFoundError, ValueError):
+            return False
+        now = json.loads(json.dumps(self.configuration))
+        changes = [line for key in now for line in differences({key: before.get(key)}, {key: now[key]})]
+        if changes:
+            raise ResultError(
+                "\n  ".join([f"{self.path} holds a run of another configuration:", *changes])
+                + "\ngive what it was begun with, choose another folder, or give --overwrite"
+            )
+        return True
 
     def __enter__(self) -> ResultFolder:
         return self

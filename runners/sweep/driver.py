@@ -23,7 +23,7 @@ from causalcone.runners.sweep.executor import Executor, LocalExecutor, Stop, Uni
 from causalcone.runners.sweep.inputs.facts_table import FACTS, fact_table, facts_of, read_facts, select
 from causalcone.runners.sweep.inputs.resources import NOISE_FILE
 from causalcone.runners.sweep.inputs.settings import Sweep
-from causalcone.runners.sweep.inputs.units import LEFT_OUT, Selection, Unit
+from causalcone.runners.sweep.inputs.units import LEFT_OUT, STATE, Selection, Unit
 from causalcone.runners.sweep.stages import FilterStage, StageUnits, later_units, stages_of
 from causalcone.runners.sweep.stages.prepared import CONTEXTS_FILE, MOMENTS_FILE, PARTIAL
 from causalcone.runners.sweep.worker import ModelInfo, Worker
@@ -124,7 +124,9 @@ class Driver:
     def _drop(self) -> None:
         """Delete what an earlier sweep wrote; run.json last, which says that the rest is a sweep's."""
         written = {NOISE_FILE, CONTEXTS_FILE, MOMENTS_FILE, RUN}
-        names = [n for n in self.store.names() if n in written or n.endswith(".parquet") or n.startswith(PARTIAL)]
+        names = [
+            n for n in self.store.names() if n in written or n.endswith(".parquet") or n.startswith((PARTIAL, STATE))
+        ]
         for name in sorted(names, key=lambda name: name == RUN):
             self.store.delete(name)
 

@@ -60,12 +60,12 @@ class EditableModel:
         why it is suspect."""
         if edit.delta is None or edit.delta_norm is None:
             return replace(edit, key_alignment=None)
-        weights = math.hypot(*starmap(self._norm, edit.delta.changes.items()))
+        weights = math.hypot(*starmap(self.norm, edit.delta.changes.items()))
         relative = edit.delta_norm / weights if weights else math.inf
         at_start = bool(self.contexts) and not self.encoder.bare(edit.request).lookup
         return replace(edit, relative_norm=relative, suspect=suspicion(relative, edit.key_alignment, at_start))
 
-    def _norm(self, layer: int, change: LowRank | Dense) -> float:
+    def norm(self, layer: int, change: LowRank | Dense) -> float:
         """The norm of what a change adds to."""
         with_bias = isinstance(change, Dense) and change.bias is not None
         if (layer, with_bias) not in self._norms:

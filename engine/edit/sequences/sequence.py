@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from math import nan
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from causalcone.engine.edit.deltas.delta import NOTHING, Delta
-from causalcone.engine.edit.methods.edits import Edit
+from causalcone.engine.edit.methods.edits import Edit, edit_of
 from causalcone.engine.edit.methods.least_squares import History
 from causalcone.engine.edit.methods.method import EditableModel, Method
 from causalcone.engine.edit.methods.spread import Spread
@@ -134,9 +135,19 @@ class EditSequence:
         self.delta, self.done = self.delta + delta, self.done + 1
         return SequenceBatch(self.done - 1, (), delta, keys)
 
-    def standing(self, edits: Sequence[Edit]) -> list[Edit]:
-        """Edits as they stand now: with the change of all batches so far, to be scored on the model of now."""
-        return [replace(edit, delta=self.delta, reason=None) for edit in edits]
+    @property
+    def edits(self) -> int:
+        """How many requests are edited."""
+        return min(self.done * self.size, len(self.requests))
+
+    def standing(self, requests: Sequence[Request]) -> list[Edit]:
+        """Edits of requests as they stand now, with the change of all batches so far: what is to be scored."""
+        made: dict[str, Any] = {"steps": 0, "loss": nan, "delta": self.delta}
+        return [edit_of(request, self.method.name, self.window, **made) for request in requests]
+
+    def relative_norms(self) -> dict[int, float]:
+        """By layer, the norm of the change so far over that of the weights that it changes."""
+        return {layer: change.norm / self.model.norm(layer, change) for layer, change in self.delta.changes.items()}
 
     @property
     def notes(self) -> dict[str, Any]:

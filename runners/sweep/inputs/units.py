@@ -6,6 +6,9 @@ from causalcone.runners.results.store import Store, StoredPart
 
 FAILURES, LEFT_OUT = "failures", "left_out"
 
+STATE = "state"
+"""The folder of files that units go on from."""
+
 YOUNGER = ("texts",)
 """Tables that units of earlier versions did not write: they are done without."""
 

@@ -13,12 +13,13 @@ from causalcone.runners.sweep.stages.edit import EditStage
 from causalcone.runners.sweep.stages.filter import FilterStage
 from causalcone.runners.sweep.stages.localization import GradientStage, SeverStage, TraceStage, ZeroStage
 from causalcone.runners.sweep.stages.prepared import ContextsStage, MomentsStage, NoiseStage
+from causalcone.runners.sweep.stages.sequence import SequenceStage
 from causalcone.runners.sweep.stages.stage import Stage, StageUnits
 
 PREPARED = (NoiseStage, ContextsStage, MomentsStage)
 """Stages that are there when others need them."""
 
-TABLES: tuple[type[Stage[Any]], ...] = (TraceStage, SeverStage, ZeroStage, GradientStage, EditStage)
+TABLES: tuple[type[Stage[Any]], ...] = (TraceStage, SeverStage, ZeroStage, GradientStage, EditStage, SequenceStage)
 """Stages that are there when the sweep's file has their table."""
 
 GROUP = "causalcone.sweep_stages"

@@ -11,7 +11,7 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr
 from causalcone.engine.edit.editor import Editor
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.problems import make_requests
-from causalcone.engine.edit.requests.requests import NOISY
+from causalcone.engine.edit.requests.requests import NOISY, Request
 from causalcone.engine.edit.requests.windows import as_layers, as_windows
 from causalcone.engine.edit.runs.flops import Asked, EditWork, Grown
 from causalcone.engine.edit.scoring.answers import ANSWER_TOKENS
@@ -125,14 +125,17 @@ class EditStage(Stage[EditSettings]):
         check = partial(editor.evaluator.check, essence=options.essence, generation=generation, references=references)
         return lambda fact: check(*editor.requests([fact], problem, filtered=False))
 
-    def compute(self, unit: Unit, resources: Resources) -> Mapping[str, pa.Table]:
-        """Make edits batch by batch, score them, and let them go."""
+    def groups_of(self, problem: Problem) -> list[str]:
+        """The folders of a problem's edits, one for each setting."""
+        return [_group(problem, setting) for setting in self.plans[problem].settings]
+
+    def prepared(self, unit: Unit, resources: Resources) -> tuple[Problem, Setting, Editor, list[Request]]:
+        """What a unit is of: its problem and setting, an editor, and requests."""
         settings = ((problem, setting) for problem, plan in self.plans.items() for setting in plan.settings)
         problem, setting = next(pair for pair in settings if _group(*pair) == unit.group)
         if self._resources is None:
             self._resources = self._editor(resources), self._references()
-        editor, references = self._resources
-        layers = self.layers(problem, resources.session.sizes.depth)
+        editor = self._resources[0]
         facts, compat = resources.facts_of(unit), self.sweep.compat
         making: dict[str, Any] = {"filtered": False, "on_error": "skip", "compat": compat, "seed": editor.seed}
         requests, skipped, _ = make_requests(editor.session, facts, problem, editor.sigma, **making)
@@ -141,9 +144,19 @@ class EditStage(Stage[EditSettings]):
         in_contexts = partial(editor.evaluator.check, essence=False, generation=False, references=None, contexts=texts)
         requests, long = usable(requests, in_contexts, lambda request: request.fact.id, "skip")
         resources.leave_out(unit, [*skipped, *long])
+        return problem, setting, editor, requests
+
+    def scoring(self, problem: Problem) -> dict[str, Any]:
+        """The options of ``Editor.evaluate``, once a unit is prepared."""
         scoring: dict[str, Any] = {name: getattr(self.options, name) for name in ("essence", "accuracy", "answers")}
-        if self.options.generates(problem):
-            scoring |= {"generation": True, "references": references}
+        if self.options.generates(problem) and self._resources is not None:
+            scoring |= {"generation": True, "references": self._resources[1]}
+        return scoring
+
+    def compute(self, unit: Unit, resources: Resources) -> Mapping[str, pa.Table]:
+        """Make edits batch by batch, score them, and let them go."""
+        problem, setting, editor, requests = self.prepared(unit, resources)
+        layers, scoring = self.layers(problem, resources.session.sizes.depth), self.scoring(problem)
         batches: dict[str, list[pa.RecordBatch]] = {table.name: [] for table in self.tables}
         for batch in editor.batches(requests, setting.method, layers, setting.window, setting.hparams):
             tables = editor.evaluate(batch, **scoring).tables
