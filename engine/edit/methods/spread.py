@@ -184,7 +184,7 @@ class Spread(VectorMethod):
             problem = replace(self.problem(len(keys)), history=self.model.history)
             left, right = problem.together(layer, keys, missing / (len(window.layers) - number))
             keys_of[layer] = keys
-            changes[layer] = LowRank(left.to(self._wide), right.to(self._wide))
+            changes[layer] = LowRank(*(part.to(self._wide).contiguous() for part in (left, right)))
             if layer != window.layers[-1]:
                 for prefixes in groups:
                     prefixes.apply(_update_all(changes[layer]))

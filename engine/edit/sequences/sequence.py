@@ -89,7 +89,7 @@ class EditSequence:
         added = NOTHING
         with self.within():
             for group in [requests] if self._joint else [[request] for request in requests]:
-                maker = self._maker()
+                maker = self._maker(self.delta + added)
                 if self.history is not None and isinstance(maker, Spread):
                     (joint,) = maker.joint(group, [self.window])
                     edits, keys = joint.edits(), joint.keys
@@ -98,10 +98,9 @@ class EditSequence:
                     edits = [edit for batch in maker.batches(group, [self.window]) for edit in batch]
                 changes = {id(edit.delta): edit.delta for edit in edits if edit.delta is not None}
                 added = reduce(add, changes.values(), added)
-                self.delta = reduce(add, changes.values(), self.delta)
                 made += edits
         judged = [self.model.judged(replace(edit, method=self.method.name)).dropped() for edit in made]
-        self.done += 1
+        self.delta, self.done = self.delta + added, self.done + 1
         return SequenceBatch(self.done - 1, judged, added, keys)
 
     def of_batch(self, number: int) -> list[Request]:
@@ -125,12 +124,13 @@ class EditSequence:
                 f"batch {self.done} of this sequence is of {_few(facts)}; go on with the same facts and batch size, "
                 "or choose another folder"
             )
-        device = self.model.layers.device
+        # copies: those of a file lie anywhere in memory, which products depend on in their last bits
+        own = {name: tensor.to(self.model.layers.device, copy=True) for name, tensor in tensors.items()}
         with LAYOUT.reading(path), self.within():
-            keys = {int(name.removeprefix("keys.")): of for name, of in tensors.items() if name.startswith("keys.")}
-            changes = {name: of.to(device) for name, of in tensors.items() if not name.startswith("keys.")}
+            keys = {int(name.removeprefix("keys.")): of for name, of in own.items() if name.startswith("keys.")}
+            changes = {name: of for name, of in own.items() if not name.startswith("keys.")}
             delta = Delta.of_parts(changes, description["layers"])
-            if self.history is not None and isinstance(maker := self._maker(), Spread):
+            if self.history is not None and isinstance(maker := self._maker(self.delta), Spread):
                 maker.remember(self.history, keys)
         self.delta, self.done = self.delta + delta, self.done + 1
         return SequenceBatch(self.done - 1, (), delta, keys)
@@ -152,14 +152,14 @@ class EditSequence:
     @property
     def notes(self) -> dict[str, Any]:
         """What results should say of the method on this model, such as ranks of projectors."""
-        return maker.notes(self.window.layers) if isinstance(maker := self._maker(), Spread) else {}
+        return maker.notes(self.window.layers) if isinstance(maker := self._maker(self.delta), Spread) else {}
 
     @property
     def _joint(self) -> bool:
         return self.method.joint or self.method.together is not None
 
-    def _maker(self) -> Any:
-        layers = self.model.layers.changed_by(self.delta) if self.delta.changes else self.model.layers
+    def _maker(self, delta: Delta) -> Any:
+        layers = self.model.layers.changed_by(delta) if delta.changes else self.model.layers
         model = replace(self.model, layers=layers, history=self.history)
         return (self.method.together or self.method.build)(model, self.hparams)
 
