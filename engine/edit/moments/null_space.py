@@ -52,7 +52,8 @@ class NullSpace:
         elif self.rule == "rank":
             rank = min(int(self.value), width)
         else:
-            rank = int((values.cumsum(0) <= self.value * values.sum()).sum())
+            held = values.cumsum(0)
+            rank = int((held <= self.value * held[-1]).sum())
         if rank in (0, width):
             found = "no direction" if rank == 0 else f"every one of the {width} directions"
             ends = f"{values[0]:.2g} to {values[-1]:.2g}, half of them below {values.median():.2g}"
