@@ -260,7 +260,7 @@ class _Readings:
             kl = kl * (delta != 0).any(1)[self.divergent_owner]
             loss = loss + hparams.kl_factor * none.index_add(0, self.divergent_owner, kl)
             (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-        missed = torch.zeros_like(none)
+        missed = self.erases.to(none.dtype)  # what is erased is never likely enough
         if hparams.stops_after is not None:
             likeliest = readout.most_likely(states.detach().index_select(0, self.read))
             missed = missed.index_add(0, self.owner, (likeliest != self.targets).to(missed.dtype))
