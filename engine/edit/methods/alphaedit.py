@@ -36,7 +36,8 @@ class AlphaEdit(Spread):
     hparams: AlphaEditHparams
 
     def problem(self, count: int) -> LeastSquares:
-        return LeastSquares(RidgeMetric(self.hparams.ridge), projector=self._space)
+        ridge = self.hparams.ridge  # without any, keys reach their goals, by the smallest such change
+        return LeastSquares(RidgeMetric(ridge or 1.0), 1.0 if ridge else 0.0, projector=self._space)
 
     def notes(self, layers: Sequence[int]) -> dict[str, Any]:
         """The null space's rank by layer; warns ``ShortMoments``."""

@@ -4,7 +4,7 @@ long sequences of edits."""
 from dataclasses import dataclass
 
 from causalcone.engine.edit.methods.hparams import MemitHparams
-from causalcone.engine.edit.methods.least_squares import LeastSquares, MomentMetric
+from causalcone.engine.edit.methods.least_squares import LeastSquares, MomentMetric, RidgeMetric
 from causalcone.engine.edit.methods.spread import Spread, spread_method
 
 
@@ -31,6 +31,8 @@ class Encore(Spread):
 
     def problem(self, count: int) -> LeastSquares:
         weight, ridge = self.hparams.covariance_weight, self.hparams.norm_weight
+        if ridge and not weight:
+            return LeastSquares(RidgeMetric(ridge))
         return LeastSquares(MomentMetric(self.model.second_moments, weight or 1.0, ridge), 1.0 if weight else 0.0)
 
 
