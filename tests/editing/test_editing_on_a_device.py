@@ -2,6 +2,7 @@
 go there once for each set of live edits."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from helpers.models import gpt2
 
 import causalcone as cc
 from causalcone.engine.edit.methods import value_search
+from causalcone.engine.edit.methods.alphaedit import AlphaEditHparams
+from causalcone.engine.edit.methods.emmet import EmmetHparams
+from causalcone.engine.edit.methods.encore import EncoreHparams
 from causalcone.engine.edit.methods.finetune import _EditBatch, _Pass, _Trained
-from causalcone.engine.edit.methods.memit import Prefixes
+from causalcone.engine.edit.methods.spread import Prefixes
 from causalcone.engine.edit.methods.value_search import ValueOptimizer, _Readings
 from causalcone.engine.edit.moments.identity import Identity
 from causalcone.engine.edit.scoring.scoring import EditScorer
@@ -29,7 +33,21 @@ METHODS = {
     "memit": lambda ed, layers=(0, 1): ed.memit(EVERY_PROBLEM, layers, 3, MEMIT),
     "memit_joint": lambda ed, layers=(0, 1): ed.memit(EVERY_PROBLEM, layers, 3, MEMIT, joint=True),
     "finetune": lambda ed, layers=(0, 1): ed.finetune(EVERY_PROBLEM, layers, 3, FINETUNE),
+    "memit-seq": lambda ed: in_sequence(ed, "memit-seq", MEMIT),
+    "memit-merge": lambda ed: in_sequence(ed, "memit-merge", replace(MEMIT, norm_anchor=2.0)),
+    "alphaedit": lambda ed: in_sequence(ed, "alphaedit", AlphaEditHparams(steps=6, ridge=5.0, null_space=1.0)),
+    "encore": lambda ed: in_sequence(ed, "encore", EncoreHparams(steps=6, covariance_weight=5.0, patience=1)),
+    "emmet": lambda ed: in_sequence(ed, "emmet", EmmetHparams(steps=6, covariance_weight=5.0), [1]),
 }
+
+
+def in_sequence(ed, method, hparams, layers=((0, 1),)):
+    """Edits in batches of two, as all together leave them."""
+    made = ed.sequence(EVERY_PROBLEM, method, layers, hparams=hparams, batch=2)
+    edits = [edit for batch in made for edit in batch.edits]
+    return [replace(edit, delta=made.delta) for edit in edits]
+
+
 WITHOUT_WAITING = {
     "searches": (ValueOptimizer, "find"),
     "MEMIT's passes": (Prefixes, "__init__", "look", "apply"),

@@ -5,10 +5,17 @@ import torch
 from helpers.editing_cases import EVERY_PROBLEM, MEMIT, ROME, editor, error, weight
 
 import causalcone as cc
+from causalcone.engine.edit.methods.emmet import EmmetHparams
+from causalcone.engine.edit.methods.encore import EncoreHparams
 from causalcone.engine.edit.methods.value_search import EditObjective
 from causalcone.engine.edit.moments import moments as moments_module
 
-WINDOWS = {"rome": (1, ROME), "memit": (3, MEMIT), "memit_joint": (3, MEMIT)}
+WINDOWS = {
+    "rome": (1, ROME),
+    **dict.fromkeys(("memit", "memit_joint", "memit-merge"), (3, MEMIT)),
+    "encore": (3, EncoreHparams(steps=4, stop_loss=None, covariance_weight=5.0)),
+    "emmet": (1, EmmetHparams(steps=4, stop_loss=None)),
+}
 
 
 @pytest.fixture
@@ -41,7 +48,9 @@ def made(model, moments, method, requests=EVERY_PROBLEM, layers="all", **options
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize(("method", "memory"), [("rome", "4.5MB"), ("memit", None), ("memit_joint", None)])
+@pytest.mark.parametrize(
+    ("method", "memory"), [("rome", "4.5MB"), *((name, None) for name in WINDOWS if name != "rome")]
+)
 def test_a_job_factorises_each_moment_once(model, moments, monkeypatch, factorised, searches, method, memory, count):
     expected = [edit for batch in made(model, moments, method) for edit in batch]
     factorised.clear()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from causalcone.engine.edit.methods.hparams import MemitHparams, RomeHparams
+from causalcone.engine.edit.methods.hparams import RomeHparams, ValueHparams
 from oracles.editing import (
     Prompt,
     Task,
@@ -92,21 +92,38 @@ def optimise(
     task: Task,
     contexts: Sequence[str],
     site: Site,
-    hparams: RomeHparams | MemitHparams,
+    hparams: ValueHparams,
     last_updates: bool = False,
 ) -> Optimum:
     """Adam on the vector that is added at the site, begun from zero; ``last_updates``: the last step updates too."""
     bare = about_subject(model, tokenizer, task.fact, task.fact.prompt)
     start = at_lookup(model, task, bare, site)
     objective = loss_function(model, tokenizer, task, contexts, site, start, hparams)
+    return descend(start, objective, hparams, last_updates)
+
+
+def descend(
+    start: Tensor,
+    objective: Callable[[Tensor], Tensor],
+    hparams: ValueHparams,
+    last_updates: bool = False,
+    reached: Callable[[Tensor], bool] | None = None,
+    patience: int = 0,
+) -> Optimum:
+    """Adam on a vector that begins at zero; once it has ``reached`` what it is for, it takes ``patience`` more
+    updates."""
     delta = torch.zeros_like(start, requires_grad=True)
     adam = torch.optim.Adam([delta], lr=hparams.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0)
-    updates = 0
+    updates, end = 0, None
     for step in range(hparams.steps):
         loss = objective(delta)
         if hparams.stop_loss is not None and loss < hparams.stop_loss:
             break
         if step == hparams.steps - 1 and not last_updates:
+            break
+        if end is None and reached is not None and reached(delta.detach()):
+            end = updates + patience
+        if updates == end:
             break
         (delta.grad,) = torch.autograd.grad(loss, delta)
         adam.step()
@@ -125,7 +142,7 @@ def loss_function(
     contexts: Sequence[str],
     site: Site,
     start: Tensor,
-    hparams: RomeHparams | MemitHparams,
+    hparams: ValueHparams,
 ) -> Callable[[Tensor], Tensor]:
     """What is minimised, as a function of the vector that is added to the site's output at every prompt's lookup."""
     prompts = training_prompts(model, tokenizer, task.fact, contexts)
