@@ -1,7 +1,7 @@
 """Hyperparameters of the editing methods; the defaults are the published ones for GPT-J (docs/editing.md,
 "Hyperparameters")."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from causalcone.engine.errors import ExperimentError, one_of
@@ -47,7 +47,7 @@ class ValueHparams(Hparams):
     kl_factor: float = 0.0625
     weight_decay: float = 0.5
     clamp: float = 4.0
-    norm_anchor: float | None = None
+    norm_anchor: float | None = field(default=None, kw_only=True)
 
     @property
     def stops_after(self) -> int | None:

@@ -80,7 +80,7 @@ class Sweep(CheckedTable):
     analysis takes p of several tokens for; compat: "published" does as published code does, where that differs; chat,
     system, bos and keep_space: as ``PromptForm``'s."""
 
-    younger = frozenset(PromptOptions.__annotations__) | {"columns"}
+    younger = frozenset(PromptOptions.__annotations__) | {"columns", "sequence"}
     model: StrictStr
     facts: StrictStr
     limit: Count | None = None
