@@ -43,10 +43,7 @@ class Layout:
         described = json.dumps({"version": self.version, **description, "crc32": checksums})
         try:
             with replacing(path) as partial:
-                partial.touch()
-                mode = partial.stat().st_mode
-                save_file(tensors, partial, {**(metadata or {}), self.key: described})
-                partial.chmod(mode)  # that of any new file: safetensors lets nobody else read its own
+                save_tensors(tensors, partial, {**(metadata or {}), self.key: described})
         except (OSError, SafetensorError) as error:
             raise ExperimentError(f"no {self.noun} can be written to {path}: {error}") from error
 
@@ -91,6 +88,14 @@ class Layout:
             raise ExperimentError(
                 f"{path} is not a {self.noun} file, or is damaged ({error}); {self.remedy}"
             ) from error
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file with the mode of any new file: safetensors lets nobody else read its own."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, dict(metadata))
+    path.chmod(mode)
 
 
 def _crc32(tensor: Tensor) -> int:

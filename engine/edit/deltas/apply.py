@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from causalcone.engine.atomic import replacing_folder
 from causalcone.engine.edit.deltas.delta import Delta, Dense, LowRank
-from causalcone.engine.errors import ExperimentError, ModelError
+from causalcone.engine.edit.deltas.peft import adapted, write_adapter
+from causalcone.engine.errors import ExperimentError, ModelError, one_of
 from causalcone.engine.models import read_architecture
 
 Model = TypeVar("Model")
@@ -117,33 +118,73 @@ def applied(model: Model, delta: Delta) -> Iterator[Model]:
         handle.revert()
 
 
-def export(model: Any, delta: Delta, folder: str | Path, tokenizer: Any = None) -> None:
-    """Write the edited model to a new folder that ``from_pretrained`` takes, whole or not at all.
+def export(
+    model: Any,
+    delta: Delta,
+    folder: str | Path,
+    tokenizer: Any = None,
+    format: Format = "model",
+    max_rank: int | None = None,
+) -> None:
+    """Write the edited model to a new folder, whole or not at all: all of it, which ``from_pretrained`` takes, or a
+    low-rank change as an adapter (LoRA), which ``peft.PeftModel.from_pretrained`` puts on the unedited model.
 
     Args:
         model: A transformers model, which is left unchanged.
         delta: The change of its weights.
         folder: A folder that does not exist, or is empty.
         tokenizer: A tokenizer to write too.
+        format: ``"model"`` or ``"peft"``; both are in the weights' dtype.
+        max_rank: The largest rank of an adapter, such as a server allows. The nearest change of this rank is written
+            where the delta's is larger, and the warning ``RankCut`` says how near it is.
 
     Raises:
-        ExperimentError, ModelError: as ``apply``; also for a folder that is not empty or cannot be written.
+        ExperimentError, ModelError: as ``apply``; also for a folder that is not empty or cannot be written, and for an
+            adapter of a dense change.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ExperimentError(f"{folder} exists already; give a new folder for the edited model")
-    handle = _apply(model, delta, stacklevel=3)
-    config = dict(vars(model.config))  # save_pretrained notes dtype and class in it
+    one_of("format", format, get_args(Format))
+    if max_rank is not None and format != "peft":
+        raise ExperimentError('a whole model has no rank; leave out max_rank, or give format="peft"')
+    refuse_taken(folder)
+    writing = nullcontext(_adapter_of(model, delta, max_rank)) if format == "peft" else _model_with(model, delta)
     try:
-        with replacing_folder(folder) as partial:
-            model.save_pretrained(partial)
+        with writing as write, replacing_folder(folder) as partial:
+            write(partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
     except OSError as error:
         raise ExperimentError(f"no edited model can be written to {folder}: {error}") from error
+
+
+Format = Literal["model", "peft"]
+
+
+def refuse_taken(folder: Path) -> None:
+    """Raise ``ExperimentError`` for a folder that ``export`` cannot write to, since something is there."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ExperimentError(f"{folder} exists already; give a new folder for the edited model")
+
+
+@contextmanager
+def _model_with(model: Any, delta: Delta) -> Iterator[Callable[[Path], object]]:
+    """Writes the model with a delta, within the block."""
+    handle = _apply(model, delta, stacklevel=5)
+    config = dict(vars(model.config))  # save_pretrained notes dtype and class in it
+    try:
+        yield model.save_pretrained
     finally:
         vars(model.config).update(config)
         handle.revert()
+
+
+def _adapter_of(model: Any, delta: Delta, max_rank: int | None) -> Callable[[Path], object]:
+    """Writes the adapter of a delta."""
+    parameters = [parameter for parameter, _ in _parameters(model, delta)]
+    changes, error = adapted(delta, parameters[0].before.dtype if parameters else torch.float32, max_rank)
+    named = {parameter.path: change for parameter, change in zip(parameters, changes.values(), strict=True)}
+    base, transposed = getattr(model.config, "_name_or_path", "") or None, isinstance(parameters[0].module, Conv1D)
+    return lambda folder: write_adapter(folder, named, error, base, transposed)
 
 
 @dataclass(eq=False)
@@ -224,8 +265,6 @@ class _Parameter:
 
 
 def _apply(model: Any, delta: Delta, stacklevel: int) -> Handle:
-    if not isinstance(delta, Delta):
-        raise ExperimentError(f"a {type(delta).__name__} is not a delta; give a Delta, such as an edit's .delta")
     changes = _parameters(model, delta)
     parameters = [parameter for parameter, _ in changes]
     norms = [0.0, 0.0]
@@ -247,6 +286,8 @@ def _apply(model: Any, delta: Delta, stacklevel: int) -> Handle:
 
 def _parameters(model: Any, delta: Delta) -> list[tuple[_Parameter, LowRank | Dense]]:
     """The parameters that a delta changes, each with what is added to it seen as (out, in); refuses a misfit."""
+    if not isinstance(delta, Delta):
+        raise ExperimentError(f"a {type(delta).__name__} is not a delta; give a Delta, such as an edit's .delta")
     architecture = read_architecture(model)
     depth = architecture.sizes.depth
     parameters: list[tuple[_Parameter, LowRank | Dense]] = []
