@@ -269,6 +269,12 @@ _METHOD_HELP = (
 )
 
 
+_PRESET_HELP = (
+    "Settings: gptj, gpt2-xl, llama-2-7b, llama-3-8b, llama-3.1-8b, llama-3.2-3b, qwen2.5-7b, mistral-7b, meng, "
+    "smollm2, demo, or FILE.toml[:NAME]"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class EditMethodOptions:
     """How edits are made, whatever is asked of them and wherever they are made."""
@@ -277,7 +283,7 @@ class EditMethodOptions:
     window: int | None = option(
         None, "Layers edited together, for a METHOD without a WINDOW; by default 5 for MEMIT, 1 for fine-tuning.", min=1
     )
-    preset: str | None = option(None, "Settings: gptj, gpt2-xl, meng, smollm2, demo, or FILE.toml[:NAME].")
+    preset: str | None = option(None, f"{_PRESET_HELP}.")
     changes: list[str] | None = option(
         None, "A hyperparameter of all methods that have it, NAME=VALUE, or of one, METHOD.NAME=VALUE; repeat.", "--set"
     )
@@ -310,6 +316,9 @@ class EditingOptions(EditMethodOptions):
         f"{_METHOD_HELP} Of a --prompt by default rome.",
         show_default=False,
     )
+    preset: str | None = option(
+        None, f"{_PRESET_HELP}; auto: that of the model's name, without one guessed layers and default hyperparameters."
+    )
     problem: str | None = option(
         None,
         f"{_PROBLEM_HELP}. By default error_injection; fact_amplification where the facts' new answer is the true one.",
@@ -318,7 +327,7 @@ class EditingOptions(EditMethodOptions):
     layers: str | None = option(
         None,
         f"{_LAYERS_HELP}: the edited ones, or windows' centres. By default the preset's, without one all; of a "
-        "--prompt the one a quarter of the way up.",
+        "--prompt the one a quarter of the way up, where the preset has not a single one.",
         "--layers",
         "--layer",
         show_default=False,

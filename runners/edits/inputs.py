@@ -21,6 +21,7 @@ from causalcone.engine.errors import ExperimentError, FactError
 from causalcone.engine.facts import Fact, usable
 from causalcone.engine.localize.prompt_runs import Prompt
 from causalcone.runners.edits.moments import collected
+from causalcone.runners.edits.presets import AUTO, load_preset, preset_of
 from causalcone.runners.edits.settings import EditPlan, parse_layers, plan_of, read_contexts
 from causalcone.runners.edits.study import EditStudy
 from causalcone.runners.inputs.inputs import Inputs, open_inputs
@@ -65,17 +66,20 @@ def editing(
         refuse_occupied(output.out, output.overwrite)
     elif scoring.keep_deltas:
         raise ExperimentError("--keep-deltas writes files: give --out with a folder for them, or leave it out")
-    choice = _completed(choice, source)
+    choice, known = _with_preset(_completed(choice, source), source.model)
     layers = None if choice.layers is None else parse_layers(choice.layers)
     plan = plan_of(choice, choice.problem or ERROR_INJECTION, layers, scoring.aggregate)
     texts = read_texts(choice, plan, scoring)
     inputs = open_inputs(source)
     if inputs.single:
         inputs = replace(inputs, every=[_answered(inputs, source)])
-        plan = replace(plan, layers=layers or (inputs.session.sizes.depth // 4,))
+        only = isinstance(plan.layers, tuple) and len(plan.layers) == 1
+        plan = replace(plan, layers=plan.layers if only else layers or (inputs.session.sizes.depth // 4,))
     elif choice.problem is None and all(fact.target_new == fact.target_true for fact in inputs.facts):
         plan = plan_of(choice, FACT_AMPLIFICATION, layers, scoring.aggregate)
         warnings.warn(_TOWARDS_TRUE.format(source.facts), stacklevel=2)
+    if not known:
+        plan = _guessed(plan, layers is not None, inputs.session.sizes.depth, source.model)
     editor = editor_of(inputs, choice, plan, texts.contexts)
     moments = moments_of(inputs, choice, plan, texts.running, output.quiet)
     study = prepared_edits(editor, moments, inputs, choice, plan, scoring, texts.references)
@@ -102,6 +106,31 @@ def _completed(choice: EditingOptions, source: EditedOptions) -> EditingOptions:
     if source.model == "demo" and not choice.method and choice.texts is None:
         choice = replace(choice, moments=choice.moments or "demo")
     return replace(choice, method=choice.method or ["rome"], filtered=False)
+
+
+def _with_preset(choice: EditingOptions, model: str) -> tuple[EditingOptions, bool]:
+    """The options with the preset that "auto" stands for; whether there is one, or none was asked for."""
+    preset = preset_of(model)
+    if choice.preset != AUTO:
+        if choice.preset is None and preset is not None and load_preset(preset).windows:
+            warnings.warn(f"there are published settings for {model}: --preset {preset}", stacklevel=3)
+        return choice, True
+    if preset is not None:
+        warnings.warn(f"--preset {AUTO} is {preset}, by the model's name", stacklevel=3)
+    return replace(choice, preset=preset), preset is not None
+
+
+def _guessed(plan: EditPlan, chosen: bool, depth: int, model: str) -> EditPlan:
+    """The plan for a model without a preset: where layers are not ``chosen``, they are guessed, which is said."""
+    plan = plan if chosen else plan.guessed(depth)
+    at = [f"{setting} at layer {setting.layers[0]}" for setting in plan.settings if setting.layers]
+    layers = f"layers are a guess, by their relative depth in other models ({', '.join(at)}), and " if at else ""
+    warnings.warn(
+        f"no preset is known by the name of {model}: {layers}hyperparameters are the defaults, published for GPT-J; "
+        "causalcone tune finds better ones",
+        stacklevel=3,
+    )
+    return plan
 
 
 def _answered(inputs: Inputs, source: EditedOptions) -> Fact:

@@ -24,6 +24,7 @@ from causalcone.engine.edit.methods.hparams import Hparams, kinds_of
 from causalcone.engine.edit.methods.method import Method
 from causalcone.engine.edit.methods.registry import method_named, methods
 from causalcone.engine.edit.requests.requests import PROBLEMS
+from causalcone.engine.edit.requests.windows import Window
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.localize.options import DEFAULT_SIGMA
 from causalcone.runners.checked_files import CheckedTable, Count, complaints, noise_level, read_toml
@@ -34,14 +35,27 @@ if TYPE_CHECKING:
 NEVER = "never"
 """How files write the value None, which TOML does not have."""
 
+AUTO = "auto"
+"""What stands for the preset of the model's name."""
+
 TUNED = "tuned"
 """The name of a preset that is written."""
 
 Chosen = tuple[str, "Setting", Iterable[str]]
 """A problem, the setting chosen for it, and the names of what was tuned."""
 
+_Layers = Annotated[
+    tuple[Count, ...], Field(min_length=1), AfterValidator(lambda layers: tuple(layer - 1 for layer in layers))
+]
 
-_FROM_ZERO = AfterValidator(lambda layers: tuple(layer - 1 for layer in layers))
+
+def _following(windows: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Refuses names of no method, and layers that are no window."""
+    for name, layers in windows.items():
+        method_named(name)
+        if layers != tuple(range(layers[0], layers[0] + len(layers))):
+            raise PydanticCustomError("window", "{name} has layers that do not follow each other", {"name": name})
+    return windows
 
 
 def _by_window(tables: Any) -> Any:
@@ -95,17 +109,22 @@ def _checked_by(form: int) -> PlainValidator:
 class Preset(CheckedTable):
     """A preset. ``load_hparams`` puts its hyperparameters together. edit_layers: layers to edit, counted from 0; sigma:
     noise on the subject, as ``Tracer.trace`` takes it; tracing_window: layers of a restored or zeroed window;
-    aggregate: which prompts a paraphrase or neighbourhood score is of, as ``analysis.scores`` takes it; defaults:
-    hyperparameters by method; problems: by problem and method (and window) what differs from the defaults."""
+    aggregate: which prompts a paraphrase or neighbourhood score is of, as ``analysis.scores`` takes it; windows: the
+    window of methods that edit one, in place of edit_layers; defaults: hyperparameters by method; problems: by problem
+    and method (and window) what differs from the defaults."""
 
-    edit_layers: Annotated[
-        tuple[Count, ...], Field(min_length=1), AfterValidator(lambda layers: tuple(layer - 1 for layer in layers))
-    ]
+    edit_layers: _Layers
     sigma: Annotated[float | str, PlainValidator(noise_level)]
     tracing_window: Count
     aggregate: Literal["first", "mean"]
+    windows: Annotated[dict[str, _Layers], AfterValidator(_following)] = Field(default_factory=dict)
     defaults: Annotated[dict[str, Any], _checked_by(0)] = Field(default_factory=dict)
     problems: Annotated[dict[str, Any], _checked_by(1)]
+
+    def window_of(self, method: Method) -> Window | None:
+        """The window that a method edits where no layers are asked for, if it has one of its own."""
+        layers = self.windows.get(method.name, self.windows.get(method.preset_name, ()))
+        return Window(layers[len(layers) // 2], len(layers), layers) if layers else None
 
     def problem_names(self) -> tuple[str, ...]:
         return tuple(problem for problem in PROBLEMS if problem in self.problems)
@@ -113,6 +132,16 @@ class Preset(CheckedTable):
 
 def preset_names() -> tuple[str, ...]:
     return tuple(_builtin())
+
+
+def preset_of(model: str) -> str | None:
+    """The preset of a model, by the name of its folder or on the hub: "llama-2-7b" of "meta-llama/Llama-2-7b-hf"."""
+    plain = _plain(Path(model).name)
+    return next((name for name in preset_names() if _plain(name) in plain), None)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]", "", name.lower())
 
 
 def load_preset(preset: str) -> Preset:
@@ -164,7 +193,7 @@ def tuned_preset(
     table: dict[str, Any] = {"edit_layers": [*range(1, depth + 1)], "sigma": DEFAULT_SIGMA, "tracing_window": 10}
     if preset is not None:
         table = _writable(load_preset(preset).model_dump(exclude_unset=True))
-        table["edit_layers"] = [layer + 1 for layer in table["edit_layers"]]
+        table |= {name: _table(preset)[1][name] for name in ("edit_layers", "windows") if name in table}  # from 1
     table |= {"sigma": sigma if sigma.endswith("sd") else float(sigma), "aggregate": aggregate}
     defaults, problems = table.setdefault("defaults", {}), table.setdefault("problems", {})
     for problem, setting, names in chosen:

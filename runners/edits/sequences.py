@@ -113,6 +113,7 @@ def stored_sequence(
 ) -> StoredSequence:
     """The sequence of a setting, in the window around the one layer; scoring: options of ``Editor.evaluate``; kept:
     further fields of ``StoredSequence``."""
+    layers = setting.layers or layers
     if isinstance(layers, str) or len(layers) != 1:
         given = layers if isinstance(layers, str) else ", ".join(map(str, layers))
         raise ExperimentError(

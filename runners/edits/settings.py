@@ -10,25 +10,31 @@ from typing import Any, Literal, get_args
 from causalcone.engine.edit.methods.hparams import Hparams, is_word, kinds_of
 from causalcone.engine.edit.methods.method import Method
 from causalcone.engine.edit.methods.registry import method_named, methods
-from causalcone.engine.edit.requests.windows import as_windows
+from causalcone.engine.edit.requests.windows import as_layers, as_windows
 from causalcone.engine.edit.texts.contexts import Contexts
 from causalcone.engine.errors import CausalconeError, ExperimentError, one_of
 from causalcone.engine.localize.options import DEFAULT_SIGMA
 from causalcone.engine.schemas import PROBLEMS
 from causalcone.runners.checked_files import parse_json, read_text
-from causalcone.runners.edits.presets import load_hparams, load_preset
+from causalcone.runners.edits.presets import Preset, load_hparams, load_preset
 from causalcone.runners.options import EditMethodOptions
 
 Layers = Literal["all"] | tuple[int, ...]
 
+EDITED, SPREAD, FINETUNED = 1 / 6, 1 / 5, 2 / 3
+"""Where most presets have the edited layer, over the number of layers: of methods of one layer, the centre of windows,
+of fine-tuning. Those of GPT2-XL are higher, 17 and 13 to 17 of 48."""
+
 
 @dataclass(frozen=True)
 class Setting:
-    """A method, how many layers it edits together, and its hyperparameters."""
+    """A method, how many layers it edits together, its hyperparameters, and the layers, or centres of windows, that are
+    its own, if it has any."""
 
     method: str
     window: int
     hparams: Hparams
+    layers: tuple[int, ...] | None = None
 
     @property
     def definition(self) -> Method:
@@ -39,11 +45,18 @@ class Setting:
 
     @property
     def configuration(self) -> dict[str, Any]:
-        return {"method": self.method, "window": self.window, "hparams": asdict(self.hparams)}
+        own = {} if self.layers is None else {"layers": list(self.layers)}
+        return {"method": self.method, "window": self.window, "hparams": asdict(self.hparams), **own}
 
     def edited(self, layers: Layers, depth: int) -> set[int]:
-        """The layers of its windows around ``layers``."""
-        return {layer for window in as_windows(layers, self.window, depth) for layer in window.layers}
+        """The layers of its windows around ``layers``, or its own."""
+        return {layer for window in as_windows(self.layers or layers, self.window, depth) for layer in window.layers}
+
+    def guessed(self, depth: int) -> Setting:
+        """The same at the layer where the method works best in most models of the presets, by its relative depth."""
+        method = self.definition
+        share = FINETUNED if method.rank is None else EDITED if method.window is None else SPREAD
+        return replace(self, layers=(min(depth - 1, round(share * depth)),))
 
 
 def record(hparams: Hparams) -> dict[str, Any]:
@@ -84,8 +97,8 @@ class EditPlan:
         such as "rome.clamp=4"; sigma: a number, or such as "3sd"; window: of methods without their own; aggregate:
         "first" or "mean". Raises ``ExperimentError`` for an argument that cannot be used."""
         one_of("problem", problem, PROBLEMS)
-        settings = _settings(methods, problem, window, preset, changes)
         loaded = None if preset is None else load_preset(preset)
+        settings = _settings(methods, problem, window, preset, changes, loaded if layers == "preset" else None)
         if layers == "preset":
             if loaded is None:
                 raise ExperimentError("layers are those of a preset, and none is given; give one, or the layers")
@@ -93,6 +106,14 @@ class EditPlan:
         one_of("aggregate", aggregate, (None, "first", "mean"))
         noise, which = (DEFAULT_SIGMA, "first") if loaded is None else (loaded.sigma, loaded.aggregate)
         return cls(problem, settings, layers, str(noise if sigma is None else sigma), aggregate or which)
+
+    def layers_of(self, setting: Setting, depth: int) -> tuple[int, ...]:
+        """The layers, or centres of windows, that a setting edits in a model."""
+        return as_layers(setting.layers or self.layers, depth)
+
+    def guessed(self, depth: int) -> EditPlan:
+        """The plan with layers by relative depth."""
+        return replace(self, settings=tuple(setting.guessed(depth) for setting in self.settings))
 
     @property
     def of_moments(self) -> list[Setting]:
@@ -143,9 +164,15 @@ def read_contexts(path: Path) -> Contexts:
 
 
 def _settings(
-    named: Sequence[str], problem: str, window: int | None, preset: str | None, changes: Sequence[str]
+    named: Sequence[str],
+    problem: str,
+    window: int | None,
+    preset: str | None,
+    changes: Sequence[str],
+    layers_of: Preset | None,
 ) -> tuple[Setting, ...]:
-    pairs = [_method_and_window(text, window) for text in named]
+    """layers_of: where methods have windows of their own from."""
+    pairs = [_method_and_window(text, window, layers_of) for text in named]
     if window is not None and all(method.window is None for method, _ in pairs):
         known = " or ".join(name for name, method in methods().items() if method.window is not None)
         raise ExperimentError(f"--window {window} applies to methods of several layers; add --method {known}")
@@ -155,7 +182,9 @@ def _settings(
         if any((method.name, size) == (setting.method, setting.window) for setting in settings):
             raise ExperimentError(f"the method {method.name} with window {size} is given twice; give it once")
         hparams = method.checked(None) if preset is None else load_hparams(preset, method.name, problem, size)
-        settings.append(Setting(method.name, size, changed(method.name, hparams, parsed)))
+        own = None if layers_of is None else layers_of.window_of(method)
+        layers = None if own is None else (own.layer,)
+        settings.append(Setting(method.name, size, changed(method.name, hparams, parsed), layers))
     for change in parsed:
         check_known(change, settings)
     return tuple(settings)
@@ -167,12 +196,14 @@ def check_known(change: Change, settings: Sequence[Setting]) -> None:
         raise ExperimentError(f"{change}: no chosen method has that hyperparameter; there are {', '.join(known)}")
 
 
-def _method_and_window(text: str, window: int | None) -> tuple[Method, int]:
+def _method_and_window(text: str, window: int | None, layers_of: Preset | None) -> tuple[Method, int]:
     name, colon, size = text.partition(":")
     method = method_named(name)
     if colon and not (size.isdecimal() and int(size)):
         raise ExperimentError(f"the method {text!r} has no window; give one such as {name}:5, or the method alone")
     usual = None if method.window is None else window
+    if usual is None and layers_of is not None and (own := layers_of.window_of(method)):
+        usual = own.size
     return method, method.size(int(size) if size else usual)
 
 

@@ -1,5 +1,6 @@
 """An editing study: edits are made, scored, written and dropped, batch by batch."""
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,6 @@ from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.methods.registry import method_named
 from causalcone.engine.edit.moments.moments import Moments, factors_fit
 from causalcone.engine.edit.requests.requests import Request
-from causalcone.engine.edit.requests.windows import as_windows
 from causalcone.engine.schemas import EDIT_SCHEMA, METRIC_SCHEMA, PROBE_SCHEMA, TEXT_SCHEMA
 from causalcone.runners.edits.settings import EditPlan, Setting
 from causalcone.runners.results.folder import MOMENTS, ResultFolder, TableWriter
@@ -74,16 +74,21 @@ class EditStudy:
             **self.options,
             "problem": self.plan.problem,
             "methods": [setting.configuration for setting in self.plan.settings],
-            "layers": list(self.layers),
+            "layers": list(dict.fromkeys(layer for setting in self.plan.settings for layer in self.layers_of(setting))),
             "seed": self.editor.seed,
             "aggregate": self.plan.aggregate,
             "contexts": asdict(self.editor.contexts) if self.plan.of_contexts else None,
             "moments": moments and {"source": moments.source, "tokens": moments.tokens, "ridge": moments.ridge},
         }
 
+    def layers_of(self, setting: Setting) -> tuple[int, ...]:
+        return self.plan.layers_of(setting, self.editor.session.sizes.depth)
+
     @property
-    def layers(self) -> tuple[int, ...]:
-        return tuple(window.layer for window in as_windows(self.plan.layers, 1, self.editor.session.sizes.depth))
+    def changes(self) -> int:
+        """How many changes of the weights it makes."""
+        counts = ((1 if setting.definition.joint else len(self.requests), setting) for setting in self.plan.settings)
+        return sum(count * len(self.layers_of(setting)) for count, setting in counts)
 
     @property
     def writes(self) -> bool:
@@ -114,7 +119,7 @@ class EditStudy:
             schemas |= {"texts": TEXT_SCHEMA} if self.writes else {}
             tables = {name: stack.enter_context(folder.table(name, schema)) for name, schema in schemas.items()}
             for setting in self.plan.settings:
-                total, done = len(self.requests) * len(self.layers), 0
+                total, done = len(self.requests) * len(self.layers_of(setting)), 0
                 with shown_progress(console, f"editing, {setting}", "edits", quiet) as progress:
                     progress(0, total)
                     for batch in self._batches(setting):
@@ -132,14 +137,14 @@ class EditStudy:
         """Score edits and write their tables; the edits, of which some may have failed in that."""
         scores = self.editor.evaluate(batch, **self.evaluate)
         if self.keep_deltas:
-            _save_deltas(scores.edits, deltas)
+            _save_deltas(scores.edits, deltas, vars(self.editor.session.prompts.form))
         for name, table in scores.tables.items():
             if name in tables:
                 tables[name].write(table)
         return scores.edits
 
     def _batches(self, setting: Setting) -> Iterator[list[Edit]]:
-        step = max(1, EDITS_AT_ONCE // len(self.layers))
+        step = max(1, EDITS_AT_ONCE // len(self.layers_of(setting)))
         if setting.definition.joint or not self._factors_fit(setting):
             step = max(1, len(self.requests))
         for start in range(0, len(self.requests), step):
@@ -154,7 +159,7 @@ class EditStudy:
         return factors_fit(self.editor.moments, edited, session.device)
 
     def _edits(self, requests: Sequence[Request], setting: Setting) -> Iterator[list[Edit]]:
-        return self.editor.batches(requests, setting.method, self.plan.layers, setting.window, setting.hparams)
+        return self.editor.batches(requests, setting.method, self.layers_of(setting), setting.window, setting.hparams)
 
 
 def _told(edits: Sequence[Edit]) -> tuple[list[str], list[str]]:
@@ -163,14 +168,20 @@ def _told(edits: Sequence[Edit]) -> tuple[list[str], list[str]]:
     return failed, [edit.suspect for edit in edits if edit.reason is None and edit.suspect is not None]
 
 
-def _save_deltas(edits: Sequence[Edit], folder: Path) -> None:
-    """Each change of weights in a file named for method, window, layer and fact; one that all facts share is there
-    once, as that of ``all``."""
+def delta_file(folder: Path, method: str, window: int, layer: int, fact_id: str) -> Path:
+    """Where the change of an edit is kept; one that all facts share is that of ``all``."""
+    fact = "all" if method_named(method).joint else quote(fact_id, safe=" ")
+    return folder / f"{method}-{window}" / str(layer) / f"{fact}.safetensors"
+
+
+def _save_deltas(edits: Sequence[Edit], folder: Path, form: Mapping[str, Any]) -> None:
+    """Each change of weights in a file, with what it is to do: requests, and the form of their prompts."""
     saved: set[int] = set()
     for edit in edits:
         if edit.delta is not None and id(edit.delta) not in saved:
             saved.add(id(edit.delta))
-            fact = "all" if method_named(edit.method).joint else quote(edit.fact_id, safe=" ")
-            path = folder / f"{edit.method}-{edit.window}" / str(edit.layer) / f"{fact}.safetensors"
             described = {name: str(getattr(edit, name)) for name in EDIT_SCHEMA.names if name != "reason"}
+            requests = [each.request.record for each in edits if each.delta is edit.delta]
+            described |= {"requests": json.dumps(requests), "prompts": json.dumps(dict(form))}
+            path = delta_file(folder, edit.method, edit.window, edit.layer, edit.fact_id)
             edit.delta.save(path, described)

@@ -65,6 +65,37 @@ def test_what_is_said_wins_over_the_preset(user, preset, tmp_path, run):
     assert method["hparams"] == vars(cc.FinetuneHparams(steps=2, norm_constraint=0.02))
 
 
+def test_the_preset_of_the_models_name(user, tmp_path, run):
+    """A folder called so; without --preset it is told that there is one. One prompt takes the preset's only layer."""
+    named, out = tmp_path / "Llama-2-7b-tiny", tmp_path / "out"
+    named.symlink_to(user / "model")
+    prompt = ["--prompt", "Bo plays the", "--subject", "Bo", "--answer", "golf", "--new", "tennis"]
+    given = {"model": named, "facts": None, "method": None, "preset": "auto"}
+    changes = ["--set", "steps=2", "--quiet", "--layer", "1"]
+    code, _, error = run(*arguments(user, out, *prompt, *changes, **given))
+    assert (code, error) == (0, "causalcone: --preset auto is llama-2-7b, by the model's name\n")
+    kept = run_json(out)
+    assert (kept["preset"], kept["layers"], kept["methods"][0]["hparams"]["weight_decay"]) == ("llama-2-7b", [1], 1e-3)
+    code, _, error = run(*arguments(user, tmp_path / "none", *prompt, *changes, **given | {"preset": None}))
+    assert (code, error) == (0, f"causalcone: there are published settings for {named}: --preset llama-2-7b\n")
+    code, _, error = run(*arguments(user, tmp_path / "deep", *prompt, "--method", "memit", *changes[:-2], **given))
+    assert (code, "layers 0 to 3" in error) == (2, True)
+
+
+def test_layers_of_an_unknown_model_are_a_guess(user, tmp_path, run):
+    out, several = tmp_path / "out", ["--method", "memit:2", "--method", "finetune", *FAST]
+    code, _, error = run(*arguments(user, out, *several, preset="auto", limit=1))
+    assert code == 0
+    assert "layers are a guess, by their relative depth in other models (rome at layer 1, memit:2 at layer 1" in error
+    assert "hyperparameters are the defaults, published for GPT-J; causalcone tune finds better ones" in error
+    kept, edits = run_json(out), read_edits(out / "edits")
+    assert (kept["preset"], kept["layers"]) == (None, [1, 3])
+    assert dict(edits.select("method", "layer").iter_rows()) == {"rome": 1, "memit": 1, "finetune": 3}
+    code, _, error = run(*arguments(user, tmp_path / "chosen", *FAST, preset="auto", limit=1, layers="2"))
+    assert (code, "a guess" in error, "hyperparameters are the defaults" in error) == (0, False, True)
+    assert read_edits(tmp_path / "chosen" / "edits")["layer"].to_list() == [2]
+
+
 # --- facts, moments and contexts ---
 
 

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from causalcone.engine.edit.methods.alphaedit import AlphaEditHparams
+from causalcone.engine.edit.methods.emmet import EmmetHparams
+from causalcone.engine.edit.methods.encore import EncoreHparams
 from causalcone.engine.edit.methods.hparams import FinetuneHparams, MemitHparams, RomeHparams
+from causalcone.engine.edit.methods.registry import methods
 from causalcone.engine.edit.requests.requests import PROBLEMS
 from causalcone.engine.errors import ExperimentError
-from causalcone.runners.edits.presets import edit_layers, load_hparams, load_preset, preset_names
+from causalcone.runners.edits.presets import (
+    edit_layers,
+    load_hparams,
+    load_preset,
+    preset_names,
+    preset_of,
+    preset_text,
+    tuned_preset,
+)
+from causalcone.runners.edits.settings import EditPlan
 
 # What appendix C of Hase et al. 2023 says about GPT-J: kl_factor of ROME and MEMIT, norm constraint of FT-1 and FT-5.
 GPTJ = {
@@ -75,8 +89,147 @@ def test_what_else_a_preset_says() -> None:
 def test_every_preset_of_the_package_is_sound() -> None:
     for name in preset_names():
         for problem in load_preset(name).problem_names():
-            for method in ("rome", "memit", "finetune"):
+            for method in methods():
                 assert load_hparams(name, method, problem).steps >= 1
+
+
+ELSEWHERE = {
+    "llama-2-7b": (
+        MemitHparams(weight_decay=1e-3, clamp=4.0),
+        AlphaEditHparams(lr=0.1),
+        EncoreHparams(norm_weight=10.0, patience=3),
+        EmmetHparams(covariance_weight=1e5),
+    ),
+    "llama-3-8b": (
+        MemitHparams(lr=0.1),
+        AlphaEditHparams(lr=0.1),
+        EncoreHparams(norm_weight=20.0, patience=2),
+        EmmetHparams(covariance_weight=1e5),
+    ),
+    "llama-3.1-8b": (
+        MemitHparams(lr=0.1),
+        AlphaEditHparams(lr=0.1),
+        EncoreHparams(norm_weight=20.0, patience=2),
+        EmmetHparams(covariance_weight=1e5),
+    ),
+    "llama-3.2-3b": (
+        MemitHparams(weight_decay=1e-3, clamp=4.0),
+        AlphaEditHparams(),
+        EncoreHparams(),
+        EmmetHparams(weight_decay=1e-3, clamp=4.0, covariance_weight=1e5),
+    ),
+    "qwen2.5-7b": (
+        MemitHparams(weight_decay=1e-3, clamp=4.0),
+        AlphaEditHparams(weight_decay=1e-3, clamp=4.0, ridge=1.0),
+        EncoreHparams(),
+        EmmetHparams(),
+    ),
+    "mistral-7b": (
+        MemitHparams(weight_decay=1e-3, clamp=4.0),
+        AlphaEditHparams(),
+        EncoreHparams(),
+        EmmetHparams(),
+    ),
+    "gpt2-xl": (
+        MemitHparams(20, stop_loss=None, covariance_weight=2e4),
+        AlphaEditHparams(20),
+        EncoreHparams(20, covariance_weight=2e4, norm_weight=10.0, patience=4),
+        EmmetHparams(20, covariance_weight=1e4),
+    ),
+    "gptj": (
+        MemitHparams(stop_loss=None, kl_factor=0.9),
+        AlphaEditHparams(),
+        EncoreHparams(),
+        EmmetHparams(covariance_weight=1e5),
+    ),
+}
+"""What toolkits publish of MEMIT, AlphaEdit, ENCORE and EMMET; defaults are GPT-J's."""
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_what_toolkits_publish(name: str) -> None:
+    found = [load_hparams(name, method, "error_injection") for method in ("memit-seq", "alphaedit", "encore", "emmet")]
+    assert found == [*ELSEWHERE[name]]
+    assert load_hparams(name, "memit-merge", "error_injection") == ELSEWHERE[name][0]
+    rome = load_hparams(name, "r-rome", "error_injection")
+    published = {"gpt2-xl": (20, 0.5), "gptj": (20, 0.5)}.get(name, (25, 1e-3))
+    assert isinstance(rome, RomeHparams)
+    assert (rome.steps, rome.weight_decay, rome.clamp, rome.keys) == (*published, 4.0, "mean")
+
+
+def windows(preset: str, *methods: str) -> list[tuple[int, ...]]:
+    """The layers that methods edit by a preset alone."""
+    depth = 48 if preset == "gpt2-xl" else 32
+    plan = EditPlan.of(methods, "error_injection", preset=preset, layers="preset")
+    return [tuple(sorted(setting.edited(plan.layers, depth))) for setting in plan.settings]
+
+
+def test_methods_edit_the_windows_that_are_published() -> None:
+    several = ("rome", "r-rome", "memit", "memit_joint", "memit-seq", "alphaedit", "encore", "emmet", "finetune")
+    llama = [(5,), (5,), *[(4, 5, 6, 7, 8)] * 5, (5,), (21,)]
+    for name in ("llama-2-7b", "llama-3-8b", "llama-3.1-8b", "llama-3.2-3b", "mistral-7b"):
+        assert windows(name, *several) == llama
+    assert windows("qwen2.5-7b", *several) == [*llama[:-1], (27,)]
+    own = ("r-rome", "p-rome", "memit-seq", "memit-merge", "alphaedit", "encore", "emmet")
+    assert windows("gpt2-xl", *own) == [(17,), (17,), *[(13, 14, 15, 16, 17)] * 4, (17,)]
+    assert windows("gptj", *own) == [(5,), (5,), *[(3, 4, 5, 6, 7, 8)] * 4, (5,)]
+    assert EditPlan.of(["memit"], "error_injection", preset="gptj", layers="preset").layers == edit_layers("gptj")
+
+
+def test_what_is_asked_for_wins_over_the_window() -> None:
+    plan = EditPlan.of(["alphaedit:3"], "error_injection", preset="gptj", layers="preset")
+    assert plan.settings[0].edited(plan.layers, 28) == {5, 6, 7}
+    plan = EditPlan.of(["alphaedit"], "error_injection", preset="gptj", layers=(10,))
+    assert plan.settings[0].edited(plan.layers, 28) == {8, 9, 10, 11, 12}
+    plan = EditPlan.of(["alphaedit"], "error_injection", preset="gptj", layers="preset", window=2)
+    assert plan.settings[0].edited(plan.layers, 28) == {5, 6}
+
+
+@pytest.mark.parametrize("name", ["llama-2-7b", "llama-3-8b", "llama-3.1-8b", "qwen2.5-7b", "mistral-7b", "gptj"])
+def test_guessed_layers_are_those_of_most_presets(name: str) -> None:
+    """Those of ROME and of windows."""
+    depth = 32 if name.startswith(("llama", "mistral")) else 28
+    plan = EditPlan.of(["r-rome", "alphaedit", "finetune"], "error_injection").guessed(depth)
+    layers = [setting.layers for setting in plan.settings]
+    assert layers[:2] == [(5,), (6,)]
+    assert layers[2] == (21 if depth == 32 else 19,)
+    known = EditPlan.of(["r-rome", "alphaedit"], "error_injection", preset=name, layers="preset")
+    assert [known.layers_of(setting, depth) for setting in known.settings] == layers[:2]
+
+
+def test_a_guess_is_a_layer_of_the_model() -> None:
+    for depth in (1, 2, 3, 6):
+        for setting in EditPlan.of(["rome", "memit", "finetune"], "error_injection").guessed(depth).settings:
+            assert setting.edited("all", depth) <= {*range(depth)}
+
+
+@pytest.mark.parametrize(
+    ("model", "preset"),
+    [
+        ("meta-llama/Llama-2-7b-chat-hf", "llama-2-7b"),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", "llama-3-8b"),
+        ("models/Llama-3.1-8B/", "llama-3.1-8b"),
+        ("meta-llama/Llama-3.2-3B", "llama-3.2-3b"),
+        ("Qwen/Qwen2.5-7B-Instruct", "qwen2.5-7b"),
+        ("mistralai/Mistral-7B-v0.1", "mistral-7b"),
+        ("EleutherAI/gpt-j-6b", "gptj"),
+        ("openai-community/gpt2-xl", "gpt2-xl"),
+        ("demo", "demo"),
+        ("Qwen/Qwen2.5-72B", None),
+        ("meta-llama/Llama-2-70b-hf", None),
+        ("gpt2", None),
+    ],
+)
+def test_a_model_is_known_by_its_name(model: str, preset: str | None) -> None:
+    assert preset_of(model) == preset
+
+
+def test_a_preset_with_windows_can_be_tuned_on(tmp_path: Path) -> None:
+    table = tuned_preset("llama-3-8b", 32, "3sd", "mean", [])
+    published = load_preset("llama-3-8b")
+    again = load_preset(write(tmp_path, preset_text(table, ["tuned"])))
+    assert (again.edit_layers, again.windows) == (published.edit_layers, published.windows)
+    assert tomllib.loads(preset_text(table, []))["tuned"]["windows"]["memit"] == [5, 6, 7, 8, 9]
 
 
 def test_a_window_between_takes_the_nearest_settings() -> None:
@@ -181,6 +334,9 @@ def test_a_file_of_several_presets(tmp_path: Path) -> None:
         ('"2.5sd"', "-1.0", "sigma must be a number that is not negative"),
         ('"mean"', '"median"', "aggregate must be 'first' or 'mean'"),
         ("tracing_window = 3", "", "tracing_window is missing"),
+        ("aggregate", "windows.memit = [4, 6]\naggregate", "windows memit has layers that do not follow each other"),
+        ("aggregate", "windows.mend = [4]\naggregate", "unknown method 'mend'; choose from rome"),
+        ("aggregate", "windows.memit = []\naggregate", "windows.memit is empty"),
         ("[small]", "[small", "is not TOML"),
     ],
 )

@@ -22,4 +22,6 @@ class MemitMerge(Memit):
         return [EditTask.merged(group) for group in groups.values()]
 
 
-MEMIT_MERGE = spread_method("memit-merge", MemitMerge, MemitHparams, joint=True, flops=MEMIT_JOINT.flops, history=False)
+MEMIT_MERGE = spread_method(
+    "memit-merge", MemitMerge, MemitHparams, joint=True, flops=MEMIT_JOINT.flops, history=False, preset_name="memit"
+)

@@ -1,6 +1,10 @@
 """Requests: a fact, a problem, and the target that is trained towards or away from (docs/editing.md, "Problems")."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from causalcone.engine.errors import ExperimentError, one_of
 from causalcone.engine.facts import Fact
@@ -9,6 +13,8 @@ from causalcone.engine.schemas import PROBLEMS
 ERROR_INJECTION, TRACING_REVERSAL, FACT_ERASURE, FACT_AMPLIFICATION, FACT_FORCING = PROBLEMS
 NOISY = (TRACING_REVERSAL, FACT_FORCING)
 """The problems whose subjects carry noise."""
+
+_EDITED = ("id", "prompt", "subject", "target_true", "target_new", "joiner")
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,18 @@ class Request:
                 f"fact {self.fact.id!r}: a request of {self.problem} has sigma {self.sigma}; Fact Forcing needs one, "
                 "and no other problem has one"
             )
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What is edited, as values of JSON; of the fact no further prompts."""
+        fact = {name: getattr(self.fact, name) for name in _EDITED}
+        return {**vars(self), "fact": fact}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Request:
+        """The request of a ``record`` that was written and read as JSON."""
+        lists = {key: tuple(value) for key, value in record.items() if isinstance(value, list)}
+        return cls(**{**record, **lists, "fact": Fact.from_record(record["fact"])})
 
     @property
     def erases(self) -> bool:

@@ -12,7 +12,7 @@ from causalcone.engine.edit.editor import Editor
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.problems import make_requests
 from causalcone.engine.edit.requests.requests import NOISY, Request
-from causalcone.engine.edit.requests.windows import as_layers, as_windows
+from causalcone.engine.edit.requests.windows import as_windows
 from causalcone.engine.edit.runs.flops import Asked, EditWork, Grown
 from causalcone.engine.edit.scoring.answers import ANSWER_TOKENS
 from causalcone.engine.edit.scoring.sampled_texts import ESSENCE_TEXTS, TEXT_TOKENS
@@ -93,22 +93,23 @@ class EditStage(Stage[EditSettings]):
             self.tables = (self.texts, *self.tables)
         self._resources: tuple[Editor, ReferenceTexts | None] | None = None
 
-    def layers(self, problem: Problem, depth: int) -> tuple[int, ...]:
-        """The layers, or centres of windows, that a problem's edits are made at."""
+    def layers(self, problem: Problem, setting: Setting, depth: int) -> tuple[int, ...]:
+        """The layers, or centres of windows, that a problem's edits of a method are made at."""
         with errors_of("edit.layers"):
-            return as_layers(self.plans[problem].layers, depth)
+            return self.plans[problem].layers_of(setting, depth)
 
     def moment_layers(self, depth: int) -> Sequence[int]:
-        chosen = [(self.layers(problem, depth), plan.of_moments) for problem, plan in self.plans.items()]
-        return [layer for layers, settings in chosen for setting in settings for layer in setting.edited(layers, depth)]
+        chosen = [(problem, setting) for problem, plan in self.plans.items() for setting in plan.of_moments]
+        return [layer for each in chosen for layer in each[1].edited(self.layers(*each, depth), depth)]
 
     def units(self, selection: Selection, depth: int) -> list[StageUnits]:
         works = []
         for problem, plan in self.plans.items():
             facts = selection.erasable if problem == "fact_erasure" else selection.known
-            facts, layers = facts[: self.options.facts], len(self.layers(problem, depth))
+            facts = facts[: self.options.facts]
             units: list[Unit] = []
             for setting in plan.settings:
+                layers = len(self.layers(problem, setting, depth))
                 size = max(1, len(facts)) if setting.definition.joint else max(1, self.sweep.units.edits // layers)
                 units += self.cut(_group(problem, setting), facts, size, layers)
             works.append(StageUnits(self, problem.replace("_", " "), tuple(units), problem))
@@ -156,7 +157,7 @@ class EditStage(Stage[EditSettings]):
     def compute(self, unit: Unit, resources: Resources) -> Mapping[str, pa.Table]:
         """Make edits batch by batch, score them, and let them go."""
         problem, setting, editor, requests = self.prepared(unit, resources)
-        layers, scoring = self.layers(problem, resources.session.sizes.depth), self.scoring(problem)
+        layers, scoring = self.layers(problem, setting, resources.session.sizes.depth), self.scoring(problem)
         batches: dict[str, list[pa.RecordBatch]] = {table.name: [] for table in self.tables}
         for batch in editor.batches(requests, setting.method, layers, setting.window, setting.hparams):
             tables = editor.evaluate(batch, **scoring).tables
@@ -197,7 +198,7 @@ class EditCounts:
         self.options, self.flops, self.problem = stage.options, counts.flops, problem
         self.facts, self.sizes = counts.some(stage.options.facts), counts.architecture.sizes
         self.settings = stage.plans[problem].settings
-        self.layers = stage.layers(problem, self.sizes.depth)
+        self.layers = partial(stage.layers, problem, depth=self.sizes.depth)
         self.published = stage.sweep.compat == "published"
         self.targets = [lengths.targets(problem, self.published) for lengths, _ in self.facts]
         self.text_tokens = min(TEXT_TOKENS, self.sizes.positions)
@@ -256,7 +257,7 @@ class EditCounts:
         }
 
     def windows(self, setting: Setting) -> list[tuple[int, ...]]:
-        return [window.layers for window in as_windows(self.layers, setting.window, self.sizes.depth)]
+        return [window.layers for window in as_windows(self.layers(setting), setting.window, self.sizes.depth)]
 
     def _asked(self, lengths: FactLengths, target: int, other: int | None) -> Asked:
         parts = [(lengths.answers(target, other), 1)]

@@ -51,7 +51,7 @@ class SequenceStage(EditStage):
         for problem, plan in self.plans.items():
             facts = selection.erasable if problem == "fact_erasure" else selection.known
             facts = facts[: self.options.facts]
-            if len(self.layers(problem, depth)) != 1:
+            if any(len(self.layers(problem, setting, depth)) != 1 for setting in plan.settings):
                 raise ExperimentError(
                     f"sequence.layers are {plan.layers}, and a sequence edits one window; give the layer in its centre"
                 )
@@ -62,7 +62,7 @@ class SequenceStage(EditStage):
     def compute(self, unit: Unit, resources: Resources) -> Mapping[str, pa.Table]:
         """Go on with the sequence where it ended, as its files say."""
         problem, setting, editor, requests = self.prepared(unit, resources)
-        layers = self.layers(problem, resources.session.sizes.depth)
+        layers = self.layers(problem, setting, resources.session.sizes.depth)
         kept: dict[str, Any] = {"root": STATE, "folder": unit.group}
         with errors_of("sequence"):
             stored: StoredSequence = stored_sequence(
