@@ -397,6 +397,31 @@ class ScoringOptions(AnswerOptions):
     )
 
 
+_FORMAT_HELP = "model: a folder like that of --model; peft: an adapter (LoRA) for it, of changes of low rank."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(ComputeOptions):
+    """What is written of which edits, and how."""
+
+    edits: Path = option(..., "Result folder of 'causalcone edit --keep-deltas', or one delta file.")
+    edit: str | None = option(None, "Id of the edit, as in the table of edits; all: the sum of all edits' changes.")
+    format: str = option("model", _FORMAT_HELP)
+    max_rank: int | None = option(
+        None, "Largest rank of an adapter, such as 64; the nearest change of that rank is written.", min=1
+    )
+    dtype: str | None = option(None, "Write in float64, float32, bfloat16 or float16; the model's own by default.")
+    out: Path = option(..., "New folder for the model or adapter.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavingOptions:
+    """The edited model, written where there is one."""
+
+    save: Path | None = option(None, "Write the edited model to this new folder, where one change of weights is made.")
+    format: str = option("model", f"Of --save. {_FORMAT_HELP}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions:
     """The folder of a sweep, and how its tables are analysed."""

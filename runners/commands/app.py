@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from causalcone.engine.errors import CausalconeError
-from causalcone.runners.commands import analyze, data, demo, edit, localize, moments, sweep, tune
+from causalcone.runners.commands import analyze, data, demo, edit, export, localize, moments, sweep, tune
 
 app = typer.Typer(
     name="causalcone",
@@ -21,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (sweep, tune, analyze, data, localize, moments, edit, demo):
+for module in (sweep, tune, analyze, data, localize, moments, edit, export, demo):
     for command, examples in module.COMMANDS.items():
         listed = "\n[bold]Examples[/bold]" + (examples or "").replace("\ncausalcone", "\n\ncausalcone")
         app.command(epilog=listed if examples else None)(command)

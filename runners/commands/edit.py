@@ -1,29 +1,32 @@
 """The command that edits facts: ``edit``."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from rich.console import Console
 from typer import Option
 
-from causalcone.runners.commands.shared import check_place, open_results, place_of, show, takes
+from causalcone.runners.commands.shared import check_place, open_results, place_of, print_line, show, takes
 from causalcone.runners.options import (
     EditedOptions,
     EditingOptions,
     PromptOutputOptions,
+    SavingOptions,
     ScoringOptions,
     SequenceOptions,
 )
 
 
-@takes(EditedOptions, EditingOptions, ScoringOptions, SequenceOptions, PromptOutputOptions)
+@takes(EditedOptions, EditingOptions, ScoringOptions, SequenceOptions, PromptOutputOptions, SavingOptions)
 def edit(
     source: EditedOptions,
     editing: EditingOptions,
     scoring: ScoringOptions,
     sequence: SequenceOptions,
     output: PromptOutputOptions,
+    saving: SavingOptions,
     plot: Annotated[bool, Option("--plot", help="Draw the mean scores by layer.")] = False,
 ) -> None:
     """Edit facts at every chosen layer by ROME, MEMIT or constrained fine-tuning, and score every edited model.
@@ -33,10 +36,11 @@ def edit(
     probabilities and what the model writes, before and after.
 
     Writes OUT/edits, OUT/probes and OUT/metrics (Parquet; a row per edit, per prompt of it and per metric of it), where
-    models write OUT/texts, and OUT/run.json. No weight of the model is changed.
+    models write OUT/texts, and OUT/run.json. No weight of the model is changed; --save writes another model.
     """
     from causalcone.analysis.tables.edits import unmet
     from causalcone.runners.edits import inputs
+    from causalcone.runners.edits.exports import check_saving, kept_edits, written
     from causalcone.runners.edits.prompt_edits import PromptEdits
     from causalcone.runners.edits.sequences import carry_out
     from causalcone.runners.results.folder import ResultFolder
@@ -52,6 +56,9 @@ def edit(
 
     check_place(source, output)
     study = inputs.editing(source, editing, scoring, output, sequence)
+    if saving.save is not None:
+        check_saving(study, saving.save, saving.format, sequence.sequential)
+        study = replace(study, keep_deltas=True)
     if sequence.sequential:
         from causalcone.runners.show.sequence_tables import checkpoint_tables
 
@@ -64,12 +71,16 @@ def edit(
         return
     wanted = (study.plan.aggregate, scoring.essence, scoring.answer_score)
     single = None if source.prompt is None else PromptEdits(study)
+    saved: dict[str, Any] = {}
     with place_of(output) as place:
         with open_results(output, place, study.configuration, "edits") as folder:
             seen = {} if single is None else {"seen": single.add}
             done = study.carry_out(folder, Console(), output.quiet or single is not None, **seen)
             figures = draw_scores(output.out or Path(), scores_of(place, *wanted)) if plot else []
-        folder.finish(**done.results, filtered=study.filtered)
+            if saving.save is not None:
+                told, record = written(kept_edits(place, "all"), study.editor.session, saving.save, saving.format)
+                saved = {"saved": record}
+        folder.finish(**done.results, filtered=study.filtered, **saved)
         if not output.quiet:
             tables = [*(score_tables(scores_of(place, *wanted)) if single is None else single.shown(place))]
             tables += metrics_of(place, scoring.accuracy, scoring.generation or scoring.references is not None)
@@ -77,6 +88,8 @@ def edit(
             sentence = done.sentence() if output.out is not None else done.sentence().partition(" -> ")[0]
             reasons = failed_lines(done.failed) + failed_lines(done.suspect, "are suspect")
             show([*tables, *reasons], sentence, figures)
+            if saved:
+                print_line(told)
         if presupposed := unmet(place / "edits", place / "probes"):
             warnings.warn(presupposed, stacklevel=2)
 
