@@ -125,7 +125,7 @@ def stored_sequence(
     )
     texts = None if choice.held_out is None else open_texts(choice.held_out).texts
     checkpoints = Checkpoints(
-        editor=editor,
+        evaluate=editor.evaluate,
         every=choice.checkpoint,
         sample=choice.sample,
         seed=editor.seed,

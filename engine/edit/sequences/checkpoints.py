@@ -1,13 +1,12 @@
 """What is measured in the course of a sequence of edits: scores of edits new and old, and the model's health."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from causalcone.engine.edit.editor import Editor
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.scoring.evaluate import Scores
 from causalcone.engine.edit.sequences.held_out import HeldOut
@@ -21,11 +20,11 @@ NEWEST, EARLIER, MODEL = "newest", "earlier", "model"
 class Checkpoints:
     """How a sequence is measured: every ``every`` edits, and at its end.
 
-    sample: how many of all edits before the newest batch are scored, drawn by ``seed``; held_out: text whose perplexity
-    is measured; scoring: the options of ``Editor.evaluate``.
+    evaluate: ``Editor.evaluate``; scoring: its options; sample: how many of all edits before the newest batch are
+    scored, drawn by ``seed``; held_out: text whose perplexity is measured.
     """
 
-    editor: Editor
+    evaluate: Callable[..., Scores]
     every: int
     sample: int = 100
     seed: int = 0
@@ -54,7 +53,7 @@ class Checkpoints:
     def _edits(self, sequence: EditSequence, group: str, requests: Sequence[Request]) -> Iterator[dict[str, Any]]:
         if not requests:
             return
-        scores = self.editor.evaluate(sequence.standing(requests), **self.scoring)
+        scores = self.evaluate(sequence.standing(requests), **self.scoring)
         facts = {edit.edit_id: edit.fact_id for edit in scores.edits}
         metrics = (tuple(row.values()) for row in scores.metrics.to_pylist())
         for name, metric, pre, post in (*metrics, *_probabilities(scores)):
