@@ -89,6 +89,21 @@ class Linear:
         return torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, name, [], form)[:count]
 
 
+class Changed(Linear):
+    """A linear whose product goes through ``change``, with the rows that it is of, before the activation. It shares the
+    weights; gradient flows through both."""
+
+    def __init__(self, linear: Linear, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.__dict__.update(vars(linear))
+        self.linear, self.change = linear, change
+
+    def __call__(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        flows = rows.requires_grad and torch.is_grad_enabled()
+        product = _Product.apply(rows, self.linear) if flows else self.linear.product(rows)
+        made = self.change(rows, product)
+        return self.activation(made) if self.activation else made
+
+
 class _Product(torch.autograd.Function):
     """A product with frozen weights: gradient flows to the rows alone."""
 

@@ -6,13 +6,14 @@ All row tensors are (R, width) in the compute dtype; every method treats each ro
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from causalcone.engine.errors import ModelError
 from causalcone.engine.models.reference import model_logits, refuse_unfinite, refuse_unreadable
 from causalcone.kernels.backends import TORCH, Backends
 from causalcone.kernels.linear import Linear
@@ -117,6 +118,18 @@ class Block:
     window: int | None = None
     backends: Backends = TORCH
 
+    def projection(self, name: str) -> Linear:
+        """The MLP's projection ``"down"``, ``"up"`` or ``"gate"``, with its activation."""
+        found = {"down": self.down, "up": self.inner, "gate": self.gate}[name]
+        if not isinstance(found, Linear):
+            raise ModelError(f"the MLP has no {name}-projection of its own; change another one")
+        return found
+
+    def with_projections(self, projections: Mapping[str, Linear]) -> Block:
+        """The block with other projections, by the names of ``projection``."""
+        fields: dict[str, Any] = {"inner" if name == "up" else name: linear for name, linear in projections.items()}
+        return replace(self, **fields)
+
     def keys_values_of(self, normed: Tensor, positions: Tensor, out: Tensor | None = None) -> Tensor:
         """``keys_values`` of rows that are normed already."""
         keys_values = self.key_value(normed, out)
@@ -189,6 +202,10 @@ class Architecture(ABC):
     down_projection: ClassVar[str]
     """The name of the MLP's last projection in the model, with ``{}`` for the layer: a ``Linear`` or ``Conv1D``."""
 
+    mlp_projections: ClassVar[Mapping[str, tuple[str, int, int]]] = {}
+    """Of ``"up"`` and, in gated MLPs, ``"gate"``, if they can be edited: the name of the ``Linear`` or ``Conv1D``, with
+    ``{}`` for the layer; which part of its rows (out, in) they are, and of how many equal ones."""
+
     sizes: Sizes
     parallel: bool = False
     """Whether the MLP reads the layer's input, as attention does, and not the residual after attention."""
@@ -198,6 +215,16 @@ class Architecture(ABC):
 
     def __init__(self, model: Any) -> None:
         self.model = model
+
+    def projection(self, name: str) -> tuple[str, int, int]:
+        """Where the MLP's projection ``"down"``, ``"up"`` or ``"gate"`` is, as ``mlp_projections`` has it. Raises
+        ``ModelError`` for one that the model does not have, or that cannot be edited."""
+        known = {"down": (self.down_projection, 0, 1), **self.mlp_projections}
+        if name not in known:
+            raise ModelError(
+                f"{type(self.model).__name__} has no {name}-projection that can be edited; it has {', '.join(known)}"
+            )
+        return known[name]
 
     @abstractmethod
     def embed(self, tokens: Tensor) -> Tensor:

@@ -35,9 +35,10 @@ class Decoder(Architecture):
 
     ``layers`` is the list of layers; ``projections`` (to queries, keys, values, and from heads; or one to the first
     three, in this order, and the last) are names within ``attention``, which like ``mlp`` (gate, up and down; or up and
-    down), ``activation`` and the norms is a name within a layer. A name that ends in '?' is a module that not every
-    model of the family has, None one that none has. ``classes`` are the classes of modules by name that are not as
-    usual: types, or what follows ``family`` in their names in the file ``code`` (arguments of the class statement).
+    down; one name twice where its module holds gate and up), ``activation`` and the norms is a name within a layer. A
+    name that ends in '?' is a module that not every model of the family has, None one that none has. ``classes`` are
+    the classes of modules by name that are not as usual: types, or what follows ``family`` in their names in the file
+    ``code`` (arguments of the class statement).
     """
 
     classes: ClassVar[dict[str, str | type]] = {}
@@ -62,7 +63,7 @@ class Decoder(Architecture):
     linear_class: ClassVar[type] = nn.Linear
 
     def __init_subclass__(cls, code: ModuleType | None = None, family: str = "") -> None:
-        """``modules`` and ``down_projection`` follow from the names, where the family's ``code`` is given."""
+        """``modules`` and the names of projections follow from the names, where the family's ``code`` is given."""
         if code is None:
             return
         norms = (cls.attn_in, cls.attn_out, cls.mlp_in, cls.mlp_out, cls.query_norm, cls.key_norm)
@@ -85,7 +86,12 @@ class Decoder(Architecture):
         cls.modules = {
             name: kind if isinstance(kind, type) else getattr(code, family + kind) for name, kind in classes.items()
         }
-        cls.down_projection = f"{cls.layers}.{{}}.{cls.mlp[-1]}"
+        *inner, down = cls.mlp
+        cls.down_projection = f"{cls.layers}.{{}}.{down}"
+        cls.mlp_projections = {
+            name: (f"{cls.layers}.{{}}.{path}", inner[:before].count(path), inner.count(path))
+            for before, (name, path) in enumerate(zip(("gate", "up")[-len(inner) :], inner, strict=True))
+        }
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)

@@ -114,8 +114,7 @@ class Phi3(Mistral, code=modeling_phi3, family="Phi3"):
     """One projection to queries, keys and values, one to gate and up."""
 
     projections = ("qkv_proj", "o_proj")
-    mlp = ("mlp.gate_up_proj", "mlp.down_proj")
-    gated = True
+    mlp = ("mlp.gate_up_proj", "mlp.gate_up_proj", "mlp.down_proj")
 
     def inner(self, layer: Any, read: Reader) -> Rows:
         return read.product(layer.mlp.gate_up_proj.weight.chunk(2)[1], None)

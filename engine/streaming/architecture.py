@@ -34,6 +34,7 @@ class Streamed(Architecture):
         super().__init__(inner.model)
         self.inner, self.dtype, self.device = inner, dtype, device
         self.modules, self.down_projection = inner.modules, inner.down_projection  # type: ignore[misc]
+        self.mlp_projections = inner.mlp_projections  # type: ignore[misc]
         self.sizes, self.parallel, self.logit_softcap = inner.sizes, inner.parallel, inner.logit_softcap
         self.entries = entries
 

@@ -177,7 +177,7 @@ def test_changed_weights_in_half_precision():
     for layer, text, delta in ((0, 0, low), (2, 1, dense)):
         more = delta.changes[layer].product(keys)
         values = -more.bfloat16()
-        found = deltas.change(layer, lambda target: target.index)(keys, values.clone())
+        found = deltas.change(layer, lambda target: target.index)["down"](keys, values.clone())
         assert found.dtype == torch.bfloat16
         torch.testing.assert_close(found[text].float(), (more + values)[text], rtol=2**-8, atol=1e-5)
         assert found[text].count_nonzero() > 16

@@ -120,8 +120,8 @@ def test_what_is_no_delta_file_is_refused_by_name(tmp_path):
         safetensors.torch.save_file({"layers.0.left": torch.zeros(2, 1)}, path, {"causalcone.delta": layout})
         with pytest.raises(ExperimentError, match="not a delta file, or is damaged"):
             Delta.load(path)
-    safetensors.torch.save_file({"x": torch.zeros(2, 1)}, path, {"causalcone.delta": '{"version": 2}'})
-    with pytest.raises(ExperimentError, match=r"has version 2 .* update causalcone"):
+    safetensors.torch.save_file({"x": torch.zeros(2, 1)}, path, {"causalcone.delta": '{"version": 3}'})
+    with pytest.raises(ExperimentError, match=r"has version 3 .* update causalcone"):
         Delta.load(path)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from causalcone.engine.atomic import replacing_folder
-from causalcone.engine.edit.deltas.delta import Delta, Dense, LowRank
+from causalcone.engine.edit.deltas.delta import Delta, Dense, LowRank, layer_and_projection
 from causalcone.engine.edit.deltas.peft import adapted, write_adapter
 from causalcone.engine.errors import ExperimentError, ModelError, one_of
 from causalcone.engine.models import read_architecture
@@ -76,7 +76,7 @@ class Handle:
 
 
 _APPLIED: weakref.WeakKeyDictionary[torch.nn.Module, list[weakref.ref[Handle]]] = weakref.WeakKeyDictionary()
-"""By down-projection, the handles of the deltas on it, the last one last. Nothing here keeps a model alive."""
+"""By projection, the handles of the deltas on it, the last one last. Nothing here keeps a model alive."""
 
 
 def apply(model: Any, delta: Delta) -> Handle:
@@ -181,6 +181,12 @@ def _model_with(model: Any, delta: Delta) -> Iterator[Callable[[Path], object]]:
 def _adapter_of(model: Any, delta: Delta, max_rank: int | None) -> Callable[[Path], object]:
     """Writes the adapter of a delta."""
     parameters = [parameter for parameter, _ in _parameters(model, delta)]
+    for parameter in parameters:
+        if parameter.parts > 1:
+            raise ExperimentError(
+                f"{parameter.path} holds {parameter.parts} projections, of which an adapter cannot change one; export the "
+                "whole model (format 'model')"
+            )
     changes, error = adapted(delta, parameters[0].before.dtype if parameters else torch.float32, max_rank)
     named = {parameter.path: change for parameter, change in zip(parameters, changes.values(), strict=True)}
     base, transposed = getattr(model.config, "_name_or_path", "") or None, isinstance(parameters[0].module, Conv1D)
@@ -189,13 +195,15 @@ def _adapter_of(model: Any, delta: Delta, max_rank: int | None) -> Callable[[Pat
 
 @dataclass(eq=False)
 class _Parameter:
-    """A weight or bias of a layer's down-projection, looked up anew whenever it is asked for; its values before a
-    delta, and the fingerprint of those with it."""
+    """A weight or bias of a projection in a layer's MLP, or its rows of a fused one: part ``part`` of ``parts``; looked
+    up anew whenever it is asked for; its values before a delta, and the fingerprint of those with it."""
 
     layer: int
     path: str
     module: torch.nn.Module
     attribute: str
+    part: int = 0
+    parts: int = 1
     before: Tensor = field(init=False)
     fingerprint: tuple[Tensor, ...] = ()
 
@@ -209,7 +217,8 @@ class _Parameter:
     @property
     def tensor(self) -> Tensor:
         """The parameter, without gradient; ``AttributeError`` where the module has none."""
-        return self.module.get_parameter(self.attribute).detach()
+        whole = self.module.get_parameter(self.attribute).detach()
+        return whole.chunk(self.parts)[self.part]
 
     def as_rows(self, tensor: Tensor) -> Tensor:
         """The parameter, or a copy of it, seen as (out, in); a bias as (out, 1)."""
@@ -291,15 +300,17 @@ def _parameters(model: Any, delta: Delta) -> list[tuple[_Parameter, LowRank | De
     architecture = read_architecture(model)
     depth = architecture.sizes.depth
     parameters: list[tuple[_Parameter, LowRank | Dense]] = []
-    for layer, change in delta.changes.items():
+    for place, change in delta.changes.items():
+        layer, name = layer_and_projection(place)
         if layer >= depth:
             raise ExperimentError(
                 f"the delta changes layer {layer}, but the model's layers are 0 to {depth - 1}; "
                 "apply it to the model that it was made for"
             )
-        path = architecture.down_projection.format(layer)
+        path, part, parts = architecture.projection(name)
+        path = path.format(layer)
         module = model.get_submodule(path)
-        weight = _Parameter(layer, path, module, "weight")
+        weight = _Parameter(layer, path, module, "weight", part, parts)
         shape = tuple(weight.as_rows(weight.tensor).shape)
         if change.shape != shape:
             raise ExperimentError(
@@ -310,7 +321,7 @@ def _parameters(model: Any, delta: Delta) -> list[tuple[_Parameter, LowRank | De
         if isinstance(change, Dense) and change.bias is not None:
             if module.bias is None:
                 raise ExperimentError(f"the delta changes the bias of layer {layer}, but {path} has none; leave it out")
-            parameters.append((_Parameter(layer, path, module, "bias"), Dense(change.bias[:, None])))
+            parameters.append((_Parameter(layer, path, module, "bias", part, parts), Dense(change.bias[:, None])))
     for parameter, _ in parameters:
         _refuse_shared(model, parameter)
     return parameters

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from causalcone.engine.edit.deltas.delta import Dense, LowRank
+from causalcone.engine.edit.deltas.delta import Dense, LowRank, Place, layer_and_projection
 from causalcone.engine.edit.methods.batching import Batching
 from causalcone.engine.edit.methods.edits import Edit, suspicion
 from causalcone.engine.edit.methods.hparams import Hparams, ValueHparams
@@ -35,7 +35,8 @@ Result = TypeVar("Result")
 class EditableModel:
     """What a method works with. layers: the model's, which edited runs pass through; batching: how many edits fit into
     memory; contexts: texts put before prompts, for methods that need them; history: keys of earlier edits, which closed
-    forms preserve."""
+    forms preserve; state: what a method keeps from batch to batch of a sequence, by names of its own, which is saved
+    with every batch."""
 
     layers: Layers
     encoder: Encoder
@@ -43,7 +44,8 @@ class EditableModel:
     contexts: Sequence[str] = ()
     moments: Moments | None = None
     history: History | None = None
-    _norms: dict[tuple[int, bool], float] = field(default_factory=dict)
+    state: dict[str, Tensor] = field(default_factory=dict)
+    _norms: dict[tuple[Place, bool], float] = field(default_factory=dict)
 
     def tasks(self, requests: Sequence[Request]) -> list[EditTask]:
         """The requests as token sequences, in the contexts."""
@@ -65,15 +67,16 @@ class EditableModel:
         at_start = bool(self.contexts) and not self.encoder.bare(edit.request).lookup
         return replace(edit, relative_norm=relative, suspect=suspicion(relative, edit.key_alignment, at_start))
 
-    def norm(self, layer: int, change: LowRank | Dense) -> float:
+    def norm(self, place: Place, change: LowRank | Dense) -> float:
         """The norm of what a change adds to."""
         with_bias = isinstance(change, Dense) and change.bias is not None
-        if (layer, with_bias) not in self._norms:
-            down = self.layers.block(layer).down
-            tensors = [down.weight, down.bias] if with_bias and down.bias is not None else [down.weight]
+        if (place, with_bias) not in self._norms:
+            layer, name = layer_and_projection(place)
+            linear = self.layers.block(layer).projection(name)
+            tensors = [linear.weight, linear.bias] if with_bias and linear.bias is not None else [linear.weight]
             norms = (torch.linalg.vector_norm(tensor, dtype=torch.float64).item() for tensor in tensors)
-            self._norms[layer, with_bias] = math.hypot(*norms)
-        return self._norms[layer, with_bias]
+            self._norms[place, with_bias] = math.hypot(*norms)
+        return self._norms[place, with_bias]
 
 
 class EditMaker(Protocol):

@@ -9,13 +9,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from causalcone.engine.edit.deltas.delta import Delta, Dense, LowRank
+from causalcone.engine.edit.deltas.delta import (
+    PROJECTIONS,
+    Delta,
+    Dense,
+    LowRank,
+    Place,
+    layer_and_projection,
+    place_of,
+)
 from causalcone.engine.edit.runs.layers import Change, Layers
 from causalcone.engine.edit.runs.packed_runs import Runs, Text, spans
 from causalcone.engine.errors import ExperimentError, MemoryBudgetError, ModelError
@@ -289,7 +298,7 @@ class _TextGroup:
 
 @dataclass(frozen=True)
 class _ChangedTexts:
-    """A change of one layer, and the texts that have it, in order: texts (n,), index (n,) the same on the device."""
+    """A change of one weight, and the texts that have it, in order: texts (n,), index (n,) the same on the device."""
 
     change: LowRank | Dense
     texts: np.ndarray
@@ -298,39 +307,40 @@ class _ChangedTexts:
 
 @dataclass(frozen=True)
 class _Deltas:
-    """The changes of each layer, with the texts that have them."""
+    """The changes of each weight, with the texts that have them."""
 
-    changes: dict[int, list[_ChangedTexts]]
+    changes: dict[Place, list[_ChangedTexts]]
 
     @classmethod
     def of(cls, deltas: Sequence[Delta | None], model: _Model) -> _Deltas:
         layers = model.layers
         wide = torch.promote_types(layers.dtype, torch.float32)
         distinct = {id(delta): delta for delta in deltas if delta is not None}
-        changes: dict[int, list[_ChangedTexts]] = {}
+        changes: dict[Place, list[_ChangedTexts]] = {}
         for delta in distinct.values():
             texts = np.array([number for number, other in enumerate(deltas) if other is delta])
             index = torch.from_numpy(texts).to(layers.device)
-            for layer, change in delta.changes.items():
-                if layer >= layers.depth or change.shape != tuple(model.blocks[layer].down.weight.shape):
+            for place, change in delta.changes.items():
+                layer, name = layer_and_projection(place)
+                linear = model.blocks[layer].projection(name) if layer < layers.depth else None
+                if linear is None or change.shape != tuple(linear.weight.shape):
                     raise ExperimentError(
                         f"a delta has a change of {change.shape} for layer {layer}, which does not fit the model; use "
                         "deltas of this model"
                     )
-                changes.setdefault(layer, []).append(_ChangedTexts(change.to(layers.device, wide), texts, index))
+                changes.setdefault(place, []).append(_ChangedTexts(change.to(layers.device, wide), texts, index))
         return cls(changes)
 
     def change(self, layer: int, rows_of: Callable[[_ChangedTexts], Tensor]) -> Change | None:
         """The change of a layer in a pass where ``rows_of`` are the rows of the texts that have it."""
-        if layer not in self.changes:
-            return None
 
-        def add(keys: Tensor, values: Tensor) -> Tensor:
-            for target in self.changes[layer]:
+        def add(place: Place, keys: Tensor, values: Tensor) -> Tensor:
+            for target in self.changes[place]:
                 rows = rows_of(target)
                 if len(rows):
                     product = target.change.product(keys.index_select(0, rows))
                     values[rows] = (values[rows] + product).to(values.dtype)
             return values
 
-        return add
+        places = {name: place_of(layer, name) for name in PROJECTIONS}
+        return {name: partial(add, place) for name, place in places.items() if place in self.changes} or None

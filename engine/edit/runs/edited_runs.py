@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from causalcone.engine.edit.deltas.delta import PROJECTIONS, Place, place_of
 from causalcone.engine.edit.runs.frozen_prefix import FrozenPrefix, Places
 from causalcone.engine.edit.runs.layers import Change, Layers
 from causalcone.engine.edit.runs.packed_runs import Runs, Text, in_order, spans
@@ -69,23 +70,34 @@ Changing = Callable[[int, "Join", bool], Change | None]
 """The change at a layer of the runs already in the pass; the flag is true when only read-out rows remain."""
 
 Addition = Callable[[Tensor], Tensor]
-"""The addition of a change of weights to values (R, hidden), from their keys (R, inner)."""
+"""The addition of a change of weights to what comes out of a projection (R, out), from what goes in (R, in)."""
 
 
-def changing(additions: Sequence[Mapping[int, Addition]]) -> Changing:
-    """The change of runs by the additions of their edits, by layer; for all passes of the same runs."""
-    known: dict[int, list[tuple[int, Addition | None]]] = {}
+def changing(additions: Sequence[Mapping[Place, Addition]]) -> Changing:
+    """The change of runs by the additions of their edits; for all passes of the same runs."""
+    known: dict[int, Change] = {}
 
     def change(layer: int, live: Join, read_only: bool) -> Change | None:
         if layer not in known:
-            here = np.array([layer in by_layer for by_layer in additions])[live.of]
+            places = {place_of(layer, name) for name in PROJECTIONS}
+            here = np.array([not places.isdisjoint(by_place) for by_place in additions])[live.of]
             owners = np.where(here, live.of, -1)  # neighbours without a change stay together
             parts = stretches(owners, np.array(live.runs.read if read_only else live.runs.rows))
-            adding = [(count, None if edit < 0 else additions[edit][layer]) for edit, count in parts]
-            known[layer] = adding if here.any() else []
-        return partial(changed, additions=known[layer]) if known[layer] else None
+            known[layer] = change_at(layer, parts, additions)
+        return known[layer] or None
 
     return change
+
+
+def change_at(layer: int, parts: Sequence[tuple[int, int]], additions: Sequence[Mapping[Place, Addition]]) -> Change:
+    """The change of a layer by the additions of the edits that ``stretches`` of rows are of, -1 for none."""
+    found = {}
+    for name in PROJECTIONS:
+        place = place_of(layer, name)
+        adding = [(count, None if edit < 0 else additions[edit].get(place)) for edit, count in parts]
+        if any(add is not None for _, add in adding):
+            found[name] = partial(changed, additions=adding)
+    return found
 
 
 def stretches(of: np.ndarray, rows: np.ndarray) -> list[tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from causalcone.engine.edit.deltas.delta import NOTHING, Delta, Dense
+from causalcone.engine.edit.deltas.delta import NOTHING, Delta, Dense, LowRank
 from causalcone.engine.edit.runs.packed_runs import Runs, Text
 from causalcone.engine.models.base import Architecture, Block
 from causalcone.kernels.backends import TORCH, Backends
 from causalcone.kernels.gathering import gather_two
-from causalcone.kernels.linear import Linear
+from causalcone.kernels.linear import Changed, Linear
 from causalcone.kernels.readout import Readout
 from causalcone.kernels.row_attention import ScoreRule, attend_padded
 from causalcone.kernels.tiles import Tiles, pieces
@@ -23,8 +23,9 @@ from causalcone.kernels.transfer import on_device
 
 Prepared = TypeVar("Prepared")
 
-Change = Callable[[Tensor, Tensor], Tensor]
-"""Values (R, hidden) of an edited down-projection, from its keys (R, inner) and the values of the unedited one."""
+Change = Mapping[str, Callable[[Tensor, Tensor], Tensor]]
+"""Edited projections of an MLP, ``"down"``, ``"gate"`` and ``"up"``: what comes out (R, out), from what goes in (R, in)
+and what comes out of the unedited one, before its activation."""
 
 
 @dataclass(frozen=True)
@@ -59,22 +60,24 @@ class Layers:
         return self.architecture.sizes.depth
 
     def block(self, layer: int) -> Block:
+        changes = self.delta.at(layer)
+
         def read() -> Block:
             block = replace(self.architecture.block(layer, self.dtype, self.device), backends=self.backends)
-            return replace(block, down=self._changed(block.down, layer)) if layer in self.delta.changes else block
+            changed = {name: self._changed(block.projection(name), change) for name, change in changes.items()}
+            return block.with_projections(changed) if changed else block
 
-        return self._prepared(layer, read, keep=layer in self.delta.changes)
+        return self._prepared(layer, read, keep=bool(changes))
 
-    def _changed(self, down: Linear, layer: int) -> Linear:
-        """A down-projection with its change, summed as where it is written."""
-        change = self.delta.changes[layer]
+    def _changed(self, linear: Linear, change: LowRank | Dense) -> Linear:
+        """A projection with its change, summed as where it is written."""
         wide = torch.promote_types(self.dtype, torch.float32)
         change = change.to(self.device, wide)
-        weight = (down.weight.to(wide) + change.rows(slice(None))).to(self.dtype)
-        bias = change.bias if isinstance(change, Dense) else None
-        if bias is None or down.bias is None:
-            return Linear(weight, down.bias)
-        return Linear(weight, (down.bias.to(wide) + bias).to(self.dtype))
+        weight = (linear.weight.to(wide) + change.rows(slice(None))).to(self.dtype)
+        bias, added = linear.bias, change.bias if isinstance(change, Dense) else None
+        if bias is not None and added is not None:
+            bias = (bias.to(wide) + added).to(self.dtype)
+        return Linear(weight, bias, linear.name or linear.activation)
 
     def changed_by(self, delta: Delta) -> Layers:
         """The layers of the model with a change of its weights."""
@@ -149,18 +152,24 @@ class Layers:
     ) -> Passed:
         """The rest of a layer, from its input rows (R, hidden) and their heads' outputs (R, heads * head_dim)."""
         mid = rows + self.by_tiles(block.attention_output, heads)
-        keys, values = self._project(block, rows if self.architecture.parallel else mid, change, keep_keys)
+        keys, values = self.project(block, rows if self.architecture.parallel else mid, change, keep_keys)
         return Passed(keys_values, mid, keys, values, mid + self.by_tiles(block.mlp_out, values))
 
-    def _project(
-        self, block: Block, rows: Tensor, change: Change | None, keep_keys: bool
+    def project(
+        self, block: Block, rows: Tensor, change: Change | None = None, keep_keys: bool = False
     ) -> tuple[Tensor | None, Tensor]:
-        """Keys, if requested, and values of the down-projection."""
-        if not keep_keys and change is None:
+        """Keys, if requested, and values of the down-projection, from the rows that the MLP reads."""
+        if not keep_keys and not change:
             return None, self.by_tiles(lambda tile: block.down(block.keys_of_mlp(tile)), rows)
-        keys = self.by_tiles(block.keys_of_mlp, rows)
+        change = dict(change or {})
+        down = change.pop("down", None)
+        if change:  # of all rows at once, which the change goes by
+            inner = {name: Changed(block.projection(name), each) for name, each in change.items()}
+            keys = replace(block.with_projections(inner), backends=TORCH).keys_of_mlp(rows)
+        else:
+            keys = self.by_tiles(block.keys_of_mlp, rows)
         values = self.by_tiles(block.down, keys)
-        return keys, values if change is None else change(keys, values)
+        return keys, values if down is None else down(keys, values)
 
     def _attend(
         self, block: Block, queries: Tensor, keys_values: Tensor, runs: Runs, past: Tensor | None, read_only: bool

@@ -112,7 +112,7 @@ class Evaluator:
         if not edits:
             return
         self.session.verify(self.encoder.bare(edits[0].request).text.tokens)
-        check_edits(edits, self.session.sizes)
+        check_edits(edits, self.session.architecture)
         texts = self._essence_of([edit.request.fact for edit in edits]) if essence else {}
         held = self._conditions([edit.request for edit in edits])
 

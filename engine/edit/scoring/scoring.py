@@ -10,16 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from causalcone.engine.edit.deltas.delta import Dense, LowRank
+from causalcone.engine.edit.deltas.delta import Dense, LowRank, layer_and_projection
 from causalcone.engine.edit.methods.batching import Batching, edit_name
 from causalcone.engine.edit.methods.edits import Edit
 from causalcone.engine.edit.requests.windows import check_layer
-from causalcone.engine.edit.runs.edited_runs import Addition, EditedPass, EditedRuns, Join, Prompts, changing
+from causalcone.engine.edit.runs.edited_runs import (
+    Addition,
+    EditedPass,
+    EditedRuns,
+    Join,
+    Prompts,
+    change_at,
+    changing,
+)
 from causalcone.engine.edit.runs.layers import Layers, Passed
 from causalcone.engine.edit.runs.packed_runs import Runs
 from causalcone.engine.edit.scoring.probes import ProbeSet
 from causalcone.engine.errors import ExperimentError
-from causalcone.engine.models.base import Block, Sizes
+from causalcone.engine.models.base import Architecture, Block
 from causalcone.kernels.transfer import fetch, send
 
 
@@ -84,8 +92,9 @@ class EditScorer:
     def _edit_bytes(self, probes: ProbeSet, edit: Edit) -> int:
         if edit.delta is None:
             return 0
-        later = len(edit.delta.changes) > 1
-        return probes.rows * (2 * self.batching.row_bytes + later * self._key_bytes)
+        changes = edit.delta.changes
+        wide = 2 if any(isinstance(place, tuple) for place in changes) else len(changes) > 1
+        return probes.rows * (2 * self.batching.row_bytes + wide * self._key_bytes)
 
     def _bytes(self, group: Group) -> int:
         probes, edits = group
@@ -97,9 +106,9 @@ class EditScorer:
         return self.layers.architecture.sizes.inner * self.layers.dtype.itemsize
 
 
-def check_edits(edits: Sequence[Edit], sizes: Sizes) -> None:
-    """Raise ``ExperimentError`` naming an edit that is there twice, or does not fit a model of these sizes."""
-    known = set()
+def check_edits(edits: Sequence[Edit], architecture: Architecture) -> None:
+    """Raise ``ExperimentError`` naming an edit that is there twice, or does not fit the model."""
+    known, sizes = set(), architecture.sizes
     for edit in edits:
         if edit.edit_id in known:
             raise ExperimentError(f"the edit {edit.edit_id!r} is there twice; score it once")
@@ -109,17 +118,20 @@ def check_edits(edits: Sequence[Edit], sizes: Sizes) -> None:
         changes = {} if edit.delta is None else edit.delta.changes
         if edit.delta is not None and not changes:
             raise ExperimentError(f"the edit {edit.edit_id!r} changes no layer; leave it out")
-        for layer, change in changes.items():
+        for place, change in changes.items():
+            layer, projection = layer_and_projection(place)
             check_layer(layer, sizes.depth)
-            if change.shape != (sizes.hidden, sizes.inner):
+            architecture.projection(projection)
+            shape = (sizes.hidden, sizes.inner) if projection == "down" else (sizes.inner, sizes.hidden)
+            if change.shape != shape:
                 raise ExperimentError(
                     f"the edit {edit.edit_id!r} changes a weight of {change.shape} in layer {layer}, the model's are "
-                    f"{(sizes.hidden, sizes.inner)}; score it on the model that it was made for"
+                    f"{shape}; score it on the model that it was made for"
                 )
 
 
 def _addition(change: LowRank | Dense, layers: Layers) -> Addition:
-    """The addition of a change to values; a low-rank product is computed in float32 at least."""
+    """The addition of a change to a product; a low-rank one is computed in float32 at least."""
     wide = torch.promote_types(layers.dtype, torch.float32)
     change = change.to(layers.device, wide if isinstance(change, LowRank) else layers.dtype)
     return lambda keys: change.product(keys).to(layers.dtype)
@@ -141,9 +153,10 @@ class _ScoringPass:
         self.of_group = [rank[starts[i] : starts[i + 1]] for i in range(len(groups))]
         self.edits = [(number, edit.delta) for number, (_, edits) in enumerate(groups) for edit in edits if edit.delta]
         self.additions = [
-            {layer: _addition(change, self.layers) for layer, change in delta.changes.items()}
+            {place: _addition(change, self.layers) for place, change in delta.changes.items()}
             for _, delta in self.edits
         ]
+        self.entering: Tensor | None = None
         self.unedited: Passed | None = None
 
     @torch.no_grad()
@@ -157,7 +170,7 @@ class _ScoringPass:
     def _results(self) -> tuple[list[ProbeResults], list[ProbeResults]]:
         """Of each request without an edit, and of each edit."""
         layers = self.layers
-        joined = {min(delta.changes) for _, delta in self.edits}
+        joined = {delta.layers[0] for _, delta in self.edits}
         rows = layers.enter(self.prompts.texts)
         edited = EditedPass(self._edited_runs(), self._joining, changing(self.additions)) if self.edits else None
         for layer in range(layers.depth):
@@ -165,13 +178,14 @@ class _ScoringPass:
             last = layer == layers.depth - 1
             # the last layer is computed for the rows that are read out, unless edits need all of its rows
             whole = last and layer in joined
+            self.entering = rows if layers.architecture.parallel and layer in joined else None
             self.unedited = layers.advance(
                 block, rows, self.runs, read_only=last and not whole, keep_keys=layer in joined
             )
             rows = self.unedited.out.index_select(0, self.runs.read_rows) if whole else self.unedited.out
             if edited is not None and layer >= min(joined):
                 edited.advance(layer, block)
-        self.unedited = None
+        self.entering = self.unedited = None
         states = layers.architecture.final_norm(rows)
         groups = np.arange(len(self.groups))
         members = np.concatenate(self.of_group)
@@ -191,17 +205,24 @@ class _ScoringPass:
         return np.repeat(np.arange(len(texts)), list(map(len, texts))), np.concatenate(texts)
 
     def _edited_runs(self) -> EditedRuns:
-        first = np.array([min(delta.changes) for _, delta in self.edits])
+        first = np.array([delta.layers[0] for _, delta in self.edits])
         return EditedRuns(self.layers, self.prompts, first, *self._runs_of(self._group_of_edit))
 
     def _joining(self, block: Block, layer: int, join: Join) -> Tensor:
         base = self.unedited
         assert base is not None
         assert base.keys is not None
-        values = base.values.index_select(0, join.tails)
-        counts = [count for _, count in join.stretches]
-        for (edit, _), own, tails in zip(join.stretches, values.split(counts), join.tails.split(counts), strict=True):
-            own.add_(self.additions[edit][layer](base.keys.index_select(0, tails)))
+        change = change_at(layer, join.stretches, self.additions)
+        if change.keys() == {"down"}:  # the unedited keys are there
+            values = base.values.index_select(0, join.tails)
+            counts = [count for _, count in join.stretches]
+            parts = zip(join.stretches, values.split(counts), join.tails.split(counts), strict=True)
+            for (edit, _), own, tails in parts:
+                own.add_(self.additions[edit][layer](base.keys.index_select(0, tails)))
+        else:
+            read = self.entering if self.layers.architecture.parallel else base.mid
+            assert read is not None
+            _, values = self.layers.project(block, read.index_select(0, join.tails), change)
         return base.mid.index_select(0, join.tails) + self.layers.by_tiles(block.mlp_out, values)
 
     def _read(

@@ -62,8 +62,8 @@ class Checkpoints:
     def _health(self, sequence: EditSequence) -> Iterator[tuple[str, float | None, float]]:
         if self.held_out is not None:
             yield "perplexity", self.held_out.unedited(), self.held_out.perplexity(sequence.delta)
-        for layer, norm in sequence.relative_norms().items():
-            yield f"relative_norm.{layer}", 0.0, norm
+        for weight, norm in sequence.relative_norms().items():
+            yield f"relative_norm.{weight}", 0.0, norm
 
 
 def _probabilities(scores: Scores) -> Iterator[tuple[str, str, float | None, float | None]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from causalcone.engine.edit.deltas.delta import NOTHING, Delta
+from causalcone.engine.edit.deltas.delta import NOTHING, Delta, place_name
 from causalcone.engine.edit.methods.edits import Edit, edit_of
 from causalcone.engine.edit.methods.least_squares import History
 from causalcone.engine.edit.methods.method import EditableModel, Method
@@ -37,19 +37,22 @@ class SequenceBatch:
         edits: One of each request, with the reason where it failed, without its change.
         delta: What the batch adds to the changes before it.
         keys: (n, inner) by layer, in float64: what later batches preserve; empty without history.
+        state: What the method goes on from, by names of its own; empty for most methods.
     """
 
     number: int
     edits: Sequence[Edit]
     delta: Delta
     keys: Mapping[int, Tensor] = field(default_factory=dict)
+    state: Mapping[str, Tensor] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
-        """Write changes and keys to a safetensors file, whole or not at all."""
+        """Write changes, keys and state to a safetensors file, whole or not at all."""
         tensors, description = self.delta.parts()
-        keys = {f"keys.{layer}": of_layer.cpu() for layer, of_layer in self.keys.items()}
+        kept = {f"keys.{layer}": of_layer.cpu() for layer, of_layer in self.keys.items()}
+        kept |= {f"state.{name}": of_name.cpu() for name, of_name in self.state.items()}
         facts = [edit.fact_id for edit in self.edits]
-        LAYOUT.write(Path(path), tensors | keys, {**description, "number": self.number, "facts": facts})
+        LAYOUT.write(Path(path), tensors | kept, {**description, "number": self.number, "facts": facts})
 
 
 @dataclass(kw_only=True)
@@ -101,7 +104,7 @@ class EditSequence:
                 made += edits
         judged = [self.model.judged(replace(edit, method=self.method.name)).dropped() for edit in made]
         self.delta, self.done = self.delta + added, self.done + 1
-        return SequenceBatch(self.done - 1, judged, added, keys)
+        return SequenceBatch(self.done - 1, judged, added, keys, dict(self.model.state))
 
     def of_batch(self, number: int) -> list[Request]:
         return list(self.requests[number * self.size : (number + 1) * self.size])
@@ -127,13 +130,17 @@ class EditSequence:
         # copies: those of a file lie anywhere in memory, which products depend on in their last bits
         own = {name: tensor.to(self.model.layers.device, copy=True) for name, tensor in tensors.items()}
         with LAYOUT.reading(path), self.within():
-            keys = {int(name.removeprefix("keys.")): of for name, of in own.items() if name.startswith("keys.")}
-            changes = {name: of for name, of in own.items() if not name.startswith("keys.")}
-            delta = Delta.of_parts(changes, description["layers"])
+            parts: dict[str, dict[str, Tensor]] = {"layers": {}, "keys": {}, "state": {}}
+            for whole, tensor in own.items():
+                part, _, name = whole.partition(".")
+                parts[part][name] = tensor
+            keys = {int(layer): of_layer for layer, of_layer in parts["keys"].items()}
+            delta = Delta.of_parts(parts["layers"], description["layers"])
+            self.model.state.update(parts["state"])
             if self.history is not None and isinstance(maker := self._maker(self.delta), Spread):
                 maker.remember(self.history, keys)
         self.delta, self.done = self.delta + delta, self.done + 1
-        return SequenceBatch(self.done - 1, (), delta, keys)
+        return SequenceBatch(self.done - 1, (), delta, keys, parts["state"])
 
     @property
     def edits(self) -> int:
@@ -145,9 +152,10 @@ class EditSequence:
         made: dict[str, Any] = {"steps": 0, "loss": nan, "delta": self.delta}
         return [edit_of(request, self.method.name, self.window, **made) for request in requests]
 
-    def relative_norms(self) -> dict[int, float]:
-        """By layer, the norm of the change so far over that of the weights that it changes."""
-        return {layer: change.norm / self.model.norm(layer, change) for layer, change in self.delta.changes.items()}
+    def relative_norms(self) -> dict[str, float]:
+        """By layer, or ``3.gate``, the norm of the change so far over that of the weights that it changes."""
+        changes = self.delta.changes.items()
+        return {place_name(place): change.norm / self.model.norm(place, change) for place, change in changes}
 
     @property
     def notes(self) -> dict[str, Any]:
