@@ -100,3 +100,14 @@ def test_counts_of_nothing():
     assert Grown.total([(Grown(1, 2, 3), 2), (Grown(1, 1, 1), 0.5)]) == Grown(2.5, 4.5, 6.5)
     assert Asked.after(5, [1, 1]) == Asked(5, 1, 1)
     assert Asked.after(5, [2, 3, 1]) == Asked(13, 5, 5)
+
+
+@pytest.mark.parametrize("window", [(0,), (1, 2), (2, 3)])
+def test_ultraedit(editor, window):
+    """But for the products of what is seen with itself."""
+    sizes, requests = editor.session.sizes, editor.requests(FULL[:3], filtered=False)
+    encoder = Encoder(editor.session.prompts, sizes)
+    rows = sum(len(encoder.trained(request, 1)[0]) for request in requests)
+    read = sum(len(request.target) for request in requests)
+    executed = counted(lambda: list(editor.batches(requests, "ultraedit", [window])))
+    assert Flops(sizes).one_pass(rows, read, [window]) == pytest.approx(executed, rel=0.01)

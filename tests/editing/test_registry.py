@@ -18,7 +18,18 @@ from causalcone.engine.errors import ExperimentError
 from causalcone.runners.edits.presets import load_hparams
 
 (EXAMPLE,) = blocks("docs/editors.md", "python")
-OWN = ["rome", "memit", "memit_joint", "finetune", "memit-seq", "memit-merge", "emmet", "alphaedit", "encore"]
+OWN = [
+    "rome",
+    "memit",
+    "memit_joint",
+    "finetune",
+    "memit-seq",
+    "memit-merge",
+    "emmet",
+    "alphaedit",
+    "encore",
+    "ultraedit",
+]
 PRESET = """
 [mine]
 edit_layers = [1, 3]

@@ -16,6 +16,7 @@ from causalcone.engine.edit.methods.memit import MEMIT, MEMIT_JOINT, MEMIT_SEQUE
 from causalcone.engine.edit.methods.memit_merge import MEMIT_MERGE
 from causalcone.engine.edit.methods.method import Method
 from causalcone.engine.edit.methods.rome import ROME
+from causalcone.engine.edit.methods.ultraedit import ULTRAEDIT
 from causalcone.engine.errors import ExperimentError
 
 GROUP = "causalcone.editing_methods"
@@ -32,7 +33,7 @@ def register(method: Method) -> Method:
     return method
 
 
-for _method in (ROME, MEMIT, MEMIT_JOINT, FINETUNE, MEMIT_SEQUENCE, MEMIT_MERGE, EMMET, ALPHAEDIT, ENCORE):
+for _method in (ROME, MEMIT, MEMIT_JOINT, FINETUNE, MEMIT_SEQUENCE, MEMIT_MERGE, EMMET, ALPHAEDIT, ENCORE, ULTRAEDIT):
     register(_method)
 
 

@@ -110,6 +110,13 @@ class Flops:
         trained = sum(self._trained(window, rows, read) for window in windows)
         return 2 * (rows * (last + 1) * self._layer + steps * trained)
 
+    def one_pass(self, rows: float, read: float, windows: Sequence[Sequence[int]]) -> float:
+        """As above, without weights of their own: once through each window's first layer, from whose MLP on once more
+        and back."""
+        before = sum((window[0] + 1) * self._layer + self.sizes.mlp_weights for window in windows)
+        after = sum(self._after(window[0], rows, read) + read * self._readout for window in windows)
+        return 2 * (rows * before + 2 * after)
+
     def unedited(self, asked: Asked, whole: bool = False) -> float:
         """Answers of the model as it is; ``whole``: all rows go through the last layer, where one edits it."""
         read = asked.rows if whole else asked.read
