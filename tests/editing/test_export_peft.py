@@ -168,3 +168,21 @@ def test_an_adapter_that_cannot_be_finished_leaves_nothing(tmp_path, own):
         cc.export(own, Delta({0: low_rank(own)}), tmp_path / "adapter", Broken(), format="peft")
     assert not list(tmp_path.iterdir())
     assert torch.equal(seen(own, 0), weights)
+
+
+@pytest.mark.parametrize(("family", "names"), [("gpt2", ("up",)), ("llama", ("up", "gate"))])
+def test_gate_and_up_are_modules_like_any_other(tmp_path, family, names):
+    model = FAMILIES[family](3, dtype=torch.float32)
+    turned = LowRank(low_rank(model).right, low_rank(model).left)
+    delta = Delta({0: low_rank(model, rank=1), **{(1, name): turned for name in names}})
+    cc.export(model, delta, tmp_path / "adapter", format="peft")
+    with cc.applied(model, delta):
+        wanted = logits(model)
+    torch.testing.assert_close(logits(loaded(model, tmp_path / "adapter")), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_one_half_of_a_module_is_no_adapter(tmp_path):
+    model = FAMILIES["phi3"](2)
+    delta = Delta({(1, "gate"): LowRank(low_rank(model).right, low_rank(model).left)})
+    with pytest.raises(ExperimentError, match=r"gate_up_proj holds 2 projections, .* \(format 'model'\)"):
+        cc.export(model, delta, tmp_path / "adapter", format="peft")

@@ -184,8 +184,8 @@ def _adapter_of(model: Any, delta: Delta, max_rank: int | None) -> Callable[[Pat
     for parameter in parameters:
         if parameter.parts > 1:
             raise ExperimentError(
-                f"{parameter.path} holds {parameter.parts} projections, of which an adapter cannot change one; export the "
-                "whole model (format 'model')"
+                f"{parameter.path} holds {parameter.parts} projections, of which an adapter cannot change one; export "
+                "the whole model (format 'model')"
             )
     changes, error = adapted(delta, parameters[0].before.dtype if parameters else torch.float32, max_rank)
     named = {parameter.path: change for parameter, change in zip(parameters, changes.values(), strict=True)}

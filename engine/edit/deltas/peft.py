@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from causalcone.engine.edit.deltas.delta import Delta, Dense, LowRank
+from causalcone.engine.edit.deltas.delta import Delta, Dense, LowRank, Place
 from causalcone.engine.errors import ExperimentError
 from causalcone.engine.tensor_file import save_tensors
 
@@ -31,9 +31,9 @@ class RankCut(UserWarning):
         )
 
 
-def low_rank(delta: Delta) -> dict[int, LowRank]:
+def low_rank(delta: Delta) -> dict[Place, LowRank]:
     """The changes by layer; raises ``ExperimentError`` for what no adapter holds."""
-    changes: dict[int, LowRank] = {}
+    changes: dict[Place, LowRank] = {}
     for layer, change in delta.changes.items():
         if isinstance(change, Dense):
             raise ExperimentError(
@@ -48,7 +48,7 @@ def low_rank(delta: Delta) -> dict[int, LowRank]:
     return changes
 
 
-def adapted(delta: Delta, dtype: torch.dtype, max_rank: int | None = None) -> tuple[dict[int, LowRank], float]:
+def adapted(delta: Delta, dtype: torch.dtype, max_rank: int | None = None) -> tuple[dict[Place, LowRank], float]:
     """The changes by layer as an adapter in ``dtype`` holds them, and the relative error that its largest rank makes,
     which ``RankCut`` warns of."""
     if max_rank is not None and (isinstance(max_rank, bool) or not isinstance(max_rank, int) or max_rank < 1):
