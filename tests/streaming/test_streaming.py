@@ -193,13 +193,13 @@ def test_running_out_of_memory_splits_passes(saved, monkeypatch):
     streamed.trace(FACTS[:1], **OPTIONS)
     run_pass, failed = job.run_pass, []
 
-    def failing(architecture, groups, tiles, space, backends):
+    def failing(architecture, groups, tiles, space, backends, room):
         if sum(group.facts for group in groups) > 3:
             failed.append(groups)
             with closing(architecture.blocks(space.dtype, space.device)) as blocks:  # in the midst of the layers
                 next(blocks)
             raise torch.OutOfMemoryError("out of memory")
-        return run_pass(architecture, groups, tiles, space, backends)
+        return run_pass(architecture, groups, tiles, space, backends, room)
 
     monkeypatch.setattr(job, "run_pass", failing)
     assert_table_close(streamed.trace(FACTS, **OPTIONS), expected, 1e-5)
