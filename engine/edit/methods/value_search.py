@@ -117,7 +117,7 @@ class ValueOptimizer:
     def output(self, goal: int, layer: int) -> Tensor:
         """(hidden,) the MLP's output at the lookup of the bare prompt, as the vector is added to it; float32 or
         better."""
-        row = self.unedited.rows["values", layer][[self.objective.goals[goal].contexts[0]]]
+        row = self.unedited.rows["values", layer].narrow(0, self.objective.goals[goal].contexts[0], 1)
         added_to = row if self.site == "values" else self.layers.block(layer).mlp_out(row)
         return added_to[0].to(torch.promote_types(self.layers.dtype, torch.float32))
 
