@@ -160,6 +160,7 @@ def assert_rome(edit: Edit, expected: RomeEdit, bounds: Bounds = EXACT) -> None:
     assert edit.delta.layers == (edit.layer,)
     change = edit.delta.changes[edit.layer]
     left, right = (part[:, 0].double().cpu() for part in (change.left, change.right))
+    left, right = left * right.norm(), right / right.norm()
     u, key, given = (part.double().cpu() for part in (expected.u, expected.solved, expected.given))
     value = bounds.nothing * float(expected.v.norm())
     reach = float(key @ u)
