@@ -322,6 +322,18 @@ def test_searches_that_end_early(model):
     assert 2 <= min(edit.steps for edit in edits) < max(edit.steps for edit in edits) == 11
 
 
+def test_a_target_that_is_lost_again(model):
+    """The search still ends so many steps after it was first the likeliest."""
+    case, moments = (
+        CASES["encore"].changed(steps=14, clamp=4.0, patience=6, lr=4.0, kl_factor=3.0),
+        random_moments(model),
+    )
+    contexts = CONTEXTS[:1]
+    (edit,) = next(editor(model, moments, contexts).batches([FORCING], "encore", case.listed, hparams=case.hparams))
+    (expected,) = case.plain(model, moments, [[FORCING]], contexts)
+    assert edit.steps == expected.optima[0].updates == 8
+
+
 def test_what_is_erased_is_searched_to_the_end(model):
     """Though its target is the likeliest in all contexts from the first."""
     prompts = training_prompts(model, byte_level(), START, CONTEXTS[:1])
