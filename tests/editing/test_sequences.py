@@ -189,10 +189,12 @@ def test_files_of_other_batches(model, tmp_path):
     first, second, third = (tmp_path / f"{n}.safetensors" for n in range(3))
     for batch, path in zip(made, (first, second, third), strict=True):
         batch.save(path)
-    remedy = "go on with the same facts and batch size, or choose another folder"
+    remedy = "go on with the same facts, method and batch size, or choose another folder"
     others = sequence(editor(model), "memit-seq", REQUESTS[1:])
-    with pytest.raises(ExperimentError, match=rf"is batch 0, of 'start', .*; batch 0 of this sequence .*; {remedy}"):
+    with pytest.raises(ExperimentError, match=rf"is batch 0, of 'start/.*; batch 0 of this sequence .*; {remedy}"):
         others.restore(first)
+    with pytest.raises(ExperimentError, match=remedy):
+        sequence(editor(model), "memit").restore(first)
     larger = sequence(editor(model), "memit-seq", size=3)
     with pytest.raises(ExperimentError, match=remedy):
         larger.restore(first)

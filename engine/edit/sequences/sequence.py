@@ -51,8 +51,8 @@ class SequenceBatch:
         tensors, description = self.delta.parts()
         kept = {f"keys.{layer}": of_layer.cpu() for layer, of_layer in self.keys.items()}
         kept |= {f"state.{name}": of_name.cpu() for name, of_name in self.state.items()}
-        facts = [edit.fact_id for edit in self.edits]
-        LAYOUT.write(Path(path), tensors | kept, {**description, "number": self.number, "facts": facts})
+        edits = [edit.edit_id for edit in self.edits]
+        LAYOUT.write(Path(path), tensors | kept, {**description, "number": self.number, "edits": edits})
 
 
 @dataclass(kw_only=True)
@@ -116,15 +116,15 @@ class EditSequence:
             The batch, without edits.
 
         Raises:
-            ExperimentError: for a file of another batch, or of other facts.
+            ExperimentError: for a file of another batch, or of other edits.
         """
         path = Path(path)
         tensors, description, _ = LAYOUT.read(path)
-        facts = [request.fact.id for request in self.of_batch(self.done)]
-        if description.get("number") != self.done or description.get("facts") != facts:
+        edits = [edit.edit_id for edit in self.standing(self.of_batch(self.done))]
+        if description.get("number") != self.done or description.get("edits") != edits:
             raise ExperimentError(
-                f"{path} is batch {description.get('number')}, of {_few(description.get('facts', []))}; "
-                f"batch {self.done} of this sequence is of {_few(facts)}; go on with the same facts and batch size, "
+                f"{path} is batch {description.get('number')}, of {_few(description.get('edits', []))}; batch "
+                f"{self.done} of this sequence is of {_few(edits)}; go on with the same facts, method and batch size, "
                 "or choose another folder"
             )
         # copies: those of a file lie anywhere in memory, which products depend on in their last bits
