@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 BETAS, EPS = (0.9, 0.999), 1e-8
+
+_TILE = 1 << 17
+"""Elements of a gradient that are made at once on a CPU."""
 
 
 @dataclass
@@ -36,6 +40,10 @@ class AdamState:
         )  # fmt: skip
         self.steps += 1
 
+    def rows(self, at: slice) -> AdamState:
+        """Some rows, in the same memory."""
+        return AdamState(self.change[at], self.mean[at], self.square[at], self.steps)
+
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only."""
         self.change, self.mean, self.square = self.change[rows], self.mean[rows], self.square[rows]
@@ -44,7 +52,18 @@ class AdamState:
 def step_weight(weight: AdamState, slopes: Tensor, keys: Tensor, lr: float, bound: float) -> None:
     """One step along the gradient ``slopes.T @ keys`` of a weight (hidden, inner), clamped to -bound .. bound.
 
-    slopes (R, hidden): gradients of the rows that came out of the weight's product; keys (R, inner): what went in.
+    slopes (R, hidden): gradients of the rows that came out of the weight's product; keys (R, inner): what went in;
+    bound: infinity for none. On a CPU the gradient is made and used up in tiles of rows that stay in cache.
     """
-    weight.step((slopes.T @ keys).to(weight.change.dtype), lr)
-    weight.change.clamp_(-bound, bound)
+    hidden, inner = weight.change.shape
+    slopes, keys = slopes.to(weight.change.dtype).T, keys.to(weight.change.dtype)
+    tall = max(1, _TILE // inner) if keys.device.type == "cpu" else hidden
+    gradient = keys.new_empty(min(tall, hidden), inner)
+    for first in range(0, hidden, tall):
+        rows = slice(first, min(first + tall, hidden))
+        own = gradient[: rows.stop - first]
+        torch.mm(slopes[rows], keys, out=own)
+        weight.rows(rows).step(own, lr)
+        if bound < math.inf:
+            weight.change[rows].clamp_(-bound, bound)
+    weight.steps += 1

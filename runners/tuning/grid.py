@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
+from math import inf
 from typing import Any
 
 from causalcone.engine.edit.requests.requests import ERROR_INJECTION
@@ -14,7 +15,7 @@ from causalcone.runners.edits.settings import Change, EditPlan, Setting, changed
 from causalcone.runners.options import TuningOptions
 
 _CAUTIOUS = dict.fromkeys(("kl_factor", "covariance_weight", "weight_decay", "stop_loss"), 1)
-_CAUTIOUS |= dict.fromkeys(("norm_constraint", "clamp", "lr", "steps"), -1)
+_CAUTIOUS |= dict.fromkeys(("norm_constraint", "clamp", "lr", "steps", "epochs"), -1)
 """Whether more of a usual hyperparameter makes an edit more cautious (1) or bolder (-1)."""
 
 
@@ -30,8 +31,9 @@ class GridPoint:
     def caution(self) -> tuple[float, ...]:
         """Larger for a more cautious setting, name by name."""
         signs = {**_CAUTIOUS, **self.setting.definition.caution}
-        numbers = ((name, value or 0.0) for name, value in self.values.items() if not isinstance(value, str))
-        return tuple(signs.get(name, 0) * value for name, value in numbers)
+        numbers = ((signs.get(name, 0), value) for name, value in self.values.items() if not isinstance(value, str))
+        none = {-1: -inf}  # without a bound; a search that never stops is as one that stops at 0
+        return tuple(none.get(sign, 0.0) if value is None else sign * value for sign, value in numbers)
 
     def __str__(self) -> str:
         texts = {name: "never" if value is None else value for name, value in self.values.items()}

@@ -15,8 +15,9 @@ from causalcone.engine.edit.methods import value_search
 from causalcone.engine.edit.methods.alphaedit import AlphaEditHparams
 from causalcone.engine.edit.methods.emmet import EmmetHparams
 from causalcone.engine.edit.methods.encore import EncoreHparams
-from causalcone.engine.edit.methods.finetune import _EditBatch, _Pass, _Trained
+from causalcone.engine.edit.methods.finetune import _EditBatch
 from causalcone.engine.edit.methods.spread import Prefixes
+from causalcone.engine.edit.methods.training import Trained, TrainingPass
 from causalcone.engine.edit.methods.value_search import ValueOptimizer, _Readings
 from causalcone.engine.edit.moments.identity import Identity
 from causalcone.engine.edit.scoring.scoring import EditScorer
@@ -52,8 +53,8 @@ WITHOUT_WAITING = {
     "searches": (ValueOptimizer, "find"),
     "MEMIT's passes": (Prefixes, "__init__", "look", "apply"),
     "fine-tuning": (_EditBatch, "_unedited"),
-    "its steps": (_Pass, "__init__", "evaluate"),
-    "and Adam's": (_Trained, "step"),
+    "its steps": (TrainingPass, "__init__", "evaluate"),
+    "and Adam's": (Trained, "step"),
     "scoring": (EditScorer, "_together"),
     "the unedited model": (value_search, "run_unedited"),
 }
@@ -145,7 +146,11 @@ def test_uploads_of_a_search(counted, name, layers):
 @pytest.mark.parametrize("layers", [(1,), (0, 1, 2, 3, 4)], ids=["one layer", "five"])
 def test_uploads_of_fine_tuning(counted, layers):
     model = gpt2(6, dtype=torch.float32).cuda()
-    sets, steps, updates = counted(_Pass, "__init__"), counted(_Pass, "evaluate"), counted(_Trained, "step")
+    sets, steps, updates = (
+        counted(TrainingPass, "__init__"),
+        counted(TrainingPass, "evaluate"),
+        counted(Trained, "step"),
+    )
     METHODS["finetune"](editor(model), layers)
     assert len(sets) > 1
     assert len(steps) > len(sets)
@@ -179,7 +184,7 @@ def test_uploads_of_a_pass_that_scores(counted):
 def test_the_layers_of_other_edits_cost_nothing(counted):
     """Fine-tuned at eight layers, an edit each: in a step, rows are put together where edits join, once a layer."""
     model = gpt2(9, dtype=torch.float32).cuda()
-    steps = counted(_Pass, "evaluate")
+    steps = counted(TrainingPass, "evaluate")
     editor(model).finetune([INJECTION, FORCING], range(8), 1, FINETUNE)
     asked = Counter()
     for (name, function), count in steps[0][1].items():
@@ -190,7 +195,7 @@ def test_the_layers_of_other_edits_cost_nothing(counted):
 @pytest.mark.gpu
 def test_changes_are_narrowed_once_a_step(counted):
     model = gpt2(4, dtype=torch.bfloat16).cuda()
-    steps, updates = counted(_Pass, "evaluate"), counted(_Trained, "step")
+    steps, updates = counted(TrainingPass, "evaluate"), counted(Trained, "step")
     editor(model).finetune([INJECTION], (1,), 3, FINETUNE)
     functions = {function for _, operations in steps for name, function in operations if name == "_to_copy"}
     assert not any(using in function for function in functions for using in ("Dense", "_WeightProduct"))

@@ -29,10 +29,13 @@ from helpers.models import gpt2, tokenizer as byte_level
 from oracles import finetune as oracle_finetune
 
 import causalcone as cc
+from causalcone.engine.edit.methods.hparams import FtmHparams
 from causalcone.engine.edit.requests.requests import PROBLEMS, Request
 from causalcone.engine.encoding import target_ids
 
 FEW_STEPS = cc.FinetuneHparams(steps=4, lr=5e-3, norm_constraint=1.2e-2, stop_loss=None, noise_samples=3)
+
+FEW_MEAN = FtmHparams(steps=4, lr=5e-3, stop_loss=None, noise_samples=3)
 
 
 def assert_exact(model, requests, layers, window=1, hparams=FEW_STEPS, bounds=EXACT):
@@ -41,6 +44,20 @@ def assert_exact(model, requests, layers, window=1, hparams=FEW_STEPS, bounds=EX
     for edit in edits:
         expected = oracle_finetune.finetune(model, byte_level(), task(edit.request), edit.delta.layers, hparams)
         assert_finetuned(edit, expected, bounds)
+    return edits
+
+
+def assert_mean(model, requests, layers, hparams=FEW_MEAN):
+    """The same of FT-M."""
+    edits = [
+        edit for batch in cc.Editor(model, byte_level()).batches(requests, "ft-m", layers, 1, hparams) for edit in batch
+    ]
+    for edit in edits:
+        assert edit.method == "ft-m"
+        expected = oracle_finetune.finetune(
+            model, byte_level(), task(edit.request), edit.delta.layers, hparams, mean=True
+        )
+        assert_finetuned(edit, expected)
     return edits
 
 
@@ -166,6 +183,20 @@ def test_noise_samples_are_draws_of_one_stream(model):
     """Five samples begin with the first of one."""
     one, five = (assert_exact(model, [FORCING], (1,), 3, replace(FEW_STEPS, noise_samples=n)) for n in (1, 5))
     assert five[0].loss > 3 * one[0].loss, "the loss is their sum"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gptj"])
+def test_the_mean_over_tokens_without_a_constraint(name):
+    model = FAMILIES[name](3, 32, 4, dtype=torch.float64)
+    edits = assert_mean(model, EVERY_PROBLEM, (0, 2))
+    assert max(float(edit.delta.changes[edit.layer].weight.abs().max()) for edit in edits) > 1.5e-2
+    assert_mean(model, [INJECTION, likely(model, ONE_TOKEN)], (1,), replace(FEW_MEAN, norm_constraint=1.2e-2))
+    published = assert_mean(model, [INJECTION, FORCING], (1,), FtmHparams(lr=5e-3))
+    assert all(edit.loss < 1e-2 and edit.steps < 25 for edit in published)
+
+
+def test_without_a_constraint_the_sum_is_trained(model):
+    assert_exact(model, THREE, (1,), 3, replace(FEW_STEPS, norm_constraint=None))
 
 
 def test_a_target_of_many_tokens(model):

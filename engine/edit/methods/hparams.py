@@ -101,12 +101,44 @@ class FinetuneHparams(Hparams):
         steps: Steps of Adam at most.
         lr: Learning rate of Adam.
         stop_loss: Training ends once the loss is below this; None: never.
-        norm_constraint: Every weight stays within this distance of its value before the edit.
+        norm_constraint: Every weight stays within this distance of its value before the edit; None: at any.
         noise_samples: Draws of noise that are trained on at once in Fact Forcing.
     """
 
     steps: int = 25
     lr: float = 5e-4
     stop_loss: float | None = 1e-2
-    norm_constraint: float = 1e-4
+    norm_constraint: float | None = 1e-4
     noise_samples: int = 10
+
+
+@dataclass(frozen=True)
+class FtmHparams(FinetuneHparams):
+    """FT-M (Zhang et al. 2024, arXiv 2401.01286): as ``FinetuneHparams``, without a constraint by default; the loss is
+    the mean over the target's tokens."""
+
+    norm_constraint: float | None = None
+
+
+@dataclass(frozen=True)
+class LocftHparams(Hparams):
+    """Fine-tuning of one change on all requests (LocFT-BF, arXiv 2509.22072).
+
+    Args:
+        epochs: How often all requests are gone through at most.
+        minibatch: Requests that a step of Adam is of.
+        lr: Learning rate of Adam.
+        stop_loss: No step follows a minibatch whose mean loss is below this, and training ends after an epoch whose
+            mean is; None: never.
+        norm_constraint: As for ``FinetuneHparams``.
+        noise_samples: As for ``FinetuneHparams``.
+        seed: Of the order of requests, which every epoch draws anew.
+    """
+
+    epochs: int = 25
+    minibatch: int = 100
+    lr: float = 5e-4
+    stop_loss: float | None = 1e-2
+    norm_constraint: float | None = None
+    noise_samples: int = 10
+    seed: int = 1

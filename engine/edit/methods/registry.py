@@ -11,7 +11,8 @@ from importlib.metadata import entry_points
 from causalcone.engine.edit.methods.alphaedit import ALPHAEDIT
 from causalcone.engine.edit.methods.emmet import EMMET
 from causalcone.engine.edit.methods.encore import ENCORE
-from causalcone.engine.edit.methods.finetune import FINETUNE
+from causalcone.engine.edit.methods.finetune import FINETUNE, FT_M
+from causalcone.engine.edit.methods.finetune_joint import LOCFT
 from causalcone.engine.edit.methods.memit import MEMIT, MEMIT_JOINT, MEMIT_SEQUENCE
 from causalcone.engine.edit.methods.memit_merge import MEMIT_MERGE
 from causalcone.engine.edit.methods.method import Method
@@ -33,7 +34,10 @@ def register(method: Method) -> Method:
     return method
 
 
-for _method in (ROME, MEMIT, MEMIT_JOINT, FINETUNE, MEMIT_SEQUENCE, MEMIT_MERGE, EMMET, ALPHAEDIT, ENCORE, ULTRAEDIT):
+for _method in (
+    *(ROME, MEMIT, MEMIT_JOINT, FINETUNE, FT_M, LOCFT),
+    *(MEMIT_SEQUENCE, MEMIT_MERGE, EMMET, ALPHAEDIT, ENCORE, ULTRAEDIT),
+):
     register(_method)
 
 
