@@ -19,6 +19,9 @@ from torch import Tensor
 from causalcone.kernels.tiles import SMALLEST, pieces
 
 _PIECE = 1024
+_FEW = 16
+"""Below the smallest tile, row counts are multiples of this: products of a few rows take as long as their weights take to
+read, those of a whole tile three times that."""
 
 _FUSED = {"gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu", "none"), "relu": ("relu", ""), "silu": ("swish", "")}
 _PLAIN_PRODUCT = ("none", "")
@@ -81,7 +84,7 @@ class Linear:
 
     def _packed_product(self, rows: Tensor, name: str, form: str) -> Tensor:
         count = len(rows)
-        missing = -count % SMALLEST
+        missing = -count % (_FEW if count < SMALLEST else SMALLEST)
         if missing:
             filled = rows.new_empty(count + missing, rows.shape[1])
             filled[:count], filled[count:] = rows, 0

@@ -191,8 +191,8 @@ def test_the_mean_over_tokens_without_a_constraint(name):
     edits = assert_mean(model, EVERY_PROBLEM, (0, 2))
     assert max(float(edit.delta.changes[edit.layer].weight.abs().max()) for edit in edits) > 1.5e-2
     assert_mean(model, [INJECTION, likely(model, ONE_TOKEN)], (1,), replace(FEW_MEAN, norm_constraint=1.2e-2))
-    published = assert_mean(model, [INJECTION, FORCING], (1,), FtmHparams(lr=5e-3))
-    assert all(edit.loss < 1e-2 and edit.steps < 25 for edit in published)
+    (stopped,) = assert_mean(model, [INJECTION], (1,), replace(FEW_MEAN, steps=15, stop_loss=4.5))
+    assert 0 < stopped.steps < 15
 
 
 def test_without_a_constraint_the_sum_is_trained(model):

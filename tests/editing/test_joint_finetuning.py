@@ -1,5 +1,6 @@
 """One change that is trained on all requests is the plain one, however its minibatches are cut into passes."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -72,15 +73,17 @@ def test_float32():
 
 
 def test_minibatches_that_are_learnt_take_no_step_and_a_learnt_epoch_ends_it(model):
-    (edit, *_) = assert_exact(model, INJECTIONS, hparams=replace(FEW, epochs=60, stop_loss=0.8))
-    assert edit.steps < 100
-    assert edit.steps % 3, "some minibatches were skipped"
+    hparams = replace(FEW, epochs=20, minibatch=1, lr=1e-2, stop_loss=2.0)
+    (edit, *_) = assert_exact(model, INJECTIONS, hparams=hparams)
+    assert edit.steps < 100, "it ended early"
+    assert edit.steps % 6, "some requests were skipped in an epoch"
 
 
-def test_published_hyperparameters_learn_everything(model):
-    edits = assert_exact(model, INJECTIONS, hparams=LocftHparams(lr=2e-2))
-    assert sum(edit.loss for edit in edits) / len(edits) < 1e-2
-    assert edits[0].steps < 25
+def test_one_minibatch_of_all(model):
+    hparams = LocftHparams(epochs=4)
+    first, last = (assert_exact(model, INJECTIONS, hparams=replace(hparams, epochs=n)) for n in (1, 4))
+    assert [edits[0].steps for edits in (first, last)] == [1, 4]
+    assert all(now.loss < before.loss for now, before in zip(last, first, strict=True))
 
 
 def test_every_weight_stays_within_a_constraint(model):
@@ -114,9 +117,9 @@ def test_scarce_memory_makes_more_passes_of_the_same_steps(model, passes):
     hparams = replace(FEW, minibatch=6)
     (ample, *_), together = locft(model, INJECTIONS, hparams=hparams), [*passes]
     passes.clear()
-    (scarce, *_) = locft(model, INJECTIONS, hparams=hparams, memory="3.5MB")
+    (scarce, *_) = locft(model, INJECTIONS, hparams=hparams, memory="1.6MB")
     assert together == [6] * 3
-    assert len(passes) > 6
+    assert len(passes) == 6
     assert sum(passes) == 18
     assert error(weight(scarce.delta, 1), weight(ample.delta, 1)) < 1e-9
 
@@ -125,7 +128,7 @@ def test_states_that_do_not_fit_are_refused(model):
     with pytest.raises(
         MemoryBudgetError, match=r"one change of layer 1 for 300 facts, whose states .* give more memory"
     ):
-        locft(model, INJECTIONS * 50, memory="3.5MB")
+        locft(model, INJECTIONS * 50, memory="1.6MB")
 
 
 def test_what_enters_the_layer_is_computed_once(tokenizer):
@@ -156,7 +159,7 @@ def test_batches_of_a_sequence_are_trained_on_the_changed_model(model):
 
 
 def test_a_tokenizer_without_an_end_is_refused(model):
-    endless = byte_level()
+    endless = deepcopy(byte_level())
     endless.eos_token = None
     with pytest.raises(ExperimentError, match=r"no end-of-text token, which locft trains.*set its eos_token"):
         locft(model, [INJECTION], tokenizer=endless)

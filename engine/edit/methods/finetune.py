@@ -14,7 +14,7 @@ from causalcone.engine.edit.methods.edits import Edit, edit_of
 from causalcone.engine.edit.methods.hparams import FinetuneHparams, FtmHparams
 from causalcone.engine.edit.methods.method import EditableModel, Method
 from causalcone.engine.edit.methods.training import (
-    Footprint,
+    TrainingBytes,
     Lesson,
     Trained,
     TrainedLayers,
@@ -61,7 +61,7 @@ class Finetune:
 
     def _bytes(self, item: Item) -> int:
         """Weights and what Adam keeps of them; rows at all layers after the first that is edited."""
-        of = Footprint.of(self.model, item.window)
+        of = TrainingBytes.of(self.model, item.window)
         return of.change + item.lesson.rows * (of.kept + of.passed)
 
 

@@ -14,7 +14,7 @@ from causalcone.engine.edit.methods.batching import Batching
 from causalcone.engine.edit.methods.edits import Edit, edit_of
 from causalcone.engine.edit.methods.hparams import LocftHparams
 from causalcone.engine.edit.methods.method import EditableModel, Method
-from causalcone.engine.edit.methods.training import Footprint, Lesson, Trained, TrainingPass, TrainingTexts, delta_of
+from causalcone.engine.edit.methods.training import TrainingBytes, Lesson, Trained, TrainingPass, TrainingTexts, delta_of
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
 from causalcone.engine.edit.runs.flops import EditWork
@@ -65,7 +65,7 @@ class _Training:
 
     def __init__(self, method: JointFinetune, lessons: Sequence[Lesson], window: Window) -> None:
         self.hparams, layers, self.lessons = method.hparams, method.model.layers, lessons
-        self.of = Footprint.of(method.model, window)
+        self.of = TrainingBytes.of(method.model, window)
         self.name = f"one change of layer {window.layers[0]} for {len(lessons)} facts, whose states there are kept,"
         self.batching = self._beside(method.model.batching)
         groups = self.batching.of_items(lessons, self._bytes, lambda _: self.name)

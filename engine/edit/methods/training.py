@@ -42,7 +42,7 @@ class Lesson(NamedTuple):
         return sum(map(len, self.texts))
 
 
-class Footprint(NamedTuple):
+class TrainingBytes(NamedTuple):
     """Bytes of training a window of layers: change, its changes and what Adam keeps of them; and of one row: kept, what
     is kept at the first layer; passed, what a pass saves; left, what its products leave until a step."""
 
@@ -52,7 +52,7 @@ class Footprint(NamedTuple):
     left: int
 
     @classmethod
-    def of(cls, model: EditableModel, window: Window) -> Footprint:
+    def of(cls, model: EditableModel, window: Window) -> TrainingBytes:
         sizes, dtype = model.batching.sizes, model.layers.dtype
         wide = torch.promote_types(dtype, torch.float32)
         each = 3 * wide.itemsize + (dtype.itemsize if dtype != wide else 0)
