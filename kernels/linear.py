@@ -20,8 +20,8 @@ from causalcone.kernels.tiles import SMALLEST, pieces
 
 _PIECE = 1024
 _FEW = 16
-"""Below the smallest tile, row counts are multiples of this: products of a few rows take as long as their weights take to
-read, those of a whole tile three times that."""
+"""Row counts below the smallest tile are multiples of this: a product of a few rows takes about as long as reading its
+weights does, one of a whole tile several times that."""
 
 _FUSED = {"gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu", "none"), "relu": ("relu", ""), "silu": ("swish", "")}
 _PLAIN_PRODUCT = ("none", "")

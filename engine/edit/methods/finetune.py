@@ -14,10 +14,10 @@ from causalcone.engine.edit.methods.edits import Edit, edit_of
 from causalcone.engine.edit.methods.hparams import FinetuneHparams, FtmHparams
 from causalcone.engine.edit.methods.method import EditableModel, Method
 from causalcone.engine.edit.methods.training import (
-    TrainingBytes,
     Lesson,
     Trained,
     TrainedLayers,
+    TrainingBytes,
     TrainingPass,
     TrainingTexts,
     delta_of,

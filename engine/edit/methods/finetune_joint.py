@@ -14,7 +14,14 @@ from causalcone.engine.edit.methods.batching import Batching
 from causalcone.engine.edit.methods.edits import Edit, edit_of
 from causalcone.engine.edit.methods.hparams import LocftHparams
 from causalcone.engine.edit.methods.method import EditableModel, Method
-from causalcone.engine.edit.methods.training import TrainingBytes, Lesson, Trained, TrainingPass, TrainingTexts, delta_of
+from causalcone.engine.edit.methods.training import (
+    Lesson,
+    Trained,
+    TrainingBytes,
+    TrainingPass,
+    TrainingTexts,
+    delta_of,
+)
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
 from causalcone.engine.edit.runs.flops import EditWork
