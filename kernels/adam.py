@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 
-_TILE = 1 << 17
+_TILE = 1 << 19
 """Elements of a gradient that are made at once on a CPU."""
 
 
@@ -33,12 +32,12 @@ class AdamState:
 
     def step(self, gradient: Tensor, lr: float) -> None:
         """One step along the gradient."""
+        self.steps += 1
         steps = torch.full((), self.steps, dtype=torch.float32, device=gradient.device)  # no copy to wait for
-        adam(
-            [self.change], [gradient.contiguous()], [self.mean], [self.square], [], [steps], fused=True, amsgrad=False,
+        torch._fused_adam_(  # torch.optim.adam.adam, but for what it does around it, which tiles pay each time
+            [self.change], [gradient.contiguous()], [self.mean], [self.square], [], [steps], amsgrad=False,
             beta1=BETAS[0], beta2=BETAS[1], lr=lr, weight_decay=0.0, eps=EPS, maximize=False,
         )  # fmt: skip
-        self.steps += 1
 
     def rows(self, at: slice) -> AdamState:
         """Some rows, in the same memory."""

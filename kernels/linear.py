@@ -19,9 +19,6 @@ from torch import Tensor
 from causalcone.kernels.tiles import SMALLEST, pieces
 
 _PIECE = 1024
-_FEW = 16
-"""Row counts below the smallest tile are multiples of this: a product of a few rows takes about as long as reading its
-weights does, one of a whole tile several times that."""
 
 _FUSED = {"gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu", "none"), "relu": ("relu", ""), "silu": ("swish", "")}
 _PLAIN_PRODUCT = ("none", "")
@@ -84,7 +81,8 @@ class Linear:
 
     def _packed_product(self, rows: Tensor, name: str, form: str) -> Tensor:
         count = len(rows)
-        missing = -count % (_FEW if count < SMALLEST else SMALLEST)
+        # few sizes, for each of which the library keeps code, yet, beyond a dozen rows, a quarter more of them at most
+        missing = -count % min(SMALLEST, max(4, (1 << count.bit_length()) // 8))
         if missing:
             filled = rows.new_empty(count + missing, rows.shape[1])
             filled[:count], filled[count:] = rows, 0

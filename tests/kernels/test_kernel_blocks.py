@@ -129,3 +129,15 @@ def test_products_go_where_they_are_to_be(biased):
     assert torch.equal(space[2:7], product(rows))
     assert (space[:2] == 7).all()
     assert (space[7:] == 7).all()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 4, 5, 13, 33, 65, 129, 300])
+def test_products_of_any_number_of_rows(rows):
+    """Filled up with rows of nothing as far as the library likes it, and cut again."""
+    weight, bias, given = random(9, 24), random(9), random(rows, 24, seed=1)
+    product = Linear(weight, bias)
+    torch.testing.assert_close(product(given), F.linear(given, weight, bias), rtol=1e-5, atol=1e-5)
+    given.requires_grad_()
+    (found,) = torch.autograd.grad(product(given).square().sum(), given)
+    exact = 2 * F.linear(given.detach(), weight, bias) @ weight
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-4)

@@ -153,6 +153,22 @@ def test_steps_of_finetuning(device, dtype, rows):
     assert found.change.abs().max() <= bound + 1e-9
 
 
+@pytest.mark.parametrize("bound", [2e-3, float("inf")])
+def test_steps_of_a_weight_of_several_tiles(bound):
+    """Two steps are those of torch's Adam, clamped."""
+    hidden, inner, rows, lr = 300, 4000, 3, 1.5e-3
+    weight = torch.zeros(hidden, inner, dtype=torch.float64, requires_grad=True)
+    expected, moving = torch.optim.Adam([weight], lr=lr), AdamState.zeros_like(weight, torch.float64)
+    for seed in range(2):
+        slopes, keys = (random(rows, width, dtype=torch.float64, seed=seed) for width in (hidden, inner))
+        adam.step_weight(moving, slopes, keys, lr, bound)
+        weight.grad = slopes.T @ keys
+        expected.step()
+        weight.data.clamp_(-bound, bound)
+    torch.testing.assert_close(moving.change, weight.detach(), rtol=1e-12, atol=1e-18)
+    assert moving.steps == 2
+
+
 @devices
 def test_a_gradient_that_is_not_a_number_is_seen(device):
     moving = AdamState.zeros_like(torch.empty(3, 4, device=device), torch.float32)
