@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from causalcone.engine.edit.deltas.delta import Delta, Dense
+from causalcone.engine.edit.deltas.delta import Delta, Dense, Place
 from causalcone.engine.edit.methods.method import EditableModel
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
-from causalcone.engine.edit.runs.edited_runs import EditedRuns, Join, Prompts, changed, changing
+from causalcone.engine.edit.runs.edited_runs import Addition, EditedRuns, Join, Prompts, changed, changing
 from causalcone.engine.edit.runs.frozen_prefix import run_unedited
 from causalcone.engine.edit.runs.layers import Layers
 from causalcone.engine.edit.runs.packed_runs import Text
@@ -170,7 +170,9 @@ class TrainingPass:
         lesson_of = np.repeat(np.arange(len(lessons)), list(map(len, numbers)))
         first = np.array([min(trained) for trained in changes])
         self.cone = EditedRuns(texts.layers, texts.prompts, first, of[lesson_of], np.concatenate(numbers))
-        self.additions = [{layer: each.add for layer, each in trained.items()} for trained in changes]
+        self.additions: list[dict[Place, Addition]] = [
+            {layer: each.add for layer, each in trained.items()} for trained in changes
+        ]
         self.changing = changing(self.additions)
         self.leaves = [each.leaf for trained in changes for each in trained.values()]
         requests = [texts.lessons[lesson].request for lesson in lessons]
