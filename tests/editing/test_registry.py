@@ -23,6 +23,8 @@ OWN = [
     "memit",
     "memit_joint",
     "finetune",
+    "ft-m",
+    "locft",
     "memit-seq",
     "memit-merge",
     "emmet",
