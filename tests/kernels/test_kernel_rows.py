@@ -140,13 +140,13 @@ def test_readout(device, vocabulary):
 @dtypes
 @pytest.mark.parametrize("rows", [1, 5, 20])
 def test_steps_of_finetuning(device, dtype, rows):
-    """The gradient is that of the rows as they are; in the torch form it is rounded to their dtype."""
+    """The gradient is that of the rows as they are, not rounded to their dtype."""
     hidden, inner, lr, bound = 40, 70, 1e-3, 2e-3
     exact, found = (AdamState.zeros_like(torch.empty(hidden, inner, device=device), torch.float32) for _ in range(2))
     for number in range(3):
         slopes = random(rows, hidden, device=device, dtype=dtype, seed=2 * number)
         keys = random(rows, inner, device=device, dtype=dtype, seed=2 * number + 1)
-        adam.step_weight(exact, slopes.float(), keys.float(), lr, bound)
+        adam.step_weight(exact, slopes, keys, lr, bound)
         TRITON.step_weight(found, slopes, keys, lr, bound)
     for own, other in zip(vars(found).values(), vars(exact).values(), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-3 * lr)
