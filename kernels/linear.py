@@ -81,8 +81,8 @@ class Linear:
 
     def _packed_product(self, rows: Tensor, name: str, form: str) -> Tensor:
         count = len(rows)
-        # few sizes, for each of which the library keeps code, yet, beyond a dozen rows, a quarter more of them at most
-        missing = -count % min(SMALLEST, max(4, (1 << count.bit_length()) // 8))
+        # few sizes, for each of which the library keeps code
+        missing = -count % (SMALLEST if count > 16 else 16)
         if missing:
             filled = rows.new_empty(count + missing, rows.shape[1])
             filled[:count], filled[count:] = rows, 0
