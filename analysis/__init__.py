@@ -21,11 +21,14 @@ from causalcone.analysis.layer_effects import (
     zeroing_curve,
 )
 from causalcone.analysis.scores import SCORES, counterfact_metrics, mean_scores, probe_metrics, scores, zsre_metrics
+from causalcone.analysis.sequences import health, sequence_scores
 from causalcone.analysis.tables.edits import (
+    CHECKPOINT_SCHEMA,
     EDIT_SCHEMA,
     METRIC_SCHEMA,
     PROBE_SCHEMA,
     TEXT_SCHEMA,
+    read_checkpoints,
     read_edits,
     read_metrics,
     read_probes,
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     from causalcone.analysis import plot
 
 __all__ = [
+    "CHECKPOINT_SCHEMA",
     "EDIT_SCHEMA",
     "GRADIENT_SCHEMA",
     "METRIC_SCHEMA",
@@ -60,11 +64,13 @@ __all__ = [
     "flagged_facts",
     "gradient_norms",
     "gradient_summary",
+    "health",
     "joint_effects",
     "mean_scores",
     "peak_layers",
     "plot",
     "probe_metrics",
+    "read_checkpoints",
     "read_edits",
     "read_gradients",
     "read_metrics",
@@ -73,6 +79,7 @@ __all__ = [
     "read_traces",
     "restore_effects",
     "scores",
+    "sequence_scores",
     "severed_effects",
     "tracing_effects",
     "with_roles",

@@ -10,6 +10,7 @@ import polars as pl
 
 from causalcone.analysis.effects import At, Denominator, tracing_effects, zeroing_effects
 from causalcone.analysis.scores import Aggregate, edits_with_effects, mean_scores, own_groups, probe_metrics, scores
+from causalcone.analysis.sequences import sequence_scores
 from causalcone.analysis.tables.edits import finished, read_edits, unmet
 from causalcone.analysis.tables.names import SEVERED, counted, words
 from causalcone.analysis.tables.traces import AnswerScore, TableError, scan_folder
@@ -110,6 +111,13 @@ class Study:
         """``analysis.probe_metrics``, of facts' own probes and of free answers."""
         metrics = self.folder / "metrics" if self.has("metrics") else None
         return own_groups(probe_metrics(self.folder / "edits", self.folder / "probes", metrics))
+
+    @cached_property
+    def sequences(self) -> pl.DataFrame | None:
+        """``analysis.sequence_scores``, also of sequences that are under way; None where there are none."""
+        names = (f"{folder}checkpoints" for folder in ("state/", ""))  # a unit's table is there at its end
+        found = next((self.folder / name for name in names if self.has(name)), None)
+        return None if found is None else sequence_scores(found)
 
     @cached_property
     def traces(self) -> pl.DataFrame:

@@ -133,6 +133,7 @@ SEQUENCE_SCHEMA = pa.schema([*EDIT_SCHEMA, *_schema(batch=_COUNT, position=_COUN
 
 # One row per checkpoint of a sequence, edit that is scored there (or the model), and metric.
 CHECKPOINT_SCHEMA = _schema(
+    problem=_TEXT,
     method=_TEXT,
     window=_COUNT,
     layer=_COUNT,
@@ -140,7 +141,7 @@ CHECKPOINT_SCHEMA = _schema(
     group=_TEXT,  # newest: an edit of the last batch; earlier: one before it; model: the model as a whole
     fact_id=_TEXT,  # null of the model
     # as of edits, and rewrite_p, ...: the target's mean p on that kind of prompt; of the model perplexity of held-out
-    # text, and relative_norm.LAYER: the norm of the change over that of the weights
+    # text, relative_norm.LAYER: the norm of the change over that of the weights, and null_space_rank.LAYER
     metric=_TEXT,
     pre=_NUMBER,  # in the unedited model
     post=_NUMBER,  # now

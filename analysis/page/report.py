@@ -20,6 +20,7 @@ from causalcone.analysis.effects import mean_effects
 from causalcone.analysis.papers.inputs import AnalysisInputs, AnalysisOptions
 from causalcone.analysis.papers.records import APART, ON_RECORD
 from causalcone.analysis.papers.tables import AVERAGES, ENDS, SCORE_TABLES, Table, answer, paper_tables
+from causalcone.analysis.sequences import METRICS, SEQUENCE, overview, with_health
 from causalcone.analysis.stats.regressions import GROUP
 from causalcone.analysis.sweep_results import ZEROED, Study
 from causalcone.analysis.tables.edits import TEXT_SCHEMA
@@ -76,6 +77,7 @@ def report_data(study: Study, options: AnalysisOptions, progress: Sequence[Seque
         "zeroed": _zeroed(study, store),
         "edits": _edits(study, store),
         "groups": _groups(study),
+        "sequences": _sequences(study),
         "texts": _texts(study, store),
     }
     if not about["facts"]:
@@ -105,7 +107,7 @@ class _Store:
     other."""
 
     def __init__(self, study: Study) -> None:
-        tables = [study.scan(name).select("fact_id") for name in ("traces", "edits") if study.has(name)]
+        tables = [study.scan(name).select("fact_id") for name in ("traces", "edits", "sequence") if study.has(name)]
         known = pl.concat(tables).unique().collect()["fact_id"].to_list() if tables else []
         self.facts = study.scan("facts.parquet").filter(pl.col("fact_id").is_in(known)).collect()
         self.number = {fact_id: number for number, fact_id in enumerate(self.facts["fact_id"])}
@@ -256,6 +258,19 @@ def _groups(study: Study) -> list[dict[str, Any]]:
         return _named_rows(in_order(study.answers).select(*GROUP, "layer", "group", "metric", "pre", "post"))
     except TableError:
         return []
+
+
+def _sequences(study: Study) -> dict[str, list[dict[str, Any]]]:
+    """Lines by the number of edits made, and a row for each checkpoint."""
+    if study.sequences is None:
+        return {"lines": [], "rows": []}
+    lines = with_health(study.sequences).group_by(*SEQUENCE, "group", "metric", maintain_order=True)
+    rows = overview(study.sequences)
+    lacking = [pl.lit(None).alias(name) for name in METRICS if name not in rows.columns]
+    return {
+        "lines": _named_rows(lines.agg("edits", "post", "se", "n")),
+        "rows": _named_rows(rows.with_columns(lacking)),
+    }
 
 
 def _texts(study: Study, store: _Store) -> dict[str, list[dict[str, Any]]]:

@@ -90,3 +90,30 @@ function drawAverages() {
     `Average indirect effects: means over ${range(rows.map((row) => row.facts), "fact")}; ${overFacts(rows)}.` + (recorded.length ?
       ` Open marks: on record, ${data.record}, over ${range(recorded.map((row) => row.record_facts), "fact")}, with their own intervals.` : ""));
 }
+
+// --- sequences ---
+
+const SCORED = { newest: "newest batch", earlier: "sample of all before it" };
+const SEQUENCE_AXES = { // a small change is not to look like a large one
+  perplexity_ratio: (most) => ({ type: "log", range: [Math.log10(0.9), Math.log10(Math.max(2.2, 1.1 * most))] }),
+  relative_norm: () => ({ rangemode: "tozero" }),
+};
+
+function drawSequences() {
+  const [problem, metric] = ["problem", "metric"].map((name) => at(`sequences-${name}`).value);
+  const lines = data.sequences.lines.filter((row) => row.problem === problem && row.metric === metric);
+  const names = unique(lines.map((row) => row.name)), most = Math.max(...lines.flatMap((row) => row.post));
+  draw("sequences-plot", lines.map((row) => {
+    const drawn = line(names.indexOf(row.name), {
+      name: row.name + (row.group in SCORED ? `, ${SCORED[row.group]}` : ""), x: row.edits, y: row.post, error_y: bars(row.se),
+    });
+    return { ...drawn, line: { ...drawn.line, dash: row.group === "earlier" ? "dash" : "solid" } };
+  }), {
+    showlegend: true, xaxis: { title: { text: "edits made" }, rangemode: "tozero" },
+    yaxis: { title: { text: words(metric) }, ...(SEQUENCE_AXES[metric]?.(most) ?? {}) },
+  }, metric in SEQUENCE_AXES ? "Of the model as a whole: held-out text's perplexity over that before, and the largest norm of a layer's change over that of its weights." :
+    `Means over ${range(lines.map((row) => row.n), "edit")}; bars: 1.96 standard errors.`);
+  fill("sequences", data.sequences.rows.filter((row) => row.problem === problem).map((row) =>
+    [row.name, row.edits, SCORED[row.group], row.rewrite_p, row.efficacy_score, row.paraphrase_score, row.neighborhood_score,
+      row.perplexity_ratio, row.relative_norm]));
+}

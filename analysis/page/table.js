@@ -94,6 +94,8 @@ at("missing").replaceChildren(...data.missing.map((text) => { const item = docum
 options("r2-score", unique(data.r2.map((row) => row.score))).onchange = drawR2;
 options("scores-problem", unique(data.scores.map((row) => row.problem))).onchange = () => { drawScores(); drawGroups(); };
 options("scores-score", unique(data.scores.map((row) => row.score))).onchange = drawScores;
+options("sequences-problem", unique(data.sequences.lines.map((row) => row.problem))).onchange = drawSequences;
+options("sequences-metric", unique(data.sequences.lines.map((row) => row.metric))).onchange = drawSequences;
 options("averages-state", unique(data.averages.map((row) => row.state)), String).onchange = drawAverages;
 at("averages-box").hidden = data.averages.length === 0;
 options("edit-problem", data.edits ? unique(data.edits.groups.map((group) => group.problem)) : []).onchange = () => { drawEdits(current); drawTexts(current); };
@@ -108,6 +110,7 @@ function drawAll() {
   drawScores();
   drawWindows();
   drawAverages();
+  drawSequences();
   search();
 }
 at("theme").onclick = () => {

@@ -49,6 +49,8 @@ def _figures(inputs: AnalysisInputs, every: bool) -> Iterator[tuple[str, _Draw]]
     """Names and how to draw them; the drawing raises ``TableError`` where the study lacks what it needs."""
     study = inputs.study
     yield from _of_traces(study)
+    if (sequences := study.sequences) is not None:
+        yield "sequences", lambda: plot.sequence(sequences)
     states = study.states()
     if states:
         yield from _of_windows(inputs, states)

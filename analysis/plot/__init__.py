@@ -8,5 +8,16 @@ from causalcone.analysis.plot.layers import joint_effect, severed, zeroing
 from causalcone.analysis.plot.maps import gradients, heatmap, heatmaps
 from causalcone.analysis.plot.roles import indirect_effect
 from causalcone.analysis.plot.scores import scores
+from causalcone.analysis.plot.sequences import sequence
 
-__all__ = ["gradients", "heatmap", "heatmaps", "indirect_effect", "joint_effect", "scores", "severed", "zeroing"]
+__all__ = [
+    "gradients",
+    "heatmap",
+    "heatmaps",
+    "indirect_effect",
+    "joint_effect",
+    "scores",
+    "sequence",
+    "severed",
+    "zeroing",
+]

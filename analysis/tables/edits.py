@@ -111,7 +111,7 @@ def read_checkpoints(source: TraceSource) -> pl.DataFrame:
     Raises:
         TableError: files cannot be read, columns are missing, or a row occurs twice.
     """
-    key = ["method", "window", "layer", "edits", "group", "fact_id", "metric"]
+    key = ["problem", "method", "window", "layer", "edits", "group", "fact_id", "metric"]
     return _read(source, CHECKPOINT_SCHEMA, "table of checkpoints", key)
 
 

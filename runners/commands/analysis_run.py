@@ -17,6 +17,7 @@ from causalcone.analysis.papers.records import ABOUT
 from causalcone.analysis.papers.table_files import cells, index, write_table
 from causalcone.analysis.papers.tables import MAIN, Table, answer, paper_tables
 from causalcone.analysis.scores import Aggregate
+from causalcone.analysis.sequences import overview
 from causalcone.analysis.sweep_results import State, Study
 from causalcone.analysis.tables.names import counted
 from causalcone.analysis.tables.traces import TableError
@@ -40,6 +41,8 @@ def analyze_folder(
     ``ResultError`` where nothing can be written."""
     study, options = open_study(analysis, mixed)
     tables, missing = paper_tables(study, options)
+    if study.sequences is not None:
+        tables.append(Table("sequences", "Edits in sequence, by the number of edits made", overview(study.sequences)))
     drawn: list[Path] = []
     with _writing(out):
         for table in tables:

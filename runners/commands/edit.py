@@ -27,7 +27,9 @@ def edit(
     sequence: SequenceOptions,
     output: PromptOutputOptions,
     saving: SavingOptions,
-    plot: Annotated[bool, Option("--plot", help="Draw the mean scores by layer.")] = False,
+    plot: Annotated[
+        bool, Option("--plot", help="Draw the mean scores by layer, in sequence by the number of edits.")
+    ] = False,
 ) -> None:
     """Edit facts at every chosen layer by ROME, MEMIT or constrained fine-tuning, and score every edited model.
 
@@ -60,14 +62,18 @@ def edit(
         check_saving(study, saving.save, saving.format, sequence.sequential)
         study = replace(study, keep_deltas=True)
     if sequence.sequential:
+        from causalcone.analysis.sequences import sequence_scores
+        from causalcone.runners.show.figures import draw_sequence
         from causalcone.runners.show.sequence_tables import checkpoint_tables
 
         out = Path(str(output.out))
         with ResultFolder(out, study.configuration, output.overwrite, resume=True) as folder:
             made = carry_out(study, sequence, out, Console(), output.quiet)
             folder.finish(**made.results, filtered=study.filtered)
+        scores = sequence_scores(out / "checkpoints")
+        figures = draw_sequence(out, scores) if plot else []
         if not output.quiet:
-            show(checkpoint_tables(out), made.sentence(), [])
+            show(checkpoint_tables(scores), made.sentence(), figures)
         return
     wanted = (study.plan.aggregate, scoring.essence, scoring.answer_score)
     single = None if source.prompt is None else PromptEdits(study)

@@ -24,6 +24,7 @@ from causalcone.runners.edits.moments import collected
 from causalcone.runners.edits.presets import AUTO, load_preset, preset_of
 from causalcone.runners.edits.settings import EditPlan, parse_layers, plan_of, read_contexts
 from causalcone.runners.edits.study import EditStudy
+from causalcone.runners.inputs.fingerprints import facts_fingerprint
 from causalcone.runners.inputs.inputs import Inputs, open_inputs
 from causalcone.runners.inputs.reference_texts import ReferenceTexts, load_reference_texts
 from causalcone.runners.inputs.running_text import RunningText, open_texts
@@ -62,6 +63,8 @@ def editing(
                 "--sequential edits --facts into the folder --out, and keeps its changes there: leave out --prompt and "
                 "--keep-deltas"
             )
+    elif given := [name for name, value in vars(sequence).items() if value != getattr(SequenceOptions, name)]:
+        raise ExperimentError(f"--{given[0].replace('_', '-')} goes with --sequential; give that, or leave it out")
     elif output.out is not None:
         refuse_occupied(output.out, output.overwrite)
     elif scoring.keep_deltas:
@@ -85,6 +88,7 @@ def editing(
     study = prepared_edits(editor, moments, inputs, choice, plan, scoring, texts.references)
     if sequence.sequential:
         kept = {name: value for name, value in vars(sequence).items() if name != "sequential"}
+        kept["facts_fingerprint"] = facts_fingerprint([request.fact for request in study.requests])
         study = replace(study, options={**study.options, "sequence": kept})
     return replace(study, collected=None if texts.running is None else moments)
 

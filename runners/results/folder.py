@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +27,10 @@ PART_SHARE = 0.05
 _TABLES = ("traces", "severed", "zeroed", "gradients", "edits", "probes", "metrics", "texts", "sequence", "checkpoints")
 _NAMES = (*_TABLES, "batches", "deltas", "plots", "run.json")  # the last to go says that the rest is ours
 MOMENTS = "moments.safetensors"
+_ANY = ("device", "kernels")
+"""May differ where a run goes on: they do not decide the results."""
+_LONGEST = 300
+"""Characters of a difference that are shown."""
 
 
 class ResultError(CausalconeError):
@@ -75,8 +80,10 @@ class ResultFolder:
         except (FileNotFoundError, ValueError):
             return False
         now = json.loads(json.dumps(self.configuration))
-        changes = [line for key in now for line in differences({key: before.get(key)}, {key: now[key]})]
-        if changes:
+        if versions := "; ".join(differences(before.get("versions", {}), now.pop("versions"))):
+            warnings.warn(f"{self.path} was begun with other versions: {versions}", stacklevel=3)
+        both = [{key: _numbered(of.get(key)) for key in now if key not in _ANY} for of in (before, now)]
+        if changes := [line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..." for line in differences(*both)]:
             raise ResultError(
                 "\n  ".join([f"{self.path} holds a run of another configuration:", *changes])
                 + "\ngive what it was begun with, choose another folder, or give --overwrite"
@@ -175,6 +182,12 @@ def versions() -> dict[str, str]:
     """Versions of what results depend on."""
     names = ("causalcone", "torch", "transformers", "tokenizers", "numpy", "pyarrow")
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+
+
+def _numbered(value: Any) -> Any:
+    """A list of tables as a table of them by number; all else as it is."""
+    tables = isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value)
+    return {str(number): item for number, item in enumerate(value)} if tables else value
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

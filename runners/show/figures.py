@@ -58,6 +58,12 @@ def draw_scores(folder: Path, table: pl.DataFrame) -> list[Path]:
     return _if_possible("scores", path, lambda: plot.scores(table, names, path))
 
 
+def draw_sequence(folder: Path, scores: pl.DataFrame) -> list[Path]:
+    """Edits in sequence by the number of edits made."""
+    path = folder / PLOTS / "sequence.png"
+    return _if_possible("sequences", path, lambda: plot.sequence(scores, path))
+
+
 def _if_possible(name: str, path: Path, draw: Callable[[], object]) -> list[Path]:
     """The path that ``draw`` writes to; a warning where the table has not what the figure shows."""
     try:

@@ -1,39 +1,34 @@
 """Summaries of sequences of edits for the terminal."""
 
-from pathlib import Path
-
+import polars as pl
 from rich.table import Table
 
-from causalcone.analysis.sequences import health, sequence_scores
+from causalcone.analysis.sequences import GROUPS, overview
 from causalcone.analysis.tables.names import method_name
 from causalcone.runners.show.tables import new_table
 
 SHOWN = {
-    "rewrite_p": "p rewrite",
+    "rewrite_p": "p",
     "efficacy_score": "efficacy",
-    "paraphrase_score": "paraphrase",
-    "neighborhood_score": "neighbourhood",
+    "paraphrase_score": "paraphr.",
+    "neighborhood_score": "neighb.",
+    "perplexity_ratio": "ppl x",
+    "relative_norm": "norm",
 }
-"""Metrics of edits, with their columns."""
+"""Metrics, with their columns."""
 
 
-def checkpoint_tables(folder: Path) -> list[Table]:
-    """A table for each group of edits, a row for each checkpoint of each method; the model's health is beside those of
-    earlier edits and new ones."""
-    scores = sequence_scores(folder / "checkpoints")
-    of_model = health(scores)
-    key = ["method", "window", "layer", "edits"]
+def checkpoint_tables(scores: pl.DataFrame) -> list[Table]:
+    """A table for each group of edits, a row for each checkpoint of each method; the model's perplexity, over that
+    before, and the norm of the change are beside both."""
+    rows = overview(scores)
     tables = []
-    for group, title in (("newest", "Edits of the newest batch"), ("earlier", "A sample of all earlier edits")):
-        rows = scores.filter(group=group).pivot("metric", index=key, values="post", maintain_order=True)
-        if rows.is_empty():
-            continue
-        rows = rows.join(of_model, on=key, how="left", maintain_order="left")
+    for group, of_group in rows.group_by("group", maintain_order=True):
         shown = [name for name in SHOWN if name in rows.columns]
-        table = new_table(title, "method", "edits", *(SHOWN[name] for name in shown), "perplexity x", "norm")
-        for row in rows.iter_rows(named=True):
-            values = [row[name] for name in (*shown, "perplexity_ratio", "relative_norm")]
-            cells = ["" if value is None else f"{value:.3f}" for value in values]
+        title = f"Edits in sequence: {GROUPS[str(*group)]}"
+        table = new_table(title, "method", "edits", *(SHOWN[name] for name in shown))
+        for row in of_group.iter_rows(named=True):
+            cells = ["" if row[name] is None else f"{row[name]:.3f}" for name in shown]
             table.add_row(method_name(row["method"], row["window"]), f"{row['edits']:,}", *cells)
         tables.append(table)
     return tables

@@ -96,7 +96,7 @@ def _assumed(sweep: Sweep, known: int | None) -> list[str]:
     lines = ["filter: all facts are taken to go on, which is the most it can be; --known N says how many do"]
     if known is not None:
         lines = [f"filter: {known:,} facts are taken to go on (--known), all of them to be erased where that is asked"]
-    if getattr(sweep, "edit", None) is not None:
+    if any(getattr(sweep, name, None) is not None for name in ("edit", "sequence")):
         steps = "every one takes all its steps, though it may stop early; inverting second moments is left out"
         lines.append(f"edits: {steps}")
         if sweep.moments.tokens == "all":

@@ -46,8 +46,9 @@ class Checkpoints:
         rows += [
             {"group": MODEL, "metric": name, "pre": pre, "post": post} for name, pre, post in self._health(sequence)
         ]
-        common = {"method": sequence.method.name, "window": sequence.window.size, "layer": sequence.window.layer}
-        rows = [{**common, "edits": sequence.edits, **row} for row in rows]
+        common = {"problem": newest[0].problem, "method": sequence.method.name, "edits": sequence.edits}
+        common |= {"window": sequence.window.size, "layer": sequence.window.layer}
+        rows = [{**common, **row} for row in rows]
         return pa.RecordBatch.from_pylist(rows, schema=CHECKPOINT_SCHEMA)
 
     def _edits(self, sequence: EditSequence, group: str, requests: Sequence[Request]) -> Iterator[dict[str, Any]]:
@@ -64,6 +65,8 @@ class Checkpoints:
             yield "perplexity", self.held_out.unedited(), self.held_out.perplexity(sequence.delta)
         for weight, norm in sequence.relative_norms().items():
             yield f"relative_norm.{weight}", 0.0, norm
+        for name, by_layer in sequence.notes.items():
+            yield from ((f"{name}.{layer}", value, value) for layer, value in by_layer.items())
 
 
 def _probabilities(scores: Scores) -> Iterator[tuple[str, str, float | None, float | None]]:
