@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -19,7 +20,7 @@ from causalcone.analysis.tables.traces import TableError
 _KINDS = {"efficacy_score": "rewrite_p", "paraphrase_score": "paraphrase_p", "neighborhood_score": "neighborhood_p"}
 """Scores, with what is drawn where edits have none."""
 _SHARES = ("_score", "_p", "_accuracy", "_exact_match")
-_DASHES = {"newest": "-", "earlier": "--", "model": "-"}
+_DASHES: dict[str, Any] = {"newest": "-", "earlier": "--", "model": "-"}
 _TITLES = {"perplexity_ratio": "Perplexity / before", "relative_norm": "|change| / |weights|"}
 
 
@@ -70,12 +71,18 @@ def sequence(scores: pl.DataFrame, path: draw.PathLike | None = None, names: Seq
     return draw.finish(figure, path)
 
 
-def _panel(axes: Axes, rows: pl.DataFrame, colors: dict[tuple[str, int, int], tuple[str, str]]) -> None:
+def _panel(axes: Axes, rows: pl.DataFrame, colors: dict[tuple[Any, ...], tuple[str, str]]) -> None:
     for (method, window, layer, group), line in rows.group_by(*SEQUENCE[1:], "group", maintain_order=True):
-        color, marker = colors[method, window, layer]  # type: ignore[index]
+        color, marker = colors[method, window, layer]
         ordered = line.sort("edits")
         bars = 1.96 * ordered["se"].cast(pl.Float64).fill_null(np.nan).to_numpy()
-        look = {"color": color, "marker": marker, "linestyle": _DASHES[str(group)], "markersize": 4.5, "linewidth": 1.6}
+        look: dict[str, Any] = {
+            "color": color,
+            "marker": marker,
+            "linestyle": _DASHES[str(group)],
+            "markersize": 4.5,
+            "linewidth": 1.6,
+        }
         axes.errorbar(ordered["edits"], ordered["post"], yerr=bars, capsize=2, elinewidth=0.9, **look)
 
 

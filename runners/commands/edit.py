@@ -44,8 +44,9 @@ def edit(
     from causalcone.runners.edits import inputs
     from causalcone.runners.edits.exports import check_saving, kept_edits, written
     from causalcone.runners.edits.prompt_edits import PromptEdits
-    from causalcone.runners.edits.sequences import carry_out
+    from causalcone.runners.edits.sequences import carry_out, sequences_of
     from causalcone.runners.results.folder import ResultFolder
+    from causalcone.runners.results.store import Store
     from causalcone.runners.show.edit_tables import (
         answer_tables,
         failed_lines,
@@ -62,18 +63,18 @@ def edit(
         check_saving(study, saving.save, saving.format, sequence.sequential)
         study = replace(study, keep_deltas=True)
     if sequence.sequential:
-        from causalcone.analysis.sequences import sequence_scores
         from causalcone.runners.show.figures import draw_sequence
         from causalcone.runners.show.sequence_tables import checkpoint_tables
 
         out = Path(str(output.out))
+        for _ in sequences_of(study, sequence, Store.open(out)):  # all are checked before one is made
+            pass
         with ResultFolder(out, study.configuration, output.overwrite, resume=True) as folder:
             made = carry_out(study, sequence, out, Console(), output.quiet)
             folder.finish(**made.results, filtered=study.filtered)
-        scores = sequence_scores(out / "checkpoints")
-        figures = draw_sequence(out, scores) if plot else []
+        figures = draw_sequence(out) if plot else []
         if not output.quiet:
-            show(checkpoint_tables(scores), made.sentence(), figures)
+            show(checkpoint_tables(out), made.sentence(), figures)
         return
     wanted = (study.plan.aggregate, scoring.essence, scoring.answer_score)
     single = None if source.prompt is None else PromptEdits(study)

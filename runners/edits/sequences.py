@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -156,17 +156,20 @@ class SequencesDone:
         return f"sequences of {self.edits} edits by {', '.join(self.methods)}, {rate} -> {self.path}"
 
 
+def sequences_of(study: EditStudy, choice: SequenceChoice, store: Store) -> Iterator[tuple[Setting, StoredSequence]]:
+    """The sequences of a study, one for each of its settings; one that cannot be made is refused when its turn is."""
+    for setting in study.plan.settings:
+        kept = {"folder": f"{setting.method}-{setting.window}", "notes": study.configuration}
+        scored = study.plan.layers, choice, study.evaluate
+        yield setting, stored_sequence(study.editor, study.requests, setting, *scored, store, **kept)
+
+
 def carry_out(study: EditStudy, choice: SequenceChoice, place: Path, console: Console, quiet: bool) -> SequencesDone:
-    """Make the sequences of a study, one for each of its settings, in a folder of results, going on with what is
-    there."""
+    """Make the sequences of a study in a folder of results, going on with what is there."""
     started, made, notes = time.monotonic(), 0, {}
     store = Store.open(place)
     with store.locked():
-        for setting in study.plan.settings:
-            kept = {"folder": f"{setting.method}-{setting.window}", "notes": study.configuration}
-            stored = stored_sequence(
-                study.editor, study.requests, setting, study.plan.layers, choice, study.evaluate, store, **kept
-            )
+        for setting, stored in sequences_of(study, choice, store):
             if said := stored.sequence.notes:
                 notes[str(setting)] = said
             with shown_progress(console, f"editing in sequence, {setting}", "edits", quiet) as progress:

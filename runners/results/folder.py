@@ -82,8 +82,8 @@ class ResultFolder:
         now = json.loads(json.dumps(self.configuration))
         if versions := "; ".join(differences(before.get("versions", {}), now.pop("versions"))):
             warnings.warn(f"{self.path} was begun with other versions: {versions}", stacklevel=3)
-        both = [{key: _numbered(of.get(key)) for key in now if key not in _ANY} for of in (before, now)]
-        if changes := [line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..." for line in differences(*both)]:
+        old, new = ({key: _numbered(of.get(key)) for key in now if key not in _ANY} for of in (before, now))
+        if changes := [line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..." for line in differences(old, new)]:
             raise ResultError(
                 "\n  ".join([f"{self.path} holds a run of another configuration:", *changes])
                 + "\ngive what it was begun with, choose another folder, or give --overwrite"

@@ -9,7 +9,7 @@ from typing import Literal
 import polars as pl
 import pyarrow as pa
 
-from causalcone.analysis import TableError, plot
+from causalcone.analysis import TableError, plot, sequence_scores
 from causalcone.analysis.tables.traces import AnswerScore
 from causalcone.engine.encoding import token_texts
 from causalcone.engine.facts import Fact
@@ -58,10 +58,11 @@ def draw_scores(folder: Path, table: pl.DataFrame) -> list[Path]:
     return _if_possible("scores", path, lambda: plot.scores(table, names, path))
 
 
-def draw_sequence(folder: Path, scores: pl.DataFrame) -> list[Path]:
+def draw_sequence(folder: Path) -> list[Path]:
     """Edits in sequence by the number of edits made."""
     path = folder / PLOTS / "sequence.png"
-    return _if_possible("sequences", path, lambda: plot.sequence(scores, path))
+    plot.sequence(sequence_scores(folder / "checkpoints"), path)
+    return [path]
 
 
 def _if_possible(name: str, path: Path, draw: Callable[[], object]) -> list[Path]:

@@ -1,9 +1,10 @@
 """Summaries of sequences of edits for the terminal."""
 
-import polars as pl
+from pathlib import Path
+
 from rich.table import Table
 
-from causalcone.analysis.sequences import GROUPS, overview
+from causalcone.analysis.sequences import GROUPS, overview, sequence_scores
 from causalcone.analysis.tables.names import method_name
 from causalcone.runners.show.tables import new_table
 
@@ -18,10 +19,10 @@ SHOWN = {
 """Metrics, with their columns."""
 
 
-def checkpoint_tables(scores: pl.DataFrame) -> list[Table]:
+def checkpoint_tables(folder: Path) -> list[Table]:
     """A table for each group of edits, a row for each checkpoint of each method; the model's perplexity, over that
     before, and the norm of the change are beside both."""
-    rows = overview(scores)
+    rows = overview(sequence_scores(folder / "checkpoints"))
     tables = []
     for group, of_group in rows.group_by("group", maintain_order=True):
         shown = [name for name in SHOWN if name in rows.columns]

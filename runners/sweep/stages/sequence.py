@@ -2,6 +2,7 @@
 left."""
 
 from collections.abc import Mapping
+from math import ceil
 from typing import Any
 
 import pyarrow as pa
@@ -11,12 +12,13 @@ from causalcone.engine.errors import ExperimentError
 from causalcone.engine.schemas import CHECKPOINT_SCHEMA, SEQUENCE_SCHEMA
 from causalcone.runners.checked_files import Count
 from causalcone.runners.edits.sequences import StoredSequence, stored_sequence
+from causalcone.runners.edits.settings import Setting
 from causalcone.runners.sweep.inputs.resources import Resources
 from causalcone.runners.sweep.inputs.settings import Names, Sweep
 from causalcone.runners.sweep.inputs.units import STATE, Selection, Unit
 from causalcone.runners.sweep.stages.counts import Counts
 from causalcone.runners.sweep.stages.edit import EditCounts, EditSettings, EditStage
-from causalcone.runners.sweep.stages.stage import ResultTable, StageCost, StageUnits, errors_of
+from causalcone.runners.sweep.stages.stage import FILE_BYTES, ResultTable, StageCost, StageUnits, errors_of
 
 METRICS = 10
 """Rows of an edit that is scored at a checkpoint."""
@@ -79,7 +81,16 @@ class SequenceStage(EditStage):
         scored = sum(min(options.batch, end) + min(options.sample, max(0, end - options.batch)) for end in ends)
         share = scored / max(1, total)
         flops = edits.before() + sum(edits.making(each) + share * edits.scoring(each) for each in edits.settings)
-        methods = len(edits.settings)
-        rows = {"sequence": methods * total, "checkpoints": methods * (METRICS * scored + 2 * len(ends))}
-        changed = sum(each.window for each in edits.settings) * total * 4 * (edits.sizes.hidden + 3 * edits.sizes.inner)
-        return StageCost(units, flops, rows, other_bytes=changed)
+        checkpoints = sum(METRICS * scored + (1 + each.window) * len(ends) for each in edits.settings)
+        rows = {"sequence": len(edits.settings) * total, "checkpoints": checkpoints}
+        batches = ceil(total / options.batch)
+        state = sum(self._changes(each, total, batches, edits) for each in edits.settings)
+        state += len(edits.settings) * (2 * batches + len(ends)) * FILE_BYTES  # beside changes, the tables in parts
+        state += sum(table.row_bytes * rows[table.name] for table in self.tables)
+        return StageCost(units, flops, rows, other_bytes=state)
+
+    def _changes(self, setting: Setting, total: int, batches: int, edits: EditCounts) -> int:
+        """Bytes of the changes of all batches, and of keys for the history."""
+        hidden, inner = edits.sizes.hidden, edits.sizes.inner
+        dense = setting.definition.rank is None
+        return 4 * setting.window * (batches * hidden * inner if dense else total * (hidden + 3 * inner))
