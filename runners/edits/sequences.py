@@ -159,7 +159,7 @@ class SequencesDone:
 def sequences_of(study: EditStudy, choice: SequenceChoice, store: Store) -> Iterator[tuple[Setting, StoredSequence]]:
     """The sequences of a study, one for each of its settings; one that cannot be made is refused when its turn is."""
     for setting in study.plan.settings:
-        kept = {"folder": f"{setting.method}-{setting.window}", "notes": study.configuration}
+        kept: dict[str, Any] = {"folder": f"{setting.method}-{setting.window}", "notes": study.configuration}
         scored = study.plan.layers, choice, study.evaluate
         yield setting, stored_sequence(study.editor, study.requests, setting, *scored, store, **kept)
 

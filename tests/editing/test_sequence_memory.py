@@ -23,4 +23,4 @@ def growth(edits):
 def test_growth_is_that_of_the_change_and_the_history():
     (few, little), (many, much) = map(growth, (20, 200))
     assert much > little
-    assert many - few <= 3 * (much - little) + 8, (few, many, little, much)  # a sum is beside its terms for a moment
+    assert many - few <= much - little + 8, (few, many, little, much)

@@ -20,7 +20,7 @@ def main(count: int) -> None:
     world = World.generate(400)
     tokenizer = train_tokenizer(world)
     torch.manual_seed(0)
-    sizes = {"vocab_size": len(tokenizer), "n_positions": 64, "n_embd": 64, "n_layer": 4, "n_head": 4}
+    sizes = {"vocab_size": len(tokenizer), "n_positions": 64, "n_embd": 256, "n_layer": 4, "n_head": 4}
     model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
     moments = cc.Moments.collect(model, tokenizer, [fact.text for fact in world.facts])
     editor = cc.Editor(model, tokenizer, moments, contexts=cc.Contexts(rome=["In the city"], memit=["In the city"]))
