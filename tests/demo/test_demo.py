@@ -232,7 +232,7 @@ def test_moments_of_another_model_are_replaced(quick):
 @pytest.mark.demo
 def test_the_example_of_the_page_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"```python\n(.*?)```", EXAMPLE, re.DOTALL)
+    example, sequence = re.findall(r"```python\n(.*?)```", EXAMPLE, re.DOTALL)
     names = {}
     exec(example, names)
     assert len(names["edits"]) == 4 * 2 + 4 + 4
@@ -241,3 +241,8 @@ def test_the_example_of_the_page_runs(tmp_path, monkeypatch, capsys):
     assert f"{fact.text} {fact.target_new}" in capsys.readouterr().out  # which the first edit made it say
     assert cc.Delta.load(tmp_path / "delta.safetensors").layers == (0,)
     assert cc.Editor.from_pretrained(str(tmp_path / "edited-model")).session.sizes.depth == 8
+    weights = {name: tensor.clone() for name, tensor in names["model"].state_dict().items()}
+    exec(sequence, names)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("2 ['done', 'done'] {1: ")
+    assert [edit.fact_id for edit in names["scored"].edits] == [fact.id for fact in demo_world().facts[:2]]
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in names["model"].state_dict().items())

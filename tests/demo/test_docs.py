@@ -29,7 +29,7 @@ OWN = {
     **dict.fromkeys(("gpt2-xl", "counterfact.json", "counterfact.jsonl", "wikipedia.txt", "known_1000.json"), "demo"),
     **dict.fromkeys(("hase2023-gptj", "rome2022-gpt2xl", "rome2022-gpt2xl-edits"), "demo"),
     **{f"facts={name}": "facts=demo" for name in ("counterfact.json", "counterfact.jsonl", "known_1000.json")},
-    "5,17,29": "0,1", "17": "1", "mlp:10": "mlp:3", "--known": None, "652": None,
+    "5,17,29": "0,1", "17": "1", "15": "2", "mlp:10": "mlp:3", "--known": None, "652": None,
 }  # fmt: skip
 """What stands for what a user has; what is left out."""
 

@@ -7,17 +7,19 @@ import sys
 import polars as pl
 import pytest
 import torch
+from helpers.closed_form_cases import REQUESTS, SEARCH, Case, assert_plain, parts
 from helpers.edit_command import arguments, read, run_json
-from helpers.editing_cases import FULL
+from helpers.editing_cases import CONTEXTS, FULL, editor, random_moments
 from helpers.page_commands import blocks
 from helpers.sweeps import swept
+from oracles import closed_forms
 
 import causalcone as cc
 from causalcone.engine.edit.methods.registry import method_named, methods, register, unregister
 from causalcone.engine.errors import ExperimentError
 from causalcone.runners.edits.presets import load_hparams
 
-(EXAMPLE,) = blocks("docs/editors.md", "python")
+EXAMPLE, CLOSED_FORM = blocks("docs/editors.md", "python")
 OWN = [
     "rome",
     "memit",
@@ -162,6 +164,50 @@ def test_names_are_taken_once():
         register(type(other)(**{**vars(other), "name": "rome"}))
     with pytest.raises(ExperimentError, match="is not a Method"):
         register("rome")
+
+
+# --- a closed form ---
+
+
+@pytest.fixture
+def betaedit():
+    """The case of the page's closed form, beside the plain one of its paper."""
+    namespace = {"__name__": "closed_form"}
+    exec(CLOSED_FORM, namespace)
+    hparams = namespace["BetaEditHparams"](**SEARCH, covariance_weight=2.0, ridge=4.0, null_space=1.0)
+
+    def form(moments):
+        spaces = {layer: closed_forms.null_space(moment, "eigenvalue", 1.0) for layer, moment in moments.items()}
+
+        def change(layer, K, R, H):
+            P, ridge = spaces[layer], 4.0 * torch.eye(len(K), dtype=torch.float64)
+            return torch.linalg.solve(P @ (K @ K.T + H + 2.0 * moments[layer].double()) + ridge, P @ K @ R.T).T
+
+        return change
+
+    yield Case("betaedit", hparams, form)
+    unregister("betaedit")
+
+
+def test_the_closed_form_of_the_page_is_that_of_its_paper(model, betaedit):
+    assert len(CLOSED_FORM.splitlines()) < 80
+    moments, batches = random_moments(model), parts(REQUESTS[:4], 2)
+    sequence = betaedit.sequence(editor(model, moments, CONTEXTS[1:2]), REQUESTS[:4], 2)
+    assert sequence.history is not None
+    plain = betaedit.plain(model, moments, batches, CONTEXTS[1:2])
+    for batch, expected in zip(sequence, plain, strict=True):
+        assert_plain(batch.delta, expected, 1e-8)
+
+
+def test_the_command_edits_in_sequence_by_it(file, betaedit, tmp_path, run):
+    out = tmp_path / "out"
+    options = {"method": "betaedit:2", "layers": 2, "batch": 2, "limit": 4, "set": "null_space=0.5"}
+    code, printed, error = run(*arguments(file.parent, out, "--set", "steps=2", "--sequential", **options))
+    assert code == 0, error
+    assert "betaedit-2" in printed
+    ranks = run_json(out)["results"]["notes"]["betaedit:2"]["null_space_rank"]
+    rows = cc.analysis.read_checkpoints(out / "checkpoints").filter(group="model", edits=4)
+    assert dict(rows.select("metric", "post").rows())["null_space_rank.2"] == ranks["2"] > 0
 
 
 # --- installed packages ---
