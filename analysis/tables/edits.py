@@ -99,8 +99,8 @@ def read_texts(source: TraceSource) -> pl.DataFrame:
 
 
 def read_checkpoints(source: TraceSource) -> pl.DataFrame:
-    """Read a table of checkpoints of sequences, one row per edit (or model) and metric (docs/results.md,
-    "checkpoints").
+    """Read a table of checkpoints, one row per edit (or model) and metric (docs/results.md, "sequence and
+    checkpoints").
 
     Args:
         source: any that ``read_traces`` takes.
