@@ -102,6 +102,10 @@ const SEQUENCE_AXES = { // a small change is not to look like a large one
 function drawSequences() {
   const [problem, metric] = ["problem", "metric"].map((name) => at(`sequences-${name}`).value);
   const lines = data.sequences.lines.filter((row) => row.problem === problem && row.metric === metric);
+  fill("sequences", data.sequences.rows.filter((row) => row.problem === problem).map((row) =>
+    [row.name, row.edits, SCORED[row.group], row.rewrite_p, row.efficacy_score, row.paraphrase_score, row.neighborhood_score,
+      row.perplexity_ratio, row.relative_norm]));
+  if (!lines.length) return;
   const names = unique(lines.map((row) => row.name)), most = Math.max(...lines.flatMap((row) => row.post));
   draw("sequences-plot", lines.map((row) => {
     const drawn = line(names.indexOf(row.name), {
@@ -113,7 +117,4 @@ function drawSequences() {
     yaxis: { title: { text: words(metric) }, ...(SEQUENCE_AXES[metric]?.(most) ?? {}) },
   }, metric in SEQUENCE_AXES ? "Of the model as a whole: held-out text's perplexity over that before, and the largest norm of a layer's change over that of its weights." :
     `Means over ${range(lines.map((row) => row.n), "edit")}; bars: 1.96 standard errors.`);
-  fill("sequences", data.sequences.rows.filter((row) => row.problem === problem).map((row) =>
-    [row.name, row.edits, SCORED[row.group], row.rewrite_p, row.efficacy_score, row.paraphrase_score, row.neighborhood_score,
-      row.perplexity_ratio, row.relative_norm]));
 }

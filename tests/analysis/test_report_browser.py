@@ -11,6 +11,7 @@ import pytest
 from helpers.made_up_study import edited, traced, write_study
 from helpers.odd_texts import ODD, with_odd_texts
 
+from causalcone.analysis import CHECKPOINT_SCHEMA
 from causalcone.analysis.page.report import report, report_data
 from causalcone.analysis.papers.inputs import AnalysisOptions
 from causalcone.analysis.sweep_results import Study
@@ -190,6 +191,52 @@ def test_scores_follow_the_choice(browser, at, page):
     assert browser.execute_script(lines) != first
     Select(find("r2-score")).select_by_value("overall")
     assert len(browser.execute_script("return document.getElementById('r2').data")) == 4
+
+
+def test_edits_in_sequence(browser, at, page, tmp_path):
+    """A section where there are any: solid lines of the newest batch, dashed ones of the sample before it."""
+    assert not at(page)("sequences-box").is_displayed()
+    folder = write_study(tmp_path / "study", traced({"a": (0.1, 0.7)}), [edited({"a": (0.4, 0.5)})])
+    (folder / "checkpoints").mkdir()
+    common = {"problem": "error_injection", "window": 1, "layer": 6}
+    rows = [
+        {
+            **common,
+            "method": method,
+            "edits": edits,
+            "group": group,
+            "fact_id": fact,
+            "metric": metric,
+            "pre": 1.0,
+            "post": post,
+        }
+        for method in ("emmet", "encore")
+        for edits in (50, 100)
+        for group, fact, metric, post in (
+            ("newest", "a", "rewrite_p", 0.75),
+            ("newest", "b", "rewrite_p", 0.25),
+            ("earlier", "c", "rewrite_p", 0.125),
+            ("model", None, "perplexity", 300.0),
+        )
+    ]
+    pl.DataFrame(rows, schema=CHECKPOINT_SCHEMA).write_parquet(folder / "checkpoints" / "part-00000.parquet")
+    find = at(written(folder, tmp_path / "page.html"))
+    assert find("sequences-box").is_displayed()
+    drawn = (
+        "return document.getElementById('sequences-plot').data.map(each => [each.name, each.line.dash, each.x, each.y])"
+    )
+    before = ", sample of all before it"
+    assert browser.execute_script(drawn) == [
+        [name + group, dash, [50, 100], [p, p]]
+        for name in ("EMMET", "ENCORE-1")
+        for group, dash, p in ((", newest batch", "solid", 0.5), (before, "dash", 0.125))
+    ]
+    Select(find("sequences-metric")).select_by_value("perplexity_ratio")
+    assert [line[3] for line in browser.execute_script(drawn)] == [[300, 300]] * 2
+    first = find("sequences").find_element(By.CSS_SELECTOR, "tbody tr").text
+    assert re.match(r"EMMET 50 newest batch 0\.500 . . . 300", first)  # no edit has a score
+    errors = [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
+    assert not errors
 
 
 def test_light_and_dark(browser, at, page):
