@@ -168,7 +168,7 @@ class EditSequence:
 
     def _maker(self, delta: Delta) -> Any:
         layers = self.model.layers.changed_by(delta) if delta.changes else self.model.layers
-        model = replace(self.model, layers=layers, history=self.history)
+        model = replace(self.model, layers=layers, history=self.history, _norms={})  # of other weights
         return (self.method.together or self.method.build)(model, self.hparams)
 
 
