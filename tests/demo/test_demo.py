@@ -243,6 +243,6 @@ def test_the_example_of_the_page_runs(tmp_path, monkeypatch, capsys):
     assert cc.Editor.from_pretrained(str(tmp_path / "edited-model")).session.sizes.depth == 8
     weights = {name: tensor.clone() for name, tensor in names["model"].state_dict().items()}
     exec(sequence, names)
-    assert capsys.readouterr().out.splitlines()[-1].startswith("2 ['done', 'done'] {1: ")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("2 ['done', 'done'] {'1': ")
     assert [edit.fact_id for edit in names["scored"].edits] == [fact.id for fact in demo_world().facts[:2]]
     assert all(torch.equal(tensor, weights[name]) for name, tensor in names["model"].state_dict().items())
