@@ -78,11 +78,13 @@ def main() -> None:
 
 def repeated(facts: Sequence[Fact], count: int) -> list[Fact]:
     """So many facts: the same prompts again, under other ids, with each other's new targets."""
-    targets = [fact.target_new for fact in facts]
-    return [
-        replace(fact, id=f"{number}", target_new=targets[(number + number // len(facts)) % len(targets)])
-        for number, fact in enumerate(islice(cycle(facts), count))
-    ]
+    targets = sorted({fact.target_new for fact in facts})
+    repeated = []
+    for number, fact in enumerate(islice(cycle(facts), count)):
+        others = [target for target in targets if target not in (fact.target_true, fact.target_new)]
+        target = fact.target_new if number < len(facts) else others[number % len(others)]
+        repeated.append(replace(fact, id=f"{number}", target_new=target))
+    return repeated
 
 
 def measure(setup: Setup, name: str, size: int) -> dict[str, Any]:
@@ -240,6 +242,8 @@ def text(report: dict[str, Any]) -> str:
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for result in report["results"]:
+        if "edits" not in result:
+            continue
         cells = [
             result["name"],
             str(result["edits"]),

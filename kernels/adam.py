@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 BETAS, EPS = (0.9, 0.999), 1e-8
-
-_TILE = 1 << 19
-"""Elements of a gradient that are made at once on a CPU."""
 
 
 @dataclass
@@ -32,16 +30,12 @@ class AdamState:
 
     def step(self, gradient: Tensor, lr: float) -> None:
         """One step along the gradient."""
-        self.steps += 1
         steps = torch.full((), self.steps, dtype=torch.float32, device=gradient.device)  # no copy to wait for
-        torch._fused_adam_(  # torch.optim.adam.adam, but for what it does around it, which tiles pay each time
-            [self.change], [gradient.contiguous()], [self.mean], [self.square], [], [steps], amsgrad=False,
+        adam(
+            [self.change], [gradient.contiguous()], [self.mean], [self.square], [], [steps], fused=True, amsgrad=False,
             beta1=BETAS[0], beta2=BETAS[1], lr=lr, weight_decay=0.0, eps=EPS, maximize=False,
         )  # fmt: skip
-
-    def rows(self, at: slice) -> AdamState:
-        """Some rows, in the same memory."""
-        return AdamState(self.change[at], self.mean[at], self.square[at], self.steps)
+        self.steps += 1
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only."""
@@ -52,17 +46,9 @@ def step_weight(weight: AdamState, slopes: Tensor, keys: Tensor, lr: float, boun
     """One step along the gradient ``slopes.T @ keys`` of a weight (hidden, inner), clamped to -bound .. bound.
 
     slopes (R, hidden): gradients of the rows that came out of the weight's product; keys (R, inner): what went in;
-    bound: infinity for none. On a CPU the gradient is made and used up in tiles of rows that stay in cache.
+    bound: infinity for none.
     """
-    hidden, inner = weight.change.shape
-    slopes, keys = slopes.to(weight.change.dtype).T, keys.to(weight.change.dtype)
-    tall = max(1, _TILE // inner) if keys.device.type == "cpu" else hidden
-    gradient = keys.new_empty(min(tall, hidden), inner)
-    for first in range(0, hidden, tall):
-        rows = slice(first, min(first + tall, hidden))
-        own = gradient[: rows.stop - first]
-        torch.mm(slopes[rows], keys, out=own)
-        weight.rows(rows).step(own, lr)
-        if bound < math.inf:
-            weight.change[rows].clamp_(-bound, bound)
-    weight.steps += 1
+    dtype = weight.change.dtype
+    weight.step(slopes.to(dtype).T @ keys.to(dtype), lr)
+    if bound < math.inf:
+        weight.change.clamp_(-bound, bound)
