@@ -11,7 +11,7 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,9 @@ def naive_batch(setup: Setup, name: str, facts: Sequence[Fact], hparams: Any, se
     """The first batch of a sequence, whose history is empty; its changes are taken back."""
     model = setup.model
     state = sites(model)[setup.layers[-1]]["hidden"]
+    if name == "alphaedit":  # its projectors are made beforehand
+        for layer in setup.layers:
+            projection(setup.moments[layer], hparams.null_space)
     began = time.perf_counter()
     goals = search(setup, facts, state, hparams)
     searched = time.perf_counter()
@@ -200,7 +203,7 @@ def naive_batch(setup: Setup, name: str, facts: Sequence[Fact], hparams: Any, se
             keys = (keys[:, 0] + keys[:, 1:].mean(1)).T / 2
             _, reached = look(model, state.module, [of_fact[0] for of_fact in prompts])
             rest = (goals - reached).double().T / (len(setup.layers) - done)
-            changes[layer] = solved(name, setup.moments[layer].double(), keys, rest, hparams).to(model.dtype)
+            changes[layer] = solved(name, setup.moments[layer], keys, rest, hparams).to(model.dtype)
             down_weight(model, layer).add_(changes[layer])
     synchronize(model.device)
     return Timing((searched - began) / hparams.steps, time.perf_counter() - searched, changes)
@@ -209,7 +212,7 @@ def naive_batch(setup: Setup, name: str, facts: Sequence[Fact], hparams: Any, se
 def solved(name: str, moment: Tensor, keys: Tensor, rest: Tensor, hparams: Any) -> Tensor:
     """The change (hidden, inner) by a dense solve, as published; AlphaEdit's projector is made beforehand there."""
     if name == "memit-seq":
-        system = hparams.covariance_weight * moment + keys @ keys.T
+        system = hparams.covariance_weight * moment.double() + keys @ keys.T
         return torch.linalg.solve(system, keys @ rest.T).T
     projector = projection(moment, hparams.null_space)
     system = projector @ (keys @ keys.T)
@@ -217,16 +220,12 @@ def solved(name: str, moment: Tensor, keys: Tensor, rest: Tensor, hparams: Any) 
     return torch.linalg.solve(system, projector @ keys @ rest.T).T
 
 
-_PROJECTORS: dict[int, Tensor] = {}
-
-
+@cache
 def projection(moment: Tensor, share: float) -> Tensor:
-    """Onto the smallest eigenvectors that hold a share of the trace."""
-    if id(moment) not in _PROJECTORS:
-        values, vectors = torch.linalg.eigh(moment)
-        inside = vectors[:, : int((values.cumsum(0) <= share * values.sum()).sum())]
-        _PROJECTORS[id(moment)] = inside @ inside.T
-    return _PROJECTORS[id(moment)]
+    """Onto the smallest eigenvectors that hold a share of the trace, in float64; of a tensor made once."""
+    values, vectors = torch.linalg.eigh(moment.double())
+    inside = vectors[:, : int((values.cumsum(0) <= share * values.sum()).sum())]
+    return inside @ inside.T
 
 
 def text(report: dict[str, Any]) -> str:
