@@ -222,7 +222,9 @@ class Editor:
         if not listed:
             raise ExperimentError("there are no requests; give at least one")
         with self.session.computing():
-            return next(Memit(self._model(MEMIT_JOINT), checked, together=True).joint(listed, [window]))
+            model = self._model(MEMIT_JOINT)
+            joint = next(Memit(model, checked, together=True).joint(listed, [window]))
+            return replace(joint, judged=model.judged)
 
     def finetune(
         self,

@@ -45,7 +45,7 @@ def edit(
     from causalcone.runners.edits.exports import check_saving, kept_edits, written
     from causalcone.runners.edits.prompt_edits import PromptEdits
     from causalcone.runners.edits.sequences import carry_out, sequences_of
-    from causalcone.runners.results.folder import ResultFolder
+    from causalcone.runners.results.folder import MOMENTS, ResultFolder
     from causalcone.runners.results.store import Store
     from causalcone.runners.show.edit_tables import (
         answer_tables,
@@ -70,6 +70,8 @@ def edit(
         for _ in sequences_of(study, sequence, Store.open(out)):  # all are checked before one is made
             pass
         with ResultFolder(out, study.configuration, output.overwrite, resume=True) as folder:
+            if study.collected is not None and not (out / MOMENTS).exists():
+                study.collected.save(out / MOMENTS)
             made = carry_out(study, sequence, out, Console(), output.quiet)
             folder.finish(**made.results, filtered=study.filtered)
         figures = draw_sequence(out) if plot else []

@@ -37,7 +37,7 @@ from causalcone.runners.options import (
     ScoringOptions,
     SequenceOptions,
 )
-from causalcone.runners.results.folder import refuse_occupied
+from causalcone.runners.results.folder import MOMENTS, refuse_occupied
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,11 @@ def editing(
     if not known:
         plan = _guessed(plan, layers is not None, inputs.session.sizes.depth, source.model)
     editor = editor_of(inputs, choice, plan, texts.contexts)
-    moments = moments_of(inputs, choice, plan, texts.running, output.quiet)
+    kept_moments = Path(output.out or "") / MOMENTS
+    if sequence.sequential and texts.running is not None and kept_moments.exists() and not output.overwrite:
+        moments: Moments | None = Moments.load(kept_moments)  # of the sequence that goes on
+    else:
+        moments = moments_of(inputs, choice, plan, texts.running, output.quiet)
     study = prepared_edits(editor, moments, inputs, choice, plan, scoring, texts.references)
     if sequence.sequential:
         kept = {name: value for name, value in vars(sequence).items() if name != "sequential"}

@@ -44,6 +44,7 @@ def test_the_first_command_shows_what_the_page_shows():
 OWN = {
     **dict.fromkeys(("gpt2-xl", "counterfact.json", "wikipedia.txt", "hase2023-gptj"), "demo"),
     "facts=counterfact.json": "facts=demo",
+    "15": "3",  # a layer
 }
 """What stands for what a user has."""
 

@@ -115,8 +115,8 @@ class LeastSquares:
             return torch.linalg.solve(matrix.T, rest).T, right
         except torch.linalg.LinAlgError as error:
             raise ExperimentError(
-                "the facts' keys cannot be told apart; give a covariance_weight above zero, or leave out facts that "
-                "share their prompt's beginning"
+                "the facts' keys cannot be told apart; give a covariance_weight (of emmet a slack, of alphaedit a "
+                "ridge) above zero, or leave out facts that share their prompt's beginning"
             ) from error
 
     def each(self, layer: int, keys: Tensor, rest: Tensor, reaching: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -158,9 +158,7 @@ class Spread(VectorMethod):
         self.model.layers.forget()
         of_windows = zip(windows, values, solved, strict=True)
         return [
-            JointEdit(
-                tuple(requests), window, tuple(of[id(request)] for request in requests), *parts, self.model.judged
-            )
+            JointEdit(tuple(requests), window, tuple(of[id(request)] for request in requests), *parts)
             for window, of, parts in of_windows
         ]
 

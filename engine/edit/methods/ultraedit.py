@@ -108,14 +108,18 @@ class UltraEdit:
         groups = batching.of_items(items, partial(self._bytes, places), lambda item: edit_name(item.request))
         seen = [each for group in groups for each in batching.run(group, partial(self._see, places))]
         self.model.layers.forget()
-        used = [each for each in seen if np.isfinite(each.loss)]
+        finite = [
+            bool(np.isfinite(each.loss) and all(rows.isfinite().all() for pair in each.rows.values() for rows in pair))
+            for each in seen
+        ]
+        used = [each for each, is_finite in zip(seen, finite, strict=True) if is_finite]
         delta, reason = self._solved(window, places, used) if used else (None, None)
         return [
             edit_of(
                 request, ULTRAEDIT.name, window, steps=1, loss=each.loss, delta=delta,
-                reason=reason if np.isfinite(each.loss) else f"the loss is {each.loss}",
+                reason=reason if is_finite else f"the loss, {each.loss}, or its gradient is not finite",
             )
-            for request, each in zip(requests, seen, strict=True)
+            for request, each, is_finite in zip(requests, seen, finite, strict=True)
         ]  # fmt: skip
 
     def _solved(self, window: Window, places: Sequence[Place], seen: Sequence[Seen]) -> tuple[Delta | None, str | None]:

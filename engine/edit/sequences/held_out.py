@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -34,11 +33,15 @@ class HeldOut:
     def pieces(self) -> list[Text]:
         if not self._pieces:
             length = min(LENGTH, self.session.sizes.positions)
-            texts = sampled_texts(self.session) if self.texts is None else self.texts
-            ids = (self.session.tokenizer(text)["input_ids"] for text in texts)
-            cut = chain.from_iterable((own[at : at + length] for at in range(0, len(own), length)) for own in ids)
-            enough = islice((piece for piece in cut if len(piece) > 1), max(1, self.tokens // length))
-            self._pieces = [Text(tuple(piece)) for piece in enough]
+            texts = sampled_texts(self.session, "held-out text") if self.texts is None else self.texts
+            left = self.tokens
+            for ids in (self.session.tokenizer(text)["input_ids"] for text in texts):
+                pieces = (ids[at : at + min(length, left)] for at in range(0, len(ids), length))
+                for piece in (piece for piece in pieces if left > 1 and len(piece[:left]) > 1):
+                    self._pieces.append(Text(tuple(piece[:left])))
+                    left -= len(piece[:left])
+                if left < 2:
+                    break
             if not self._pieces:
                 raise ExperimentError("the held-out texts have no two tokens in a row; give others")
         return self._pieces

@@ -95,7 +95,8 @@ class EditSequence:
                 maker = self._maker(self.delta + added)
                 if self.history is not None and isinstance(maker, Spread):
                     (joint,) = maker.joint(group, [self.window])
-                    edits, keys = joint.edits(), joint.keys
+                    edits = joint.edits()
+                    keys = joint.keys if any(edit.delta is not None for edit in edits) else {}
                     maker.remember(self.history, keys)
                 else:
                     edits = [edit for batch in maker.batches(group, [self.window]) for edit in batch]
@@ -149,7 +150,9 @@ class EditSequence:
 
     def standing(self, requests: Sequence[Request]) -> list[Edit]:
         """Edits of requests as they stand now, with the change of all batches so far: what is to be scored."""
-        made: dict[str, Any] = {"steps": 0, "loss": nan, "delta": self.delta}
+        delta = self.delta if self.delta.changes else None
+        made: dict[str, Any] = {"steps": 0, "loss": nan, "delta": delta}
+        made["reason"] = None if delta else "no edit has succeeded so far"
         return [edit_of(request, self.method.name, self.window, **made) for request in requests]
 
     def relative_norms(self) -> dict[str, float]:

@@ -80,8 +80,10 @@ class EditStage(Stage[EditSettings]):
     def __init__(self, sweep: Sweep, options: EditSettings) -> None:
         super().__init__(sweep, options)
         if options.layers == "preset" and options.preset is None:
-            raise ExperimentError("edit.layers is 'preset', and no edit.preset is given; give one, or the layers")
-        with errors_of("edit"):
+            raise ExperimentError(
+                f"{self.name}.layers is 'preset', and no {self.name}.preset is given; give one, or the layers"
+            )
+        with errors_of(self.name):
             settings: dict[str, Any] = {key: getattr(options, key) for key in ("layers", "preset", "aggregate")}
             settings |= {"changes": options.set, "sigma": sweep.noise.sigma}
             self.plans = {problem: EditPlan.of(options.methods, problem, **settings) for problem in options.problems}
@@ -95,7 +97,7 @@ class EditStage(Stage[EditSettings]):
 
     def layers(self, problem: Problem, setting: Setting, depth: int) -> tuple[int, ...]:
         """The layers, or centres of windows, that a problem's edits of a method are made at."""
-        with errors_of("edit.layers"):
+        with errors_of(f"{self.name}.layers"):
             return self.plans[problem].layers_of(setting, depth)
 
     def moment_layers(self, depth: int) -> Sequence[int]:

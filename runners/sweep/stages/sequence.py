@@ -64,6 +64,8 @@ class SequenceStage(EditStage):
     def compute(self, unit: Unit, resources: Resources) -> Mapping[str, pa.Table]:
         """Go on with the sequence where it ended, as its files say."""
         problem, setting, editor, requests = self.prepared(unit, resources)
+        if not requests:
+            return {table.name: table.schema.empty_table() for table in self.tables}
         layers = self.layers(problem, setting, resources.session.sizes.depth)
         kept: dict[str, Any] = {"root": STATE, "folder": unit.group}
         with errors_of("sequence"):
