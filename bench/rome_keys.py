@@ -18,8 +18,8 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from causalcone import Editor, Fact, Moments, RomeHparams
+from causalcone.engine.edit.methods.closed_forms.rome import ROME, Rome
 from causalcone.engine.edit.methods.method import layers_outermost
-from causalcone.engine.edit.methods.rome import ROME, Rome
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from workload import DATA, SHAPES, gpt2
 
 from causalcone import Fact
-from causalcone.engine.edit.methods.alphaedit import AlphaEditHparams
+from causalcone.engine.edit.methods.closed_forms.alphaedit import AlphaEditHparams
 from causalcone.engine.edit.methods.hparams import MemitHparams, ValueHparams
 from causalcone.engine.encoding import target_ids
 

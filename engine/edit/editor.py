@@ -14,14 +14,14 @@ import torch
 
 from causalcone.engine.compute import Compute, Kernels
 from causalcone.engine.edit.methods.batching import layers_and_batching
+from causalcone.engine.edit.methods.closed_forms.memit import MEMIT, MEMIT_JOINT, Memit
+from causalcone.engine.edit.methods.closed_forms.spread import JointEdit
 from causalcone.engine.edit.methods.edits import Edit
-from causalcone.engine.edit.methods.finetune import FINETUNE
+from causalcone.engine.edit.methods.fine_tuning.finetune import FINETUNE
 from causalcone.engine.edit.methods.hparams import FinetuneHparams, Hparams, MemitHparams, RomeHparams, ValueHparams
 from causalcone.engine.edit.methods.least_squares import History
-from causalcone.engine.edit.methods.memit import MEMIT, MEMIT_JOINT, Memit
 from causalcone.engine.edit.methods.method import EditableModel, Method, VectorMethod
 from causalcone.engine.edit.methods.registry import method_named
-from causalcone.engine.edit.methods.spread import JointEdit
 from causalcone.engine.edit.moments.moments import Moments
 from causalcone.engine.edit.requests.problems import FilteredFacts, make_requests
 from causalcone.engine.edit.requests.prompts import Encoder
@@ -334,7 +334,7 @@ class Editor:
             history=History() if kept else None,
             within=self.session.computing,
         )
-        sequence.notes  # refuses a problem that has no solution  # noqa: B018
+        sequence.notes()  # refuses a problem that has no solution
         return sequence
 
     def norm_anchor(

@@ -170,7 +170,7 @@ def carry_out(study: EditStudy, choice: SequenceChoice, place: Path, console: Co
     store = Store.open(place)
     with store.locked():
         for setting, stored in sequences_of(study, choice, store):
-            if said := stored.sequence.notes:
+            if said := stored.sequence.notes():
                 notes[str(setting)] = said
             with shown_progress(console, f"editing in sequence, {setting}", "edits", quiet) as progress:
                 made += stored.carry_out(progress)

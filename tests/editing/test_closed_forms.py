@@ -34,8 +34,8 @@ from oracles.rome import optimise
 
 import causalcone as cc
 from causalcone.engine.edit.deltas.delta import Dense
-from causalcone.engine.edit.methods.alphaedit import AlphaEditHparams
-from causalcone.engine.edit.methods.encore import EncoreHparams
+from causalcone.engine.edit.methods.closed_forms.alphaedit import AlphaEditHparams
+from causalcone.engine.edit.methods.closed_forms.encore import EncoreHparams
 from causalcone.engine.edit.methods.least_squares import History, LeastSquares, MomentMetric, RidgeMetric
 from causalcone.engine.edit.moments.null_space import NullSpace, ShortMoments
 from causalcone.engine.edit.requests.requests import Request
@@ -240,7 +240,9 @@ def test_null_spaces(model, rule, value):
         assert_plain(batch.delta, expected, 1e-8)
     for layer in case.layers:
         P = closed_forms.null_space(moments.matrix(layer), rule, value)
-        assert sequence.notes == {"null_space_rank": {str(each): ranked(moments, each, rule, value) for each in (0, 1)}}
+        assert sequence.notes() == {
+            "null_space_rank": {str(each): ranked(moments, each, rule, value) for each in (0, 1)}
+        }
         keys = drawn(20, len(P), seed=layer)
         change = sequence.delta.changes[layer]
         moved = change.product(keys).norm(dim=1)

@@ -26,7 +26,7 @@ from helpers.models import gpt2
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import causalcone as cc
-from causalcone.engine.edit.methods.finetune import Finetune
+from causalcone.engine.edit.methods.fine_tuning.finetune import Finetune
 from causalcone.engine.edit.methods.value_search import ValueOptimizer
 from causalcone.engine.edit.scoring.scoring import EditScorer
 from causalcone.engine.errors import MemoryBudgetError

@@ -12,12 +12,12 @@ from helpers.models import gpt2
 
 import causalcone as cc
 from causalcone.engine.edit.methods import value_search
-from causalcone.engine.edit.methods.alphaedit import AlphaEditHparams
-from causalcone.engine.edit.methods.emmet import EmmetHparams
-from causalcone.engine.edit.methods.encore import EncoreHparams
-from causalcone.engine.edit.methods.finetune import _EditBatch
-from causalcone.engine.edit.methods.spread import Prefixes
-from causalcone.engine.edit.methods.training import Trained, TrainingPass
+from causalcone.engine.edit.methods.closed_forms.alphaedit import AlphaEditHparams
+from causalcone.engine.edit.methods.closed_forms.emmet import EmmetHparams
+from causalcone.engine.edit.methods.closed_forms.encore import EncoreHparams
+from causalcone.engine.edit.methods.closed_forms.spread import Prefixes
+from causalcone.engine.edit.methods.fine_tuning.finetune import _EditBatch
+from causalcone.engine.edit.methods.fine_tuning.training import Trained, TrainingPass
 from causalcone.engine.edit.methods.value_search import ValueOptimizer, _Readings
 from causalcone.engine.edit.moments.identity import Identity
 from causalcone.engine.edit.scoring.scoring import EditScorer

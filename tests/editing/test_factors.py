@@ -5,8 +5,8 @@ import torch
 from helpers.editing_cases import EVERY_PROBLEM, MEMIT, ROME, editor, error, weight
 
 import causalcone as cc
-from causalcone.engine.edit.methods.emmet import EmmetHparams
-from causalcone.engine.edit.methods.encore import EncoreHparams
+from causalcone.engine.edit.methods.closed_forms.emmet import EmmetHparams
+from causalcone.engine.edit.methods.closed_forms.encore import EncoreHparams
 from causalcone.engine.edit.methods.value_search import EditObjective
 from causalcone.engine.edit.moments import moments as moments_module
 

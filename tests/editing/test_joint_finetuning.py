@@ -24,9 +24,9 @@ from helpers.models import gpt2, tokenizer as byte_level
 from oracles import finetune as oracle
 
 import causalcone as cc
+from causalcone.engine.edit.methods.fine_tuning.training import TrainingPass
 from causalcone.engine.edit.methods.hparams import LocftHparams
 from causalcone.engine.edit.methods.registry import method_named
-from causalcone.engine.edit.methods.training import TrainingPass
 from causalcone.engine.edit.runs.flops import Asked, EditWork, Flops, Searched
 from causalcone.engine.errors import ExperimentError, MemoryBudgetError
 

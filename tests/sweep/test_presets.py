@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from causalcone.engine.edit.methods.alphaedit import AlphaEditHparams
-from causalcone.engine.edit.methods.emmet import EmmetHparams
-from causalcone.engine.edit.methods.encore import EncoreHparams
+from causalcone.engine.edit.methods.closed_forms.alphaedit import AlphaEditHparams
+from causalcone.engine.edit.methods.closed_forms.emmet import EmmetHparams
+from causalcone.engine.edit.methods.closed_forms.encore import EncoreHparams
 from causalcone.engine.edit.methods.hparams import FinetuneHparams, MemitHparams, RomeHparams
 from causalcone.engine.edit.methods.registry import methods
 from causalcone.engine.edit.requests.requests import PROBLEMS

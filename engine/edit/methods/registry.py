@@ -8,15 +8,15 @@ from dataclasses import replace
 from functools import cache
 from importlib.metadata import entry_points
 
-from causalcone.engine.edit.methods.alphaedit import ALPHAEDIT
-from causalcone.engine.edit.methods.emmet import EMMET
-from causalcone.engine.edit.methods.encore import ENCORE
-from causalcone.engine.edit.methods.finetune import FINETUNE, FT_M
-from causalcone.engine.edit.methods.finetune_joint import LOCFT
-from causalcone.engine.edit.methods.memit import MEMIT, MEMIT_JOINT, MEMIT_SEQUENCE
-from causalcone.engine.edit.methods.memit_merge import MEMIT_MERGE
+from causalcone.engine.edit.methods.closed_forms.alphaedit import ALPHAEDIT
+from causalcone.engine.edit.methods.closed_forms.emmet import EMMET
+from causalcone.engine.edit.methods.closed_forms.encore import ENCORE
+from causalcone.engine.edit.methods.closed_forms.memit import MEMIT, MEMIT_JOINT, MEMIT_SEQUENCE
+from causalcone.engine.edit.methods.closed_forms.memit_merge import MEMIT_MERGE
+from causalcone.engine.edit.methods.closed_forms.rome import ROME
+from causalcone.engine.edit.methods.fine_tuning.finetune import FINETUNE, FT_M
+from causalcone.engine.edit.methods.fine_tuning.finetune_joint import LOCFT
 from causalcone.engine.edit.methods.method import Method
-from causalcone.engine.edit.methods.rome import ROME
 from causalcone.engine.edit.methods.ultraedit import ULTRAEDIT
 from causalcone.engine.errors import ExperimentError
 

@@ -65,7 +65,7 @@ class Checkpoints:
             yield "perplexity", self.held_out.unedited(), self.held_out.perplexity(sequence.delta)
         for weight, norm in sequence.relative_norms().items():
             yield f"relative_norm.{weight}", 0.0, norm
-        for name, by_layer in sequence.notes.items():
+        for name, by_layer in sequence.notes().items():
             yield from ((f"{name}.{layer}", value, value) for layer, value in by_layer.items())
 
 

@@ -35,11 +35,13 @@ class HeldOut:
             length = min(LENGTH, self.session.sizes.positions)
             texts = sampled_texts(self.session, "held-out text") if self.texts is None else self.texts
             left = self.tokens
-            for ids in (self.session.tokenizer(text)["input_ids"] for text in texts):
-                pieces = (ids[at : at + min(length, left)] for at in range(0, len(ids), length))
-                for piece in (piece for piece in pieces if left > 1 and len(piece[:left]) > 1):
-                    self._pieces.append(Text(tuple(piece[:left])))
-                    left -= len(piece[:left])
+            for text in texts:
+                ids = self.session.tokenizer(text)["input_ids"]
+                for at in range(0, len(ids), length):
+                    piece = ids[at : at + min(length, left)]
+                    if len(piece) > 1:
+                        self._pieces.append(Text(tuple(piece)))
+                        left -= len(piece)
                 if left < 2:
                     break
             if not self._pieces:

@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from causalcone.engine.edit.deltas.delta import NOTHING, Delta, place_name
+from causalcone.engine.edit.methods.closed_forms.spread import Spread
 from causalcone.engine.edit.methods.edits import Edit, edit_of
 from causalcone.engine.edit.methods.least_squares import History
 from causalcone.engine.edit.methods.method import EditableModel, Method
-from causalcone.engine.edit.methods.spread import Spread
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
 from causalcone.engine.errors import ExperimentError
@@ -160,14 +160,13 @@ class EditSequence:
         changes = self.delta.changes.items()
         return {place_name(place): change.norm / self.model.norm(place, change) for place, change in changes}
 
-    @property
     def notes(self) -> dict[str, Any]:
         """What results should say of the method on this model, such as ranks of projectors."""
         return maker.notes(self.window.layers) if isinstance(maker := self._maker(self.delta), Spread) else {}
 
     @property
     def _joint(self) -> bool:
-        return self.method.joint or self.method.together is not None
+        return self.method.joint or self.method.together is not None or self.history is not None
 
     def _maker(self, delta: Delta) -> Any:
         layers = self.model.layers.changed_by(delta) if delta.changes else self.model.layers

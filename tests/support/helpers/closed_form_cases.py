@@ -11,9 +11,9 @@ from oracles import closed_forms
 from oracles.closed_forms import Batch, Form
 
 import causalcone as cc
-from causalcone.engine.edit.methods.alphaedit import AlphaEditHparams
-from causalcone.engine.edit.methods.emmet import EmmetHparams
-from causalcone.engine.edit.methods.encore import EncoreHparams
+from causalcone.engine.edit.methods.closed_forms.alphaedit import AlphaEditHparams
+from causalcone.engine.edit.methods.closed_forms.emmet import EmmetHparams
+from causalcone.engine.edit.methods.closed_forms.encore import EncoreHparams
 from causalcone.engine.edit.methods.hparams import ValueHparams
 from causalcone.engine.edit.requests.requests import Request
 from helpers.editing_cases import ERASURE, FORCING, INJECTION, REVERSAL, START, error, request, task, weight

@@ -4,9 +4,9 @@ vector."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from causalcone.engine.edit.methods.closed_forms.memit import MEMIT_JOINT, Memit
+from causalcone.engine.edit.methods.closed_forms.spread import spread_method
 from causalcone.engine.edit.methods.hparams import MemitHparams
-from causalcone.engine.edit.methods.memit import MEMIT_JOINT, Memit
-from causalcone.engine.edit.methods.spread import spread_method
 from causalcone.engine.edit.requests.prompts import EditTask
 
 

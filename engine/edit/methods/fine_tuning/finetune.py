@@ -11,9 +11,7 @@ import torch
 
 from causalcone.engine.edit.methods.batching import edit_name
 from causalcone.engine.edit.methods.edits import Edit, edit_of
-from causalcone.engine.edit.methods.hparams import FinetuneHparams, FtmHparams
-from causalcone.engine.edit.methods.method import EditableModel, Method
-from causalcone.engine.edit.methods.training import (
+from causalcone.engine.edit.methods.fine_tuning.training import (
     Lesson,
     Trained,
     TrainedLayers,
@@ -22,6 +20,8 @@ from causalcone.engine.edit.methods.training import (
     TrainingTexts,
     delta_of,
 )
+from causalcone.engine.edit.methods.hparams import FinetuneHparams, FtmHparams
+from causalcone.engine.edit.methods.method import EditableModel, Method
 from causalcone.engine.edit.requests.requests import Request
 from causalcone.engine.edit.requests.windows import Window
 from causalcone.engine.edit.runs.flops import EditWork

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from causalcone.engine.edit.methods.closed_forms.spread import Spread, spread_method
 from causalcone.engine.edit.methods.hparams import ValueHparams
 from causalcone.engine.edit.methods.least_squares import LeastSquares, RidgeMetric
-from causalcone.engine.edit.methods.spread import Spread, spread_method
 from causalcone.engine.edit.moments.null_space import NullSpace
 
 

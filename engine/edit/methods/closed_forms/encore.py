@@ -3,9 +3,9 @@ long sequences of edits."""
 
 from dataclasses import dataclass
 
+from causalcone.engine.edit.methods.closed_forms.spread import Spread, spread_method
 from causalcone.engine.edit.methods.hparams import MemitHparams
 from causalcone.engine.edit.methods.least_squares import LeastSquares, MomentMetric, RidgeMetric
-from causalcone.engine.edit.methods.spread import Spread, spread_method
 
 
 @dataclass(frozen=True)
